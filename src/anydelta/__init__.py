@@ -1,0 +1,18 @@
+"""The gated delta rule (Gated DeltaNet, Kimi Delta Attention) as one operator for every device.
+
+    o, state = anydelta.gated_delta_rule(q, k, v, g=g, beta=beta)
+    o = anydelta.gated_delta_rule_(q, k, v, state, g=g, beta=beta)      # advances state in place
+
+Torch tensors and NumPy arrays both work. `explain(...)` says which backend runs a call and why.
+"""
+
+import sys as _sys
+
+from .dispatch import UnsupportedError
+from .op import explain, gated_delta_rule, gated_delta_rule_
+
+__version__ = "0.1.0"
+__all__ = ["UnsupportedError", "__version__", "explain", "gated_delta_rule", "gated_delta_rule_"]
+
+if "torch" in _sys.modules:  # register torch.ops.anydelta.*; without torch loaded, the first torch call does
+    from . import torch_op as _torch_op  # noqa: F401

@@ -1,0 +1,162 @@
+"""Which backend runs a call, and why the others do not.
+
+`PRIORITY` is the whole policy: one list per device, best first. A backend answers two questions with
+reasons, not booleans: `available()` (is its runtime here?) and `supports(spec)` (can it run this call?).
+What `supports` accepts, `run` runs. `ANYDELTA_BACKEND` forces one for the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from .spec import Call, CallSpec
+
+PRIORITY: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+}
+"""Backends to try for tensors on a device, in order. A device that is not listed gets the reference."""
+
+NAMES: tuple[str, ...] = ("cpu", "reference")
+"""Every backend that this version has; each is the module `anydelta.backends.NAME`."""
+
+ENV = "ANYDELTA_BACKEND"
+
+
+def forced_by_env() -> str | None:
+    """The backend that ANYDELTA_BACKEND names, or None."""
+    return os.environ.get(ENV) or None
+
+
+class UnsupportedError(RuntimeError):
+    """A backend that was asked for by name cannot run the call. The text lists every reason."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One reason why a backend does not take a call."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class Backend(Protocol):
+    """What a module in `anydelta.backends` provides."""
+
+    name: str
+
+    def available(self) -> Sequence[Rejected]:
+        """Why the backend cannot run at all here; empty when it can."""
+        ...
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        """Why the backend cannot run this call; empty when it can. All reasons, not the first."""
+        ...
+
+    def prepare(self, spec: CallSpec, call: Call) -> Any:
+        """Whatever can be computed once per CallSpec and array geometry; given back to `run`."""
+        ...
+
+    def run(self, plan: Any, spec: CallSpec, call: Call) -> None:
+        """Write `call.o`, `call.state_out` and `call.snapshots`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for `anydelta info`: versions, devices, limits."""
+        ...
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: no such backend; the text lists the known ones.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    module = importlib.import_module(f"anydelta.backends.{name}")
+    return module.BACKEND  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What dispatch decided: the backend that runs the call, and why each one before it does not."""
+
+    spec: CallSpec
+    chosen: str | None
+    rejected: dict[str, tuple[Rejected, ...]]
+    forced: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.spec.options.op} {self.spec.shape_line()}"]
+        if self.forced:
+            lines.append(f"  forced by {self.forced}")
+        lines += [f"  {name}: no: {r}" for name, reasons in self.rejected.items() for r in reasons]
+        lines.append(f"  {self.chosen}: runs" if self.chosen else "  no backend runs this call")
+        return "\n".join(lines)
+
+
+def reasons_against(name: str, spec: CallSpec) -> tuple[Rejected, ...]:
+    backend = get_backend(name)
+    return tuple(backend.available()) or tuple(backend.supports(spec))
+
+
+def choose(spec: CallSpec, backend: str = "auto") -> Trace:
+    """Walk the priority table for the device of the call; a named backend is the only candidate.
+
+    Raises:
+        ValueError: an unknown backend name, in the argument or in ANYDELTA_BACKEND.
+    """
+    forced = None
+    if backend == "auto" and (name := forced_by_env()):
+        backend = name
+        forced = f"{ENV}={backend}"
+    elif backend != "auto":
+        forced = f"backend={backend!r}"
+    candidates = PRIORITY.get(spec.device, ("reference",)) if backend == "auto" else (backend,)
+    rejected: dict[str, tuple[Rejected, ...]] = {}
+    for name in candidates:
+        reasons = reasons_against(name, spec)
+        if not reasons:
+            return Trace(spec, name, rejected, forced)
+        rejected[name] = reasons
+    return Trace(spec, None, rejected, forced)
+
+
+_warned = False
+
+
+def pick(spec: CallSpec, backend: str = "auto") -> Backend:
+    """The backend that runs the call. Warns once per process when auto falls back to the reference.
+
+    Raises:
+        UnsupportedError: the named (or forced) backend cannot run the call.
+    """
+    global _warned
+    trace = choose(spec, backend)
+    if trace.chosen is None:
+        reasons = "; ".join(str(r) for rs in trace.rejected.values() for r in rs)
+        raise UnsupportedError(
+            f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {reasons}. "
+            f'Use backend="auto" to fall back to another backend'
+        )
+    if trace.chosen == "reference" and trace.forced is None and not spec.requires_grad and not _warned:
+        _warned = True
+        reasons = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (
+            f"there is no native backend for device {spec.device!r}"
+        )
+        warnings.warn(
+            f"anydelta: no native kernel takes this call, so the slow reference runs ({reasons}). "
+            f"This warning appears once; anydelta.explain(...) gives the reasons for any call",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return get_backend(trace.chosen)

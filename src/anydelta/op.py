@@ -1,0 +1,247 @@
+"""The two public functions: validate, choose a backend, run.
+
+A call's geometry (shapes, strides, dtypes, flags) is checked and planned once and remembered, so that a decode
+step pays for one dictionary look-up and not for forty checks. Index data is checked on every call.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import dispatch
+from .spec import Call, CallSpec, Options, check_call, check_values, framework_of
+
+Array = Any
+"""A torch.Tensor or a numpy.ndarray; all arrays of a call are of one kind."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    spec: CallSpec
+    backend: dispatch.Backend
+    native: Any
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 4096
+
+
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    g: Array,
+    beta: Array,
+    initial_state: Array | None = None,
+    scale: float | None = None,
+    decay: str = "log",
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float | None = None,
+    beta_is_logit: bool = False,
+    heads: str = "interleaved",
+    qk_l2norm: bool = False,
+    qk_l2norm_eps: float = 1e-6,
+    state_layout: str = "kv",
+    cu_seqlens: Array | None = None,
+    state_indices: Array | None = None,
+    mask: Array | None = None,
+    snapshots: Array | None = None,
+    output_final_state: bool = True,
+    backend: str = "auto",
+) -> tuple[Array, Array | None]:
+    """The gated delta rule over a batch of sequences; the given state is left as it is.
+
+    Per sequence and value head, with the state S of shape [K, V]::
+
+        S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
+        d_t = beta_t (v_t - S^T k_t)      delta
+        S   = S + k_t d_t^T               update
+        o_t = scale * S^T q_t             output
+
+    (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv 2510.26692.)
+
+    Args:
+        q, k: [B, T, H, K] float32, bfloat16 or float16 (float64 runs on the reference only).
+        v: [B, T, HV, V], dtype of q; HV is a multiple of H.
+        g: [B, T, HV] (GDA) or [B, T, HV, K] (KDA): the natural log of the decay, <= 0, -inf allowed;
+            see `decay` for other forms.
+        beta: [B, T, HV]: write strength, after the sigmoid unless `beta_is_logit`.
+        initial_state: [N, HV, K, V] float32 or bfloat16, zeros if None; with `state_indices` a pool [P, HV, K, V].
+        scale: factor of the output; K**-0.5 if None.
+        decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
+            log decay = -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
+            lower_bound * sigmoid(exp(A_log) (g + dt_bias)) (fla's gates).
+        A_log: [HV]; dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only.
+        lower_bound: a number <= 0; for raw gates only.
+        beta_is_logit: take sigmoid(beta).
+        heads: the q/k head of value head hv: "interleaved" hv // (HV/H) (fla, Transformers, MLX) or
+            "tiled" hv % H (ggml).
+        qk_l2norm: normalise q and k over K as x * rsqrt(sum x^2 + qk_l2norm_eps).
+        state_layout: "kv" for [.., K, V] states and snapshots, "vk" for [.., V, K].
+        cu_seqlens: [N+1] int32 or int64: sequence n holds tokens cu_seqlens[n] to cu_seqlens[n+1] of the only
+            batch row. Empty sequences leave their state unchanged.
+        state_indices: [N] int32 or int64: the pool row of each sequence; -1 skips it (output zeros). Unique but for -1.
+        mask: [B, T] bool: a False token leaves the state alone and outputs zeros.
+        snapshots: [Ks, N, HV, K, V], written: slot 0 is the state after the last token, slot s that of s tokens
+            earlier. Slots s >= T and those of skipped sequences keep what they held.
+        output_final_state: False saves writing the final state when snapshots are all that is wanted.
+        backend: "auto", or a name, which then runs or raises.
+
+    Returns:
+        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] (zeros for skipped sequences) or None.
+
+    Raises:
+        ValueError, TypeError: an invalid call; nothing was read or written.
+        UnsupportedError: the named backend cannot run it.
+    """
+    options = (
+        "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
+        state_layout, output_final_state,
+    )  # fmt: skip
+    call = Call(
+        q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots
+    )
+    return _run(call, options, backend, inplace=False)
+
+
+def gated_delta_rule_(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: Array,
+    *,
+    g: Array,
+    beta: Array,
+    scale: float | None = None,
+    decay: str = "log",
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float | None = None,
+    beta_is_logit: bool = False,
+    heads: str = "interleaved",
+    qk_l2norm: bool = False,
+    qk_l2norm_eps: float = 1e-6,
+    state_layout: str = "kv",
+    cu_seqlens: Array | None = None,
+    state_indices: Array | None = None,
+    mask: Array | None = None,
+    snapshots: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """As `gated_delta_rule`, but advances `state` [N, HV, K, V] (or the named rows of a pool) in place.
+
+    Returns:
+        o [B, T, HV, V]. Rows of the pool that no index names keep their bits.
+
+    Raises:
+        ValueError, TypeError: an invalid call; nothing was read or written.
+        UnsupportedError: the named backend cannot run it.
+    """
+    options = (
+        "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
+        state_layout, True,
+    )  # fmt: skip
+    call = Call(q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    return _run(call, options, backend, inplace=True)[0]
+
+
+def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
+    """Which backend would run `gated_delta_rule(*args, **kwargs)`, and why the others would not. Runs nothing.
+
+    Raises:
+        ValueError, TypeError: as the call itself would.
+    """
+    names = ("q", "k", "v")
+    if len(args) > len(names):
+        raise TypeError(f"explain: takes q, k, v by position; got {len(args)} positional arguments")
+    arrays = dict(zip(names, args, strict=False))
+    arrays["state_in"] = kwargs.pop("initial_state", None)
+    known = {"g", "beta", "q", "k", "v", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "snapshots"}
+    arrays.update({n: kwargs.pop(n) for n in list(kwargs) if n in known})
+    call = Call(**arrays)
+    spec = check_call(call, Options(**kwargs), inplace=False, grad_enabled=_grad_enabled(call.q))
+    check_values(call, spec)
+    return dispatch.choose(spec, backend)
+
+
+def _grad_enabled(q: Array) -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch is not None and framework_of(q) == "torch" and torch.is_grad_enabled())
+
+
+def _geometry(x: Array) -> tuple[Any, ...] | None:
+    """What a plan depends on in one array."""
+    if x is None:
+        return None
+    if type(x) is np.ndarray:
+        return (x.shape, x.strides, x.dtype, x.flags.writeable)
+    return (x.shape, x.stride(), x.dtype, x.device)
+
+
+def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(call.q, torch.Tensor):
+        from . import torch_op
+
+        if torch.compiler.is_compiling() or type(call.q) not in torch_op.EAGER_TYPES:
+            return torch_op.traced(call, options, backend, inplace)
+        if torch.is_grad_enabled() and torch_op.any_requires_grad(call):
+            return torch_op.differentiable(call, options, backend, inplace)
+    return execute(call, options, backend, inplace)
+
+
+def execute(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+) -> tuple[Array, Array | None]:
+    """Run a call on real arrays, without gradients."""
+    try:
+        key = (
+            options, backend, dispatch.forced_by_env(),
+            _geometry(call.q), _geometry(call.k), _geometry(call.v), _geometry(call.g), _geometry(call.beta),
+            _geometry(call.state_in), _geometry(call.A_log), _geometry(call.dt_bias), _geometry(call.mask),
+            _geometry(call.cu_seqlens), _geometry(call.state_indices), _geometry(call.snapshots),
+        )  # fmt: skip
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):  # not arrays, or unhashable options: check_call says which
+        key = plan = None
+    if plan is None:
+        spec = check_call(call, Options(*options), inplace=inplace)
+        check_values(call, spec)
+        chosen = dispatch.pick(spec, backend)
+        plan = _Plan(spec, chosen, chosen.prepare(spec, call))
+        if key is not None:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    elif plan.spec.packed or plan.spec.pooled:
+        check_values(call, plan.spec)
+    spec = plan.spec
+
+    if spec.framework == "torch":
+        call.o = call.v.new_empty((spec.B, spec.T, spec.HV, spec.V))
+    else:
+        call.o = np.empty((spec.B, spec.T, spec.HV, spec.V), call.v.dtype)
+    if inplace:
+        call.state_out = call.state_in
+    elif spec.options.output_final_state:
+        call.state_out = _new_state(call, spec)
+    plan.backend.run(plan.native, spec, call)
+    return call.o, call.state_out
+
+
+def _new_state(call: Call, spec: CallSpec) -> Array:
+    dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+    shape = (spec.N, spec.HV, *dims)
+    like = call.state_in if call.state_in is not None else call.snapshots
+    if spec.framework == "torch":
+        import torch
+
+        dtype = like.dtype if like is not None else getattr(torch, spec.state_dtype)
+        return call.q.new_empty(shape, dtype=dtype)
+    return np.empty(shape, like.dtype if like is not None else spec.state_dtype)

@@ -1,0 +1,427 @@
+"""The contract of one call: shapes, dtypes, strides and flags, checked before anything is touched.
+
+`check_call` turns the arguments of `gated_delta_rule` / `gated_delta_rule_` into a `CallSpec`, or raises the
+ValueError or TypeError that says what is wrong. Every such error lives in this file. Backends never see an
+invalid call: they read a `CallSpec` and answer whether they can run it (dispatch.py).
+
+Only attributes that NumPy arrays and torch tensors share are used, so neither is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+STATE_DTYPES = ("float32", "bfloat16", "float64")
+DECAYS = ("log", "linear", "raw")
+HEADS = ("interleaved", "tiled")
+LAYOUTS = ("kv", "vk")
+INDEX_DTYPES = ("int32", "int64")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of a call that are not arrays. See `anydelta.gated_delta_rule` for their meaning."""
+
+    op: str = "gated_delta_rule"
+    scale: float | None = None
+    decay: str = "log"
+    lower_bound: float | None = None
+    beta_is_logit: bool = False
+    heads: str = "interleaved"
+    qk_l2norm: bool = False
+    qk_l2norm_eps: float = 1e-6
+    state_layout: str = "kv"
+    output_final_state: bool = True
+
+
+@dataclass
+class Call:
+    """The arrays of one call. Backends read the inputs and write `o`, `state_out` and `snapshots`.
+
+    `state_out` is `state_in` itself for the in-place op, and None when no final state is wanted. With
+    `state_indices`, `state_in` is a pool [P, ...]; `state_out` is that pool (in place) or dense [N, ...].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    beta: Any
+    state_in: Any = None
+    A_log: Any = None
+    dt_bias: Any = None
+    mask: Any = None
+    cu_seqlens: Any = None
+    state_indices: Any = None
+    snapshots: Any = None
+    state_out: Any = None
+    o: Any = None
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A valid call, without its data: what a backend needs to say yes or no."""
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    N: int
+    P: int
+    """Rows of the state: the pool's size, or N."""
+    kda: bool
+    dtype: str
+    state_dtype: str
+    g_dtype: str
+    beta_dtype: str
+    scale: float
+    packed: bool
+    pooled: bool
+    masked: bool
+    has_state: bool
+    snapshots: int
+    inplace: bool
+    requires_grad: bool
+    framework: str
+    device: str
+    options: Options = field(default_factory=Options)
+
+    def shape_line(self) -> str:
+        """The call in one line, in the names of the contract."""
+        gate = "KDA" if self.kda else "GDA"
+        extra = [
+            name
+            for name, on in (
+                ("packed", self.packed),
+                ("pooled", self.pooled),
+                ("masked", self.masked),
+                (f"snapshots={self.snapshots}", self.snapshots),
+                ("grad", self.requires_grad),
+            )
+            if on
+        ]
+        head = f"{gate} B={self.B} T={self.T} H={self.H} HV={self.HV} K={self.K} V={self.V} N={self.N}"
+        return " ".join(
+            [head, f"{self.dtype} state={self.state_dtype}/{self.options.state_layout} on {self.device}", *extra]
+        )
+
+
+def framework_of(x: Any) -> str | None:
+    """ "torch", "numpy", or None for anything else."""
+    for cls in type(x).__mro__:
+        module = cls.__module__
+        if cls.__name__ == "Tensor" and module == "torch":
+            return "torch"
+        if cls.__name__ == "ndarray" and module == "numpy":
+            return "numpy"
+    return None
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype of an array without the name of its framework, for instance "bfloat16"."""
+    dtype = x.dtype
+    return getattr(dtype, "name", None) or str(dtype).rsplit(".", 1)[-1]
+
+
+def element_strides(x: Any) -> tuple[int, ...]:
+    """Strides in elements, for either framework."""
+    if framework_of(x) == "torch":
+        return tuple(x.stride())
+    return tuple(s // x.itemsize for s in x.strides)
+
+
+def device_name(x: Any) -> str:
+    return str(x.device.type) if framework_of(x) == "torch" else "cpu"
+
+
+def shape_of(x: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in x.shape)
+
+
+class _Checker:
+    """Raises errors of one form: `[op] NAME must be X; got Y`."""
+
+    def __init__(self, op: str):
+        self.op = op
+
+    def fail(self, text: str) -> None:
+        raise ValueError(f"{self.op}: {text}")
+
+    def array(self, name: str, x: Any, like: tuple[str, str] | None) -> tuple[str, str]:
+        framework = framework_of(x)
+        if framework is None:
+            raise TypeError(
+                f"{self.op}: {name} must be a torch.Tensor or a numpy.ndarray; got {type(x).__name__}"
+            )
+        if framework == "torch" and (x.layout.__str__() != "torch.strided" or x.is_quantized):
+            self.fail(f"{name} must be a dense strided tensor; got layout {x.layout}")
+        here = (framework, str(x.device) if framework == "torch" else "cpu")
+        if like is not None and framework != like[0]:
+            raise TypeError(f"{self.op}: {name} must be a {like[0]} array as q is; got {framework}")
+        if like is not None and here[1] != like[1]:
+            self.fail(f"{name} must be on q's device {like[1]}; got {here[1]}")
+        return here
+
+    def dtype(self, name: str, x: Any, allowed: Sequence[str]) -> str:
+        got = dtype_name(x)
+        if got not in allowed:
+            self.fail(f"{name} must have dtype {' or '.join(allowed)}; got {got}")
+        return got
+
+    def choice(self, name: str, value: Any, allowed: Sequence[str]) -> None:
+        if not isinstance(value, str) or value not in allowed:
+            self.fail(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+    def flag(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.op}: {name} must be True or False; got {value!r}")
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{self.op}: {name} must be a number; got {type(value).__name__}")
+        if not math.isfinite(value):
+            self.fail(f"{name} must be finite; got {value}")
+        return float(value)
+
+    def shape(self, name: str, x: Any, want: tuple[int, ...], legend: str) -> None:
+        if shape_of(x) != want:
+            self.fail(f"{name} must be {legend} = {list(want)}; got {list(shape_of(x))}")
+
+    def writable(self, name: str, x: Any) -> None:
+        """In-place targets: every element its own memory, and memory that may be written."""
+        if any(st == 0 and n > 1 for st, n in zip(element_strides(x), shape_of(x), strict=True)):
+            self.fail(f"{name} is written and must not be an expanded (stride 0) view; got strides of 0. Clone it first")
+        if framework_of(x) == "numpy":
+            if not x.flags.writeable:
+                self.fail(f"{name} is written in place and must not be read-only; got a read-only array. Copy it first")
+        elif x.is_leaf and x.requires_grad:
+            self.fail(f"{name} is written in place and must not require grad; got a leaf that does. Detach it first")
+
+
+def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: bool = False) -> CallSpec:
+    """The checks that need no data: types, shapes, dtypes, devices, flags.
+
+    Raises:
+        TypeError: an argument of the wrong kind (not an array, not a number, mixed frameworks).
+        ValueError: a wrong shape, dtype, device, stride, choice or combination; names the argument.
+    """
+    c = _Checker(options.op)
+    c.choice("decay", options.decay, DECAYS)
+    c.choice("heads", options.heads, HEADS)
+    c.choice("state_layout", options.state_layout, LAYOUTS)
+    for name in ("beta_is_logit", "qk_l2norm", "output_final_state"):
+        c.flag(name, getattr(options, name))
+    eps = c.number("qk_l2norm_eps", options.qk_l2norm_eps)
+    if eps < 0:
+        c.fail(f"qk_l2norm_eps must be >= 0; got {eps}")
+    if options.scale is not None:
+        c.number("scale", options.scale)
+    if options.lower_bound is not None:
+        if options.decay != "raw":
+            c.fail(f'lower_bound goes with decay="raw" only; got decay={options.decay!r}')
+        if c.number("lower_bound", options.lower_bound) > 0:
+            c.fail(f"lower_bound must be <= 0, as the log decay is; got {options.lower_bound}")
+
+    here = c.array("q", call.q, None)
+    for name in ("k", "v", "g", "beta"):
+        c.array(name, getattr(call, name), here)
+
+    # q, k [B, T, H, K]; v [B, T, HV, V]
+    dtype = c.dtype("q", call.q, DTYPES)
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        if len(x.shape) != 4:
+            dims = "[B, T, HV, V]" if name == "v" else "[B, T, H, K]"
+            c.fail(f"{name} must be {dims}; got {list(shape_of(x))}")
+        if c.dtype(name, x, DTYPES) != dtype:
+            c.fail(f"q, k and v must share a dtype; got {dtype} for q and {dtype_name(x)} for {name}")
+    B, T, H, K = shape_of(call.q)
+    HV, V = shape_of(call.v)[2:]
+    if min(H, K, HV, V) < 1:
+        c.fail(f"q and v must have at least one head and one channel; got H={H} K={K} HV={HV} V={V}")
+    c.shape("k", call.k, (B, T, H, K), "[B, T, H, K] as q")
+    c.shape("v", call.v, (B, T, HV, V), "[B, T, HV, V] with q's B and T")
+    if HV % H:
+        c.fail(f"v must have a multiple of q's heads (HV a multiple of H); got HV={HV}, H={H}")
+
+    # g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV]
+    if shape_of(call.g) not in ((B, T, HV), (B, T, HV, K)):
+        c.fail(
+            f"g must be [B, T, HV] or [B, T, HV, K]; got {shape_of(call.g)} with B = {B}, T = {T}, HV = {HV}, K = {K}"
+        )
+    kda = len(call.g.shape) == 4
+    c.shape("beta", call.beta, (B, T, HV), "[B, T, HV]")
+    g_dtype = c.dtype("g", call.g, DTYPES)
+    beta_dtype = c.dtype("beta", call.beta, DTYPES)
+
+    _check_raw(c, call, options, here, kda=kda, HV=HV, K=K)
+    N = _check_sequences(c, call, here, B=B, T=T)
+    P, state_dtype = _check_state(
+        c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V
+    )
+
+    if call.mask is not None:
+        c.array("mask", call.mask, here)
+        c.dtype("mask", call.mask, ("bool",))
+        c.shape("mask", call.mask, (B, T), "[B, T]")
+
+    requires_grad = (
+        grad_enabled
+        and here[0] == "torch"
+        and any(
+            x is not None and x.requires_grad
+            for x in (call.q, call.k, call.v, call.g, call.beta, call.state_in, call.A_log, call.dt_bias)
+        )
+    )
+    if requires_grad and inplace:
+        c.fail(
+            "the in-place op has no gradient; got an input that requires grad. "
+            "Use gated_delta_rule, or torch.no_grad()"
+        )
+    if requires_grad and call.snapshots is not None:
+        c.fail(
+            "snapshots have no gradient; got an input that requires grad. Use torch.no_grad(), or leave snapshots out"
+        )
+
+    return CallSpec(
+        B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, P=P,
+        kda=kda,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        g_dtype=g_dtype,
+        beta_dtype=beta_dtype,
+        scale=K**-0.5 if options.scale is None else float(options.scale),
+        packed=call.cu_seqlens is not None,
+        pooled=call.state_indices is not None,
+        masked=call.mask is not None,
+        has_state=call.state_in is not None,
+        snapshots=0 if call.snapshots is None else shape_of(call.snapshots)[0],
+        inplace=inplace,
+        requires_grad=requires_grad,
+        framework=here[0],
+        device=device_name(call.q),
+        options=options,
+    )  # fmt: skip
+
+
+def _check_raw(
+    c: _Checker, call: Call, options: Options, here: tuple[str, str], *, kda: bool, HV: int, K: int
+) -> None:
+    """A_log [HV] and dt_bias [HV], or [HV, K] / [HV*K] for KDA, belong to raw gates and only there."""
+    if options.decay != "raw":
+        for name in ("A_log", "dt_bias"):
+            if getattr(call, name) is not None:
+                c.fail(f'{name} goes with decay="raw" only; got decay={options.decay!r}')
+        return
+    if call.A_log is None:
+        c.fail('decay="raw" requires A_log [HV]; got None')
+    c.array("A_log", call.A_log, here)
+    c.dtype("A_log", call.A_log, DTYPES)
+    c.shape("A_log", call.A_log, (HV,), "[HV]")
+    if call.dt_bias is not None:
+        c.array("dt_bias", call.dt_bias, here)
+        c.dtype("dt_bias", call.dt_bias, DTYPES)
+        wanted = ((HV, K), (HV * K,)) if kda else ((HV,),)
+        if shape_of(call.dt_bias) not in wanted:
+            legend = "[HV, K] or [HV * K]" if kda else "[HV]"
+            c.fail(f"dt_bias must be {legend}; got {list(shape_of(call.dt_bias))} with HV = {HV}, K = {K}")
+
+
+def _check_sequences(c: _Checker, call: Call, here: tuple[str, str], *, B: int, T: int) -> int:
+    """cu_seqlens [N+1] of integers with B = 1. Returns N."""
+    if call.cu_seqlens is None:
+        return B
+    if c.array("cu_seqlens", call.cu_seqlens, None)[0] != here[0]:
+        raise TypeError(f"{c.op}: cu_seqlens must be a {here[0]} array as q is")
+    c.dtype("cu_seqlens", call.cu_seqlens, INDEX_DTYPES)
+    if len(call.cu_seqlens.shape) != 1 or call.cu_seqlens.shape[0] < 1:
+        c.fail(f"cu_seqlens must be [N+1]; got {list(shape_of(call.cu_seqlens))}")
+    if B != 1:
+        c.fail(f"cu_seqlens packs all sequences into one row and requires B = 1; got B = {B}")
+    return int(call.cu_seqlens.shape[0]) - 1
+
+
+def _check_state(
+    c: _Checker,
+    call: Call,
+    options: Options,
+    here: tuple[str, str],
+    *,
+    dtype: str,
+    inplace: bool,
+    N: int,
+    HV: int,
+    K: int,
+    V: int,
+) -> tuple[int, str]:
+    """state [N or P, HV, K, V], state_indices [N], snapshots [Ks, N, HV, K, V]. Returns (P, state dtype)."""
+    layout = "K, V" if options.state_layout == "kv" else "V, K"
+    tail = (HV, K, V) if options.state_layout == "kv" else (HV, V, K)
+    name = "state" if inplace else "initial_state"
+    P, state_dtype = N, "float64" if dtype == "float64" else "float32"
+    allowed = ("float64",) if dtype == "float64" else ("float32", "bfloat16")
+
+    if call.state_indices is not None:
+        if call.state_in is None:
+            c.fail(f"state_indices point into a state pool and require {name}; got None")
+        if c.array("state_indices", call.state_indices, None)[0] != here[0]:
+            raise TypeError(f"{c.op}: state_indices must be a {here[0]} array as q is")
+        c.dtype("state_indices", call.state_indices, INDEX_DTYPES)
+        c.shape("state_indices", call.state_indices, (N,), "[N]")
+    if call.state_in is None:
+        if inplace:
+            raise TypeError(f"{c.op}: state must be an array that the op advances in place; got None")
+    else:
+        c.array(name, call.state_in, here)
+        got = shape_of(call.state_in)
+        if len(got) != 4 or got[1:] != tail:
+            c.fail(f"{name} must be [N, HV, {layout}] with [HV, {layout}] = {list(tail)}; got {list(got)}")
+        if call.state_indices is None and got[0] != N:
+            c.fail(f"{name} must have N = {N} rows, one per sequence; got {got[0]}. For a pool give state_indices")
+        P = got[0]
+        state_dtype = c.dtype(name, call.state_in, allowed)
+        if inplace:
+            c.writable(name, call.state_in)
+    if call.snapshots is not None:
+        c.array("snapshots", call.snapshots, here)
+        got = shape_of(call.snapshots)
+        if len(got) != 5 or got[1:] != (N, *tail) or got[0] < 1:
+            c.fail(
+                f"snapshots must be [Ks, N, HV, {layout}] with Ks >= 1 and [N, HV, {layout}] = {[N, *tail]}; got {list(got)}"
+            )
+        snap_dtype = c.dtype("snapshots", call.snapshots, allowed)
+        if call.state_in is not None and snap_dtype != state_dtype:
+            c.fail(f"snapshots must have {name}'s dtype {state_dtype}; got {snap_dtype}")
+        state_dtype = snap_dtype
+        c.writable("snapshots", call.snapshots)
+    return P, state_dtype
+
+
+def check_values(call: Call, spec: CallSpec) -> None:
+    """The checks that read index data: cu_seqlens and state_indices.
+
+    On a GPU they would force a device sync, so they run only for index arrays that live on the host
+    (always on the CPU backend).
+    """
+    c = _Checker(spec.options.op)
+    if call.cu_seqlens is not None and device_name(call.cu_seqlens) == "cpu":
+        cu = call.cu_seqlens.tolist()
+        if cu[0] != 0 or cu[-1] != spec.T:
+            c.fail(f"cu_seqlens must start at 0 and end at T = {spec.T}; got {cu[0]} and {cu[-1]}")
+        if any(b < a for a, b in zip(cu, cu[1:], strict=False)):
+            c.fail(f"cu_seqlens must not decrease; got {cu if len(cu) <= 16 else '...'}")
+    if call.state_indices is not None and device_name(call.state_indices) == "cpu":
+        rows = call.state_indices.tolist()
+        used = [r for r in rows if r != -1]
+        if used and (min(used) < 0 or max(used) >= spec.P):
+            bad = min(used) if min(used) < 0 else max(used)
+            c.fail(f"state_indices must be -1 (skip) or in [0, P) with P = {spec.P}; got {bad}")
+        if len(set(used)) != len(used):
+            twice = next(r for r in used if used.count(r) > 1)
+            c.fail(f"state_indices must be unique apart from -1; got {twice} more than once")

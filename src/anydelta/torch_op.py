@@ -1,0 +1,185 @@
+"""torch.ops.anydelta.*: the operator for torch.compile, torch.export and autograd.
+
+Eager calls of the public functions skip the dispatcher (it costs more than a decode step of a small model);
+traced ones and those that need gradients come through here. Three operators share one implementation:
+
+    gated_delta_rule            functional, differentiable            -> (o, final_state)
+    gated_delta_rule_snapshots  functional but for snapshots          -> (o, final_state)
+    gated_delta_rule_           advances state, may write snapshots   -> o
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import dispatch, op
+from .autograd import gradients
+from .spec import Call, Options, check_call
+
+EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Types that hold real memory. Other subclasses (fake, functional, ...) must be seen by the dispatcher."""
+
+_ARRAYS = "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? mask=None, Tensor? cu_seqlens=None, Tensor? state_indices=None"
+_FLAGS = (
+    'float? scale=None, str decay="log", float? lower_bound=None, bool beta_is_logit=False, '
+    'str heads="interleaved", bool qk_l2norm=False, float qk_l2norm_eps=1e-6, str state_layout="kv"'
+)
+_LIB = torch.library.Library("anydelta", "DEF")  # must stay alive: dropping it removes the operators
+_LIB.define(
+    f"gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state=None, {_ARRAYS}, "
+    f'*, {_FLAGS}, bool output_final_state=True, str backend="auto") -> (Tensor, Tensor)'
+)
+_LIB.define(
+    "gated_delta_rule_snapshots(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) snapshots, "
+    f"Tensor? initial_state=None, {_ARRAYS}, "
+    f'*, {_FLAGS}, bool output_final_state=True, str backend="auto") -> (Tensor, Tensor)'
+)
+_LIB.define(
+    "gated_delta_rule_(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
+    f"Tensor(b!)? snapshots=None, {_ARRAYS}, "
+    f'*, {_FLAGS}, str backend="auto") -> Tensor'
+)
+
+
+def _split(name: str, arrays: dict[str, Any], flags: dict[str, Any]) -> tuple[Call, tuple[Any, ...], str]:
+    """Operator arguments as (Call, options tuple, backend)."""
+    backend = flags.pop("backend", "auto")
+    options = Options(op=name, **flags)
+    return Call(**arrays), tuple(vars(options).values()), backend
+
+
+def _functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,
+                cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices)  # fmt: skip
+    o, state = op.execute(*_split("gated_delta_rule", arrays, flags), False)
+    return o, state if state is not None else q.new_empty(0)
+
+
+def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None, dt_bias=None, mask=None,
+                    cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
+    o, state = op.execute(*_split("gated_delta_rule", arrays, flags), False)
+    return o, state if state is not None else q.new_empty(0)
+
+
+def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,
+             cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
+    return op.execute(*_split("gated_delta_rule_", arrays, flags), True)[0]
+
+
+for _name, _impl in (
+    ("gated_delta_rule", _functional),
+    ("gated_delta_rule_snapshots", _with_snapshots),
+    ("gated_delta_rule_", _inplace),
+):
+    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+def _is_concrete(*tensors: Any) -> bool:
+    return all(isinstance(n, int) for x in tensors if x is not None for n in x.shape)
+
+
+def _fake_functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,
+                     cu_seqlens=None, state_indices=None, snapshots=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
+    call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    flags.pop("backend", None)
+    if _is_concrete(q, k, v, g, beta, initial_state, cu_seqlens, snapshots):
+        check_call(call, Options(**flags), inplace=False)
+    o = v.new_empty(v.shape)
+    if not flags.get("output_final_state", True):
+        return o, q.new_empty(0)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    like = initial_state if initial_state is not None else snapshots
+    dtype = like.dtype if like is not None else torch.float64 if q.dtype == torch.float64 else torch.float32
+    K, V = q.shape[3], v.shape[3]
+    tail = (K, V) if flags.get("state_layout", "kv") == "kv" else (V, K)
+    return o, q.new_empty((N, v.shape[2], *tail), dtype=dtype)
+
+
+def _fake_with_snapshots(q, k, v, g, beta, snapshots, *arrays, **flags):  # type: ignore[no-untyped-def]
+    return _fake_functional(q, k, v, g, beta, *arrays, snapshots=snapshots, **flags)
+
+
+def _fake_inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,
+                  cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
+    call = Call(q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    flags.pop("backend", None)
+    if _is_concrete(q, k, v, g, beta, state, cu_seqlens, snapshots):
+        check_call(call, Options(op="gated_delta_rule_", **flags), inplace=True)
+    return v.new_empty(v.shape)
+
+
+torch.library.register_fake("anydelta::gated_delta_rule", _fake_functional, lib=_LIB)
+torch.library.register_fake("anydelta::gated_delta_rule_snapshots", _fake_with_snapshots, lib=_LIB)
+torch.library.register_fake("anydelta::gated_delta_rule_", _fake_inplace, lib=_LIB)
+
+
+_INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    flags = {k: v for k, v in keyword_only_inputs.items() if k != "backend"}
+    ctx.options = Options(**flags)
+
+
+def _backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
+    call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
+    wanted = [n for n, need in zip(_INPUTS, ctx.needs_input_grad, strict=False) if need]
+    grads = gradients(call, ctx.options, wanted, grad_o, grad_state)
+    return tuple(grads.get(name) for name in _INPUTS)
+
+
+torch.library.register_autograd(
+    "anydelta::gated_delta_rule", _backward, setup_context=_setup_context, lib=_LIB
+)
+
+
+def any_requires_grad(call: Call) -> bool:
+    return (
+        call.q.requires_grad
+        or any(
+            isinstance(x, torch.Tensor) and x.requires_grad
+            for x in (call.k, call.v, call.g, call.beta, call.state_in, call.A_log, call.dt_bias)
+        )
+    )  # fmt: skip
+
+
+def differentiable(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call with inputs that require grad: the functional operator under autograd."""
+    spec = check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
+    if backend not in ("auto", *dispatch.NAMES):
+        dispatch.get_backend(backend)  # raises, naming the known ones
+    del spec
+    return traced(call, options, backend, inplace)
+
+
+def traced(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The call as a dispatcher operator, which tracers record."""
+    _, scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout, final = options
+    flags = dict(
+        scale=scale, decay=decay, lower_bound=lower_bound, beta_is_logit=beta_is_logit, heads=heads,
+        qk_l2norm=qk_l2norm, qk_l2norm_eps=eps, state_layout=layout, backend=backend,
+    )  # fmt: skip
+    arrays = (call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices)
+    qkv = (call.q, call.k, call.v, call.g, call.beta)
+    if inplace:
+        ops = torch.ops.anydelta.gated_delta_rule_
+        return ops(*qkv, call.state_in, call.snapshots, *arrays, **flags), call.state_in
+    if call.snapshots is not None:
+        ops = torch.ops.anydelta.gated_delta_rule_snapshots
+        o, state = ops(*qkv, call.snapshots, call.state_in, *arrays, output_final_state=final, **flags)
+    else:
+        ops = torch.ops.anydelta.gated_delta_rule
+        o, state = ops(*qkv, call.state_in, *arrays, output_final_state=final, **flags)
+    return o, state if final else None
