@@ -1,1 +1,265 @@
-BACKEND = None
+"""The native CPU backend: hands addresses and strides to the C++ kernels (kernels/cpu, `anydelta._core`).
+
+The instruction set is chosen at run time; ANYDELTA_CPU_ISA forces one of `isas()`. Thread counts follow
+`torch.set_num_threads` for torch tensors and OMP_NUM_THREADS for NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..dispatch import Rejected
+from ..spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framework_of
+
+try:
+    from .. import _core
+except ImportError as error:  # a source tree that was not built: the reason is shown by dispatch and `anydelta info`
+    _core = None  # type: ignore[assignment]
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+ISA_ENV = "ANYDELTA_CPU_ISA"
+_DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def isas() -> list[str]:
+    """The builds of the kernels that this CPU can run, slowest first."""
+    return list(_core.isas()) if _core is not None else []
+
+
+def isa() -> str:
+    """The build that runs now."""
+    return str(_core.isa())
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Run one build of the kernels inside the block.
+
+    Raises:
+        ValueError: this CPU cannot run it; the text lists those it can.
+    """
+    before = isa()
+    _set_isa(name, "forced_isa")
+    try:
+        yield
+    finally:
+        _core.set_isa(before)
+
+
+def _set_isa(name: str, who: str) -> None:
+    if name not in isas():
+        raise ValueError(f"{who} must be one of {', '.join(isas())} on this CPU; got {name!r}")
+    _core.set_isa(name)
+
+
+@cache
+def _default_threads() -> int:
+    """For NumPy arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def _address(x: Any) -> int:
+    if x is None:
+        return 0
+    return x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0]
+
+
+class _Plan:
+    """What `run` needs besides addresses: the native plan, and which arrays must be copied to be contiguous."""
+
+    __slots__ = ("copies", "native", "state_copy", "snapshots_copy", "torch")
+
+    def __init__(self, native: Any, copies: tuple[str, ...], state_copy: bool, snapshots_copy: bool, torch: bool):
+        self.native = native
+        self.copies = copies
+        self.state_copy = state_copy
+        self.snapshots_copy = snapshots_copy
+        self.torch = torch
+
+
+class Cpu:
+    name = "cpu"
+
+    def available(self) -> Sequence[Rejected]:
+        if _core is None:
+            return (Rejected(f"the extension anydelta._core is not built or does not load ({_import_error})"),)
+        return ()
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device != "cpu":
+            no.append(f"takes tensors on the CPU; got device {spec.device}")
+        if spec.dtype not in _DTYPE:
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
+        if spec.requires_grad:
+            no.append("has no backward; gradients are computed by the reference")
+        return tuple(Rejected(reason) for reason in no)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "isa": isa(),
+            "isas": isas(),
+            "features": list(_core.cpu_features()),
+            "threads": _default_threads(),
+            "thread_provider": _core.thread_provider(True),
+        }
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        opt = spec.options
+        copies = []
+        strides = {}
+        for name in ("q", "k", "v", "g", "beta"):
+            x = getattr(call, name)
+            st = element_strides(x)
+            rows = len(st) == 4
+            if (rows and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64":
+                copies.append(name)
+                st = _contiguous_strides(tuple(x.shape))
+            dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
+            strides[name] = (_DTYPE[dtype], *st[:3])
+        for name in ("A_log", "dt_bias", "cu_seqlens", "state_indices"):
+            x = getattr(call, name)
+            if x is not None and (
+                element_strides(x) != _contiguous_strides(tuple(x.shape)) or dtype_name(x) == "float64"
+            ):
+                copies.append(name)
+
+        B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
+        dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
+        dense = (0, HV * dims[0] * dims[1], dims[0] * dims[1], dims[1])
+        state_in, state_copy = _state_strides(call.state_in, dense)
+        snapshots, snapshots_copy = dense, False
+        if call.snapshots is not None:
+            st = element_strides(call.snapshots)
+            snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1
+            snapshots = _contiguous_strides(tuple(call.snapshots.shape))[:4] if snapshots_copy else st[:4]
+        mask = element_strides(call.mask) if call.mask is not None else (0, 0)
+        native = _core.Plan(
+            dict(
+                B=B, T=T, H=spec.H, HV=HV, K=spec.K, V=V, N=spec.N,
+                kda=spec.kda,
+                tiled=opt.heads == "tiled",
+                vk=opt.state_layout == "vk",
+                beta_is_logit=opt.beta_is_logit,
+                qk_l2norm=opt.qk_l2norm,
+                qk_l2norm_eps=float(opt.qk_l2norm_eps),
+                has_lower_bound=opt.lower_bound is not None,
+                lower_bound=float(opt.lower_bound or 0.0),
+                decay=DECAYS.index(opt.decay),
+                scale=spec.scale,
+                **strides,
+                o=(_DTYPE[spec.dtype], T * HV * V, HV * V, V),
+                A_log_dtype=_small_dtype(call.A_log),
+                dt_bias_dtype=_small_dtype(call.dt_bias),
+                mask_b=mask[0],
+                mask_t=mask[1],
+                state_dtype=_DTYPE[spec.state_dtype],
+                state_in=state_in,
+                state_out=state_in if spec.inplace else dense,
+                snapshots=snapshots,
+                out_dense=not spec.inplace,
+                Ks=spec.snapshots,
+                cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
+                indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
+            )
+        )  # fmt: skip
+        return _Plan(native, tuple(copies), state_copy, snapshots_copy, spec.framework == "torch")
+
+    def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
+        if plan.copies or plan.state_copy or plan.snapshots_copy:
+            return _run_with_copies(plan, spec, call)
+        if plan.torch:
+            _core.run(
+                plan.native, _torch_threads(), True,
+                call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), call.g.data_ptr(), call.beta.data_ptr(),
+                call.o.data_ptr(),
+                0 if call.state_in is None else call.state_in.data_ptr(),
+                0 if call.state_out is None else call.state_out.data_ptr(),
+                0 if call.snapshots is None else call.snapshots.data_ptr(),
+                0 if call.A_log is None else call.A_log.data_ptr(),
+                0 if call.dt_bias is None else call.dt_bias.data_ptr(),
+                0 if call.mask is None else call.mask.data_ptr(),
+                0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr(),
+                0 if call.state_indices is None else call.state_indices.data_ptr(),
+            )  # fmt: skip
+        else:
+            _core.run(
+                plan.native, _default_threads(), False,
+                _address(call.q), _address(call.k), _address(call.v), _address(call.g), _address(call.beta),
+                _address(call.o), _address(call.state_in), _address(call.state_out), _address(call.snapshots),
+                _address(call.A_log), _address(call.dt_bias), _address(call.mask), _address(call.cu_seqlens),
+                _address(call.state_indices),
+            )  # fmt: skip
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _small_dtype(x: Any) -> int:
+    return 0 if x is None else _DTYPE.get(dtype_name(x), 0)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * int(n))
+    return tuple(reversed(strides))
+
+
+def _state_strides(state: Any, dense: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """((slot, n, h, row) strides, whether the state must be copied because its last dimension is strided)."""
+    if state is None:
+        return dense, False
+    st = element_strides(state)
+    if st[3] != 1 and state.shape[3] > 1:
+        return dense, True
+    return (0, *st[:3]), False
+
+
+def _contiguous(x: Any) -> Any:
+    """A C-contiguous copy; float64 gates become float32, the type they are computed in."""
+    if framework_of(x) == "torch":
+        import torch
+
+        return (x.float() if x.dtype == torch.float64 else x).contiguous()
+    return np.ascontiguousarray(x, dtype=np.float32 if x.dtype == np.float64 else None)
+
+
+def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
+    """The slow path for arrays whose last dimension is strided: run on contiguous copies, then copy results back."""
+    fields = {name: getattr(call, name) for name in call.__dataclass_fields__}
+    for name in plan.copies:
+        fields[name] = _contiguous(fields[name])
+    inner = Call(**fields)
+    if plan.state_copy:
+        inner.state_in = _contiguous(call.state_in)
+        if spec.inplace:
+            inner.state_out = inner.state_in
+    if plan.snapshots_copy:
+        inner.snapshots = _contiguous(call.snapshots)
+    BACKEND.run(_Plan(plan.native, (), False, False, plan.torch), spec, inner)
+    if plan.state_copy and spec.inplace:
+        call.state_out[...] = inner.state_out
+    if plan.snapshots_copy:
+        call.snapshots[...] = inner.snapshots
+
+
+BACKEND = Cpu()
+
+if _core is not None and os.environ.get(ISA_ENV):
+    _set_isa(os.environ[ISA_ENV], f"anydelta: {ISA_ENV}")

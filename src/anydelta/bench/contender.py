@@ -1,0 +1,140 @@
+"""What a contender of the benchmark is: something that takes a case, and runs it on buffers of its own.
+
+Each one translates the case into its own convention before the clock starts, and keeps its buffers and graphs
+from call to call, so that only its kernel and its own call path are timed. `result` undoes the translation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .cases import F32, Case, Inputs
+
+
+@dataclass
+class Result:
+    """One call from the initial state, in anydelta's convention."""
+
+    o: F32
+    """[B, T, HV, D]"""
+    state: F32
+    """[B, HV, D, D] (kv)"""
+    snapshots: F32 | None = None
+    """[Ks, B, HV, D, D] (kv), slot 0 newest."""
+
+
+class Runner(Protocol):
+    """A contender with one case's buffers in its own layout."""
+
+    detail: str
+    """How it runs: the backend, the algorithm or the instruction set."""
+    working_set: int
+    """Bytes of state that its calls read and write in turn."""
+
+    def run(self, calls: int) -> None:
+        """That many calls back to back; all that is timed. A cold case takes the next state on every call."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the initial state; not timed."""
+        ...
+
+    def result(self) -> Result:
+        """Reset, one call, and what it produced."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Contender(Protocol):
+    name: str
+
+    def missing(self) -> str | None:
+        """Why it cannot run here at all, or None."""
+        ...
+
+    def version(self) -> str: ...
+
+    def refuses(self, case: Case) -> str | None:
+        """Why it cannot run this case, or None."""
+        ...
+
+    def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner: ...
+
+
+class RunnerBase:
+    """Takes turns over `case.states` states: `call(i)` advances the i-th."""
+
+    detail = ""
+
+    def __init__(self, case: Case, call: Callable[[int], Any], *, in_place: bool = False):
+        self.case, self.call, self._next = case, call, 0
+        buffers = max(1, case.snapshots) + (0 if in_place and not case.snapshots else 1)
+        self.working_set = case.states * case.state_bytes * buffers
+
+    def run(self, calls: int) -> None:
+        call, i, n = self.call, self._next, self.case.states
+        for _ in range(calls):
+            call(i)
+            i += 1
+            if i == n:
+                i = 0
+        self._next = i
+
+    def reset(self) -> None:
+        """Contenders that write their result elsewhere always start from the initial state."""
+
+    def close(self) -> None:
+        del self.call
+
+
+def faster(options: dict[str, Callable[[int], Any]]) -> str:
+    """The name of the option with the quickest of three calls, so that a peer is shown at its best."""
+
+    def best(call: Callable[[int], Any]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call(0)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min(options, key=lambda name: best(options[name])) if len(options) > 1 else next(iter(options))
+
+
+def package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "?"
+
+
+def needs(module: str, package: str) -> str | None:
+    """Why a module is not there, without importing all of it."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:  # the parent package is absent or broken
+        found = None
+    return None if found else f"{package.strip(chr(39))} is not installed (pip install {package})"
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Send what C code writes to file descriptor 2 nowhere, so that a peer's log is neither shown nor timed."""
+    sys.stderr.flush()
+    keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(null)

@@ -1,0 +1,383 @@
+"""Who is measured: anydelta and, from packages where they are installed, the other implementations.
+
+ggml, which is reached through ctypes, has its own file. What each one wants:
+
+| contender | order | decay | scale | state | heads | snapshots |
+|---|---|---|---|---|---|---|
+| transformers | [B, T, H, D] | log | in the op | [B, HV, K, V] | interleaved | T calls of one token |
+| executorch | [B, HV, T, D] | linear | folded into q | [B, HV, K, V] | q, k repeated beforehand | T calls of one token |
+| mlx | [B, T, H, D] | linear | folded into q | [B, HV, V, K] | interleaved | T calls of one token |
+| ggml | [B, T, H, D] | log | in the op | [B, HV, V, K] | tiled | in the op, newest first |
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import F32, Case, Inputs
+from .contender import Contender, Result, Runner, RunnerBase, faster, needs, package_version, quiet_stderr
+from .ggml import Ggml
+
+
+class Anydelta:
+    """anydelta itself: in place, as a model calls it; with snapshots the final state is slot 0."""
+
+    name = "anydelta"
+
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+
+    def missing(self) -> str | None:
+        return None if importlib.util.find_spec("torch") else "PyTorch is not installed (pip install torch)"
+
+    def version(self) -> str:
+        import anydelta
+
+        return anydelta.__version__
+
+    def refuses(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
+        return _AnydeltaRunner(case, inputs, self.backend)
+
+
+class _AnydeltaRunner(RunnerBase):
+    def __init__(self, case: Case, inputs: Inputs, backend: str):
+        import torch
+
+        import anydelta
+
+        self.x = x = {n: torch.from_numpy(v) for n, v in vars(inputs).items()}
+        self.states = x["state"][None].repeat(case.states, 1, 1, 1, 1)
+        self.snaps = self.states.new_zeros(case.states if case.snapshots else 0, case.snapshots, *x["state"].shape)
+        states, snaps = list(self.states), list(self.snaps)
+        q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "g", "beta"))
+        self.trace = anydelta.explain(q, k, v, g=g, beta=beta, initial_state=states[0], backend=backend)
+
+        def advance(i: int) -> Any:
+            return anydelta.gated_delta_rule_(q, k, v, states[i], g=g, beta=beta, backend=backend)
+
+        def keep(i: int) -> Any:
+            return anydelta.gated_delta_rule(
+                q, k, v, g=g, beta=beta, initial_state=states[i], snapshots=snaps[i], output_final_state=False,
+                backend=backend,
+            )[0]  # fmt: skip
+
+        super().__init__(case, keep if case.snapshots else advance, in_place=True)
+        self.detail = f"backend {self.trace.chosen}"
+
+    def reset(self) -> None:
+        if not self.case.snapshots:
+            self.states.copy_(self.x["state"])
+        self._next = 0
+
+    def result(self) -> Result:
+        self.reset()
+        self.snaps.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
+        o = self.call(0).numpy().copy()
+        if self.case.snapshots:
+            return Result(o, self.snaps[0, 0].numpy().copy(), self.snaps[0].numpy().copy())
+        return Result(o, self.states[0].numpy().copy())
+
+    def close(self) -> None:
+        super().close()
+        del self.states, self.snaps, self.x
+
+
+class Transformers:
+    """The PyTorch path that Transformers falls back to without a GPU kernel."""
+
+    name = "transformers"
+
+    def missing(self) -> str | None:
+        return needs("transformers", "transformers") or needs("torch", "torch")
+
+    def version(self) -> str:
+        return package_version("transformers")
+
+    def refuses(self, case: Case) -> str | None:
+        if case.gate == "kda" and case.H != case.HV:
+            return "its KDA has no grouped value heads"
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
+        if case.gate == "gda":
+            m = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+            token, chunk = m.torch_recurrent_gated_delta_rule, m.torch_chunk_gated_delta_rule
+        else:
+            m = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+            token, chunk = m.recurrent_kimi_delta_attention, m.chunk_kimi_delta_attention
+        return _TransformersRunner(case, inputs, token, chunk)
+
+
+class _TransformersRunner(RunnerBase):
+    def __init__(self, case: Case, inputs: Inputs, token: Callable[..., Any], chunk: Callable[..., Any]):
+        import torch
+
+        x = {n: torch.from_numpy(v) for n, v in vars(inputs).items()}
+        args = [x[n] for n in ("q", "k", "v", "g", "beta")]
+        start = x["state"]
+        self.states: list[Any] = [start.clone() for _ in range(case.states)]
+        self.kept: list[Any] = [None] * case.states
+        self.out: Any = None
+
+        def whole(fn: Callable[..., Any]) -> Callable[[int], Any]:
+            def call(i: int) -> None:
+                with torch.inference_mode():
+                    self.out, self.kept[i] = fn(*args, initial_state=self.states[i], output_final_state=True)
+
+            return call
+
+        tokens = [[a[:, t : t + 1] for a in args] for t in range(case.T)] if case.snapshots else []
+
+        def one_by_one(i: int) -> None:
+            with torch.inference_mode():
+                state, outs, snaps = self.states[i], [], []
+                for a in tokens:
+                    o, state = token(*a, initial_state=state, output_final_state=True)
+                    outs.append(o)
+                    snaps.append(state)
+                self.out, self.kept[i] = outs, snaps
+
+        options: dict[str, Callable[[int], Any]] = {}
+        if case.snapshots:
+            options["one token per call"] = one_by_one
+        else:
+            if case.T <= 64 or not self._chunk_fits(case):
+                options["recurrence"] = whole(token)
+            if case.T > 1 and self._chunk_fits(case):
+                options["chunks of 64"] = whole(chunk)
+        self.detail = faster(options)
+        super().__init__(case, options[self.detail])
+
+    @staticmethod
+    def _chunk_fits(case: Case) -> bool:
+        """Its chunked KDA holds [B, H, T, 64, K] pairwise decays at once."""
+        tokens = -(-case.T // 64) * 64
+        return case.gate == "gda" or 4 * case.B * case.HV * tokens * 64 * case.D <= 2**31
+
+    def result(self) -> Result:
+        self.call(0)
+        if self.case.snapshots:
+            o = np.concatenate([o.numpy() for o in self.out], axis=1)
+            snaps = np.stack([s.numpy() for s in reversed(self.kept[0])])
+            return Result(o, snaps[0], snaps)
+        return Result(self.out.numpy().copy(), self.kept[0].numpy().copy())
+
+    def close(self) -> None:
+        super().close()
+        self.states, self.kept = [], []
+
+
+class ExecuTorch:
+    """torch.ops.llama.gated_delta_rule, the CPU op of ExecuTorch's LLM runner."""
+
+    name = "executorch"
+
+    @cached_property
+    def _folder(self) -> Path | None:
+        spec = importlib.util.find_spec("executorch")
+        places = spec.submodule_search_locations if spec else None
+        return Path(next(iter(places))) if places else None
+
+    def _library(self, stem: str) -> Path | None:
+        if self._folder is None:
+            return None
+        return next(iter(sorted(self._folder.rglob(f"lib{stem}.*"))), None)
+
+    def missing(self) -> str | None:
+        if why := needs("executorch", "executorch") or needs("torch", "torch"):
+            return why
+        if self._library("custom_ops_aot_lib") is None:
+            return f"executorch {self.version()} ships no libcustom_ops_aot_lib"
+        return None
+
+    def version(self) -> str:
+        return package_version("executorch")
+
+    def refuses(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
+        import torch
+
+        with quiet_stderr():
+            torch.ops.load_library(str(self._library("custom_ops_aot_lib")))
+            if not hasattr(torch.ops.llama, "gated_delta_rule"):
+                raise RuntimeError(f"executorch {self.version()} has no llama::gated_delta_rule")
+            got = self._set_threads(threads)
+        return _ExecuTorchRunner(case, inputs, f"{got} threads" if got else "its own thread count")
+
+    def _set_threads(self, threads: int) -> int:
+        """Its pool has no Python face; the C++ one is reached by name. 0 if this build spells it otherwise."""
+        try:
+            lib = ctypes.CDLL(str(self._library("executorch_threadpool")))
+            pool = lib._ZN10executorch9extension10threadpool14get_threadpoolEv
+            count = lib._ZNK10executorch9extension10threadpool10ThreadPool16get_thread_countEv
+            resize = lib._ZN10executorch9extension10threadpool10ThreadPool24_unsafe_reset_threadpoolEj
+        except (OSError, AttributeError, TypeError):
+            return 0
+        pool.restype, pool.argtypes = ctypes.c_void_p, []
+        count.restype, count.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+        resize.restype, resize.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.c_uint32]
+        here = pool()
+        if count(here) != threads:
+            resize(here, threads)
+        return int(count(here))
+
+
+class _ExecuTorchRunner(RunnerBase):
+    def __init__(self, case: Case, inputs: Inputs, detail: str):
+        import torch
+
+        rep = case.HV // case.H
+        op = torch.ops.llama.gated_delta_rule.out
+
+        def heads_first(x: F32) -> Any:
+            return torch.from_numpy(np.ascontiguousarray(np.swapaxes(x, 1, 2)))
+
+        args = [
+            heads_first(np.repeat(inputs.q, rep, axis=2) * np.float32(case.D**-0.5)),
+            heads_first(np.repeat(inputs.k, rep, axis=2)),
+            heads_first(inputs.v),
+            heads_first(np.exp(inputs.g)),
+            heads_first(inputs.beta),
+        ]
+        start = torch.from_numpy(inputs.state)
+        self.states = start[None].repeat(case.states, 1, 1, 1, 1)
+        self.kept = self.states.new_zeros(case.states, max(1, case.snapshots), *start.shape)
+        self.outs = [torch.zeros_like(args[2])]
+        states, kept = list(self.states), [list(row) for row in self.kept]
+
+        def whole(i: int) -> None:
+            op(*args, states[i], out=self.outs[0], final_state_out=kept[i][0])
+
+        tokens = []
+        if case.snapshots:
+            tokens = [[a[:, :, t : t + 1].contiguous() for a in args] for t in range(case.T)]
+            self.outs = [torch.zeros_like(a[2]) for a in tokens]
+
+        def one_by_one(i: int) -> None:
+            state = states[i]
+            for a, o, final in zip(tokens, self.outs, reversed(kept[i]), strict=True):
+                op(*a, state, out=o, final_state_out=final)
+                state = final
+
+        super().__init__(case, one_by_one if case.snapshots else whole)
+        self.detail = detail + (", one token per call" if case.snapshots else "")
+
+    def run(self, calls: int) -> None:
+        with quiet_stderr():  # it logs a line per call
+            super().run(calls)
+
+    def result(self) -> Result:
+        self.kept.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
+        with quiet_stderr():
+            self.call(0)
+        o = np.concatenate([np.swapaxes(o.numpy(), 1, 2) for o in self.outs], axis=1)
+        kept = self.kept[0].numpy().copy()
+        return Result(o, kept[0], kept if self.case.snapshots else None)
+
+    def close(self) -> None:
+        super().close()
+        del self.states, self.kept
+
+
+class Mlx:
+    """mx.fast.gated_delta_update on MLX's CPU backend."""
+
+    name = "mlx"
+
+    def missing(self) -> str | None:
+        if why := needs("mlx.core", "'mlx[cpu]'"):
+            return why
+        mx = importlib.import_module("mlx.core")
+        if not hasattr(mx.fast, "gated_delta_update"):
+            return f"mlx {self.version()} has no mx.fast.gated_delta_update (0.32.3 and later do)"
+        return None
+
+    def version(self) -> str:
+        return package_version("mlx")
+
+    def refuses(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
+        return _MlxRunner(case, inputs)
+
+
+class _MlxRunner(RunnerBase):
+    def __init__(self, case: Case, inputs: Inputs):
+        mx = importlib.import_module("mlx.core")
+        update, cpu = mx.fast.gated_delta_update, mx.cpu
+        args = [
+            mx.array(x)
+            for x in (
+                inputs.q * np.float32(case.D**-0.5), inputs.k, inputs.v, np.exp(inputs.g), inputs.beta,
+            )
+        ]  # fmt: skip
+        start = np.ascontiguousarray(np.swapaxes(inputs.state, -1, -2))
+        self.states: list[Any] = [mx.array(start) for _ in range(case.states)]
+        self.kept: list[Any] = [None] * case.states
+        self.out: Any = None
+        mx.eval(*args, *self.states)
+
+        def whole(i: int) -> None:
+            self.out, self.kept[i] = update(*args, self.states[i], stream=cpu)
+            mx.eval(self.out, self.kept[i])
+
+        tokens = [[a[:, t : t + 1] for a in args] for t in range(case.T)] if case.snapshots else []
+        for a in tokens:
+            mx.eval(*a)
+
+        def one_by_one(i: int) -> None:
+            state, outs, snaps = self.states[i], [], []
+            for a in tokens:
+                o, state = update(*a, state, stream=cpu)
+                outs.append(o)
+                snaps.append(state)
+            mx.eval(outs, snaps)
+            self.out, self.kept[i] = outs, snaps
+
+        super().__init__(case, one_by_one if case.snapshots else whole)
+        self.detail = "one thread per op" + (", one token per step" if case.snapshots else "")
+
+    def result(self) -> Result:
+        self.call(0)
+        if self.case.snapshots:
+            o = np.concatenate([np.array(o) for o in self.out], axis=1)
+            snaps = np.stack([np.array(s).swapaxes(-1, -2) for s in reversed(self.kept[0])])
+            return Result(o, snaps[0], snaps)
+        return Result(np.array(self.out), np.array(self.kept[0]).swapaxes(-1, -2))
+
+    def close(self) -> None:
+        super().close()
+        self.states, self.kept = [], []
+
+
+def every_peer() -> list[Contender]:
+    return [Ggml(), ExecuTorch(), Mlx(), Transformers()]
+
+
+def choose_peers(names: Sequence[str]) -> list[Contender]:
+    """The peers of those names; all of them for an empty list.
+
+    Raises:
+        ValueError: an unknown name, or a peer that was asked for and cannot run here.
+    """
+    known = {p.name: p for p in every_peer()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"peer must be one of {', '.join(known)}; got {name!r}")
+        if why := known[name].missing():
+            raise ValueError(f"peer {name!r} cannot run here: {why}")
+    return [p for n, p in known.items() if not names or n in names]

@@ -1,0 +1,621 @@
+"""The conformance cases: one frozen record per call, whose printed form is its reproduction.
+
+`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The values of
+a case come from a seed that is derived from that line, so a line is all that is needed to repeat a failure.
+`CASES` is the list; DESIGN.md, section 7, says what it must cover.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .values import F64, round_to
+
+GATES = ("keep", "one", "twenty", "wipe", "inf", "mixed", "model", "ggml")
+KEYS = ("unit", "alike", "tiny", "huge", "zero", "gaps")
+BETAS = ("mid", "zero", "one", "ends", "weak")
+MASKS = ("left", "right", "random", "none", "all")
+STRIDES = ("dense", "permuted", "fused", "strided", "expanded")
+STATE_STRIDES = ("dense", "padded", "transposed", "expanded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator. Sizes as in the contract; the rest is described field by field."""
+
+    B: int = 1
+    T: int = 1
+    H: int = 2
+    HV: int = 2
+    K: int = 64
+    V: int = 64
+    kda: bool = False
+    dtype: str = "float32"
+    state_dtype: str = "float32"
+    gate_dtype: str = "float32"
+    """dtype of g, beta and dt_bias."""
+    heads: str = "interleaved"
+    layout: str = "kv"
+    decay: str = "log"
+    dt_bias: str = "none"
+    """For raw gates: "none", "full" [HV] or [HV, K], "flat" [HV * K]."""
+    lower_bound: float | None = None
+    logit: bool = False
+    l2norm: bool = False
+    eps: float = 1e-6
+    scale: float | None = None
+    fresh: bool = False
+    """Without an initial state."""
+    inplace: bool = False
+    nofinal: bool = False
+    """With output_final_state=False."""
+    seqlens: tuple[int, ...] | None = None
+    """Lengths of packed sequences; T follows from them."""
+    pool: int = 0
+    indices: tuple[int, ...] | None = None
+    """Rows of a pool of `pool` states. Repeated ones must be refused."""
+    int64: bool = False
+    """Index arrays are int64, not int32."""
+    mask: str = ""
+    """One of MASKS: what is padding. "none": no token is live; "all": every token is."""
+    snapshots: int = 0
+    strides: str = "dense"
+    """Of the inputs, see compare.Buffer: one of STRIDES."""
+    state_strides: str = "dense"
+    """Of the state and the snapshots: one of STATE_STRIDES."""
+    gate: str = "model"
+    """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of them,
+    "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4)."""
+    key: str = "unit"
+    """Keys: "unit" of norm 1, "alike" norm 1 and almost parallel, "tiny" 1e-3, "huge" 1e4 (64 in half types),
+    "zero", "gaps": every third one zero."""
+    beta: str = "mid"
+    """Write strength: "mid" U(0, 1), "zero", "one", "ends" 0 or 1, "weak" about 1e-6."""
+
+    def __post_init__(self) -> None:
+        if self.seqlens is not None:
+            object.__setattr__(self, "T", sum(self.seqlens))
+        for name, known in (
+            ("gate", GATES), ("key", KEYS), ("beta", BETAS), ("mask", ("", *MASKS)), ("strides", STRIDES),
+            ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
+        for bad, text in (
+            (self.seqlens is not None and self.B != 1, "seqlens go with B=1"),
+            (self.fresh and (self.inplace or self.indices is not None), "fresh goes with neither inplace nor indices"),
+            (self.indices is not None and len(self.indices) != self.N, "indices must be one per sequence"),
+            (self.nofinal and self.inplace, "nofinal goes with the functional op"),
+            (self.state_strides == "expanded" and (self.inplace or self.snapshots), "a written state is not expanded"),
+            (
+                self.fresh and not self.snapshots and self.state_dtype == "bfloat16",
+                "a fresh final state is float32",
+            ),
+            (self.dt_bias != "none" and self.decay != "raw", "dt_bias goes with decay=raw"),
+            (self.lower_bound is not None and self.decay != "raw", "lower_bound goes with decay=raw"),
+        ):
+            if bad:
+                raise ValueError(f"case: {text}; got {self}")
+
+    @property
+    def N(self) -> int:
+        return self.B if self.seqlens is None else len(self.seqlens)
+
+    @property
+    def P(self) -> int:
+        return self.N if self.indices is None else self.pool
+
+    @property
+    def op(self) -> str:
+        return "gated_delta_rule_" if self.inplace else "gated_delta_rule"
+
+    @property
+    def refused(self) -> bool:
+        """True for the cases that must raise ValueError: an index named twice."""
+        used = [i for i in self.indices or () if i >= 0]
+        return len(set(used)) < len(used)
+
+    @property
+    def work(self) -> int:
+        """Tokens times state elements: what a case costs."""
+        return self.B * self.T * self.HV * self.K * self.V
+
+    def __str__(self) -> str:
+        words = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in _SIZES and value == f.default:
+                continue
+            if value is True:
+                words.append(f.name)
+            elif isinstance(value, tuple):
+                words.append(f"{f.name}={','.join(map(str, value))}")
+            else:
+                words.append(f"{f.name}={value}")
+        return " ".join(words)
+
+    @classmethod
+    def parse(cls, line: str) -> Case:
+        """The case that prints as `line`.
+
+        Raises:
+            ValueError: an unknown field, or a value that does not fit it.
+        """
+        readers = {f.name: _READERS[str(f.type)] for f in fields(cls) if f.default is not MISSING}
+        values: dict[str, Any] = {}
+        for word in line.split():
+            name, eq, text = word.partition("=")
+            if name not in readers:
+                raise ValueError(f"case: no field is called {name!r}; the fields are {', '.join(readers)}")
+            try:
+                values[name] = readers[name](text) if eq else _bare(name, readers[name])
+            except ValueError:
+                raise ValueError(f"case: {name} cannot be {text!r}") from None
+        return cls(**values)
+
+
+_SIZES = ("B", "T", "H", "HV", "K", "V")
+_READERS: dict[str, Any] = {
+    "int": int,
+    "str": str,
+    "bool": lambda text: {"True": True, "False": False}[text] if text in ("True", "False") else int("x"),
+    "float | None": lambda text: None if text == "None" else float(text),
+    "float": float,
+    "tuple[int, ...] | None": lambda text: tuple(int(n) for n in text.split(",") if n),
+}
+
+
+def _bare(name: str, reader: Any) -> bool:
+    """A word without "=" is a flag."""
+    if reader is not _READERS["bool"]:
+        raise ValueError(name)
+    return True
+
+
+@dataclass
+class Inputs:
+    """The values of a case in float64 (or bool, or int64), rounded to the dtypes that the call uses."""
+
+    q: F64
+    k: F64
+    v: F64
+    g: F64
+    beta: F64
+    state: F64 | None
+    A_log: F64 | None = None
+    dt_bias: F64 | None = None
+    mask: NDArray[np.bool_] | None = None
+    cu_seqlens: NDArray[np.int64] | None = None
+    state_indices: NDArray[np.int64] | None = None
+
+    def live(self, case: Case) -> list[NDArray[np.bool_]]:
+        """Per sequence: which of its tokens the operator must process."""
+        mask = np.ones((case.B, case.T), bool) if self.mask is None else self.mask
+        if self.cu_seqlens is None:
+            rows = list(mask)
+        else:
+            cu = self.cu_seqlens.tolist()
+            rows = [mask[0, s:e] for s, e in zip(cu, cu[1:], strict=False)]
+        index = range(case.N) if case.indices is None else case.indices
+        return [row & (i >= 0) for row, i in zip(rows, index, strict=True)]
+
+
+def inputs(case: Case) -> Inputs:
+    """The values of a case. Tokens that must not be read (masked, or of skipped sequences) hold NaN."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    c = case
+    k = _keys(c, rng)
+    q = _unit(rng.standard_normal((c.B, c.T, c.H, c.K)))
+    if c.l2norm:
+        q *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1))
+    v = rng.standard_normal((c.B, c.T, c.HV, c.V))
+    g, A_log, dt_bias = _gates(c, rng)
+    beta = _betas(c, rng)
+    state = None
+    if not c.fresh:
+        tail = (c.K, c.V) if c.layout == "kv" else (c.V, c.K)
+        state = 0.5 * rng.standard_normal((c.P, c.HV, *tail))
+    if c.strides == "expanded":  # what compare.Buffer stores once must hold the same values everywhere
+        for x in (q, k, v, g, beta):
+            x[:] = x[:1]
+        if c.kda:
+            g[:] = g[..., :1]
+    if c.state_strides == "expanded" and state is not None:
+        state[:] = state[:1]
+
+    out = Inputs(
+        q=round_to(q, c.dtype),
+        k=round_to(k, c.dtype),
+        v=round_to(v, c.dtype),
+        g=round_to(g, c.gate_dtype),
+        beta=round_to(beta, c.gate_dtype),
+        state=None if state is None else round_to(state, c.state_dtype),
+        A_log=None if A_log is None else round_to(A_log, "float32"),
+        dt_bias=None if dt_bias is None else round_to(dt_bias, c.gate_dtype),
+        mask=_mask(c, rng),
+        cu_seqlens=None if c.seqlens is None else np.cumsum([0, *c.seqlens]),
+        state_indices=None if c.indices is None else np.array(c.indices, np.int64),
+    )
+    if c.strides != "expanded":
+        dead = ~_rows(c, out.live(c))
+        for x in (out.q, out.k, out.v, out.g, out.beta):
+            x[dead] = np.nan
+    return out
+
+
+def _rows(c: Case, live: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """[B, T] from one row per sequence."""
+    if not live:
+        return np.zeros((c.B, c.T), bool)
+    return np.stack(live) if c.seqlens is None else np.concatenate(live)[None]
+
+
+def _unit(x: F64) -> F64:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _keys(c: Case, rng: np.random.Generator) -> F64:
+    # Norm 1 as in real models: with beta in [0, 1] the recurrence is then stable however long it runs.
+    shape = (c.B, c.T, c.H, c.K)
+    k = rng.standard_normal(shape)
+    if c.key == "alike":
+        k = rng.standard_normal((c.B, 1, c.H, c.K)) + 0.2 * k
+    k = _unit(k)
+    if c.key == "gaps":
+        k[:, ::3] = 0.0
+    size = {"tiny": 1e-3, "huge": 1e4 if c.dtype in ("float32", "float64") else 64.0, "zero": 0.0}
+    k = k * size.get(c.key, 1.0)
+    if c.l2norm and c.key in ("unit", "alike"):
+        k *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1))
+    return k
+
+
+def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | None]:
+    """g in the form that `decay` says, A_log and dt_bias."""
+    shape = (c.B, c.T, c.HV, c.K) if c.kda else (c.B, c.T, c.HV)
+    log = {
+        "keep": lambda: -rng.choice([0.0, 1.0], shape) * rng.uniform(0, 1e-3, shape),
+        "one": lambda: rng.uniform(-1.5, -0.5, shape),
+        "twenty": lambda: rng.uniform(-22, -18, shape),
+        "wipe": lambda: np.full(shape, -1e4),
+        "inf": lambda: np.full(shape, -np.inf),
+        "model": lambda: -np.exp(rng.uniform(np.log(1e-3), np.log(8), shape)),
+        "ggml": lambda: rng.uniform(-20, -1e-4, shape),
+    }
+    # Long memory is the common part of a mixture: a wipe at every other token would leave nothing to test.
+    names = ("keep", "one", "twenty", "wipe", "inf")
+    pick = rng.choice(len(names), shape, p=(0.7, 0.22, 0.02, 0.03, 0.03))
+    g = log[c.gate]() if c.gate != "mixed" else np.choose(pick, [log[n]() for n in names])
+    if c.decay == "log":
+        return g, None, None
+    if c.decay == "linear":
+        return np.exp(g), None, None
+
+    # Raw: the gate before its activation. The inverse of the softplus, clipped where it has none.
+    A_log = np.log(rng.uniform(0.5, 4.0, (c.HV,)))
+    A = np.exp(A_log)[:, None] if c.kda else np.exp(A_log)
+    x = np.clip(-g, 1e-9, 1e4) / A
+    raw = np.where(x > 30, x, np.log(np.expm1(np.minimum(x, 30.0))))
+    dt_bias = None
+    if c.dt_bias != "none":
+        dt_bias = rng.uniform(-3, 3, shape[2:])
+        raw = raw - dt_bias
+        if c.dt_bias == "flat":
+            dt_bias = dt_bias.reshape(-1)
+    return raw, A_log, dt_bias
+
+
+def _betas(c: Case, rng: np.random.Generator) -> F64:
+    shape = (c.B, c.T, c.HV)
+    if c.logit:
+        ends = rng.choice([-1e4, 1e4], shape)
+        table = {"mid": rng.normal(0, 2, shape), "zero": np.full(shape, -1e4), "one": np.full(shape, 1e4), "ends": ends}
+        return table.get(c.beta, rng.uniform(-15, -12, shape))
+    ends = rng.choice([0.0, 1.0], shape)
+    table = {"mid": rng.uniform(0, 1, shape), "zero": np.zeros(shape), "one": np.ones(shape), "ends": ends}
+    return table.get(c.beta, rng.uniform(1e-6, 2e-6, shape))
+
+
+def _mask(c: Case, rng: np.random.Generator) -> NDArray[np.bool_] | None:
+    """[B, T], True for live tokens."""
+    t = np.arange(c.T)
+    if not c.mask:
+        return None
+    if c.mask in ("left", "right"):
+        pad = rng.integers(0, c.T + 1, (c.B, 1))
+        return t >= pad if c.mask == "left" else t < c.T - pad
+    if c.mask == "random":
+        return rng.random((c.B, c.T)) < 0.6
+    return np.full((c.B, c.T), c.mask == "all")
+
+
+EDGES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 200, 256)
+"""Token counts on both sides of every chunk length in use."""
+
+
+def _ggml() -> Iterator[Case]:
+    """ggml's GATED_DELTA_NET list: (heads, size, T, sequences, HV/H, Ks), permuted and KDA twins."""
+    for heads, size, T, B, rep, Ks in (
+        (32, 128, 1, 1, 1, 1), (32, 16, 1, 1, 1, 1), (16, 64, 1, 2, 1, 1), (4, 64, 4, 1, 1, 1), (4, 64, 4, 2, 1, 1),
+        (8, 32, 4, 2, 2, 1), (4, 64, 33, 1, 1, 1), (4, 64, 100, 1, 1, 1), (4, 64, 127, 2, 1, 1), (4, 16, 2, 1, 1, 2),
+        (4, 32, 4, 1, 1, 4), (4, 64, 4, 2, 1, 4), (8, 128, 4, 1, 1, 4), (8, 32, 4, 2, 2, 4), (4, 32, 8, 1, 1, 3),
+        (4, 64, 16, 2, 1, 4), (4, 16, 2, 1, 1, 5), (8, 32, 4, 2, 2, 7),
+    ):  # fmt: skip
+        for kda in (False, True):
+            for strides in ("dense", "permuted"):
+                yield Case(
+                    B=B, T=T, H=heads, HV=heads * rep, K=size, V=size, kda=kda, strides=strides, snapshots=Ks,
+                    heads="tiled", layout="vk", gate="ggml", inplace=strides == "permuted",
+                )  # fmt: skip
+
+
+def _chunks() -> Iterator[Case]:
+    """Every chunk edge, at long memory and at the usual mixture."""
+    for i, T in enumerate(EDGES):
+        for kda in (False, True):
+            yield Case(T=T, K=64, V=64, H=1, HV=2, kda=kda, gate="keep", key="alike")
+            yield Case(T=T, K=32, V=48, H=2, HV=2, kda=kda, inplace=i % 2 == 0, gate="mixed", layout="vk")
+        yield Case(T=T, K=64, V=32, H=1, HV=1, kda=i % 2 == 0, dtype="bfloat16", gate="keep", l2norm=True)
+        yield Case(B=3, T=T, K=16, V=32, H=1, HV=2, kda=i % 2 == 1, mask="left", gate="one")
+    for kda in (False, True):
+        for gate in ("keep", "mixed"):
+            yield Case(T=1000, K=64, V=64, H=1, HV=2, kda=kda, gate=gate)
+    yield Case(T=64, K=128, V=128, H=16, HV=32, gate="model", dtype="bfloat16", l2norm=True)
+    yield Case(T=64, K=128, V=128, H=32, HV=32, kda=True, gate="keep")
+    yield Case(B=4, T=1, K=128, V=128, H=16, HV=32, inplace=True, dtype="bfloat16")
+    yield Case(T=128, K=256, V=256, H=1, HV=2, gate="keep", key="alike", beta="one")
+
+
+def _sizes() -> Iterator[Case]:
+    """Head sizes: the usual, those that peers refuse (80, 96, 192), odd ones, K != V."""
+    sizes = (1, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 80, 96, 100, 112, 128, 160, 192, 256)
+    for i, size in enumerate(sizes):
+        for T in (1, 20):
+            kda = (i + T) % 2 == 0
+            yield Case(T=T, H=1, HV=2, K=size, V=size, kda=kda, gate="one", inplace=T == 1)
+            yield Case(T=T, H=1, HV=1, K=size, V=size, kda=not kda, layout="vk", inplace=T == 20, gate="keep")
+    pairs = ((64, 128), (128, 64), (192, 256), (7, 33), (16, 256), (256, 16), (96, 80), (1, 33), (33, 1), (80, 96))
+    for i, (K, V) in enumerate(pairs):
+        for T in (1, 4, 19):
+            for layout in ("kv", "vk"):
+                yield Case(
+                    B=2, T=T, H=1, HV=2, K=K, V=V, layout=layout, kda=(i + T) % 2 == 0, inplace=i % 2 == 0,
+                    snapshots=2 if T == 4 else 0, dtype="bfloat16" if T == 19 and i % 3 == 0 else "float32",
+                )  # fmt: skip
+
+
+def _heads() -> Iterator[Case]:
+    for H in (1, 2, 3):
+        for rep in (1, 2, 3, 4):
+            for heads in ("interleaved", "tiled"):
+                for T in (1, 18):
+                    yield Case(
+                        B=2, T=T, H=H, HV=H * rep, K=32, V=16, heads=heads, kda=(H + T) % 2 == 0, inplace=rep % 2 == 0,
+                        l2norm=T == 1,
+                    )  # fmt: skip
+
+
+def _dtypes() -> Iterator[Case]:
+    for dtype in ("float32", "bfloat16", "float16"):
+        for state_dtype in ("float32", "bfloat16"):
+            for gate_dtype in ("float32", "bfloat16", "float16"):
+                for T in (1, 7, 70):
+                    yield Case(
+                        B=2 if T < 70 else 1, T=T, HV=4, K=32, V=32, dtype=dtype, state_dtype=state_dtype,
+                        gate_dtype=gate_dtype, kda=T == 7, inplace=T != 7, snapshots=2 if T == 7 else 0,
+                        layout="vk" if gate_dtype == "bfloat16" else "kv",
+                    )  # fmt: skip
+    for dtype in ("float32", "bfloat16", "float16"):
+        yield Case(T=33, K=128, V=128, dtype=dtype, state_dtype="bfloat16", gate="keep", fresh=True, snapshots=3)
+
+
+def _forms() -> Iterator[Case]:
+    """Decays and betas in every form, the norm in the kernel, the scale."""
+    for kda in (False, True):
+        for gate in ("keep", "one", "twenty", "wipe", "inf", "mixed", "model"):
+            for decay in ("linear", "raw"):
+                T = 21 if gate in ("keep", "mixed") else 5
+                yield Case(T=T, H=1, HV=2, K=32, V=32, kda=kda, decay=decay, gate=gate, logit=gate == "one")
+        for dt_bias in ("none", "full", "flat"):
+            if dt_bias == "flat" and not kda:
+                continue
+            for lower_bound in (None, -5.0, -0.5, 0.0):
+                for T, gate_dtype in ((1, "bfloat16"), (18, "float32")):
+                    yield Case(
+                        B=2, T=T, HV=4, K=16, V=32, kda=kda, decay="raw", dt_bias=dt_bias, lower_bound=lower_bound,
+                        gate_dtype=gate_dtype, logit=True, inplace=T == 1, dtype=gate_dtype,
+                    )  # fmt: skip
+        for beta in BETAS:
+            for logit in (False, True):
+                yield Case(T=9, K=32, V=16, kda=kda, beta=beta, logit=logit, fresh=beta == "weak")
+                yield Case(T=65, K=32, V=16, kda=kda, beta=beta, logit=logit, gate="keep")
+    for key in KEYS:
+        for eps in (1e-6, 1e-3, 0.0):
+            if eps == 0.0 and key in ("zero", "gaps"):  # 0 / 0
+                continue
+            for T in (1, 24):
+                yield Case(T=T, K=32, V=32, key=key, l2norm=True, eps=eps, fresh=key == "tiny", kda=T == 24)
+    for scale in (1.0, 0.25, 0.0, -2.0):
+        yield Case(T=5, K=16, V=16, scale=scale, kda=scale == 1.0)
+        yield Case(T=40, K=16, V=16, scale=scale, kda=scale == 1.0)
+
+
+def _regimes() -> Iterator[Case]:
+    """Gates x keys x strengths, at one token, inside a chunk and beyond one."""
+    for gate in GATES:
+        for key in KEYS:
+            for T in (1, 17, 67):
+                # Unnormalised huge keys make the recurrence explode: a few tokens are enough.
+                steps = min(T, 3) if key == "huge" else T
+                beta = BETAS[(GATES.index(gate) + KEYS.index(key)) % 4]
+                kda = (GATES.index(gate) + T) % 2 == 0
+                yield Case(
+                    T=steps, H=1, HV=2, K=32, V=24, kda=kda, gate=gate, key=key, beta=beta, inplace=T == 17,
+                    dtype="bfloat16" if T == 67 and gate == "one" else "float32", fresh=key == "tiny" and T == 67,
+                )  # fmt: skip
+
+
+def _strides() -> Iterator[Case]:
+    for strides in STRIDES:
+        for state_strides in STATE_STRIDES:
+            for layout in ("kv", "vk"):
+                for T in (1, 19):
+                    inplace = state_strides != "expanded" and (T == 1) == (layout == "kv")
+                    yield Case(
+                        B=2, T=T, HV=4, K=32, V=16, strides=strides, state_strides=state_strides, layout=layout,
+                        inplace=inplace, kda=T == 19, mask="random" if layout == "vk" else "",
+                        dtype="bfloat16" if strides == "fused" else "float32",
+                        state_dtype="bfloat16" if state_strides == "padded" and layout == "vk" else "float32",
+                        snapshots=0 if state_strides == "expanded" or T == 1 else 2,
+                    )  # fmt: skip
+    for strides in ("permuted", "fused", "strided"):
+        for kda in (False, True):
+            yield Case(
+                T=6, HV=4, K=33, V=7, strides=strides, kda=kda, decay="raw", dt_bias="flat" if kda else "full",
+                logit=True, l2norm=True,
+            )  # fmt: skip
+            yield Case(
+                seqlens=(5, 0, 18), HV=4, K=16, V=16, strides=strides, kda=kda, pool=6, indices=(3, 5, 0),
+                state_strides="padded", inplace=kda, int64=kda,
+            )  # fmt: skip
+
+
+def _packed() -> Iterator[Case]:
+    for i, seqlens in enumerate((
+        (1,), (0,), (), (3, 0, 5), (0, 0, 4), (4, 0, 0), (0, 0), (1, 1, 1, 1, 1), (16, 17, 1), (64, 1, 65), (130, 3, 7),
+        (2, 3, 5, 7, 11, 13), (33, 0, 31, 64),
+    )):  # fmt: skip
+        for kda in (False, True):
+            yield Case(seqlens=seqlens, HV=4, K=16, V=32, kda=kda, int64=kda, inplace=i % 2 == 0, gate="keep")
+            yield Case(
+                seqlens=seqlens, K=32, V=16, kda=not kda, mask=MASKS[i % len(MASKS)], snapshots=1 + i % 4, layout="vk",
+                dtype="bfloat16" if kda else "float32", state_dtype="bfloat16" if i % 2 else "float32",
+            )  # fmt: skip
+        yield Case(seqlens=seqlens, K=16, V=16, fresh=True)
+    for T in (0, 1, 5):
+        yield Case(B=0, T=T, K=16, V=16)
+    for B in (1, 3):
+        yield Case(B=B, T=0, K=16, V=16, snapshots=2)
+        yield Case(B=B, T=0, K=16, V=16, kda=True, inplace=True, layout="vk")
+
+
+def _pools() -> Iterator[Case]:
+    for i, (pool, indices) in enumerate((
+        (1, (0,)), (4, (3,)), (4, (-1,)), (5, (4, 0)), (5, (-1, 2)), (7, (6, -1, 0)), (8, (1, 3, 5, 7)),
+        (9, (-1, -1, 8, -1)), (3, (2, 1, 0)), (64, (63, 5, 17)),
+    )):  # fmt: skip
+        for T in (1, 3, 20):
+            yield Case(
+                B=len(indices), T=T, HV=4, K=16, V=24, pool=pool, indices=indices, inplace=(i + T) % 2 == 0,
+                kda=T == 3, int64=i % 2 == 0, layout="vk" if i % 3 == 0 else "kv", snapshots=2 if T == 3 else 0,
+                state_dtype="bfloat16" if i % 4 == 3 else "float32", mask="left" if i % 3 == 1 else "",
+            )  # fmt: skip
+        yield Case(
+            seqlens=tuple(range(len(indices))), K=16, V=16, pool=pool, indices=indices, inplace=i % 2 == 0, snapshots=1,
+        )  # fmt: skip
+    for inplace in (False, True):
+        yield Case(B=2, T=2, K=16, V=16, pool=4, indices=(1, 1), inplace=inplace)
+        yield Case(B=4, T=1, K=16, V=16, pool=4, indices=(-1, 2, -1, 2), inplace=inplace, int64=True, snapshots=1)
+
+
+def _masks() -> Iterator[Case]:
+    for mask in MASKS:
+        for T in (1, 5, 18, 70):
+            for kda in (False, True):
+                yield Case(
+                    B=3, T=T, HV=4, K=16, V=16, mask=mask, kda=kda, inplace=(T + kda) % 2 == 0,
+                    dtype="bfloat16" if T == 18 else "float32", gate="mixed" if kda else "keep",
+                    l2norm=T == 5, logit=T == 5,
+                )  # fmt: skip
+
+
+def _snapshots() -> Iterator[Case]:
+    """Every Ks from 1 to 17 with T > Ks, T = Ks, T < Ks, and what goes wrong together."""
+    for Ks in range(1, 18):
+        for T in (1, Ks - 1, Ks, Ks + 1, 2 * Ks + 3):
+            yield Case(
+                T=T, K=16, V=16, snapshots=Ks, kda=(Ks + T) % 2 == 0, inplace=Ks % 2 == 0,
+                layout="vk" if T % 3 == 0 else "kv", state_dtype="bfloat16" if T % 4 == 1 else "float32",
+            )  # fmt: skip
+        yield Case(seqlens=(Ks, 0, 2 * Ks, 1), K=16, V=16, snapshots=Ks, mask="random", inplace=Ks % 3 == 0)
+        yield Case(
+            B=3, T=Ks + 2, K=16, V=8, snapshots=Ks, mask="left", pool=5, indices=(4, -1, 0), layout="vk", kda=True,
+            inplace=Ks % 2 == 1, state_dtype="bfloat16" if Ks % 2 else "float32", state_strides="padded",
+        )  # fmt: skip
+        yield Case(T=30, H=1, HV=1, K=32, V=32, snapshots=Ks, nofinal=True, fresh=Ks % 2 == 0, gate="mixed")
+    for T in (63, 64, 65, 130):
+        for Ks in (1, 8, 17):
+            yield Case(T=T, H=1, HV=2, K=64, V=32, snapshots=Ks, kda=T == 65, gate="keep", dtype="bfloat16")
+
+
+def random_case(rng: np.random.Generator) -> Case:
+    """A valid case that crosses features. Sizes stay small enough for the reference."""
+    def pick(*options: Any) -> Any:
+        return options[int(rng.integers(len(options)))]
+
+    def chance(p: float) -> bool:
+        return bool(rng.random() < p)
+
+    H = pick(1, 2, 3)
+    c = Case(
+        B=pick(1, 2, 3), T=pick(1, 2, 3, 5, 8, 16, 17, 34, 66), H=H, HV=H * pick(1, 2, 3), K=pick(8, 16, 20, 33, 64),
+        V=pick(8, 12, 16, 31, 64), kda=chance(0.5), dtype=pick("float32", "float32", "bfloat16", "float16"),
+        state_dtype=pick("float32", "float32", "bfloat16"), gate_dtype=pick("float32", "float32", "bfloat16", "float16"),
+        heads=pick("interleaved", "tiled"), layout=pick("kv", "vk"), decay=pick("log", "log", "linear", "raw"),
+        logit=chance(0.4), l2norm=chance(0.5), scale=pick(None, None, 1.0), strides=pick("dense", *STRIDES),
+        mask=pick("", "", *MASKS), snapshots=pick(0, 0, 1, 2, 3, 5, 9), gate=pick(*GATES),
+        key=pick("unit", "unit", "alike", "gaps", "zero", "tiny"), beta=pick("mid", "mid", "ends", "one", "zero"),
+        int64=chance(0.5),
+    )  # fmt: skip
+    if c.decay == "raw":
+        dt_bias = pick("none", "full", "flat") if c.kda else pick("none", "full")
+        c = replace(c, dt_bias=dt_bias, lower_bound=pick(None, None, -5.0))
+    if chance(0.35):
+        c = replace(c, B=1, seqlens=tuple(int(n) for n in rng.integers(0, 20, int(rng.integers(1, 6)))))
+    if chance(0.4):
+        pool = c.N + int(rng.integers(0, 5))
+        rows = rng.permutation(pool)[: c.N]
+        rows[rng.random(c.N) < 0.2] = -1
+        c = replace(c, pool=pool, indices=tuple(int(r) for r in rows))
+    elif chance(0.2):
+        c = replace(c, fresh=True, state_dtype=c.state_dtype if c.snapshots else "float32")
+    strides = STATE_STRIDES[:3] if c.snapshots else STATE_STRIDES
+    c = replace(c, state_strides=pick("dense", *strides))
+    if not c.fresh and c.state_strides != "expanded" and chance(0.5):
+        return replace(c, inplace=True)
+    return replace(c, nofinal=c.snapshots > 0 and chance(0.2))
+
+
+def _random(count: int) -> Iterator[Case]:
+    rng = np.random.default_rng(20261)
+    for _ in range(count):
+        yield random_case(rng)
+
+
+def _all() -> Iterator[Case]:
+    for group in (
+        _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _strides(), _packed(), _pools(), _masks(),
+        _snapshots(), _random(150),
+    ):  # fmt: skip
+        yield from group
+
+
+CASES: tuple[Case, ...] = tuple(dict.fromkeys(_all()))
+"""Every case that a backend must pass."""
+
+FLOAT64_CASES: tuple[Case, ...] = tuple(
+    Case(
+        B=2, T=T, H=1, HV=2, K=16, V=24, kda=kda, dtype="float64", state_dtype="float64", gate_dtype="float64",
+        snapshots=2, inplace=inplace, l2norm=True,
+    )
+    for T in (1, 18)
+    for kda in (False, True)
+    for inplace in (False, True)
+)  # fmt: skip
+"""float64 is for gradient checks and runs on the reference only; no native backend has to take it."""

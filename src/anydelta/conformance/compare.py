@@ -1,0 +1,422 @@
+"""Runs one case on one target and compares it with the float64 oracle (anydelta.reference).
+
+Output, final state and every snapshot are judged each on its own, never pooled:
+
+- float32: NMSE = sum (got - exact)^2 / sum exact^2 <= 1e-7; float64: <= 1e-20.
+- bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to float32 and
+  then to the half type: the best that a computation in float32 can store. Where rounding is exact, got must be too.
+- an absolute floor applies only where `exact` is zero everywhere, or below 1e-30 everywhere, where float32 runs out
+  of normal numbers: then |got| <= 2e-30.
+- nothing may be NaN or infinite.
+
+`exact` is the oracle's answer to the values as the call holds them, rounded to their dtypes. Every array lies in
+memory filled with NaN (`Buffer`); after the call, all that the contract does not allow to change is compared bit
+for bit: inputs, the initial state of the functional op, rows of a pool that no index names, states of sequences
+without a live token, snapshot slots s >= T_n, and the gaps between strided elements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import anydelta
+
+from .. import dispatch, reference
+from .cases import Case, Inputs, inputs
+from .values import F64, STORAGE, decode, encode, round_to
+
+MAX_NMSE = {"float32": 1e-7, "float64": 1e-20}
+HALF_FACTOR = 2.0
+FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a case runs: a backend ("auto" included), an ISA of it, arrays of a framework on a device."""
+
+    backend: str
+    isa: str | None = None
+    framework: str = "numpy"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return "/".join(x for x in (self.backend, self.isa, self.framework, self.device) if x and x != "cpu") or "cpu"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, calls run on the ISA of this target."""
+        if self.isa is None:
+            yield
+        else:
+            module = importlib.import_module(f"anydelta.backends.{self.backend}")
+            with module.forced_isa(self.isa):
+                yield
+
+
+@dataclass
+class Verdict:
+    """What `check` found: no errors means that the case passed."""
+
+    errors: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    """Per part ("o", "state", "snapshot 0", ...): error divided by the error allowed."""
+
+    @property
+    def worst(self) -> float:
+        return max(self.scores.values(), default=0.0)
+
+
+class NotRunnable(Exception):
+    """The target cannot hold the arrays of the case. The text says why."""
+
+
+class Buffer:
+    """An array of a call inside poisoned memory, with the strides that a mode asks for.
+
+    dense: contiguous. permuted: axes 1 and 2 swapped in memory. fused: a slice of wider rows at an odd offset, as in
+    a fused qkv projection. strided: every other element. padded: gaps after each axis. transposed: the last two
+    axes swapped in memory. expanded: axis 0 (and the last one of a KDA gate) has stride 0; read-only in NumPy.
+    """
+
+    def __init__(self, values: NDArray[Any] | None, shape: tuple[int, ...], dtype: str, mode: str, target: Target):
+        self.shape, self.dtype = shape, dtype
+        # A KDA gate may also be one number per head, spread over K.
+        spread = mode == "expanded" and values is not None and bool(np.all(values == values[..., :1]))
+        strides, span, offset = _layout(shape, mode, spread_last=spread and len(shape) == 4)
+        guard = 64 // STORAGE[dtype]().itemsize
+        poison = np.nan if dtype.startswith(("float", "bfloat")) else 1 if dtype == "bool" else 0
+        self.base = encode(np.full(span + offset + 2 * guard, poison), dtype)
+        self.offset, self.strides = guard + offset, strides
+        if values is not None:
+            self._view(self.base)[...] = encode(values, dtype)
+        self.before = self.base.copy()
+        self._torch_base: Any = None
+        self.array = self._torch(target.device) if target.framework == "torch" else self._numpy(mode == "expanded")
+
+    def _view(self, base: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+        """The array inside `base`, which has one entry per element of memory."""
+        size = base.itemsize
+        return np.ndarray(
+            self.shape, dtype or base.dtype, base, self.offset * size, [s * size for s in self.strides]
+        )
+
+    def _numpy(self, readonly: bool) -> NDArray[Any]:
+        dtype = None
+        if self.dtype == "bfloat16":
+            try:
+                import ml_dtypes
+            except ImportError:
+                raise NotRunnable("NumPy has bfloat16 only with the package ml_dtypes") from None
+            dtype = np.dtype(ml_dtypes.bfloat16)
+        view = self._view(self.base, dtype)
+        view.flags.writeable = not readonly
+        return view
+
+    def _torch(self, device: str) -> Any:
+        import torch
+
+        base = torch.from_numpy(self.base).to(device)  # on the CPU this shares memory with self.base
+        self._torch_base = base
+        return base.view(getattr(torch, self.dtype)).as_strided(self.shape, self.strides, self.offset)
+
+    def _after(self) -> NDArray[Any]:
+        if self._torch_base is not None and self._torch_base.device.type != "cpu":
+            self.base[...] = self._torch_base.cpu().numpy()
+        return self.base
+
+    def values(self) -> F64:
+        """What the array holds now."""
+        return decode(np.ascontiguousarray(self._view(self._after())), self.dtype)
+
+    def stray(self, allowed: NDArray[np.bool_] | None = None) -> str | None:
+        """Says where memory changed outside the elements marked in `allowed` (broadcast from the left axes)."""
+        after = self._after()
+        changed = (after.view(np.uint8) != self.before.view(np.uint8)).reshape(len(after), -1).any(1)
+        if allowed is not None:
+            spread = allowed.reshape(*allowed.shape, *[1] * (len(self.shape) - allowed.ndim))
+            self._view(changed)[np.broadcast_to(spread, self.shape)] = False
+        count = int(changed.sum())
+        if not count:
+            return None
+        first = np.argwhere(self._view(changed))
+        where = f"first at {first[0].tolist()}" if len(first) else "in the gaps between its elements"
+        return f"{count} elements changed that must not, {where}"
+
+
+def _layout(shape: tuple[int, ...], mode: str, spread_last: bool) -> tuple[list[int], int, int]:
+    """Strides in elements, how many elements they span, and the offset of the first."""
+    rank = len(shape)
+    order = list(range(rank))  # axes from the outermost in memory
+    if mode == "permuted" and rank >= 2:
+        i = min(1, rank - 2)
+        order[i], order[i + 1] = order[i + 1], order[i]
+    if mode == "transposed" and rank >= 2:
+        order[-2], order[-1] = order[-1], order[-2]
+    gaps = dict.fromkeys(range(rank), 0)
+    if mode == "fused" and rank >= 2:
+        gaps[min(2, rank - 1)] = 7
+    if mode == "padded":
+        gaps.update({axis: 2 * axis + 1 for axis in range(1, rank)})
+    strides, step = [0] * rank, 2 if mode == "strided" else 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step = step * max(shape[axis], 1) + gaps[axis]
+    if mode == "expanded" and rank:
+        strides[0] = 0
+        if spread_last:
+            strides[-1] = 0
+    return strides, max(step, 1), 3 if mode == "fused" else 0
+
+
+def oracle(case: Case, values: Inputs) -> reference.Expected:
+    """The exact answer, from the values as the call holds them."""
+    with np.errstate(all="ignore"):  # NaN in tokens that nobody may read
+        return reference.gated_delta_rule(
+            values.q,
+            values.k,
+            values.v,
+            g=values.g,
+            beta=values.beta,
+            initial_state=values.state,
+            scale=case.scale,
+            decay=case.decay,
+            A_log=values.A_log,
+            dt_bias=values.dt_bias,
+            lower_bound=case.lower_bound,
+            beta_is_logit=case.logit,
+            heads=case.heads,
+            qk_l2norm=case.l2norm,
+            qk_l2norm_eps=case.eps,
+            state_layout=case.layout,
+            cu_seqlens=values.cu_seqlens,
+            state_indices=values.state_indices,
+            mask=values.mask,
+            snapshots=case.snapshots,
+        )
+
+
+@dataclass
+class Prepared:
+    """A case with its values and its exact answer, to be run on several targets."""
+
+    case: Case
+    values: Inputs
+    exact: reference.Expected | None
+
+    @classmethod
+    def of(cls, case: Case) -> Prepared:
+        values = inputs(case)
+        return cls(case, values, None if case.refused else oracle(case, values))
+
+
+def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
+    """The arrays of the call by argument name."""
+    index_dtype = "int64" if case.int64 else "int32"
+    dtypes = {
+        "q": case.dtype, "k": case.dtype, "v": case.dtype, "g": case.gate_dtype, "beta": case.gate_dtype,
+        "A_log": "float32", "dt_bias": case.gate_dtype, "mask": "bool", "cu_seqlens": index_dtype,
+        "state_indices": index_dtype,
+    }  # fmt: skip
+    out = {}
+    for name, dtype in dtypes.items():
+        x = getattr(values, name)
+        if x is not None:
+            # Only arrays with a batch axis can be expanded along it; the last axis only for g [B, T, HV, K].
+            batched = name in ("q", "k", "v", "g", "beta")
+            mode = case.strides if batched or case.strides != "expanded" else "dense"
+            out[name] = Buffer(x, x.shape, dtype, mode, target)
+    if values.state is not None:
+        stored = values.state.copy()
+        if case.indices is not None and case.state_strides != "expanded":
+            named = np.isin(np.arange(case.P), case.indices)
+            stored[~named] = np.nan  # nobody may read these rows
+        out["state"] = Buffer(stored, stored.shape, case.state_dtype, case.state_strides, target)
+    if case.snapshots:
+        tail = (case.K, case.V) if case.layout == "kv" else (case.V, case.K)
+        shape = (case.snapshots, case.N, case.HV, *tail)
+        out["snapshots"] = Buffer(None, shape, case.state_dtype, case.state_strides, target)
+    return out
+
+
+def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
+    """Run the operator; returns (o, final state or None)."""
+    arrays = dict(arrays)
+    q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
+    state = arrays.pop("state", None)
+    options: dict[str, Any] = {
+        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit, "heads": case.heads,
+        "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout, "scale": case.scale,
+        "backend": backend,
+    }  # fmt: skip
+    if case.inplace:
+        return anydelta.gated_delta_rule_(q, k, v, state, **arrays, **options), state
+    return anydelta.gated_delta_rule(
+        q, k, v, initial_state=state, output_final_state=not case.nofinal, **arrays, **options
+    )
+
+
+def check(case: Case | Prepared, target: Target) -> Verdict:
+    """Run the case on the target and compare.
+
+    Raises:
+        NotRunnable: the target cannot hold the arrays.
+        anydelta.UnsupportedError: the backend does not take the case.
+    """
+    prepared = Prepared.of(case) if isinstance(case, Case) else case
+    case, values, exact = prepared.case, prepared.values, prepared.exact
+    with target.active(), np.errstate(all="ignore"):
+        held = buffers(case, values, target)
+        arrays = {name: b.array for name, b in held.items()}
+        verdict = Verdict()
+        if exact is None:
+            _check_refused(verdict, case, arrays, held, target)
+            return verdict
+        with _dirty_memory(case, target):
+            try:
+                o, state = call(case, arrays, target.backend)
+            except (dispatch.UnsupportedError, NotRunnable):
+                raise
+            except Exception as error:  # a backend that took the case must run it
+                verdict.errors.append(f"raised {type(error).__name__}: {error}")
+                return verdict
+        _check_result(verdict, case, values, exact, held, o, state, target)
+    return verdict
+
+
+def _check_refused(v: Verdict, case: Case, arrays: dict[str, Any], held: dict[str, Buffer], target: Target) -> None:
+    try:
+        call(case, arrays, target.backend)
+    except ValueError as error:
+        if "state_indices" not in str(error):
+            v.errors.append(f"refused, but not for its state_indices: {error}")
+    else:
+        v.errors.append("ran, although an index is named twice")
+    for name, b in held.items():
+        if stray := b.stray():
+            v.errors.append(f"{name}: {stray}, in a refused call")
+
+
+def _check_result(
+    v: Verdict, case: Case, values: Inputs, exact: reference.Expected, held: dict[str, Buffer], o: Any, state: Any,
+    target: Target,
+) -> None:  # fmt: skip
+    live = values.live(case)
+    got_o = _fetch(v, "o", o, exact.o.shape, case.dtype, target)
+    if got_o is not None:
+        _judge(v, "o", got_o, exact.o, case.dtype)
+        dead = np.ones(exact.o.shape[:2], bool)
+        if live:
+            rows = np.stack(live) if case.seqlens is None else np.concatenate(live)[None]
+            dead = ~rows
+        if np.any(got_o[dead] != 0):
+            v.errors.append("o: not zero at masked tokens or in skipped sequences")
+
+    moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose state changes at all
+    written = held.get("state")
+    if case.inplace:
+        assert written is not None
+        index = np.arange(case.N) if values.state_indices is None else values.state_indices
+        rows = index[~exact.skipped]
+        _judge(v, "state", written.values()[rows], exact.state[~exact.skipped], case.state_dtype)
+        allowed = np.zeros(case.P, bool)
+        allowed[index[moved]] = True
+        if stray := written.stray(allowed):
+            v.errors.append(f"state: {stray}")
+    elif case.nofinal:
+        if state is not None:
+            v.errors.append("state: returned, although output_final_state=False")
+    else:
+        got = _fetch(v, "state", state, exact.state.shape, case.state_dtype, target)
+        if got is not None:
+            _judge(v, "state", got, exact.state, case.state_dtype)
+            if np.any(got[~moved] != exact.state[~moved]):
+                v.errors.append("state: not the initial one in a sequence without live tokens")
+
+    for name, b in held.items():
+        if name == "snapshots":
+            assert exact.snapshots is not None and exact.snapshot_written is not None
+            got = b.values()
+            for slot, rows in enumerate(exact.snapshot_written):
+                if rows.any():
+                    _judge(v, f"snapshot {slot}", got[slot][rows], exact.snapshots[slot][rows], case.state_dtype)
+            if stray := b.stray(exact.snapshot_written):
+                v.errors.append(f"snapshots: {stray}")
+        elif not (case.inplace and name == "state") and (stray := b.stray()):
+            v.errors.append(f"{name}: {stray}; it is an input")
+
+
+def _judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
+    """Compare one part; see the top of this file for the rule."""
+    if not exact.size:
+        return
+    if not np.isfinite(got).all():
+        bad = np.argwhere(~np.isfinite(got))
+        v.scores[name] = math.inf
+        v.errors.append(f"{name}: {len(bad)} of {got.size} elements are not finite, first at {bad[0].tolist()}")
+        return
+    size = float(np.abs(exact).max())
+    error = float(np.sum((got - exact) ** 2))
+    if size <= FLOOR:
+        score, rule = float(np.abs(got).max()) / (2 * FLOOR), "the exact value is zero"
+    elif dtype in MAX_NMSE:
+        score = error / float(np.sum(exact**2)) / MAX_NMSE[dtype]
+        rule = f"NMSE {score * MAX_NMSE[dtype]:.2e} > {MAX_NMSE[dtype]:.0e}"
+    else:
+        best = float(np.sum((round_to(exact, dtype) - exact) ** 2))
+        score = 0.0 if error == 0 else math.inf if best == 0 else math.sqrt(error / best) / HALF_FACTOR
+        rule = f"error is {score * HALF_FACTOR:.2f} times that of rounding to {dtype}"
+    v.scores[name] = score
+    if score > 1:
+        at = np.unravel_index(int(np.abs(got - exact).argmax()), exact.shape)
+        where = f"got {got[at]:.6g}, exact {exact[at]:.6g} at {[int(i) for i in at]}"
+        v.errors.append(f"{name}: {rule}; worst element: {where}")
+
+
+def _fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, target: Target) -> F64 | None:
+    """A returned array as float64, if its type, shape and dtype are right."""
+    module = type(x).__module__.partition(".")[0]
+    if module != target.framework:
+        v.errors.append(f"{name}: is a {type(x).__name__}, not a {target.framework} array")
+        return None
+    got = getattr(x.dtype, "name", None) or str(x.dtype).rsplit(".", 1)[-1]
+    if tuple(x.shape) != shape or got != dtype:
+        v.errors.append(f"{name}: is {list(x.shape)} {got}, not {list(shape)} {dtype}")
+        return None
+    if target.framework == "torch":
+        return x.detach().cpu().double().numpy()  # type: ignore[no-any-return]
+    return x.astype(np.float64)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _dirty_memory(case: Case, target: Target) -> Iterator[None]:
+    """What the op allocates itself should hold NaN, so that an element that is never written shows.
+
+    torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and freed:
+    malloc gives the last one back first, and large ones come zeroed, which shows as well.
+    """
+    if target.framework == "torch":
+        import torch
+
+        was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was, warn_only=warn)
+        return
+    for shape, dtype in (
+        ((case.N, case.HV, case.K, case.V), case.state_dtype), ((case.B, case.T, case.HV, case.V), case.dtype),
+    ):  # fmt: skip
+        blocks = [np.empty(shape, STORAGE[dtype]) for _ in range(2)]
+        for block in blocks:
+            block.fill(0x7FC0 if dtype == "bfloat16" else np.nan)
+        del blocks
+    yield

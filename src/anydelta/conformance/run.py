@@ -1,0 +1,147 @@
+"""Runs cases on targets and returns records; printing is left to cli.py."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import dispatch
+from .cases import Case
+from .compare import NotRunnable, Prepared, Target, check
+
+OK, FAIL, NOT_SUPPORTED, SKIPPED = "OK", "FAIL", "NOT SUPPORTED", "SKIPPED"
+STATUSES = (OK, FAIL, NOT_SUPPORTED, SKIPPED)
+EVERY_CASE = "*"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case on one target. `case` is its reproduction line, or "*" where a target could not run at all."""
+
+    backend: str
+    isa: str | None
+    framework: str
+    case: str
+    status: str
+    reasons: tuple[str, ...] = ()
+    worst: float = 0.0
+    """The largest error of any part, divided by the error allowed: 1 is the limit."""
+    seconds: float = 0.0
+
+    @property
+    def target(self) -> tuple[str, str | None, str]:
+        return self.backend, self.isa, self.framework
+
+    def reproduce(self) -> str:
+        """The command that repeats this one result."""
+        isa = f" --isa {self.isa}" if self.isa else ""
+        return f"anydelta conform --backend {self.backend}{isa} --framework {self.framework} --case '{self.case}'"
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def backend_of(name: str) -> dispatch.Backend:
+    """As dispatch.get_backend, but a module that offers nothing (not built) is a ValueError too."""
+    backend = dispatch.get_backend(name)
+    if backend is None:
+        raise ValueError(f"backend {name!r} has no implementation in this installation")
+    return backend
+
+
+def unavailable(name: str) -> tuple[str, ...]:
+    """Why the backend cannot run at all here; empty when it can."""
+    try:
+        return tuple(str(r) for r in backend_of(name).available())
+    except (ImportError, ValueError) as error:
+        return (str(error),)
+
+
+def isas(name: str) -> list[str]:
+    """The instruction sets among which a backend can be forced to one, on this machine."""
+    if unavailable(name):
+        return []
+    offered = getattr(importlib.import_module(f"anydelta.backends.{name}"), "isas", None)
+    return list(offered()) if offered else []
+
+
+def frameworks() -> list[str]:
+    """NumPy, and torch where it is installed."""
+    return ["numpy", "torch"] if importlib.util.find_spec("torch") else ["numpy"]
+
+
+def targets(
+    backends: Sequence[str] = dispatch.NAMES,
+    only_isas: Sequence[str] = (),
+    only_frameworks: Sequence[str] = (),
+) -> list[Target]:
+    """One target per backend, ISA and framework. A backend that cannot run here gets one, to say so.
+
+    Raises:
+        ValueError: an ISA that none of the backends offers; the text lists those on offer.
+    """
+    offered = {name: isas(name) for name in backends}
+    known = [isa for names in offered.values() for isa in names]
+    for isa in only_isas:
+        if isa not in known:
+            raise ValueError(f"isa must be one that runs on this machine, {', '.join(known) or 'of which there is none'};"
+                             f" got {isa!r}")  # fmt: skip
+    out = []
+    for name in backends:
+        if unavailable(name):
+            out.append(Target(name))
+            continue
+        chosen = [i for i in offered[name] if not only_isas or i in only_isas] or [None]
+        if only_isas and chosen == [None]:
+            continue  # this backend has no such ISA
+        out += [Target(name, isa, fw) for isa in chosen for fw in only_frameworks or frameworks()]
+    return out
+
+
+def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
+    """Every case on every target, case by case so that the oracle is asked once."""
+    usable = []
+    for target in on:
+        if reasons := unavailable(target.backend) if target.backend != "auto" else ():
+            yield Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
+        else:
+            usable.append(target)
+    for case in cases if usable else ():
+        prepared = Prepared.of(case)
+        for target in usable:
+            yield run_one(prepared, target)
+
+
+def run_one(case: Case | Prepared, target: Target) -> Result:
+    prepared = Prepared.of(case) if isinstance(case, Case) else case
+    start, worst = time.perf_counter(), 0.0
+    try:
+        verdict = check(prepared, target)
+        status, reasons, worst = (FAIL if verdict.errors else OK), tuple(verdict.errors), verdict.worst
+    except dispatch.UnsupportedError as error:
+        status, reasons = NOT_SUPPORTED, (str(error),)
+    except NotRunnable as error:
+        status, reasons = SKIPPED, (str(error),)
+    seconds = time.perf_counter() - start
+    return Result(
+        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds
+    )
+
+
+def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """One record per target: how many results of each status, the worst score, the time."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for r in results:
+        row = rows.setdefault(
+            r.target,
+            {"backend": r.backend, "isa": r.isa, "framework": r.framework, **dict.fromkeys(STATUSES, 0), "worst": 0.0,
+             "seconds": 0.0},
+        )  # fmt: skip
+        row[r.status] += 1
+        row["worst"] = max(row["worst"], r.worst)
+        row["seconds"] += r.seconds
+    return list(rows.values())

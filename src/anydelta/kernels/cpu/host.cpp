@@ -1,0 +1,237 @@
+#include "host.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "threads.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define ANYDELTA_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace anydelta {
+
+extern const Kernels kernels_baseline;
+#if defined(ANYDELTA_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define ANYDELTA_ARM64 1
+extern const Kernels kernels_neon;
+#endif
+
+namespace {
+
+// ---- which ISA ----
+
+struct Features {
+    bool avx2 = false, fma = false, f16c = false, avx512 = false;
+};
+
+Features detect() {
+    Features f;
+#if defined(ANYDELTA_X86)
+    auto cpuid = [](unsigned leaf, unsigned out[4]) {
+#if defined(_MSC_VER)
+        int r[4];
+        __cpuidex(r, static_cast<int>(leaf), 0);
+        for (int i = 0; i < 4; ++i) out[i] = static_cast<unsigned>(r[i]);
+#else
+        __cpuid_count(leaf, 0, out[0], out[1], out[2], out[3]);
+#endif
+    };
+    unsigned r[4];
+    cpuid(0, r);
+    if (r[0] < 7) return f;
+    cpuid(1, r);
+    const unsigned c1 = r[2];
+    if (!(c1 >> 27 & 1)) return f;  // OSXSAVE: may we ask what the system saves?
+#if defined(_MSC_VER)
+    const unsigned long long saved = _xgetbv(0);
+#else
+    unsigned lo, hi;
+    __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    const unsigned long long saved = lo;
+#endif
+    cpuid(7, r);
+    const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
+    f.avx2 = ymm && (r[1] >> 5 & 1);
+    f.fma = ymm && (c1 >> 12 & 1);
+    f.f16c = ymm && (c1 >> 29 & 1);
+    const unsigned all = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    f.avx512 = zmm && (r[1] & all) == all;
+#endif
+    return f;
+}
+
+// ---- sharing out ----
+
+// Below this many FMAs a second thread costs more than it saves: waking one takes 5 to 20 us, in which one core
+// does about this much. Measured: docs/performance.md, "Break-evens".
+constexpr double MIN_FMAS_PER_THREAD = 400e3;
+// Tasks per thread, so that a slower core holds the others up by at most a quarter of its share.
+constexpr int64_t TASKS_PER_THREAD = 4;
+// Snapshots of more than this many bytes are written around the caches: they would evict the states, and a write
+// that bypasses the caches saves reading the line first. Half of a typical 32 MiB last-level cache.
+constexpr int64_t STREAM_BYTES = int64_t{16} << 20;
+
+struct Job {
+    const Problem& p;
+    const Kernels& kernels;
+    int64_t split;   // column ranges per head
+    int64_t panels_per_range;
+    int64_t tasks, chunk;
+    char* workspaces;
+    size_t workspace;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+
+    Task task(int64_t i) const {
+        const int64_t head = i / split, range = i % split;
+        const int64_t width = panels_per_range * kernels.panel, col0 = range * width;
+        return Task{head / p.HV, head % p.HV, col0, std::min(width, p.V - col0), nullptr};
+    }
+    const char* state_of(const Task& t) const {
+        const int64_t row = p.state_indices ? p.state_indices[t.n] : t.n;
+        if (!p.in.data || row < 0) return nullptr;
+        const int64_t size = p.state_dtype == DType::f32 ? 4 : 2;
+        return static_cast<const char*>(p.in.data) +
+               (row * p.in.n + t.hv * p.in.h + t.col0 * (p.vk ? p.in.row : 1)) * size;
+    }
+};
+
+void work(void* context) {
+    Job& job = *static_cast<Job*>(context);
+    char* memory = job.workspaces + static_cast<size_t>(job.workers.fetch_add(1)) * job.workspace;
+    for (;;) {
+        const int64_t begin = job.next.fetch_add(job.chunk), end = std::min(begin + job.chunk, job.tasks);
+        if (begin >= job.tasks) return;
+        for (int64_t i = begin; i < end; ++i) {
+            Task t = job.task(i);
+            if (i + 1 < end) t.next_state = job.state_of(job.task(i + 1));
+            job.kernels.run(job.p, t, memory);
+        }
+    }
+}
+
+// One growing buffer per calling thread; workspaces must be 64-byte aligned.
+char* scratch(size_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local size_t size = 0;
+    if (size < bytes + 64) {
+        memory.reset();
+        size = 0;
+        memory.reset(new char[bytes + 64]);
+        size = bytes + 64;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    return memory.get() + (64 - address % 64) % 64;
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& runnable() {
+    static const std::vector<const Kernels*> all = [] {
+        std::vector<const Kernels*> v{&kernels_baseline};
+#if defined(ANYDELTA_X86)
+        const Features f = detect();
+        if (f.avx2 && f.fma && f.f16c) v.push_back(&kernels_avx2);
+        if (f.avx512 && f.avx2 && f.fma && f.f16c) v.push_back(&kernels_avx512);
+#elif defined(ANYDELTA_ARM64)
+        v.push_back(&kernels_neon);
+#endif
+        return v;
+    }();
+    return all;
+}
+
+std::vector<std::string> cpu_features() {
+    std::vector<std::string> names;
+    const Features f = detect();
+    if (f.avx2) names.push_back("avx2");
+    if (f.fma) names.push_back("fma");
+    if (f.f16c) names.push_back("f16c");
+    if (f.avx512) names.push_back("avx512f/bw/dq/vl");
+#if defined(ANYDELTA_ARM64)
+    names.push_back("neon");
+#endif
+    return names;
+}
+
+void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp) {
+    const int64_t heads = p.N * p.HV;
+    if (heads == 0) return;
+    const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
+    const double fmas = 3.0 * tokens * static_cast<double>(p.HV * p.K * p.V);
+    threads = std::max(1, std::min(threads, static_cast<int>(std::min(fmas / MIN_FMAS_PER_THREAD, 4096.0))));
+
+    Job job{p, kernels, 1, 1, 0, 1, nullptr, 0};
+    const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
+    if (threads > 1) job.split = std::min(panels, std::max<int64_t>(1, TASKS_PER_THREAD * threads / heads));
+    job.panels_per_range = (panels + job.split - 1) / job.split;
+    job.split = (panels + job.panels_per_range - 1) / job.panels_per_range;
+    job.tasks = heads * job.split;
+    threads = static_cast<int>(std::min<int64_t>(threads, job.tasks));
+    job.chunk = threads == 1 ? job.tasks : std::max<int64_t>(1, job.tasks / (threads * TASKS_PER_THREAD));
+    job.workspace = kernels.workspace(p);
+    job.workspaces = scratch(job.workspace * static_cast<size_t>(threads));
+    parallel(threads, share_openmp, work, &job);
+}
+
+// ---- limits ----
+
+double fma_peak(const Kernels& kernels, int threads, double seconds) {
+    struct Measure {
+        const Kernels& kernels;
+        std::chrono::steady_clock::time_point end;
+        std::atomic<int64_t> flops{0};
+    };
+    const auto start = std::chrono::steady_clock::now();
+    Measure m{kernels, start + std::chrono::microseconds(static_cast<int64_t>(seconds * 1e6))};
+    parallel(threads, true, [](void* context) {
+        Measure& m = *static_cast<Measure*>(context);
+        double flops = 0;
+        while (std::chrono::steady_clock::now() < m.end) flops += m.kernels.fma_loop(10000);
+        m.flops += static_cast<int64_t>(flops);
+    }, &m);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    return static_cast<double>(m.flops.load()) / took.count() / 1e9;
+}
+
+double copy_bandwidth(int threads, int mib) {
+    struct Measure {
+        char *from, *to;
+        size_t piece;
+        std::atomic<int> next{0};
+        int pieces;
+    };
+    const size_t bytes = static_cast<size_t>(mib) << 20;
+    std::unique_ptr<char[]> from(new char[bytes]), to(new char[bytes]);
+    std::memset(from.get(), 1, bytes);
+    std::memset(to.get(), 2, bytes);
+    double best = 0;
+    for (int repeat = 0; repeat < 3; ++repeat) {
+        Measure m{from.get(), to.get(), bytes / static_cast<size_t>(threads), {0}, threads};
+        const auto start = std::chrono::steady_clock::now();
+        parallel(threads, true, [](void* context) {
+            Measure& m = *static_cast<Measure*>(context);
+            for (int i; (i = m.next.fetch_add(1)) < m.pieces;)
+                std::memcpy(m.to + static_cast<size_t>(i) * m.piece, m.from + static_cast<size_t>(i) * m.piece, m.piece);
+        }, &m);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best = std::max(best, 2.0 * static_cast<double>(bytes) / took.count() / 1e9);
+    }
+    return best;
+}
+
+}  // namespace anydelta

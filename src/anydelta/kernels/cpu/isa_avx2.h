@@ -1,0 +1,60 @@
+// Primitives for AVX2 + FMA + F16C: 16 registers of 8 floats.
+#pragma once
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace anydelta::ANYDELTA_ISA {
+
+constexpr int L = 8;              // lanes
+constexpr int REGISTERS = 16;
+using V = __m256;
+
+AD_INLINE V vzero() { return _mm256_setzero_ps(); }
+AD_INLINE V vset(float x) { return _mm256_set1_ps(x); }
+AD_INLINE V vsplat(const float* p) { return _mm256_broadcast_ss(p); }
+AD_INLINE V vload(const float* p) { return _mm256_loadu_ps(p); }
+AD_INLINE void vstore(float* p, V x) { _mm256_storeu_ps(p, x); }
+AD_INLINE void vstream(float* p, V x) { _mm256_stream_ps(p, x); }
+AD_INLINE V vadd(V a, V b) { return _mm256_add_ps(a, b); }
+AD_INLINE V vsub(V a, V b) { return _mm256_sub_ps(a, b); }
+AD_INLINE V vmul(V a, V b) { return _mm256_mul_ps(a, b); }
+AD_INLINE V vdiv(V a, V b) { return _mm256_div_ps(a, b); }
+AD_INLINE V vfma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
+AD_INLINE V vfnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+AD_INLINE V vmax(V a, V b) { return _mm256_max_ps(a, b); }
+AD_INLINE V vmin(V a, V b) { return _mm256_min_ps(a, b); }
+AD_INLINE V vround(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2^n for integral n in [-126, 127]
+AD_INLINE V vpow2(V n) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// x where x0 >= limit, else 0
+AD_INLINE V vzero_below(V x, V x0, V limit) { return _mm256_and_ps(x, _mm256_cmp_ps(x0, limit, _CMP_GE_OQ)); }
+AD_INLINE float vsum(V x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+AD_INLINE V vload(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+AD_INLINE V vload(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+AD_INLINE void vstore(f16* p, V x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+}  // namespace anydelta::ANYDELTA_ISA

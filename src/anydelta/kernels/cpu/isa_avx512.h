@@ -1,0 +1,56 @@
+// Primitives for AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats.
+#pragma once
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace anydelta::ANYDELTA_ISA {
+
+constexpr int L = 16;  // lanes
+constexpr int REGISTERS = 32;
+using V = __m512;
+
+AD_INLINE V vzero() { return _mm512_setzero_ps(); }
+AD_INLINE V vset(float x) { return _mm512_set1_ps(x); }
+AD_INLINE V vsplat(const float* p) { return _mm512_set1_ps(*p); }
+AD_INLINE V vload(const float* p) { return _mm512_loadu_ps(p); }
+AD_INLINE void vstore(float* p, V x) { _mm512_storeu_ps(p, x); }
+AD_INLINE void vstream(float* p, V x) { _mm512_stream_ps(p, x); }
+AD_INLINE V vadd(V a, V b) { return _mm512_add_ps(a, b); }
+AD_INLINE V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
+AD_INLINE V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
+AD_INLINE V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
+AD_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+AD_INLINE V vfnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+AD_INLINE V vmax(V a, V b) { return _mm512_max_ps(a, b); }
+AD_INLINE V vmin(V a, V b) { return _mm512_min_ps(a, b); }
+AD_INLINE V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2^n for integral n in [-126, 127]
+AD_INLINE V vpow2(V n) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+// x where x0 >= limit, else 0
+AD_INLINE V vzero_below(V x, V x0, V limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x0, limit, _CMP_GE_OQ), x);
+}
+AD_INLINE float vsum(V x) { return _mm512_reduce_add_ps(x); }
+AD_INLINE V vload(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+AD_INLINE V vload(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+AD_INLINE void vstore(f16* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+}  // namespace anydelta::ANYDELTA_ISA

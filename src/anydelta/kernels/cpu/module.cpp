@@ -1,0 +1,165 @@
+// anydelta._core: the Python face of the CPU kernels. Addresses come as integers: importing an array through DLPack
+// costs more than a decode step of a small head, and spec.py has already checked everything.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <map>
+#include <stdexcept>
+
+#include "host.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace anydelta;
+
+namespace {
+
+struct Plan {
+    Problem p{};
+    bool cu_is_int32 = false, indices_are_int32 = false;
+};
+
+template <class T>
+T field(const nb::dict& d, const char* name) {
+    return nb::cast<T>(d[name]);
+}
+
+Tokens tokens(const nb::dict& d, const char* name) {
+    const auto t = field<nb::tuple>(d, name);  // (dtype, b, t, h)
+    Tokens x;
+    x.dtype = static_cast<DType>(nb::cast<int>(t[0]));
+    x.b = nb::cast<int64_t>(t[1]);
+    x.t = nb::cast<int64_t>(t[2]);
+    x.h = nb::cast<int64_t>(t[3]);
+    return x;
+}
+
+States states(const nb::dict& d, const char* name) {
+    const auto t = field<nb::tuple>(d, name);  // (slot, n, h, row)
+    States x;
+    x.slot = nb::cast<int64_t>(t[0]);
+    x.n = nb::cast<int64_t>(t[1]);
+    x.h = nb::cast<int64_t>(t[2]);
+    x.row = nb::cast<int64_t>(t[3]);
+    return x;
+}
+
+Plan make_plan(const nb::dict& d) {
+    Plan plan;
+    Problem& p = plan.p;
+    p.B = field<int64_t>(d, "B");
+    p.T = field<int64_t>(d, "T");
+    p.H = field<int64_t>(d, "H");
+    p.HV = field<int64_t>(d, "HV");
+    p.K = field<int64_t>(d, "K");
+    p.V = field<int64_t>(d, "V");
+    p.N = field<int64_t>(d, "N");
+    p.kda = field<bool>(d, "kda");
+    p.tiled = field<bool>(d, "tiled");
+    p.vk = field<bool>(d, "vk");
+    p.beta_is_logit = field<bool>(d, "beta_is_logit");
+    p.l2norm = field<bool>(d, "qk_l2norm");
+    p.l2norm_eps = field<float>(d, "qk_l2norm_eps");
+    p.has_lower_bound = field<bool>(d, "has_lower_bound");
+    p.lower_bound = field<float>(d, "lower_bound");
+    p.decay = static_cast<Decay>(field<int>(d, "decay"));
+    p.scale = field<float>(d, "scale");
+    p.q = tokens(d, "q");
+    p.k = tokens(d, "k");
+    p.v = tokens(d, "v");
+    p.g = tokens(d, "g");
+    p.beta = tokens(d, "beta");
+    p.o = tokens(d, "o");
+    p.A_log_dtype = static_cast<DType>(field<int>(d, "A_log_dtype"));
+    p.dt_bias_dtype = static_cast<DType>(field<int>(d, "dt_bias_dtype"));
+    p.mask_b = field<int64_t>(d, "mask_b");
+    p.mask_t = field<int64_t>(d, "mask_t");
+    p.state_dtype = static_cast<DType>(field<int>(d, "state_dtype"));
+    p.in = states(d, "state_in");
+    p.out = states(d, "state_out");
+    p.snapshots = states(d, "snapshots");
+    p.out_dense = field<bool>(d, "out_dense");
+    p.Ks = field<int64_t>(d, "Ks");
+    plan.cu_is_int32 = field<bool>(d, "cu_is_int32");
+    plan.indices_are_int32 = field<bool>(d, "indices_are_int32");
+    return plan;
+}
+
+// int64 copies of index arrays: they are small, and the kernels then know one type.
+std::vector<int64_t> widen(uintptr_t address, int64_t count, bool is_int32) {
+    std::vector<int64_t> out(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i)
+        out[static_cast<size_t>(i)] = is_int32 ? reinterpret_cast<const int32_t*>(address)[i]
+                                               : reinterpret_cast<const int64_t*>(address)[i];
+    return out;
+}
+
+std::atomic<const Kernels*> chosen{runnable().back()};
+std::atomic<long> calls{0};
+
+void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t g,
+              uintptr_t beta, uintptr_t o, uintptr_t state_in, uintptr_t state_out, uintptr_t snapshots,
+              uintptr_t A_log, uintptr_t dt_bias, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t state_indices) {
+    Problem p = plan.p;
+    p.q.data = at(q);
+    p.k.data = at(k);
+    p.v.data = at(v);
+    p.g.data = at(g);
+    p.beta.data = at(beta);
+    p.o.data = at(o);
+    p.in.data = at(state_in);
+    p.out.data = at(state_out);
+    p.snapshots.data = at(snapshots);
+    p.A_log = at(A_log);
+    p.dt_bias = at(dt_bias);
+    p.mask = static_cast<const uint8_t*>(at(mask));
+    std::vector<int64_t> cu, rows;
+    if (cu_seqlens) {
+        cu = widen(cu_seqlens, p.N + 1, plan.cu_is_int32);
+        p.cu_seqlens = cu.data();
+    }
+    if (state_indices) {
+        rows = widen(state_indices, p.N, plan.indices_are_int32);
+        p.state_indices = rows.data();
+    }
+    ++calls;
+    nb::gil_scoped_release unlocked;
+    run(p, *chosen.load(), threads, share_openmp);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
+    m.def("run", &run_plan);
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : runnable()) names.push_back(k->name);
+        return names;
+    }, "Builds that this CPU can run, slowest first.");
+    m.def("isa", [] { return std::string(chosen.load()->name); }, "The build that runs.");
+    m.def("set_isa", [](const std::string& name) {
+        for (const Kernels* k : runnable())
+            if (name == k->name) {
+                chosen.store(k);
+                return;
+            }
+        throw std::invalid_argument("not runnable on this CPU: " + name);
+    });
+    m.def("lanes", [] { return chosen.load()->lanes; });
+    m.def("calls", [] { return calls.load(); }, "How often `run` ran.");
+    m.def("cpu_features", &cpu_features);
+    m.def("thread_provider", [](bool share_openmp) { return std::string(thread_provider(share_openmp)); });
+    m.def("fma_peak", [](int threads, double seconds) {
+        nb::gil_scoped_release unlocked;
+        return fma_peak(*chosen.load(), threads, seconds);
+    }, nb::arg("threads"), nb::arg("seconds"), "GFLOP/s of register-only FMAs of the chosen ISA.");
+    m.def("copy_bandwidth", [](int threads, int mib) {
+        nb::gil_scoped_release unlocked;
+        return copy_bandwidth(threads, mib);
+    }, nb::arg("threads"), nb::arg("mib"), "GB/s, read + written, of memcpy between buffers of `mib` MiB.");
+}

@@ -1,0 +1,70 @@
+// One call of the gated delta rule, as raw pointers and element strides. Shared by the host and every ISA build.
+//
+// Per sequence n and value head hv, with the state S of shape [K, V], float32 accumulation:
+//     S   = diag(a_t) S               decay    a_t = exp(g_t): one number (GDA) or a vector over K (KDA)
+//     d_t = beta_t (v_t - S^T k_t)    delta
+//     S   = S + k_t d_t^T             update
+//     o_t = scale * S^T q_t           output
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace anydelta {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Decay : int { log = 0, linear = 1, raw = 2 };
+
+// [B, T, heads, channels]; the channels are contiguous. Strides count elements.
+struct Tokens {
+    void* data = nullptr;
+    DType dtype = DType::f32;
+    int64_t b = 0, t = 0, h = 0;
+};
+
+// [N or P, HV, rows, columns] (kv: rows = K, columns = V); the columns are contiguous. Strides count elements.
+struct States {
+    void* data = nullptr;
+    int64_t n = 0, h = 0, row = 0, slot = 0;
+};
+
+struct Problem {
+    int64_t B, T, H, HV, K, V, N;
+    bool kda, tiled, vk, beta_is_logit, l2norm, has_lower_bound;
+    Decay decay;
+    float scale, l2norm_eps, lower_bound;
+
+    Tokens q, k, v, g, beta, o;
+    const void* A_log = nullptr;    // [HV]
+    const void* dt_bias = nullptr;  // [HV] or [HV, K], or null
+    DType A_log_dtype = DType::f32, dt_bias_dtype = DType::f32;
+    const uint8_t* mask = nullptr;  // [B, T], 0 = leave the state alone
+    int64_t mask_b = 0, mask_t = 0;
+
+    DType state_dtype = DType::f32;  // of all three
+    States in, out, snapshots;       // in.data null: zeros; out.data null: no final state wanted
+    bool out_dense = false;          // out is indexed by n even when `in` is a pool
+    int64_t Ks = 0;
+    bool stream_snapshots = false;  // they exceed the caches: write around them
+
+    const int64_t* cu_seqlens = nullptr;     // [N + 1] or null: sequence n is row n of the batch
+    const int64_t* state_indices = nullptr;  // [N] or null; -1 skips
+};
+
+// Columns [col0, col0 + cols) of one head of one sequence: the unit of parallel work. Column ranges are whole
+// panels, so that splitting never changes the arithmetic of a column.
+struct Task {
+    int64_t n, hv, col0, cols;
+    const char* next_state;  // where the following task will read: prefetched while this one writes
+};
+
+// What one instruction set provides.
+struct Kernels {
+    const char* name;
+    int lanes;
+    int64_t panel;  // columns per panel
+    size_t (*workspace)(const Problem&);
+    void (*run)(const Problem&, const Task&, char* workspace);
+    double (*fma_loop)(int64_t rounds);  // FLOPs done
+};
+
+}  // namespace anydelta

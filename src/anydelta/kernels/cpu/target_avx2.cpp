@@ -1,0 +1,9 @@
+// The avx2 build of rule.inl.h.
+#define ANYDELTA_ISA avx2
+#include "isa_avx2.h"
+#include "rule.inl.h"
+
+namespace anydelta {
+extern const Kernels kernels_avx2;
+const Kernels kernels_avx2 = {"avx2", avx2::L, avx2::W, avx2::workspace, avx2::run_task, avx2::fma_loop};
+}  // namespace anydelta

@@ -1,0 +1,9 @@
+// The avx512 build of rule.inl.h.
+#define ANYDELTA_ISA avx512
+#include "isa_avx512.h"
+#include "rule.inl.h"
+
+namespace anydelta {
+extern const Kernels kernels_avx512;
+const Kernels kernels_avx512 = {"avx512", avx512::L, avx512::W, avx512::workspace, avx512::run_task, avx512::fma_loop};
+}  // namespace anydelta

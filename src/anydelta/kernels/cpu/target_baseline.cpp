@@ -1,0 +1,9 @@
+// The baseline build of rule.inl.h.
+#define ANYDELTA_ISA baseline
+#include "isa_baseline.h"
+#include "rule.inl.h"
+
+namespace anydelta {
+extern const Kernels kernels_baseline;
+const Kernels kernels_baseline = {"baseline", baseline::L, baseline::W, baseline::workspace, baseline::run_task, baseline::fma_loop};
+}  // namespace anydelta

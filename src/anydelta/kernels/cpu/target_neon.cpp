@@ -1,0 +1,9 @@
+// The neon build of rule.inl.h.
+#define ANYDELTA_ISA neon
+#include "isa_neon.h"
+#include "rule.inl.h"
+
+namespace anydelta {
+extern const Kernels kernels_neon;
+const Kernels kernels_neon = {"neon", neon::L, neon::W, neon::workspace, neon::run_task, neon::fma_loop};
+}  // namespace anydelta

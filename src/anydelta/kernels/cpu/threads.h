@@ -1,0 +1,17 @@
+// Running a function on several threads without fighting torch's.
+#pragma once
+
+namespace anydelta {
+
+// Call `work(context)` once on each of up to `threads` threads, the caller's included; returns when all are done.
+// `work` must share its work out by itself (an atomic counter) and be right on fewer threads, even one.
+//
+// With `share_openmp` and an OpenMP runtime in the process (torch brings one), the threads are that runtime's: its
+// idle workers spin for a while after each region, so a second pool would compete with them for the same cores.
+// Otherwise, and in a forked child, where OpenMP's workers do not exist, the threads are a pool of our own.
+void parallel(int threads, bool share_openmp, void (*work)(void*), void* context);
+
+// "openmp" or "own": what parallel(n, share_openmp, ...) would use.
+const char* thread_provider(bool share_openmp);
+
+}  // namespace anydelta
