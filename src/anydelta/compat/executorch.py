@@ -42,7 +42,7 @@ def gated_delta_rule(
 def llama_gated_delta_rule(
     query: Array, key: Array, value: Array, decay: Array, beta: Array, initial_state: Array
 ) -> tuple[Array, Array]:
-    """llama::gated_delta_rule: output [B, H, T, V] and final state [B, Hkv, K, V]. initial_state is only read.
+    """llama::gated_delta_rule: output [B, H, T, V], final state [B, Hkv, K, V]; initial_state is only read.
 
     Here the *query* heads are the many: each of the Hkv states serves H / Hkv neighbouring query heads. A
     state of anydelta serves one query head, so with H > Hkv the key, value and state heads are repeated, and

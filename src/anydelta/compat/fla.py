@@ -207,7 +207,7 @@ def chunk_kda(
     if return_intermediate_states:
         raise UnsupportedError(
             f"{op}: return_intermediate_states is not available; leave it False, or use "
-            " anydelta.gated_delta_rule(..., snapshots=) for the states after the last tokens"
+            "anydelta.gated_delta_rule(..., snapshots=) for the states after the last tokens"
         )
     if safe_gate and use_gate_in_kernel and (lower_bound is None or not -5 <= lower_bound < 0):
         raise ValueError(
