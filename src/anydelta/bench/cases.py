@@ -4,8 +4,8 @@
     kda-t4-h32x32-d128-b1-s4       four tokens, and the state after each of them is kept (4 snapshots)
     gda-t1-h16x32-d128-b1-cold     as the first, over so many states that each call streams one from memory
 
-Head counts follow the models: Qwen3.5 has 16 q/k heads and 16, 32, 48 or 64 value heads; KDA (Kimi Linear) has
-as many q/k heads as value heads.
+Head counts follow the models: Qwen3.5 has 16 q/k heads and 16, 32, 48 or 64 value heads; KDA (Kimi Linear)
+has as many q/k heads as value heads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
         if min(self.T, self.H, self.HV, self.D, self.B) < 1:
             raise ValueError(f"a case needs sizes of at least 1; got {self.name}")
         if self.HV % self.H:
-            raise ValueError(f"a case needs value heads that are a multiple of its q/k heads; got {self.name}")
+            raise ValueError(f"a case needs a multiple of its q/k heads as value heads; got {self.name}")
         if self.snapshots not in (0, self.T):
             raise ValueError(f"a case keeps no snapshots or one per token (s = t); got {self.name}")
 
@@ -98,14 +98,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k [B, T, H, D]; v [B, T, HV, D]; g [B, T, HV] or [B, T, HV, D]; beta [B, T, HV]; state [B, HV, D, D] (kv)."""
+    """The arrays of a case, in anydelta's convention."""
 
     q: F32
     k: F32
+    """[B, T, H, D]"""
     v: F32
+    """[B, T, HV, D]"""
     g: F32
+    """[B, T, HV] or [B, T, HV, D]"""
     beta: F32
+    """[B, T, HV]"""
     state: F32
+    """[B, HV, D, D] (kv)"""
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -194,7 +199,7 @@ def select(patterns: Sequence[str]) -> list[Case]:
         if pattern == "default":
             found = every[: len(DEFAULT)]
         elif pattern in GROUPS:
-            found = [c for c in every if pattern == "all" or pattern == c.kind or (pattern == "cold" and c.cold)]
+            found = [c for c in every if pattern in ("all", c.kind) or (pattern == "cold" and c.cold)]
         elif (one := Case.parse(pattern)) is not None:
             found = [one]
         else:
@@ -206,8 +211,8 @@ def select(patterns: Sequence[str]) -> list[Case]:
                     found = []
         if not found:
             raise ValueError(
-                f"no case matches {pattern!r}; give a group ({', '.join(GROUPS)}), a glob, a regular expression or "
-                f"a name such as {DEFAULT[0]}"
+                f"no case matches {pattern!r}; give a group ({', '.join(GROUPS)}), a glob, a regular "
+                f"expression or a name such as {DEFAULT[0]}"
             )
         chosen += found
     if not chosen:

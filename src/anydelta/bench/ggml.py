@@ -1,13 +1,13 @@
 """ggml_gated_delta_net, called through the shared libraries that llama-cpp-python ships.
 
-A graph of one node per state is built and planned once, its tensors in a ggml CPU buffer, and computed with one
-thread pool that lives as long as the runner. Shapes (ggml's order, fastest first):
+A graph of one node per state is built and planned once, its tensors in a ggml CPU buffer, and computed with
+one thread pool that lives as long as the runner. Shapes (ggml's order, fastest first):
 
     q, k [D, H, T, B]   v [D, HV, T, B]   g [1 or D, HV, T, B]   beta [1, HV, T, B]   state [D, D, HV, B]
     result: [D, HV, T, B] outputs, then Ks states [D, D, HV, B], newest first
 
-which in NumPy's order is ours but for two things: a state is [HV, V, K], and value head j reads q/k head j % H
-(tiled). Our head h, which reads h // (HV/H), therefore sits at j = (h % r) H + h // r with r = HV/H.
+which in NumPy's order is ours but for two things: a state is [HV, V, K], and value head j reads q/k head
+j % H (tiled). Our head h, which reads h // (HV/H), therefore sits at j = (h % r) H + h // r with r = HV/H.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ class _Plan(C.Structure):
     """struct ggml_cplan; only its first four fields are read here."""
 
     _fields_ = (
-        ("work_size", C.c_size_t), ("work_data", C.c_void_p), ("n_threads", C.c_int), ("threadpool", C.c_void_p),
-        ("abort_callback", C.c_void_p), ("abort_data", C.c_void_p), ("use_ref", C.c_bool), ("spare", C.c_byte * 64),
-    )  # fmt: skip
+        ("work_size", C.c_size_t),
+        ("work_data", C.c_void_p),
+        ("n_threads", C.c_int),
+        ("threadpool", C.c_void_p),
+        ("abort_callback", C.c_void_p),
+        ("abort_data", C.c_void_p),
+        ("use_ref", C.c_bool),
+        ("spare", C.c_byte * 64),
+    )
 
 
 _P = C.c_void_p
@@ -46,8 +52,8 @@ _BASE: dict[str, tuple[Any, ...]] = {
     "ggml_init": (_P, _InitParams),
     "ggml_free": (None, _P),
     "ggml_new_tensor_4d": (_P, _P, C.c_int, *[C.c_int64] * 4),
-    # Releases without snapshots take no seventh argument; an extra one is harmless in the C ABI, and the size of
-    # the result tells.
+    # Releases without snapshots do not take the last argument; an extra one is harmless in the C ABI, and the
+    # size of the result tells.
     "ggml_gated_delta_net": (_P, *[_P] * 7, C.c_int64),
     "ggml_nelements": (C.c_int64, _P),
     "ggml_new_graph_custom": (_P, _P, C.c_size_t, C.c_bool),
@@ -181,7 +187,6 @@ class _GgmlRunner(RunnerBase):
                 raise RuntimeError("ggml_graph_compute failed")
 
         super().__init__(case, call)
-        self.detail = f"{threads} threads"
 
     def _set(self, tensor: int, x: F32) -> None:
         x = np.ascontiguousarray(x, dtype=np.float32)

@@ -1,13 +1,14 @@
 """Measure the operator: check every contender, then time all of them in turns in this one process.
 
-A shared machine drifts by more than the differences looked for, so no absolute time is trusted: in every round
-each contender takes its turn (A B C, B C A, ...), a ratio is taken within a round, and the median of the rounds
-counts. The machine's own limits are measured in the same rounds.
+A shared machine drifts by more than the differences looked for, so no absolute time is trusted: in every
+round each contender takes its turn (A B C, B C A, ...), a ratio is taken within a round, and the median of
+the rounds counts. The machine's own limits are measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 import statistics
@@ -29,8 +30,11 @@ NMSE = 1e-7
 ORACLE_ELEMENTS = 5e7
 """State elements times tokens that the float64 oracle goes through for one case (about a second)."""
 
-COPY_MIB = 256
-"""Buffer of the copy measurement: larger than any cache here."""
+COPY_MIB = 128
+"""Each buffer of the copy measurement: several times the last-level cache that a few cores share."""
+
+LIMIT_SAMPLES = 3
+"""Rounds of a case that measure the limits too; filling the copy buffers costs more than a round."""
 
 SETTLE_SECONDS = 0.015
 """Pause between contenders: thread pools spin for some milliseconds after their last call."""
@@ -40,10 +44,10 @@ SETTLE_SECONDS = 0.015
 class Settings:
     """How long to measure."""
 
-    rounds: int = 5
-    sample_seconds: float = 0.03
+    rounds: int = 7
+    sample_seconds: float = 0.015
     """Calls are repeated until a sample lasts about this long."""
-    contender_seconds: float = 3.0
+    contender_seconds: float = 2.0
     """A contender whose single call is slow takes part in fewer rounds, at least two."""
 
 
@@ -109,13 +113,14 @@ def describe_machine(backend: str = "auto") -> dict[str, Any]:
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
+        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = named[0].split(":", 1)[1].strip() if named else cpu
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu or platform.machine(),
         "cpus": available_cpus(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "anydelta": anydelta.__version__,
@@ -133,7 +138,7 @@ def available_cpus() -> int:
 
 
 class Limits:
-    """The machine's FMA peak and copy bandwidth, from the extension module; the best of all samples counts."""
+    """The machine's FMA peak and copy bandwidth, from the extension module; the best sample counts."""
 
     units = {"fma": "GFLOP/s", "copy": "GB/s"}  # noqa: RUF012
 
@@ -142,7 +147,7 @@ class Limits:
         self.why_not = ""
         self._measure: dict[str, Callable[[], float]] = {}
         try:
-            from anydelta import _core
+            _core = importlib.import_module("anydelta._core")
         except ImportError as error:
             self.why_not = f"no limits: the extension anydelta._core is not built ({error})"
             return
@@ -167,7 +172,7 @@ class Limits:
 
 
 class Oracle:
-    """What a case must produce: float64 on as many heads as fit, and every head against anydelta once it passed."""
+    """What a case must produce: float64 on as many heads as fit, and all heads as anydelta once it passed."""
 
     def __init__(self, case: Case, x: Inputs):
         self.case = case
@@ -198,13 +203,14 @@ class Oracle:
     def check(self, got: Result, record: Record) -> str:
         """Fill in the errors; the reason why the result is wrong, or an empty string."""
         c = self.case
-        shapes = {"o": (c.B, c.T, c.HV, c.D), "state": (c.B, c.HV, c.D, c.D)}
+        shapes: dict[str, tuple[int, ...]] = {"o": (c.B, c.T, c.HV, c.D), "state": (c.B, c.HV, c.D, c.D)}
         if c.snapshots:
             shapes["snapshots"] = (c.snapshots, c.B, c.HV, c.D, c.D)
         for name, shape in shapes.items():
             array = getattr(got, name)
             if array is None or array.shape != shape:
-                return f"{name} must have shape {list(shape)}; got {None if array is None else list(array.shape)}"
+                got_shape = None if array is None else list(array.shape)
+                return f"{name} must have shape {list(shape)}; got {got_shape}"
         errors = {
             "o": nmse(np.swapaxes(got.o, 1, 2)[self.rows, self.heads], np.swapaxes(self.want.o, 1, 2)),
             "state": nmse(got.state[self.rows, self.heads], self.want.state),
@@ -252,7 +258,7 @@ def measure(
     backend: str = "auto",
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> Report:
-    """Measure every case with every contender that is here; the first contender is what the others are compared with.
+    """Measure every case with every contender that is here; the others are compared with the first.
 
     `progress` is called with what is going on and the finished share of the whole.
     """
@@ -260,6 +266,11 @@ def measure(
 
     settings = settings or Settings()
     report = Report(describe_machine(backend), settings)
+    if report.machine["load"] > 0.5:
+        report.notes.append(
+            f"other work was running (load average {report.machine['load']:.1f} on {available_cpus()} CPUs): "
+            "trust the minima more than the medians"
+        )
     present = []
     for c in contenders:
         if why := c.missing():
@@ -280,7 +291,9 @@ def measure(
                 def tell(text: str, case: Case = case, n: int = n, done: float = done) -> None:
                     progress(f"{case.name} on {n} threads: {text}", done)
 
-                report.records += _measure_case(case, inputs, oracle, present, n, settings, report.notes, tell)
+                report.records += _measure_case(
+                    case, inputs, oracle, present, n, settings, report.notes, tell
+                )
     finally:
         torch.set_num_threads(before)
     progress("done", 1.0)
@@ -302,7 +315,9 @@ def _measure_case(
     try:
         for contender in contenders:
             tell(f"checking {contender.name}")
-            record = Record(case.name, case.kind, threads, contender.name, contender.version(), states=case.states)
+            record = Record(
+                case.name, case.kind, threads, contender.name, contender.version(), states=case.states
+            )
             records.append(record)
             runner = _prepare(contender, case, inputs, threads, oracle, record)
             if runner is not None:
@@ -374,9 +389,11 @@ def _time(runner: Runner, calls: int) -> float:
 
 
 def _rounds(entries: list[_Entry], limits: Limits, settings: Settings, tell: Callable[[str], None]) -> None:
+    every = -(-settings.rounds // LIMIT_SAMPLES)
     for r in range(settings.rounds):
         tell(f"round {r + 1} of {settings.rounds}")
-        limits.sample()
+        if r % every == 0:
+            limits.sample()
         first = r % len(entries)  # so that nobody always runs after the same neighbour
         for entry in entries[first:] + entries[:first]:
             if r >= entry.rounds:

@@ -4,9 +4,9 @@ ggml, which is reached through ctypes, has its own file. What each one wants:
 
 | contender | order | decay | scale | state | heads | snapshots |
 |---|---|---|---|---|---|---|
-| transformers | [B, T, H, D] | log | in the op | [B, HV, K, V] | interleaved | T calls of one token |
-| executorch | [B, HV, T, D] | linear | folded into q | [B, HV, K, V] | q, k repeated beforehand | T calls of one token |
-| mlx | [B, T, H, D] | linear | folded into q | [B, HV, V, K] | interleaved | T calls of one token |
+| transformers | [B, T, H, D] | log | in the op | [B, HV, K, V] | interleaved | none: T calls |
+| executorch | [B, HV, T, D] | linear | folded into q | [B, HV, K, V] | q, k repeated here | none: T calls |
+| mlx | [B, T, H, D] | linear | folded into q | [B, HV, V, K] | interleaved | none: T calls |
 | ggml | [B, T, H, D] | log | in the op | [B, HV, V, K] | tiled | in the op, newest first |
 """
 
@@ -58,7 +58,8 @@ class _AnydeltaRunner(RunnerBase):
 
         self.x = x = {n: torch.from_numpy(v) for n, v in vars(inputs).items()}
         self.states = x["state"][None].repeat(case.states, 1, 1, 1, 1)
-        self.snaps = self.states.new_zeros(case.states if case.snapshots else 0, case.snapshots, *x["state"].shape)
+        kept = (case.states if case.snapshots else 0, case.snapshots)
+        self.snaps = self.states.new_zeros(*kept, *x["state"].shape)
         states, snaps = list(self.states), list(self.snaps)
         q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "g", "beta"))
         self.trace = anydelta.explain(q, k, v, g=g, beta=beta, initial_state=states[0], backend=backend)
@@ -68,8 +69,8 @@ class _AnydeltaRunner(RunnerBase):
 
         def keep(i: int) -> Any:
             return anydelta.gated_delta_rule(
-                q, k, v, g=g, beta=beta, initial_state=states[i], snapshots=snaps[i], output_final_state=False,
-                backend=backend,
+                q, k, v, g=g, beta=beta, initial_state=states[i], snapshots=snaps[i],
+                output_final_state=False, backend=backend,
             )[0]  # fmt: skip
 
         super().__init__(case, keep if case.snapshots else advance, in_place=True)
@@ -110,13 +111,14 @@ class Transformers:
         return None
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
-        if case.gate == "gda":
-            m = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
-            token, chunk = m.torch_recurrent_gated_delta_rule, m.torch_chunk_gated_delta_rule
-        else:
-            m = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
-            token, chunk = m.recurrent_kimi_delta_attention, m.chunk_kimi_delta_attention
-        return _TransformersRunner(case, inputs, token, chunk)
+        with quiet_stderr():  # it warns that this path is slow
+            if case.gate == "gda":
+                m = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+                token, chunk = m.torch_recurrent_gated_delta_rule, m.torch_chunk_gated_delta_rule
+            else:
+                m = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
+                token, chunk = m.recurrent_kimi_delta_attention, m.chunk_kimi_delta_attention
+            return _TransformersRunner(case, inputs, token, chunk)
 
 
 class _TransformersRunner(RunnerBase):
@@ -150,12 +152,12 @@ class _TransformersRunner(RunnerBase):
 
         options: dict[str, Callable[[int], Any]] = {}
         if case.snapshots:
-            options["one token per call"] = one_by_one
+            options["T calls"] = one_by_one
         else:
-            if case.T <= 64 or not self._chunk_fits(case):
-                options["recurrence"] = whole(token)
             if case.T > 1 and self._chunk_fits(case):
                 options["chunks of 64"] = whole(chunk)
+            if case.T <= 64 or case.gate == "kda":  # its chunked KDA is slow enough to lose to its recurrence
+                options["recurrence"] = whole(token)
         self.detail = faster(options)
         super().__init__(case, options[self.detail])
 
@@ -166,7 +168,8 @@ class _TransformersRunner(RunnerBase):
         return case.gate == "gda" or 4 * case.B * case.HV * tokens * 64 * case.D <= 2**31
 
     def result(self) -> Result:
-        self.call(0)
+        with quiet_stderr():  # it warns that this path is slow
+            self.call(0)
         if self.case.snapshots:
             o = np.concatenate([o.numpy() for o in self.out], axis=1)
             snaps = np.stack([s.numpy() for s in reversed(self.kept[0])])
@@ -215,10 +218,10 @@ class ExecuTorch:
             if not hasattr(torch.ops.llama, "gated_delta_rule"):
                 raise RuntimeError(f"executorch {self.version()} has no llama::gated_delta_rule")
             got = self._set_threads(threads)
-        return _ExecuTorchRunner(case, inputs, f"{got} threads" if got else "its own thread count")
+        return _ExecuTorchRunner(case, inputs, "" if got == threads else f"{got or 'unknown'} threads")
 
     def _set_threads(self, threads: int) -> int:
-        """Its pool has no Python face; the C++ one is reached by name. 0 if this build spells it otherwise."""
+        """Its pool has no Python face; the C++ one is reached by name. 0 if this build names it otherwise."""
         try:
             lib = ctypes.CDLL(str(self._library("executorch_threadpool")))
             pool = lib._ZN10executorch9extension10threadpool14get_threadpoolEv
@@ -254,9 +257,10 @@ class _ExecuTorchRunner(RunnerBase):
         ]
         start = torch.from_numpy(inputs.state)
         self.states = start[None].repeat(case.states, 1, 1, 1, 1)
-        self.kept = self.states.new_zeros(case.states, max(1, case.snapshots), *start.shape)
+        # Each in a storage of its own: the op takes two views of one storage for aliases.
+        self.kept = [[torch.zeros_like(start) for _ in range(max(1, case.snapshots))] for _ in self.states]
         self.outs = [torch.zeros_like(args[2])]
-        states, kept = list(self.states), [list(row) for row in self.kept]
+        states, kept = list(self.states), self.kept
 
         def whole(i: int) -> None:
             op(*args, states[i], out=self.outs[0], final_state_out=kept[i][0])
@@ -273,18 +277,19 @@ class _ExecuTorchRunner(RunnerBase):
                 state = final
 
         super().__init__(case, one_by_one if case.snapshots else whole)
-        self.detail = detail + (", one token per call" if case.snapshots else "")
+        self.detail = ", ".join(filter(None, (detail, "T calls" if case.snapshots else "")))
 
     def run(self, calls: int) -> None:
         with quiet_stderr():  # it logs a line per call
             super().run(calls)
 
     def result(self) -> Result:
-        self.kept.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
+        for x in (*self.kept[0], *self.outs):
+            x.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
         with quiet_stderr():
             self.call(0)
         o = np.concatenate([np.swapaxes(o.numpy(), 1, 2) for o in self.outs], axis=1)
-        kept = self.kept[0].numpy().copy()
+        kept = np.stack([x.numpy() for x in self.kept[0]])
         return Result(o, kept[0], kept if self.case.snapshots else None)
 
     def close(self) -> None:
@@ -349,7 +354,7 @@ class _MlxRunner(RunnerBase):
             self.out, self.kept[i] = outs, snaps
 
         super().__init__(case, one_by_one if case.snapshots else whole)
-        self.detail = "one thread per op" + (", one token per step" if case.snapshots else "")
+        self.detail = "1 thread" + (", T calls" if case.snapshots else "")
 
     def result(self) -> Result:
         self.call(0)

@@ -1,0 +1,176 @@
+"""`anydelta bench`: the command line. Progress goes to stderr, results to stdout or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from . import cases as case_list
+from . import report as printers
+
+bench = typer.Typer(
+    help="Measure the operator against other implementations and the machine's limits.", no_args_is_help=True
+)
+
+PLOTS = (".svg", ".png", ".pdf")
+
+
+def register(app: typer.Typer) -> None:
+    """Add `bench` to the command line."""
+    app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keeps `ops` a sub-command while it is the only one."""
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"anydelta bench ops: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+@bench.command("ops")
+def ops_command(
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cases", help="Groups, names, globs, regular expressions; commas and repeats allowed."
+        ),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure installed peers too.")] = True,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", help="Only this peer (repeat for more); it must be here.")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help="anydelta's backend.")] = "auto",
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list cases and contenders.")] = False,
+) -> None:
+    """Time the operator: decode, short blocks with snapshots, prefill.
+
+    Every contender's result is compared with a float64 oracle before it is timed. All run in one process, in
+    turns; the table shows times relative to anydelta's and the share of the machine's own limit.
+
+    Examples:
+      anydelta bench ops
+      anydelta bench ops --cases decode -t 1 --no-peers
+      anydelta bench ops --cases 'gda-t512-*,gda-t4-h16x32-d128-b1-s4' --peer ggml --plot ops.svg
+    """
+    form = _output_form(json, csv, md, output)
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            _fail(f"the folder of {path} does not exist")
+    if plot is not None and plot.suffix not in PLOTS:
+        _fail(f"--plot must end in {', '.join(PLOTS)}; got {plot.name!r}")
+    if rounds < 1:
+        _fail(f"--rounds must be at least 1; got {rounds}")
+    if not 0 < sample_ms <= 10000:
+        _fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
+    if peer and not peers:
+        _fail("--peer and --no-peers contradict each other; give one of them")
+    try:
+        from ..dispatch import get_backend
+        from . import ops
+        from . import peers as contenders
+
+        if backend != "auto":
+            get_backend(backend)
+        chosen = case_list.presets() if list_ and not cases else case_list.select(cases or ["default"])
+        rivals = contenders.choose_peers(peer or []) if peers else []
+        counts = _threads(threads, ops.available_cpus())
+    except ValueError as error:
+        _fail(str(error))
+    field: list[contenders.Contender] = [contenders.Anydelta(backend), *rivals]
+    if list_:
+        for c in chosen:
+            typer.echo(c.name)
+        for one in field:
+            typer.echo(f"{one.name}: {one.missing() or one.version()}")
+        return
+    if why := field[0].missing():
+        _fail(why)
+
+    with _progress() as tell:
+        settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)
+        report = ops.measure(chosen, field, threads=counts, settings=settings, backend=backend, progress=tell)
+
+    from rich.console import Console
+
+    if form is not None:
+        text = printers.to_text(report, form)
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            output.write_text(text, encoding="utf-8")
+    if form is None or output is not None:
+        Console().print(printers.to_table(report))
+    try:
+        if plot is not None:
+            printers.plot(report, plot)
+    except (ImportError, ValueError) as error:
+        _fail(f"no figure: {error}")
+    if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
+        raise typer.Exit(1)
+
+
+def _output_form(json: bool, csv: bool, md: bool, output: Path | None) -> str | None:
+    asked = [name for name, on in (("json", json), ("csv", csv), ("md", md)) if on]
+    if len(asked) > 1:
+        _fail(f"one output form at a time; got {' and '.join('--' + a for a in asked)}")
+    if asked:
+        return asked[0]
+    if output is None:
+        return None
+    for name, suffix in printers.FORMATS.items():
+        if output.suffix == suffix:
+            return name
+    known = ", ".join(printers.FORMATS.values())
+    _fail(f"-o must end in {known}, or give --json, --csv or --md; got {output.name!r}")
+
+
+def _threads(text: str | None, available: int) -> list[int]:
+    if text is None:
+        return [available]
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1 or max(counts) > 1024:
+        raise ValueError(f"-t must be numbers from 1 to 1024 such as 1,2; got {text!r}")
+    return list(dict.fromkeys(counts))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr that is redrawn between measurements only: a drawing thread would disturb them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn(),
+        console=console, transient=True, auto_refresh=False, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def tell(text: str, done: float) -> None:
+            bar.update(task, description=text, completed=done)
+            bar.refresh()
+
+        yield tell

@@ -1,0 +1,380 @@
+"""The benchmark: what it measures is right before it is timed, and what it prints is what it measured.
+
+No test asserts a time. Cases are tiny; the reference backend stands in for anydelta, so no build is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from anydelta import reference
+from anydelta.bench import cli, ops, peers, report
+from anydelta.bench.cases import Case, make_inputs, presets, select, subnormals
+from anydelta.bench.contender import Result, Runner, RunnerBase
+
+QUICK = ops.Settings(rounds=2, sample_seconds=1e-4)
+TINY = ["gda-t1-h1x2-d8-b2", "kda-t4-h2x2-d8-b1-s4", "gda-t3-h2x4-d8-b1"]
+
+
+class Fake:
+    """A contender that answers with the oracle, after `bend` had its way with the result."""
+
+    def __init__(self, name="fake", bend=lambda result: result):
+        self.name, self.bend, self.ran = name, bend, 0
+
+    def missing(self):
+        return None
+
+    def version(self):
+        return "1"
+
+    def refuses(self, case):
+        return None
+
+    def prepare(self, case, inputs, threads) -> Runner:
+        want = reference.gated_delta_rule(
+            *(x.astype(np.float64) for x in (inputs.q, inputs.k, inputs.v)),
+            g=inputs.g.astype(np.float64),
+            beta=inputs.beta.astype(np.float64),
+            initial_state=inputs.state.astype(np.float64),
+            snapshots=case.snapshots,
+        )
+        outer = self
+
+        class Runs(RunnerBase):
+            def result(self) -> Result:
+                return outer.bend(Result(want.o.copy(), want.state.copy(), want.snapshots))
+
+            def run(self, calls):
+                outer.ran += calls
+
+        return Runs(case, lambda i: None)
+
+
+def run(cases, contenders, threads=(1,), settings=QUICK):
+    return ops.measure(select(cases), contenders, threads=threads, settings=settings, backend="reference")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_copies():
+    """The copy bandwidth is not what is tested: keep its buffers small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "COPY_MIB", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """One report with every kind of row but a peer's."""
+
+    def wrong(result):
+        result.state[0, 0, 0, 0] += 1.0
+        return result
+
+    return run(TINY, [peers.Anydelta("reference"), Fake(), Fake("wrong", wrong)])
+
+
+def by_name(found, case, contender):
+    return next(r for r in found.records if (r.case, r.contender) == (case, contender))
+
+
+@pytest.mark.parametrize("case", presets(), ids=lambda c: c.name)
+def test_a_case_is_its_name(case):
+    assert Case.parse(case.name) == case
+
+
+def test_selection_takes_groups_names_globs_and_expressions():
+    assert [c.name for c in select(["gda-t7-h1x3-d16-b2"])] == ["gda-t7-h1x3-d16-b2"]
+    assert all(c.kind == "prefill" for c in select(["prefill"]))
+    assert all(c.cold for c in select(["cold"]))
+    assert len(select(["kda-*"])) == sum(c.gate == "kda" for c in presets())
+    assert {c.T for c in select(["t(2|8)-"])} == {2, 8}
+    assert len(select(["all,all", "default"])) == len(presets())
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        select(["nothing"])
+    with pytest.raises(ValueError, match="multiple of its q/k heads"):
+        select(["gda-t1-h2x3-d8-b1"])
+
+
+def test_the_presets_cover_what_the_models_use():
+    every = presets()
+    assert {c.T for c in every} >= {1, 2, 4, 8, 16, 64, 256, 512, 1024, 4096}
+    assert {c.HV for c in every} >= {4, 16, 32, 48, 64}
+    assert {(c.gate, c.D, c.B) for c in every} >= {
+        (g, d, b) for g in ("gda", "kda") for d in (64, 128) for b in (1, 8)
+    }
+
+
+def test_work_and_limits():
+    decode, kept = Case("gda", 1, 16, 32, 128), Case("gda", 4, 16, 32, 128, snapshots=4)
+    assert decode.moved_bytes == 2 * 4 * 32 * 128 * 128
+    assert kept.moved_bytes == 5 * 4 * 32 * 128 * 128
+    assert Case("gda", 64, 16, 32, 128).flops == 6 * 128 * 128 * 32 * 64
+    limits = ops.Limits((), 1)
+    limits.best = {"fma": 100.0, "copy": 10.0}
+    kind, value, seconds = limits.of(decode)
+    assert (kind, value) == ("copy", 10.0)
+    assert seconds == pytest.approx(decode.moved_bytes / 10e9)
+    assert limits.of(Case("gda", 64, 16, 32, 128))[0] == "fma"
+
+
+def test_a_cold_case_streams_from_memory():
+    cold = Case("gda", 1, 16, 32, 128, cold=True)
+    assert cold.states * cold.state_bytes >= 300 * 2**20
+
+
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_inputs_stay_normal(gate):
+    case = Case(gate, 300, 1, 2, 16)
+    x = make_inputs(case)
+    np.testing.assert_allclose(np.linalg.norm(x.k, axis=-1), 1, rtol=1e-5)
+    assert -0.5 <= x.g.min() <= x.g.max() <= -0.05
+    out = Fake().prepare(case, x, 1).result()
+    assert not any(subnormals(a) for a in (*vars(x).values(), out.state.astype(np.float32)))
+
+
+def test_subnormals_are_counted():
+    assert subnormals(np.array([0, 1, 1e-40, -1e-41], np.float32)) == 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_anydelta_and_a_right_contender_are_timed(measured, name):
+    for contender in ("anydelta", "fake"):
+        r = by_name(measured, name, contender)
+        assert (r.status, r.rounds, r.checked) == ("ok", 2, "float64 oracle")
+        assert r.calls >= 1
+        assert 0 < r.min_us <= r.median_us
+        assert r.ratio > 0
+        assert r.nmse_o <= ops.NMSE
+        assert r.nmse_state <= ops.NMSE
+        assert (r.nmse_snapshots is not None) == ("-s4" in name)
+    assert by_name(measured, name, "anydelta").ratio == 1
+    assert by_name(measured, name, "anydelta").detail == "backend reference"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_wrong_contender_is_listed_and_not_timed(measured, name):
+    r = by_name(measured, name, "wrong")
+    assert r.status == "wrong"
+    assert "state" in r.reason
+    assert r.nmse_state > ops.NMSE
+    assert r.nmse_o <= ops.NMSE
+    assert r.median_us is r.ratio is None
+
+
+def bend_nan(result):
+    result.o[0, 0, 0, 0] = np.nan
+    return result
+
+
+def bend_last_snapshot(result):
+    result.snapshots[-1] *= 1.01
+    return result
+
+
+def bend_order(result):
+    result.snapshots = result.snapshots[::-1]
+    return result
+
+
+def bend_missing(result):
+    result.snapshots = None
+    return result
+
+
+def bend_shape(result):
+    result.state = result.state[:, :1]
+    return result
+
+
+@pytest.mark.parametrize("bend", [bend_nan, bend_last_snapshot, bend_order, bend_missing, bend_shape])
+def test_every_part_of_a_result_is_checked(bend):
+    cheat = Fake("cheat", bend)
+    r = by_name(run([TINY[1]], [cheat]), TINY[1], "cheat")
+    assert r.status == "wrong", r
+    assert cheat.ran == 0
+
+
+def test_a_large_case_is_checked_on_some_heads_and_the_rest_against_anydelta(monkeypatch):
+    monkeypatch.setattr(ops, "ORACLE_ELEMENTS", 10)
+
+    def bend(result):
+        result.o[0, :, 1] += 1.0  # head 1 is none of the first, middle and last
+        return result
+
+    name = "gda-t2-h8x8-d8-b1"
+    found = run([name], [peers.Anydelta("reference"), Fake(), Fake("cheat", bend)])
+    assert by_name(found, name, "fake").checked == "float64 oracle on 3 heads, all heads against anydelta"
+    assert by_name(found, name, "fake").status == "ok"
+    assert by_name(found, name, "cheat").status == "wrong"
+
+
+def test_refusals_failures_and_absences_are_told_apart():
+    refusing, failing, absent = Fake("refusing"), Fake("failing"), Fake("absent")
+    refusing.refuses = lambda case: "not today"
+    absent.missing = lambda: "not installed"
+
+    def fail(case, inputs, threads):
+        raise RuntimeError("it broke\nbadly")
+
+    failing.prepare = fail
+    found = run([TINY[0]], [peers.Anydelta("reference"), refusing, failing, absent])
+    assert found.absent == {"absent": "not installed"}
+    assert [(r.status, r.reason) for r in found.records[1:]] == [
+        ("refused", "not today"),
+        ("failed", "RuntimeError: it broke"),
+    ]
+    assert found.records[0].status == "ok"
+
+
+def test_limits_say_what_is_missing(monkeypatch):
+    def gone(name):
+        raise ImportError("no module")
+
+    monkeypatch.setattr(ops.importlib, "import_module", gone)
+    limits = ops.Limits(("fma",), 1)
+    limits.sample()
+    assert limits.of(Case("gda", 64, 1, 1, 8)) is None
+    assert "anydelta._core is not built" in limits.why_not
+
+
+@pytest.mark.parametrize("peer", peers.every_peer(), ids=lambda p: p.name)
+def test_installed_peers_agree_with_the_oracle(peer):
+    if why := peer.missing():
+        pytest.skip(why)
+    for name in (
+        "gda-t1-h2x4-d32-b2",
+        "kda-t4-h2x2-d32-b1-s4",
+        "gda-t3-h2x6-d32-b2-s3",
+        "gda-t5-h2x4-d32-b1",
+    ):
+        case = Case.parse(name)
+        inputs = make_inputs(case)
+        assert peer.refuses(case) is None
+        runner = peer.prepare(case, inputs, 1)
+        record = ops.Record(name, case.kind, 1, peer.name, peer.version())
+        assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
+        runner.reset()
+        runner.run(3)
+        assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
+        runner.close()
+
+
+def test_unknown_and_absent_peers(monkeypatch):
+    with pytest.raises(
+        ValueError, match="peer must be one of ggml, executorch, mlx, transformers; got 'fla'"
+    ):
+        peers.choose_peers(["fla"])
+    monkeypatch.setattr(peers.Mlx, "missing", lambda self: "gone")
+    with pytest.raises(ValueError, match="peer 'mlx' cannot run here: gone"):
+        peers.choose_peers(["mlx"])
+
+
+def test_printers_show_every_record(measured):
+    data = json.loads(report.to_json(measured))
+    assert [r["case"] for r in data["records"]] == [r.case for r in measured.records]
+    assert data["machine"]["cpus"] >= 1
+    rows = list(csv.DictReader(io.StringIO(report.to_csv(measured))))
+    assert len(rows) == len(measured.records)
+    assert float(rows[0]["median_us"]) == measured.records[0].median_us
+    text = report.to_markdown(measured)
+    for name in TINY:
+        assert f"**{name}, 1 thread" in text
+    assert text.count("| wrong: NMSE must be at most 1e-07; got state") == len(TINY)
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {len(report.HEAD) + 1}
+
+
+def test_the_table_prints(measured):
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=140)
+    console.print(report.to_table(measured))
+    assert TINY[0] in console.file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_figure_is_written(measured, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"ops.{suffix}"
+    report.plot(measured, path)
+    head = path.read_bytes()
+    assert head.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    if suffix == "svg":
+        assert TINY[0] in path.read_text()
+
+
+def test_nothing_timed_is_nothing_to_plot(measured, tmp_path):
+    empty = ops.Report(measured.machine, QUICK)
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="nothing was timed"):
+        report.plot(empty, tmp_path / "x.svg")
+
+
+def test_times_read_well():
+    assert [report.time(x) for x in (0.5, 12.34, 4567.0, 2.5e6)] == ["0.5 µs", "12.3 µs", "4.57 ms", "2.5 s"]
+
+
+def invoke(*args: str):
+    app = typer.Typer()
+    cli.register(app)
+    return CliRunner().invoke(app, ["bench", "ops", *args])
+
+
+def test_command_writes_results_and_figure(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    out, figure = tmp_path / "r.json", tmp_path / "r.svg"
+    got = invoke(
+        "--cases", "gda-t1-h1x2-d8-b1", "--no-peers", "--backend", "reference", "-t", "1,2", "-r", "1",
+        "--sample-ms", "0.1", "-o", str(out), "--plot", str(figure),
+    )  # fmt: skip
+    assert got.exit_code == 0, got.output
+    assert [r["threads"] for r in json.loads(out.read_text())["records"]] == [1, 2]
+    assert figure.exists()
+    assert "gda-t1-h1x2-d8-b1" in got.output
+
+
+def test_command_prints_csv_on_stdout():
+    got = invoke(
+        "--cases", "gda-t1-h1x1-d8-b1", "--no-peers", "--backend", "reference", "-t", "1", "-r", "1",
+        "--sample-ms", "0.1", "--csv",
+    )  # fmt: skip
+    assert got.exit_code == 0
+    assert got.stdout.startswith("case,kind,threads,")
+
+
+def test_list_measures_nothing():
+    got = invoke("--list", "--cases", "default")
+    assert got.exit_code == 0
+    assert "gda-t1-h16x32-d128-b1\n" in got.output
+    assert "ggml: " in got.output
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--cases", "nothing"], "no case matches 'nothing'"),
+        (["-t", "0"], "-t must be numbers from 1 to 1024"),
+        (["-t", "two"], "-t must be numbers from 1 to 1024"),
+        (["-r", "0"], "--rounds must be at least 1"),
+        (["--peer", "fla"], "peer must be one of"),
+        (["--peer", "ggml", "--no-peers"], "contradict"),
+        (["--backend", "nope"], "backend must be 'auto' or one of"),
+        (["--json", "--csv"], "one output form at a time"),
+        (["-o", "results.txt"], "-o must end in"),
+        (["-o", "nowhere/results.json"], "does not exist"),
+        (["--plot", "figure.gif"], "--plot must end in"),
+        (["--sample-ms", "0"], "--sample-ms must be above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(args, sentence):
+    got = invoke(*args)
+    assert got.exit_code == 2
+    assert sentence in got.output
+    assert len(got.output.strip().splitlines()) == 1
