@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,14 @@ def test_refusals_failures_and_absences_are_told_apart():
     assert found.records[0].status == "ok"
 
 
+def test_other_work_is_a_share_or_unknown():
+    others = ops.Others()
+    sum(range(10**6))
+    assert others.percent() is None or 0 <= others.percent() <= 100
+    others.start = None
+    assert others.percent() is None
+
+
 def test_limits_say_what_is_missing(monkeypatch):
     def gone(name):
         raise ImportError("no module")
@@ -315,6 +324,13 @@ def test_nothing_timed_is_nothing_to_plot(measured, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="nothing was timed"):
         report.plot(empty, tmp_path / "x.svg")
+
+
+def test_a_disturbed_case_says_so(measured):
+    quiet, noisy = (replace(r, others_pct=p) for r, p in zip(measured.records[:2], (2.0, 60.0), strict=True))
+    title = "other work took 60 %"
+    assert title in report.to_markdown(ops.Report(measured.machine, QUICK, records=[noisy]))
+    assert "other work" not in report.to_markdown(ops.Report(measured.machine, QUICK, records=[quiet]))
 
 
 def test_times_read_well():

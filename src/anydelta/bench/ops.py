@@ -33,8 +33,8 @@ ORACLE_ELEMENTS = 5e7
 COPY_MIB = 128
 """Each buffer of the copy measurement: several times the last-level cache that a few cores share."""
 
-LIMIT_SAMPLES = 3
-"""Rounds of a case that measure the limits too; filling the copy buffers costs more than a round."""
+COPY_SAMPLES = 3
+"""Rounds of a case that measure the copy too; filling its buffers costs more than a round."""
 
 SETTLE_SECONDS = 0.015
 """Pause between contenders: thread pools spin for some milliseconds after their last call."""
@@ -91,6 +91,8 @@ class Record:
     limit_us: float | None = None
     limit_pct: float | None = None
     """The limit's time over the contender's minimum."""
+    others_pct: float | None = None
+    """CPU time that other processes (or a hypervisor) took during the rounds, of all CPUs; Linux only."""
 
 
 @dataclass
@@ -120,7 +122,6 @@ def describe_machine(backend: str = "auto") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu or platform.machine(),
         "cpus": available_cpus(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "anydelta": anydelta.__version__,
@@ -135,6 +136,30 @@ def describe_machine(backend: str = "auto") -> dict[str, Any]:
 
 def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Others:
+    """How much of the CPUs other work takes: what makes the times of several threads worthless."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Jiffies of all CPUs: total, and neither idle nor ours."""
+        try:
+            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        mine = os.times()
+        own = (mine.user + mine.system) * os.sysconf("SC_CLK_TCK")
+        return float(sum(fields)), sum(fields) - fields[3] - fields[4] - own  # idle, iowait
+
+    def percent(self) -> float | None:
+        end = self._now()
+        if self.start is None or end is None or end[0] <= self.start[0]:
+            return None
+        return max(0.0, 100 * (end[1] - self.start[1]) / (end[0] - self.start[0]))
 
 
 class Limits:
@@ -160,9 +185,10 @@ class Limits:
         }
         self._measure = {kind: every[kind] for kind in kinds}
 
-    def sample(self) -> None:
+    def sample(self, *, copy: bool = True) -> None:
         for kind, measure in self._measure.items():
-            self.best[kind] = max(self.best.get(kind, 0.0), measure())
+            if copy or kind != "copy":
+                self.best[kind] = max(self.best.get(kind, 0.0), measure())
 
     def of(self, case: Case) -> tuple[str, float, float] | None:
         """(kind, its value, least seconds of one call) of what bounds the case; None if unmeasured."""
@@ -266,11 +292,6 @@ def measure(
 
     settings = settings or Settings()
     report = Report(describe_machine(backend), settings)
-    if report.machine["load"] > 0.5:
-        report.notes.append(
-            f"other work was running (load average {report.machine['load']:.1f} on {available_cpus()} CPUs): "
-            "trust the minima more than the medians"
-        )
     present = []
     for c in contenders:
         if why := c.missing():
@@ -325,8 +346,10 @@ def _measure_case(
         limits = Limits(case.limits, threads)
         if limits.why_not and limits.why_not not in notes:
             notes.append(limits.why_not)
+        others = Others()
         if entries:
             _rounds(entries, limits, settings, tell)
+        disturbed = others.percent()
         for entry in entries:
             if lost := subnormals(entry.runner.result().state):
                 notes.append(f"{case.name}: {entry.record.contender} computed with {lost} subnormal numbers")
@@ -336,6 +359,7 @@ def _measure_case(
     base = entries[0] if entries and entries[0].record is records[0] else None
     for entry in entries:
         _fill(entry, base, limits, case)
+        entry.record.others_pct = disturbed
     return records
 
 
@@ -371,6 +395,11 @@ def _prepare(
 def _calibrate(runner: Runner, record: Record, settings: Settings) -> _Entry:
     """How many calls make a sample. The second of two probes counts: the first warms up."""
     runner.reset()
+    start = time.perf_counter()
+    for _ in range(record.states):  # every buffer once, or the first writes would be timed as page faults
+        runner.run(1)
+        if time.perf_counter() - start > max(settings.contender_seconds, 1.0):
+            break
     calls, seconds = 1, _time(runner, 1)
     if seconds < settings.sample_seconds:
         seconds = _time(runner, 1)
@@ -389,11 +418,10 @@ def _time(runner: Runner, calls: int) -> float:
 
 
 def _rounds(entries: list[_Entry], limits: Limits, settings: Settings, tell: Callable[[str], None]) -> None:
-    every = -(-settings.rounds // LIMIT_SAMPLES)
+    every = -(-settings.rounds // COPY_SAMPLES)
     for r in range(settings.rounds):
         tell(f"round {r + 1} of {settings.rounds}")
-        if r % every == 0:
-            limits.sample()
+        limits.sample(copy=r % every == 0)
         first = r % len(entries)  # so that nobody always runs after the same neighbour
         for entry in entries[first:] + entries[:first]:
             if r >= entry.rounds:

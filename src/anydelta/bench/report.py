@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
 HEAD = ("contender", "min", "median", "spread", "x anydelta", "by minima", "of the limit", "NMSE o, state")
+BUSY_PCT = 10
+"""Other work above this is worth a warning."""
 COLOURS = {
     "anydelta": "#1b6ca8",
     "ggml": "#d1495b",
@@ -107,6 +109,9 @@ def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
         if (bound := next((r for r in found if r.limit), None)) is not None:
             title += f"; limit {time(bound.limit_us)}"
             title += f" ({bound.limit} {bound.limit_value:.4g} {bound.limit_unit})"
+        busy = next((r.others_pct for r in found if r.others_pct is not None), 0.0)
+        if busy >= BUSY_PCT:
+            title += f"; other work took {busy:.0f} % of the CPUs, so trust the minima only"
         yield title, found
 
 
