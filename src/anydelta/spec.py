@@ -9,7 +9,6 @@ Only attributes that NumPy arrays and torch tensors share are used, so neither i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ DECAYS = ("log", "linear", "raw")
 HEADS = ("interleaved", "tiled")
 LAYOUTS = ("kv", "vk")
 INDEX_DTYPES = ("int32", "int64")
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,17 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in x.shape)
 
 
+def overlaps(x: Any) -> bool:
+    """Whether elements of x may share memory: each axis must step over all that the finer axes span."""
+    reach = 0
+    axes = zip(element_strides(x), shape_of(x), strict=True)
+    for stride, n in sorted((abs(stride), n) for stride, n in axes if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
 class _Checker:
     """Raises errors of one form: `[op] NAME must be X; got Y`."""
 
@@ -159,8 +170,16 @@ class _Checker:
             raise TypeError(
                 f"{self.op}: {name} must be a torch.Tensor or a numpy.ndarray; got {type(x).__name__}"
             )
-        if framework == "torch" and (x.layout.__str__() != "torch.strided" or x.is_quantized):
-            self.fail(f"{name} must be a dense strided tensor; got layout {x.layout}")
+        if framework == "torch":
+            if x.layout.__str__() != "torch.strided" or x.is_quantized or x.is_nested:
+                kind = "quantized" if x.is_quantized else "nested" if x.is_nested else f"layout {x.layout}"
+                self.fail(f"{name} must be a dense strided tensor; got {kind}")
+            if x.is_neg():  # a lazy view: the memory holds -x
+                self.fail(f"{name} must hold its own values; got a negated view. Call resolve_neg() first")
+        elif not x.dtype.isnative:
+            self.fail(f"{name} must have the byte order of this machine; got {x.dtype.str}. Convert it first")
+        elif not x.flags.aligned:
+            self.fail(f"{name} must be aligned to its elements; got a misaligned array. Copy it first")
         here = (framework, str(x.device) if framework == "torch" else "cpu")
         if like is not None and framework != like[0]:
             raise TypeError(f"{self.op}: {name} must be a {like[0]} array as q is; got {framework}")
@@ -185,9 +204,19 @@ class _Checker:
     def number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.op}: {name} must be a number; got {type(value).__name__}")
-        if not math.isfinite(value):
-            self.fail(f"{name} must be finite; got {value}")
+        if not abs(value) <= _FLOAT32_MAX:  # NaN too; an int may be too large for float()
+            got = value if isinstance(value, float) else "a larger integer"
+            self.fail(f"{name} must be finite in float32; got {got}")
         return float(value)
+
+    def index(self, name: str, x: Any, here: tuple[str, str]) -> None:
+        """Index arrays may stay on the host when q is elsewhere."""
+        framework, device = self.array(name, x, None)
+        if framework != here[0]:
+            raise TypeError(f"{self.op}: {name} must be a {here[0]} array as q is; got {framework}")
+        if device not in (here[1], "cpu"):
+            self.fail(f"{name} must be on the CPU or on q's device {here[1]}; got {device}")
+        self.dtype(name, x, INDEX_DTYPES)
 
     def shape(self, name: str, x: Any, want: tuple[int, ...], legend: str) -> None:
         if shape_of(x) != want:
@@ -195,8 +224,11 @@ class _Checker:
 
     def writable(self, name: str, x: Any) -> None:
         """In-place targets: every element its own memory, and memory that may be written."""
-        if any(st == 0 and n > 1 for st, n in zip(element_strides(x), shape_of(x), strict=True)):
-            self.fail(f"{name} is written and must not be an expanded (stride 0) view; got strides of 0. Clone it first")
+        if overlaps(x):
+            self.fail(
+                f"{name} is written and must not be a view whose elements share memory; "
+                f"got strides {list(element_strides(x))} for {list(shape_of(x))}. Copy it first"
+            )
         if framework_of(x) == "numpy":
             if not x.flags.writeable:
                 self.fail(f"{name} is written in place and must not be read-only; got a read-only array. Copy it first")
@@ -271,22 +303,22 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         c.dtype("mask", call.mask, ("bool",))
         c.shape("mask", call.mask, (B, T), "[B, T]")
 
-    requires_grad = (
-        grad_enabled
-        and here[0] == "torch"
-        and any(
-            x is not None and x.requires_grad
-            for x in (call.q, call.k, call.v, call.g, call.beta, call.state_in, call.A_log, call.dt_bias)
-        )
-    )
-    if requires_grad and inplace:
+    state_name = "state" if inplace else "initial_state"
+    tracked = []  # the names of the inputs that require grad
+    if grad_enabled and here[0] == "torch":
+        for name in ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias"):
+            x = getattr(call, name)
+            if x is not None and x.requires_grad:
+                tracked.append(state_name if name == "state_in" else name)
+    if tracked and inplace:
         c.fail(
-            "the in-place op has no gradient; got an input that requires grad. "
+            f"the in-place op has no gradient, but {', '.join(tracked)} requires grad. "
             "Use gated_delta_rule, or torch.no_grad()"
         )
-    if requires_grad and call.snapshots is not None:
+    if tracked and call.snapshots is not None:
         c.fail(
-            "snapshots have no gradient; got an input that requires grad. Use torch.no_grad(), or leave snapshots out"
+            f"snapshots have no gradient, but {', '.join(tracked)} requires grad. "
+            "Use torch.no_grad(), or leave snapshots out"
         )
 
     return CallSpec(
@@ -303,7 +335,7 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         has_state=call.state_in is not None,
         snapshots=0 if call.snapshots is None else shape_of(call.snapshots)[0],
         inplace=inplace,
-        requires_grad=requires_grad,
+        requires_grad=bool(tracked),
         framework=here[0],
         device=device_name(call.q),
         options=options,
@@ -337,9 +369,7 @@ def _check_sequences(c: _Checker, call: Call, here: tuple[str, str], *, B: int, 
     """cu_seqlens [N+1] of integers with B = 1. Returns N."""
     if call.cu_seqlens is None:
         return B
-    if c.array("cu_seqlens", call.cu_seqlens, None)[0] != here[0]:
-        raise TypeError(f"{c.op}: cu_seqlens must be a {here[0]} array as q is")
-    c.dtype("cu_seqlens", call.cu_seqlens, INDEX_DTYPES)
+    c.index("cu_seqlens", call.cu_seqlens, here)
     if len(call.cu_seqlens.shape) != 1 or call.cu_seqlens.shape[0] < 1:
         c.fail(f"cu_seqlens must be [N+1]; got {list(shape_of(call.cu_seqlens))}")
     if B != 1:
@@ -370,9 +400,7 @@ def _check_state(
     if call.state_indices is not None:
         if call.state_in is None:
             c.fail(f"state_indices point into a state pool and require {name}; got None")
-        if c.array("state_indices", call.state_indices, None)[0] != here[0]:
-            raise TypeError(f"{c.op}: state_indices must be a {here[0]} array as q is")
-        c.dtype("state_indices", call.state_indices, INDEX_DTYPES)
+        c.index("state_indices", call.state_indices, here)
         c.shape("state_indices", call.state_indices, (N,), "[N]")
     if call.state_in is None:
         if inplace:

@@ -1,9 +1,9 @@
 """Does a backend compute the gated delta rule? One list of cases, one way to compare, one way to run them.
 
-    cases.py     Case: a call described in one line, and the list that tests, CLI and benchmarks share
-    compare.py   check(case, target): runs one case and compares it with the float64 oracle
-    run.py       run(cases, targets): results as records
-    cli.py       `anydelta conform`
+cases.py     Case: a call described in one line, and the list that tests, CLI and benchmarks share
+compare.py   check(case, target): runs one case and compares it with the float64 oracle
+run.py       run(cases, targets): results as records
+cli.py       `anydelta conform`
 """
 
 from .cases import CASES, Case

@@ -1,12 +1,13 @@
 """The conformance cases: one frozen record per call, whose printed form is its reproduction.
 
-`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The values of
-a case come from a seed that is derived from that line, so a line is all that is needed to repeat a failure.
-`CASES` is the list; DESIGN.md, section 7, says what it must cover.
+`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The values
+of a case come from a seed that is derived from that line, so a line is all that is needed to repeat a
+failure. `CASES` is the list; DESIGN.md, section 7, says what it must cover.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
@@ -70,7 +71,8 @@ class Case:
     state_strides: str = "dense"
     """Of the state and the snapshots: one of STATE_STRIDES."""
     gate: str = "model"
-    """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of them,
+    """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of
+    them,
     "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4)."""
     key: str = "unit"
     """Keys: "unit" of norm 1, "alike" norm 1 and almost parallel, "tiny" 1e-3, "huge" 1e4 (64 in half types),
@@ -89,10 +91,16 @@ class Case:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
         for bad, text in (
             (self.seqlens is not None and self.B != 1, "seqlens go with B=1"),
-            (self.fresh and (self.inplace or self.indices is not None), "fresh goes with neither inplace nor indices"),
+            (
+                self.fresh and (self.inplace or self.indices is not None),
+                "fresh goes with neither inplace nor indices",
+            ),
             (self.indices is not None and len(self.indices) != self.N, "indices must be one per sequence"),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),
-            (self.state_strides == "expanded" and (self.inplace or self.snapshots), "a written state is not expanded"),
+            (
+                self.state_strides == "expanded" and (self.inplace or self.snapshots),
+                "a written state is not expanded",
+            ),
             (
                 self.fresh and not self.snapshots and self.state_dtype == "bfloat16",
                 "a fresh final state is float32",
@@ -201,7 +209,7 @@ class Inputs:
             rows = list(mask)
         else:
             cu = self.cu_seqlens.tolist()
-            rows = [mask[0, s:e] for s, e in zip(cu, cu[1:], strict=False)]
+            rows = [mask[0, s:e] for s, e in itertools.pairwise(cu)]
         index = range(case.N) if case.indices is None else case.indices
         return [row & (i >= 0) for row, i in zip(rows, index, strict=True)]
 
@@ -315,7 +323,12 @@ def _betas(c: Case, rng: np.random.Generator) -> F64:
     shape = (c.B, c.T, c.HV)
     if c.logit:
         ends = rng.choice([-1e4, 1e4], shape)
-        table = {"mid": rng.normal(0, 2, shape), "zero": np.full(shape, -1e4), "one": np.full(shape, 1e4), "ends": ends}
+        table = {
+            "mid": rng.normal(0, 2, shape),
+            "zero": np.full(shape, -1e4),
+            "one": np.full(shape, 1e4),
+            "ends": ends,
+        }
         return table.get(c.beta, rng.uniform(-15, -12, shape))
     ends = rng.choice([0.0, 1.0], shape)
     table = {"mid": rng.uniform(0, 1, shape), "zero": np.zeros(shape), "one": np.ones(shape), "ends": ends}
@@ -335,17 +348,19 @@ def _mask(c: Case, rng: np.random.Generator) -> NDArray[np.bool_] | None:
     return np.full((c.B, c.T), c.mask == "all")
 
 
-EDGES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 200, 256)
-"""Token counts on both sides of every chunk length in use."""
+EDGES = (1, 2, 3, 5, 6, 7, 12, 13, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 100, 127, 128, 200, 256)
+"""Token counts on both sides of every chunk length in use: 6 and 48 on the CPU, 16, 32, 64 and 128
+elsewhere."""
 
 
 def _ggml() -> Iterator[Case]:
     """ggml's GATED_DELTA_NET list: (heads, size, T, sequences, HV/H, Ks), permuted and KDA twins."""
     for heads, size, T, B, rep, Ks in (
-        (32, 128, 1, 1, 1, 1), (32, 16, 1, 1, 1, 1), (16, 64, 1, 2, 1, 1), (4, 64, 4, 1, 1, 1), (4, 64, 4, 2, 1, 1),
-        (8, 32, 4, 2, 2, 1), (4, 64, 33, 1, 1, 1), (4, 64, 100, 1, 1, 1), (4, 64, 127, 2, 1, 1), (4, 16, 2, 1, 1, 2),
-        (4, 32, 4, 1, 1, 4), (4, 64, 4, 2, 1, 4), (8, 128, 4, 1, 1, 4), (8, 32, 4, 2, 2, 4), (4, 32, 8, 1, 1, 3),
-        (4, 64, 16, 2, 1, 4), (4, 16, 2, 1, 1, 5), (8, 32, 4, 2, 2, 7),
+        (32, 128, 1, 1, 1, 1), (32, 16, 1, 1, 1, 1), (16, 64, 1, 2, 1, 1), (4, 64, 4, 1, 1, 1),
+        (4, 64, 4, 2, 1, 1), (8, 32, 4, 2, 2, 1), (4, 64, 33, 1, 1, 1), (4, 64, 100, 1, 1, 1),
+        (4, 64, 127, 2, 1, 1), (4, 16, 2, 1, 1, 2), (4, 32, 4, 1, 1, 4), (4, 64, 4, 2, 1, 4),
+        (8, 128, 4, 1, 1, 4), (8, 32, 4, 2, 2, 4), (4, 32, 8, 1, 1, 3), (4, 64, 16, 2, 1, 4),
+        (4, 16, 2, 1, 1, 5), (8, 32, 4, 2, 2, 7),
     ):  # fmt: skip
         for kda in (False, True):
             for strides in ("dense", "permuted"):
@@ -380,7 +395,10 @@ def _sizes() -> Iterator[Case]:
             kda = (i + T) % 2 == 0
             yield Case(T=T, H=1, HV=2, K=size, V=size, kda=kda, gate="one", inplace=T == 1)
             yield Case(T=T, H=1, HV=1, K=size, V=size, kda=not kda, layout="vk", inplace=T == 20, gate="keep")
-    pairs = ((64, 128), (128, 64), (192, 256), (7, 33), (16, 256), (256, 16), (96, 80), (1, 33), (33, 1), (80, 96))
+    pairs = (
+        (64, 128), (128, 64), (192, 256), (7, 33), (16, 256), (256, 16), (96, 80), (1, 33), (33, 1), (80, 96),
+        (257, 16), (520, 24), (16, 300),
+    )  # fmt: skip
     for i, (K, V) in enumerate(pairs):
         for T in (1, 4, 19):
             for layout in ("kv", "vk"):
@@ -396,8 +414,8 @@ def _heads() -> Iterator[Case]:
             for heads in ("interleaved", "tiled"):
                 for T in (1, 18):
                     yield Case(
-                        B=2, T=T, H=H, HV=H * rep, K=32, V=16, heads=heads, kda=(H + T) % 2 == 0, inplace=rep % 2 == 0,
-                        l2norm=T == 1,
+                        B=2, T=T, H=H, HV=H * rep, K=32, V=16, heads=heads, kda=(H + T) % 2 == 0,
+                        inplace=rep % 2 == 0, l2norm=T == 1,
                     )  # fmt: skip
 
 
@@ -412,7 +430,9 @@ def _dtypes() -> Iterator[Case]:
                         layout="vk" if gate_dtype == "bfloat16" else "kv",
                     )  # fmt: skip
     for dtype in ("float32", "bfloat16", "float16"):
-        yield Case(T=33, K=128, V=128, dtype=dtype, state_dtype="bfloat16", gate="keep", fresh=True, snapshots=3)
+        yield Case(
+            T=33, K=128, V=128, dtype=dtype, state_dtype="bfloat16", gate="keep", fresh=True, snapshots=3
+        )
 
 
 def _forms() -> Iterator[Case]:
@@ -428,8 +448,9 @@ def _forms() -> Iterator[Case]:
             for lower_bound in (None, -5.0, -0.5, 0.0):
                 for T, gate_dtype in ((1, "bfloat16"), (18, "float32")):
                     yield Case(
-                        B=2, T=T, HV=4, K=16, V=32, kda=kda, decay="raw", dt_bias=dt_bias, lower_bound=lower_bound,
-                        gate_dtype=gate_dtype, logit=True, inplace=T == 1, dtype=gate_dtype,
+                        B=2, T=T, HV=4, K=16, V=32, kda=kda, decay="raw", dt_bias=dt_bias,
+                        lower_bound=lower_bound, gate_dtype=gate_dtype, logit=True, inplace=T == 1,
+                        dtype=gate_dtype,
                     )  # fmt: skip
         for beta in BETAS:
             for logit in (False, True):
@@ -457,7 +478,8 @@ def _regimes() -> Iterator[Case]:
                 kda = (GATES.index(gate) + T) % 2 == 0
                 yield Case(
                     T=steps, H=1, HV=2, K=32, V=24, kda=kda, gate=gate, key=key, beta=beta, inplace=T == 17,
-                    dtype="bfloat16" if T == 67 and gate == "one" else "float32", fresh=key == "tiny" and T == 67,
+                    dtype="bfloat16" if T == 67 and gate == "one" else "float32",
+                    fresh=key == "tiny" and T == 67,
                 )  # fmt: skip
 
 
@@ -468,8 +490,8 @@ def _strides() -> Iterator[Case]:
                 for T in (1, 19):
                     inplace = state_strides != "expanded" and (T == 1) == (layout == "kv")
                     yield Case(
-                        B=2, T=T, HV=4, K=32, V=16, strides=strides, state_strides=state_strides, layout=layout,
-                        inplace=inplace, kda=T == 19, mask="random" if layout == "vk" else "",
+                        B=2, T=T, HV=4, K=32, V=16, strides=strides, state_strides=state_strides,
+                        layout=layout, inplace=inplace, kda=T == 19, mask="random" if layout == "vk" else "",
                         dtype="bfloat16" if strides == "fused" else "float32",
                         state_dtype="bfloat16" if state_strides == "padded" and layout == "vk" else "float32",
                         snapshots=0 if state_strides == "expanded" or T == 1 else 2,
@@ -477,8 +499,8 @@ def _strides() -> Iterator[Case]:
     for strides in ("permuted", "fused", "strided"):
         for kda in (False, True):
             yield Case(
-                T=6, HV=4, K=33, V=7, strides=strides, kda=kda, decay="raw", dt_bias="flat" if kda else "full",
-                logit=True, l2norm=True,
+                T=6, HV=4, K=33, V=7, strides=strides, kda=kda, decay="raw",
+                dt_bias="flat" if kda else "full", logit=True, l2norm=True,
             )  # fmt: skip
             yield Case(
                 seqlens=(5, 0, 18), HV=4, K=16, V=16, strides=strides, kda=kda, pool=6, indices=(3, 5, 0),
@@ -488,14 +510,15 @@ def _strides() -> Iterator[Case]:
 
 def _packed() -> Iterator[Case]:
     for i, seqlens in enumerate((
-        (1,), (0,), (), (3, 0, 5), (0, 0, 4), (4, 0, 0), (0, 0), (1, 1, 1, 1, 1), (16, 17, 1), (64, 1, 65), (130, 3, 7),
-        (2, 3, 5, 7, 11, 13), (33, 0, 31, 64),
+        (1,), (0,), (), (3, 0, 5), (0, 0, 4), (4, 0, 0), (0, 0), (1, 1, 1, 1, 1), (16, 17, 1), (64, 1, 65),
+        (130, 3, 7), (2, 3, 5, 7, 11, 13), (33, 0, 31, 64),
     )):  # fmt: skip
         for kda in (False, True):
             yield Case(seqlens=seqlens, HV=4, K=16, V=32, kda=kda, int64=kda, inplace=i % 2 == 0, gate="keep")
             yield Case(
-                seqlens=seqlens, K=32, V=16, kda=not kda, mask=MASKS[i % len(MASKS)], snapshots=1 + i % 4, layout="vk",
-                dtype="bfloat16" if kda else "float32", state_dtype="bfloat16" if i % 2 else "float32",
+                seqlens=seqlens, K=32, V=16, kda=not kda, mask=MASKS[i % len(MASKS)], snapshots=1 + i % 4,
+                layout="vk", dtype="bfloat16" if kda else "float32",
+                state_dtype="bfloat16" if i % 2 else "float32",
             )  # fmt: skip
         yield Case(seqlens=seqlens, K=16, V=16, fresh=True)
     for T in (0, 1, 5):
@@ -513,15 +536,19 @@ def _pools() -> Iterator[Case]:
         for T in (1, 3, 20):
             yield Case(
                 B=len(indices), T=T, HV=4, K=16, V=24, pool=pool, indices=indices, inplace=(i + T) % 2 == 0,
-                kda=T == 3, int64=i % 2 == 0, layout="vk" if i % 3 == 0 else "kv", snapshots=2 if T == 3 else 0,
-                state_dtype="bfloat16" if i % 4 == 3 else "float32", mask="left" if i % 3 == 1 else "",
+                kda=T == 3, int64=i % 2 == 0, layout="vk" if i % 3 == 0 else "kv",
+                snapshots=2 if T == 3 else 0, state_dtype="bfloat16" if i % 4 == 3 else "float32",
+                mask="left" if i % 3 == 1 else "",
             )  # fmt: skip
         yield Case(
-            seqlens=tuple(range(len(indices))), K=16, V=16, pool=pool, indices=indices, inplace=i % 2 == 0, snapshots=1,
+            seqlens=tuple(range(len(indices))), K=16, V=16, pool=pool, indices=indices, inplace=i % 2 == 0,
+            snapshots=1,
         )  # fmt: skip
     for inplace in (False, True):
         yield Case(B=2, T=2, K=16, V=16, pool=4, indices=(1, 1), inplace=inplace)
-        yield Case(B=4, T=1, K=16, V=16, pool=4, indices=(-1, 2, -1, 2), inplace=inplace, int64=True, snapshots=1)
+        yield Case(
+            B=4, T=1, K=16, V=16, pool=4, indices=(-1, 2, -1, 2), inplace=inplace, int64=True, snapshots=1
+        )
 
 
 def _masks() -> Iterator[Case]:
@@ -545,17 +572,19 @@ def _snapshots() -> Iterator[Case]:
             )  # fmt: skip
         yield Case(seqlens=(Ks, 0, 2 * Ks, 1), K=16, V=16, snapshots=Ks, mask="random", inplace=Ks % 3 == 0)
         yield Case(
-            B=3, T=Ks + 2, K=16, V=8, snapshots=Ks, mask="left", pool=5, indices=(4, -1, 0), layout="vk", kda=True,
-            inplace=Ks % 2 == 1, state_dtype="bfloat16" if Ks % 2 else "float32", state_strides="padded",
+            B=3, T=Ks + 2, K=16, V=8, snapshots=Ks, mask="left", pool=5, indices=(4, -1, 0), layout="vk",
+            kda=True, inplace=Ks % 2 == 1, state_dtype="bfloat16" if Ks % 2 else "float32",
+            state_strides="padded",
         )  # fmt: skip
         yield Case(T=30, H=1, HV=1, K=32, V=32, snapshots=Ks, nofinal=True, fresh=Ks % 2 == 0, gate="mixed")
     for T in (63, 64, 65, 130):
-        for Ks in (1, 8, 17):
+        for Ks in (1, 8, 17, 60):
             yield Case(T=T, H=1, HV=2, K=64, V=32, snapshots=Ks, kda=T == 65, gate="keep", dtype="bfloat16")
 
 
 def random_case(rng: np.random.Generator) -> Case:
     """A valid case that crosses features. Sizes stay small enough for the reference."""
+
     def pick(*options: Any) -> Any:
         return options[int(rng.integers(len(options)))]
 
@@ -564,14 +593,16 @@ def random_case(rng: np.random.Generator) -> Case:
 
     H = pick(1, 2, 3)
     c = Case(
-        B=pick(1, 2, 3), T=pick(1, 2, 3, 5, 8, 16, 17, 34, 66), H=H, HV=H * pick(1, 2, 3), K=pick(8, 16, 20, 33, 64),
-        V=pick(8, 12, 16, 31, 64), kda=chance(0.5), dtype=pick("float32", "float32", "bfloat16", "float16"),
-        state_dtype=pick("float32", "float32", "bfloat16"), gate_dtype=pick("float32", "float32", "bfloat16", "float16"),
-        heads=pick("interleaved", "tiled"), layout=pick("kv", "vk"), decay=pick("log", "log", "linear", "raw"),
-        logit=chance(0.4), l2norm=chance(0.5), scale=pick(None, None, 1.0), strides=pick("dense", *STRIDES),
+        B=pick(1, 2, 3), T=pick(1, 2, 3, 5, 8, 16, 17, 34, 66), H=H, HV=H * pick(1, 2, 3),
+        K=pick(8, 16, 20, 33, 64), V=pick(8, 12, 16, 31, 64), kda=chance(0.5),
+        dtype=pick("float32", "float32", "bfloat16", "float16"),
+        state_dtype=pick("float32", "float32", "bfloat16"),
+        gate_dtype=pick("float32", "float32", "bfloat16", "float16"), heads=pick("interleaved", "tiled"),
+        layout=pick("kv", "vk"), decay=pick("log", "log", "linear", "raw"), logit=chance(0.4),
+        l2norm=chance(0.5), scale=pick(None, None, 1.0), strides=pick("dense", *STRIDES),
         mask=pick("", "", *MASKS), snapshots=pick(0, 0, 1, 2, 3, 5, 9), gate=pick(*GATES),
-        key=pick("unit", "unit", "alike", "gaps", "zero", "tiny"), beta=pick("mid", "mid", "ends", "one", "zero"),
-        int64=chance(0.5),
+        key=pick("unit", "unit", "alike", "gaps", "zero", "tiny"),
+        beta=pick("mid", "mid", "ends", "one", "zero"), int64=chance(0.5),
     )  # fmt: skip
     if c.decay == "raw":
         dt_bias = pick("none", "full", "flat") if c.kda else pick("none", "full")
@@ -600,8 +631,8 @@ def _random(count: int) -> Iterator[Case]:
 
 def _all() -> Iterator[Case]:
     for group in (
-        _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _strides(), _packed(), _pools(), _masks(),
-        _snapshots(), _random(150),
+        _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _strides(), _packed(),
+        _pools(), _masks(), _snapshots(), _random(150),
     ):  # fmt: skip
         yield from group
 
@@ -611,8 +642,8 @@ CASES: tuple[Case, ...] = tuple(dict.fromkeys(_all()))
 
 FLOAT64_CASES: tuple[Case, ...] = tuple(
     Case(
-        B=2, T=T, H=1, HV=2, K=16, V=24, kda=kda, dtype="float64", state_dtype="float64", gate_dtype="float64",
-        snapshots=2, inplace=inplace, l2norm=True,
+        B=2, T=T, H=1, HV=2, K=16, V=24, kda=kda, dtype="float64", state_dtype="float64",
+        gate_dtype="float64", snapshots=2, inplace=inplace, l2norm=True,
     )
     for T in (1, 18)
     for kda in (False, True)

@@ -3,16 +3,17 @@
 Output, final state and every snapshot are judged each on its own, never pooled:
 
 - float32: NMSE = sum (got - exact)^2 / sum exact^2 <= 1e-7; float64: <= 1e-20.
-- bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to float32 and
-  then to the half type: the best that a computation in float32 can store. Where rounding is exact, got must be too.
-- an absolute floor applies only where `exact` is zero everywhere, or below 1e-30 everywhere, where float32 runs out
-  of normal numbers: then |got| <= 2e-30.
+- bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to
+  float32 and then to the half type: the best that a computation in float32 can store. Where rounding is
+  exact, got must be too.
+- an absolute floor applies only where `exact` is zero everywhere, or below 1e-30 everywhere, where float32
+  runs out of normal numbers: then |got| <= 2e-30.
 - nothing may be NaN or infinite.
 
-`exact` is the oracle's answer to the values as the call holds them, rounded to their dtypes. Every array lies in
-memory filled with NaN (`Buffer`); after the call, all that the contract does not allow to change is compared bit
-for bit: inputs, the initial state of the functional op, rows of a pool that no index names, states of sequences
-without a live token, snapshot slots s >= T_n, and the gaps between strided elements.
+`exact` is the oracle's answer to the values as the call holds them, rounded to their dtypes. Every array lies
+in memory filled with NaN (`Buffer`); after the call, all that the contract does not allow to change is
+compared bit for bit: inputs, the initial state of the functional op, rows of a pool that no index names,
+states of sequences without a live token, snapshot slots s >= T_n, and the gaps between strided elements.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class Target:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        return "/".join(x for x in (self.backend, self.isa, self.framework, self.device) if x and x != "cpu") or "cpu"
+        return (
+            "/".join(x for x in (self.backend, self.isa, self.framework, self.device) if x and x != "cpu")
+            or "cpu"
+        )
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -81,12 +85,15 @@ class NotRunnable(Exception):
 class Buffer:
     """An array of a call inside poisoned memory, with the strides that a mode asks for.
 
-    dense: contiguous. permuted: axes 1 and 2 swapped in memory. fused: a slice of wider rows at an odd offset, as in
-    a fused qkv projection. strided: every other element. padded: gaps after each axis. transposed: the last two
-    axes swapped in memory. expanded: axis 0 (and the last one of a KDA gate) has stride 0; read-only in NumPy.
+    dense: contiguous. permuted: axes 1 and 2 swapped in memory. fused: a slice of wider rows at an odd
+    offset, as in a fused qkv projection. strided: every other element. padded: gaps after each axis.
+    transposed: the last two axes swapped in memory. expanded: axis 0 (and the last one of a KDA gate) has
+    stride 0; read-only in NumPy.
     """
 
-    def __init__(self, values: NDArray[Any] | None, shape: tuple[int, ...], dtype: str, mode: str, target: Target):
+    def __init__(
+        self, values: NDArray[Any] | None, shape: tuple[int, ...], dtype: str, mode: str, target: Target
+    ):
         self.shape, self.dtype = shape, dtype
         # A KDA gate may also be one number per head, spread over K.
         spread = mode == "expanded" and values is not None and bool(np.all(values == values[..., :1]))
@@ -99,7 +106,9 @@ class Buffer:
             self._view(self.base)[...] = encode(values, dtype)
         self.before = self.base.copy()
         self._torch_base: Any = None
-        self.array = self._torch(target.device) if target.framework == "torch" else self._numpy(mode == "expanded")
+        self.array = (
+            self._torch(target.device) if target.framework == "torch" else self._numpy(mode == "expanded")
+        )
 
     def _view(self, base: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
         """The array inside `base`, which has one entry per element of memory."""
@@ -137,9 +146,11 @@ class Buffer:
         return decode(np.ascontiguousarray(self._view(self._after())), self.dtype)
 
     def stray(self, allowed: NDArray[np.bool_] | None = None) -> str | None:
-        """Says where memory changed outside the elements marked in `allowed` (broadcast from the left axes)."""
+        """Says where memory changed outside the elements marked in `allowed` (broadcast from the left
+        axes)."""
         after = self._after()
-        changed = (after.view(np.uint8) != self.before.view(np.uint8)).reshape(len(after), -1).any(1)
+        bits = f"u{after.itemsize}"  # compared as integers: NaN differs from NaN
+        changed = after.view(bits) != self.before.view(bits)
         if allowed is not None:
             spread = allowed.reshape(*allowed.shape, *[1] * (len(self.shape) - allowed.ndim))
             self._view(changed)[np.broadcast_to(spread, self.shape)] = False
@@ -252,9 +263,9 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
     state = arrays.pop("state", None)
     options: dict[str, Any] = {
-        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit, "heads": case.heads,
-        "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout, "scale": case.scale,
-        "backend": backend,
+        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit,
+        "heads": case.heads, "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout,
+        "scale": case.scale, "backend": backend,
     }  # fmt: skip
     if case.inplace:
         return anydelta.gated_delta_rule_(q, k, v, state, **arrays, **options), state
@@ -291,7 +302,9 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
     return verdict
 
 
-def _check_refused(v: Verdict, case: Case, arrays: dict[str, Any], held: dict[str, Buffer], target: Target) -> None:
+def _check_refused(
+    v: Verdict, case: Case, arrays: dict[str, Any], held: dict[str, Buffer], target: Target
+) -> None:
     try:
         call(case, arrays, target.backend)
     except ValueError as error:
@@ -305,8 +318,8 @@ def _check_refused(v: Verdict, case: Case, arrays: dict[str, Any], held: dict[st
 
 
 def _check_result(
-    v: Verdict, case: Case, values: Inputs, exact: reference.Expected, held: dict[str, Buffer], o: Any, state: Any,
-    target: Target,
+    v: Verdict, case: Case, values: Inputs, exact: reference.Expected, held: dict[str, Buffer], o: Any,
+    state: Any, target: Target,
 ) -> None:  # fmt: skip
     live = values.live(case)
     got_o = _fetch(v, "o", o, exact.o.shape, case.dtype, target)
@@ -314,8 +327,7 @@ def _check_result(
         _judge(v, "o", got_o, exact.o, case.dtype)
         dead = np.ones(exact.o.shape[:2], bool)
         if live:
-            rows = np.stack(live) if case.seqlens is None else np.concatenate(live)[None]
-            dead = ~rows
+            dead = ~(np.stack(live) if case.seqlens is None else np.concatenate(live)[None])
         if np.any(got_o[dead] != 0):
             v.errors.append("o: not zero at masked tokens or in skipped sequences")
 
@@ -342,11 +354,18 @@ def _check_result(
 
     for name, b in held.items():
         if name == "snapshots":
-            assert exact.snapshots is not None and exact.snapshot_written is not None
+            assert exact.snapshots is not None
+            assert exact.snapshot_written is not None
             got = b.values()
             for slot, rows in enumerate(exact.snapshot_written):
                 if rows.any():
-                    _judge(v, f"snapshot {slot}", got[slot][rows], exact.snapshots[slot][rows], case.state_dtype)
+                    _judge(
+                        v,
+                        f"snapshot {slot}",
+                        got[slot][rows],
+                        exact.snapshots[slot][rows],
+                        case.state_dtype,
+                    )
             if stray := b.stray(exact.snapshot_written):
                 v.errors.append(f"snapshots: {stray}")
         elif not (case.inplace and name == "state") and (stray := b.stray()):
@@ -360,7 +379,9 @@ def _judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
     if not np.isfinite(got).all():
         bad = np.argwhere(~np.isfinite(got))
         v.scores[name] = math.inf
-        v.errors.append(f"{name}: {len(bad)} of {got.size} elements are not finite, first at {bad[0].tolist()}")
+        v.errors.append(
+            f"{name}: {len(bad)} of {got.size} elements are not finite, first at {bad[0].tolist()}"
+        )
         return
     size = float(np.abs(exact).max())
     error = float(np.sum((got - exact) ** 2))
@@ -391,29 +412,30 @@ def _fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, ta
         v.errors.append(f"{name}: is {list(x.shape)} {got}, not {list(shape)} {dtype}")
         return None
     if target.framework == "torch":
-        return x.detach().cpu().double().numpy()  # type: ignore[no-any-return]
-    return x.astype(np.float64)  # type: ignore[no-any-return]
+        return x.detach().cpu().double().numpy()
+    return x.astype(np.float64)
 
 
 @contextlib.contextmanager
 def _dirty_memory(case: Case, target: Target) -> Iterator[None]:
     """What the op allocates itself should hold NaN, so that an element that is never written shows.
 
-    torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and freed:
-    malloc gives the last one back first, and large ones come zeroed, which shows as well.
+    torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
+    freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
     """
     if target.framework == "torch":
         import torch
 
-        was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        before = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(was, warn_only=warn)
+            torch.set_deterministic_debug_mode(before)
         return
     for shape, dtype in (
-        ((case.N, case.HV, case.K, case.V), case.state_dtype), ((case.B, case.T, case.HV, case.V), case.dtype),
+        ((case.N, case.HV, case.K, case.V), case.state_dtype),
+        ((case.B, case.T, case.HV, case.V), case.dtype),
     ):  # fmt: skip
         blocks = [np.empty(shape, STORAGE[dtype]) for _ in range(2)]
         for block in blocks:

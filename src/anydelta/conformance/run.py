@@ -39,7 +39,8 @@ class Result:
     def reproduce(self) -> str:
         """The command that repeats this one result."""
         isa = f" --isa {self.isa}" if self.isa else ""
-        return f"anydelta conform --backend {self.backend}{isa} --framework {self.framework} --case '{self.case}'"
+        where = f"--backend {self.backend}{isa} --framework {self.framework}"
+        return f"anydelta conform {where} --case '{self.case}'"
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,16 +89,18 @@ def targets(
     known = [isa for names in offered.values() for isa in names]
     for isa in only_isas:
         if isa not in known:
-            raise ValueError(f"isa must be one that runs on this machine, {', '.join(known) or 'of which there is none'};"
-                             f" got {isa!r}")  # fmt: skip
+            names = ", ".join(known) or "of which there is none"
+            raise ValueError(f"isa must be one that runs on this machine, {names}; got {isa!r}")
     out = []
     for name in backends:
         if unavailable(name):
             out.append(Target(name))
             continue
-        chosen = [i for i in offered[name] if not only_isas or i in only_isas] or [None]
-        if only_isas and chosen == [None]:
-            continue  # this backend has no such ISA
+        chosen: list[str | None] = [i for i in offered[name] if not only_isas or i in only_isas]
+        if not chosen:
+            if only_isas:
+                continue  # this backend has no such ISA
+            chosen = [None]
         out += [Target(name, isa, fw) for isa in chosen for fw in only_frameworks or frameworks()]
     return out
 
@@ -110,6 +113,8 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
             yield Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
         else:
             usable.append(target)
+    if any(target.framework == "torch" for target in usable):
+        import torch  # noqa: F401  # its seconds are not the first case's
     for case in cases if usable else ():
         prepared = Prepared.of(case)
         for target in usable:
@@ -138,9 +143,15 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
     for r in results:
         row = rows.setdefault(
             r.target,
-            {"backend": r.backend, "isa": r.isa, "framework": r.framework, **dict.fromkeys(STATUSES, 0), "worst": 0.0,
-             "seconds": 0.0},
-        )  # fmt: skip
+            {
+                "backend": r.backend,
+                "isa": r.isa,
+                "framework": r.framework,
+                **dict.fromkeys(STATUSES, 0),
+                "worst": 0.0,
+                "seconds": 0.0,
+            },
+        )
         row[r.status] += 1
         row["worst"] = max(row["worst"], r.worst)
         row["seconds"] += r.seconds

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 F64 = NDArray[np.float64]
 
 STORAGE: dict[str, Any] = {
-    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.int16, "int32": np.int32,
-    "int64": np.int64, "bool": np.bool_,
+    "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.int16,
+    "int32": np.int32, "int64": np.int64, "bool": np.bool_,
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def encode(x: NDArray[Any], dtype: str) -> NDArray[Any]:
         f32 = np.asarray(x).astype(np.float32)
         if dtype != "bfloat16":
             return f32.astype(STORAGE[dtype])
-    bits = f32.view(np.uint32).astype(np.uint64)
+    bits: NDArray[Any] = f32.view(np.uint32).astype(np.uint64)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     bits = np.where(np.isnan(f32), 0x7FC0, bits)
     return bits.astype(np.uint16).view(np.int16)

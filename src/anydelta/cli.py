@@ -1,0 +1,124 @@
+"""The program `anydelta`: info | conform | bench. Needs the extra "cli" (typer and rich).
+
+Exit codes: 0 all well, 1 something failed, 2 bad input or a missing package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, dispatch
+
+if TYPE_CHECKING:
+    import typer
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the program; `args` as in sys.argv[1:]."""
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"anydelta: the command line requires {' and '.join(missing)}; run: pip install 'anydelta[cli]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    build_app()(args=args)
+
+
+def build_app() -> typer.Typer:
+    """The program with all its commands."""
+    import typer
+
+    from .conformance.cli import register as register_conform
+
+    app = typer.Typer(
+        name="anydelta",
+        help="The gated delta rule as one fast operator for every device.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    # As a default value: typer, imported here, is not among the module's names that annotations may use.
+    json_flag = typer.Option(False, "--json", help="As JSON on stdout.")
+
+    @app.command()
+    def info(as_json: bool = json_flag) -> None:
+        """Show the version, this machine, and which backends run here or why not."""
+        facts = gather()
+        if as_json:
+            print(json.dumps(facts, indent=1))
+        else:
+            _print_info(facts)
+
+    register_conform(app)
+    if importlib.util.find_spec("anydelta.bench.cli") is not None:
+        from .bench.cli import register as register_bench
+
+        register_bench(app)
+    return app
+
+
+def gather() -> dict[str, Any]:
+    """What `anydelta info` shows."""
+    from .conformance.run import unavailable
+
+    backends = {}
+    for name in dispatch.NAMES:
+        reasons = unavailable(name)
+        facts = {} if reasons else dispatch.get_backend(name).describe()
+        backends[name] = {"available": not reasons, "reasons": list(reasons), **facts}
+    return {
+        "anydelta": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("numpy", "torch", "ml_dtypes")},
+        "forced": dispatch.forced_by_env(),
+        "priority": {device: list(names) for device, names in dispatch.PRIORITY.items()},
+        "backends": backends,
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    top = Table(show_header=False, box=None)
+    for key in ("anydelta", "python", "platform"):
+        top.add_row(key, facts[key])
+    for name, found in facts["packages"].items():
+        top.add_row(name, found or "not installed")
+    for device, names in facts["priority"].items():
+        top.add_row(f"order on {device}", ", ".join(names))
+    if facts["forced"]:
+        top.add_row("forced", f"{dispatch.ENV}={facts['forced']}")
+    console.print(top)
+
+    table = Table("backend", "available", "details")
+    for name, backend in facts["backends"].items():
+        details = [f"{k}: {_text(v)}" for k, v in backend.items() if k not in ("available", "reasons")]
+        table.add_row(name, "yes" if backend["available"] else "no", "\n".join(backend["reasons"] or details))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Which backend runs, why the others do not, and that what a backend accepts it also runs."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import anydelta
+from anydelta import dispatch, op
+from anydelta.backends.reference import Reference
+from anydelta.conformance import Case, Target, check
+from anydelta.conformance.cases import inputs
+from anydelta.conformance.compare import buffers, call
+from anydelta.dispatch import Rejected
+from anydelta.spec import CallSpec
+from conftest import CPU_REASONS, CPU_TARGETS
+
+needs_cpu = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
+
+
+def args(framework: str = "numpy", dtype: str = "float32", **shape: Any) -> dict[str, Any]:
+    """The arrays of a small valid call."""
+    case = Case(T=2, K=8, V=8, dtype=dtype, fresh=True, **shape)
+    held = buffers(case, inputs(case), Target("auto", framework=framework))
+    return {name: b.array for name, b in held.items()}
+
+
+class Fake(Reference):
+    """A backend with reasons."""
+
+    def __init__(self, name: str, available: tuple[str, ...] = (), against: tuple[str, ...] = ()):
+        self.name, self.reasons, self.against, self.ran = name, available, against, 0
+
+    def available(self) -> list[Rejected]:
+        return [Rejected(r) for r in self.reasons]
+
+    def supports(self, spec: CallSpec) -> list[Rejected]:
+        return [Rejected(r) for r in self.against]
+
+    def run(self, plan: None, spec: CallSpec, call: Any) -> None:
+        self.ran += 1
+        super().run(plan, spec, call)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """install(*backends): these, then the reference, are the whole priority list of the CPU."""
+
+    def use(*backends: Any) -> None:
+        for backend in backends:
+            module = types.ModuleType(f"anydelta.backends.{backend.name}")
+            module.BACKEND = backend  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        names = (*(b.name for b in backends), "reference")
+        monkeypatch.setattr(dispatch, "NAMES", names)
+        monkeypatch.setattr(dispatch, "PRIORITY", {"cpu": names})
+        monkeypatch.setattr(dispatch, "_warned", False)
+        monkeypatch.delenv(dispatch.ENV, raising=False)
+        dispatch.get_backend.cache_clear()
+        op._plans.clear()
+
+    yield use
+    dispatch.get_backend.cache_clear()
+    op._plans.clear()
+
+
+# ---- choosing
+# ------------------------------------------------------------------------------------------------
+
+
+def test_every_backend_answers_with_reasons() -> None:
+    for name in dispatch.NAMES:
+        backend = dispatch.get_backend(name)
+        assert backend.name == name
+        assert all(isinstance(r, Rejected) and str(r) for r in backend.available())
+        assert not any(r.reason for r in backend.available()) or name != "reference"
+
+
+def test_the_reference_ends_every_list() -> None:
+    for names in dispatch.PRIORITY.values():
+        assert names[-1] == "reference"
+        assert set(names) <= set(dispatch.NAMES)
+
+
+def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ", ".join(map(repr, dispatch.NAMES))
+    for run in (anydelta.gated_delta_rule, anydelta.explain):
+        with pytest.raises(ValueError, match=f"{known}; got 'cuda'"):
+            run(**args(), backend="cuda")
+    monkeypatch.setenv(dispatch.ENV, "cuda")
+    for run in (anydelta.gated_delta_rule, anydelta.explain):
+        with pytest.raises(ValueError, match=f"{known}; got 'cuda'"):
+            run(**args())
+
+
+def test_the_first_backend_without_reasons_runs(install: Any) -> None:
+    first, second, third = (
+        Fake("first", ("no device", "no driver")),
+        Fake("second", (), ("no KDA",)),
+        Fake("third"),
+    )
+    install(first, second, third)
+    anydelta.gated_delta_rule(**args())
+    assert (first.ran, second.ran, third.ran) == (0, 0, 1)
+    trace = anydelta.explain(**args())
+    assert trace.chosen == "third"
+    assert {n: [str(r) for r in rs] for n, rs in trace.rejected.items()} == {
+        "first": ["no device", "no driver"],
+        "second": ["no KDA"],
+    }
+    lines = str(trace).splitlines()
+    assert lines[0] == "gated_delta_rule GDA B=1 T=2 H=2 HV=2 K=8 V=8 N=1 float32 state=float32/kv on cpu"
+    assert lines[1:] == [
+        "  first: no: no device", "  first: no: no driver", "  second: no: no KDA", "  third: runs",
+    ]  # fmt: skip
+
+
+def test_a_named_backend_runs_or_gives_every_reason(install: Any) -> None:
+    install(Fake("picky", (), ("no KDA", "no bfloat16")), Fake("able"))
+    anydelta.gated_delta_rule(**args(), backend="able")
+    with pytest.raises(anydelta.UnsupportedError) as caught:
+        anydelta.gated_delta_rule(**args(), backend="picky")
+    text = str(caught.value)
+    assert text.startswith("gated_delta_rule: ")
+    assert all(part in text for part in ("picky", "no KDA", "no bfloat16", 'backend="auto"'))
+
+
+def test_the_environment_forces_a_backend(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = Fake("one"), Fake("two")
+    install(one, two)
+    anydelta.gated_delta_rule(**args())
+    monkeypatch.setenv(dispatch.ENV, "two")  # after a plan was made: the plan must not hide it
+    anydelta.gated_delta_rule(**args())
+    assert (one.ran, two.ran) == (1, 1)
+    assert anydelta.explain(**args()).forced == f"{dispatch.ENV}=two"
+    anydelta.gated_delta_rule(**args(), backend="one")  # an argument is closer than the environment
+    assert (one.ran, two.ran) == (2, 1)
+    monkeypatch.delenv(dispatch.ENV)
+    anydelta.gated_delta_rule(**args())
+    assert one.ran == 3
+
+
+def test_a_forced_backend_does_not_fall_back(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(Fake("absent", ("no device",)))
+    monkeypatch.setenv(dispatch.ENV, "absent")
+    with pytest.raises(
+        anydelta.UnsupportedError, match="ANYDELTA_BACKEND=absent cannot run this call: no device"
+    ):
+        anydelta.gated_delta_rule(**args())
+
+
+def test_the_fallback_warns_once_with_the_reasons(install: Any) -> None:
+    install(Fake("absent", ("no device",)))
+    with pytest.warns(RuntimeWarning, match=r"slow reference runs \(absent: no device\)"):
+        anydelta.gated_delta_rule(**args())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        anydelta.gated_delta_rule(**args(HV=4))
+        anydelta.gated_delta_rule(**args())
+
+
+@pytest.mark.parametrize("how", ["named", "environment", "native"])
+def test_no_warning_without_a_fallback(how: str, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(*([Fake("able")] if how == "native" else [Fake("absent", ("no device",))]))
+    if how == "environment":
+        monkeypatch.setenv(dispatch.ENV, "reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        anydelta.gated_delta_rule(**args(), backend="reference" if how == "named" else "auto")
+
+
+def test_a_failure_during_the_run_is_not_a_reason_to_fall_back(install: Any) -> None:
+    class Broken(Fake):
+        def run(self, plan: None, spec: CallSpec, call: Any) -> None:
+            raise OSError("launch failed")
+
+    install(Broken("broken"))
+    with pytest.raises(OSError, match="launch failed"):
+        anydelta.gated_delta_rule(**args())
+
+
+def test_an_invalid_call_is_refused_before_any_backend_is_asked(install: Any) -> None:
+    class Silent(Fake):
+        def available(self) -> list[Rejected]:
+            raise AssertionError("asked")
+
+        supports = available  # type: ignore[assignment]
+
+    install(Silent("silent"))
+    bad = args()
+    bad["k"] = bad["k"][:, :1]
+    with pytest.raises(ValueError, match="gated_delta_rule: k must be"):
+        anydelta.gated_delta_rule(**bad)
+    with pytest.raises(ValueError, match="gated_delta_rule: k must be"):
+        anydelta.explain(**bad)
+
+
+def test_explain_runs_nothing(install: Any) -> None:
+    able = Fake("able")
+    install(able)
+    assert anydelta.explain(**args()).chosen == "able"
+    assert able.ran == 0
+
+
+@needs_cpu
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_auto_takes_the_native_kernel(framework: str) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert anydelta.explain(**args(framework, dtype)).chosen == "cpu"
+    assert anydelta.explain(**args(framework, "float64")).chosen == "reference"
+
+
+@needs_cpu
+def test_gradients_go_to_the_reference() -> None:
+    call_args = args("torch")
+    call_args["q"] = call_args["q"].clone().requires_grad_()
+    trace = anydelta.explain(**call_args)
+    assert trace.chosen == "reference"
+    assert "gradients" in str(trace.rejected["cpu"][0])
+
+
+# ---- the instruction sets of the CPU
+# -------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_a_forced_isa_is_the_one_that_runs() -> None:
+    from anydelta.backends import cpu
+
+    case = Case(T=40, K=64, V=64, gate="keep")
+    results = {}
+    before = cpu.isa()
+    for target in CPU_TARGETS:
+        if target.framework == "numpy":
+            with target.active():
+                assert cpu.BACKEND.describe()["isa"] == target.isa
+                held = {n: b.array for n, b in buffers(case, inputs(case), target).items()}
+                results[target.isa] = call(case, held, "cpu")[0].tobytes()
+    assert cpu.isa() == before
+    # The baseline of x86-64 has no fused multiply-add, so its last bits differ from all others'.
+    if len(results) > 1 and "avx2" in results:
+        assert results["baseline"] != results["avx2"]
+
+
+@needs_cpu
+def test_an_unknown_isa_lists_the_known_ones() -> None:
+    from anydelta.backends import cpu
+
+    with pytest.raises(ValueError, match=f"{', '.join(cpu.isas())}.*'z80'"), cpu.forced_isa("z80"):
+        pass
+
+
+# ---- what `supports` accepts, `run` runs
+# ---------------------------------------------------------------------
+
+
+def specs() -> list[Case]:
+    """Every pair of the choices that a call has, on tiny shapes."""
+    choices: dict[str, tuple[Any, ...]] = {
+        "dtype": ("float32", "bfloat16", "float16", "float64"),
+        "state_dtype": ("float32", "bfloat16"),
+        "gate_dtype": ("float32", "bfloat16", "float16", "float64"),
+        "kda": (False, True),
+        "heads": ("interleaved", "tiled"),
+        "layout": ("kv", "vk"),
+        "decay": ("log", "linear", "raw"),
+        "logit": (False, True),
+        "l2norm": (False, True),
+        "mask": ("", "left"),
+        "snapshots": (0, 3),
+        "where": ("rows", "pool", "packed", "packed pool", "fresh"),
+        "out": ("functional", "inplace", "nofinal"),
+        "strides": ("dense", "permuted", "strided", "expanded"),
+        "state_strides": ("dense", "padded", "transposed"),
+        "HV": (2, 6),
+    }
+    rng = np.random.default_rng(3)
+    out: dict[Case, None] = {}
+    for (a, xs), (b, ys) in itertools.combinations(choices.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            row = {name: values[rng.integers(len(values))] for name, values in choices.items()} | {
+                a: x,
+                b: y,
+            }
+            where, how = row.pop("where"), row.pop("out")
+            if row["dtype"] == "float64":
+                row["state_dtype"] = "float64"
+            if where == "fresh":
+                row["fresh"] = True
+                if row["state_dtype"] == "bfloat16" and not row["snapshots"]:
+                    row["state_dtype"] = "float32"
+                how = "functional" if how == "inplace" else how
+            if "packed" in where:
+                row["seqlens"] = (2, 0, 3)
+            else:
+                row.update(B=2, T=2)
+            if "pool" in where:
+                row.update(pool=5, indices=(4, -1, 2) if "packed" in where else (4, 1))
+            row[how] = True
+            row.pop("functional", None)
+            out[Case(H=2, K=8, V=5, **row)] = None
+    return list(out)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", dispatch.NAMES)
+def test_what_a_backend_accepts_it_runs(backend: str, framework: str) -> None:
+    if backend == "cpu" and CPU_REASONS:
+        pytest.skip("; ".join(CPU_REASONS))
+    cases = specs()[:: 3 if backend == "reference" else 1]
+    assert len(cases) >= 300
+    refused, bad = 0, []
+    for case in cases:
+        try:
+            verdict = check(case, Target(backend, framework=framework))
+        except anydelta.UnsupportedError:
+            refused += 1
+        else:
+            bad += [f"{case}: {error}" for error in verdict.errors]
+    assert not bad, "\n".join(bad)
+    assert refused < len(cases) // 2
+    if backend == "reference":
+        assert refused == 0
+
+
+def test_torch_and_numpy_plans_do_not_mix() -> None:
+    case = Case(T=3, K=8, V=8)
+    values = inputs(case)
+    got = []
+    for framework in ("numpy", "torch", "numpy", "torch"):
+        held = {n: b.array for n, b in buffers(case, values, Target("auto", framework=framework)).items()}
+        o, _ = call(case, held, "auto")
+        assert isinstance(o, torch.Tensor if framework == "torch" else np.ndarray)
+        got.append(np.asarray(o).tobytes())
+    assert got[0] == got[2]
+    assert got[1] == got[3]
