@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
-HEAD = ("contender", "min", "median", "spread", "x anydelta", "by minima", "of the limit", "NMSE o, state")
+HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE")
 BUSY_PCT = 10
 """Other work above this is worth a warning."""
 COLOURS = {
@@ -66,7 +66,7 @@ def to_table(report: Report) -> Group:
     for title, records in groups(report):
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, name in enumerate(HEAD):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(name, justify="left" if i == 0 else "right")
         for r in records:
             style = "bold" if r.contender == "anydelta" else "" if r.status == "ok" else "dim"
             table.add_row(*(Text(cell) for cell in row(r)), style=style)
@@ -89,8 +89,10 @@ def header(report: Report) -> list[str]:
         lines.append("peers: " + "; ".join(f"{name} {version}" for name, version in versions.items()))
     lines += [f"absent: {name}: {why}" for name, why in report.absent.items()]
     lines.append(f"{report.settings.rounds} interleaved rounds; times per call")
-    lines.append("x anydelta: time over anydelta's, median of the rounds (above 1: anydelta is faster)")
-    lines.append("of the limit: the least time at the limit measured in the same run, over the minimum")
+    lines.append(
+        "x anydelta: time over anydelta's (above 1: anydelta is faster), median of the rounds (of the minima)"
+    )
+    lines.append("limit: share of the limit measured in the same run, at the minimum; NMSE: the worst part")
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -118,6 +120,7 @@ def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
 def row(r: Record) -> tuple[str, ...]:
     """The cells of HEAD."""
     name = f"{r.contender} ({r.detail})" if r.detail else r.contender
+    errors = [e for e in (r.nmse_o, r.nmse_state, r.nmse_snapshots) if e is not None]
     if r.status != "ok":
         return (name, f"{r.status}: {r.reason}", *[""] * (len(HEAD) - 2))
     return (
@@ -125,10 +128,9 @@ def row(r: Record) -> tuple[str, ...]:
         time(r.min_us),
         time(r.median_us),
         "" if r.iqr_pct is None else f"{r.iqr_pct:.0f} %",
-        "" if r.ratio is None else f"{r.ratio:.2f}",
-        "" if r.ratio_min is None else f"{r.ratio_min:.2f}",
+        "" if r.ratio is None or r.ratio_min is None else f"{r.ratio:.2f} ({r.ratio_min:.2f})",
         "" if r.limit_pct is None else f"{r.limit_pct:.0f} %",
-        ", ".join(f"{e:.0e}" for e in (r.nmse_o, r.nmse_state) if e is not None),
+        f"{max(errors):.0e}" if errors else "",
     )
 
 
@@ -158,7 +160,7 @@ def plot(report: Report, path: Path) -> None:
     several = len({r.threads for r in timed}) > 1
 
     def label(r: Record) -> str:
-        return f"{r.case}, t={r.threads}" if several else r.case
+        return f"{r.case}, {r.threads} thread{'s' * (r.threads > 1)}" if several else r.case
 
     cases = list(dict.fromkeys(label(r) for r in timed))
     names = list(dict.fromkeys(r.contender for r in timed))
