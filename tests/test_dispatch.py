@@ -218,12 +218,18 @@ def test_auto_takes_the_native_kernel(framework: str) -> None:
 
 
 @needs_cpu
-def test_gradients_go_to_the_reference() -> None:
+@pytest.mark.xfail(
+    strict=True, reason="explain() asks for a spec with requires_grad, which no forward pass runs with"
+)
+def test_explain_says_what_the_forward_pass_under_autograd_runs() -> None:
+    from anydelta import _core
+
     call_args = args("torch")
     call_args["q"] = call_args["q"].clone().requires_grad_()
-    trace = anydelta.explain(**call_args)
-    assert trace.chosen == "reference"
-    assert "gradients" in str(trace.rejected["cpu"][0])
+    before = _core.calls()
+    anydelta.gated_delta_rule(**call_args)
+    assert _core.calls() > before  # the native kernel ran; the backward pass is the reference's
+    assert anydelta.explain(**call_args).chosen == "cpu"
 
 
 # ---- the instruction sets of the CPU

@@ -471,7 +471,7 @@ def only_cold(wrong: Wrong) -> bool:
     return bool(equal) or wrong.how == "is misaligned" or str(wrong) == "snapshots: requires grad"
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize")  # quantized tensors are on their way out, and still there
+@pytest.mark.filterwarnings("ignore:torch.quantize")  # on their way out, and still there
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("function", ["", "_"], ids=["functional", "inplace"])
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
