@@ -4,6 +4,7 @@
 // function of the standard library that was compiled with AVX-512 must never be the copy the linker keeps for
 // everybody, so those files use no std:: templates.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -12,7 +13,11 @@
 #define AD_UNROLL
 #else
 #define AD_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define AD_UNROLL _Pragma("unroll")
+#else
 #define AD_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -40,6 +45,8 @@ AD_INLINE uint32_t float_to_bits(float f) {
     std::memcpy(&u, &f, 4);
     return u;
 }
+
+AD_INLINE float root(float x) { return sqrtf(x); }
 
 AD_INLINE float to_float(float x) { return x; }
 AD_INLINE float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -81,9 +81,6 @@ Features detect() {
 constexpr double MIN_FMAS_PER_THREAD = 400e3;
 // Tasks per thread, so that a slower core holds the others up by at most a quarter of its share.
 constexpr int64_t TASKS_PER_THREAD = 4;
-// Snapshots of more than this many bytes are written around the caches: they would evict the states, and a write
-// that bypasses the caches saves reading the line first. Half of a typical 32 MiB last-level cache.
-constexpr int64_t STREAM_BYTES = int64_t{16} << 20;
 
 struct Job {
     const Problem& p;

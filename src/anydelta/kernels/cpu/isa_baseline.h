@@ -46,7 +46,6 @@ AD_INLINE V vload(const float* p) {
     return x;
 }
 AD_INLINE void vstore(float* p, V x) { std::memcpy(p, &x, sizeof x); }
-AD_INLINE void vstream(float* p, V x) { vstore(p, x); }
 AD_INLINE V vfma(V a, V b, V c) { return vadd(vmul(a, b), c); }   // a b + c
 AD_INLINE V vfnma(V a, V b, V c) { return vsub(c, vmul(a, b)); }  // c - a b
 AD_INLINE V vround(V x) {

@@ -44,7 +44,6 @@ struct Problem {
     States in, out, snapshots;       // in.data null: zeros; out.data null: no final state wanted
     bool out_dense = false;          // out is indexed by n even when `in` is a pool
     int64_t Ks = 0;
-    bool stream_snapshots = false;  // they exceed the caches: write around them
 
     const int64_t* cu_seqlens = nullptr;     // [N + 1] or null: sequence n is row n of the batch
     const int64_t* state_indices = nullptr;  // [N] or null; -1 skips

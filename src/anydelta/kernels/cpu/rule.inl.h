@@ -28,11 +28,11 @@ constexpr int NV = 2;
 constexpr int W = NV * L;                                  // columns of a panel
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;
 // Channels are handled in segments: a compile-time row stride lets every broadcast address be one register plus a
-// constant. 17 cache lines, an odd number, spread the rows over the sets of L1.
-constexpr int SEG = 256;
+// constant. 9 cache lines, an odd number, spread the rows over the sets of L1.
+constexpr int SEG = 128;
 constexpr int LD = SEG + 16;
 // 8 blocks of 6 tokens: a panel (8 KiB at K = 128) is brought into L1 once per 48 tokens, while the prepared rows of
-// the 8 blocks (75 KiB at K = 128) stay in L2.
+// the 8 blocks (90 KiB at K = 128) stay in L2.
 constexpr int BLOCKS = 8;
 // Rows of a prepared block, each [LD] per segment.
 constexpr int ROW_KQ = 0;                  // C rows Gamma_t k_t, then C rows scale Gamma_t q_t
@@ -157,10 +157,16 @@ AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
 // prepare: what a block needs that does not depend on the column
 
 struct Scratch {  // one token, [segments * SEG] each, zero beyond K
-    float* k;
-    float* q;
+    float *k, *q;
     float* a;
     float* bias;  // dt_bias of this head
+};
+
+struct Token {
+    const float *k, *q;        // k_t / k_factor, scale q_t / q_factor: the caller's memory, or scratch
+    const float* a;            // a_t (KDA)
+    float k_factor, q_factor;  // from the L2 norm and the scale
+    float alpha;               // a_t (GDA)
 };
 
 static float squared_norm(const float* x, int64_t n) {
@@ -169,35 +175,37 @@ static float squared_norm(const float* x, int64_t n) {
     return vsum(s);
 }
 
-static void multiply(float* x, float f, int64_t n) {
-    for (int64_t i = 0; i < n; i += L) vstore(x + i, vmul(vload(x + i), vset(f)));
+// K channels as float32, readable to the next whole vector.
+static const float* channels(const Problem& p, const void* src, DType dtype, float* scratch) {
+    if (dtype == DType::f32 && p.K % L == 0) return static_cast<const float*>(src);
+    read_row(scratch, src, dtype, p.K);
+    return scratch;
 }
 
-// k_t, scale * q_t and a_t of one token and value head.
-static void read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const Scratch& s) {
+static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const Scratch& s) {
     const int64_t h = p.tiled ? hv % p.H : hv / (p.HV / p.H);
     const int64_t n = round_up(p.K, L);
-    read_row(s.k, token(p.k, b, t, h), p.k.dtype, p.K);
-    read_row(s.q, token(p.q, b, t, h), p.q.dtype, p.K);
-    float k_factor = 1.0f, q_factor = p.scale;
+    Token x;
+    x.k = channels(p, token(p.k, b, t, h), p.k.dtype, s.k);
+    x.q = channels(p, token(p.q, b, t, h), p.q.dtype, s.q);
+    x.k_factor = 1.0f;
+    x.q_factor = p.scale;
     if (p.l2norm) {
-        k_factor = 1.0f / __builtin_sqrtf(squared_norm(s.k, n) + p.l2norm_eps);
-        q_factor *= 1.0f / __builtin_sqrtf(squared_norm(s.q, n) + p.l2norm_eps);
-        multiply(s.k, k_factor, n);
+        x.k_factor = 1.0f / root(squared_norm(x.k, n) + p.l2norm_eps);
+        x.q_factor *= 1.0f / root(squared_norm(x.q, n) + p.l2norm_eps);
     }
-    multiply(s.q, q_factor, n);
-
     const void* g = token(p.g, b, t, hv);
+    x.a = s.a;
     if (p.kda) {
         read_row(s.a, g, p.g.dtype, p.K);
         if (p.dt_bias)
             for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(s.bias + i)));
         for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
     } else {
-        const float x = read_one(g, p.g.dtype) + (p.dt_bias ? s.bias[0] : 0.0f);
-        const V a = decay_of(p, vset(x), vset(A));
-        for (int64_t i = 0; i < n; i += L) vstore(s.a + i, a);
+        const float raw = read_one(g, p.g.dtype) + (p.dt_bias ? s.bias[0] : 0.0f);
+        x.alpha = first(decay_of(p, vset(raw), vset(A)));
     }
+    return x;
 }
 
 static float read_beta(const Problem& p, int64_t b, int64_t t, int64_t hv) {
@@ -206,16 +214,18 @@ static float read_beta(const Problem& p, int64_t b, int64_t t, int64_t hv) {
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
-template <int t>
-static void append_token(const Problem& p, const Scratch& s, Block& blk) {
+template <int t, bool kda>
+static void append_token(const Problem& p, const Token& x, Block& blk) {
     V kk[t + 1], kq[t + 1];
     AD_UNROLL for (int u = 0; u <= t; ++u) kk[u] = kq[u] = vzero();
+    const V k_factor = vset(x.k_factor), q_factor = vset(x.q_factor), alpha = vset(kda ? 0.0f : x.alpha);
     for (int64_t seg = 0; seg < segments(p); ++seg) {
         float* rows = blk.rows + seg * ROWS * LD;
         const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
-        const float *k = s.k + seg * SEG, *q = s.q + seg * SEG, *a = s.a + seg * SEG;
+        const float *k = x.k + seg * SEG, *q = x.q + seg * SEG, *a = x.a + seg * SEG;
         for (int64_t i = 0; i < n; i += L) {
-            const V ki = vload(k + i), qi = vload(q + i), ai = vload(a + i);
+            const V ki = vmul(k_factor, vload(k + i)), qi = vmul(q_factor, vload(q + i));
+            const V ai = kda ? vload(a + i) : alpha;
             const V gamma = t == 0 ? ai : vmul(vload(rows + ROW_GAMMA * LD + i), ai);
             vstore(rows + ROW_GAMMA * LD + i, gamma);
             vstore(rows + (ROW_KQ + t) * LD + i, vmul(gamma, ki));
@@ -238,27 +248,30 @@ static void append_token(const Problem& p, const Scratch& s, Block& blk) {
     AD_UNROLL for (int u = 0; u <= t; ++u) blk.kq[t][u] = vsum(kq[u]);
 }
 
-static void append(const Problem& p, const Scratch& s, Block& blk, int t) {
+template <bool kda>
+static void append(const Problem& p, const Token& x, Block& blk, int t) {
     switch (t) {
-        case 0: return append_token<0>(p, s, blk);
-        case 1: return append_token<1>(p, s, blk);
-        case 2: return append_token<2>(p, s, blk);
-        case 3: return append_token<3>(p, s, blk);
-        case 4: return append_token<4>(p, s, blk);
-        default: return append_token<5>(p, s, blk);
+        case 0: return append_token<0, kda>(p, x, blk);
+        case 1: return append_token<1, kda>(p, x, blk);
+        case 2: return append_token<2, kda>(p, x, blk);
+        case 3: return append_token<3, kda>(p, x, blk);
+        case 4: return append_token<4, kda>(p, x, blk);
+        default: return append_token<5, kda>(p, x, blk);
     }
 }
 static_assert(C_MAX == 6, "append and the step tables below list the block sizes");
 
 // ---------------------------------------------------------------------------------------------------------------
-// dots: out[r] = S0^T row_r for R rows and N vectors of columns
+// dots: out[r] = S0^T row_r for R rows and N vectors of columns. A line of `next`, the rows that are read after these,
+// is fetched from L2 per channel: all rows cross into their next lines at once, more misses than the core can hide.
 
-template <int R, int N, class Src>
-AD_INLINE void dots(const float* rows, const Src* S, int64_t lds, int64_t n, float* out, bool accumulate) {
+template <int R, int N>
+AD_INLINE void dots(const float* rows, const float* S, int64_t n, float* out, bool accumulate, const float* next) {
     V acc[R][N];
     AD_UNROLL for (int r = 0; r < R; ++r)
         AD_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = accumulate ? vload(out + (r * N + j) * L) : vzero();
-    for (int64_t i = 0; i < n; ++i, S += lds, ++rows) {
+    for (int64_t i = 0; i < n; ++i, S += W, ++rows, next += 16) {
+        AD_PREFETCH(next);
         V s[N];
         AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vload(S + j * L);
         AD_UNROLL for (int r = 0; r < R; ++r) {
@@ -271,53 +284,53 @@ AD_INLINE void dots(const float* rows, const Src* S, int64_t lds, int64_t n, flo
 }
 
 // dots for the C key rows and C query rows of a block: PR [2C][N L]
-template <int C, int N, class Src>
-AD_INLINE void block_dots(const Problem& p, const Block& blk, const Src* S, int64_t lds, float* PR) {
+template <int C, int N>
+AD_INLINE void block_dots(const Problem& p, const Block& blk, const float* tile, float* PR) {
     constexpr int R = 2 * C * N <= ACCUMULATORS ? 2 * C : C;  // rows per pass
     for (int64_t seg = 0; seg < segments(p); ++seg) {
         const float* rows = blk.rows + (seg * ROWS + ROW_KQ) * LD;
         const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         for (int r = 0; r < 2 * C; r += R)
-            dots<R, N>(rows + r * LD, S + seg * SEG * lds, lds, n, PR + r * N * L, seg > 0);
+            dots<R, N>(rows + r * LD, tile + seg * SEG * W, n, PR + r * N * L, seg > 0, rows + (r + R) * LD);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// solve: the triangular part, on [C][N L] columns.  D_t = beta_t (v_t - P_t) - sum kk[t][s] D_s,
-// o_t = R_t + sum kq[t][s] D_s
+// solve: the triangular part, on L columns.  D_t = beta_t (v_t - P_t) - sum kk[t][s] D_s,  o_t = R_t + sum kq[t][s] D_s.
+// P, R [C] each with row stride ldp; D may be P. As soon as D_s is known it is subtracted from all later tokens, so
+// that the chain is C FMAs long and not C^2 / 2.
+
+template <int C>
+AD_INLINE void solve(const Block& blk, const float* P, const float* R, int64_t ldp, const float* v,
+                     int64_t ldv, float* o, int64_t ldo, float* D, int64_t ldd) {
+    V d[C];
+    AD_UNROLL for (int t = 0; t < C; ++t)
+        d[t] = vmul(vset(blk.beta[t]), vsub(vload(v + t * ldv), vload(P + t * ldp)));
+    AD_UNROLL for (int s = 0; s < C; ++s)
+        AD_UNROLL for (int t = s + 1; t < C; ++t) d[t] = vfnma(vset(blk.kk[t][s]), d[s], d[t]);
+    AD_UNROLL for (int t = 0; t < C; ++t) {
+        V y = vload(R + t * ldp);
+        AD_UNROLL for (int s = 0; s <= t; ++s) y = vfma(vset(blk.kq[t][s]), d[s], y);
+        vstore(o + t * ldo, y);
+    }
+    AD_UNROLL for (int t = 0; t < C; ++t) vstore(D + t * ldd, d[t]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// update: S_C = Gamma_C S0 + sum_s w_s d_s^T, from the tile to dst (which may be the tile). A line of `next`, the rows
+// of the following block or at the end the state of the following task, is fetched per channel.
 
 template <int C, int N>
-AD_INLINE void solve(const Block& blk, const float* PR, const float* v, float* o, int64_t ldv, float* D) {
-    AD_UNROLL for (int j = 0; j < N; ++j) {
-        V d[C];
-        AD_UNROLL for (int t = 0; t < C; ++t) {
-            const V P = vload(PR + (t * N + j) * L), R = vload(PR + ((C + t) * N + j) * L);
-            V x = vmul(vset(blk.beta[t]), vsub(vload(v + t * ldv + j * L), P));
-            AD_UNROLL for (int s = 0; s < t; ++s) x = vfnma(vset(blk.kk[t][s]), d[s], x);
-            d[t] = x;
-            V y = R;
-            AD_UNROLL for (int s = 0; s <= t; ++s) y = vfma(vset(blk.kq[t][s]), d[s], y);
-            vstore(o + t * ldv + j * L, y);
-            vstore(D + (t * N + j) * L, x);
-        }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// update: S_C = Gamma_C S0 + sum_s w_s d_s^T, from S0 to dst (which may be S0), touching `next` on the way
-
-template <int C, int N, class Src, class Dst>
-AD_INLINE void update(const Problem& p, const Block& blk, const Src* S, int64_t lds, Dst* dst, int64_t ldd,
-                      const float* D, const char* next, int64_t next_row) {
+AD_INLINE void update(const Problem& p, const Block& blk, const float* S, float* dst, int64_t ldd, const float* D,
+                      const char* next) {
     V d[C][N];
     AD_UNROLL for (int t = 0; t < C; ++t)
         AD_UNROLL for (int j = 0; j < N; ++j) d[t][j] = vload(D + (t * N + j) * L);
     for (int64_t seg = 0; seg < segments(p); ++seg) {
         const float* rows = blk.rows + (seg * ROWS + ROW_W) * LD;
         const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
-        for (int64_t i = 0; i < n; ++i, S += lds, dst += ldd, ++rows, next += next_row) {
+        for (int64_t i = 0; i < n; ++i, S += W, dst += ldd, ++rows, next += 64) {
             AD_PREFETCH(next);
-            if (N * L * sizeof(Src) > 64) AD_PREFETCH(next + 64);
             V s[N];
             const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
             AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vmul(gamma, vload(S + j * L));
@@ -330,69 +343,146 @@ AD_INLINE void update(const Problem& p, const Block& blk, const Src* S, int64_t 
     }
 }
 
-// As update, but token by token in registers, so that the state after any token can be written on the way:
-// one read of the state, one write per snapshot. `stream` bypasses the caches.
-struct Emission {
-    float* dst[C_MAX];  // where the state after token t goes, or null
-    int64_t ld[C_MAX];
-    bool stream;
-};
+// One block on one panel. dst null: the state is not wanted.
+template <int C>
+static void step(const Problem& p, const Block& blk, float* tile, float* dst, int64_t ldd, const float* v, int64_t ldv,
+                 float* o, const char* next) {
+    alignas(64) float PR[2 * C * W];
+    alignas(64) float D[C * W];
+    block_dots<C, NV>(p, blk, tile, PR);
+    AD_UNROLL for (int j = 0; j < W; j += L)
+        solve<C>(blk, PR + j, PR + C * W + j, W, v + j, ldv, o + j, ldv, D + j, W);
+    if (dst) update<C, NV>(p, blk, tile, dst, ldd, D, next);
+}
 
-template <int C, int N>
-AD_INLINE void update_emitting(const Problem& p, const Block& blk, const float* S, int64_t lds, float* last,
-                               int64_t ld_last, const float* D, const Emission& out, const char* next,
-                               int64_t next_row) {
-    V d[C][N];
-    AD_UNROLL for (int t = 0; t < C; ++t)
-        AD_UNROLL for (int j = 0; j < N; ++j) d[t][j] = vload(D + (t * N + j) * L);
-    for (int64_t seg = 0; seg < segments(p); ++seg) {
-        const float* rows = blk.rows + seg * ROWS * LD;
-        const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
-        for (int64_t i = 0; i < n; ++i, S += lds, ++rows, next += next_row) {
-            AD_PREFETCH(next);
-            const int64_t row = seg * SEG + i;
-            V s[N];
-            AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vload(S + j * L);
-            AD_UNROLL for (int t = 0; t < C; ++t) {
-                const V a = vsplat(rows + (ROW_A + t) * LD), k = vsplat(rows + (ROW_K + t) * LD);
-                AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(k, d[t][j], vmul(a, s[j]));
-                if (out.dst[t]) {
-                    float* to = out.dst[t] + row * out.ld[t];
-                    if (out.stream)
-                        AD_UNROLL for (int j = 0; j < N; ++j) vstream(to + j * L, s[j]);
-                    else
-                        AD_UNROLL for (int j = 0; j < N; ++j) vstore(to + j * L, s[j]);
-                }
+static void step_any(const Problem& p, const Block& blk, float* tile, float* dst, int64_t ldd, const float* v,
+                     int64_t ldv, float* o, const char* next) {
+    switch (blk.C) {
+        case 1: return step<1>(p, blk, tile, dst, ldd, v, ldv, o, next);
+        case 2: return step<2>(p, blk, tile, dst, ldd, v, ldv, o, next);
+        case 3: return step<3>(p, blk, tile, dst, ldd, v, ldv, o, next);
+        case 4: return step<4>(p, blk, tile, dst, ldd, v, ldv, o, next);
+        case 5: return step<5>(p, blk, tile, dst, ldd, v, ldv, o, next);
+        default: return step<6>(p, blk, tile, dst, ldd, v, ldv, o, next);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The same block on a state in the caller's memory, walked row by row in address order. A panel of such a state is a
+// 64-byte piece every V * 4 bytes, which neither the prefetchers nor the sets of L1 like; here the accumulators
+// (2 C rows of V floats) live in L1 instead of registers, and the state streams.
+
+template <int C, int G, class St>
+AD_INLINE void dots_rows(const float* rows, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp) {
+    // G rows of the state at once: each accumulator is loaded and stored once per G FMAs
+    for (int64_t c = 0; c < cols; c += 2 * L) {
+        V s[G][2];
+        AD_UNROLL for (int i = 0; i < G; ++i) {
+            s[i][0] = vload(S + i * lds + c);
+            s[i][1] = vload(S + i * lds + c + L);
+        }
+        AD_UNROLL for (int r = 0; r < 2 * C; ++r) {
+            float* acc = PR + r * ldp + c;
+            V x = vload(acc), y = vload(acc + L);
+            AD_UNROLL for (int i = 0; i < G; ++i) {
+                const V f = vsplat(rows + r * LD + i);
+                x = vfma(f, s[i][0], x);
+                y = vfma(f, s[i][1], y);
             }
-            if (last) AD_UNROLL for (int j = 0; j < N; ++j) vstore(last + row * ld_last + j * L, s[j]);
+            vstore(acc, x);
+            vstore(acc + L, y);
         }
     }
 }
 
-// One block on one panel. dst null: the state is not wanted.
-template <int C, int N, class Src, class Dst>
-static void step(const Problem& p, const Block& blk, const Src* S, int64_t lds, Dst* dst, int64_t ldd,
-                 const float* v, float* o, int64_t ldv, const Emission* out, const char* next, int64_t next_row) {
-    alignas(64) float PR[2 * C * N * L];
-    alignas(64) float D[C * N * L];
-    block_dots<C, N>(p, blk, S, lds, PR);
-    solve<C, N>(blk, PR, v, o, ldv, D);
-    if constexpr (sizeof(Src) == 4 && sizeof(Dst) == 4)
-        if (blk.emits) return update_emitting<C, N>(p, blk, S, lds, dst, ldd, D, *out, next, next_row);
-    if (dst) update<C, N>(p, blk, S, lds, dst, ldd, D, next, next_row);
+// Touch the cache lines that hold the next 2 L elements.
+template <class St>
+AD_INLINE void prefetch_pair(const char* p) {
+    AD_PREFETCH(p);
+    if (2 * L * sizeof(St) > 64) AD_PREFETCH(p + 64);
 }
 
-template <int N, class St>
-static void step_any(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
-                     const float* v, float* o, int64_t ldv, const Emission* out, const char* next,
-                     int64_t next_row) {
+// Where the state after each token of a block goes, or null. Then the update runs token by token in registers: one
+// read of the state and one write per snapshot. (Stores that bypass the caches were tried: no gain up to 8 snapshots,
+// 2.5 times slower at 16.)
+struct Emission {
+    float* dst[C_MAX];
+    int64_t ld;
+};
+
+template <int C, class St>
+static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
+                      const float* v, float* o, int64_t ldv, float* PR, const Emission& out, const char* next) {
+    const int64_t ldp = cols;
+    for (int64_t i = 0; i < 2 * C * ldp; i += L) vstore(PR + i, vzero());
+    constexpr int G = REGISTERS == 32 ? 8 : 4;
+    for (int64_t i = 0; i < p.K;) {
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_KQ) * LD + i % SEG;
+        if (i + G <= p.K) {
+            dots_rows<C, G>(rows, S + i * lds, lds, cols, PR, ldp);
+            i += G;
+        } else {
+            dots_rows<C, 1>(rows, S + i * lds, lds, cols, PR, ldp);
+            i += 1;
+        }
+    }
+    for (int64_t c = 0; c < cols; c += L) solve<C>(blk, PR + c, PR + C * ldp + c, ldp, v + c, ldv, o + c, ldv, PR + c, ldp);
+    const float* D = PR;  // rows 0 to C-1 now hold the deltas
+    const int64_t next_row = lds * static_cast<int64_t>(sizeof(St));
+    if constexpr (sizeof(St) == 4) {
+        if (blk.emits) {
+            for (int64_t i = 0; i < p.K; ++i, S += lds, next += next_row) {
+                const float* rows = blk.rows + i / SEG * ROWS * LD + i % SEG;
+                for (int64_t c = 0; c < cols; c += 2 * L) {
+                    prefetch_pair<St>(next + c * sizeof(St));
+                    V x = vload(S + c), y = vload(S + c + L);
+                    AD_UNROLL for (int t = 0; t < C; ++t) {
+                        const V a = vsplat(rows + (ROW_A + t) * LD), k = vsplat(rows + (ROW_K + t) * LD);
+                        x = vfma(k, vload(D + t * ldp + c), vmul(a, x));
+                        y = vfma(k, vload(D + t * ldp + c + L), vmul(a, y));
+                        if (!out.dst[t]) continue;
+                        vstore(out.dst[t] + i * out.ld + c, x);
+                        vstore(out.dst[t] + i * out.ld + c + L, y);
+                    }
+                    if (dst) {
+                        vstore(dst + i * ldd + c, x);
+                        vstore(dst + i * ldd + c + L, y);
+                    }
+                }
+            }
+            return;
+        }
+    }
+    if (!dst) return;
+    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd, next += next_row) {
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_W) * LD + i % SEG;
+        V w[C];
+        const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
+        AD_UNROLL for (int t = 0; t < C; ++t) w[t] = vsplat(rows + t * LD);
+        for (int64_t c = 0; c < cols; c += 2 * L) {
+            prefetch_pair<St>(next + c * sizeof(St));
+            V x = vmul(gamma, vload(S + c)), y = vmul(gamma, vload(S + c + L));
+            AD_UNROLL for (int t = 0; t < C; ++t) {
+                x = vfma(w[t], vload(D + t * ldp + c), x);
+                y = vfma(w[t], vload(D + t * ldp + c + L), y);
+            }
+            vstore(dst + c, x);
+            vstore(dst + c + L, y);
+        }
+    }
+}
+
+template <class St>
+static void step_rows_any(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
+                          int64_t cols, const float* v, float* o, int64_t ldv, float* PR, const Emission& out,
+                          const char* next) {
     switch (blk.C) {
-        case 1: return step<1, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
-        case 2: return step<2, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
-        case 3: return step<3, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
-        case 4: return step<4, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
-        case 5: return step<5, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
-        default: return step<6, N>(p, blk, S, lds, dst, ldd, v, o, ldv, out, next, next_row);
+        case 1: return step_rows<1>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
+        case 2: return step_rows<2>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
+        case 3: return step_rows<3>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
+        case 4: return step_rows<4>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
+        case 5: return step_rows<5>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
+        default: return step_rows<6>(p, blk, S, lds, dst, ldd, cols, v, o, ldv, PR, out, next);
     }
 }
 
@@ -427,7 +517,8 @@ static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds
         AD_UNROLL for (int r = 0; r < 2 * C; ++r)
             AD_UNROLL for (int u = 0; u < M; ++u) PR[r * W + m + u] = vsum(acc[r][u]);
     }
-    solve<C, NV>(blk, PR, v, o, ldv, D);
+    AD_UNROLL for (int j = 0; j < W; j += L)
+        solve<C>(blk, PR + j, PR + C * W + j, W, v + j, ldv, o + j, ldv, D + j, W);
     if (!dst) return;
     for (int m = 0; m < W; ++m) {
         V d[C];
@@ -465,23 +556,34 @@ static void step_vk_any(const Problem& p, const Block& blk, const St* S, int64_t
 // panels: [K][W] float32 copies of W columns of a state, zero beyond its last column
 
 template <class St>
-static void pack_as(const Problem& p, float* panel, const St* S, int64_t ld, int64_t cols) {
-    for (int64_t i = 0; i < p.K; ++i)
-        for (int64_t c = cols; c < W; ++c) panel[i * W + c] = 0.0f;
+static void pack_as(const Problem& p, float* panels, const St* S, int64_t ld, int64_t cols) {
+    // in the order of the caller's memory, which is read but once
+    const int64_t whole = cols / W * W;
     if (p.vk) {
-        for (int64_t c = 0; c < cols; ++c)
-            for (int64_t i = 0; i < p.K; ++i) panel[i * W + c] = to_float(S[c * ld + i]);
+        for (int64_t c = 0; c < cols; ++c) {
+            float* column = panels + c / W * p.K * W + c % W;
+            for (int64_t i = 0; i < p.K; ++i) column[i * W] = to_float(S[c * ld + i]);
+        }
     } else {
-        for (int64_t i = 0; i < p.K; ++i) read_as(panel + i * W, S + i * ld, cols);
+        for (int64_t i = 0; i < p.K; ++i) {
+            for (int64_t c = 0; c < whole; c += W)
+                AD_UNROLL for (int j = 0; j < NV; ++j)
+                    vstore(panels + c * p.K + i * W + j * L, vload(S + i * ld + c + j * L));
+            if (whole < cols) read_as(panels + whole * p.K + i * W, S + i * ld + whole, cols - whole);
+        }
     }
+    if (whole < cols)
+        for (int64_t i = 0; i < p.K; ++i)
+            for (int64_t c = cols - whole; c < W; ++c) panels[whole * p.K + i * W + c] = 0.0f;
 }
+// From a float32 matrix [K][lds] to `cols` columns of a state.
 template <class St>
-static void unpack_as(const Problem& p, St* S, int64_t ld, const float* panel, int64_t cols) {
+static void unpack_as(const Problem& p, St* S, int64_t ld, const float* from, int64_t lds, int64_t cols) {
     if (p.vk) {
         for (int64_t c = 0; c < cols; ++c)
-            for (int64_t i = 0; i < p.K; ++i) S[c * ld + i] = from_float(panel[i * W + c], St{});
+            for (int64_t i = 0; i < p.K; ++i) S[c * ld + i] = from_float(from[i * lds + c], St{});
     } else {
-        for (int64_t i = 0; i < p.K; ++i) write_as(S + i * ld, panel + i * W, cols);
+        for (int64_t i = 0; i < p.K; ++i) write_as(S + i * ld, from + i * lds, cols);
     }
 }
 
@@ -490,13 +592,17 @@ static char* state_at(const Problem& p, const States& s, int64_t slot, int64_t n
     const int64_t offset = slot * s.slot + n * s.n + h * s.h + col * (p.vk ? s.row : 1);
     return static_cast<char*>(s.data) + offset * dtype_size(p.state_dtype);
 }
-static void pack(const Problem& p, float* panel, const void* S, int64_t ld, int64_t cols) {
-    if (p.state_dtype == DType::f32) return pack_as(p, panel, static_cast<const float*>(S), ld, cols);
-    pack_as(p, panel, static_cast<const bf16*>(S), ld, cols);
+static void pack(const Problem& p, float* panels, const void* S, int64_t ld, int64_t cols) {
+    if (!S) {
+        std::memset(panels, 0, static_cast<size_t>(round_up(cols, W) * p.K) * 4);
+        return;
+    }
+    if (p.state_dtype == DType::f32) return pack_as(p, panels, static_cast<const float*>(S), ld, cols);
+    pack_as(p, panels, static_cast<const bf16*>(S), ld, cols);
 }
-static void unpack(const Problem& p, void* S, int64_t ld, const float* panel, int64_t cols) {
-    if (p.state_dtype == DType::f32) return unpack_as(p, static_cast<float*>(S), ld, panel, cols);
-    unpack_as(p, static_cast<bf16*>(S), ld, panel, cols);
+static void unpack(const Problem& p, void* S, int64_t ld, const float* from, int64_t lds, int64_t cols) {
+    if (p.state_dtype == DType::f32) return unpack_as(p, static_cast<float*>(S), ld, from, lds, cols);
+    unpack_as(p, static_cast<bf16*>(S), ld, from, lds, cols);
 }
 
 // Copy (or, from null, zero) the task's columns of one state.
@@ -514,6 +620,9 @@ static void copy_columns(const Problem& p, char* dst, int64_t ldd, const char* s
 // ---------------------------------------------------------------------------------------------------------------
 // a task: one sequence and head, a range of columns
 
+// States that the kernels can read and write without conversion.
+static bool plain(const Problem& p) { return !p.vk && p.state_dtype == DType::f32; }
+
 struct Arena {
     char* at;
     template <class T>
@@ -528,14 +637,17 @@ struct Workspace {
     Block* blocks;  // [BLOCKS]
     float* rows;    // [BLOCKS][segments][ROWS][LD]
     Scratch scratch;
-    float* v;       // [BLOCKS * C_MAX][columns]
+    float* v;        // [BLOCKS * C_MAX][columns]
     float* o;
-    float* panels;  // [columns / W][K][W]
-    float* emitted; // [C_MAX][K][W]
+    float* PR;       // [2 C_MAX][columns]
+    float* panels;   // [columns / W][K][W]
+    float* state;    // [K][columns], where snapshots are taken
+    float* emitted;  // [C_MAX][K][columns], where snapshots are not plain float32 [K, V]
 };
 
 static Workspace carve(const Problem& p, Arena& arena) {
     const int64_t seg = segments(p), columns = round_up(p.V, W);
+    const bool emits = p.snapshots.data != nullptr;
     Workspace w;
     w.blocks = arena.take<Block>(BLOCKS);
     w.rows = arena.take<float>(BLOCKS * seg * ROWS * LD);
@@ -545,8 +657,10 @@ static Workspace carve(const Problem& p, Arena& arena) {
     w.scratch.bias = arena.take<float>(seg * SEG);
     w.v = arena.take<float>(BLOCKS * C_MAX * columns);
     w.o = arena.take<float>(BLOCKS * C_MAX * columns);
+    w.PR = arena.take<float>(2 * C_MAX * columns);
     w.panels = arena.take<float>(p.K * columns);
-    w.emitted = arena.take<float>(C_MAX * p.K * W);
+    w.state = arena.take<float>(emits ? p.K * columns : 0);
+    w.emitted = arena.take<float>(emits && !(plain(p) && p.V % W == 0) ? C_MAX * p.K * columns : 0);
     return w;
 }
 
@@ -686,17 +800,14 @@ class Runner {
             u = after;
         }
         blk.C = n;
-        const int64_t h = p.tiled ? job.hv % p.H : job.hv / (p.HV / p.H);
         for (int c = 0; c < n; ++c) {
-            if (positions[c] + 1 < seq.end) {  // the next token's rows: far apart in memory, so no hardware prefetch
-                prefetch_row(token(p.k, seq.b, positions[c] + 1, h), p.K * dtype_size(p.k.dtype));
-                prefetch_row(token(p.q, seq.b, positions[c] + 1, h), p.K * dtype_size(p.q.dtype));
-                prefetch_row(element(token(p.v, seq.b, positions[c] + 1, job.hv), p.v.dtype, job.col0),
-                             job.cols * dtype_size(p.v.dtype));
-            }
+            if (positions[c] + 1 < seq.end) prefetch_inputs(positions[c] + 1);
             blk.beta[c] = read_beta(p, seq.b, positions[c], job.hv);
-            read_token(p, seq.b, positions[c], job.hv, A, w.scratch);
-            append(p, w.scratch, blk, c);
+            const Token x = read_token(p, seq.b, positions[c], job.hv, A, w.scratch);
+            if (p.kda)
+                append<true>(p, x, blk, c);
+            else
+                append<false>(p, x, blk, c);
             float* v = v_rows + c * ldv;
             read_row(v, element(token(p.v, seq.b, positions[c], job.hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
             for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
@@ -704,10 +815,17 @@ class Runner {
         return u;
     }
 
+    // The rows of a token are far apart in memory, so the hardware does not see them coming.
+    void prefetch_inputs(int64_t t) const {
+        const int64_t h = p.tiled ? job.hv % p.H : job.hv / (p.HV / p.H);
+        prefetch_row(token(p.k, seq.b, t, h), p.K * dtype_size(p.k.dtype));
+        prefetch_row(token(p.q, seq.b, t, h), p.K * dtype_size(p.q.dtype));
+        prefetch_row(element(token(p.v, seq.b, t, job.hv), p.v.dtype, job.col0), job.cols * dtype_size(p.v.dtype));
+        if (p.kda) prefetch_row(token(p.g, seq.b, t, job.hv), p.K * dtype_size(p.g.dtype));
+    }
     static void prefetch_row(const void* row, int64_t bytes) {
         for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH(static_cast<const char*>(row) + i);
     }
-
     void write_outputs(const int64_t* positions, int64_t count) const {
         for (int64_t c = 0; c < count; ++c) {
             void* o = const_cast<void*>(token(p.o, seq.b, positions[c], job.hv));
@@ -720,7 +838,7 @@ class Runner {
         const bool whole = job.cols % W == 0;
         const bool emits = slots > 0;
         if (!whole || !p.in.data || p.mask) return false;
-        if (p.vk ? (emits || p.K % L != 0) : (emits && p.state_dtype != DType::f32)) return false;
+        if (p.vk ? (emits || p.K % L != 0) : (emits && !plain(p))) return false;
         int64_t positions[C_MAX];
         Block& blk = w.blocks[0];
         prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v);
@@ -734,110 +852,123 @@ class Runner {
 
     template <class St>
     void direct_as(const Block& blk) {
-        for (int64_t panel = 0; panel < panels;) {
-            const St* S = reinterpret_cast<const St*>(state_in(panel));
-            St* dst = reinterpret_cast<St*>(state_out(panel));
-            float *v = w.v + panel * W, *o = w.o + panel * W;
-            // Decode has one accumulator per row and vector: two panels at once keep 8 in flight.
-            const int64_t taken = !p.vk && blk.C == 1 && !blk.emits && panel + 2 <= panels ? 2 : 1;
-            const char* next = panel + taken < panels ? state_in(panel + taken) : job.next_state;
-            if (!next) next = reinterpret_cast<const char*>(S);
-            const int64_t next_row = p.in.row * static_cast<int64_t>(sizeof(St));
-            if (p.vk) {
-                step_vk_any<St>(p, blk, S, p.in.row, dst, p.out.row, v, o, ldv, next);
-            } else if (taken == 2) {
-                step<1, 2 * NV>(p, blk, S, p.in.row, dst, p.out.row, v, o, ldv, nullptr, next, next_row);
-            } else {
-                Emission out;
-                if (blk.emits) emission_direct(blk, panel, out);
-                step_any<NV, St>(p, blk, S, p.in.row, dst, p.out.row, v, o, ldv, &out, next, next_row);
-            }
-            panel += taken;
+        const St* S = reinterpret_cast<const St*>(state_in(0));
+        St* dst = reinterpret_cast<St*>(state_out(0));
+        const char* next = job.next_state ? job.next_state : reinterpret_cast<const char*>(S);
+        if (!p.vk) {
+            Emission out;
+            if (blk.emits) emission(blk, out);
+            return step_rows_any<St>(p, blk, S, p.in.row, dst, p.out.row, job.cols, w.v, w.o, ldv, w.PR, out, next);
+        }
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            if (panel + 1 < panels) next = state_in(panel + 1);
+            else if (job.next_state) next = job.next_state;
+            step_vk_any<St>(p, blk, S, p.in.row, dst, p.out.row, w.v + panel * W, w.o + panel * W, ldv, next);
+            S += W * p.in.row;
+            if (dst) dst += W * p.out.row;
         }
     }
 
-    bool streams(const Block& blk, const Emission& out) const {
-        if (!p.stream_snapshots) return false;
-        for (int t = 0; t < blk.C; ++t)
-            if ((reinterpret_cast<uintptr_t>(out.dst[t]) | static_cast<uintptr_t>(out.ld[t] * 4)) % (L * 4)) return false;
-        return true;
-    }
-    void emission_direct(const Block& blk, int64_t panel, Emission& out) const {
+    bool snapshots_are_plain() const { return plain(p) && job.cols == ldv; }
+
+    void emission(const Block& blk, Emission& out) const {
+        const bool there = snapshots_are_plain();
+        out.ld = there ? p.snapshots.row : ldv;
         for (int t = 0; t < blk.C; ++t) {
-            out.dst[t] = blk.slot[t] < 0 ? nullptr : reinterpret_cast<float*>(snapshot(blk.slot[t], panel));
-            out.ld[t] = p.snapshots.row;
+            out.dst[t] = nullptr;
+            if (blk.slot[t] < 0) continue;
+            out.dst[t] = there ? reinterpret_cast<float*>(snapshot(blk.slot[t], 0)) : w.emitted + t * p.K * ldv;
         }
-        out.stream = streams(blk, out);
     }
 
-    // Any number of tokens: panels are packed once, then taken through all prepared blocks while they are in L1.
+    // Any number of tokens, a batch of prepared blocks at a time. Blocks without snapshots run panel by panel; those
+    // with them, always the last ones, on a row-major copy of the state, so that snapshots are written in order.
     void blocked(int64_t tokens) {
         const int64_t seg = segments(p);
-        const bool in_place_rows = !p.vk && p.state_dtype == DType::f32;  // full panels need no packing
         int64_t positions[BLOCKS * C_MAX];
         int64_t t = next_live(seq.start), done = 0;
+        enum { nowhere, in_panels, in_rows } where = nowhere;
         while (done < tokens) {
-            int count = 0;
+            int count = 0, quiet = 0;
             int64_t prepared = 0;
-            const int64_t before = done;
             for (; count < BLOCKS && done < tokens; ++count) {
                 Block& blk = w.blocks[count];
                 t = prepare(blk, w.rows + count * seg * ROWS * LD, t, C_MAX, positions + prepared, w.v + prepared * ldv);
                 prepared += blk.C;
                 done += blk.C;
+                if (!blk.emits) ++quiet;
             }
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const bool easy = in_place_rows && columns(panel) == W;
-                float* tile = w.panels + panel * p.K * W;
-                const float* S = tile;
-                int64_t lds = W;
-                if (before == 0) {
-                    if (easy && p.in.data) {
-                        S = reinterpret_cast<const float*>(state_in(panel));
-                        lds = p.in.row;
-                    } else if (p.in.data) {
-                        pack(p, tile, state_in(panel), p.in.row, columns(panel));
-                    } else {
-                        std::memset(tile, 0, static_cast<size_t>(p.K * W) * 4);
-                    }
-                }
+            const bool last_batch = done == tokens;
+            if (quiet > 0) {
+                if (where == nowhere) pack(p, w.panels, state_in(0), p.in.row, job.cols);
+                where = in_panels;
+                take_panels(quiet, last_batch && quiet == count);
+            }
+            if (quiet < count) {
+                if (where == nowhere) load_rows();
+                if (where == in_panels) rows_from_panels();
+                where = in_rows;
                 int64_t offset = 0;
-                for (int i = 0; i < count; ++i) {
-                    const Block& blk = w.blocks[i];
-                    const bool last = i + 1 == count && done == tokens;
-                    float* dst = tile;
-                    int64_t ldd = W;
-                    if (last && (!p.out.data || easy)) {
-                        dst = p.out.data ? reinterpret_cast<float*>(state_out(panel)) : nullptr;
-                        ldd = p.out.row;
-                    }
-                    Emission out;
-                    if (blk.emits) emission_blocked(blk, panel, easy, out);
-                    float *v = w.v + offset * ldv + panel * W, *o = w.o + offset * ldv + panel * W;
-                    step_any<NV, float>(p, blk, S, lds, dst, ldd, v, o, ldv, &out, reinterpret_cast<const char*>(S), 0);
-                    if (blk.emits && !easy) write_emitted(blk, panel);
-                    if (last && dst == tile) unpack(p, state_out(panel), p.out.row, tile, columns(panel));
-                    S = tile;
-                    lds = W;
-                    offset += blk.C;
-                }
+                for (int i = 0; i < quiet; ++i) offset += w.blocks[i].C;
+                for (int i = quiet; i < count; offset += w.blocks[i].C, ++i)
+                    take_rows(w.blocks[i], offset, last_batch && i + 1 == count);
             }
             write_outputs(positions, prepared);
         }
     }
 
-    void emission_blocked(const Block& blk, int64_t panel, bool easy, Emission& out) const {
-        if (easy) return emission_direct(blk, panel, out);
-        for (int t = 0; t < blk.C; ++t) {
-            out.dst[t] = blk.slot[t] < 0 ? nullptr : w.emitted + t * p.K * W;
-            out.ld[t] = W;
+    // The first `count` prepared blocks on all panels; each panel stays in L1 meanwhile. The last block of all writes
+    // straight to where the state goes, if it can.
+    void take_panels(int count, bool last_batch) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const bool there = plain(p) && columns(panel) == W;
+            float* tile = w.panels + panel * p.K * W;
+            float *v = w.v + panel * W, *o = w.o + panel * W;
+            for (int i = 0; i < count; ++i) {
+                const Block& blk = w.blocks[i];
+                const bool last = last_batch && i + 1 == count;
+                const char* next = reinterpret_cast<const char*>(w.blocks[i + 1 < count ? i + 1 : 0].rows);
+                if (last && job.next_state) next = job.next_state + panel * p.K * 64;
+                float* dst = tile;
+                int64_t ldd = W;
+                if (last && (!p.out.data || there)) {
+                    dst = reinterpret_cast<float*>(state_out(panel));
+                    ldd = p.out.row;
+                }
+                step_any(p, blk, tile, dst, ldd, v, ldv, o, next);
+                if (last && dst == tile) unpack(p, state_out(panel), p.out.row, tile, W, columns(panel));
+                v += blk.C * ldv;
+                o += blk.C * ldv;
+            }
         }
-        out.stream = false;
     }
-    void write_emitted(const Block& blk, int64_t panel) const {
-        for (int t = 0; t < blk.C; ++t)
-            if (blk.slot[t] >= 0)
-                unpack(p, snapshot(blk.slot[t], panel), p.snapshots.row, w.emitted + t * p.K * W, columns(panel));
+
+    void take_rows(const Block& blk, int64_t offset, bool last) {
+        Emission out;
+        emission(blk, out);
+        float* dst = w.state;
+        int64_t ldd = ldv;
+        if (last && (!p.out.data || snapshots_are_plain())) {
+            dst = reinterpret_cast<float*>(state_out(0));
+            ldd = p.out.row;
+        }
+        const char* next = last && job.next_state ? job.next_state : reinterpret_cast<const char*>(w.state);
+        step_rows_any<float>(p, blk, w.state, ldv, dst, ldd, ldv, w.v + offset * ldv, w.o + offset * ldv, ldv, w.PR, out, next);
+        if (!snapshots_are_plain())
+            for (int c = 0; c < blk.C; ++c)
+                if (out.dst[c]) unpack(p, snapshot(blk.slot[c], 0), p.snapshots.row, out.dst[c], ldv, job.cols);
+        if (last && dst == w.state) unpack(p, state_out(0), p.out.row, w.state, ldv, job.cols);
+    }
+
+    void load_rows() {
+        pack(p, w.panels, state_in(0), p.in.row, job.cols);
+        rows_from_panels();
+    }
+    void rows_from_panels() {
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t i = 0; i < p.K; ++i)
+                AD_UNROLL for (int j = 0; j < W; j += L)
+                    vstore(w.state + i * ldv + panel * W + j, vload(w.panels + (panel * p.K + i) * W + j));
     }
 };
 
