@@ -218,9 +218,6 @@ def test_auto_takes_the_native_kernel(framework: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.xfail(
-    strict=True, reason="explain() asks for a spec with requires_grad, which no forward pass runs with"
-)
 def test_explain_says_what_the_forward_pass_under_autograd_runs() -> None:
     from anydelta import _core
 

@@ -492,9 +492,6 @@ def test_invalid_calls_are_refused(framework: str, function: str, warm: bool) ->
     assert not bad, f"{len(bad)} of {count}:\n" + "\n".join(bad)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dispatch.get_backend does not know the function's name, and hashes first"
-)
 @pytest.mark.parametrize("function", ["", "_"])
 @pytest.mark.parametrize("value", [w.how for w in KINDS if w.argument == "backend"])
 def test_a_wrong_backend_is_named(value: str, function: str) -> None:

@@ -115,6 +115,10 @@ def choose(spec: CallSpec, backend: str = "auto") -> Trace:
     Raises:
         ValueError: an unknown backend name, in the argument or in ANYDELTA_BACKEND.
     """
+    if not isinstance(backend, str) or backend not in ("auto", *NAMES):
+        raise ValueError(
+            f"{spec.options.op}: backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {backend!r}"
+        )
     forced = None
     if backend == "auto" and (name := forced_by_env()):
         backend = name
@@ -148,7 +152,7 @@ def pick(spec: CallSpec, backend: str = "auto") -> Backend:
             f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {reasons}. "
             f'Use backend="auto" to fall back to another backend'
         )
-    if trace.chosen == "reference" and trace.forced is None and not spec.requires_grad and not _warned:
+    if trace.chosen == "reference" and trace.forced is None and spec.dtype != "float64" and not _warned:
         _warned = True
         reasons = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (
             f"there is no native backend for device {spec.device!r}"

@@ -69,7 +69,8 @@ def decays(
 
 
 def sigmoid(x: F64) -> F64:
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    e = np.exp(-np.abs(x))  # <= 1, and no cancellation on either side
+    return np.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 def l2norm(x: F64, eps: float) -> F64:

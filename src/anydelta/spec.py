@@ -38,7 +38,7 @@ class Options:
     output_final_state: bool = True
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """The arrays of one call. Backends read the inputs and write `o`, `state_out` and `snapshots`.
 

@@ -6,6 +6,9 @@ traced ones and those that need gradients come through here. Three operators sha
     gated_delta_rule            functional, differentiable            -> (o, final_state)
     gated_delta_rule_snapshots  functional but for snapshots          -> (o, final_state)
     gated_delta_rule_           advances state, may write snapshots   -> o
+
+A fourth, gated_delta_rule_backward, holds the backward pass, so that a tracer records one node for it and never sees
+its loop over tokens.
 """
 
 from __future__ import annotations
@@ -41,6 +44,14 @@ _LIB.define(
     f"Tensor(b!)? snapshots=None, {_ARRAYS}, "
     f'*, {_FLAGS}, str backend="auto") -> Tensor'
 )
+_LIB.define(
+    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, "
+    "Tensor? A_log, Tensor? dt_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? state_indices, "
+    f"Tensor grad_o, Tensor grad_state, int[] wanted, *, {_FLAGS}, bool output_final_state=True) -> Tensor[]"
+)
+
+_INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
+"""The differentiable operator's tensors, in the order of its schema, by their names in Call."""
 
 
 def _split(name: str, arrays: dict[str, Any], flags: dict[str, Any]) -> tuple[Call, tuple[Any, ...], str]:
@@ -62,7 +73,9 @@ def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None,
                     cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
                   cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
-    o, state = op.execute(*_split("gated_delta_rule", arrays, flags), False)
+    call, options, backend = _split("gated_delta_rule", arrays, flags)
+    _refuse_grad(call, options, False)
+    o, state = op.execute(call, options, backend, False)
     return o, state if state is not None else q.new_empty(0)
 
 
@@ -70,7 +83,15 @@ def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, 
              cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=state, A_log=A_log, dt_bias=dt_bias, mask=mask,
                   cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
-    return op.execute(*_split("gated_delta_rule_", arrays, flags), True)[0]
+    call, options, backend = _split("gated_delta_rule_", arrays, flags)
+    _refuse_grad(call, options, True)
+    return op.execute(call, options, backend, True)[0]
+
+
+def _refuse_grad(call: Call, options: tuple[Any, ...], inplace: bool) -> None:
+    """The operators that write to an argument have no gradient: say so instead of returning a constant."""
+    if torch.is_grad_enabled() and any_requires_grad(call):
+        check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
 
 
 for _name, _impl in (
@@ -81,15 +102,17 @@ for _name, _impl in (
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
 
 
-def _is_concrete(*tensors: Any) -> bool:
-    return all(isinstance(n, int) for x in tensors if x is not None for n in x.shape)
+def _is_concrete(call: Call) -> bool:
+    """Whether every shape is known, so that it can be checked without pinning a dynamic one."""
+    arrays = (getattr(call, name) for name in (*_INPUTS, "snapshots"))
+    return all(isinstance(n, int) for x in arrays if x is not None for n in x.shape)
 
 
 def _fake_functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,
                      cu_seqlens=None, state_indices=None, snapshots=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
     call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
     flags.pop("backend", None)
-    if _is_concrete(q, k, v, g, beta, initial_state, cu_seqlens, snapshots):
+    if _is_concrete(call):
         check_call(call, Options(**flags), inplace=False)
     o = v.new_empty(v.shape)
     if not flags.get("output_final_state", True):
@@ -110,7 +133,7 @@ def _fake_inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=N
                   cu_seqlens=None, state_indices=None, **flags):  # type: ignore[no-untyped-def]  # fmt: skip
     call = Call(q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
     flags.pop("backend", None)
-    if _is_concrete(q, k, v, g, beta, state, cu_seqlens, snapshots):
+    if _is_concrete(call):
         check_call(call, Options(op="gated_delta_rule_", **flags), inplace=True)
     return v.new_empty(v.shape)
 
@@ -120,35 +143,66 @@ torch.library.register_fake("anydelta::gated_delta_rule_snapshots", _fake_with_s
 torch.library.register_fake("anydelta::gated_delta_rule_", _fake_inplace, lib=_LIB)
 
 
-_INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     ctx.save_for_backward(*inputs)
-    flags = {k: v for k, v in keyword_only_inputs.items() if k != "backend"}
-    ctx.options = Options(**flags)
+    ctx.flags = {k: v for k, v in keyword_only_inputs.items() if k != "backend"}
 
 
 def _backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
-    call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
-    wanted = [n for n, need in zip(_INPUTS, ctx.needs_input_grad, strict=False) if need]
-    grads = gradients(call, ctx.options, wanted, grad_o, grad_state)
-    return tuple(grads.get(name) for name in _INPUTS)
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(_INPUTS)]) if need]
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is itself to be differentiated
+        call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
+        names = [_INPUTS[i] for i in wanted]
+        found = gradients(call, Options(**ctx.flags), names, grad_o, grad_state, create_graph=True)
+        return tuple(found.get(name) for name in _INPUTS)
+    grads: list[torch.Tensor | None] = [None] * len(_INPUTS)
+    results = torch.ops.anydelta.gated_delta_rule_backward(
+        *ctx.saved_tensors, grad_o, grad_state, wanted, **ctx.flags
+    )
+    for i, grad in zip(wanted, results, strict=True):
+        grads[i] = grad
+    return tuple(grads)
 
 
+def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
+    *arrays, grad_o, grad_state, wanted = arguments
+    call = Call(**dict(zip(_INPUTS, arrays, strict=True)))
+    names = [_INPUTS[i] for i in wanted]
+    found = gradients(call, Options(**flags), names, grad_o, grad_state)
+    # An operator's results share memory neither with each other nor with its arguments.
+    return [
+        torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None
+        else grad.clone(memory_format=torch.contiguous_format)
+        for x, grad in ((getattr(call, name), found[name]) for name in names)
+    ]  # fmt: skip
+
+
+def _fake_backward(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
+    return [arguments[i].new_empty(arguments[i].shape) for i in arguments[-1]]
+
+
+_LIB.impl("gated_delta_rule_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("anydelta::gated_delta_rule_backward", _fake_backward, lib=_LIB)
 torch.library.register_autograd(
     "anydelta::gated_delta_rule", _backward, setup_context=_setup_context, lib=_LIB
 )
 
 
-def any_requires_grad(call: Call) -> bool:
-    return (
-        call.q.requires_grad
-        or any(
-            isinstance(x, torch.Tensor) and x.requires_grad
-            for x in (call.k, call.v, call.g, call.beta, call.state_in, call.A_log, call.dt_bias)
+def any_requires_grad(c: Call) -> bool:
+    """Spelled out, because every decode step with gradients enabled asks. Other kinds of array have no gradient."""
+    try:
+        return bool(
+            c.q.requires_grad
+            or c.k.requires_grad
+            or c.v.requires_grad
+            or c.g.requires_grad
+            or c.beta.requires_grad
+            or (c.state_in is not None and c.state_in.requires_grad)
+            or (c.A_log is not None and c.A_log.requires_grad)
+            or (c.dt_bias is not None and c.dt_bias.requires_grad)
         )
-    )  # fmt: skip
+    except AttributeError:  # not tensors: check_call says which
+        return False
 
 
 def differentiable(
@@ -166,6 +220,8 @@ def traced(
     call: Call, options: tuple[Any, ...], backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call as a dispatcher operator, which tracers record."""
+    if inplace or call.snapshots is not None:
+        _refuse_grad(call, options, inplace)  # here, because kernels see no gradients once a tracer took them apart
     _, scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout, final = options
     flags = dict(
         scale=scale, decay=decay, lower_bound=lower_bound, beta_is_logit=beta_is_logit, heads=heads,

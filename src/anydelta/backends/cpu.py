@@ -7,8 +7,9 @@ The instruction set is chosen at run time; ANYDELTA_CPU_ISA forces one of `isas(
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -79,14 +80,24 @@ def _address(x: Any) -> int:
 class _Plan:
     """What `run` needs besides addresses: the native plan, and which arrays must be copied to be contiguous."""
 
-    __slots__ = ("copies", "native", "state_copy", "snapshots_copy", "torch")
+    __slots__ = ("copies", "native", "reads", "snapshots_copy", "state_copy", "threads", "torch")
 
-    def __init__(self, native: Any, copies: tuple[str, ...], state_copy: bool, snapshots_copy: bool, torch: bool):
+    def __init__(
+        self,
+        native: Any,
+        torch: bool,
+        reads: bool,
+        copies: tuple[str, ...] = (),
+        state_copy: bool = False,
+        snapshots_copy: bool = False,
+    ):
         self.native = native
         self.copies = copies
         self.state_copy = state_copy
         self.snapshots_copy = snapshots_copy
         self.torch = torch
+        self.threads: Callable[[], int] = _torch_threads() if self.torch else _default_threads
+        self.reads = reads
 
 
 class Cpu:
@@ -103,8 +114,6 @@ class Cpu:
             no.append(f"takes tensors on the CPU; got device {spec.device}")
         if spec.dtype not in _DTYPE:
             no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
-        if spec.requires_grad:
-            no.append("has no backward; gradients are computed by the reference")
         return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
@@ -175,39 +184,38 @@ class Cpu:
                 indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
             )
         )  # fmt: skip
-        return _Plan(native, tuple(copies), state_copy, snapshots_copy, spec.framework == "torch")
+        return _Plan(
+            native, spec.framework == "torch", _reads(spec, call), tuple(copies), state_copy, snapshots_copy
+        )
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies or plan.state_copy or plan.snapshots_copy:
             return _run_with_copies(plan, spec, call)
-        if plan.torch:
-            _core.run(
-                plan.native, _torch_threads(), True,
-                call.q.data_ptr(), call.k.data_ptr(), call.v.data_ptr(), call.g.data_ptr(), call.beta.data_ptr(),
-                call.o.data_ptr(),
-                0 if call.state_in is None else call.state_in.data_ptr(),
-                0 if call.state_out is None else call.state_out.data_ptr(),
-                0 if call.snapshots is None else call.snapshots.data_ptr(),
-                0 if call.A_log is None else call.A_log.data_ptr(),
-                0 if call.dt_bias is None else call.dt_bias.data_ptr(),
-                0 if call.mask is None else call.mask.data_ptr(),
-                0 if call.cu_seqlens is None else call.cu_seqlens.data_ptr(),
-                0 if call.state_indices is None else call.state_indices.data_ptr(),
-            )  # fmt: skip
+        arrays = (
+            call.q, call.k, call.v, call.g, call.beta, call.o, call.state_in, call.state_out, call.snapshots,
+            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices,
+        )  # fmt: skip
+        if plan.reads:
+            _core.run_arrays(plan.native, plan.threads(), plan.torch, *arrays)
         else:
-            _core.run(
-                plan.native, _default_threads(), False,
-                _address(call.q), _address(call.k), _address(call.v), _address(call.g), _address(call.beta),
-                _address(call.o), _address(call.state_in), _address(call.state_out), _address(call.snapshots),
-                _address(call.A_log), _address(call.dt_bias), _address(call.mask), _address(call.cu_seqlens),
-                _address(call.state_indices),
-            )  # fmt: skip
+            _core.run(plan.native, plan.threads(), plan.torch, *map(_address, arrays))
 
 
-def _torch_threads() -> int:
+def _reads(spec: CallSpec, call: Call) -> bool:
+    """Whether the extension reads these arrays by itself."""
+    if spec.framework == "torch":
+        import torch
+
+        return bool(_core.learn_tensor_type(torch.Tensor))
+    # NumPy has no bfloat16: ml_dtypes' arrays have no buffer format
+    arrays = (getattr(call, name) for name in Call.__slots__)
+    return not any(dtype_name(x) == "bfloat16" for x in arrays if x is not None)
+
+
+def _torch_threads() -> Callable[[], int]:
     import torch
 
-    return torch.get_num_threads()
+    return torch.get_num_threads
 
 
 def _small_dtype(x: Any) -> int:
@@ -242,19 +250,17 @@ def _contiguous(x: Any) -> Any:
 
 def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
     """The slow path for arrays whose last dimension is strided: run on contiguous copies, then copy results back."""
-    fields = {name: getattr(call, name) for name in call.__dataclass_fields__}
-    for name in plan.copies:
-        fields[name] = _contiguous(fields[name])
-    inner = Call(**fields)
+    inner = replace(call, **{name: _contiguous(getattr(call, name)) for name in plan.copies})
     if plan.state_copy:
         inner.state_in = _contiguous(call.state_in)
         if spec.inplace:
             inner.state_out = inner.state_in
     if plan.snapshots_copy:
         inner.snapshots = _contiguous(call.snapshots)
-    BACKEND.run(_Plan(plan.native, (), False, False, plan.torch), spec, inner)
+    BACKEND.run(_Plan(plan.native, plan.torch, plan.reads), spec, inner)
     if plan.state_copy and spec.inplace:
-        call.state_out[...] = inner.state_out
+        rows = slice(None) if call.state_indices is None else call.state_indices[call.state_indices >= 0]
+        call.state_out[rows] = inner.state_out[rows]
     if plan.snapshots_copy:
         call.snapshots[...] = inner.snapshots
 

@@ -1,13 +1,16 @@
-// anydelta._core: the Python face of the CPU kernels. Addresses come as integers: importing an array through DLPack
-// costs more than a decode step of a small head, and spec.py has already checked everything.
+// anydelta._core: the Python face of the CPU kernels. spec.py has checked every call before it comes here; arrays are
+// read through arrays.h or, where that cannot, given as addresses, because importing a managed array costs more than a
+// decode step of a small head.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <atomic>
-#include <map>
+#include <cstdlib>
 #include <stdexcept>
 
+#include "arrays.h"
 #include "host.h"
 #include "threads.h"
 
@@ -131,11 +134,40 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
     run(p, *chosen.load(), threads, share_openmp);
 }
 
+ArrayReader reader;
+
+// A key for the geometry of a call's arrays and the environment that dispatch depends on, or None where a key cannot
+// say enough. Equal keys mean that the same plan serves.
+nb::object geometry(const nb::args& arrays) {
+    std::string key;
+    key.reserve(512);
+    if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+    for (nb::handle x : arrays) {
+        key.push_back('|');
+        if (!reader.describe(x.ptr(), key)) return nb::none();
+    }
+    return nb::bytes(key.data(), key.size());
+}
+
+// run_plan on arrays: plan, threads, share_openmp, then the 14 arrays (or None) in run_plan's order
+void run_arrays(const Plan& plan, int threads, bool share_openmp, const nb::args& arrays) {
+    std::array<uintptr_t, 14> a{};
+    if (arrays.size() != a.size()) throw std::invalid_argument("run_arrays takes 14 arrays");
+    for (size_t i = 0; i < a.size(); ++i)
+        if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
+    run_plan(plan, threads, share_openmp, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
+             a[12], a[13]);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
     nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
     m.def("run", &run_plan);
+    m.def("run_arrays", &run_arrays);
+    m.def("geometry", &geometry);
+    m.def("learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },
+          "Read tensors of this type through its DLPack exchange API from now on; False if it has none.");
     m.def("isas", [] {
         std::vector<std::string> names;
         for (const Kernels* k : runnable()) names.push_back(k->name);
