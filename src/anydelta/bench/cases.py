@@ -122,7 +122,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
     def unit(*shape: int) -> F32:
         x = r.standard_normal(shape, dtype=np.float32)
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
 
     B, T, H, HV, D = case.B, case.T, case.H, case.HV, case.D
     g_shape = (B, T, HV) if case.gate == "gda" else (B, T, HV, D)

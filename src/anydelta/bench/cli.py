@@ -11,6 +11,7 @@ import typer
 
 from . import cases as case_list
 from . import report as printers
+from .contender import Contender
 
 bench = typer.Typer(
     help="Measure the operator against other implementations and the machine's limits.", no_args_is_help=True
@@ -95,7 +96,7 @@ def ops_command(
         counts = _threads(threads, ops.available_cpus())
     except ValueError as error:
         _fail(str(error))
-    field: list[contenders.Contender] = [contenders.Anydelta(backend), *rivals]
+    field: list[Contender] = [contenders.Anydelta(backend), *rivals]
     if list_:
         for c in chosen:
             typer.echo(c.name)

@@ -153,6 +153,7 @@ def plot(report: Report, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     timed = [r for r in report.records if r.status == "ok" and r.median_us is not None]
     if not timed:
@@ -208,7 +209,7 @@ def plot(report: Report, path: Path) -> None:
         axis.set_axisbelow(True)
         for y in range(1, len(cases)):
             axis.axhline(y - 0.5, color="0.85", lw=0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
     m = report.machine
     fig.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {m['cpus']} CPUs, {m['date']}", size=10)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
@@ -265,7 +265,8 @@ def _rows(c: Case, live: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
 
 
 def _unit(x: F64) -> F64:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    length: F64 = np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x / length
 
 
 def _keys(c: Case, rng: np.random.Generator) -> F64:
@@ -287,7 +288,7 @@ def _keys(c: Case, rng: np.random.Generator) -> F64:
 def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | None]:
     """g in the form that `decay` says, A_log and dt_bias."""
     shape = (c.B, c.T, c.HV, c.K) if c.kda else (c.B, c.T, c.HV)
-    log = {
+    log: dict[str, Callable[[], F64]] = {
         "keep": lambda: -rng.choice([0.0, 1.0], shape) * rng.uniform(0, 1e-3, shape),
         "one": lambda: rng.uniform(-1.5, -0.5, shape),
         "twenty": lambda: rng.uniform(-22, -18, shape),

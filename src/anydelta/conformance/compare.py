@@ -113,9 +113,10 @@ class Buffer:
     def _view(self, base: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
         """The array inside `base`, which has one entry per element of memory."""
         size = base.itemsize
-        return np.ndarray(
+        view: NDArray[Any] = np.ndarray(
             self.shape, dtype or base.dtype, base, self.offset * size, [s * size for s in self.strides]
         )
+        return view
 
     def _numpy(self, readonly: bool) -> NDArray[Any]:
         dtype = None
@@ -411,9 +412,8 @@ def _fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, ta
     if tuple(x.shape) != shape or got != dtype:
         v.errors.append(f"{name}: is {list(x.shape)} {got}, not {list(shape)} {dtype}")
         return None
-    if target.framework == "torch":
-        return x.detach().cpu().double().numpy()
-    return x.astype(np.float64)
+    array: F64 = x.detach().cpu().double().numpy() if target.framework == "torch" else x.astype(np.float64)
+    return array
 
 
 @contextlib.contextmanager

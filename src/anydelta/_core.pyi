@@ -1,0 +1,5 @@
+"""The compiled CPU kernels; kernels/cpu/module.cpp says what is in here. Only backends/cpu.py and op.py call it."""
+
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
