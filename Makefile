@@ -1,0 +1,76 @@
+# anydelta: everything a newcomer or a CI job calls. `make help` lists the targets.
+#
+# The first call sets up .venv in this folder: torch, the tools, the peers of the benchmark, and the
+# package itself, editable. Later calls only rebuild what changed. Needs Python 3.10 or newer and a C++17 compiler.
+# pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) work as usual.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ISOLATE := env -u PYTHONPATH -u PYTHONHOME
+CPP := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h)
+DEMO_CASES := default
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo sanitize wheel readme clean distclean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built ## Set up .venv and build the package in place
+
+test: $(VENV)/.built lint ## Check style and types, then run all tests
+	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.built ## Show what runs here, prove it, measure it, draw it: out/ops.svg
+	mkdir -p out
+	$(ISOLATE) $(BIN)/anydelta info
+	$(ISOLATE) $(BIN)/anydelta conform --backend cpu --require cpu
+	$(ISOLATE) $(BIN)/anydelta bench ops --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
+	@echo "The figure is out/ops.svg, the numbers are out/ops.json."
+
+lint: $(VENV)/.installed ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## Format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+readme: $(VENV)/.built ## Write the generated table of README.md anew
+	$(BIN)/python scripts/support_table.py --write README.md
+
+wheel: $(VENV)/.installed ## Build sdist and wheel into dist/
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## Remove what was built, and all caches
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(VENV)/.built
+
+distclean: clean ## As clean, and .venv too
+	rm -rf $(VENV)
+
+# Stamps: an empty file says that the step is done, and make compares its date with the files it depends on.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "anydelta needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"  # the first with --group
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install -q --group build --group dev --group peers || { \
+	  echo "The peers of the benchmark do not install on this machine (reason above); their tests will be skipped."; \
+	  $(BIN)/python -m pip install -q --group build --group dev; }
+	@touch $@
+
+# Without build isolation, so that build/ keeps its objects and only what changed is compiled.
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install -q --no-build-isolation --editable .
+	@touch $@
