@@ -1,0 +1,72 @@
+"""The documents: their examples run, their table is the one of today, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import run_examples  # noqa: E402
+import support_table  # noqa: E402
+
+from anydelta.conformance.cases import CASES, FLOAT64_CASES  # noqa: E402
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "HACKING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [p.name for p in paths]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/conventions.md"])
+def test_the_examples_run(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/run_examples.py"), str(ROOT / name)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_example_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as failure:
+        run_examples.run(page)
+    assert failure.traceback[-1].lineno == 7  # counted from 0
+
+
+def test_the_support_table_is_the_one_of_today() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == support_table.replaced(text, ROOT / "README.md"), "run: make readme"
+
+
+@pytest.mark.parametrize("feature", support_table.FEATURES, ids=lambda f: f.name)
+def test_every_row_of_the_table_is_in_the_conformance_list(feature: support_table.Feature) -> None:
+    assert any(feature.used_by(case) for case in (*CASES, *FLOAT64_CASES))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))
+def test_make_targets_and_paths_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for target in re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE):
+        assert target in rules, f"make {target}"
+    for path in re.findall(r"`((?:src|tests|docs|scripts|examples|\.ci|\.github)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
