@@ -15,19 +15,39 @@ from .spec import Call, Options, check_call
 
 
 def gradients(
-    call: Call, options: Options, wanted: list[str], grad_o: torch.Tensor, grad_state: torch.Tensor
+    call: Call,
+    options: Options,
+    wanted: list[str],
+    grad_o: torch.Tensor,
+    grad_state: torch.Tensor,
+    *,
+    create_graph: bool = False,
 ) -> dict[str, torch.Tensor | None]:
-    """d loss / d input for the inputs named in `wanted`, given d loss / d o and d loss / d final state."""
-    leaves = {name: getattr(call, name).detach().requires_grad_() for name in wanted}
-    live = replace(call, **leaves)
-    spec = check_call(live, options, inplace=False)
+    """d loss / d input for the inputs named in `wanted`, given d loss / d o and d loss / d final state.
+
+    None for an input that nothing depends on (every token masked, T = 0, only skipped sequences). With
+    `create_graph` the gradients can be differentiated in turn.
+    """
     with torch.enable_grad():
+        leaves = {}
+        for name in wanted:
+            x = getattr(call, name)
+            # A view: grad with respect to it leaves out the ways in which inputs depend on each other.
+            leaves[name] = x.view_as(x) if create_graph else x.detach().requires_grad_()
+        live = replace(call, **leaves)
+        spec = check_call(live, options, inplace=False)
         o, state = torch_recurrence(spec, live)
-        outputs, grads = [o], [grad_o.to(o.dtype)]
+        pairs = [(o, grad_o)]
         if options.output_final_state:
-            if options.state_layout == "vk":
-                grad_state = grad_state.transpose(-1, -2)
-            outputs.append(state)
-            grads.append(grad_state.to(state.dtype))
-        got = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+            pairs.append(
+                (state, grad_state.transpose(-1, -2) if options.state_layout == "vk" else grad_state)
+            )
+        # Neither need depend on any input that is wanted: o depends on q and the state does not, for instance.
+        pairs = [(out, grad.to(out.dtype)) for out, grad in pairs if out.requires_grad]
+        if not pairs:
+            return dict.fromkeys(wanted)
+        outputs, grads = zip(*pairs, strict=True)
+        got = torch.autograd.grad(
+            outputs, list(leaves.values()), grads, allow_unused=True, create_graph=create_graph
+        )
     return dict(zip(leaves, got, strict=True))

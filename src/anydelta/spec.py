@@ -303,23 +303,7 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         c.dtype("mask", call.mask, ("bool",))
         c.shape("mask", call.mask, (B, T), "[B, T]")
 
-    state_name = "state" if inplace else "initial_state"
-    tracked = []  # the names of the inputs that require grad
-    if grad_enabled and here[0] == "torch":
-        for name in ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias"):
-            x = getattr(call, name)
-            if x is not None and x.requires_grad:
-                tracked.append(state_name if name == "state_in" else name)
-    if tracked and inplace:
-        c.fail(
-            f"the in-place op has no gradient, but {', '.join(tracked)} requires grad. "
-            "Use gated_delta_rule, or torch.no_grad()"
-        )
-    if tracked and call.snapshots is not None:
-        c.fail(
-            f"snapshots have no gradient, but {', '.join(tracked)} requires grad. "
-            "Use torch.no_grad(), or leave snapshots out"
-        )
+    tracked = check_gradients(call, options.op, inplace) if grad_enabled and here[0] == "torch" else []
 
     return CallSpec(
         B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, P=P,
@@ -340,6 +324,30 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         device=device_name(call.q),
         options=options,
     )  # fmt: skip
+
+
+def check_gradients(call: Call, op: str, inplace: bool) -> list[str]:
+    """The names of the tensors that require grad, which no call that writes to an argument may have.
+
+    Raises:
+        ValueError: the call is in place or takes snapshots, and an input requires grad.
+    """
+    tracked = []
+    for name in ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias"):
+        x = getattr(call, name)
+        if x is not None and x.requires_grad:
+            tracked.append(("state" if inplace else "initial_state") if name == "state_in" else name)
+    if tracked and inplace:
+        raise ValueError(
+            f"{op}: the in-place op has no gradient, but {', '.join(tracked)} requires grad. "
+            "Use gated_delta_rule, or torch.no_grad()"
+        )
+    if tracked and call.snapshots is not None:
+        raise ValueError(
+            f"{op}: snapshots have no gradient, but {', '.join(tracked)} requires grad. "
+            "Use torch.no_grad(), or leave snapshots out"
+        )
+    return tracked
 
 
 def _check_raw(

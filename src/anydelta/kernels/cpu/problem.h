@@ -49,19 +49,22 @@ struct Problem {
     const int64_t* state_indices = nullptr;  // [N] or null; -1 skips
 };
 
-// Columns [col0, col0 + cols) of one head of one sequence: the unit of parallel work. Column ranges are whole
-// panels, so that splitting never changes the arithmetic of a column.
+// Columns [col0, col0 + cols) of `heads` consecutive value heads of one sequence: the unit of parallel work. Column
+// ranges are whole panels, so that splitting never changes the arithmetic of a column.
 struct Task {
-    int64_t n, hv, col0, cols;
+    int64_t n, hv0, heads, col0, cols;
     const char* next_state;  // where the following task will read: prefetched while this one writes
 };
+
+// Heads that one task may take; their rows of q, k, v and o share pages of memory.
+constexpr int64_t MAX_HEADS = 8;
 
 // What one instruction set provides.
 struct Kernels {
     const char* name;
     int lanes;
     int64_t panel;  // columns per panel
-    size_t (*workspace)(const Problem&);
+    size_t (*workspace)(const Problem&, int64_t heads);
     void (*run)(const Problem&, const Task&, char* workspace);
     double (*fma_loop)(int64_t rounds);  // FLOPs done
 };

@@ -159,7 +159,6 @@ AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
 struct Scratch {  // one token, [segments * SEG] each, zero beyond K
     float *k, *q;
     float* a;
-    float* bias;  // dt_bias of this head
 };
 
 struct Token {
@@ -182,7 +181,8 @@ static const float* channels(const Problem& p, const void* src, DType dtype, flo
     return scratch;
 }
 
-static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const Scratch& s) {
+static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const float* bias,
+                        const Scratch& s) {
     const int64_t h = p.tiled ? hv % p.H : hv / (p.HV / p.H);
     const int64_t n = round_up(p.K, L);
     Token x;
@@ -199,10 +199,10 @@ static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, floa
     if (p.kda) {
         read_row(s.a, g, p.g.dtype, p.K);
         if (p.dt_bias)
-            for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(s.bias + i)));
+            for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(bias + i)));
         for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
     } else {
-        const float raw = read_one(g, p.g.dtype) + (p.dt_bias ? s.bias[0] : 0.0f);
+        const float raw = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
         x.alpha = first(decay_of(p, vset(raw), vset(A)));
     }
     return x;
@@ -640,12 +640,21 @@ struct Workspace {
     float* v;        // [BLOCKS * C_MAX][columns]
     float* o;
     float* PR;       // [2 C_MAX][columns]
-    float* panels;   // [columns / W][K][W]
-    float* state;    // [K][columns], where snapshots are taken
     float* emitted;  // [C_MAX][K][columns], where snapshots are not plain float32 [K, V]
 };
 
-static Workspace carve(const Problem& p, Arena& arena) {
+// One of the heads of a task. Its state stands in panels, or row by row once snapshots are taken.
+enum class Where { caller, panels, rows };
+struct Head {
+    int64_t hv;
+    float A;        // exp(A_log)
+    float* bias;    // [segments * SEG] dt_bias
+    float* panels;  // [columns / W][K][W]
+    float* rows;    // [K][columns]
+    Where where;
+};
+
+static Workspace carve(const Problem& p, Arena& arena, Head* heads, int64_t count) {
     const int64_t seg = segments(p), columns = round_up(p.V, W);
     const bool emits = p.snapshots.data != nullptr;
     Workspace w;
@@ -654,20 +663,24 @@ static Workspace carve(const Problem& p, Arena& arena) {
     w.scratch.k = arena.take<float>(seg * SEG);
     w.scratch.q = arena.take<float>(seg * SEG);
     w.scratch.a = arena.take<float>(seg * SEG);
-    w.scratch.bias = arena.take<float>(seg * SEG);
     w.v = arena.take<float>(BLOCKS * C_MAX * columns);
     w.o = arena.take<float>(BLOCKS * C_MAX * columns);
     w.PR = arena.take<float>(2 * C_MAX * columns);
-    w.panels = arena.take<float>(p.K * columns);
-    w.state = arena.take<float>(emits ? p.K * columns : 0);
     w.emitted = arena.take<float>(emits && !(plain(p) && p.V % W == 0) ? C_MAX * p.K * columns : 0);
+    for (int64_t i = 0; i < count; ++i) {
+        heads[i].bias = arena.take<float>(seg * SEG);
+        heads[i].panels = arena.take<float>(p.K * columns);
+        heads[i].rows = arena.take<float>(emits ? p.K * columns : 0);
+        heads[i].where = Where::caller;
+    }
     return w;
 }
 
-static size_t workspace(const Problem& p) {
+static size_t workspace(const Problem& p, int64_t count) {
     char* const origin = reinterpret_cast<char*>(64);  // addresses are only counted, never read
     Arena arena{origin};
-    carve(p, arena);
+    Head heads[MAX_HEADS];
+    carve(p, arena, heads, count);
     return static_cast<size_t>(arena.at - origin);
 }
 
@@ -681,7 +694,7 @@ class Runner {
   public:
     Runner(const Problem& problem, const Task& task, char* memory) : p(problem), job(task) {
         Arena arena{memory};
-        w = carve(p, arena);
+        w = carve(p, arena, heads, job.heads);
         seq.b = p.cu_seqlens ? 0 : job.n;
         seq.start = p.cu_seqlens ? p.cu_seqlens[job.n] : 0;
         seq.end = p.cu_seqlens ? p.cu_seqlens[job.n + 1] : p.T;
@@ -695,22 +708,31 @@ class Runner {
     void run() {
         const bool skipped = seq.row_in < 0;
         int64_t tokens = 0;
-        for (int64_t t = seq.start; t < seq.end; ++t) {
-            if (!skipped && seq.live(p, t)) {
-                ++tokens;
-            } else {
-                zero_output(t);
-            }
+        if (!skipped)
+            for (int64_t t = seq.start; t < seq.end; ++t) tokens += seq.live(p, t);
+        for (int64_t i = 0; i < job.heads; ++i) {
+            h = &heads[i];
+            h->hv = job.hv0 + i;
+            if (tokens < seq.end - seq.start)
+                for (int64_t t = seq.start; t < seq.end; ++t)
+                    if (skipped || !seq.live(p, t)) zero_output(t);
+            if (!skipped) snapshot_initial_state();
+            if (tokens == 0)
+                pass_state_on(skipped);
+            else
+                read_gate_parameters();
         }
-        if (!skipped) snapshot_initial_state();
-        if (tokens == 0) {
-            pass_state_on(skipped);
-        } else {
-            read_gate_parameters();
-            if (tokens <= C_MAX && direct(tokens)) return;
-            blocked(tokens);
+        if (tokens > 0) {
+            if (tokens <= C_MAX && can_run_directly())
+                direct(tokens);
+            else
+                blocked(tokens);
         }
-        if (!skipped) repeat_snapshots();
+        if (skipped || !p.mask) return;
+        for (int64_t i = 0; i < job.heads; ++i) {
+            h = &heads[i];
+            repeat_snapshots();
+        }
     }
 
   private:
@@ -719,21 +741,22 @@ class Runner {
     Workspace w;
     Sequence seq;
     int64_t ldv, panels, slots;
-    float A = 0.0f;
+    Head heads[MAX_HEADS];
+    Head* h = nullptr;  // the one being worked on
 
     int64_t columns(int64_t panel) const { return job.cols - panel * W < W ? job.cols - panel * W : W; }
     char* state_in(int64_t panel) const {
-        return p.in.data ? state_at(p, p.in, 0, seq.row_in, job.hv, job.col0 + panel * W) : nullptr;
+        return p.in.data ? state_at(p, p.in, 0, seq.row_in, h->hv, job.col0 + panel * W) : nullptr;
     }
     char* state_out(int64_t panel) const {
-        return p.out.data ? state_at(p, p.out, 0, seq.row_out, job.hv, job.col0 + panel * W) : nullptr;
+        return p.out.data ? state_at(p, p.out, 0, seq.row_out, h->hv, job.col0 + panel * W) : nullptr;
     }
     char* snapshot(int64_t slot, int64_t panel) const {
-        return state_at(p, p.snapshots, slot, job.n, job.hv, job.col0 + panel * W);
+        return state_at(p, p.snapshots, slot, job.n, h->hv, job.col0 + panel * W);
     }
 
     void zero_output(int64_t t) const {
-        char* o = static_cast<char*>(const_cast<void*>(token(p.o, seq.b, t, job.hv)));
+        char* o = static_cast<char*>(const_cast<void*>(token(p.o, seq.b, t, h->hv)));
         const int64_t size = dtype_size(p.o.dtype);
         std::memset(o + job.col0 * size, 0, static_cast<size_t>(job.cols * size));
     }
@@ -746,11 +769,12 @@ class Runner {
     }
 
     void read_gate_parameters() {
-        if (p.A_log) A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, job.hv), p.A_log_dtype))));
+        h->A = 0.0f;
+        if (p.A_log) h->A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, h->hv), p.A_log_dtype))));
         if (p.dt_bias) {
             const int64_t n = p.kda ? p.K : 1;
-            for (int64_t i = 0; i < round_up(n, L); ++i) w.scratch.bias[i] = 0.0f;
-            read_row(w.scratch.bias, element(p.dt_bias, p.dt_bias_dtype, job.hv * n), p.dt_bias_dtype, n);
+            for (int64_t i = 0; i < round_up(n, L); ++i) h->bias[i] = 0.0f;
+            read_row(h->bias, element(p.dt_bias, p.dt_bias_dtype, h->hv * n), p.dt_bias_dtype, n);
         }
         for (int64_t i = p.K; i < round_up(p.K, L); ++i) w.scratch.k[i] = w.scratch.q[i] = w.scratch.a[i] = 0.0f;
     }
@@ -772,7 +796,6 @@ class Runner {
 
     // Slots at other masked tokens hold the state of the token before; the oldest slot has it already (slot_after).
     void repeat_snapshots() const {
-        if (!p.mask) return;
         const int64_t first = next_live(seq.start);
         for (int64_t slot = slots - 2; slot >= 0; --slot) {
             const int64_t t = seq.end - 1 - slot;
@@ -801,68 +824,64 @@ class Runner {
         }
         blk.C = n;
         for (int c = 0; c < n; ++c) {
-            if (positions[c] + 1 < seq.end) prefetch_inputs(positions[c] + 1);
-            blk.beta[c] = read_beta(p, seq.b, positions[c], job.hv);
-            const Token x = read_token(p, seq.b, positions[c], job.hv, A, w.scratch);
+            
+            blk.beta[c] = read_beta(p, seq.b, positions[c], h->hv);
+            const Token x = read_token(p, seq.b, positions[c], h->hv, h->A, h->bias, w.scratch);
             if (p.kda)
                 append<true>(p, x, blk, c);
             else
                 append<false>(p, x, blk, c);
             float* v = v_rows + c * ldv;
-            read_row(v, element(token(p.v, seq.b, positions[c], job.hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
+            read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
             for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
         }
         return u;
     }
 
-    // The rows of a token are far apart in memory, so the hardware does not see them coming.
-    void prefetch_inputs(int64_t t) const {
-        const int64_t h = p.tiled ? job.hv % p.H : job.hv / (p.HV / p.H);
-        prefetch_row(token(p.k, seq.b, t, h), p.K * dtype_size(p.k.dtype));
-        prefetch_row(token(p.q, seq.b, t, h), p.K * dtype_size(p.q.dtype));
-        prefetch_row(element(token(p.v, seq.b, t, job.hv), p.v.dtype, job.col0), job.cols * dtype_size(p.v.dtype));
-        if (p.kda) prefetch_row(token(p.g, seq.b, t, job.hv), p.K * dtype_size(p.g.dtype));
-    }
-    static void prefetch_row(const void* row, int64_t bytes) {
-        for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH(static_cast<const char*>(row) + i);
-    }
     void write_outputs(const int64_t* positions, int64_t count) const {
         for (int64_t c = 0; c < count; ++c) {
-            void* o = const_cast<void*>(token(p.o, seq.b, positions[c], job.hv));
+            void* o = const_cast<void*>(token(p.o, seq.b, positions[c], h->hv));
             write_row(const_cast<void*>(element(o, p.o.dtype, job.col0)), p.o.dtype, w.o + c * ldv, job.cols);
         }
     }
 
-    // At most one block, on the caller's own state: read once, written once, no copies. False: not this case.
-    bool direct(int64_t tokens) {
-        const bool whole = job.cols % W == 0;
-        const bool emits = slots > 0;
-        if (!whole || !p.in.data || p.mask) return false;
-        if (p.vk ? (emits || p.K % L != 0) : (emits && !plain(p))) return false;
-        int64_t positions[C_MAX];
-        Block& blk = w.blocks[0];
-        prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v);
-        if (p.state_dtype == DType::f32)
-            direct_as<float>(blk);
-        else
-            direct_as<bf16>(blk);
-        write_outputs(positions, blk.C);
-        return true;
+    // Whether a single block can run on the caller's own state: read once, written once, no copies.
+    bool can_run_directly() const {
+        if (job.cols % W != 0 || !p.in.data || p.mask) return false;
+        return p.vk ? slots == 0 && p.K % L == 0 : slots == 0 || plain(p);
+    }
+
+    void direct(int64_t tokens) {
+        for (int64_t i = 0; i < job.heads; ++i) {
+            const char* next = job.next_state;
+            if (i + 1 < job.heads) {
+                h = &heads[i + 1];
+                next = state_in(0);
+            }
+            h = &heads[i];
+            int64_t positions[C_MAX];
+            Block& blk = w.blocks[0];
+            prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v);
+            if (!next) next = state_in(0);
+            if (p.state_dtype == DType::f32)
+                direct_as<float>(blk, next);
+            else
+                direct_as<bf16>(blk, next);
+            write_outputs(positions, blk.C);
+        }
     }
 
     template <class St>
-    void direct_as(const Block& blk) {
+    void direct_as(const Block& blk, const char* next_head) {
         const St* S = reinterpret_cast<const St*>(state_in(0));
         St* dst = reinterpret_cast<St*>(state_out(0));
-        const char* next = job.next_state ? job.next_state : reinterpret_cast<const char*>(S);
         if (!p.vk) {
             Emission out;
             if (blk.emits) emission(blk, out);
-            return step_rows_any<St>(p, blk, S, p.in.row, dst, p.out.row, job.cols, w.v, w.o, ldv, w.PR, out, next);
+            return step_rows_any<St>(p, blk, S, p.in.row, dst, p.out.row, job.cols, w.v, w.o, ldv, w.PR, out, next_head);
         }
         for (int64_t panel = 0; panel < panels; ++panel) {
-            if (panel + 1 < panels) next = state_in(panel + 1);
-            else if (job.next_state) next = job.next_state;
+            const char* next = panel + 1 < panels ? state_in(panel + 1) : next_head;
             step_vk_any<St>(p, blk, S, p.in.row, dst, p.out.row, w.v + panel * W, w.o + panel * W, ldv, next);
             S += W * p.in.row;
             if (dst) dst += W * p.out.row;
@@ -881,54 +900,65 @@ class Runner {
         }
     }
 
-    // Any number of tokens, a batch of prepared blocks at a time. Blocks without snapshots run panel by panel; those
-    // with them, always the last ones, on a row-major copy of the state, so that snapshots are written in order.
+    // Any number of tokens: batch after batch of prepared blocks, all heads of the task in turn.
     void blocked(int64_t tokens) {
+        int64_t t = next_live(seq.start), done = 0;
+        while (done < tokens) {
+            const int64_t from = t, before = done;
+            for (int64_t i = 0; i < job.heads; ++i) {
+                h = &heads[i];
+                t = from;
+                done = before;
+                batch(t, done, tokens, i + 1 == job.heads);
+            }
+        }
+    }
+
+    // Blocks without snapshots run panel by panel; those with them, always the last ones, on a row-major copy of the
+    // state, so that snapshots are written in order.
+    void batch(int64_t& t, int64_t& done, int64_t tokens, bool last_head) {
         const int64_t seg = segments(p);
         int64_t positions[BLOCKS * C_MAX];
-        int64_t t = next_live(seq.start), done = 0;
-        enum { nowhere, in_panels, in_rows } where = nowhere;
-        while (done < tokens) {
-            int count = 0, quiet = 0;
-            int64_t prepared = 0;
-            for (; count < BLOCKS && done < tokens; ++count) {
-                Block& blk = w.blocks[count];
-                t = prepare(blk, w.rows + count * seg * ROWS * LD, t, C_MAX, positions + prepared, w.v + prepared * ldv);
-                prepared += blk.C;
-                done += blk.C;
-                if (!blk.emits) ++quiet;
-            }
-            const bool last_batch = done == tokens;
-            if (quiet > 0) {
-                if (where == nowhere) pack(p, w.panels, state_in(0), p.in.row, job.cols);
-                where = in_panels;
-                take_panels(quiet, last_batch && quiet == count);
-            }
-            if (quiet < count) {
-                if (where == nowhere) load_rows();
-                if (where == in_panels) rows_from_panels();
-                where = in_rows;
-                int64_t offset = 0;
-                for (int i = 0; i < quiet; ++i) offset += w.blocks[i].C;
-                for (int i = quiet; i < count; offset += w.blocks[i].C, ++i)
-                    take_rows(w.blocks[i], offset, last_batch && i + 1 == count);
-            }
-            write_outputs(positions, prepared);
+        int count = 0, quiet = 0;
+        int64_t prepared = 0;
+        for (; count < BLOCKS && done < tokens; ++count) {
+            Block& blk = w.blocks[count];
+            t = prepare(blk, w.rows + count * seg * ROWS * LD, t, C_MAX, positions + prepared, w.v + prepared * ldv);
+            prepared += blk.C;
+            done += blk.C;
+            if (!blk.emits) ++quiet;
         }
+        const bool last = done == tokens;
+        const char* next_state = last && last_head ? job.next_state : nullptr;
+        if (quiet > 0) {
+            if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
+            h->where = Where::panels;
+            take_panels(quiet, last && quiet == count, next_state);
+        }
+        if (quiet < count) {
+            if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
+            if (h->where != Where::rows) rows_from_panels();
+            h->where = Where::rows;
+            int64_t offset = 0;
+            for (int i = 0; i < quiet; ++i) offset += w.blocks[i].C;
+            for (int i = quiet; i < count; offset += w.blocks[i].C, ++i)
+                take_rows(w.blocks[i], offset, last && i + 1 == count, next_state);
+        }
+        write_outputs(positions, prepared);
     }
 
     // The first `count` prepared blocks on all panels; each panel stays in L1 meanwhile. The last block of all writes
     // straight to where the state goes, if it can.
-    void take_panels(int count, bool last_batch) {
+    void take_panels(int count, bool last_batch, const char* next_state) {
         for (int64_t panel = 0; panel < panels; ++panel) {
             const bool there = plain(p) && columns(panel) == W;
-            float* tile = w.panels + panel * p.K * W;
+            float* tile = h->panels + panel * p.K * W;
             float *v = w.v + panel * W, *o = w.o + panel * W;
             for (int i = 0; i < count; ++i) {
                 const Block& blk = w.blocks[i];
                 const bool last = last_batch && i + 1 == count;
                 const char* next = reinterpret_cast<const char*>(w.blocks[i + 1 < count ? i + 1 : 0].rows);
-                if (last && job.next_state) next = job.next_state + panel * p.K * 64;
+                if (last && next_state) next = next_state + panel * p.K * 64;
                 float* dst = tile;
                 int64_t ldd = W;
                 if (last && (!p.out.data || there)) {
@@ -943,32 +973,28 @@ class Runner {
         }
     }
 
-    void take_rows(const Block& blk, int64_t offset, bool last) {
+    void take_rows(const Block& blk, int64_t offset, bool last, const char* next_state) {
         Emission out;
         emission(blk, out);
-        float* dst = w.state;
+        float* dst = h->rows;
         int64_t ldd = ldv;
         if (last && (!p.out.data || snapshots_are_plain())) {
             dst = reinterpret_cast<float*>(state_out(0));
             ldd = p.out.row;
         }
-        const char* next = last && job.next_state ? job.next_state : reinterpret_cast<const char*>(w.state);
-        step_rows_any<float>(p, blk, w.state, ldv, dst, ldd, ldv, w.v + offset * ldv, w.o + offset * ldv, ldv, w.PR, out, next);
+        const char* next = last && next_state ? next_state : reinterpret_cast<const char*>(h->rows);
+        step_rows_any<float>(p, blk, h->rows, ldv, dst, ldd, ldv, w.v + offset * ldv, w.o + offset * ldv, ldv, w.PR, out, next);
         if (!snapshots_are_plain())
             for (int c = 0; c < blk.C; ++c)
                 if (out.dst[c]) unpack(p, snapshot(blk.slot[c], 0), p.snapshots.row, out.dst[c], ldv, job.cols);
-        if (last && dst == w.state) unpack(p, state_out(0), p.out.row, w.state, ldv, job.cols);
+        if (last && dst == h->rows) unpack(p, state_out(0), p.out.row, h->rows, ldv, job.cols);
     }
 
-    void load_rows() {
-        pack(p, w.panels, state_in(0), p.in.row, job.cols);
-        rows_from_panels();
-    }
     void rows_from_panels() {
         for (int64_t panel = 0; panel < panels; ++panel)
             for (int64_t i = 0; i < p.K; ++i)
                 AD_UNROLL for (int j = 0; j < W; j += L)
-                    vstore(w.state + i * ldv + panel * W + j, vload(w.panels + (panel * p.K + i) * W + j));
+                    vstore(h->rows + i * ldv + panel * W + j, vload(h->panels + (panel * p.K + i) * W + j));
     }
 };
 
