@@ -76,11 +76,12 @@ Features detect() {
 
 // ---- sharing out ----
 
-// Below this many FMAs a second thread costs more than it saves: waking one takes 5 to 20 us, in which one core
-// does about this much. Measured: docs/performance.md, "Break-evens".
-constexpr double MIN_FMAS_PER_THREAD = 400e3;
+// Below this many FMAs per thread a further thread costs more than it saves (waking one, and fetching its results):
+// two threads overtake one between 200 and 390 thousand FMAs, 4 to 8 heads of a decode step. docs/performance.md, "Break-evens".
+constexpr double MIN_FMAS_PER_THREAD = 150e3;
 // Tasks per thread, so that a slower core holds the others up by at most a quarter of its share.
 constexpr int64_t TASKS_PER_THREAD = 4;
+constexpr int MAX_THREADS = 256;
 // Heads are taken together while their states fit in half of a small L2: a token's rows of neighbouring heads lie in the
 // same page, and at 16 KiB from token to token one head alone spends a sixth of its time on page walks.
 constexpr int64_t GROUP_BYTES = int64_t{256} << 10;
@@ -95,8 +96,15 @@ struct Job {
     int64_t tasks;
     char* workspaces = nullptr;
     size_t workspace = 0;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> workers{0};
+    int threads = 1;
+    // Each thread has a share of the tasks, the same on every call, so that states stay in its core's cache (a state that
+    // another core wrote last costs more to fetch than to compute); who is done early helps with the other shares.
+    struct alignas(64) Share {
+        std::atomic<bool> taken{false};
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    Share* shares = nullptr;
 
     Task task(int64_t i) const {
         const int64_t range = i % split, group = i / split % groups, n = i / split / groups;
@@ -112,17 +120,29 @@ struct Job {
     }
 };
 
+// The share this thread had last time, if it is free.
+int claim(Job& job) {
+    static std::atomic<int> threads_seen{0};
+    static thread_local const int preferred = threads_seen.fetch_add(1);
+    for (int i = 0; i < job.threads; ++i) {
+        const int share = (preferred + i) % job.threads;
+        if (!job.shares[share].taken.exchange(true)) return share;
+    }
+    return -1;  // more threads came than were asked for
+}
+
 void work(void* context) {
     Job& job = *static_cast<Job*>(context);
-    char* memory = job.workspaces + static_cast<size_t>(job.workers.fetch_add(1)) * job.workspace;
-    for (;;) {
-        const int64_t i = job.next.fetch_add(1);
-        if (i >= job.tasks) return;
-        Task t = job.task(i);
-        // alone, a thread takes the following task next; with others, most likely one of the next few
-        const int64_t following = i + job.workers.load(std::memory_order_relaxed);
-        if (following < job.tasks) t.next_state = job.state_of(job.task(following));
-        job.kernels.run(job.p, t, memory);
+    const int mine = claim(job);
+    if (mine < 0) return;
+    char* memory = job.workspaces + static_cast<size_t>(mine) * job.workspace;
+    for (int s = 0; s < job.threads; ++s) {
+        Job::Share& share = job.shares[(mine + s) % job.threads];
+        for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) {
+            Task t = job.task(i);
+            if (i + 1 < share.end) t.next_state = job.state_of(job.task(i + 1));
+            job.kernels.run(job.p, t, memory);
+        }
     }
 }
 
@@ -179,14 +199,22 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
 
     const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
     const int64_t wanted = threads > 1 ? TASKS_PER_THREAD * threads : 1;
-    int64_t split = std::min(panels, std::max<int64_t>(1, wanted / heads));
+    // Few heads: columns are shared out too, each range preparing its tokens again, so no more than balance needs.
+    int64_t split = threads > 1 && heads < 2 * threads ? std::min(panels, (2 * threads + heads - 1) / heads) : 1;
     const int64_t panels_per_range = (panels + split - 1) / split;
     split = (panels + panels_per_range - 1) / panels_per_range;
     const int64_t fit = std::min(MAX_HEADS, GROUP_BYTES / (p.K * panels * kernels.panel * 4));
     const int64_t together = std::max<int64_t>(1, std::min({fit, heads / wanted, p.HV}));
     const int64_t groups = (p.HV + together - 1) / together;
     Job job{p, kernels, together, groups, split, panels_per_range, p.N * groups * split};
-    threads = static_cast<int>(std::min<int64_t>(threads, job.tasks));
+    threads = static_cast<int>(std::min<int64_t>({threads, job.tasks, MAX_THREADS}));
+    Job::Share shares[MAX_THREADS];
+    for (int i = 0; i < threads; ++i) {
+        shares[i].next.store(job.tasks * i / threads, std::memory_order_relaxed);
+        shares[i].end = job.tasks * (i + 1) / threads;
+    }
+    job.threads = threads;
+    job.shares = shares;
     job.workspace = kernels.workspace(p, together);
     job.workspaces = scratch(job.workspace * static_cast<size_t>(threads));
     parallel(threads, share_openmp, work, &job);
