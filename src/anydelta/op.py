@@ -18,7 +18,7 @@ from . import dispatch
 from .spec import Call, CallSpec, Options, check_call, check_values, framework_of
 
 try:
-    from . import _core
+    from . import _core as _core
 except ImportError:  # not built: the cpu backend gives the reason
     _core = None  # type: ignore[assignment]
 
@@ -116,9 +116,7 @@ def gated_delta_rule(
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, output_final_state,
     )  # fmt: skip
-    call = Call(
-        q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots
-    )
+    call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
     return _run(call, options, backend, inplace=False)
 
 
@@ -174,7 +172,7 @@ def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
         raise TypeError(f"explain: takes q, k, v by position; got {len(args)} positional arguments")
     arrays = dict(zip(names, args, strict=False))
     arrays["state_in"] = kwargs.pop("initial_state", None)
-    known = {"g", "beta", "q", "k", "v", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "snapshots"}
+    known = {*Call.__slots__} - {"state_in", "state_out", "o"}
     arrays.update({n: kwargs.pop(n) for n in list(kwargs) if n in known})
     call = Call(**arrays)
     spec = check_call(call, Options(**kwargs), inplace=False, grad_enabled=_grad_enabled(call.q))
@@ -204,9 +202,9 @@ def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -
     if torch is not None and isinstance(call.q, torch.Tensor):
         side = _torch_side()
         if type(call.q) not in side.EAGER_TYPES or torch.compiler.is_compiling() or call.q.is_meta:
-            return side.traced(call, options, backend, inplace)
+            return side.traced(call, options, backend, inplace)  # type: ignore[no-any-return]
         if torch.is_grad_enabled() and side.any_requires_grad(call):
-            return side.differentiable(call, options, backend, inplace)
+            return side.differentiable(call, options, backend, inplace)  # type: ignore[no-any-return]
     return execute(call, options, backend, inplace)
 
 
@@ -215,14 +213,10 @@ def _torch_side() -> Any:
     """torch_op, imported with the first torch call and not with anydelta."""
     from . import torch_op
 
-    if _core is not None:
-        _core.learn_tensor_type(torch_op.torch.Tensor)
     return torch_op
 
 
-def execute(
-    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
-) -> tuple[Array, Array | None]:
+def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -> tuple[Array, Array | None]:
     """Run a call on real arrays, without gradients."""
     geometry = _geometry(call)
     key = (geometry, options, backend)

@@ -14,6 +14,7 @@ NumPy only, one token at a time, all heads of a token at once. It shares no code
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,11 +62,11 @@ def decays(
     if decay == "log":
         return np.exp(g)
     assert A_log is not None
-    A = np.exp(A_log) if g.ndim == 3 else np.exp(A_log)[:, None]
+    A: F64 = np.exp(A_log) if g.ndim == 3 else np.exp(A_log)[:, None]
     x = g if dt_bias is None else g + dt_bias.reshape(g.shape[2:])
     if lower_bound is None:
-        return np.exp(-A * np.logaddexp(0.0, x))
-    return np.exp(lower_bound * sigmoid(A * x))
+        return np.asarray(np.exp(-A * np.logaddexp(0.0, x)))
+    return np.asarray(np.exp(lower_bound * sigmoid(A * x)))
 
 
 def sigmoid(x: F64) -> F64:
@@ -75,7 +76,7 @@ def sigmoid(x: F64) -> F64:
 
 def l2norm(x: F64, eps: float) -> F64:
     """x * rsqrt(sum x^2 + eps) over the last dimension (fla's convention)."""
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps)
+    return np.asarray(x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps))
 
 
 def gated_delta_rule(
@@ -116,7 +117,7 @@ def gated_delta_rule(
     if cu_seqlens is None:
         sequences = [(b, 0, T) for b in range(B)]
     else:
-        sequences = [(0, int(s), int(e)) for s, e in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        sequences = [(0, int(s), int(e)) for s, e in pairwise(cu_seqlens)]
     N = len(sequences)
 
     o = np.zeros((B, T, HV, V))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -108,7 +109,11 @@ class CallSpec:
         ]
         head = f"{gate} B={self.B} T={self.T} H={self.H} HV={self.HV} K={self.K} V={self.V} N={self.N}"
         return " ".join(
-            [head, f"{self.dtype} state={self.state_dtype}/{self.options.state_layout} on {self.device}", *extra]
+            [
+                head,
+                f"{self.dtype} state={self.state_dtype}/{self.options.state_layout} on {self.device}",
+                *extra,
+            ]
         )
 
 
@@ -231,9 +236,13 @@ class _Checker:
             )
         if framework_of(x) == "numpy":
             if not x.flags.writeable:
-                self.fail(f"{name} is written in place and must not be read-only; got a read-only array. Copy it first")
+                self.fail(
+                    f"{name} is written in place and must not be read-only; got a read-only array. Copy it first"
+                )
         elif x.is_leaf and x.requires_grad:
-            self.fail(f"{name} is written in place and must not require grad; got a leaf that does. Detach it first")
+            self.fail(
+                f"{name} is written in place and must not require grad; got a leaf that does. Detach it first"
+            )
 
 
 def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: bool = False) -> CallSpec:
@@ -294,9 +303,7 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
 
     _check_raw(c, call, options, here, kda=kda, HV=HV, K=K)
     N = _check_sequences(c, call, here, B=B, T=T)
-    P, state_dtype = _check_state(
-        c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V
-    )
+    P, state_dtype = _check_state(c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V)
 
     if call.mask is not None:
         c.array("mask", call.mask, here)
@@ -419,7 +426,9 @@ def _check_state(
         if len(got) != 4 or got[1:] != tail:
             c.fail(f"{name} must be [N, HV, {layout}] with [HV, {layout}] = {list(tail)}; got {list(got)}")
         if call.state_indices is None and got[0] != N:
-            c.fail(f"{name} must have N = {N} rows, one per sequence; got {got[0]}. For a pool give state_indices")
+            c.fail(
+                f"{name} must have N = {N} rows, one per sequence; got {got[0]}. For a pool give state_indices"
+            )
         P = got[0]
         state_dtype = c.dtype(name, call.state_in, allowed)
         if inplace:
@@ -429,7 +438,8 @@ def _check_state(
         got = shape_of(call.snapshots)
         if len(got) != 5 or got[1:] != (N, *tail) or got[0] < 1:
             c.fail(
-                f"snapshots must be [Ks, N, HV, {layout}] with Ks >= 1 and [N, HV, {layout}] = {[N, *tail]}; got {list(got)}"
+                f"snapshots must be [Ks, N, HV, {layout}] with Ks >= 1 and [N, HV, {layout}] = {[N, *tail]}; "
+                f"got {list(got)}"
             )
         snap_dtype = c.dtype("snapshots", call.snapshots, allowed)
         if call.state_in is not None and snap_dtype != state_dtype:
@@ -450,7 +460,7 @@ def check_values(call: Call, spec: CallSpec) -> None:
         cu = call.cu_seqlens.tolist()
         if cu[0] != 0 or cu[-1] != spec.T:
             c.fail(f"cu_seqlens must start at 0 and end at T = {spec.T}; got {cu[0]} and {cu[-1]}")
-        if any(b < a for a, b in zip(cu, cu[1:], strict=False)):
+        if any(b < a for a, b in pairwise(cu)):
             c.fail(f"cu_seqlens must not decrease; got {cu if len(cu) <= 16 else '...'}")
     if call.state_indices is not None and device_name(call.state_indices) == "cpu":
         rows = call.state_indices.tolist()

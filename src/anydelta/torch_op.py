@@ -21,6 +21,9 @@ from . import dispatch, op
 from .autograd import gradients
 from .spec import Call, Options, check_call, check_gradients
 
+if op._core is not None:
+    op._core.learn_tensor_type(torch.Tensor)  # here and not at the first call, which a tracer may be following
+
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Types that hold real memory. Other subclasses (fake, functional, ...) must be seen by the dispatcher."""
 

@@ -20,7 +20,7 @@ from ..spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framewor
 
 try:
     from .. import _core
-except ImportError as error:  # a source tree that was not built: the reason is shown by dispatch and `anydelta info`
+except ImportError as error:  # a source tree that was not built: dispatch and `anydelta info` show the reason
     _core = None  # type: ignore[assignment]
     _import_error: ImportError | None = error
 else:
@@ -74,7 +74,7 @@ def _default_threads() -> int:
 def _address(x: Any) -> int:
     if x is None:
         return 0
-    return x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0]
+    return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
 
 
 class _Plan:
@@ -105,7 +105,9 @@ class Cpu:
 
     def available(self) -> Sequence[Rejected]:
         if _core is None:
-            return (Rejected(f"the extension anydelta._core is not built or does not load ({_import_error})"),)
+            return (
+                Rejected(f"the extension anydelta._core is not built or does not load ({_import_error})"),
+            )
         return ()
 
     def supports(self, spec: CallSpec) -> Sequence[Rejected]:
@@ -149,7 +151,8 @@ class Cpu:
         dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
         dense = (0, HV * dims[0] * dims[1], dims[0] * dims[1], dims[1])
         state_in, state_copy = _state_strides(call.state_in, dense)
-        snapshots, snapshots_copy = dense, False
+        snapshots: tuple[int, ...] = dense
+        snapshots_copy = False
         if call.snapshots is not None:
             st = element_strides(call.snapshots)
             snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1

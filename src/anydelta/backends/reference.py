@@ -7,6 +7,7 @@ computed with (autograd.py). It computes in float32, or in float64 for float64 i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def torch_recurrence(
         sequences = [(b, 0, spec.T) for b in range(spec.B)]
     else:
         cu = call.cu_seqlens.tolist()
-        sequences = [(0, s, e) for s, e in zip(cu, cu[1:], strict=False)]
+        sequences = [(0, s, e) for s, e in pairwise(cu)]
     rows = list(range(spec.N)) if call.state_indices is None else call.state_indices.tolist()
 
     o_rows: list[torch.Tensor] = []
