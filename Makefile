@@ -8,11 +8,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
-CPP := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h)
+KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h)
+CPP := $(KERNELS) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 DEMO_CASES := default
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo sanitize wheel readme clean distclean
+.PHONY: help setup test lint format demo wheel readme clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -44,6 +45,9 @@ format: $(VENV)/.installed ## Format Python and C++
 readme: $(VENV)/.built ## Write the generated table of README.md anew
 	$(BIN)/python scripts/support_table.py --write README.md
 
+# The core without Python; the recipes are in tests/cpp.
+-include tests/cpp/targets.mk
+
 wheel: $(VENV)/.installed ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .
 
@@ -71,6 +75,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(CPP)
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS)
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@
