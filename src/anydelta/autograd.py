@@ -34,6 +34,8 @@ def gradients(
             x = getattr(call, name)
             # A view: grad with respect to it leaves out the ways in which inputs depend on each other.
             leaves[name] = x.view_as(x) if create_graph else x.detach().requires_grad_()
+        if not all(x.view_as(x).requires_grad for x in leaves.values()):
+            raise RuntimeError("anydelta: autograd records nothing here, so no gradient can be computed")
         live = replace(call, **leaves)
         spec = check_call(live, options, inplace=False)
         o, state = torch_recurrence(spec, live)

@@ -13,6 +13,8 @@ its loop over tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from .autograd import gradients
 from .spec import Call, Options, check_call, check_gradients
 
 if op._core is not None:
-    op._core.learn_tensor_type(torch.Tensor)  # here and not at the first call, which a tracer may be following
+    op._core.learn_tensor_type(
+        torch.Tensor
+    )  # here and not at the first call, which a tracer may be following
 
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Types that hold real memory. Other subclasses (fake, functional, ...) must be seen by the dispatcher."""
@@ -172,11 +176,25 @@ def _backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple
     return tuple(grads)
 
 
+@contextmanager
+def _autograd_below() -> Iterator[None]:
+    """Autograd inside an operator. Whoever calls it may have put autograd behind them, as AOTAutograd does, and
+    then the replayed recurrence would record nothing and every gradient would silently be zero."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+
+
 def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
     *arrays, grad_o, grad_state, wanted = arguments
     call = Call(**dict(zip(_INPUTS, arrays, strict=True)))
     names = [_INPUTS[i] for i in wanted]
-    found = gradients(call, Options(**flags), names, grad_o, grad_state)
+    with _autograd_below():
+        found = gradients(call, Options(**flags), names, grad_o, grad_state)
     # An operator's results share memory neither with each other nor with its arguments.
     return [
         torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None
