@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,13 +25,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
 
 
-@bench.callback()
-def _bench() -> None:
-    """Keeps `ops` a sub-command while it is the only one."""
-
-
-def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"anydelta bench ops: {sentence}", err=True)
+def _fail(sentence: str, command: str = "ops") -> NoReturn:
+    typer.echo(f"anydelta bench {command}: {sentence}", err=True)
     raise typer.Exit(2)
 
 
@@ -129,10 +124,89 @@ def ops_command(
         raise typer.Exit(1)
 
 
-def _output_form(json: bool, csv: bool, md: bool, output: Path | None) -> str | None:
+@bench.command("overhead")
+def overhead_command(
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
+    ] = None,
+) -> None:
+    """Time what a call at T = 1 costs beside its kernel: torch, torch.ops and NumPy, in place and functional."""
+    from . import ops, overhead
+
+    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+        return overhead.call_overhead(ops.Settings(rounds, sample_ms / 1e3), tell)
+
+    _small("overhead", run, rounds, sample_ms, _output_form(json, csv, md, output, "overhead"), output)
+
+
+@bench.command("threads")
+def threads_command(
+    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
+    ] = None,
+) -> None:
+    """Time the operator in turns with torch's matmuls: do their threads cost each other anything?"""
+    from . import ops, overhead
+
+    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+        counts = _threads(threads, 1)
+        return overhead.shared_threads(counts, ops.Settings(rounds, sample_ms / 1e3), tell)
+
+    _small("threads", run, rounds, sample_ms, _output_form(json, csv, md, output, "threads"), output)
+
+
+def _small(
+    command: str,
+    run: Callable[[Any], Any],
+    rounds: int,
+    sample_ms: float,
+    form: str | None,
+    output: Path | None,
+) -> None:
+    """Run one of overhead.py's measurements and show it."""
+    from rich.console import Console
+
+    from . import overhead
+
+    if output is not None and not output.parent.is_dir():
+        _fail(f"the folder of {output} does not exist", command)
+    if rounds < 1:
+        _fail(f"--rounds must be at least 1; got {rounds}", command)
+    if not 0 < sample_ms <= 10000:
+        _fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}", command)
+    try:
+        with _progress() as tell:
+            measured = run(tell)
+    except ValueError as error:
+        _fail(str(error), command)
+    except RuntimeError as error:  # a wrong result: no time is worth showing
+        typer.echo(f"anydelta bench {command}: {error}", err=True)
+        raise typer.Exit(1) from None
+    if form is not None:
+        text = overhead.to_text(measured, form)
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            output.write_text(text, encoding="utf-8")
+    if form is None or output is not None:
+        Console().print(overhead.to_table(measured))
+
+
+def _output_form(json: bool, csv: bool, md: bool, output: Path | None, command: str = "ops") -> str | None:
     asked = [name for name, on in (("json", json), ("csv", csv), ("md", md)) if on]
     if len(asked) > 1:
-        _fail(f"one output form at a time; got {' and '.join('--' + a for a in asked)}")
+        _fail(f"one output form at a time; got {' and '.join('--' + a for a in asked)}", command)
     if asked:
         return asked[0]
     if output is None:
@@ -141,7 +215,7 @@ def _output_form(json: bool, csv: bool, md: bool, output: Path | None) -> str | 
         if output.suffix == suffix:
             return name
     known = ", ".join(printers.FORMATS.values())
-    _fail(f"-o must end in {known}, or give --json, --csv or --md; got {output.name!r}")
+    _fail(f"-o must end in {known}, or give --json, --csv or --md; got {output.name!r}", command)
 
 
 def _threads(text: str | None, available: int) -> list[int]:
