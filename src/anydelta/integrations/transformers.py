@@ -197,7 +197,7 @@ class _Bound:
 
     family: Family
     module: types.ModuleType
-    layer: type
+    layer: type[nn.Module]
     functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Name in the module: (theirs, ours)."""
     forward: tuple[Any, Any] | None = None

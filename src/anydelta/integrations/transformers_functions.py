@@ -389,8 +389,8 @@ def _conv_shifted(
     marks = None if ids is None else F.pad(ids, (k - 1, 0), value=-1)
     for back in range(1, k):
         term = earlier[:, k - 1 - back : k - 1 - back + T] * taps[k - 1 - back]
-        if marks is not None:
-            same = marks[:, k - 1 - back : k - 1 - back + T] == ids
+        if marks is not None and ids is not None:
+            same = marks[:, k - 1 - back : k - 1 - back + T].eq(ids)
             term = torch.where(same.unsqueeze(-1), term, 0.0)
         y = y + term
     if bias is not None:
