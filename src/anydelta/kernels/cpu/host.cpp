@@ -230,12 +230,15 @@ double fma_peak(const Kernels& kernels, int threads, double seconds) {
     };
     const auto start = std::chrono::steady_clock::now();
     Measure m{kernels, start + std::chrono::microseconds(static_cast<int64_t>(seconds * 1e6))};
-    parallel(threads, true, [](void* context) {
-        Measure& m = *static_cast<Measure*>(context);
-        double flops = 0;
-        while (std::chrono::steady_clock::now() < m.end) flops += m.kernels.fma_loop(10000);
-        m.flops += static_cast<int64_t>(flops);
-    }, &m);
+    parallel(
+        threads, true,
+        [](void* context) {
+            Measure& m = *static_cast<Measure*>(context);
+            double flops = 0;
+            while (std::chrono::steady_clock::now() < m.end) flops += m.kernels.fma_loop(10000);
+            m.flops += static_cast<int64_t>(flops);
+        },
+        &m);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     return static_cast<double>(m.flops.load()) / took.count() / 1e9;
 }
@@ -255,11 +258,15 @@ double copy_bandwidth(int threads, int mib) {
     for (int repeat = 0; repeat < 3; ++repeat) {
         Measure m{from.get(), to.get(), bytes / static_cast<size_t>(threads), {0}, threads};
         const auto start = std::chrono::steady_clock::now();
-        parallel(threads, true, [](void* context) {
-            Measure& m = *static_cast<Measure*>(context);
-            for (int i; (i = m.next.fetch_add(1)) < m.pieces;)
-                std::memcpy(m.to + static_cast<size_t>(i) * m.piece, m.from + static_cast<size_t>(i) * m.piece, m.piece);
-        }, &m);
+        parallel(
+            threads, true,
+            [](void* context) {
+                Measure& m = *static_cast<Measure*>(context);
+                for (int i; (i = m.next.fetch_add(1)) < m.pieces;)
+                    std::memcpy(m.to + static_cast<size_t>(i) * m.piece, m.from + static_cast<size_t>(i) * m.piece,
+                                m.piece);
+            },
+            &m);
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
         best = std::max(best, 2.0 * static_cast<double>(bytes) / took.count() / 1e9);
     }

@@ -24,11 +24,11 @@ struct V {
     float operator[](int i) const { return x[i]; }
 };
 AD_INLINE V vset(float x) { return V{{x, x, x, x}}; }
-#define AD_LANEWISE(name, expr)                 \
-    AD_INLINE V name(V a, V b) {                \
-        V c;                                    \
+#define AD_LANEWISE(name, expr)                  \
+    AD_INLINE V name(V a, V b) {                 \
+        V c;                                     \
         for (int i = 0; i < L; ++i) c[i] = expr; \
-        return c;                               \
+        return c;                                \
     }
 AD_LANEWISE(vadd, a[i] + b[i])
 AD_LANEWISE(vsub, a[i] - b[i])

@@ -25,9 +25,7 @@ AD_INLINE V vmax(V a, V b) { return vmaxq_f32(a, b); }
 AD_INLINE V vmin(V a, V b) { return vminq_f32(a, b); }
 AD_INLINE V vround(V x) { return vrndnq_f32(x); }
 // 2^n for integral n in [-126, 127]
-AD_INLINE V vpow2(V n) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
-}
+AD_INLINE V vpow2(V n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
 // x where x0 >= limit, else 0
 AD_INLINE V vzero_below(V x, V x0, V limit) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vcgeq_f32(x0, limit)));
@@ -43,9 +41,9 @@ AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
     r = vbslq_u32(vceqq_f32(x, x), r, vdupq_n_u32(0x7fc0));
     vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32(r));
 }
-AD_INLINE V vload(const f16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)))); }
-AD_INLINE void vstore(f16* p, V x) {
-    vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x)));
+AD_INLINE V vload(const f16* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
 }
+AD_INLINE void vstore(f16* p, V x) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 
 }  // namespace anydelta::ANYDELTA_ISA

@@ -94,8 +94,8 @@ Plan make_plan(const nb::dict& d) {
 std::vector<int64_t> widen(uintptr_t address, int64_t count, bool is_int32) {
     std::vector<int64_t> out(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i)
-        out[static_cast<size_t>(i)] = is_int32 ? reinterpret_cast<const int32_t*>(address)[i]
-                                               : reinterpret_cast<const int64_t*>(address)[i];
+        out[static_cast<size_t>(i)] =
+            is_int32 ? reinterpret_cast<const int32_t*>(address)[i] : reinterpret_cast<const int64_t*>(address)[i];
     return out;
 }
 
@@ -166,13 +166,17 @@ NB_MODULE(_core, m) {
     m.def("run", &run_plan);
     m.def("run_arrays", &run_arrays);
     m.def("geometry", &geometry);
-    m.def("learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },
-          "Read tensors of this type through its DLPack exchange API from now on; False if it has none.");
-    m.def("isas", [] {
-        std::vector<std::string> names;
-        for (const Kernels* k : runnable()) names.push_back(k->name);
-        return names;
-    }, "Builds that this CPU can run, slowest first.");
+    m.def(
+        "learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },
+        "Read tensors of this type through its DLPack exchange API from now on; False if it has none.");
+    m.def(
+        "isas",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* k : runnable()) names.push_back(k->name);
+            return names;
+        },
+        "Builds that this CPU can run, slowest first.");
     m.def("isa", [] { return std::string(chosen.load()->name); }, "The build that runs.");
     m.def("set_isa", [](const std::string& name) {
         for (const Kernels* k : runnable())
@@ -186,12 +190,18 @@ NB_MODULE(_core, m) {
     m.def("calls", [] { return calls.load(); }, "How often `run` ran.");
     m.def("cpu_features", &cpu_features);
     m.def("thread_provider", [](bool share_openmp) { return std::string(thread_provider(share_openmp)); });
-    m.def("fma_peak", [](int threads, double seconds) {
-        nb::gil_scoped_release unlocked;
-        return fma_peak(*chosen.load(), threads, seconds);
-    }, nb::arg("threads"), nb::arg("seconds"), "GFLOP/s of register-only FMAs of the chosen ISA.");
-    m.def("copy_bandwidth", [](int threads, int mib) {
-        nb::gil_scoped_release unlocked;
-        return copy_bandwidth(threads, mib);
-    }, nb::arg("threads"), nb::arg("mib"), "GB/s, read + written, of memcpy between buffers of `mib` MiB.");
+    m.def(
+        "fma_peak",
+        [](int threads, double seconds) {
+            nb::gil_scoped_release unlocked;
+            return fma_peak(*chosen.load(), threads, seconds);
+        },
+        nb::arg("threads"), nb::arg("seconds"), "GFLOP/s of register-only FMAs of the chosen ISA.");
+    m.def(
+        "copy_bandwidth",
+        [](int threads, int mib) {
+            nb::gil_scoped_release unlocked;
+            return copy_bandwidth(threads, mib);
+        },
+        nb::arg("threads"), nb::arg("mib"), "GB/s, read + written, of memcpy between buffers of `mib` MiB.");
 }

@@ -5,5 +5,6 @@
 
 namespace anydelta {
 extern const Kernels kernels_baseline;
-const Kernels kernels_baseline = {"baseline", baseline::L, baseline::W, baseline::workspace, baseline::run_task, baseline::fma_loop};
+const Kernels kernels_baseline = {"baseline",          baseline::L,        baseline::W,
+                                  baseline::workspace, baseline::run_task, baseline::fma_loop};
 }  // namespace anydelta

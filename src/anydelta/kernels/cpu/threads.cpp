@@ -31,7 +31,8 @@ class Pool {
             }
             workers_.back().detach();
         }
-        const int helpers = static_cast<int>(workers_.size()) < threads - 1 ? static_cast<int>(workers_.size()) : threads - 1;
+        const int helpers =
+            static_cast<int>(workers_.size()) < threads - 1 ? static_cast<int>(workers_.size()) : threads - 1;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             work_ = work;
