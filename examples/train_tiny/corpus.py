@@ -17,6 +17,7 @@ import struct
 import subprocess
 import tarfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 MAGIC = b"\x1f\x9d\x90"  # what `compress -b 16` files start with
@@ -25,21 +26,19 @@ It is the Debian package bible-kjv-text (2.4 MB). Either of these makes it avail
     apt-get install bible-kjv-text
     apt-get download bible-kjv-text     and then --data bible-kjv-text_*.deb"""
 
-BOOKS = dict(
-    pair.split("=")
-    for pair in (
-        "Ge=Genesis Exo=Exodus Lev=Leviticus Num=Numbers Deu=Deuteronomy Josh=Joshua Jdgs=Judges Ruth=Ruth "
-        "1Sm=1_Samuel 2Sm=2_Samuel 1Ki=1_Kings 2Ki=2_Kings 1Chr=1_Chronicles 2Chr=2_Chronicles Ezra=Ezra "
-        "Neh=Nehemiah Est=Esther Job=Job Psa=Psalm Prv=Proverbs Eccl=Ecclesiastes SSol=Song_of_Solomon "
-        "Isa=Isaiah Jer=Jeremiah Lam=Lamentations Eze=Ezekiel Dan=Daniel Hos=Hosea Joel=Joel Amos=Amos "
-        "Obad=Obadiah Jonah=Jonah Mic=Micah Nahum=Nahum Hab=Habakkuk Zep=Zephaniah Hag=Haggai "
-        "Zec=Zechariah Mal=Malachi Mat=Matthew Mark=Mark Luke=Luke John=John Acts=Acts Rom=Romans "
-        "1Cor=1_Corinthians 2Cor=2_Corinthians Gal=Galatians Eph=Ephesians Phi=Philippians Col=Colossians "
-        "1Th=1_Thessalonians 2Th=2_Thessalonians 1Tim=1_Timothy 2Tim=2_Timothy Titus=Titus Phmn=Philemon "
-        "Heb=Hebrews Jas=James 1Pet=1_Peter 2Pet=2_Peter 1Jn=1_John 2Jn=2_John 3Jn=3_John Jude=Jude "
-        "Rev=Revelation"
-    ).split()
+NAMES = (  # as the data file abbreviates them
+    "Ge=Genesis Exo=Exodus Lev=Leviticus Num=Numbers Deu=Deuteronomy Josh=Joshua Jdgs=Judges Ruth=Ruth "
+    "1Sm=1_Samuel 2Sm=2_Samuel 1Ki=1_Kings 2Ki=2_Kings 1Chr=1_Chronicles 2Chr=2_Chronicles Ezra=Ezra "
+    "Neh=Nehemiah Est=Esther Job=Job Psa=Psalm Prv=Proverbs Eccl=Ecclesiastes SSol=Song_of_Solomon "
+    "Isa=Isaiah Jer=Jeremiah Lam=Lamentations Eze=Ezekiel Dan=Daniel Hos=Hosea Joel=Joel Amos=Amos "
+    "Obad=Obadiah Jonah=Jonah Mic=Micah Nahum=Nahum Hab=Habakkuk Zep=Zephaniah Hag=Haggai "
+    "Zec=Zechariah Mal=Malachi Mat=Matthew Mark=Mark Luke=Luke John=John Acts=Acts Rom=Romans "
+    "1Cor=1_Corinthians 2Cor=2_Corinthians Gal=Galatians Eph=Ephesians Phi=Philippians Col=Colossians "
+    "1Th=1_Thessalonians 2Th=2_Thessalonians 1Tim=1_Timothy 2Tim=2_Timothy Titus=Titus Phmn=Philemon "
+    "Heb=Hebrews Jas=James 1Pet=1_Peter 2Pet=2_Peter 1Jn=1_John 2Jn=2_John 3Jn=3_John Jude=Jude "
+    "Rev=Revelation"
 )
+BOOKS = dict(pair.split("=") for pair in NAMES.split())
 
 
 @dataclass
@@ -80,7 +79,7 @@ def chapters(data: bytes) -> list[str]:
     offsets = struct.unpack_from(f">{count + 1}I", data, 0x5C)
     text = b"".join(
         subprocess.run(["gzip", "-dc"], input=MAGIC + data[a:b], capture_output=True, check=True).stdout
-        for a, b in zip(offsets, offsets[1:], strict=False)
+        for a, b in pairwise(offsets)
     ).decode("ascii")
 
     documents: dict[str, list[str]] = {}

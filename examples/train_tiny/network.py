@@ -21,23 +21,23 @@ from transformers.modeling_layers import MtpModel
 def make_config(tokenizer: PreTrainedTokenizerFast, mtp_layers: int) -> Qwen3_5TextConfig:
     return Qwen3_5TextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=384,
+        hidden_size=128,
+        intermediate_size=320,
         num_hidden_layers=8,  # three gated-delta layers, then one of attention, twice
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=4,
-        linear_num_value_heads=8,  # grouped: two value heads read each key head
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,  # grouped: two value heads read each key head
         linear_key_head_dim=32,
         linear_value_head_dim=32,
         linear_conv_kernel_dim=4,
         max_position_embeddings=4096,
-        # 0.25 of the head turns: 8 frequencies, dealt to the three (here equal) mrope axes
+        # half of each head turns: 8 frequencies, dealt to the three (here equal) mrope axes
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
+            "partial_rotary_factor": 0.5,
             "mrope_section": [3, 3, 2],
             "mrope_interleaved": True,
         },
@@ -62,29 +62,30 @@ class Network(nn.Module):
             if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(weight)  # every block starts as the identity
 
-    def hidden(self, ids: torch.Tensor, depths: int | None = None) -> list[torch.Tensor]:
-        """Final hidden states, one tensor per depth: depth d at position t predicts token t + 1 + d.
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The main model's hidden states after its final norm: position t predicts token t + 1."""
+        return self.main.model(ids, use_cache=False).last_hidden_state
 
-        ids holds T tokens and `depths` more. MTP layer d reads, as generate() feeds it, the embedding of
-        token t + d at rotary position t + d and the previous depth's normed output at position t.
+    def drafts(self, ids: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """The MTP layers' states, one tensor per depth 1, 2 ...: position t predicts token t + 1 + depth.
+
+        ids holds, beyond the T positions of `hidden`, at least one token per depth. Layer d reads what
+        generate() feeds it: the embedding of token t + d, at rotary position t + d, and the state of
+        the depth before (the main model's normed one first) at position t.
         """
-        depths = len(self.mtp.layers) if depths is None else depths
-        length = ids.shape[1] - depths
-        states = [self.main.model(ids[:, :length], use_cache=False).last_hidden_state]
-        for depth, layer in enumerate(list(self.mtp.layers)[:depths], start=1):
+        length, states = hidden.shape[1], []
+        for depth, layer in enumerate(self.mtp.layers, start=1):
             embeds = self.main.model.embed_tokens(ids[:, depth : depth + length])
             positions = torch.arange(depth, depth + length).expand(len(ids), -1)
-            rotary = self.main.model.rotary_emb(embeds, positions)
-            states.append(
-                layer(
-                    embeds,
-                    states[-1],
-                    position_embeddings=rotary,
-                    position_ids=positions,
-                    attention_mask=None,  # causal
-                    past_key_values=None,
-                )
+            hidden = layer(
+                embeds,
+                hidden,
+                position_embeddings=self.main.model.rotary_emb(embeds, positions),
+                position_ids=positions,
+                attention_mask=None,  # causal
+                past_key_values=None,
             )
+            states.append(hidden)
         return states
 
 
@@ -117,3 +118,6 @@ def save(network: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, dty
     generation |= {"pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version knows
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
