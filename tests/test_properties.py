@@ -115,7 +115,9 @@ def tokens(args: dict[str, Any], *at: Any) -> dict[str, Any]:
 def close(a: Any, b: Any) -> None:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape
-    assert np.sum((a - b) ** 2) <= 1e-10 * np.sum(b**2) + 1e-20
+    # Terms of size 1 carry rounding errors of 6e-8 (float32), and they may cancel to almost nothing: where a sum
+    # is that small, an absolute error of 5e-7 per element (8 roundings) is no difference.
+    assert np.sum((a - b) ** 2) <= 1e-10 * np.sum(b**2) + (5e-7) ** 2 * b.size
 
 
 @given(args=calls(), data=st.data())
