@@ -509,12 +509,6 @@ def test_meta_tensors_have_the_real_shapes(name: str) -> None:
         anydelta.gated_delta_rule(**meta(x) | {"beta": torch.empty(1, device="meta")})
 
 
-unwatched = pytest.mark.xfail(
-    strict=True, reason="op._run takes the short way past the dispatcher without asking torch_op.watched"
-)
-
-
-@unwatched
 def test_functionalised() -> None:
     from torch.func import functionalize
 
@@ -527,7 +521,6 @@ def test_functionalised() -> None:
     assert_same(moving["state"], x["initial_state"])
 
 
-@unwatched
 def test_modes_and_transforms_see_the_operator() -> None:
     """The short way past the dispatcher is for calls that nobody watches."""
     from torch.fx.experimental.proxy_tensor import make_fx

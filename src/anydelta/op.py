@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -201,19 +201,24 @@ def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(call.q, torch.Tensor):
         side = _torch_side()
-        if type(call.q) not in side.EAGER_TYPES or torch.compiler.is_compiling() or call.q.is_meta:
-            return side.traced(call, options, backend, inplace)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling() or side.watched(call.q):
+            return side.traced(call, options, backend, inplace)
         if torch.is_grad_enabled() and side.any_requires_grad(call):
             return side.differentiable(call, options, backend, inplace)  # type: ignore[no-any-return]
     return execute(call, options, backend, inplace)
 
 
-@cache
+_side: Any = None
+
+
 def _torch_side() -> Any:
     """torch_op, imported with the first torch call and not with anydelta."""
-    from . import torch_op
+    global _side
+    if _side is None:
+        from . import torch_op
 
-    return torch_op
+        _side = torch_op
+    return _side
 
 
 def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -> tuple[Array, Array | None]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,10 +66,14 @@ _INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "
 
 
 def _split(name: str, arrays: dict[str, Any], flags: dict[str, Any]) -> tuple[Call, tuple[Any, ...], str]:
-    """Operator arguments as (Call, options tuple, backend)."""
+    """Operator arguments as (Call, options tuple, backend). The dispatcher leaves out flags at their defaults."""
     backend = flags.pop("backend", "auto")
-    options = Options(op=name, **flags)
-    return Call(**arrays), tuple(vars(options).values()), backend
+    return Call(**arrays), _options(name, *flags.items()), backend
+
+
+@cache
+def _options(name: str, *flags: tuple[str, Any]) -> tuple[Any, ...]:
+    return tuple(vars(Options(op=name, **dict(flags))).values())
 
 
 def _functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
