@@ -1,0 +1,837 @@
+"""anydelta inside Hugging Face Transformers: every family, against Transformers' own torch path.
+
+Models are tiny and random, with two changes that make errors show: two-dimensional weights times four (as initialised
+the linear layers hardly matter) and slow decays (as initialised the state forgets within a few tokens). Padding is a
+token whose embedding is not zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import os
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import anydelta.integrations.transformers as adt  # noqa: E402
+from anydelta.integrations import transformers_functions as functions  # noqa: E402
+from conftest import CPU_REASONS  # noqa: E402
+
+VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+if not adt.OLDEST <= VERSION <= adt.NEWEST:
+    pytest.skip(f"transformers {transformers.__version__} is not supported", allow_module_level=True)
+if CPU_REASONS:
+    pytest.skip("the cpu backend is not built", allow_module_level=True)
+
+transformers.utils.logging.set_verbosity_error()
+
+PAD = 7  # an ordinary token: pad_token_id has an embedding of zeros, which would hide errors
+STEPS = int(os.environ.get("ANYDELTA_TEST_STEPS", "64"))  # greedy tokens
+LIMIT = 1e-4
+
+GDN = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
+)  # fmt: skip
+BASE = dict(
+    vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+MOE = dict(moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+ROPE = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[1, 1, 0])
+LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", {**BASE, **GDN, **MOE}),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**BASE, **GDN, "rope_parameters": ROPE}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", {**BASE, **GDN, **MOE, "rope_parameters": ROPE},
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig", "KimiLinearForCausalLM",
+        {**BASE, **dict(
+            moe_intermediate_size=32, num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16,
+            v_head_dim=16, num_local_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1,
+            linear_head_dim=16, linear_num_heads=4, linear_conv_kernel_dim=4, layer_types=LAYERS)},
+    ),
+    "olmo_hybrid": (
+        "OlmoHybridConfig", "OlmoHybridForCausalLM",
+        {**BASE, **GDN, **dict(
+            num_key_value_heads=4, linear_num_key_heads=4, linear_key_head_dim=12, linear_value_head_dim=24)},
+    ),
+}  # fmt: skip
+FAMILIES = [f.name for f in adt.FAMILIES if f.since <= VERSION]
+LAYER = {f.name: f.layer for f in adt.FAMILIES}
+
+
+def build(family: str, seed: int = 0) -> Any:
+    config, cls, options = CONFIGS[family]
+    options = {k: v for k, v in options.items() if not (family == "kimi_linear" and k == "head_dim")}
+    torch.manual_seed(seed)
+    model = getattr(transformers, cls)(getattr(transformers, config)(**options)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("A_log"):
+                p.uniform_(-4, 0)
+            elif p.ndim == 2:
+                p.mul_(4)
+    return model
+
+
+_models: dict[str, Any] = {}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(family: str) -> Any:
+    if family not in _models:
+        _models[family] = build(family)
+    return _models[family]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    """Every test starts and ends with Transformers as it was."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        yield
+    assert not adt.status().everywhere
+    for m in _models.values():
+        assert not adt.status(m).layers
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(8, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def counts() -> tuple[int, int]:
+    s = adt.status()
+    return sum(s.taken.values()), sum(s.passed_on.values())
+
+
+def difference(model: Any, run: Callable[[Any], torch.Tensor]) -> float:
+    """The largest difference that anydelta makes to the result, having checked that it and nothing else ran."""
+    plain = run(model)
+    taken, passed = counts()
+    with adt.enable():
+        ours = run(model)
+    assert counts()[0] > taken
+    assert counts()[1] == passed
+    assert ours.shape == plain.shape
+    return float((ours - plain).abs().max())
+
+
+# ---- The same logits
+
+
+def prefill(model: Any) -> torch.Tensor:
+    return model(tokens(2, 131)).logits
+
+
+def decode(
+    model: Any, cache: Any = None, *, ids: torch.Tensor | None = None, chunk: int = 1, first: int = 9
+) -> Any:
+    """A prompt, then the rest in chunks through the cache."""
+    ids = tokens(2, 33) if ids is None else ids
+    out = model(ids[:, :first], past_key_values=cache, use_cache=True)
+    parts = [out.logits]
+    for begin in range(first, ids.shape[1], chunk):
+        out = model(ids[:, begin : begin + chunk], past_key_values=out.past_key_values, use_cache=True)
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+def test_prefill(model: Any) -> None:
+    assert difference(model, prefill) < LIMIT
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 63, 64, 65])
+def test_short_and_edge_lengths(model: Any, length: int) -> None:
+    assert difference(model, lambda m: m(tokens(1, length)).logits) < LIMIT
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_decode_and_chunked_prefill_equal_one_pass(model: Any, chunk: int) -> None:
+    run = lambda m: decode(m, chunk=chunk, ids=tokens(2, 40))  # noqa: E731
+    assert difference(model, run) < LIMIT
+    with adt.enable():
+        assert float((run(model) - model(tokens(2, 40)).logits).abs().max()) < LIMIT
+
+
+def test_a_first_chunk_of_one_token(model: Any) -> None:
+    assert difference(model, lambda m: decode(m, first=1)) < LIMIT
+
+
+@pytest.mark.parametrize("lengths", [(24,), (24, 31, 5)], ids=["batch 1", "batch 3"])
+def test_left_padding(model: Any, lengths: tuple[int, ...]) -> None:
+    """Each padded row gives the logits of the row alone, at prefill and when decoding goes on."""
+    rows = [tokens(1, n + 6, seed=n) for n in lengths]
+    width = max(lengths) + 5
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width + 6, dtype=torch.long)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        ids[i, width - n :] = row[0, :n]
+        mask[i, width - n :] = 1
+    plain = [model(row).logits[0] for row in rows]
+    with adt.enable():
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(ids, attention_mask=mask[:, :width], position_ids=position[:, :width], use_cache=True)
+        parts = [out.logits]
+        for t in range(6):
+            new = torch.cat([row[:, n + t : n + t + 1] for row, n in zip(rows, lengths, strict=True)])
+            at = width + t
+            out = model(
+                new, attention_mask=mask[:, : at + 1], position_ids=position[:, at : at + 1],
+                past_key_values=out.past_key_values, use_cache=True,
+            )  # fmt: skip
+            parts.append(out.logits)
+    logits = torch.cat(parts, 1)
+    for i, want in enumerate(plain):
+        assert float((logits[i, -len(want) :] - want).abs().max()) < LIMIT
+
+
+PACKED = (0, 19, 20, 51)
+
+
+@pytest.mark.parametrize("marks", ["cu_seq_lens", "cu_seq_lens and seq_idx"])
+def test_packed_rows_are_the_rows_alone(model: Any, marks: str) -> None:
+    """What Transformers without fla refuses (or in kimi_linear ignores) is right with anydelta.
+
+    Without a cache, because with one the attention layers do not keep packed rows apart.
+    """
+    rows = [tokens(1, b - a, seed=a) for a, b in pairwise(PACKED)]
+    plain = torch.cat([model(row).logits for row in rows], 1)
+    extra = packed_arguments()
+    if "seq_idx" in marks:
+        extra["seq_idx"] = torch.repeat_interleave(torch.arange(3), torch.tensor([19, 1, 31]))[None].int()
+    with adt.enable():
+        packed = model(torch.cat(rows, 1), use_cache=False, **extra).logits
+    assert float((packed - plain).abs().max()) < LIMIT
+
+
+def packed_arguments() -> dict[str, Any]:
+    cu = torch.tensor(PACKED, dtype=torch.int32)
+    return dict(
+        position_ids=torch.cat([torch.arange(b - a) for a, b in pairwise(PACKED)])[None],
+        cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=31, max_length_k=31,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(VERSION < (5, 20), reason="older versions ignore packed rows in every family")
+def test_what_transformers_does_with_packed_rows(model: Any, family: str) -> None:
+    """docs/transformers.md says so. Should this fail, Transformers has changed: say so there."""
+    if importlib.util.find_spec("fla"):
+        pytest.skip("with fla Transformers takes packed rows")
+    rows = [tokens(1, b - a, seed=a) for a, b in pairwise(PACKED)]
+    ids = torch.cat(rows, 1)
+    if family == "kimi_linear":
+        plain = torch.cat([model(row).logits for row in rows], 1)
+        assert float((model(ids, use_cache=False, **packed_arguments()).logits - plain).abs().max()) > 0.1
+    else:
+        with pytest.raises(ValueError, match="packed sequences"):
+            model(ids, use_cache=False, **packed_arguments())
+
+
+def test_bfloat16_is_no_further_from_float32(family: str) -> None:
+    """Both against the float32 path with the same weights, over prefill and decode of 3 x 48 tokens."""
+    half = build(family).bfloat16()
+    exact = copy.deepcopy(half).float()
+    ids = tokens(3, 48)
+    want = torch.cat([exact(ids).logits, decode(exact, ids=ids)])
+
+    def error(got: torch.Tensor) -> float:
+        return float((got.float() - want).square().mean().sqrt())
+
+    run = lambda m: torch.cat([m(ids).logits, decode(m, ids=ids)])  # noqa: E731
+    theirs = error(run(half))
+    with adt.enable():
+        ours = error(run(half))
+    assert ours <= 1.05 * theirs  # rounding elsewhere in the model makes both a matter of chance
+
+
+# ---- The same text
+
+
+def generate(model: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **options}
+    return model.generate(ids, pad_token_id=0, **options).tolist()  # type: ignore[no-any-return]
+
+
+def same_text(model: Any, ids: torch.Tensor, **options: Any) -> None:
+    plain = generate(model, ids, **options)
+    taken, passed = counts()
+    with adt.enable():
+        assert generate(model, ids, **options) == plain
+    assert counts()[0] > taken
+    assert counts()[1] == passed
+
+
+def test_greedy_text(model: Any) -> None:
+    same_text(model, tokens(1, 13))
+
+
+def test_greedy_text_of_a_left_padded_batch(model: Any) -> None:
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    ids[0, :5], mask[0, :5] = PAD, 0
+    same_text(model, ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24)
+
+
+def test_beam_search(model: Any) -> None:
+    same_text(model, tokens(1, 13), num_beams=4, max_new_tokens=16, min_new_tokens=16)
+
+
+def test_static_cache(model: Any) -> None:
+    same_text(
+        model,
+        tokens(1, 13),
+        cache_implementation="static",
+        disable_compile=True,
+        max_new_tokens=24,
+        min_new_tokens=24,
+    )
+
+
+def test_prefill_in_chunks(model: Any) -> None:
+    same_text(model, tokens(1, 40), prefill_chunk_size=7, max_new_tokens=8, min_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("family", "scope"), [("qwen3_5", "all models"), ("qwen3_5", "one model"), ("kimi_linear", "all models")]
+)
+def test_compiled_decode_with_a_static_cache(family: str, scope: str) -> None:
+    """One graph, no breaks; the compiled model notices enable() and disable()."""
+    if family not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = build(family)
+    graphs: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph
+
+    def run(f: Any) -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+        ids = tokens(1, 16)
+        return torch.cat(
+            [model(ids[:, :12], past_key_values=cache, use_cache=True).logits]
+            + [f(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(12, 16)],
+            1,
+        )
+
+    plain = run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    with adt.enable(*([] if scope == "all models" else [model])):
+        assert float((run(compiled) - plain).abs().max()) < LIMIT
+        assert graphs
+        assert all("anydelta.gated_delta_rule" in g for g in graphs)
+    graphs.clear()
+    assert float((run(compiled) - plain).abs().max()) < LIMIT
+    assert graphs
+    assert not any("anydelta.gated_delta_rule" in g for g in graphs)
+    torch._dynamo.reset()
+
+
+def test_compiled_with_aot_autograd() -> None:
+    """Functionalised: the operator's fake kernel and the cache's in-place updates are right."""
+    model = build("qwen3_5")
+    plain = decode(model, ids=tokens(1, 12), first=8)
+    torch._dynamo.reset()
+    with adt.enable():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+        assert float((decode(compiled, ids=tokens(1, 12), first=8) - plain).abs().max()) < LIMIT
+    torch._dynamo.reset()
+
+
+# ---- What is replaced, and put back
+
+
+def hooks(family: str) -> dict[str, Any]:
+    f = next(f for f in adt.FAMILIES if f.name == family)
+    module = importlib.import_module(f.module)
+    return {n: getattr(module, n) for n in f.functions} | {
+        "forward": getattr(module, f.layer).__dict__["forward"]
+    }
+
+
+def test_enable_and_disable_restore_the_very_functions(family: str) -> None:
+    before = hooks(family)
+    adt.enable()
+    assert all(hooks(family)[n] is not f for n, f in before.items())
+    adt.enable()
+    adt.disable()
+    assert all(hooks(family)[n] is f for n, f in before.items())
+    adt.disable()
+
+
+def test_blocks_put_back_what_was_before() -> None:
+    on = lambda: adt.status().everywhere  # noqa: E731
+    with adt.enable():
+        with adt.enable():
+            assert on()
+        assert on()
+        with adt.disable():
+            assert not on()
+            with adt.enable():
+                assert on()
+            assert not on()
+        assert on()
+        with pytest.raises(KeyError), adt.disable():
+            raise KeyError
+        assert on()
+    assert not on()
+
+
+def test_one_model_leaves_the_others_alone(model: Any, family: str) -> None:
+    other = build(family, seed=1)
+    before, layer = hooks(family), first_layer(model, family)
+    state = dict(vars(layer))
+    plain, plain_other = prefill(model), prefill(other)
+    with adt.enable():
+        everywhere = prefill(model)
+    with adt.enable(model) as switch:
+        assert len(adt.status(model).layers) == 3
+        assert not adt.status(other).layers
+        assert not adt.status().everywhere
+        assert all(hooks(family)[n] is f for n, f in before.items())
+        assert torch.equal(prefill(model), everywhere)
+        taken = counts()
+        assert torch.equal(prefill(other), plain_other)
+        assert counts() == taken
+        with adt.enable(model):
+            pass
+        assert adt.status(model).layers
+        with adt.disable(model):
+            assert not adt.status(model).layers
+        assert adt.status(model).layers
+    assert isinstance(switch, adt.Switch)
+    assert vars(layer) == state
+    assert torch.equal(prefill(model), plain)
+
+
+def first_layer(model: Any, family: str) -> Any:
+    return next(m for m in model.modules() if type(m).__name__ == LAYER[family])
+
+
+def test_built_before_or_after() -> None:
+    before = build("qwen3_5")
+    with adt.enable():
+        after = build("qwen3_5")
+        taken = counts()[0]
+        assert torch.equal(prefill(before), prefill(after))
+        assert counts()[0] > taken
+
+
+def test_decode_in_place_for_one_model(model: Any) -> None:
+    plain = decode(model)
+    with adt.enable(model):
+        assert float((decode(model) - plain).abs().max()) < LIMIT
+
+
+def test_copies_and_saved_models() -> None:
+    """A copy keeps running ours on its own weights; a saved and loaded model runs Transformers' own."""
+    model = build("qwen3_5")
+    with adt.enable(model):
+        copied = copy.deepcopy(model)
+        saved = io.BytesIO()
+        torch.save(model, saved)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert len(adt.status(copied).layers) == 3
+    taken = counts()[0]
+    want = prefill(build("qwen3_5"))
+    assert float((prefill(copied) - want).abs().max()) < LIMIT
+    assert counts()[0] > taken
+    adt.disable(copied)
+    assert not adt.status(copied).layers
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    assert torch.equal(prefill(loaded), want)
+    assert not adt.status(loaded).layers
+
+
+def test_a_layer_under_an_accelerate_hook(family: str) -> None:
+    """The hook keeps running around ours. (accelerate moves a layer's forward to `_old_forward`.)"""
+    model, seen = build(family), []
+    layer = first_layer(model, family)
+    plain = prefill(model)
+    layer._old_forward = layer.forward
+
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return self._old_forward(*args, **kwargs)
+
+    layer.forward = types.MethodType(hooked, layer)
+    before = dict(vars(layer))
+    with adt.enable(model):
+        assert len(adt.status(model).layers) == 3
+        assert float((prefill(model) - plain).abs().max()) < LIMIT
+        assert len(seen) == 1
+    assert vars(layer) == before
+
+
+def test_a_forward_of_someone_else_stays() -> None:
+    model = build("qwen3_5")
+    layer = first_layer(model, "qwen3_5")
+    theirs = layer.forward = types.MethodType(type(layer).forward, layer)
+    with pytest.warns(RuntimeWarning, match="forward of its own"):
+        adt.enable(model)
+    assert layer.forward is theirs
+    assert len(adt.status(model).layers) == 2
+    adt.disable(model)
+    assert layer.forward is theirs
+
+
+def test_a_function_replaced_meanwhile_stays() -> None:
+    module = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+    original, theirs = module.causal_conv1d_fn, lambda *args, **kwargs: None
+    try:
+        adt.enable()
+        module.causal_conv1d_fn = theirs
+        with pytest.warns(RuntimeWarning, match="causal_conv1d_fn was replaced by someone else"):
+            adt.disable()
+        assert module.causal_conv1d_fn is theirs
+        with adt.enable():
+            assert module.causal_conv1d_fn.__wrapped__ is theirs
+        assert module.causal_conv1d_fn is theirs
+    finally:
+        module.causal_conv1d_fn = original
+    with adt.enable():
+        assert module.causal_conv1d_fn.__wrapped__ is original
+
+
+def test_training_goes_to_transformers(family: str) -> None:
+    model = build(family).train()
+    first = next(p for n, p in model.named_parameters() if n.endswith("A_log"))
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        with torch.enable_grad():
+            model(tokens(2, 20), labels=tokens(2, 20)).loss.backward()
+        assert first.grad is not None
+        return first.grad.clone()
+
+    plain, taken = gradient(), counts()[0]
+    with adt.enable():
+        assert torch.equal(gradient(), plain)
+    assert counts()[0] == taken
+    assert any("gradients are wanted" in why for why in adt.status().passed_on)
+
+
+# ---- The cache
+
+
+def test_the_state_advances_in_place_only_where_it_is_copied_anyway() -> None:
+    """A cache that keeps the old state, or records its past, is handed a new one."""
+    from transformers.cache_utils import LinearAttentionLayer
+
+    class Keeps(LinearAttentionLayer):
+        kept: list[torch.Tensor]
+
+        def update_recurrent_state(
+            self, recurrent_states: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> torch.Tensor:
+            if self.is_recurrent_states_initialized[0]:
+                self.kept.append(self.recurrent_states[0].clone())
+            return super().update_recurrent_state(recurrent_states, *args, **kwargs)
+
+    model, ids = build("qwen3_5"), tokens(1, 12)
+
+    def states(kind: str) -> list[torch.Tensor]:
+        cache = transformers.DynamicCache(config=model.config)
+        if kind == "keeps":
+            cache.layers[0] = Keeps()
+            cache.layers[0].kept = []
+        if kind == "records":
+            cache.activate_past_recording()
+        found = []
+        out = model(ids[:, :9], past_key_values=cache, use_cache=True)
+        for t in range(9, 12):
+            address = cache.layers[0].recurrent_states[0].data_ptr()
+            if kind != "keeps":
+                found.append(cache.layers[0].recurrent_states[0].clone())
+            model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            assert cache.layers[0].recurrent_states[0].data_ptr() == address
+        return cache.layers[0].kept if kind == "keeps" else found
+
+    plain = states("plain")
+    for kind in ("plain", "keeps", "records"):
+        with adt.enable():
+            ours = states(kind)
+        assert len(ours) == 3
+        for got, want in zip(ours, plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_itself_leaves_its_state_alone() -> None:
+    with adt.enable():
+        rule = importlib.import_module(
+            "transformers.models.qwen3_5.modeling_qwen3_5"
+        ).torch_recurrent_gated_delta_rule
+        a = rule_arguments(T=1, state=True)
+        before = a["initial_state"].clone()
+        _, new = rule(**a)
+    assert torch.equal(a["initial_state"], before)
+    assert new.data_ptr() != a["initial_state"].data_ptr()
+
+
+# ---- The functions one by one
+
+
+def rule_arguments(
+    *,
+    T: int = 70,
+    HV: int = 4,
+    K: int = 16,
+    V: int = 24,
+    kda: bool = False,
+    dtype: Any = torch.float32,
+    state: bool = False,
+) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(T)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    H = HV if kda else 2
+    query, key = (
+        rand(2, H, K, T).to(dtype).permute(0, 3, 1, 2) for _ in "qk"
+    )  # stride 1 in time, as at prefill
+    return dict(
+        query=query, key=key, value=rand(2, HV, V, T).to(dtype).permute(0, 3, 1, 2),
+        g=-rand(2, T, HV, K).abs() / 8 if kda else -rand(2, T, HV).abs() / 8,
+        beta=rand(2, T, HV).sigmoid().to(dtype),
+        initial_state=rand(2, HV, K, V) if state else None,
+        output_final_state=True, use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [False, True], ids=["", "from a state"])
+@pytest.mark.parametrize("kind", ["chunk", "recurrent"])
+def test_rule_functions(family: str, kind: str, state: bool, dtype: Any) -> None:
+    """Results, their dtypes and whether there is a final state, as Transformers' functions give them."""
+    f = next(f for f in adt.FAMILIES if f.name == family)
+    module = importlib.import_module(f.module)
+    name = f.chunk if kind == "chunk" else f.recurrent
+    old_heads = (
+        VERSION < (5, 23) or family == "kimi_linear"
+    )  # before 5.23 the layer repeats q and k, not the rule
+    a = rule_arguments(T=70 if kind == "chunk" else 3, kda=family == "kimi_linear", dtype=dtype, state=state)
+    if old_heads and family != "kimi_linear":
+        a["query"], a["key"] = (a[n].repeat_interleave(2, 2) for n in ("query", "key"))
+    positional = [a.pop(n) for n in ("query", "key", "value")]
+    for flags in ({}, {"output_final_state": False}, {"use_qk_l2norm_in_kernel": False}):
+        want, want_state = getattr(module, name)(*positional, **{**a, **flags})
+        taken = counts()[0]
+        with adt.enable():
+            got, got_state = getattr(module, name)(
+                *positional, **{**a, **flags}, use_cache=True, max_length_q=None
+            )
+        assert counts()[0] == taken + 1
+        assert got.dtype == want.dtype == dtype
+        limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        if flags == {"use_qk_l2norm_in_kernel": False}:
+            limit = 1.0 if kind == "chunk" else 10 * limit  # keys of length 4 make the recurrence explode
+            if kind == "chunk":
+                continue
+        scale = float(want.float().abs().max())
+        assert float((got.float() - want.float()).abs().max()) <= limit * scale
+        assert (got_state is None) == (want_state is None)
+        if want_state is not None:
+            assert got_state.dtype == want_state.dtype == torch.float32
+            torch.testing.assert_close(
+                got_state, want_state, rtol=1e-4, atol=1e-4 * float(want_state.abs().max())
+            )
+
+
+def module_functions(name: str = "qwen3_5") -> Any:
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "swish"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(1, 5, 1), (2, 5, 2), (1, 8, 4), (2, 6, 40), (3, 8192, 25)], ids=str)
+def test_conv(shape: tuple[int, int, int], bias: bool, activation: str | None) -> None:
+    """Sequences shorter than the kernel, several blocks (the last case), both memory layouts."""
+    B, C, T = shape
+    w, b = torch.randn(C, 4), torch.randn(C) if bias else None
+    for x in (torch.randn(B, C, T), torch.randn(B, T, C).transpose(1, 2)):
+        want = module_functions().causal_conv1d_fn(x, w, b, activation=activation)
+        with adt.enable():
+            got = module_functions().causal_conv1d_fn(x, w, b, activation=activation)
+            shifted = functions._conv_shifted(x.transpose(1, 2), w, b, activation, None).transpose(1, 2)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(shifted, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [4, 5, 9])
+def test_conv_update(length: int, dtype: Any) -> None:
+    """One token; states longer than the kernel (a recorded past) included. Half types: no further from the truth."""
+    w, b, x = torch.randn(12, 4).to(dtype), torch.randn(12).to(dtype), torch.randn(2, 12, 1).to(dtype)
+    state = torch.randn(2, 12, length).to(dtype)
+    exact = module_functions().causal_conv1d_update(
+        x.double(), state.double(), w.double(), b.double(), "silu"
+    )
+    want_state, got_state = state.clone(), state.clone()
+    want = module_functions().causal_conv1d_update(x, want_state, w, b, "silu")
+    with adt.enable():
+        got = module_functions().causal_conv1d_update(x, got_state, w, b, "silu")
+    assert got.dtype == dtype
+    assert torch.equal(got_state, want_state)
+    error = lambda y: float((y.double() - exact).square().mean())  # noqa: E731
+    assert error(got) <= 1.01 * error(want) + 1e-13
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"activation": "gelu"}, "the activation gelu"),
+        ({"dtype": torch.float64}, "float64"),
+    ],
+    ids=["activation", "dtype"],
+)
+def test_conv_goes_to_transformers(change: dict[str, Any], reason: str) -> None:
+    dtype = change.pop("dtype", torch.float32)
+    x, w = torch.randn(1, 6, 9, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+    options = {"activation": "silu", **change}
+    want = module_functions().causal_conv1d_fn(x, w, None, **options)
+    with adt.enable():
+        assert torch.equal(module_functions().causal_conv1d_fn(x, w, None, **options), want)
+    assert any(reason in why for why in adt.status().passed_on)
+
+
+@pytest.mark.parametrize("change", ["float64", "meta", "state_v_first", "seq_idx"])
+def test_rule_goes_to_transformers(change: str) -> None:
+    rule = module_functions().torch_chunk_gated_delta_rule
+    a = rule_arguments(dtype=torch.float64 if change == "float64" else torch.float32, HV=2)
+    if change == "meta":
+        a = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in a.items()}
+    if change == "state_v_first":
+        a["state_v_first"] = True
+    if change == "seq_idx":
+        a["seq_idx"] = torch.zeros(2, 70, dtype=torch.int32)
+        with adt.enable(), pytest.raises(ValueError, match="packed"):
+            module_functions().torch_chunk_gated_delta_rule(**a)
+        return
+    want, _ = rule(**a)
+    taken = counts()[0]
+    with adt.enable():
+        got, _ = module_functions().torch_chunk_gated_delta_rule(**a)
+    assert counts()[0] == taken
+    assert change == "meta" or torch.equal(got, want)
+    assert got.shape == want.shape
+
+
+def test_wrong_packed_rows_are_refused() -> None:
+    a = rule_arguments(HV=2)
+    with adt.enable(), pytest.raises(ValueError, match="requires B = 1"):
+        module_functions().torch_chunk_gated_delta_rule(**a, cu_seqlens=torch.tensor([0, 70]))
+
+
+def test_a_forced_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen3_5")
+    plain = prefill(model)
+    monkeypatch.setenv("ANYDELTA_BACKEND", "reference")
+    taken = counts()[0]
+    with adt.enable():
+        assert float((prefill(model) - plain).abs().max()) < LIMIT
+    assert counts()[0] > taken
+
+
+# ---- Errors
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As in a process that has not called enable() yet."""
+    monkeypatch.setattr(adt, "_bound", None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("version", ["5.14.1", "5.24.0", "4.57.6", "5.24.0.dev0", "unknown"])
+def test_other_versions(fresh: pytest.MonkeyPatch, version: str) -> None:
+    with fresh.context() as patch:
+        patch.setattr(sys.modules["transformers"], "__version__", version)
+        for call in (adt.enable, adt.disable, adt.status):
+            with pytest.raises(
+                ImportError, match=rf"requires transformers 5.15 to 5.23.*got {version}. pip install"
+            ):
+                call()
+
+
+def test_other_hooks(fresh: pytest.MonkeyPatch) -> None:
+    module = module_functions()
+    with fresh.context() as patch:
+        patch.setattr(module, "causal_conv1d_fn", lambda x, kernel: x)
+        patch.delattr(module, "torch_recurrent_gated_delta_rule")
+        with pytest.raises(
+            RuntimeError, match=r"5\.15 to 5\.23.*qwen3_5.*missing torch_recurrent_gated_delta_rule"
+        ):
+            adt.enable()
+    with fresh.context() as patch:
+        patch.setattr(module, "causal_conv1d_fn", lambda x, kernel: x)
+        with pytest.raises(RuntimeError, match=r"causal_conv1d_fn\(x, kernel\)"):
+            adt.enable()
+
+
+def test_a_missing_transformers() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import anydelta.integrations.transformers as adt\n"
+        "try: adt.enable()\nexcept ImportError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "anydelta.integrations.transformers: requires torch and transformers 5.15 to 5.23"
+    )
+    assert "pip install 'transformers>=5.15,<5.24'" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_models_without_such_layers() -> None:
+    for call in (adt.enable, adt.disable, adt.status):
+        with pytest.raises(ValueError, match=r"requires a model with gated delta rule layers .*got Linear"):
+            call(torch.nn.Linear(2, 2))
+        with pytest.raises(TypeError, match=r"requires a torch.nn.Module.*got str"):
+            call("qwen")  # type: ignore[arg-type]
+
+
+def test_one_model_cannot_escape_all() -> None:
+    model = build("qwen3_5")
+    with adt.enable(), pytest.raises(ValueError, match=r"disable\(\), then enable\(other_model\)"):
+        adt.disable(model)
+
+
+def test_status_reads_well() -> None:
+    model = build("qwen3_5")
+    with adt.enable(model):
+        prefill(model)
+        text = str(adt.status(model))
+    assert f"transformers {transformers.__version__}" in text
+    assert "all models: off" in text
+    assert "this model: 3 layers run anydelta: model.layers.0.linear_attn" in text
+    assert "taken: qwen3_5.torch_chunk_gated_delta_rule x " in text
+
+
+def test_no_warnings_of_a_slow_path() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with adt.enable():
+            prefill(build("qwen3_5"))
