@@ -120,6 +120,8 @@ struct Job {
     }
 };
 
+std::atomic<const char*> last_run{""};
+
 // The share this thread had last time, if it is free.
 int claim(Job& job) {
     static std::atomic<int> threads_seen{0};
@@ -141,7 +143,7 @@ void work(void* context) {
         for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) {
             Task t = job.task(i);
             if (i + 1 < share.end) t.next_state = job.state_of(job.task(i + 1));
-            job.kernels.run(job.p, t, memory);
+            last_run.store(job.kernels.run(job.p, t, memory), std::memory_order_relaxed);
         }
     }
 }
@@ -176,6 +178,8 @@ const std::vector<const Kernels*>& runnable() {
     }();
     return all;
 }
+
+std::string last_isa() { return last_run.load(std::memory_order_relaxed); }
 
 std::vector<std::string> cpu_features() {
     std::vector<std::string> names;

@@ -9,6 +9,8 @@ namespace anydelta {
 
 // The builds that this CPU can run, slowest first.
 const std::vector<const Kernels*>& runnable();
+// The build that ran the latest task, by the name compiled into it; "" before the first.
+std::string last_isa();
 // CPU features that matter here, for instance {"avx2", "fma", "f16c"}.
 std::vector<std::string> cpu_features();
 

@@ -100,6 +100,7 @@ std::vector<int64_t> widen(uintptr_t address, int64_t count, bool is_int32) {
 }
 
 std::atomic<const Kernels*> chosen{runnable().back()};
+
 std::atomic<long> calls{0};
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -187,7 +188,8 @@ NB_MODULE(_core, m) {
         throw std::invalid_argument("not runnable on this CPU: " + name);
     });
     m.def("lanes", [] { return chosen.load()->lanes; });
-    m.def("calls", [] { return calls.load(); }, "How often `run` ran.");
+    m.def("calls", [] { return calls.load(); }, "How often the kernels were called.");
+    m.def("last_isa", &last_isa, "The build that ran the latest task, by the name compiled into it.");
     m.def("cpu_features", &cpu_features);
     m.def("thread_provider", [](bool share_openmp) { return std::string(thread_provider(share_openmp)); });
     m.def(

@@ -65,7 +65,7 @@ struct Kernels {
     int lanes;
     int64_t panel;  // columns per panel
     size_t (*workspace)(const Problem&, int64_t heads);
-    void (*run)(const Problem&, const Task&, char* workspace);
+    const char* (*run)(const Problem&, const Task&, char* workspace);  // the name compiled into the build that ran
     double (*fma_loop)(int64_t rounds);  // FLOPs done
 };
 

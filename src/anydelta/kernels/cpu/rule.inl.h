@@ -998,7 +998,12 @@ class Runner {
     }
 };
 
-static void run_task(const Problem& p, const Task& task, char* memory) { Runner(p, task, memory).run(); }
+#define AD_NAME_OF(x) #x
+#define AD_NAME(x) AD_NAME_OF(x)
+static const char* run_task(const Problem& p, const Task& task, char* memory) {
+    Runner(p, task, memory).run();
+    return AD_NAME(ANYDELTA_ISA);
+}
 
 // FLOPs of register-only FMAs: the limit that prefill is measured against.
 static double fma_loop(int64_t rounds) {

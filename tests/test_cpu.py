@@ -1,0 +1,87 @@
+"""What only the CPU backend promises: which build ran, and how much memory a prefill takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import anydelta
+
+cpu = pytest.importorskip("anydelta.backends.cpu")
+if not cpu.isas():
+    pytest.skip("the extension is not built", allow_module_level=True)
+_core = cpu._core
+
+
+def example(T: int = 9, H: int = 2, D: int = 32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = {name: rng.standard_normal((1, T, H, D), dtype=np.float32) for name in ("q", "k", "v")}
+    x["k"] /= np.linalg.norm(x["k"], axis=-1, keepdims=True)
+    return x | {
+        "g": -rng.random((1, T, H), dtype=np.float32),
+        "beta": rng.random((1, T, H), dtype=np.float32),
+    }
+
+
+@pytest.mark.parametrize("name", cpu.isas())
+def test_the_forced_build_runs(name: str) -> None:
+    """The name comes from the code that was compiled for that instruction set, not from the choice."""
+    with cpu.forced_isa(name):
+        anydelta.gated_delta_rule(**example(), backend="cpu")
+        assert _core.last_isa() == name
+
+
+@pytest.mark.parametrize("name", cpu.isas())
+def test_the_environment_forces_a_build(name: str) -> None:
+    code = "from anydelta.backends import cpu; print(cpu.isa())"
+    env = os.environ | {"ANYDELTA_CPU_ISA": name}
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == name
+    )
+
+
+def test_an_unknown_build_is_refused_with_those_known() -> None:
+    with (
+        pytest.raises(ValueError, match="forced_isa must be one of .*baseline.*; got 'mmx'"),
+        cpu.forced_isa("mmx"),
+    ):
+        pass
+    env = os.environ | {"ANYDELTA_CPU_ISA": "mmx"}
+    run = subprocess.run(
+        [sys.executable, "-c", "import anydelta.backends.cpu"], env=env, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "ANYDELTA_CPU_ISA must be one of" in run.stderr
+
+
+PREFILL = """
+import resource, sys
+import numpy as np
+import anydelta
+T, H, D = 2048, 16, 128
+kda = sys.argv[1] == "kda"
+x = {n: np.full((1, T, H, D), 0.01, np.float32) for n in ("q", "k", "v")}
+x["g"] = np.full((1, T, H, D) if kda else (1, T, H), -0.1, np.float32)
+x["beta"] = np.full((1, T, H), 0.5, np.float32)
+warm = {n: a[:, :1].copy() for n, a in x.items()}
+state = np.zeros((1, H, D, D), np.float32)
+anydelta.gated_delta_rule_(warm["q"], warm["k"], warm["v"], state, g=warm["g"], beta=warm["beta"], backend="cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+o = anydelta.gated_delta_rule_(x["q"], x["k"], x["v"], state, g=x["g"], beta=x["beta"], backend="cpu")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024 - o.nbytes / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ru_maxrss in KiB, as Linux gives it")
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_a_prefill_takes_less_than_16_MiB_beside_its_arrays(gate: str) -> None:
+    run = subprocess.run([sys.executable, "-c", PREFILL, gate], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 16
