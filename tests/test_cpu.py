@@ -49,7 +49,7 @@ def test_the_environment_forces_a_build(name: str) -> None:
 
 def test_an_unknown_build_is_refused_with_those_known() -> None:
     with (
-        pytest.raises(ValueError, match="forced_isa must be one of .*baseline.*; got 'mmx'"),
+        pytest.raises(ValueError, match=r"forced_isa must be one of .*baseline.*; got 'mmx'"),
         cpu.forced_isa("mmx"),
     ):
         pass

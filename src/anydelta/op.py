@@ -202,7 +202,8 @@ def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -
     if torch is not None and isinstance(call.q, torch.Tensor):
         side = _torch_side()
         if torch.compiler.is_compiling() or side.watched(call.q):
-            return side.traced(call, options, backend, inplace)
+            result: tuple[Array, Array | None] = side.traced(call, options, backend, inplace)
+            return result
         if torch.is_grad_enabled() and side.any_requires_grad(call):
             return side.differentiable(call, options, backend, inplace)  # type: ignore[no-any-return]
     return execute(call, options, backend, inplace)
