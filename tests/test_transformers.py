@@ -646,18 +646,16 @@ def test_rule_functions(family: str, kind: str, state: bool, dtype: Any) -> None
         assert counts()[0] == taken + 1
         assert got.dtype == want.dtype == dtype
         limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-        if flags == {"use_qk_l2norm_in_kernel": False}:
-            limit = 1.0 if kind == "chunk" else 10 * limit  # keys of length 4 make the recurrence explode
-            if kind == "chunk":
-                continue
         scale = float(want.float().abs().max())
         assert float((got.float() - want.float()).abs().max()) <= limit * scale
         assert (got_state is None) == (want_state is None)
         if want_state is not None:
             assert got_state.dtype == want_state.dtype == torch.float32
-            torch.testing.assert_close(
-                got_state, want_state, rtol=1e-4, atol=1e-4 * float(want_state.abs().max())
-            )
+            # Before 5.17 Transformers normalises q and k in their own dtype.
+            rough = VERSION < (5, 17) and dtype != torch.float32
+            limit = 3e-2 if rough else 1e-4
+            scale = float(want_state.abs().max())
+            torch.testing.assert_close(got_state, want_state, rtol=limit, atol=limit * scale)
 
 
 def module_functions(name: str = "qwen3_5") -> Any:

@@ -456,15 +456,15 @@ def check_values(call: Call, spec: CallSpec) -> None:
     (always on the CPU backend).
     """
     c = _Checker(spec.options.op)
-    if call.cu_seqlens is not None and device_name(call.cu_seqlens) == "cpu":
+    numpy = spec.framework == "numpy"
+    if call.cu_seqlens is not None and (numpy or call.cu_seqlens.device.type == "cpu"):
         cu = call.cu_seqlens.tolist()
         if cu[0] != 0 or cu[-1] != spec.T:
             c.fail(f"cu_seqlens must start at 0 and end at T = {spec.T}; got {cu[0]} and {cu[-1]}")
         if any(b < a for a, b in pairwise(cu)):
             c.fail(f"cu_seqlens must not decrease; got {cu if len(cu) <= 16 else '...'}")
-    if call.state_indices is not None and device_name(call.state_indices) == "cpu":
-        rows = call.state_indices.tolist()
-        used = [r for r in rows if r != -1]
+    if call.state_indices is not None and (numpy or call.state_indices.device.type == "cpu"):
+        used = [r for r in call.state_indices.tolist() if r != -1]
         if used and (min(used) < 0 or max(used) >= spec.P):
             bad = min(used) if min(used) < 0 else max(used)
             c.fail(f"state_indices must be -1 (skip) or in [0, P) with P = {spec.P}; got {bad}")
