@@ -1,0 +1,1420 @@
+// Drives anydelta::run, without Python, on every instruction set that is linked and that this machine can run, and
+// compares it with the recurrence in float64 below. Runs under ASan + UBSan, TSan and qemu: see targets.mk.
+//
+//     test_core [--share I/N] [--only WORD] [--skip NAME]
+//
+// runs every Nth random case from the Ith on, and of the tests those whose name has WORD, but not NAME.
+//
+// Every array ends where memory does: under ASan it is an exact allocation, otherwise an inaccessible page follows.
+// So reading one element too far fails on every ISA, the emulated ones too. What a call must not write is filled with
+// 0xff (NaN in every type) and compared byte by byte.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cinttypes>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "host.h"
+#include "probe.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define EXACT_HEAP 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EXACT_HEAP 1
+#endif
+#endif
+#ifndef EXACT_HEAP
+#define EXACT_HEAP 0
+#endif
+
+namespace anydelta {
+extern const Kernels kernels_avx512_emulated;
+}
+
+// Makes allocations of this thread fail, to see that run() has then written nothing.
+static thread_local bool allocations_fail = false;
+void* operator new[](std::size_t size) {
+    if (allocations_fail) throw std::bad_alloc();
+    if (void* p = std::malloc(size ? size : 1)) return p;
+    throw std::bad_alloc();
+}
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+
+namespace {
+
+using namespace anydelta;
+
+// ---------------------------------------------------------------------------------------------------------------
+// checks
+
+char context[600] = "start";  // what runs now, for messages and for the crash handler
+int failures = 0, failures_here = 0;  // of all tests, and of this one
+long checks = 0;
+
+[[gnu::format(printf, 2, 3)]] bool check(bool ok, const char* format, ...) {
+    ++checks;
+    if (ok) return true;
+    ++failures;
+    if (++failures_here > 5) return false;  // one bug fails in many ways
+    std::va_list args;
+    va_start(args, format);
+    std::printf("FAIL  ");
+    std::vprintf(format, args);
+    va_end(args);
+    std::printf("\n      in %s\n", context);
+    std::fflush(stdout);
+    return false;
+}
+
+void on_crash(int signal) {
+    const auto say = [](const char* text) { (void)!write(1, text, std::strlen(text)); };
+    say("FAIL  the process received a fatal signal: memory outside an array was read or written\n      in ");
+    say(context);
+    say("\n");
+    _exit(128 + signal);
+}
+
+struct Isa {
+    const Kernels* kernels;
+    const Probe* probe;
+};
+
+std::vector<Isa> isas() {
+    std::vector<Isa> all;
+    for (const Kernels* k : runnable()) {
+        const std::string name = k->name;
+        const Probe* probe = &probe_baseline;
+#if defined(__x86_64__)
+        if (name == "avx2") probe = &probe_avx2;
+        if (name == "avx512") probe = &probe_avx512;
+#elif defined(__aarch64__)
+        if (name == "neon") probe = &probe_neon;
+#endif
+        all.push_back({k, probe});
+    }
+#if defined(ANYDELTA_EMULATED_AVX512)
+    for (const Kernels* k : runnable())
+        if (std::string(k->name) == "avx2") all.push_back({&kernels_avx512_emulated, &probe_avx512_emulated});
+#endif
+    return all;
+}
+
+struct Random {
+    uint64_t state;
+    uint64_t next() {  // splitmix64
+        uint64_t z = (state += 0x9e3779b97f4a7c15u);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return z ^ (z >> 31);
+    }
+    int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+    double uniform(double lo, double hi) { return lo + (hi - lo) * static_cast<double>(next() >> 11) * 0x1p-53; }
+    double normal() {
+        return std::sqrt(-2 * std::log(uniform(1e-12, 1))) * std::cos(6.283185307179586 * uniform(0, 1));
+    }
+    bool chance(double p) { return uniform(0, 1) < p; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// number types, by an independent definition of rounding to nearest even
+
+double round_to_bits(double x, int mantissa, int lowest_exponent, double largest) {
+    if (x == 0 || std::isnan(x) || std::isinf(x)) return x;
+    const int exponent = std::max(std::ilogb(x), lowest_exponent);
+    const double unit = std::ldexp(1.0, exponent - mantissa);
+    const double y = std::nearbyint(x / unit) * unit;
+    return std::fabs(y) > largest ? std::copysign(HUGE_VAL, x) : y;
+}
+double round_bf16(double x) { return round_to_bits(x, 7, -126, 0x1.fep127); }
+double round_f16(double x) { return round_to_bits(x, 10, -14, 65504); }
+
+double decode_half(uint16_t bits, int mantissa, int bias) {
+    const int top = (1 << (15 - mantissa)) - 1, exponent = bits >> mantissa & top, m = bits & ((1 << mantissa) - 1);
+    double x;
+    if (exponent == top)
+        x = m ? NAN : HUGE_VAL;
+    else if (exponent == 0)
+        x = std::ldexp(m, 1 - bias - mantissa);
+    else
+        x = std::ldexp(m + (1 << mantissa), exponent - bias - mantissa);
+    return bits >> 15 ? -x : x;
+}
+double decode_bf16(uint16_t bits) { return decode_half(bits, 7, 127); }
+double decode_f16(uint16_t bits) { return decode_half(bits, 10, 15); }
+
+// Every non-NaN value of a half type, to encode by looking up.
+uint16_t encode_half(double x, bool is_bf16) {
+    const double y = is_bf16 ? round_bf16(x) : round_f16(x);
+    if (std::isnan(y)) return 0x7fff;
+    const int mantissa = is_bf16 ? 7 : 10, bias = is_bf16 ? 127 : 15;
+    const int sign = std::signbit(y) ? 0x8000 : 0;
+    const double a = std::fabs(y);
+    if (std::isinf(a)) return static_cast<uint16_t>(sign | (is_bf16 ? 0x7f80 : 0x7c00));
+    const int exponent = a == 0 ? 1 - bias : std::max(std::ilogb(a), 1 - bias);
+    const auto m = static_cast<int>(std::ldexp(a, mantissa - exponent));  // < 2^mantissa when subnormal
+    return static_cast<uint16_t>(sign | (m + ((exponent + bias - 1) << mantissa)));
+}
+
+int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+const char* name_of(DType t) { return t == DType::f32 ? "f32" : t == DType::bf16 ? "bf16" : "f16"; }
+
+double rounded(double x, DType t) {
+    return t == DType::f32    ? static_cast<float>(x)
+           : t == DType::bf16 ? round_bf16(static_cast<float>(x))
+                              : round_f16(static_cast<float>(x));
+}
+double load(const char* p, DType t) {
+    if (t == DType::f32) {
+        float x;
+        std::memcpy(&x, p, 4);
+        return x;
+    }
+    uint16_t x;
+    std::memcpy(&x, p, 2);
+    return t == DType::bf16 ? decode_bf16(x) : decode_f16(x);
+}
+void store(char* p, DType t, double value) {
+    if (t == DType::f32) {
+        const float x = static_cast<float>(value);
+        std::memcpy(p, &x, 4);
+        return;
+    }
+    const uint16_t x = encode_half(value, t == DType::bf16);
+    std::memcpy(p, &x, 2);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// memory that ends where the array ends
+
+constexpr unsigned char POISON = 0xff, GUARD = 0xa5;
+
+class Memory {
+  public:
+    explicit Memory(size_t size) : size_(size) {
+#if EXACT_HEAP
+        void* raw = nullptr;
+        if (posix_memalign(&raw, 64, size ? size : 1)) std::abort();
+        base_ = static_cast<char*>(raw);
+        data_ = base_;
+#else
+        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+        const size_t body = (size + page - 1) / page * page + page;  // at least a page of guard in front
+        mapped_ = body + page;
+        base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        if (base_ == MAP_FAILED) std::abort();
+        mprotect(base_ + body, page, PROT_NONE);
+        data_ = base_ + body - size;
+        std::memset(base_, GUARD, static_cast<size_t>(data_ - base_));
+#endif
+        std::memset(data_, POISON, size);
+    }
+    ~Memory() {
+#if EXACT_HEAP
+        std::free(base_);
+#else
+        munmap(base_, mapped_);
+#endif
+    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    char* data() const { return data_; }
+    size_t size() const { return size_; }
+    bool guard_intact() const {
+        for (const char* p = base_; p < data_; ++p)
+            if (static_cast<unsigned char>(*p) != GUARD) return false;
+        return true;
+    }
+
+  private:
+    size_t size_, mapped_ = 0;
+    char *base_ = nullptr, *data_ = nullptr;
+};
+
+// A tensor with up to 5 dimensions inside such memory. `strided`: dimensions in a random order in memory, with gaps.
+struct Array {
+    std::vector<int64_t> dims, strides;
+    DType dtype = DType::f32;
+    std::unique_ptr<Memory> memory;
+    std::vector<char> before;
+
+    Array() = default;
+    // The last `fixed` dimensions keep their order; the very last one is contiguous.
+    Array(std::vector<int64_t> shape, DType type, bool strided, int fixed, Random& random)
+        : dims(std::move(shape)), dtype(type) {
+        const int rank = static_cast<int>(dims.size());
+        std::vector<int> order(dims.size());
+        for (int i = 0; i < rank; ++i) order[static_cast<size_t>(i)] = i;
+        if (strided)
+            for (int i = rank - fixed - 1; i > 0; --i)
+                std::swap(order[static_cast<size_t>(i)], order[static_cast<size_t>(random.below(i + 1))]);
+        strides.assign(dims.size(), 0);
+        int64_t step = 1, span = 1;
+        for (int i = rank - 1; i >= 0; --i) {
+            const auto d = static_cast<size_t>(order[static_cast<size_t>(i)]);
+            strides[d] = step;
+            span += (dims[d] - 1) * step;
+            step = step * dims[d] + (strided ? random.below(6) : 0);
+        }
+        for (int64_t n : dims)
+            if (n == 0) span = 0;
+        memory = std::make_unique<Memory>(static_cast<size_t>(span * size_of(dtype)));
+    }
+    explicit operator bool() const { return memory != nullptr; }
+    char* data() const { return memory ? memory->data() : nullptr; }
+    char* at(int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0, int64_t e = 0) const {
+        const int64_t index[5] = {a, b, c, d, e};
+        int64_t offset = 0;
+        for (size_t i = 0; i < dims.size(); ++i) offset += index[i] * strides[i];
+        return memory->data() + offset * size_of(dtype);
+    }
+    double get(int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0, int64_t e = 0) const {
+        return load(at(a, b, c, d, e), dtype);
+    }
+    void set(double x, int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0, int64_t e = 0) {
+        store(at(a, b, c, d, e), dtype, x);
+    }
+    void keep() {
+        if (memory) before.assign(memory->data(), memory->data() + memory->size());
+    }
+    void restore() {
+        if (memory) std::copy(before.begin(), before.end(), memory->data());
+    }
+    std::vector<char> bytes() const {
+        return memory ? std::vector<char>(memory->data(), memory->data() + memory->size()) : std::vector<char>();
+    }
+    // Bytes that changed outside the elements marked in `allowed` (one entry per element of memory).
+    int64_t stray(const std::vector<char>& allowed) const {
+        int64_t count = 0;
+        const auto size = static_cast<size_t>(size_of(dtype));
+        for (size_t i = 0; i < memory->size(); ++i)
+            if (memory->data()[i] != before[i] && (allowed.empty() || !allowed[i / size])) ++count;
+        return count;
+    }
+    std::vector<char> none_allowed() const {
+        return std::vector<char>(memory->size() / static_cast<size_t>(size_of(dtype)), 0);
+    }
+    void allow(std::vector<char>& allowed, const char* element) const {
+        allowed[static_cast<size_t>((element - memory->data()) / size_of(dtype))] = 1;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// a case, and its arrays
+
+enum class Mask { none, left, random, all, single, tail };
+
+struct Case {
+    int64_t B = 1, T = 1, H = 1, HV = 1, K = 16, V = 16;
+    bool kda = false, tiled = false, vk = false, logit = false, l2norm = false, lower_bound = false, dt_bias = true;
+    Decay decay = Decay::log;
+    DType dtype = DType::f32, gates = DType::f32, state = DType::f32;
+    Mask mask = Mask::none;
+    int64_t packed = 0;  // sequences, 0: not packed
+    int64_t pool = 0;    // extra rows of a state pool, 0: no pool
+    int64_t Ks = 0;
+    bool in_place = true, no_state_in = false, no_state_out = false, strided = false;
+    double g_low = -1, g_high = -0.001, key_size = 1, beta_high = 1;
+    uint64_t seed = 0;
+
+    std::string text() const {
+        static const char* const masks[] = {"none", "left", "random", "all", "single", "tail"};
+        static const char* const decays[] = {"log", "linear", "raw"};
+        char s[500];
+        std::snprintf(s, sizeof s,
+                      "B %" PRId64 " T %" PRId64 " H %" PRId64 " HV %" PRId64 " K %" PRId64 " V %" PRId64
+                      " %s %s %s decay=%s%s%s%s%s dtype=%s gates=%s state=%s mask=%s packed=%" PRId64 " pool=%" PRId64
+                      " Ks=%" PRId64 " %s%s%s%s g=[%g, %g] key=%g beta<%g seed=%" PRIu64,
+                      B, T, H, HV, K, V, kda ? "kda" : "gda", tiled ? "tiled" : "interleaved", vk ? "vk" : "kv",
+                      decays[static_cast<int>(decay)], lower_bound ? " lower_bound" : "", dt_bias ? "" : " no-dt_bias",
+                      logit ? " logit" : "", l2norm ? " l2norm" : "", name_of(dtype), name_of(gates), name_of(state),
+                      masks[static_cast<int>(mask)], packed, pool, Ks, in_place ? "in place" : "functional",
+                      no_state_in ? " no-state-in" : "", no_state_out ? " no-state-out" : "", strided ? " strided" : "",
+                      g_low, g_high, key_size, beta_high, seed);
+        return s;
+    }
+};
+
+struct Call {
+    Case c;
+    Problem p{};
+    Array q, k, v, g, beta, o, A_log, dt_bias, state_in, state_out, snapshots;
+    std::vector<uint8_t> mask_bytes;
+    std::unique_ptr<Memory> mask, cu, indices;
+    std::vector<int64_t> starts;  // [N + 1], when packed
+    std::vector<int64_t> rows;    // [N]
+    int64_t N = 0;
+
+    Array& result_state() { return c.in_place ? state_in : state_out; }
+    std::vector<Array*> inputs() {
+        std::vector<Array*> all{&q, &k, &v, &g, &beta, &A_log, &dt_bias};
+        if (!c.in_place) all.push_back(&state_in);
+        return all;
+    }
+    std::vector<Array*> arrays() {
+        return {&q, &k, &v, &g, &beta, &A_log, &dt_bias, &o, &state_in, &state_out, &snapshots};
+    }
+    bool live(int64_t b, int64_t t) const { return !p.mask || mask->data()[b * p.mask_b + t * p.mask_t]; }
+    void keep() {
+        for (Array* a : arrays()) a->keep();
+    }
+    void restore() {
+        for (Array* a : arrays()) a->restore();
+    }
+};
+
+Tokens tokens_of(const Array& a) {
+    Tokens t;
+    t.data = a.data();
+    t.dtype = a.dtype;
+    t.b = a.strides[0];
+    t.t = a.strides[1];
+    t.h = a.strides[2];
+    return t;
+}
+States states_of(const Array& a) {  // [slot,] n, h, row, column
+    States s;
+    s.data = a.data();
+    const size_t first = a.dims.size() == 5 ? 1 : 0;
+    s.slot = first ? a.strides[0] : 0;
+    s.n = a.strides[first];
+    s.h = a.strides[first + 1];
+    s.row = a.strides[first + 2];
+    return s;
+}
+
+std::unique_ptr<Memory> exact_copy(const std::vector<int64_t>& values) {
+    auto m = std::make_unique<Memory>(values.size() * 8);
+    std::memcpy(m->data(), values.data(), values.size() * 8);
+    return m;
+}
+
+std::unique_ptr<Call> make_call(const Case& c) {
+    auto call = std::make_unique<Call>();
+    Call& x = *call;
+    Random r{c.seed * 7919 + 17};
+    x.c = c;
+    Problem& p = x.p;
+    const int64_t N = x.N = c.packed ? c.packed : c.B;
+    p.B = c.B, p.T = c.T, p.H = c.H, p.HV = c.HV, p.K = c.K, p.V = c.V, p.N = N;
+    p.kda = c.kda, p.tiled = c.tiled, p.vk = c.vk, p.beta_is_logit = c.logit, p.l2norm = c.l2norm;
+    p.has_lower_bound = c.lower_bound, p.decay = c.decay;
+    p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c.K)));
+    p.l2norm_eps = r.chance(0.5) ? 1e-6f : 0.05f;
+    p.lower_bound = -5;
+
+    x.q = Array({c.B, c.T, c.H, c.K}, c.dtype, c.strided, 1, r);
+    x.k = Array({c.B, c.T, c.H, c.K}, c.dtype, c.strided, 1, r);
+    x.v = Array({c.B, c.T, c.HV, c.V}, c.dtype, c.strided, 1, r);
+    x.o = Array({c.B, c.T, c.HV, c.V}, c.dtype, c.strided, 1, r);
+    x.g = c.kda ? Array({c.B, c.T, c.HV, c.K}, c.gates, c.strided, 1, r)
+                : Array({c.B, c.T, c.HV}, c.gates, c.strided, 0, r);
+    x.beta = Array({c.B, c.T, c.HV}, c.gates, c.strided, 0, r);
+    for (int64_t b = 0; b < c.B; ++b)
+        for (int64_t t = 0; t < c.T; ++t) {
+            for (int64_t h = 0; h < c.H; ++h) {
+                // Keys near unit length, as after a norm: the rule is then stable for beta <= 2.
+                const double size = c.l2norm ? 1 : 1 / std::sqrt(static_cast<double>(c.K));
+                std::vector<double> key(static_cast<size_t>(c.K));
+                double norm = 0;
+                for (double& e : key) {
+                    e = r.normal();
+                    norm += e * e;
+                }
+                for (int64_t i = 0; i < c.K; ++i) {
+                    const double unit = key[static_cast<size_t>(i)] / std::sqrt(norm);
+                    x.k.set(c.key_size * (c.l2norm ? key[static_cast<size_t>(i)] : 0.99 * unit), b, t, h, i);
+                    x.q.set(r.normal() * size, b, t, h, i);
+                }
+            }
+            for (int64_t h = 0; h < c.HV; ++h) {
+                for (int64_t i = 0; i < c.V; ++i) x.v.set(r.normal(), b, t, h, i);
+                x.beta.set(c.logit ? r.normal() : r.uniform(0, c.beta_high / (c.l2norm ? 1 : c.key_size * c.key_size)),
+                           b, t, h);
+                for (int64_t i = 0; i < (c.kda ? c.K : 1); ++i) {
+                    double g = r.uniform(c.g_low, c.g_high);
+                    if (c.decay == Decay::linear) g = std::exp(g);
+                    if (c.decay == Decay::raw) g = r.normal() * 2;
+                    x.g.set(g, b, t, h, i);
+                }
+            }
+        }
+    if (c.decay == Decay::raw) {
+        x.A_log = Array({c.HV}, c.gates, false, 1, r);
+        for (int64_t h = 0; h < c.HV; ++h) x.A_log.set(r.uniform(-3, 0.5), h);
+        if (c.dt_bias) {
+            const int64_t n = c.kda ? c.HV * c.K : c.HV;
+            x.dt_bias = Array({n}, c.gates, false, 1, r);
+            for (int64_t i = 0; i < n; ++i) x.dt_bias.set(r.normal(), i);
+        }
+        p.A_log = x.A_log.data();
+        p.dt_bias = x.dt_bias.data();
+        p.A_log_dtype = p.dt_bias_dtype = c.gates;
+    }
+
+    if (c.packed) {
+        for (int64_t n = 0; n < N - 1; ++n) x.starts.push_back(r.chance(0.3) ? 0 : r.below(c.T + 1));  // some empty
+        x.starts.push_back(0);
+        x.starts.push_back(c.T);
+        std::sort(x.starts.begin(), x.starts.end());
+        x.cu = exact_copy(x.starts);
+        p.cu_seqlens = reinterpret_cast<const int64_t*>(x.cu->data());
+    }
+    for (int64_t n = 0; n < N; ++n) x.rows.push_back(n);
+    if (c.pool) {
+        std::vector<int64_t> all;
+        for (int64_t n = 0; n < N + c.pool; ++n) all.push_back(n);
+        for (int64_t n = 0; n < N; ++n) {
+            std::swap(all[static_cast<size_t>(n)], all[static_cast<size_t>(n + r.below(N + c.pool - n))]);
+            x.rows[static_cast<size_t>(n)] = r.chance(0.3) ? -1 : all[static_cast<size_t>(n)];
+        }
+        x.indices = exact_copy(x.rows);
+        p.state_indices = reinterpret_cast<const int64_t*>(x.indices->data());
+    }
+    if (c.mask != Mask::none) {
+        const bool transposed = c.strided;
+        p.mask_b = transposed ? 1 : c.T;
+        p.mask_t = transposed ? c.B + 1 : 1;
+        x.mask =
+            std::make_unique<Memory>(static_cast<size_t>(c.T ? (c.B - 1) * p.mask_b + (c.T - 1) * p.mask_t + 1 : 0));
+        p.mask = reinterpret_cast<const uint8_t*>(x.mask->data());
+        for (int64_t b = 0; b < c.B; ++b) {
+            const int64_t cut = r.below(c.T + 1);
+            for (int64_t t = 0; t < c.T; ++t) {
+                bool live = true;
+                if (c.mask == Mask::left) live = t >= cut;
+                if (c.mask == Mask::tail) live = t < cut;
+                if (c.mask == Mask::random) live = r.chance(0.6);
+                if (c.mask == Mask::all) live = false;
+                if (c.mask == Mask::single) live = t == cut;
+                x.mask->data()[b * p.mask_b + t * p.mask_t] = live;
+                if (live) continue;
+                // nobody may look at a masked token
+                for (int64_t h = 0; h < c.H; ++h)
+                    for (int64_t i = 0; i < c.K; ++i) x.k.set(NAN, b, t, h, i), x.q.set(NAN, b, t, h, i);
+                for (int64_t h = 0; h < c.HV; ++h) {
+                    for (int64_t i = 0; i < c.V; ++i) x.v.set(NAN, b, t, h, i);
+                    for (int64_t i = 0; i < (c.kda ? c.K : 1); ++i) x.g.set(NAN, b, t, h, i);
+                    x.beta.set(NAN, b, t, h);
+                }
+            }
+        }
+    }
+
+    p.state_dtype = c.state;
+    const int64_t rows = c.vk ? c.V : c.K, columns = c.vk ? c.K : c.V;
+    if (!c.no_state_in) {
+        x.state_in = Array({N + c.pool, c.HV, rows, columns}, c.state, c.strided, 2, r);
+        for (int64_t n : x.rows)
+            if (n >= 0)  // the pool's other rows stay NaN
+                for (int64_t h = 0; h < c.HV; ++h)
+                    for (int64_t i = 0; i < rows; ++i)
+                        for (int64_t j = 0; j < columns; ++j) x.state_in.set(r.normal(), n, h, i, j);
+        p.in = states_of(x.state_in);
+    }
+    if (c.in_place) {
+        p.out = p.in;
+    } else if (!c.no_state_out) {
+        x.state_out = Array({N, c.HV, rows, columns}, c.state, c.strided, 2, r);
+        p.out = states_of(x.state_out);
+    }
+    p.out_dense = !c.in_place;
+    p.Ks = c.Ks;
+    if (c.Ks) {
+        x.snapshots = Array({c.Ks, N, c.HV, rows, columns}, c.state, c.strided, 2, r);
+        p.snapshots = states_of(x.snapshots);
+    }
+    p.q = tokens_of(x.q), p.k = tokens_of(x.k), p.v = tokens_of(x.v), p.o = tokens_of(x.o);
+    p.g = tokens_of(x.g), p.beta = tokens_of(x.beta);
+    x.keep();
+    return call;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// the recurrence in float64, token by token
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double softplus(double x) { return std::fmax(x, 0) + std::log1p(std::exp(-std::fabs(x))); }
+
+struct Expected {
+    std::vector<double> o;          // [B, T, HV, V]
+    std::vector<double> state;      // [N, HV, K, V]
+    std::vector<double> snapshots;  // [Ks, N, HV, K, V]
+    std::vector<char> written;      // [Ks, N]
+    std::vector<char> touched;      // [N]: not skipped
+};
+
+Expected expect(const Call& x) {
+    const Case& c = x.c;
+    const Problem& p = x.p;
+    Expected e;
+    const int64_t KV = c.K * c.V;
+    e.o.assign(static_cast<size_t>(c.B * c.T * c.HV * c.V), 0);
+    e.state.assign(static_cast<size_t>(x.N * c.HV * KV), 0);
+    e.snapshots.assign(static_cast<size_t>(c.Ks * x.N * c.HV * KV), 0);
+    e.written.assign(static_cast<size_t>(c.Ks * x.N), 0);
+    e.touched.assign(static_cast<size_t>(x.N), 0);
+    std::vector<double> a(static_cast<size_t>(c.K)), k(a), q(a), d(static_cast<size_t>(c.V));
+    for (int64_t n = 0; n < x.N; ++n) {
+        const int64_t row = x.rows[static_cast<size_t>(n)];
+        if (row < 0) continue;
+        e.touched[static_cast<size_t>(n)] = 1;
+        const int64_t b = c.packed ? 0 : n;
+        const int64_t start = c.packed ? x.starts[static_cast<size_t>(n)] : 0;
+        const int64_t end = c.packed ? x.starts[static_cast<size_t>(n) + 1] : c.T;
+        for (int64_t hv = 0; hv < c.HV; ++hv) {
+            const int64_t h = c.tiled ? hv % c.H : hv / (c.HV / c.H);
+            double* S = e.state.data() + (n * c.HV + hv) * KV;
+            if (x.state_in)
+                for (int64_t i = 0; i < c.K; ++i)
+                    for (int64_t j = 0; j < c.V; ++j)
+                        S[i * c.V + j] = c.vk ? x.state_in.get(row, hv, j, i) : x.state_in.get(row, hv, i, j);
+            for (int64_t t = start; t < end; ++t) {
+                if (x.live(b, t)) {
+                    for (int64_t i = 0; i < c.K; ++i) {
+                        double g = c.kda ? x.g.get(b, t, hv, i) : x.g.get(b, t, hv);
+                        if (c.decay == Decay::linear) {
+                            a[static_cast<size_t>(i)] = g;
+                        } else if (c.decay == Decay::log) {
+                            a[static_cast<size_t>(i)] = std::exp(g);
+                        } else {
+                            const double A = std::exp(x.A_log.get(hv));
+                            if (c.dt_bias) g += x.dt_bias.get(c.kda ? hv * c.K + i : hv);
+                            a[static_cast<size_t>(i)] =
+                                std::exp(c.lower_bound ? p.lower_bound * sigmoid(A * g) : -A * softplus(g));
+                        }
+                        k[static_cast<size_t>(i)] = x.k.get(b, t, h, i);
+                        q[static_cast<size_t>(i)] = x.q.get(b, t, h, i);
+                    }
+                    if (c.l2norm)
+                        for (auto* y : {&k, &q}) {
+                            double s = static_cast<double>(p.l2norm_eps);
+                            for (double z : *y) s += z * z;
+                            for (double& z : *y) z /= std::sqrt(s);
+                        }
+                    double beta = x.beta.get(b, t, hv);
+                    if (c.logit) beta = sigmoid(beta);
+                    // S = diag(a) S;  d = beta (v - S^T k)
+                    for (int64_t j = 0; j < c.V; ++j) d[static_cast<size_t>(j)] = x.v.get(b, t, hv, j);
+                    for (int64_t i = 0; i < c.K; ++i) {
+                        const double ai = a[static_cast<size_t>(i)], ki = k[static_cast<size_t>(i)];
+                        for (int64_t j = 0; j < c.V; ++j) {
+                            S[i * c.V + j] *= ai;
+                            d[static_cast<size_t>(j)] -= S[i * c.V + j] * ki;
+                        }
+                    }
+                    for (double& y : d) y *= beta;
+                    // S = S + k d^T;  o = scale S^T q
+                    double* o = e.o.data() + ((b * c.T + t) * c.HV + hv) * c.V;
+                    for (int64_t i = 0; i < c.K; ++i) {
+                        const double ki = k[static_cast<size_t>(i)],
+                                     qi = static_cast<double>(p.scale) * q[static_cast<size_t>(i)];
+                        for (int64_t j = 0; j < c.V; ++j) {
+                            S[i * c.V + j] += ki * d[static_cast<size_t>(j)];
+                            o[j] += qi * S[i * c.V + j];
+                        }
+                    }
+                }
+                const int64_t slot = end - 1 - t;
+                if (slot < c.Ks) {
+                    e.written[static_cast<size_t>(slot * x.N + n)] = 1;
+                    std::copy(S, S + KV, e.snapshots.data() + ((slot * x.N + n) * c.HV + hv) * KV);
+                }
+            }
+        }
+    }
+    return e;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// comparing
+
+constexpr double CONTRACT = 1e-7;  // DESIGN.md, 7: float32 NMSE
+// What the kernels reach on these well-behaved cases with room to spare: an error that hides below the contract,
+// such as a forgotten eps, still shows.
+constexpr double TIGHT = 1e-10;
+double worst_nmse = 0, worst_half = 0;
+
+struct Error {
+    double squared = 0, rounding = 0, total = 0;
+    int64_t bad = 0;
+    void add(double got, double exact, DType t) {
+        if (!std::isfinite(got)) ++bad;
+        squared += (got - exact) * (got - exact);
+        if (t != DType::f32) rounding += (rounded(exact, t) - exact) * (rounded(exact, t) - exact);
+        total += exact * exact;
+    }
+    void judge(const char* part, DType t) const {
+        if (!check(bad == 0, "%s: %" PRId64 " elements are NaN or infinite", part, bad)) return;
+        if (total == 0) {
+            check(squared == 0, "%s: must be zero", part);
+            return;
+        }
+        const double nmse = squared / total;
+        if (t == DType::f32) {
+            worst_nmse = std::max(worst_nmse, nmse);
+            check(nmse <= CONTRACT && nmse <= TIGHT, "%s: NMSE %.3g > %.3g", part, nmse, TIGHT);
+        } else {
+            const double ratio = std::sqrt(squared / std::max(rounding, 1e-30 * total));
+            if (nmse > TIGHT) worst_half = std::max(worst_half, ratio);
+            check(nmse <= TIGHT || ratio <= 2, "%s: error is %.3g times the rounding to %s", part, ratio, name_of(t));
+        }
+    }
+};
+
+struct Allowed {
+    std::vector<char> o, state, snapshots;  // which elements a call may write
+};
+
+Allowed what_may_be_written(Call& x, const Expected& e) {
+    const Case& c = x.c;
+    Allowed w;
+    w.o = x.o.none_allowed();
+    for (int64_t b = 0; b < c.B; ++b)
+        for (int64_t t = 0; t < c.T; ++t)
+            for (int64_t h = 0; h < c.HV; ++h)
+                for (int64_t j = 0; j < c.V; ++j) x.o.allow(w.o, x.o.at(b, t, h, j));
+    const int64_t rows = c.vk ? c.V : c.K, columns = c.vk ? c.K : c.V;
+    if (Array& s = x.result_state()) {
+        w.state = s.none_allowed();
+        for (int64_t n = 0; n < x.N; ++n) {
+            if (c.in_place && !e.touched[static_cast<size_t>(n)]) continue;
+            const int64_t row = c.in_place ? x.rows[static_cast<size_t>(n)] : n;
+            for (int64_t h = 0; h < c.HV; ++h)
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t j = 0; j < columns; ++j) s.allow(w.state, s.at(row, h, i, j));
+        }
+    }
+    if (c.Ks) {
+        w.snapshots = x.snapshots.none_allowed();
+        for (int64_t s = 0; s < c.Ks; ++s)
+            for (int64_t n = 0; n < x.N; ++n)
+                if (e.written[static_cast<size_t>(s * x.N + n)])
+                    for (int64_t h = 0; h < c.HV; ++h)
+                        for (int64_t i = 0; i < rows; ++i)
+                            for (int64_t j = 0; j < columns; ++j)
+                                x.snapshots.allow(w.snapshots, x.snapshots.at(s, n, h, i, j));
+    }
+    return w;
+}
+
+void check_strays(Call& x, const Allowed& w) {
+    for (Array* a : x.inputs())
+        if (*a) check(a->stray({}) == 0, "an input was changed");
+    check(x.o.stray(w.o) == 0, "o: bytes between its elements were changed");
+    if (Array& s = x.result_state())
+        check(s.stray(w.state) == 0, "state: %" PRId64 " bytes changed that must not", s.stray(w.state));
+    if (x.c.Ks)
+        check(x.snapshots.stray(w.snapshots) == 0, "snapshots: %" PRId64 " bytes changed that must not",
+              x.snapshots.stray(w.snapshots));
+#if !EXACT_HEAP
+    for (Array* a : x.arrays())
+        if (*a) check(a->memory->guard_intact(), "bytes before an array were changed");
+#endif
+}
+
+void compare(Call& x, const Expected& e) {
+    const Case& c = x.c;
+    const int64_t KV = c.K * c.V;
+    Error o;
+    for (int64_t b = 0; b < c.B; ++b)
+        for (int64_t t = 0; t < c.T; ++t)
+            for (int64_t h = 0; h < c.HV; ++h)
+                for (int64_t j = 0; j < c.V; ++j) {
+                    const double exact = e.o[static_cast<size_t>(((b * c.T + t) * c.HV + h) * c.V + j)];
+                    const double got = x.o.get(b, t, h, j);
+                    o.add(got, exact, c.dtype);
+                    if (x.p.mask && !x.live(b, t)) check(got == 0, "o: a masked token's output is %g", got);
+                }
+    o.judge("o", c.dtype);
+    if (Array& s = x.result_state()) {
+        Error error;
+        for (int64_t n = 0; n < x.N; ++n) {
+            if (c.in_place && !e.touched[static_cast<size_t>(n)]) continue;
+            const int64_t row = c.in_place ? x.rows[static_cast<size_t>(n)] : n;
+            for (int64_t h = 0; h < c.HV; ++h)
+                for (int64_t i = 0; i < c.K; ++i)
+                    for (int64_t j = 0; j < c.V; ++j)
+                        error.add(c.vk ? s.get(row, h, j, i) : s.get(row, h, i, j),
+                                  e.state[static_cast<size_t>((n * c.HV + h) * KV + i * c.V + j)], c.state);
+        }
+        error.judge("state", c.state);
+    }
+    for (int64_t slot = 0; slot < c.Ks; ++slot) {
+        Error error;
+        for (int64_t n = 0; n < x.N; ++n) {
+            if (!e.written[static_cast<size_t>(slot * x.N + n)]) continue;
+            for (int64_t h = 0; h < c.HV; ++h)
+                for (int64_t i = 0; i < c.K; ++i)
+                    for (int64_t j = 0; j < c.V; ++j)
+                        error.add(c.vk ? x.snapshots.get(slot, n, h, j, i) : x.snapshots.get(slot, n, h, i, j),
+                                  e.snapshots[static_cast<size_t>(((slot * x.N + n) * c.HV + h) * KV + i * c.V + j)],
+                                  c.state);
+        }
+        char part[40];
+        std::snprintf(part, sizeof part, "snapshot %" PRId64, slot);
+        error.judge(part, c.state);
+    }
+}
+
+// Exactly as much workspace as asked for, so that using more of it shows; at most `heads` heads and `panels` panels of
+// columns at a time.
+void run_tasks(const Problem& p, const Kernels& kernels, int64_t heads, int64_t panels) {
+    heads = std::min({heads, MAX_HEADS, p.HV});
+    const int64_t width = panels * kernels.panel;
+    const Memory workspace(kernels.workspace(p, heads));  // 64-byte aligned: so is its size
+    for (int64_t n = 0; n < p.N; ++n)
+        for (int64_t hv = 0; hv < p.HV; hv += heads)
+            for (int64_t col = 0; col < p.V; col += width)
+                kernels.run(p, Task{n, hv, std::min(heads, p.HV - hv), col, std::min(width, p.V - col), nullptr},
+                            workspace.data());
+}
+
+struct Results {
+    std::vector<char> o, state, snapshots;
+    bool operator==(const Results& b) const { return o == b.o && state == b.state && snapshots == b.snapshots; }
+};
+Results results_of(Call& x) { return {x.o.bytes(), x.result_state().bytes(), x.snapshots.bytes()}; }
+
+void drive(const Case& c, const std::vector<Isa>& all) {
+    const std::unique_ptr<Call> call = make_call(c);
+    Call& x = *call;
+    const Expected e = expect(x);
+    const Allowed w = what_may_be_written(x, e);
+    for (const Isa& isa : all) {
+        const Kernels& kernels = *isa.kernels;
+        std::snprintf(context, sizeof context, "%s: %s", kernels.name, c.text().c_str());
+        x.restore();
+        run(x.p, kernels, 1, false);
+        check_strays(x, w);
+        compare(x, e);
+        const Results one = results_of(x);
+        for (const int threads : {2, 3, 7}) {
+            x.restore();
+            run(x.p, kernels, threads, false);
+            check(results_of(x) == one, "%d threads and 1 differ", threads);
+        }
+        for (const int64_t size : {1, 3}) {
+            x.restore();
+            run_tasks(x.p, kernels, size, size);
+            check_strays(x, w);
+            check(results_of(x) == one, "tasks of %" PRId64 " heads and panels differ from one thread's", size);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// tests
+
+// Deals the values of an axis in a random order, each as often as the others.
+template <class T>
+class Deck {
+  public:
+    Deck(std::vector<T> values) : values_(std::move(values)) {}
+    T draw(Random& r) {
+        if (left_.empty()) left_ = values_;
+        const auto i = static_cast<size_t>(r.below(static_cast<int64_t>(left_.size())));
+        const T x = left_[i];
+        left_.erase(left_.begin() + static_cast<std::ptrdiff_t>(i));
+        return x;
+    }
+
+  private:
+    std::vector<T> values_, left_;
+};
+
+std::vector<Case> random_cases(int count) {
+    Random r{2024};
+    const std::vector<int64_t> sizes{1, 7, 16, 32, 33, 64, 80, 96, 128, 130, 256, 300};
+    Deck<int64_t> T({0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 48, 49, 100}), K(sizes), V(sizes),
+        Ks({0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 17});
+    Deck<int> group({1, 1, 2, 3}), heads({1, 1, 2, 3}), batch({1, 1, 1, 2, 3}), shape({0, 0, 0, 1, 2, 3}),
+        memory({0, 0, 1, 2, 3});
+    Deck<bool> kda({true, false}), tiled({true, false}), vk({true, false}), logit({true, false, false}),
+        l2norm({true, false}), in_place({true, false}), strided({true, false}), bf16_state({true, false, false}),
+        half_gates({true, false, false}), bias({true, true, false});
+    Deck<Decay> decay({Decay::log, Decay::log, Decay::linear, Decay::raw, Decay::raw});
+    Deck<DType> dtype({DType::f32, DType::f32, DType::bf16, DType::f16});
+    Deck<Mask> mask({Mask::none, Mask::none, Mask::none, Mask::none, Mask::none, Mask::left, Mask::random, Mask::random,
+                     Mask::all, Mask::single, Mask::tail});
+    std::vector<Case> cases;
+    for (int i = 0; i < count; ++i) {
+        Case c;
+        c.seed = static_cast<uint64_t>(i) + 1;
+        c.T = T.draw(r);
+        c.K = K.draw(r);
+        c.V = V.draw(r);
+        c.Ks = Ks.draw(r);
+        c.H = heads.draw(r);
+        c.HV = c.H * group.draw(r);
+        c.B = batch.draw(r);
+        c.kda = kda.draw(r);
+        c.tiled = tiled.draw(r);
+        c.vk = vk.draw(r);
+        c.logit = logit.draw(r);
+        c.l2norm = l2norm.draw(r);
+        c.in_place = in_place.draw(r);
+        c.strided = strided.draw(r);
+        c.decay = decay.draw(r);
+        c.lower_bound = c.decay == Decay::raw && r.chance(0.5);
+        c.dt_bias = bias.draw(r);
+        c.dtype = dtype.draw(r);
+        c.gates = half_gates.draw(r) ? (r.chance(0.5) ? DType::bf16 : DType::f16) : DType::f32;
+        c.state = bf16_state.draw(r) ? DType::bf16 : DType::f32;
+        c.mask = mask.draw(r);
+        const int s = shape.draw(r);
+        if (s == 1 || s == 2) {  // packed
+            c.B = 1;
+            c.packed = 1 + r.below(5);
+        }
+        if (s >= 2) c.pool = 1 + r.below(3);
+        if (!c.in_place) {
+            const int m = memory.draw(r);
+            c.no_state_in = m == 1 || m == 3;
+            c.no_state_out = m == 2 || m == 3;
+        }
+        static const double lows[] = {-1, -0.05, -20, -3}, highs[] = {-0.001, 0, -0.5, 0};
+        const auto range = static_cast<size_t>(r.below(4));
+        c.g_low = lows[range];
+        c.g_high = highs[range];
+        c.beta_high = r.chance(0.3) ? 1.9 : 1;
+        // Enough work for several threads at times, without a few giants eating the budget.
+        while (c.B * c.T * c.HV * c.K * c.V > 1500000 && (c.HV > c.H || c.B > 1 || c.H > 1)) {
+            if (c.B > 1)
+                c.B -= 1;
+            else if (c.HV > c.H)
+                c.HV = c.H;
+            else
+                c.H -= 1, c.HV = c.H;
+        }
+        while (c.Ks > 1 && c.Ks * (c.packed ? c.packed : c.B) * c.HV * c.K * c.V > 1500000) c.Ks /= 2;
+        cases.push_back(c);
+    }
+    return cases;
+}
+
+int share_index = 0, share_count = 1;
+
+void test_random_cases(const std::vector<Isa>& all) {
+    const std::vector<Case> cases = random_cases(460);
+    for (size_t i = static_cast<size_t>(share_index); i < cases.size(); i += static_cast<size_t>(share_count))
+        drive(cases[i], all);
+}
+
+// Chosen ones: each once went wrong, or stands at an edge of the three regimes.
+void test_chosen_cases(const std::vector<Isa>& all) {
+    std::vector<Case> cases;
+    const auto add = [&](auto change) {
+        Case c;
+        c.H = 2, c.HV = 4, c.K = 64, c.V = 64;
+        change(c);
+        c.seed = 1000 + cases.size();
+        cases.push_back(c);
+    };
+    // decode and short blocks on several threads: a range of columns of a head need not end at a whole panel
+    for (const bool vk : {false, true})
+        for (const DType state : {DType::f32, DType::bf16})
+            for (const int64_t V : {130, 200})
+                add([&](Case& c) { c.T = 6, c.HV = 6, c.K = 96, c.V = V, c.vk = vk, c.state = state; });
+    for (const bool vk : {false, true})
+        for (const int64_t V : {128, 130})
+            add([&](Case& c) { c.T = 4, c.HV = 8, c.K = 96, c.V = V, c.vk = vk, c.Ks = 4; });
+    // snapshots that reach back over several blocks and batches of blocks
+    for (const int64_t T : {49, 54, 97}) add([&](Case& c) { c.T = T, c.Ks = 53; });
+    add([](Case& c) { c.T = 60, c.Ks = 60, c.mask = Mask::random, c.vk = true, c.state = DType::bf16; });
+    // long memory, and forgetting within a token
+    add([](Case& c) { c.T = 100, c.g_low = -1e-6, c.g_high = 0; });
+    add([](Case& c) { c.T = 100, c.kda = true, c.g_low = -1e4, c.g_high = 0; });
+    add([](Case& c) { c.T = 20, c.g_low = -1e4, c.g_high = -1e4; });
+    add([](Case& c) { c.T = 20, c.kda = true, c.g_low = -88.5, c.g_high = -86; });
+    // big and small keys
+    add([](Case& c) { c.T = 30, c.key_size = 100; });
+    add([](Case& c) { c.T = 30, c.key_size = 1e-3; });
+    for (const double size : {1e-12, 1e-2, 1e8, 1e17})
+        add([&](Case& c) { c.T = 30, c.key_size = size, c.l2norm = true; });
+    add([](Case& c) { c.T = 30, c.key_size = 1e17, c.l2norm = true, c.kda = true, c.K = 300; });
+    // beta up to 2: reflections
+    add([](Case& c) { c.T = 100, c.beta_high = 2; });
+    for (const Case& c : cases) drive(c, all);
+}
+
+void forget_rounding_errors() { worst_nmse = worst_half = 0; }
+
+// Gates and keys at their limits, in closed form.
+void test_limits(const std::vector<Isa>& all) {
+    for (const Isa& isa : all)
+        for (const bool kda : {false, true})
+            for (const bool vk : {false, true})
+                for (const int64_t T : {1, 5, 20}) {
+                    Case c;
+                    c.T = T, c.H = c.HV = 2, c.K = 33, c.V = 40, c.kda = kda, c.vk = vk, c.seed = 5;
+                    if (vk) c.K = 64;
+                    const std::unique_ptr<Call> call = make_call(c);
+                    Call& x = *call;
+                    const auto fill = [&](Array& a, double value) {
+                        for (int64_t t = 0; t < c.T; ++t)
+                            for (int64_t h = 0; h < a.dims[2]; ++h)
+                                for (int64_t i = 0; i < (a.dims.size() == 4 ? a.dims[3] : 1); ++i)
+                                    a.set(value, 0, t, h, i);
+                    };
+                    const auto go = [&](const char* what) {
+                        std::snprintf(context, sizeof context, "%s: %s: %s", isa.kernels->name, what, c.text().c_str());
+                        run(x.p, *isa.kernels, 1, false);
+                        bool finite = true;
+                        for (int64_t t = 0; t < c.T; ++t)
+                            for (int64_t h = 0; h < c.HV; ++h)
+                                for (int64_t j = 0; j < c.V; ++j) finite &= std::isfinite(x.o.get(0, t, h, j));
+                        for (int64_t h = 0; h < c.HV; ++h)
+                            for (int64_t i = 0; i < x.state_in.dims[2]; ++i)
+                                for (int64_t j = 0; j < x.state_in.dims[3]; ++j)
+                                    finite &= std::isfinite(x.state_in.get(0, h, i, j));
+                        check(finite, "o or the state is not finite");
+                    };
+                    const auto state_is = [&](bool old) {
+                        bool same = true;
+                        for (size_t i = 0; i < x.state_in.memory->size(); i += 4) {
+                            float now, before;
+                            std::memcpy(&now, x.state_in.data() + i, 4);
+                            std::memcpy(&before, x.state_in.before.data() + i, 4);
+                            same &= now == (old ? before : 0.0f);
+                        }
+                        return same;
+                    };
+                    // g = 0 and zero keys, or beta = 0: the state stays, bit for bit
+                    fill(x.g, 0);
+                    fill(x.k, 0);
+                    go("g = 0, k = 0");
+                    check(state_is(true), "the state changed");
+                    x.restore();
+                    fill(x.g, 0);
+                    fill(x.beta, 0);
+                    go("g = 0, beta = 0");
+                    check(state_is(true), "the state changed");
+                    // g = -1e4 or -inf: the state is gone after one token, and nothing is NaN
+                    for (const double g : {-1e4, -HUGE_VAL}) {
+                        x.restore();
+                        fill(x.g, g);
+                        fill(x.beta, 0);
+                        go("g = -1e4 or -inf, beta = 0");
+                        check(state_is(false), "the state is not zero");
+                        x.restore();
+                        fill(x.g, g);
+                        fill(x.beta, 1);
+                        const Expected e = expect(x);
+                        go("g = -1e4 or -inf, beta = 1");
+                        compare(x, e);
+                    }
+                    // beta = 1 and 2, g = 0
+                    for (const double beta : {1.0, 2.0}) {
+                        x.restore();
+                        fill(x.g, 0);
+                        fill(x.beta, beta);
+                        const Expected e = expect(x);
+                        go("g = 0, beta = 1 or 2");
+                        compare(x, e);
+                    }
+                }
+}
+
+// A NaN or an infinity spoils what depends on it and nothing else.
+void test_nan_stays(const std::vector<Isa>& all) {
+    for (const Isa& isa : all)
+        for (const bool vk : {false, true})
+            for (const int64_t T : {1, 4, 30})
+                for (const int64_t Ks : {0, 3}) {
+                    Case c;
+                    c.B = 2, c.T = T, c.H = 2, c.HV = 4, c.K = 64, c.V = 72, c.vk = vk, c.Ks = Ks, c.seed = 9;
+                    const std::unique_ptr<Call> call = make_call(c);
+                    Call& x = *call;
+                    std::snprintf(context, sizeof context, "%s: NaN: %s", isa.kernels->name, c.text().c_str());
+                    run(x.p, *isa.kernels, 1, false);
+                    std::vector<double> o, s;
+                    for (int64_t b = 0; b < c.B; ++b)
+                        for (int64_t h = 0; h < c.HV; ++h) {
+                            for (int64_t t = 0; t < c.T; ++t)
+                                for (int64_t j = 0; j < c.V; ++j) o.push_back(x.o.get(b, t, h, j));
+                            for (int64_t i = 0; i < x.state_in.dims[2]; ++i)
+                                for (int64_t j = 0; j < x.state_in.dims[3]; ++j)
+                                    s.push_back(x.state_in.get(b, h, i, j));
+                        }
+                    // `spoilt(b, hv, column)`: may be NaN now; all else must be as before
+                    const auto run_spoilt = [&](const char* what, auto spoilt) {
+                        std::snprintf(context, sizeof context, "%s: %s: %s", isa.kernels->name, what, c.text().c_str());
+                        run(x.p, *isa.kernels, 1, false);
+                        size_t at_o = 0, at_s = 0;
+                        int64_t wrong = 0, nan = 0;
+                        for (int64_t b = 0; b < c.B; ++b)
+                            for (int64_t h = 0; h < c.HV; ++h) {
+                                for (int64_t t = 0; t < c.T; ++t)
+                                    for (int64_t j = 0; j < c.V; ++j, ++at_o) {
+                                        const double y = x.o.get(b, t, h, j);
+                                        if (!spoilt(b, h, j))
+                                            wrong += y != o[at_o];
+                                        else
+                                            nan += std::isnan(y);
+                                    }
+                                for (int64_t i = 0; i < x.state_in.dims[2]; ++i)
+                                    for (int64_t j = 0; j < x.state_in.dims[3]; ++j, ++at_s) {
+                                        const double y = x.state_in.get(b, h, i, j);
+                                        if (!spoilt(b, h, vk ? i : j))
+                                            wrong += y != s[at_s];
+                                        else
+                                            nan += std::isnan(y);
+                                    }
+                            }
+                        check(wrong == 0, "%" PRId64 " elements changed that do not depend on it", wrong);
+                        check(nan > 0, "it vanished: nothing became NaN");
+                    };
+                    const int64_t last = c.T - 1;
+                    x.restore();
+                    x.v.set(NAN, 1, last, 2, 40);
+                    run_spoilt("NaN in v", [](int64_t b, int64_t h, int64_t j) { return b == 1 && h == 2 && j == 40; });
+                    x.restore();
+                    x.k.set(NAN, 0, last, 1, 7);
+                    run_spoilt("NaN in k", [](int64_t b, int64_t h, int64_t) { return b == 0 && h >= 2; });
+                    x.restore();
+                    x.q.set(HUGE_VAL, 0, last, 1, 7);
+                    x.q.set(-HUGE_VAL, 0, last, 1, 8);
+                    x.state_in.set(NAN, 0, 2, 1, 1);
+                    run_spoilt("infinity in q", [](int64_t b, int64_t h, int64_t) { return b == 0 && h >= 2; });
+                    x.restore();
+                    x.beta.set(NAN, 1, last, 3);
+                    run_spoilt("NaN in beta", [](int64_t b, int64_t h, int64_t) { return b == 1 && h == 3; });
+                    x.restore();
+                    x.g.set(NAN, 1, last, 3);
+                    run_spoilt("NaN in g", [](int64_t b, int64_t h, int64_t) { return b == 1 && h == 3; });
+                    x.restore();
+                    x.state_in.set(NAN, 1, 0, 5, 5);
+                    run_spoilt("NaN in the state",
+                               [](int64_t b, int64_t h, int64_t j) { return b == 1 && h == 0 && j == 5; });
+                }
+}
+
+// ---- elementary functions ----
+
+struct Worst {
+    double error = 0, at = 0;
+};
+// Largest |got - exact| / max(|exact|, floor) in units of 2^-24 (half a float32 ulp is 0.5 to 1 of them).
+Worst worst_error(void (*f)(const float*, float*, int64_t), double (*exact)(double), double lo, double hi,
+                  double floor) {
+    constexpr int64_t n = 1 << 14;
+    std::vector<float> x(n), y(n);
+    Worst worst;
+    for (int round = 0; round < (share_count > 1 ? 2 : 8); ++round) {
+        for (int64_t i = 0; i < n; ++i) {
+            const double t = (static_cast<double>(i) + round / 8.0) / (n - 1);
+            // evenly spaced, and evenly spaced in magnitude down to 1e-10
+            x[static_cast<size_t>(i)] = static_cast<float>(
+                round % 2 ? lo + (hi - lo) * std::fmin(t, 1) : (i % 2 ? lo : hi) * std::pow(10, -10 * std::fmin(t, 1)));
+        }
+        f(x.data(), y.data(), n);
+        for (size_t i = 0; i < x.size(); ++i) {
+            const double want = exact(static_cast<double>(x[i]));
+            const double error = std::fabs(static_cast<double>(y[i]) - want) / std::fmax(want, floor) * 0x1p24;
+            if (!(error <= worst.error)) worst = {error, static_cast<double>(x[i])};
+        }
+    }
+    return worst;
+}
+
+void test_elementary_functions(const std::vector<Isa>& all) {
+    for (const Isa& isa : all) {
+        const Probe& f = *isa.probe;
+        std::snprintf(context, sizeof context, "%s: elementary functions", isa.kernels->name);
+        const auto bounded = [&](const char* name, Worst w, double limit) {
+            check(w.error <= limit, "%s(%.9g): error %.3g * 2^-24 > %.3g", name, w.at, w.error, limit);
+            std::printf("      %-18s %-9s error <= %.2f * 2^-24\n", isa.kernels->name, name, w.error);
+        };
+        // Relative errors. Below exp(-87.33) = 2^-126 results are flushed to zero, so there the error is absolute.
+        const double floor = std::exp(-87.33);
+        bounded("exp", worst_error(f.exp, [](double x) { return std::exp(x); }, -87.3, 0, floor), 3);
+        bounded("exp", worst_error(f.exp, [](double x) { return std::exp(x); }, 0, 88, floor), 3);
+        bounded("sigmoid", worst_error(f.sigmoid, sigmoid, -87, 30, floor), 6);
+        bounded("softplus", worst_error(f.softplus, softplus, -87, 100, floor), 6);
+
+        const float inf = HUGE_VALF;
+        std::vector<float> x(16), y(16);
+        const auto one = [&](void (*function)(const float*, float*, int64_t), float value) {
+            std::fill(x.begin(), x.end(), value);
+            function(x.data(), y.data(), 16);
+            return y[0];
+        };
+        check(one(f.exp, 0) == 1 && one(f.exp, -0.0f) == 1, "exp(0) is %g", static_cast<double>(one(f.exp, 0)));
+        for (const float low : {-87.34f, -100.0f, -1e4f, -1e30f, -inf})
+            check(one(f.exp, low) == 0, "exp(%g) is %g", static_cast<double>(low),
+                  static_cast<double>(one(f.exp, low)));
+        check(one(f.exp, 88) > 1.6e38f && std::isfinite(one(f.exp, 1000)), "exp(88), exp(1000)");
+        check(one(f.sigmoid, 0) == 0.5f, "sigmoid(0)");
+        check(one(f.sigmoid, inf) == 1 && one(f.sigmoid, -inf) == 0, "sigmoid(+-inf)");
+        check(one(f.sigmoid, 1e30f) == 1 && one(f.sigmoid, -1e30f) == 0, "sigmoid(+-1e30)");
+        check(one(f.softplus, -inf) == 0 && one(f.softplus, -1e30f) == 0, "softplus(-inf)");
+        check(one(f.softplus, 1e30f) == 1e30f && one(f.softplus, 50) == 50, "softplus(50), softplus(1e30)");
+        check(one(f.softplus, inf) == inf, "softplus(inf) is %g", static_cast<double>(one(f.softplus, inf)));
+        for (auto function : {f.exp, f.sigmoid, f.softplus})
+            check(std::isnan(one(function, NAN)), "%s(NaN) is %g",
+                  function == f.exp       ? "exp"
+                  : function == f.sigmoid ? "sigmoid"
+                                          : "softplus",
+                  static_cast<double>(one(function, NAN)));
+        // a decay must be in [0, 1]
+        int above = 0;
+        for (float v = -1e-9f; v > -1; v *= 1.01f) above += !(one(f.exp, v) <= 1);
+        check(above == 0, "exp(x) > 1 for %d numbers x < 0", above);
+    }
+}
+
+// All 65536 half numbers, and all float32 numbers at and next to the middle between two neighbours.
+void test_half_types(const std::vector<Isa>& all) {
+    for (const Isa& isa : all)
+        for (const bool bf16 : {true, false})
+            for (const int scalar : {0, 1}) {
+                std::snprintf(context, sizeof context, "%s: %s, %s", isa.kernels->name, bf16 ? "bf16" : "f16",
+                              scalar ? "one number" : "vectors");
+                const auto from = bf16 ? isa.probe->from_bf16[scalar] : isa.probe->from_f16[scalar];
+                const auto to = bf16 ? isa.probe->to_bf16[scalar] : isa.probe->to_f16[scalar];
+                const auto decode = [&](uint16_t bits) { return bf16 ? decode_bf16(bits) : decode_f16(bits); };
+                const auto round = [&](double v) { return bf16 ? round_bf16(v) : round_f16(v); };
+                constexpr size_t n = 65536;
+                std::vector<uint16_t> h(n), back(n);
+                std::vector<float> x(n);
+                for (size_t i = 0; i < n; ++i) h[i] = static_cast<uint16_t>(i);
+                from(h.data(), x.data(), n);
+                to(x.data(), back.data(), n);
+                int wrong = 0, lost = 0;
+                for (size_t i = 0; i < n; ++i) {
+                    const double want = decode(h[i]);
+                    if (std::isnan(want)) {
+                        wrong += !std::isnan(x[i]);
+                        lost += !std::isnan(decode(back[i]));
+                    } else {
+                        wrong += !(static_cast<double>(x[i]) == want && std::signbit(x[i]) == std::signbit(want));
+                        lost += back[i] != h[i];
+                    }
+                }
+                check(wrong == 0, "%d numbers are read wrongly", wrong);
+                check(lost == 0, "%d numbers do not survive reading and writing", lost);
+
+                // Neighbours a, b and the float32 numbers around (a + b) / 2, a and b.
+                std::vector<float> tricky;
+                for (uint32_t i = 0; i < 0x7c00u + (bf16 ? 0x380u : 0u); ++i) {
+                    const double a = decode(static_cast<uint16_t>(i)), b = decode(static_cast<uint16_t>(i + 1));
+                    const double top = bf16 ? 0x1.ffp127 : 65520;
+                    const float middle = static_cast<float>(std::isinf(b) ? top : (a + b) / 2);
+                    for (const float m : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, HUGE_VALF),
+                                          std::nextafter(static_cast<float>(a), HUGE_VALF)}) {
+                        tricky.push_back(m);
+                        tricky.push_back(-m);
+                    }
+                }
+                for (const float f : {0.0f, 1e-45f, 1.17549435e-38f, 3.4e38f, 3.40282347e38f, HUGE_VALF, 65519.9f,
+                                      65520.0f, 65536.0f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f})
+                    for (const float s : {f, -f}) tricky.push_back(s);
+                Random r{3};
+                for (int i = 0; i < 20000; ++i) {  // any bits
+                    const auto bits = static_cast<uint32_t>(r.next());
+                    float f;
+                    std::memcpy(&f, &bits, 4);
+                    tricky.push_back(f);
+                }
+                while (tricky.size() % 16) tricky.push_back(0);
+                std::vector<uint16_t> got(tricky.size());
+                to(tricky.data(), got.data(), static_cast<int64_t>(tricky.size()));
+                int bad = 0;
+                for (size_t i = 0; i < tricky.size(); ++i) {
+                    const double want = round(static_cast<double>(tricky[i])), have = decode(got[i]);
+                    const bool same =
+                        std::isnan(want) ? std::isnan(have) : want == have && std::signbit(want) == std::signbit(have);
+                    if (!same && ++bad <= 3)
+                        check(false, "%.9g (%a) becomes %.9g, not %.9g", static_cast<double>(tricky[i]),
+                              static_cast<double>(tricky[i]), have, want);
+                }
+                check(bad == 0, "%d numbers are rounded wrongly", bad);
+            }
+}
+
+// ---- threads ----
+
+std::vector<Case> busy_cases() {  // each is work for several threads
+    std::vector<Case> cases;
+    for (int i = 0; i < 4; ++i) {
+        Case c;
+        c.T = 24 + i, c.H = 1, c.HV = 1 + i, c.K = 128, c.V = 160, c.kda = i % 2 == 1, c.Ks = i * 2, c.vk = i == 3;
+        c.seed = 300 + static_cast<uint64_t>(i);
+        cases.push_back(c);
+    }
+    return cases;
+}
+
+void test_callers_side_by_side(const std::vector<Isa>& all) {
+    for (const Isa& isa : all) {
+        std::snprintf(context, sizeof context, "%s: several threads call run() at once", isa.kernels->name);
+        std::vector<std::unique_ptr<Call>> calls;
+        std::vector<Results> want;
+        for (const Case& c : busy_cases()) {
+            calls.push_back(make_call(c));
+            run(calls.back()->p, *isa.kernels, 1, false);
+            want.push_back(results_of(*calls.back()));
+        }
+        std::atomic<int> wrong{0};
+        std::vector<std::thread> callers;
+        for (size_t i = 0; i < calls.size(); ++i)
+            callers.emplace_back([&, i] {
+                for (int repeat = 0; repeat < 8; ++repeat) {
+                    calls[i]->restore();
+                    run(calls[i]->p, *isa.kernels, 1 + static_cast<int>(i + static_cast<size_t>(repeat)) % 4, false);
+                    if (!(results_of(*calls[i]) == want[i])) ++wrong;
+                }
+            });
+        for (std::thread& t : callers) t.join();
+        check(wrong == 0, "%d calls gave other results", wrong.load());
+    }
+}
+
+// True when a forked child computes `want` and leaves within 60 seconds.
+bool child_agrees(Call& x, const Kernels& kernels, const Results& want) {
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        bool same = true;
+        for (int repeat = 0; repeat < 3; ++repeat) {
+            x.restore();
+            run(x.p, kernels, 3, false);
+            same &= results_of(x) == want;
+        }
+        _exit(same ? 0 : 1);
+    }
+    for (int i = 0; i < 6000; ++i) {
+        int status = 0;
+        if (waitpid(child, &status, WNOHANG) == child) return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+    return false;
+}
+
+void test_fork(const std::vector<Isa>& all) {
+    const Kernels& kernels = *all.back().kernels;
+    std::snprintf(context, sizeof context, "%s: fork", kernels.name);
+    const std::vector<Case> cases = busy_cases();
+    const std::unique_ptr<Call> call = make_call(cases[1]), other = make_call(cases[2]);
+    run(call->p, kernels, 3, false);
+    const Results want = results_of(*call);
+    check(child_agrees(*call, kernels, want), "a child forked after use hangs or computes something else");
+    // ... and while another thread is using the pool
+    std::atomic<bool> stop{false};
+    std::thread user([&] {
+        while (!stop) {
+            other->restore();
+            run(other->p, kernels, 3, false);
+        }
+    });
+    for (int i = 0; i < 3; ++i)
+        check(child_agrees(*call, kernels, want), "a child forked during use hangs or computes something else");
+    stop = true;
+    user.join();
+    call->restore();
+    run(call->p, kernels, 3, false);
+    check(results_of(*call) == want, "the parent computes something else after fork");
+}
+
+void test_out_of_memory(const std::vector<Isa>& all) {
+    for (const Isa& isa : all) {
+        std::snprintf(context, sizeof context, "%s: out of memory", isa.kernels->name);
+        const std::unique_ptr<Call> call = make_call(busy_cases()[1]);
+        bool thrown = false, unchanged = false, recovered = true;
+        std::thread([&] {  // its own thread: the scratch memory is kept per thread
+            allocations_fail = true;
+            try {
+                run(call->p, *isa.kernels, 1, false);
+            } catch (const std::bad_alloc&) {
+                thrown = true;
+            }
+            allocations_fail = false;
+            unchanged = true;
+            for (Array* a : call->arrays())
+                if (*a) unchanged &= a->stray({}) == 0;
+            run(call->p, *isa.kernels, 1, false);
+        })
+            .join();
+        const Expected e = [&] {
+            const Results after = results_of(*call);
+            call->restore();
+            const Expected exact = expect(*call);
+            run(call->p, *isa.kernels, 1, false);
+            recovered = results_of(*call) == after;
+            return exact;
+        }();
+        check(thrown, "run() did not throw bad_alloc");
+        check(unchanged, "run() wrote before it threw");
+        check(recovered, "the call after it is wrong");
+        compare(*call, e);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    std::string only, skip;
+    for (int i = 1; i + 1 < argc; i += 2) {
+        if (std::string(argv[i]) == "--share") std::sscanf(argv[i + 1], "%d/%d", &share_index, &share_count);
+        if (std::string(argv[i]) == "--only") only = argv[i + 1];
+        if (std::string(argv[i]) == "--skip") skip = argv[i + 1];
+    }
+#if !EXACT_HEAP
+    std::signal(SIGSEGV, on_crash);
+    std::signal(SIGBUS, on_crash);
+    std::signal(SIGILL, on_crash);
+#endif
+    const std::vector<Isa> all = isas();
+    std::string names;
+    for (const Isa& isa : all) names += std::string(names.empty() ? "" : ", ") + isa.kernels->name;
+    std::printf("test_core: %s\n", names.c_str());
+
+    const struct {
+        const char* name;
+        void (*test)(const std::vector<Isa>&);
+    } tests[] = {
+        {"half types", test_half_types},
+        {"elementary functions", test_elementary_functions},
+        {"limits", test_limits},
+        {"NaN stays", test_nan_stays},
+        {"chosen cases", test_chosen_cases},
+        {"random cases", test_random_cases},
+        {"out of memory", test_out_of_memory},
+        {"callers side by side", test_callers_side_by_side},
+        {"fork", test_fork},
+    };
+    for (const auto& t : tests) {
+        if (std::string(t.name).find(only) == std::string::npos || t.name == skip) continue;
+        failures_here = 0;
+        const auto start = std::chrono::steady_clock::now();
+        forget_rounding_errors();
+        t.test(all);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        std::printf("%-4s  %-22s %6.1f s", failures_here == 0 ? "ok" : "FAIL", t.name, took.count());
+        if (worst_nmse > 0) std::printf("   worst float32 NMSE %.1e", worst_nmse);
+        if (worst_half > 0) std::printf(", half error / rounding %.2f", worst_half);
+        if (failures_here > 5) std::printf("   %d failures", failures_here);
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+    std::printf("%s: %ld checks, %d failures\n", failures == 0 ? "ok" : "FAIL", checks, failures);
+    return failures == 0 ? 0 : 1;
+}
