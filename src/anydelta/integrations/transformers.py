@@ -16,7 +16,6 @@ many calls were taken, and why the others were not.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import threading
@@ -203,7 +202,6 @@ class _Bound:
     forward: tuple[Any, Any] | None = None
     """The layer's (theirs, ours) while all models are enabled. A fused whole-layer forward goes in here too."""
     own_forward: Any = None
-    """The forward that `enable(model)` gives a layer."""
 
     def learn(self) -> None:
         """Look at what is there now, unless that is ours or already known."""
@@ -219,10 +217,24 @@ class _Bound:
         if self.forward is None or not any(here is known for known in self.forward):
             self.forward = (here, _functions.advancing(here))
             self.own_forward = None
+
+    def forward_for_one(self) -> Any:
+        """The forward that `enable(model)` gives a layer."""
+        from . import transformers_functions as _functions
+
+        self.learn()
         if self.own_forward is None:
+            assert self.forward is not None
             ours = {name: ours for name, (_, ours) in self.functions.items()}
-            self.own_forward = _functions.advancing(_with_globals(self.forward[0], ours))
+            own = _with_globals(self.forward[0], self.module, ours)
+            if own is None:
+                raise RuntimeError(
+                    f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
+                    f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
+                )
+            self.own_forward = _functions.advancing(own)
             _own_forwards.append(self.own_forward)
+        return self.own_forward
 
 
 _own_forwards: list[Any] = []
@@ -376,8 +388,7 @@ def _set_layer(layer: nn.Module, b: _Bound, on: bool) -> None:
             stacklevel=4,
         )
         return
-    b.learn()
-    layer.__dict__["_old_forward" if hooked else "forward"] = types.MethodType(b.own_forward, layer)
+    layer.__dict__["_old_forward" if hooked else "forward"] = types.MethodType(b.forward_for_one(), layer)
 
 
 def _set_layers(wanted: list[tuple[nn.Module, _Bound, bool]]) -> None:
@@ -386,23 +397,32 @@ def _set_layers(wanted: list[tuple[nn.Module, _Bound, bool]]) -> None:
             _set_layer(layer, b, on)
 
 
-def _with_globals(function: Any, replaced: dict[str, Any]) -> Any:
-    """The same function, decorators included, looking up `replaced` before its module's names."""
-    if inner := getattr(function, "__wrapped__", None):
-        changed = _with_globals(inner, replaced)
-        cells = tuple(
-            types.CellType(changed) if cell.cell_contents is inner else cell
-            for cell in function.__closure__ or ()
-        )
-        copy = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )
-        copy.__kwdefaults__ = function.__kwdefaults__
-        return functools.update_wrapper(copy, changed)
-    # Without __name__ torch.compile reads these globals and not those of the module of that name.
-    scope = {name: value for name, value in function.__globals__.items() if name != "__name__"} | replaced
-    copy = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, Any]) -> Any:
+    """The same function, decorators included, looking up `replaced` before the names of its module.
+
+    Returns None if no function of that module is inside.
+    """
+    if function.__globals__ is module.__dict__:
+        # Without __name__ torch.compile reads these globals and not those of the module of that name.
+        scope = {name: value for name, value in vars(module).items() if name != "__name__"} | replaced
+        return _copy_function(function, scope, function.__closure__)
+    for i, cell in enumerate(
+        function.__closure__ or ()
+    ):  # a decorator's wrapper holds what it wraps in a cell
+        inner = cell.cell_contents
+        if isinstance(inner, types.FunctionType) and (changed := _with_globals(inner, module, replaced)):
+            cells = list(function.__closure__)
+            cells[i] = types.CellType(changed)
+            copy = _copy_function(function, function.__globals__, tuple(cells))
+            if hasattr(copy, "__wrapped__"):
+                copy.__wrapped__ = changed
+            return copy
+    return None
+
+
+def _copy_function(function: Any, scope: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Any:
+    copy: Any = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, closure
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)

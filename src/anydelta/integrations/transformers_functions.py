@@ -27,6 +27,7 @@ Conv = Callable[..., torch.Tensor]
 ADVANCE = "anydelta_advance_state"
 """The keyword by which a layer's forward allows the rule to advance the cached state in place."""
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KNOWN = {
     *("q", "k", "v", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"),
@@ -201,7 +202,7 @@ def _why_not_rule(
     if cu is None and kwargs.get("seq_idx") is not None:
         return "seq_idx without cu_seq_lens_q"
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return "torch.export"
         return (
             None
@@ -335,7 +336,7 @@ def _why_not_conv(
     if x.dtype not in _DTYPES or weight.dtype != x.dtype or weight.ndim != 2:
         return f"inputs of {x.dtype} with weights of {weight.dtype}"
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return "torch.export"
     elif type(x) is not torch.Tensor:
         return f"the tensor type {type(x).__name__}"
@@ -445,6 +446,7 @@ def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
             kwargs[ADVANCE] = True
         return theirs(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
+    forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
     return forward
 
 
