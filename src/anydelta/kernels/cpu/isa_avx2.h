@@ -28,8 +28,8 @@ AD_INLINE V vround(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | 
 AD_INLINE V vpow2(V n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-// x where x0 >= limit, else 0
-AD_INLINE V vzero_below(V x, V x0, V limit) { return _mm256_and_ps(x, _mm256_cmp_ps(x0, limit, _CMP_GE_OQ)); }
+// 0 where x0 < limit, else x (also where x0 is NaN)
+AD_INLINE V vzero_below(V x, V x0, V limit) { return _mm256_and_ps(x, _mm256_cmp_ps(x0, limit, _CMP_NLT_UQ)); }
 AD_INLINE float vsum(V x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

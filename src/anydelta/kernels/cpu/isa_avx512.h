@@ -28,9 +28,9 @@ AD_INLINE V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_I
 AD_INLINE V vpow2(V n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-// x where x0 >= limit, else 0
+// 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x0, limit, _CMP_GE_OQ), x);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x0, limit, _CMP_NLT_UQ), x);
 }
 AD_INLINE float vsum(V x) { return _mm512_reduce_add_ps(x); }
 AD_INLINE V vload(const bf16* p) {

@@ -55,16 +55,16 @@ AD_INLINE V vround(V x) {
 // 2^n for integral n in [-126, 127]
 AD_INLINE V vpow2(V n) {
     for (int i = 0; i < L; ++i) {
-        const uint32_t u = static_cast<uint32_t>(static_cast<int>(n[i]) + 127) << 23;
+        const uint32_t u = float_to_bits(n[i] + 12583039.0f) << 23;
         float f;
         std::memcpy(&f, &u, 4);
         n[i] = f;
     }
     return n;
 }
-// x where x0 >= limit, else 0
+// 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) {
-    for (int i = 0; i < L; ++i) x[i] = x0[i] >= limit[i] ? x[i] : 0.0f;
+    for (int i = 0; i < L; ++i) x[i] = x0[i] < limit[i] ? 0.0f : x[i];
     return x;
 }
 AD_INLINE float vsum(V x) { return (x[0] + x[2]) + (x[1] + x[3]); }

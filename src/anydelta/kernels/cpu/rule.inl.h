@@ -55,10 +55,10 @@ struct Block {
 // ---------------------------------------------------------------------------------------------------------------
 // elementary functions
 
-// e^x for x <= 88: Cephes' degree 6 polynomial after reduction by ln 2; 0 where the result would be subnormal.
+// e^x for x <= 88: Cephes' degree 6 polynomial after reduction by ln 2; 0 where the result would be subnormal, NaN for NaN.
 AD_INLINE V vexp(V x0) {
     const V lowest = vset(-87.33f);
-    const V x = vmin(vmax(x0, lowest), vset(88.0f));
+    const V x = vmin(vset(88.0f), vmax(lowest, x0));
     const V n = vround(vmul(x, vset(1.44269504088896341f)));
     V r = vfnma(n, vset(0.693359375f), x);
     r = vfnma(n, vset(-2.12194440e-4f), r);
@@ -847,7 +847,8 @@ class Runner {
 
     // Whether a single block can run on the caller's own state: read once, written once, no copies.
     bool can_run_directly() const {
-        if (job.cols % W != 0 || !p.in.data || p.mask) return false;
+        // for vk by V and not by the task's columns: its sums differ, so the choice must not depend on the split
+        if ((p.vk ? p.V : job.cols) % W != 0 || !p.in.data || p.mask) return false;
         return p.vk ? slots == 0 && p.K % L == 0 : slots == 0 || plain(p);
     }
 

@@ -38,12 +38,19 @@ class Pool {
             work_ = work;
             context_ = context;
             wanted_ = helpers;
-            left_.store(helpers, std::memory_order_relaxed);
+            started_ = 0;
+            finished_.store(0, std::memory_order_relaxed);
             job_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
         work(context);
-        while (left_.load(std::memory_order_acquire) > 0) std::this_thread::yield();
+        int started;
+        {  // the work is all taken: who has not started yet need not, and is not waited for
+            std::lock_guard<std::mutex> lock(mutex_);
+            wanted_ = 0;
+            started = started_;
+        }
+        while (finished_.load(std::memory_order_acquire) < started) std::this_thread::yield();
         return true;
     }
 
@@ -52,8 +59,8 @@ class Pool {
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
     std::atomic<unsigned long> job_{0};
-    std::atomic<int> left_{0};
-    int wanted_ = 0;
+    std::atomic<int> finished_{0};
+    int wanted_ = 0, started_ = 0;
     void (*work_)(void*) = nullptr;
     void* context_ = nullptr;
 
@@ -71,11 +78,12 @@ class Pool {
                 wake_.wait(lock, [&] { return job_.load(std::memory_order_relaxed) != seen; });
                 seen = job_.load(std::memory_order_relaxed);
                 if (id >= wanted_) continue;
+                ++started_;
                 work = work_;
                 context = context_;
             }
             work(context);
-            left_.fetch_sub(1, std::memory_order_release);
+            finished_.fetch_add(1, std::memory_order_release);
         }
     }
 };
