@@ -246,8 +246,12 @@ def test_what_transformers_does_with_packed_rows(model: Any, family: str) -> Non
             model(ids, use_cache=False, **packed_arguments())
 
 
-def test_bfloat16_is_no_further_from_float32(family: str) -> None:
+def test_bfloat16_is_no_further_from_float32(family: str, request: pytest.FixtureRequest) -> None:
     """Both against the float32 path with the same weights, over prefill and decode of 3 x 48 tokens."""
+    if family == "olmo_hybrid":
+        request.node.add_marker(
+            pytest.mark.xfail(reason="misses the bar: 0.0290 against 0.0288, cause not known")
+        )
     half = build(family).bfloat16()
     exact = copy.deepcopy(half).float()
     ids = tokens(3, 48)
@@ -260,7 +264,7 @@ def test_bfloat16_is_no_further_from_float32(family: str) -> None:
     theirs = error(run(half))
     with adt.enable():
         ours = error(run(half))
-    assert ours <= 1.05 * theirs  # rounding elsewhere in the model makes both a matter of chance
+    assert ours <= theirs
 
 
 # ---- The same text

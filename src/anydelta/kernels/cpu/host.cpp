@@ -83,7 +83,7 @@ constexpr double MIN_FMAS_PER_THREAD = 150e3;
 constexpr int64_t TASKS_PER_THREAD = 4;
 constexpr int MAX_THREADS = 256;
 // Heads are taken together while their states fit in a small L2: a token's rows of neighbouring heads lie in the
-// same page, and at 16 KiB from token to token one head alone spends a sixth of its time on page walks.
+// same page, while rows of consecutive tokens may be 16 KiB apart. Measured: 0.96 to 1.12 of one head at a time.
 constexpr int64_t GROUP_BYTES = int64_t{512} << 10;
 
 struct Job {
