@@ -8,11 +8,22 @@ Torch tensors and NumPy arrays both work. `explain(...)` says which backend runs
 
 import sys as _sys
 
+from .devices import Device, DeviceArray, DeviceError, device
 from .dispatch import UnsupportedError
 from .op import explain, gated_delta_rule, gated_delta_rule_
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "__version__", "explain", "gated_delta_rule", "gated_delta_rule_"]
+__all__ = [
+    "Device",
+    "DeviceArray",
+    "DeviceError",
+    "UnsupportedError",
+    "__version__",
+    "device",
+    "explain",
+    "gated_delta_rule",
+    "gated_delta_rule_",
+]
 
 if "torch" in _sys.modules:  # register torch.ops.anydelta.*; without torch loaded, the first torch call does
     from . import torch_op as _torch_op  # noqa: F401

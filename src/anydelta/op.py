@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import dispatch
+from .devices import DeviceArray
 from .spec import Call, CallSpec, Options, check_call, check_values, framework_of
 
 try:
@@ -23,7 +24,7 @@ except ImportError:  # not built: the cpu backend gives the reason
     _core = None  # type: ignore[assignment]
 
 Array = Any
-"""A torch.Tensor or a numpy.ndarray; all arrays of a call are of one kind."""
+"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead."""
 
 
 @dataclass(slots=True)
@@ -190,11 +191,19 @@ def _geometry(call: Call) -> Any:
 
     The extension answers in a microsecond; this code stands in where it is not built or cannot read an array.
     """
+    state, snapshots = call.state_in, call.snapshots
+    resident = None
+    if type(state) is DeviceArray or type(snapshots) is DeviceArray:
+        resident = tuple((x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None
+                         for x in (state, snapshots))  # fmt: skip
+        state = None if type(state) is DeviceArray else state
+        snapshots = None if type(snapshots) is DeviceArray else snapshots
     arrays = (
-        call.q, call.k, call.v, call.g, call.beta, call.state_in, call.A_log, call.dt_bias, call.mask,
-        call.cu_seqlens, call.state_indices, call.snapshots,
+        call.q, call.k, call.v, call.g, call.beta, state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
+        call.state_indices, snapshots,
     )  # fmt: skip
-    return None if _core is None else _core.geometry(*arrays)
+    geometry = None if _core is None else _core.geometry(*arrays)
+    return geometry if resident is None or geometry is None else (geometry, resident)
 
 
 def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
@@ -202,6 +211,12 @@ def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -
     if torch is not None and isinstance(call.q, torch.Tensor):
         side = _torch_side()
         if torch.compiler.is_compiling() or side.watched(call.q):
+            for x in (call.state_in, call.snapshots):
+                if type(x) is DeviceArray:
+                    raise dispatch.UnsupportedError(
+                        f"{options[0]}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
+                        f"torch.compile (torch.compiler.disable) and torch.export"
+                    )
             result: tuple[Array, Array | None] = side.traced(call, options, backend, inplace)
             return result
         if torch.is_grad_enabled() and side.any_requires_grad(call):
@@ -261,7 +276,7 @@ def _allocation(spec: CallSpec, call: Call) -> tuple[Any, bool]:
         return None, False
     import torch
 
-    same = call.state_in is not None and not spec.pooled and call.state_in.is_contiguous()
+    same = call.state_in is not None and not (spec.pooled or spec.resident) and call.state_in.is_contiguous()
     if call.v.is_contiguous():
         return torch.empty_like, same
     return partial(torch.empty_like, memory_format=torch.contiguous_format), same
@@ -271,6 +286,8 @@ def _new_state(call: Call, spec: CallSpec) -> Array:
     dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
     shape = (spec.N, spec.HV, *dims)
     like = call.state_in if call.state_in is not None else call.snapshots
+    if type(like) is DeviceArray:
+        return like.device.empty(shape, like.dtype)
     if spec.framework == "torch":
         import torch
 

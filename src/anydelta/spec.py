@@ -4,15 +4,18 @@
 ValueError or TypeError that says what is wrong. Every such error lives in this file. Backends never see an
 invalid call: they read a `CallSpec` and answer whether they can run it (dispatch.py).
 
-Only attributes that NumPy arrays and torch tensors share are used, so neither is imported here.
+Only attributes that NumPy arrays and torch tensors share are used, so torch is not imported here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+from .devices import DeviceArray
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
@@ -91,7 +94,10 @@ class CallSpec:
     requires_grad: bool
     framework: str
     device: str
+    """Where the call runs, a key of dispatch.PRIORITY: the device type of q, or the kind of `resident`."""
     options: Options = field(default_factory=Options)
+    resident: str = ""
+    """The device ("vulkan:0") that holds the state and the snapshots, where they are `DeviceArray`s."""
 
     def shape_line(self) -> str:
         """The call in one line, in the names of the contract."""
@@ -111,14 +117,16 @@ class CallSpec:
         return " ".join(
             [
                 head,
-                f"{self.dtype} state={self.state_dtype}/{self.options.state_layout} on {self.device}",
+                f"{self.dtype} state={self.state_dtype}/{self.options.state_layout} on {self.resident or self.device}",
                 *extra,
             ]
         )
 
 
 def framework_of(x: Any) -> str | None:
-    """ "torch", "numpy", or None for anything else."""
+    """ "torch", "numpy", "device" for an anydelta.device's array, or None for anything else."""
+    if type(x) is DeviceArray:
+        return "device"
     for cls in type(x).__mro__:
         module = cls.__module__
         if cls.__name__ == "Tensor" and module == "torch":
@@ -135,7 +143,9 @@ def dtype_name(x: Any) -> str:
 
 
 def element_strides(x: Any) -> tuple[int, ...]:
-    """Strides in elements, for either framework."""
+    """Strides in elements, for any framework."""
+    if type(x) is DeviceArray:
+        return tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
     if framework_of(x) == "torch":
         return tuple(x.stride())
     return tuple(s // x.itemsize for s in x.strides)
@@ -171,6 +181,11 @@ class _Checker:
 
     def array(self, name: str, x: Any, like: tuple[str, str] | None) -> tuple[str, str]:
         framework = framework_of(x)
+        if framework == "device":
+            raise TypeError(
+                f"{self.op}: {name} must be an array on the host; got one on {x.device.name}. Only states and "
+                f"snapshots live on a device"
+            )
         if framework is None:
             raise TypeError(
                 f"{self.op}: {name} must be a torch.Tensor or a numpy.ndarray; got {type(x).__name__}"
@@ -191,6 +206,15 @@ class _Checker:
         if like is not None and here[1] != like[1]:
             self.fail(f"{name} must be on q's device {like[1]}; got {here[1]}")
         return here
+
+    def held(self, name: str, x: Any, here: tuple[str, str]) -> str:
+        """A state or snapshots: an array like q, or one on a device, whose name is returned ("" for the former)."""
+        if type(x) is not DeviceArray:
+            self.array(name, x, here)
+            return ""
+        if here[1] != "cpu":
+            self.fail(f"q must be on the CPU when {name} is on {x.device.name}; got {here[1]}")
+        return x.device.name
 
     def dtype(self, name: str, x: Any, allowed: Sequence[str]) -> str:
         got = dtype_name(x)
@@ -239,7 +263,7 @@ class _Checker:
                 self.fail(
                     f"{name} is written in place and must not be read-only; got a read-only array. Copy it first"
                 )
-        elif x.is_leaf and x.requires_grad:
+        elif framework_of(x) == "torch" and x.is_leaf and x.requires_grad:
             self.fail(
                 f"{name} is written in place and must not require grad; got a leaf that does. Detach it first"
             )
@@ -303,7 +327,9 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
 
     _check_raw(c, call, options, here, kda=kda, HV=HV, K=K)
     N = _check_sequences(c, call, here, B=B, T=T)
-    P, state_dtype = _check_state(c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V)
+    P, state_dtype, resident = _check_state(
+        c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V
+    )
 
     if call.mask is not None:
         c.array("mask", call.mask, here)
@@ -311,6 +337,10 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         c.shape("mask", call.mask, (B, T), "[B, T]")
 
     tracked = check_gradients(call, options.op, inplace) if grad_enabled and here[0] == "torch" else []
+    if tracked and resident:
+        c.fail(
+            f"a state on {resident} has no gradient, but {', '.join(tracked)} requires grad. Use torch.no_grad()"
+        )
 
     return CallSpec(
         B=B, T=T, H=H, HV=HV, K=K, V=V, N=N, P=P,
@@ -328,8 +358,9 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         inplace=inplace,
         requires_grad=bool(tracked),
         framework=here[0],
-        device=device_name(call.q),
+        device=resident.partition(":")[0] or device_name(call.q),
         options=options,
+        resident=resident,
     )  # fmt: skip
 
 
@@ -404,8 +435,12 @@ def _check_state(
     HV: int,
     K: int,
     V: int,
-) -> tuple[int, str]:
-    """state [N or P, HV, K, V], state_indices [N], snapshots [Ks, N, HV, K, V]. Returns (P, state dtype)."""
+) -> tuple[int, str, str]:
+    """state [N or P, HV, K, V], state_indices [N], snapshots [Ks, N, HV, K, V].
+
+    Returns (P, state dtype, the device that holds them or "").
+    """
+    resident = ""
     layout = "K, V" if options.state_layout == "kv" else "V, K"
     tail = (HV, K, V) if options.state_layout == "kv" else (HV, V, K)
     name = "state" if inplace else "initial_state"
@@ -421,7 +456,7 @@ def _check_state(
         if inplace:
             raise TypeError(f"{c.op}: state must be an array that the op advances in place; got None")
     else:
-        c.array(name, call.state_in, here)
+        resident = c.held(name, call.state_in, here)
         got = shape_of(call.state_in)
         if len(got) != 4 or got[1:] != tail:
             c.fail(f"{name} must be [N, HV, {layout}] with [HV, {layout}] = {list(tail)}; got {list(got)}")
@@ -434,7 +469,12 @@ def _check_state(
         if inplace:
             c.writable(name, call.state_in)
     if call.snapshots is not None:
-        c.array("snapshots", call.snapshots, here)
+        where = c.held("snapshots", call.snapshots, here)
+        if call.state_in is not None and where != resident:
+            c.fail(
+                f"snapshots must be where {name} is, {resident or 'on the host'}; got {where or 'the host'}"
+            )
+        resident = where
         got = shape_of(call.snapshots)
         if len(got) != 5 or got[1:] != (N, *tail) or got[0] < 1:
             c.fail(
@@ -446,7 +486,7 @@ def _check_state(
             c.fail(f"snapshots must have {name}'s dtype {state_dtype}; got {snap_dtype}")
         state_dtype = snap_dtype
         c.writable("snapshots", call.snapshots)
-    return P, state_dtype
+    return P, state_dtype, resident
 
 
 def check_values(call: Call, spec: CallSpec) -> None:

@@ -113,7 +113,7 @@ class Cpu:
     def supports(self, spec: CallSpec) -> Sequence[Rejected]:
         no = []
         if spec.device != "cpu":
-            no.append(f"takes tensors on the CPU; got device {spec.device}")
+            no.append(f"takes tensors on the CPU; got device {spec.resident or spec.device}")
         if spec.dtype not in _DTYPE:
             no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
         return tuple(Rejected(reason) for reason in no)

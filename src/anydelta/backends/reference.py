@@ -27,6 +27,8 @@ class Reference:
         return ()
 
     def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        if spec.resident:
+            return (Rejected(f"takes states on the host; got one on {spec.resident}"),)
         return ()
 
     def describe(self) -> dict[str, Any]:
