@@ -100,7 +100,7 @@ NUMPY_ONLY = """
     for _ in range(3):
         anydelta.gated_delta_rule(**call)
     assert "torch" not in sys.modules
-    print(tasks() - start, cpu._default_threads(), cpu._core.thread_provider(True))
+    print(tasks() - start, cpu.default_threads(), cpu._core.thread_provider(True))
 """
 
 
@@ -275,7 +275,7 @@ def use(both: bool = True) -> bytes:
     (a @ a).exp_()
     want = digest(framework="torch")
     if both:
-        cpu._default_threads.cache_clear()
+        cpu.default_threads.cache_clear()
         assert digest(framework="numpy") == want
     return want
 

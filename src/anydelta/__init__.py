@@ -3,13 +3,16 @@
     o, state = anydelta.gated_delta_rule(q, k, v, g=g, beta=beta)
     o = anydelta.gated_delta_rule_(q, k, v, state, g=g, beta=beta)      # advances state in place
 
-Torch tensors and NumPy arrays both work. `explain(...)` says which backend runs a call and why.
+    o = anydelta.gated_delta_mixer_(qkv, conv_state, state, g=a, beta=b, ...)   # with convolution, gates and norm
+
+Torch tensors and NumPy arrays both work. `explain(...)` and `explain_mixer(...)` say which backend runs a call and why.
 """
 
 import sys as _sys
 
 from .devices import Device, DeviceArray, DeviceError, device
 from .dispatch import UnsupportedError
+from .mixer.op import explain_mixer, gated_delta_mixer, gated_delta_mixer_
 from .op import explain, gated_delta_rule, gated_delta_rule_
 
 __version__ = "0.1.0"
@@ -21,9 +24,13 @@ __all__ = [
     "__version__",
     "device",
     "explain",
+    "explain_mixer",
+    "gated_delta_mixer",
+    "gated_delta_mixer_",
     "gated_delta_rule",
     "gated_delta_rule_",
 ]
 
 if "torch" in _sys.modules:  # register torch.ops.anydelta.*; without torch loaded, the first torch call does
     from . import torch_op as _torch_op  # noqa: F401
+    from .mixer import torch_op as _mixer_torch_op  # noqa: F401

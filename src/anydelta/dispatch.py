@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+from .mixer.spec import MixerSpec
 from .spec import Call, CallSpec
 
 PRIORITY: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,11 @@ class Rejected:
 
 
 class Backend(Protocol):
-    """What a module in `anydelta.backends` provides."""
+    """What a module in `anydelta.backends` provides.
+
+    A backend with a kernel for the mixer has an attribute `mixer`, an object with `supports`, `prepare` and `run` for
+    MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for.
+    """
 
     name: str
 
@@ -90,7 +95,7 @@ def get_backend(name: str) -> Backend:
 class Trace:
     """What dispatch decided: the backend that runs the call, and why each one before it does not."""
 
-    spec: CallSpec
+    spec: CallSpec | MixerSpec
     chosen: str | None
     rejected: dict[str, tuple[Rejected, ...]]
     forced: str | None = None
@@ -104,12 +109,20 @@ class Trace:
         return "\n".join(lines)
 
 
-def reasons_against(name: str, spec: CallSpec) -> tuple[Rejected, ...]:
+def implementation(name: str, spec: CallSpec | MixerSpec) -> Any:
+    """What runs such calls on a backend: itself for the rule, its `mixer`, or None, for the mixer."""
     backend = get_backend(name)
-    return tuple(backend.available()) or tuple(backend.supports(spec))
+    return getattr(backend, "mixer", None) if isinstance(spec, MixerSpec) else backend
 
 
-def choose(spec: CallSpec, backend: str = "auto") -> Trace:
+def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ...]:
+    if reasons := tuple(get_backend(name).available()):
+        return reasons
+    runs = implementation(name, spec)
+    return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
+
+
+def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
     """Walk the priority table for the device of the call; a named backend is the only candidate.
 
     Raises:
@@ -138,8 +151,10 @@ def choose(spec: CallSpec, backend: str = "auto") -> Trace:
 _warned = False
 
 
-def pick(spec: CallSpec, backend: str = "auto") -> Backend:
-    """The backend that runs the call. Warns once per process when auto falls back to the reference.
+def pick(spec: CallSpec | MixerSpec, backend: str = "auto") -> Any:
+    """The `implementation` that runs the call. Warns once per process when auto falls back to the reference rule.
+
+    The mixer's fallback is no loop but torch's convolution around the rule, which says itself when it is slow.
 
     Raises:
         UnsupportedError: the named (or forced) backend cannot run the call.
@@ -152,7 +167,8 @@ def pick(spec: CallSpec, backend: str = "auto") -> Backend:
             f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {reasons}. "
             f'Use backend="auto" to fall back to another backend'
         )
-    if trace.chosen == "reference" and trace.forced is None and spec.dtype != "float64" and not _warned:
+    slow = trace.chosen == "reference" and trace.forced is None and isinstance(spec, CallSpec)
+    if slow and spec.dtype != "float64" and not _warned:
         _warned = True
         reasons = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (
             f"there is no native backend for device {spec.device!r}"
@@ -163,4 +179,4 @@ def pick(spec: CallSpec, backend: str = "auto") -> Backend:
             RuntimeWarning,
             stacklevel=4,
         )
-    return get_backend(trace.chosen)
+    return implementation(trace.chosen, spec)

@@ -173,8 +173,9 @@ def overlaps(x: Any) -> bool:
 class _Checker:
     """Raises errors of one form: `[op] NAME must be X; got Y`."""
 
-    def __init__(self, op: str):
+    def __init__(self, op: str, first: str = "q"):
         self.op = op
+        self.first = first
 
     def fail(self, text: str) -> None:
         raise ValueError(f"{self.op}: {text}")
@@ -202,9 +203,11 @@ class _Checker:
             self.fail(f"{name} must be aligned to its elements; got a misaligned array. Copy it first")
         here = (framework, str(x.device) if framework == "torch" else "cpu")
         if like is not None and framework != like[0]:
-            raise TypeError(f"{self.op}: {name} must be a {like[0]} array as q is; got {framework}")
+            raise TypeError(
+                f"{self.op}: {name} must be a {like[0]} array as {self.first} is; got {framework}"
+            )
         if like is not None and here[1] != like[1]:
-            self.fail(f"{name} must be on q's device {like[1]}; got {here[1]}")
+            self.fail(f"{name} must be on {self.first}'s device {like[1]}; got {here[1]}")
         return here
 
     def held(self, name: str, x: Any, here: tuple[str, str]) -> str:

@@ -7,10 +7,10 @@ The instruction set is chosen at run time; ANYDELTA_CPU_ISA forces one of `isas(
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ else:
     _import_error = None
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
-_DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
 def isas() -> list[str]:
@@ -62,7 +62,7 @@ def _set_isa(name: str, who: str) -> None:
 
 
 @cache
-def _default_threads() -> int:
+def default_threads() -> int:
     """For NumPy arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text.isdigit() and int(text) > 0:
@@ -71,7 +71,7 @@ def _default_threads() -> int:
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
-def _address(x: Any) -> int:
+def address(x: Any) -> int:
     if x is None:
         return 0
     return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
@@ -96,7 +96,7 @@ class _Plan:
         self.state_copy = state_copy
         self.snapshots_copy = snapshots_copy
         self.torch = torch
-        self.threads: Callable[[], int] = _torch_threads() if self.torch else _default_threads
+        self.threads: Callable[[], int] = torch_threads() if self.torch else default_threads
         self.reads = reads
 
 
@@ -114,7 +114,7 @@ class Cpu:
         no = []
         if spec.device != "cpu":
             no.append(f"takes tensors on the CPU; got device {spec.resident or spec.device}")
-        if spec.dtype not in _DTYPE:
+        if spec.dtype not in DTYPE:
             no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
         return tuple(Rejected(reason) for reason in no)
 
@@ -123,72 +123,29 @@ class Cpu:
             "isa": isa(),
             "isas": isas(),
             "features": list(_core.cpu_features()),
-            "threads": _default_threads(),
+            "threads": default_threads(),
             "thread_provider": _core.thread_provider(True),
         }
 
-    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        opt = spec.options
-        copies = []
-        strides = {}
-        for name in ("q", "k", "v", "g", "beta"):
-            x = getattr(call, name)
-            st = element_strides(x)
-            rows = len(st) == 4
-            if (rows and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64":
-                copies.append(name)
-                st = _contiguous_strides(tuple(x.shape))
-            dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
-            strides[name] = (_DTYPE[dtype], *st[:3])
-        for name in ("A_log", "dt_bias", "cu_seqlens", "state_indices"):
-            x = getattr(call, name)
-            if x is not None and (
-                element_strides(x) != _contiguous_strides(tuple(x.shape)) or dtype_name(x) == "float64"
-            ):
-                copies.append(name)
+    @cached_property
+    def mixer(self) -> Any:
+        from ..mixer.cpu import CpuMixer
 
-        B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
-        dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
-        dense = (0, HV * dims[0] * dims[1], dims[0] * dims[1], dims[1])
-        state_in, state_copy = _state_strides(call.state_in, dense)
-        snapshots: tuple[int, ...] = dense
-        snapshots_copy = False
-        if call.snapshots is not None:
-            st = element_strides(call.snapshots)
-            snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1
-            snapshots = _contiguous_strides(tuple(call.snapshots.shape))[:4] if snapshots_copy else st[:4]
-        mask = element_strides(call.mask) if call.mask is not None else (0, 0)
-        native = _core.Plan(
-            dict(
-                B=B, T=T, H=spec.H, HV=HV, K=spec.K, V=V, N=spec.N,
-                kda=spec.kda,
-                tiled=opt.heads == "tiled",
-                vk=opt.state_layout == "vk",
-                beta_is_logit=opt.beta_is_logit,
-                qk_l2norm=opt.qk_l2norm,
-                qk_l2norm_eps=float(opt.qk_l2norm_eps),
-                has_lower_bound=opt.lower_bound is not None,
-                lower_bound=float(opt.lower_bound or 0.0),
-                decay=DECAYS.index(opt.decay),
-                scale=spec.scale,
-                **strides,
-                o=(_DTYPE[spec.dtype], T * HV * V, HV * V, V),
-                A_log_dtype=_small_dtype(call.A_log),
-                dt_bias_dtype=_small_dtype(call.dt_bias),
-                mask_b=mask[0],
-                mask_t=mask[1],
-                state_dtype=_DTYPE[spec.state_dtype],
-                state_in=state_in,
-                state_out=state_in if spec.inplace else dense,
-                snapshots=snapshots,
-                out_dense=not spec.inplace,
-                Ks=spec.snapshots,
-                cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
-                indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
-            )
-        )  # fmt: skip
+        return CpuMixer(self)
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        rows = {name: input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
+        copies = [name for name, (_, copied) in rows.items() if copied]
+        copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices"))
+        strides = {name: st for name, (st, _) in rows.items()}
+        fields, state_copy, snapshots_copy = rule_fields(spec, call, strides)
         return _Plan(
-            native, spec.framework == "torch", _reads(spec, call), tuple(copies), state_copy, snapshots_copy
+            _core.Plan(fields),
+            spec.framework == "torch",
+            reads_arrays(spec.framework, (getattr(call, n) for n in Call.__slots__)),
+            tuple(copies),
+            state_copy,
+            snapshots_copy,
         )
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
@@ -201,31 +158,97 @@ class Cpu:
         if plan.reads:
             _core.run_arrays(plan.native, plan.threads(), plan.torch, *arrays)
         else:
-            _core.run(plan.native, plan.threads(), plan.torch, *map(_address, arrays))
+            _core.run(plan.native, plan.threads(), plan.torch, *map(address, arrays))
 
 
-def _reads(spec: CallSpec, call: Call) -> bool:
+def input_strides(x: Any) -> tuple[tuple[int, ...], bool]:
+    """((dtype, b, t, h) strides of q, k, v, g or beta, whether it is copied first)."""
+    st = element_strides(x)
+    copied = (len(st) == 4 and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64"
+    if copied:
+        st = contiguous_strides(tuple(x.shape))
+    dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
+    return (DTYPE[dtype], *st[:3]), copied
+
+
+def scattered(call: Any, names: Sequence[str]) -> list[str]:
+    """Those of the call's small arrays that the kernels cannot read as they are."""
+    arrays = ((name, getattr(call, name)) for name in names)
+    return [
+        name
+        for name, x in arrays
+        if x is not None
+        and (element_strides(x) != contiguous_strides(tuple(x.shape)) or dtype_name(x) == "float64")
+    ]
+
+
+def rule_fields(
+    spec: CallSpec, call: Any, strides: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], bool, bool]:
+    """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` of the inputs."""
+    opt = spec.options
+    B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
+    dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
+    dense = (0, HV * dims[0] * dims[1], dims[0] * dims[1], dims[1])
+    state_in, state_copy = _state_strides(call.state_in, dense)
+    snapshots: tuple[int, ...] = dense
+    snapshots_copy = False
+    if call.snapshots is not None:
+        st = element_strides(call.snapshots)
+        snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1
+        snapshots = contiguous_strides(tuple(call.snapshots.shape))[:4] if snapshots_copy else st[:4]
+    mask = element_strides(call.mask) if call.mask is not None else (0, 0)
+    fields = dict(
+        B=B, T=T, H=spec.H, HV=HV, K=spec.K, V=V, N=spec.N,
+        kda=spec.kda,
+        tiled=opt.heads == "tiled",
+        vk=opt.state_layout == "vk",
+        beta_is_logit=opt.beta_is_logit,
+        qk_l2norm=opt.qk_l2norm,
+        qk_l2norm_eps=float(opt.qk_l2norm_eps),
+        has_lower_bound=opt.lower_bound is not None,
+        lower_bound=float(opt.lower_bound or 0.0),
+        decay=DECAYS.index(opt.decay),
+        scale=spec.scale,
+        **strides,
+        o=(DTYPE[spec.dtype], T * HV * V, HV * V, V),
+        A_log_dtype=small_dtype(call.A_log),
+        dt_bias_dtype=small_dtype(call.dt_bias),
+        mask_b=mask[0],
+        mask_t=mask[1],
+        state_dtype=DTYPE[spec.state_dtype],
+        state_in=state_in,
+        state_out=state_in if spec.inplace else dense,
+        snapshots=snapshots,
+        out_dense=not spec.inplace,
+        Ks=spec.snapshots,
+        cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
+        indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
+    )  # fmt: skip
+    return fields, state_copy, snapshots_copy
+
+
+def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
     """Whether the extension reads these arrays by itself."""
-    if spec.framework == "torch":
+    if framework == "torch":
         import torch
 
         return bool(_core.learn_tensor_type(torch.Tensor))
     # NumPy has no bfloat16: ml_dtypes' arrays have no buffer format
-    arrays = (getattr(call, name) for name in Call.__slots__)
     return not any(dtype_name(x) == "bfloat16" for x in arrays if x is not None)
 
 
-def _torch_threads() -> Callable[[], int]:
+def torch_threads() -> Callable[[], int]:
     import torch
 
     return torch.get_num_threads
 
 
-def _small_dtype(x: Any) -> int:
-    return 0 if x is None else _DTYPE.get(dtype_name(x), 0)
+def small_dtype(x: Any) -> int:
+    return 0 if x is None else DTYPE.get(dtype_name(x), 0)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1]
     for n in reversed(shape[1:]):
         strides.append(strides[-1] * int(n))
@@ -242,7 +265,7 @@ def _state_strides(state: Any, dense: tuple[int, ...]) -> tuple[tuple[int, ...],
     return (0, *st[:3]), False
 
 
-def _contiguous(x: Any) -> Any:
+def contiguous(x: Any) -> Any:
     """A C-contiguous copy; float64 gates become float32, the type they are computed in."""
     if framework_of(x) == "torch":
         import torch
@@ -253,13 +276,13 @@ def _contiguous(x: Any) -> Any:
 
 def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
     """The slow path for arrays whose last dimension is strided: run on contiguous copies, then copy results back."""
-    inner = replace(call, **{name: _contiguous(getattr(call, name)) for name in plan.copies})
+    inner = replace(call, **{name: contiguous(getattr(call, name)) for name in plan.copies})
     if plan.state_copy:
-        inner.state_in = _contiguous(call.state_in)
+        inner.state_in = contiguous(call.state_in)
         if spec.inplace:
             inner.state_out = inner.state_in
     if plan.snapshots_copy:
-        inner.snapshots = _contiguous(call.snapshots)
+        inner.snapshots = contiguous(call.snapshots)
     BACKEND.run(_Plan(plan.native, plan.torch, plan.reads), spec, inner)
     if plan.state_copy and spec.inplace:
         rows = slice(None) if call.state_indices is None else call.state_indices[call.state_indices >= 0]

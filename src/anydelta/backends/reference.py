@@ -7,6 +7,7 @@ computed with (autograd.py). It computes in float32, or in float64 for float64 i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,12 @@ class Reference:
 
     def prepare(self, spec: CallSpec, call: Call) -> None:
         return None
+
+    @cached_property
+    def mixer(self) -> Any:
+        from ..mixer.composed import ComposedMixer
+
+        return ComposedMixer()
 
     def run(self, plan: None, spec: CallSpec, call: Call) -> None:
         (_run_torch if spec.framework == "torch" else _run_numpy)(spec, call)

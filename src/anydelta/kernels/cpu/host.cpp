@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 
+#include "mixer.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -86,65 +87,54 @@ constexpr int MAX_THREADS = 256;
 // same page, while rows of consecutive tokens may be 16 KiB apart. Measured: 0.96 to 1.12 of one head at a time.
 constexpr int64_t GROUP_BYTES = int64_t{512} << 10;
 
-struct Job {
-    const Problem& p;
-    const Kernels& kernels;
-    int64_t heads;             // per task
-    int64_t groups;            // of heads per sequence
-    int64_t split;             // column ranges per head
-    int64_t panels_per_range;
-    int64_t tasks;
-    char* workspaces = nullptr;
-    size_t workspace = 0;
-    int threads = 1;
-    // Each thread has a share of the tasks, the same on every call, so that states stay in its core's cache (a state that
-    // another core wrote last costs more to fetch than to compute); who is done early helps with the other shares.
+// Tasks to be shared out. Each thread has a share of them, the same on every call, so that states stay in its core's
+// cache (a state that another core wrote last costs more to fetch than to compute); who is done early helps with the
+// other shares.
+class Work {
+  public:
+    virtual ~Work() = default;
+    // Do task i, using `memory`; the same thread will do i + 1 next if that is below `end`. Returns the ISA that ran.
+    virtual const char* run(int64_t i, int64_t end, char* memory) const = 0;
+
+    // Throws std::bad_alloc before any task is begun, nothing else.
+    void share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp);
+
+  private:
     struct alignas(64) Share {
         std::atomic<bool> taken{false};
         std::atomic<int64_t> next{0};
         int64_t end = 0;
     };
-    Share* shares = nullptr;
+    Share* shares_ = nullptr;
+    int threads_ = 1;
+    size_t workspace_ = 0;
+    char* workspaces_ = nullptr;
 
-    Task task(int64_t i) const {
-        const int64_t range = i % split, group = i / split % groups, n = i / split / groups;
-        const int64_t width = panels_per_range * kernels.panel, col0 = range * width, hv0 = group * heads;
-        return Task{n, hv0, std::min(heads, p.HV - hv0), col0, std::min(width, p.V - col0), nullptr};
-    }
-    const char* state_of(const Task& t) const {
-        const int64_t row = p.state_indices ? p.state_indices[t.n] : t.n;
-        if (!p.in.data || row < 0) return nullptr;
-        const int64_t size = p.state_dtype == DType::f32 ? 4 : 2;
-        return static_cast<const char*>(p.in.data) +
-               (row * p.in.n + t.hv0 * p.in.h + t.col0 * (p.vk ? p.in.row : 1)) * size;
-    }
+    int claim();
+    void work();
 };
 
 std::atomic<const char*> last_run{""};
 
 // The share this thread had last time, if it is free.
-int claim(Job& job) {
+int Work::claim() {
     static std::atomic<int> threads_seen{0};
     static thread_local const int preferred = threads_seen.fetch_add(1);
-    for (int i = 0; i < job.threads; ++i) {
-        const int share = (preferred + i) % job.threads;
-        if (!job.shares[share].taken.exchange(true)) return share;
+    for (int i = 0; i < threads_; ++i) {
+        const int share = (preferred + i) % threads_;
+        if (!shares_[share].taken.exchange(true)) return share;
     }
     return -1;  // more threads came than were asked for
 }
 
-void work(void* context) {
-    Job& job = *static_cast<Job*>(context);
-    const int mine = claim(job);
+void Work::work() {
+    const int mine = claim();
     if (mine < 0) return;
-    char* memory = job.workspaces + static_cast<size_t>(mine) * job.workspace;
-    for (int s = 0; s < job.threads; ++s) {
-        Job::Share& share = job.shares[(mine + s) % job.threads];
-        for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) {
-            Task t = job.task(i);
-            if (i + 1 < share.end) t.next_state = job.state_of(job.task(i + 1));
-            last_run.store(job.kernels.run(job.p, t, memory), std::memory_order_relaxed);
-        }
+    char* memory = workspaces_ + static_cast<size_t>(mine) * workspace_;
+    for (int s = 0; s < threads_; ++s) {
+        Share& share = shares_[(mine + s) % threads_];
+        for (int64_t i; (i = share.next.fetch_add(1)) < share.end;)
+            last_run.store(run(i, share.end, memory), std::memory_order_relaxed);
     }
 }
 
@@ -161,6 +151,74 @@ char* scratch(size_t bytes) {
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     return memory.get() + (64 - address % 64) % 64;
 }
+
+void Work::share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp) {
+    threads_ = static_cast<int>(std::min<int64_t>({threads, tasks, MAX_THREADS}));
+    Share shares[MAX_THREADS];
+    for (int i = 0; i < threads_; ++i) {
+        shares[i].next.store(tasks * i / threads_, std::memory_order_relaxed);
+        shares[i].end = tasks * (i + 1) / threads_;
+    }
+    shares_ = shares;
+    workspace_ = (workspace + 63) / 64 * 64;
+    workspaces_ = scratch(workspace_ * static_cast<size_t>(threads_));
+    parallel(threads_, share_openmp, [](void* context) { static_cast<Work*>(context)->work(); }, this);
+}
+
+int worthwhile(int threads, double fmas) {
+    return std::max(1, std::min(threads, static_cast<int>(std::min(fmas / MIN_FMAS_PER_THREAD, 4096.0))));
+}
+
+// The tasks of the rule: a few heads of one sequence, or a range of columns of one head.
+struct RuleWork final : Work {
+    const Problem& p;
+    const Kernels& kernels;
+    int64_t heads;   // per task
+    int64_t groups;  // of heads per sequence
+    int64_t split;   // column ranges per head
+    int64_t panels_per_range;
+
+    RuleWork(const Problem& problem, const Kernels& k, int64_t together, int64_t ranges, int64_t panels)
+        : p(problem),
+          kernels(k),
+          heads(together),
+          groups((p.HV + together - 1) / together),
+          split(ranges),
+          panels_per_range(panels) {}
+
+    Task task(int64_t i) const {
+        const int64_t range = i % split, group = i / split % groups, n = i / split / groups;
+        const int64_t width = panels_per_range * kernels.panel, col0 = range * width, hv0 = group * heads;
+        return Task{n, hv0, std::min(heads, p.HV - hv0), col0, std::min(width, p.V - col0), nullptr};
+    }
+    const char* state_of(const Task& t) const {
+        const int64_t row = p.state_indices ? p.state_indices[t.n] : t.n;
+        if (!p.in.data || row < 0) return nullptr;
+        const int64_t size = p.state_dtype == DType::f32 ? 4 : 2;
+        return static_cast<const char*>(p.in.data) +
+               (row * p.in.n + t.hv0 * p.in.h + t.col0 * (p.vk ? p.in.row : 1)) * size;
+    }
+    const char* run(int64_t i, int64_t end, char* memory) const override {
+        Task t = task(i);
+        if (i + 1 < end) t.next_state = state_of(task(i + 1));
+        return kernels.run(p, t, memory);
+    }
+};
+
+// The tasks of the mixer: a few heads of q and k of one sequence.
+struct MixerWork final : Work {
+    const Mixer& m;
+    const Kernels& kernels;
+    int64_t heads, groups;
+
+    MixerWork(const Mixer& mixer, const Kernels& k, int64_t together)
+        : m(mixer), kernels(k), heads(together), groups((m.rule.H + together - 1) / together) {}
+
+    const char* run(int64_t i, int64_t, char* memory) const override {
+        const int64_t h0 = i % groups * heads;
+        return kernels.mix(m, MixerTask{i / groups, h0, std::min(heads, m.rule.H - h0)}, memory);
+    }
+};
 
 }  // namespace
 
@@ -199,7 +257,7 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
     if (heads == 0) return;
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     const double fmas = 3.0 * tokens * static_cast<double>(p.HV * p.K * p.V);
-    threads = std::max(1, std::min(threads, static_cast<int>(std::min(fmas / MIN_FMAS_PER_THREAD, 4096.0))));
+    threads = worthwhile(threads, fmas);
 
     const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
     const int64_t wanted = threads > 1 ? TASKS_PER_THREAD * threads : 1;
@@ -209,19 +267,25 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
     split = (panels + panels_per_range - 1) / panels_per_range;
     const int64_t fit = std::min(MAX_HEADS, GROUP_BYTES / (p.K * panels * kernels.panel * 4));
     const int64_t together = std::max<int64_t>(1, std::min({fit, heads / wanted, p.HV}));
-    const int64_t groups = (p.HV + together - 1) / together;
-    Job job{p, kernels, together, groups, split, panels_per_range, p.N * groups * split};
-    threads = static_cast<int>(std::min<int64_t>({threads, job.tasks, MAX_THREADS}));
-    Job::Share shares[MAX_THREADS];
-    for (int i = 0; i < threads; ++i) {
-        shares[i].next.store(job.tasks * i / threads, std::memory_order_relaxed);
-        shares[i].end = job.tasks * (i + 1) / threads;
-    }
-    job.threads = threads;
-    job.shares = shares;
-    job.workspace = kernels.workspace(p, together);
-    job.workspaces = scratch(job.workspace * static_cast<size_t>(threads));
-    parallel(threads, share_openmp, work, &job);
+    RuleWork work(p, kernels, together, split, panels_per_range);
+    work.share_out(p.N * work.groups * split, threads, kernels.workspace(p, together), share_openmp);
+}
+
+void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp) {
+    const Problem& p = m.rule;
+    if (p.N * p.H == 0) return;
+    const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
+    // the rule, and for each number of q, k, v and o some 8 FMAs' time of convolution, activation and norm
+    const double per_token =
+        3.0 * static_cast<double>(p.HV * p.K * p.V) + 16.0 * static_cast<double>(p.H * p.K + p.HV * p.V);
+    threads = worthwhile(threads, tokens * per_token);
+    const int64_t wanted = threads > 1 ? TASKS_PER_THREAD * threads : 1;
+    const int64_t values = p.HV / p.H;  // per head of q and k
+    const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
+    const int64_t fit = std::min(MAX_HEADS, GROUP_BYTES / (p.K * panels * kernels.panel * 4)) / values;
+    const int64_t together = std::max<int64_t>(1, std::min({fit, p.N * p.H / wanted, p.H}));
+    MixerWork work(m, kernels, together);
+    work.share_out(p.N * work.groups, threads, kernels.mixer_workspace(m, together), share_openmp);
 }
 
 // ---- limits ----

@@ -16,6 +16,7 @@ std::vector<std::string> cpu_features();
 
 // Run a valid problem. Throws std::bad_alloc before anything is written, nothing else.
 void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp);
+void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp);
 
 double fma_peak(const Kernels& kernels, int threads, double seconds);  // GFLOP/s
 double copy_bandwidth(int threads, int mib);                           // GB/s, read + written

@@ -12,6 +12,7 @@
 
 #include "arrays.h"
 #include "host.h"
+#include "mixer.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -90,6 +91,59 @@ Plan make_plan(const nb::dict& d) {
     return plan;
 }
 
+struct MixerPlan {
+    Plan rule;
+    Mixer m{};
+};
+
+GroupedTokens grouped_tokens(const nb::dict& d, const char* name) {
+    const auto t = field<nb::tuple>(d, name);  // (dtype, b, t, group, heads per group)
+    GroupedTokens x;
+    x.dtype = static_cast<DType>(nb::cast<int>(t[0]));
+    x.b = nb::cast<int64_t>(t[1]);
+    x.t = nb::cast<int64_t>(t[2]);
+    x.g = nb::cast<int64_t>(t[3]);
+    x.per = nb::cast<int64_t>(t[4]);
+    return x;
+}
+
+Windows windows(const nb::dict& d, const char* name) {
+    const auto t = field<nb::tuple>(d, name);  // (dtype, slot, n, channel, column)
+    Windows x;
+    x.dtype = static_cast<DType>(nb::cast<int>(t[0]));
+    x.slot = nb::cast<int64_t>(t[1]);
+    x.n = nb::cast<int64_t>(t[2]);
+    x.c = nb::cast<int64_t>(t[3]);
+    x.s = nb::cast<int64_t>(t[4]);
+    return x;
+}
+
+MixerPlan make_mixer_plan(const nb::dict& rule, const nb::dict& d) {
+    MixerPlan plan;
+    plan.rule = make_plan(rule);
+    plan.rule.p.beta_scale = field<float>(d, "beta_scale");
+    Mixer& m = plan.m;
+    m.q = grouped_tokens(d, "q");
+    m.k = grouped_tokens(d, "k");
+    m.v = grouped_tokens(d, "v");
+    m.z = grouped_tokens(d, "z");
+    m.o = grouped_tokens(d, "o");
+    m.W = field<int64_t>(d, "W");
+    m.S = field<int64_t>(d, "S");
+    m.weight_dtype = static_cast<DType>(field<int>(d, "weight_dtype"));
+    m.weight_c = field<int64_t>(d, "weight_c");
+    m.weight_w = field<int64_t>(d, "weight_w");
+    m.bias_dtype = static_cast<DType>(field<int>(d, "bias_dtype"));
+    m.silu = field<bool>(d, "silu");
+    m.conv = windows(d, "conv_state");
+    m.conv_snapshots = windows(d, "conv_snapshots");
+    m.norm_dtype = static_cast<DType>(field<int>(d, "norm_dtype"));
+    m.norm = field<bool>(d, "norm");
+    m.gate = static_cast<NormGate>(field<int>(d, "gate"));
+    m.norm_eps = field<float>(d, "norm_eps");
+    return plan;
+}
+
 // int64 copies of index arrays: they are small, and the kernels then know one type.
 std::vector<int64_t> widen(uintptr_t address, int64_t count, bool is_int32) {
     std::vector<int64_t> out(static_cast<size_t>(count));
@@ -104,6 +158,21 @@ std::atomic<const Kernels*> chosen{runnable().back()};
 std::atomic<long> calls{0};
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// A problem's index arrays, widened; they must outlive the run.
+struct Indices {
+    std::vector<int64_t> cu, rows;
+    void widen_into(Problem& p, const Plan& plan, uintptr_t cu_seqlens, uintptr_t state_indices) {
+        if (cu_seqlens) {
+            cu = widen(cu_seqlens, p.N + 1, plan.cu_is_int32);
+            p.cu_seqlens = cu.data();
+        }
+        if (state_indices) {
+            rows = widen(state_indices, p.N, plan.indices_are_int32);
+            p.state_indices = rows.data();
+        }
+    }
+};
 
 void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t g,
               uintptr_t beta, uintptr_t o, uintptr_t state_in, uintptr_t state_out, uintptr_t snapshots,
@@ -121,18 +190,69 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
     p.A_log = at(A_log);
     p.dt_bias = at(dt_bias);
     p.mask = static_cast<const uint8_t*>(at(mask));
-    std::vector<int64_t> cu, rows;
-    if (cu_seqlens) {
-        cu = widen(cu_seqlens, p.N + 1, plan.cu_is_int32);
-        p.cu_seqlens = cu.data();
-    }
-    if (state_indices) {
-        rows = widen(state_indices, p.N, plan.indices_are_int32);
-        p.state_indices = rows.data();
-    }
+    Indices indices;
+    indices.widen_into(p, plan, cu_seqlens, state_indices);
     ++calls;
     nb::gil_scoped_release unlocked;
     run(p, *chosen.load(), threads, share_openmp);
+}
+
+// The arrays of a mixer call, in this order.
+enum MixerArray {
+    QKV,
+    K,
+    V,
+    G,
+    BETA,
+    O,
+    CONV_STATE,
+    STATE,
+    CONV_SNAPSHOTS,
+    SNAPSHOTS,
+    CONV_WEIGHT,
+    CONV_BIAS,
+    A_LOG,
+    DT_BIAS,
+    Z,
+    NORM_WEIGHT,
+    MASK,
+    CU_SEQLENS,
+    STATE_INDICES,
+    MIXER_ARRAYS
+};
+
+void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const uintptr_t* a) {
+    Mixer m = plan.m;
+    m.rule = plan.rule.p;
+    Problem& p = m.rule;
+    m.q.data = at(a[QKV]);
+    m.k.data = at(a[K]);
+    m.v.data = at(a[V]);
+    if (!a[K]) {  // packed: q, k and v stand side by side
+        const char* qkv = static_cast<const char*>(at(a[QKV]));
+        const int64_t size = m.q.dtype == DType::f32 ? 4 : 2;
+        m.k.data = qkv + p.H * p.K * size;
+        m.v.data = qkv + 2 * p.H * p.K * size;
+    }
+    p.g.data = at(a[G]);
+    p.beta.data = at(a[BETA]);
+    m.o.data = at(a[O]);
+    m.conv.data = at(a[CONV_STATE]);
+    p.in.data = p.out.data = at(a[STATE]);
+    m.conv_snapshots.data = at(a[CONV_SNAPSHOTS]);
+    p.snapshots.data = at(a[SNAPSHOTS]);
+    m.weight = at(a[CONV_WEIGHT]);
+    m.bias = at(a[CONV_BIAS]);
+    p.A_log = at(a[A_LOG]);
+    p.dt_bias = at(a[DT_BIAS]);
+    m.z.data = at(a[Z]);
+    m.norm_weight = at(a[NORM_WEIGHT]);
+    p.mask = static_cast<const uint8_t*>(at(a[MASK]));
+    Indices indices;
+    indices.widen_into(p, plan.rule, a[CU_SEQLENS], a[STATE_INDICES]);
+    ++calls;
+    nb::gil_scoped_release unlocked;
+    run(m, *chosen.load(), threads, share_openmp);
 }
 
 ArrayReader reader;
@@ -160,12 +280,33 @@ void run_arrays(const Plan& plan, int threads, bool share_openmp, const nb::args
              a[12], a[13]);
 }
 
+// The same for the mixer; arrays in the order of MixerArray.
+void run_mixer_arrays(const MixerPlan& plan, int threads, bool share_openmp, const nb::args& arrays) {
+    uintptr_t a[MIXER_ARRAYS] = {};
+    if (arrays.size() != MIXER_ARRAYS) throw std::invalid_argument("run_mixer_arrays: wrong number of arrays");
+    for (size_t i = 0; i < MIXER_ARRAYS; ++i)
+        if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
+    run_mixer_plan(plan, threads, share_openmp, a);
+}
+void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::args& addresses) {
+    uintptr_t a[MIXER_ARRAYS] = {};
+    if (addresses.size() != MIXER_ARRAYS) throw std::invalid_argument("run_mixer: wrong number of addresses");
+    for (size_t i = 0; i < MIXER_ARRAYS; ++i) a[i] = nb::cast<uintptr_t>(addresses[i]);
+    run_mixer_plan(plan, threads, share_openmp, a);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
     nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
     m.def("run", &run_plan);
     m.def("run_arrays", &run_arrays);
+    nb::class_<MixerPlan>(m, "MixerPlan").def("__init__", [](MixerPlan* self, const nb::dict& rule, const nb::dict& d) {
+        new (self) MixerPlan(make_mixer_plan(rule, d));
+    });
+    m.def("run_mixer", &run_mixer);
+    m.def("run_mixer_arrays", &run_mixer_arrays);
+    m.attr("max_taps") = MAX_TAPS;
     m.def("geometry", &geometry);
     m.def(
         "learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },

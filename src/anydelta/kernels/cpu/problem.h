@@ -32,6 +32,7 @@ struct Problem {
     bool kda, tiled, vk, beta_is_logit, l2norm, has_lower_bound;
     Decay decay;
     float scale, l2norm_eps, lower_bound;
+    float beta_scale = 1.0f;
 
     Tokens q, k, v, g, beta, o;
     const void* A_log = nullptr;    // [HV]
@@ -54,10 +55,14 @@ struct Problem {
 struct Task {
     int64_t n, hv0, heads, col0, cols;
     const char* next_state;  // where the following task will read: prefetched while this one writes
+    int64_t step = 1;        // from one value head to the next
 };
 
 // Heads that one task may take; their rows of q, k, v and o share pages of memory.
 constexpr int64_t MAX_HEADS = 8;
+
+struct Mixer;  // mixer.h
+struct MixerTask;
 
 // What one instruction set provides.
 struct Kernels {
@@ -67,6 +72,8 @@ struct Kernels {
     size_t (*workspace)(const Problem&, int64_t heads);
     const char* (*run)(const Problem&, const Task&, char* workspace);  // the name compiled into the build that ran
     double (*fma_loop)(int64_t rounds);  // FLOPs done
+    size_t (*mixer_workspace)(const Mixer&, int64_t heads);
+    const char* (*mix)(const Mixer&, const MixerTask&, char* workspace);
 };
 
 }  // namespace anydelta

@@ -210,7 +210,7 @@ static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, floa
 
 static float read_beta(const Problem& p, int64_t b, int64_t t, int64_t hv) {
     const float x = read_one(token(p.beta, b, t, hv), p.beta.dtype);
-    return p.beta_is_logit ? first(vsigmoid(vset(x))) : x;
+    return p.beta_scale * (p.beta_is_logit ? first(vsigmoid(vset(x))) : x);
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
@@ -690,16 +690,30 @@ struct Sequence {
     bool live(const Problem& p, int64_t t) const { return !p.mask || p.mask[b * p.mask_b + t * p.mask_t]; }
 };
 
+static Sequence sequence(const Problem& p, int64_t n) {
+    Sequence seq;
+    seq.b = p.cu_seqlens ? 0 : n;
+    seq.start = p.cu_seqlens ? p.cu_seqlens[n] : 0;
+    seq.end = p.cu_seqlens ? p.cu_seqlens[n + 1] : p.T;
+    seq.row_in = p.state_indices ? p.state_indices[n] : n;
+    seq.row_out = p.out_dense ? n : seq.row_in;
+    return seq;
+}
+
+// Who makes rows on the way to the rule and takes its outputs on the way out (mixer.inl.h), instead of the caller's memory.
+struct RowMaker {
+    // q and k of the tokens from `from` on, under Problem::q and k. Returns the token before which it stopped.
+    virtual int64_t prepare(int64_t from) = 0;
+    virtual void values(int64_t t, int64_t hv, float* v) = 0;                                                // v [V]
+    virtual void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) = 0;  // o [count][V]
+};
+
 class Runner {
   public:
-    Runner(const Problem& problem, const Task& task, char* memory) : p(problem), job(task) {
+    Runner(const Problem& problem, const Task& task, char* memory, RowMaker* maker = nullptr)
+        : p(problem), job(task), seq(sequence(problem, task.n)), made(maker), stop(seq.end) {
         Arena arena{memory};
         w = carve(p, arena, heads, job.heads);
-        seq.b = p.cu_seqlens ? 0 : job.n;
-        seq.start = p.cu_seqlens ? p.cu_seqlens[job.n] : 0;
-        seq.end = p.cu_seqlens ? p.cu_seqlens[job.n + 1] : p.T;
-        seq.row_in = p.state_indices ? p.state_indices[job.n] : job.n;
-        seq.row_out = p.out_dense ? job.n : seq.row_in;
         ldv = round_up(job.cols, W);
         panels = ldv / W;
         slots = p.snapshots.data ? (p.Ks < seq.end - seq.start ? p.Ks : seq.end - seq.start) : 0;
@@ -712,8 +726,8 @@ class Runner {
             for (int64_t t = seq.start; t < seq.end; ++t) tokens += seq.live(p, t);
         for (int64_t i = 0; i < job.heads; ++i) {
             h = &heads[i];
-            h->hv = job.hv0 + i;
-            if (tokens < seq.end - seq.start)
+            h->hv = job.hv0 + i * job.step;
+            if (tokens < seq.end - seq.start && !made)
                 for (int64_t t = seq.start; t < seq.end; ++t)
                     if (skipped || !seq.live(p, t)) zero_output(t);
             if (!skipped) snapshot_initial_state();
@@ -740,6 +754,8 @@ class Runner {
     const Task& job;
     Workspace w;
     Sequence seq;
+    RowMaker* made;  // null: rows are in the caller's memory
+    int64_t stop;    // the token before which a batch ends
     int64_t ldv, panels, slots;
     Head heads[MAX_HEADS];
     Head* h = nullptr;  // the one being worked on
@@ -810,12 +826,12 @@ class Runner {
     }
 
     // Prepare up to `most` tokens from t on as one block; v rows go to v_rows. Returns the token after it.
-    int64_t prepare(Block& blk, float* rows, int64_t t, int most, int64_t* positions, float* v_rows) {
-        blk.rows = rows;
+    int64_t prepare(Block& blk, float* prepared, int64_t t, int most, int64_t* positions, float* v_rows) {
+        blk.rows = prepared;
         blk.emits = false;
         int n = 0;
         int64_t u = t;
-        for (; n < most && u < seq.end; ++n) {
+        for (; n < most && u < stop; ++n) {
             positions[n] = u;
             const int64_t after = next_live(u + 1);
             blk.slot[n] = slots ? slot_after(u, after) : -1;
@@ -832,13 +848,17 @@ class Runner {
             else
                 append<false>(p, x, blk, c);
             float* v = v_rows + c * ldv;
-            read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
+            if (made)
+                made->values(positions[c], h->hv, v);
+            else
+                read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
             for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
         }
         return u;
     }
 
     void write_outputs(const int64_t* positions, int64_t count) const {
+        if (made) return made->outputs(positions, count, h->hv, w.o, ldv);
         for (int64_t c = 0; c < count; ++c) {
             void* o = const_cast<void*>(token(p.o, seq.b, positions[c], h->hv));
             write_row(const_cast<void*>(element(o, p.o.dtype, job.col0)), p.o.dtype, w.o + c * ldv, job.cols);
@@ -853,6 +873,7 @@ class Runner {
     }
 
     void direct(int64_t tokens) {
+        if (made) made->prepare(seq.start);
         for (int64_t i = 0; i < job.heads; ++i) {
             const char* next = job.next_state;
             if (i + 1 < job.heads) {
@@ -906,6 +927,7 @@ class Runner {
         int64_t t = next_live(seq.start), done = 0;
         while (done < tokens) {
             const int64_t from = t, before = done;
+            if (made) stop = made->prepare(from);
             for (int64_t i = 0; i < job.heads; ++i) {
                 h = &heads[i];
                 t = from;
@@ -922,7 +944,7 @@ class Runner {
         int64_t positions[BLOCKS * C_MAX];
         int count = 0, quiet = 0;
         int64_t prepared = 0;
-        for (; count < BLOCKS && done < tokens; ++count) {
+        for (; count < BLOCKS && done < tokens && t < stop; ++count) {
             Block& blk = w.blocks[count];
             t = prepare(blk, w.rows + count * seg * ROWS * LD, t, C_MAX, positions + prepared, w.v + prepared * ldv);
             prepared += blk.C;

@@ -1,9 +1,10 @@
-// The avx2 build of rule.inl.h.
+// The avx2 build of rule.inl.h and mixer.inl.h.
 #define ANYDELTA_ISA avx2
 #include "isa_avx2.h"
-#include "rule.inl.h"
+#include "mixer.inl.h"
 
 namespace anydelta {
 extern const Kernels kernels_avx2;
-const Kernels kernels_avx2 = {"avx2", avx2::L, avx2::W, avx2::workspace, avx2::run_task, avx2::fma_loop};
+const Kernels kernels_avx2 = {
+    "avx2", avx2::L, avx2::W, avx2::workspace, avx2::run_task, avx2::fma_loop, avx2::mixer_workspace, avx2::mix_task};
 }  // namespace anydelta

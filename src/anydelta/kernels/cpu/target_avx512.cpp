@@ -1,9 +1,16 @@
-// The avx512 build of rule.inl.h.
+// The avx512 build of rule.inl.h and mixer.inl.h.
 #define ANYDELTA_ISA avx512
 #include "isa_avx512.h"
-#include "rule.inl.h"
+#include "mixer.inl.h"
 
 namespace anydelta {
 extern const Kernels kernels_avx512;
-const Kernels kernels_avx512 = {"avx512", avx512::L, avx512::W, avx512::workspace, avx512::run_task, avx512::fma_loop};
+const Kernels kernels_avx512 = {"avx512",
+                                avx512::L,
+                                avx512::W,
+                                avx512::workspace,
+                                avx512::run_task,
+                                avx512::fma_loop,
+                                avx512::mixer_workspace,
+                                avx512::mix_task};
 }  // namespace anydelta

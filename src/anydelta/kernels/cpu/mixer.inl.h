@@ -1,0 +1,374 @@
+// The gated delta mixer on one CPU: causal convolution, gated delta rule and gated norm in one pass. The rule is
+// rule.inl.h's; this file makes its rows of q, k and v on the way in and takes its outputs on the way out.
+//
+//     y_t   = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])     x_t: tokens, before them the columns of the conv state
+//     o_t   = rule(q, k, v = split(y))                            rule.inl.h
+//     out_t = o_t / sqrt(mean o_t^2 + eps) * norm_weight * gate(z_t)                           all in float32
+//
+// A task is a few heads of q and k of one sequence with all their value heads, so nothing is convolved twice (but q
+// and k where a head of theirs serves more than MAX_HEADS value heads). q and k of 48 tokens stand in scratch memory
+// (24 KiB a head at K = 128), v and o of a head in the rule's own: no row goes through memory on its way.
+#pragma once
+#include "mixer.h"
+#include "rule.inl.h"
+
+namespace anydelta::ANYDELTA_ISA {
+
+constexpr int CHUNK = BLOCKS * C_MAX;  // tokens that the rule takes at once
+constexpr int FEW_TAPS = 4;  // the convolution of every model family; others take the general loop
+
+AD_INLINE V vsilu(V x) { return vdiv(x, vadd(vset(1.0f), vexp(vsub(vzero(), x)))); }  // vexp is finite everywhere
+
+static const void* grouped(const GroupedTokens& x, int64_t b, int64_t t, int64_t head, int64_t width) {
+    return element(x.data, x.dtype, b * x.b + t * x.t + head / x.per * x.g + head % x.per * width);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// columns of [channels, S] and [channels, W] arrays as rows, one per column, and back
+
+template <class T>
+static void rows_from(float* rows, int64_t ld, const T* x, int64_t stride_c, int64_t stride_s, int64_t n,
+                      int64_t count) {
+    if (stride_c == 1) {
+        for (int64_t j = 0; j < count; ++j) read_as(rows + j * ld, x + j * stride_s, n);
+    } else if (stride_s == 1 && stride_c == 4 && count == 4) {  // constants, so that the compiler can shuffle
+        float *r0 = rows, *r1 = rows + ld, *r2 = r1 + ld, *r3 = r2 + ld;
+        for (int64_t c = 0; c < n; ++c) {
+            r0[c] = to_float(x[4 * c]);
+            r1[c] = to_float(x[4 * c + 1]);
+            r2[c] = to_float(x[4 * c + 2]);
+            r3[c] = to_float(x[4 * c + 3]);
+        }
+    } else {
+        for (int64_t c = 0; c < n; ++c)
+            for (int64_t j = 0; j < count; ++j) rows[j * ld + c] = to_float(x[c * stride_c + j * stride_s]);
+    }
+}
+template <class T>
+static void rows_to(T* x, int64_t stride_c, int64_t stride_s, const float* rows, int64_t ld, int64_t n, int64_t count) {
+    if (stride_c == 1) {
+        for (int64_t j = 0; j < count; ++j) write_as(x + j * stride_s, rows + j * ld, n);
+    } else if (stride_s == 1 && stride_c == 4 && count == 4) {
+        const float *r0 = rows, *r1 = rows + ld, *r2 = r1 + ld, *r3 = r2 + ld;
+        for (int64_t c = 0; c < n; ++c) {
+            x[4 * c] = from_float(r0[c], T{});
+            x[4 * c + 1] = from_float(r1[c], T{});
+            x[4 * c + 2] = from_float(r2[c], T{});
+            x[4 * c + 3] = from_float(r3[c], T{});
+        }
+    } else {
+        for (int64_t c = 0; c < n; ++c)
+            for (int64_t j = 0; j < count; ++j) x[c * stride_c + j * stride_s] = from_float(rows[j * ld + c], T{});
+    }
+}
+static void read_rows(float* rows, int64_t ld, const void* x, DType dtype, int64_t stride_c, int64_t stride_s,
+                      int64_t n, int64_t count) {
+    if (dtype == DType::f32) return rows_from(rows, ld, static_cast<const float*>(x), stride_c, stride_s, n, count);
+    if (dtype == DType::bf16) return rows_from(rows, ld, static_cast<const bf16*>(x), stride_c, stride_s, n, count);
+    rows_from(rows, ld, static_cast<const f16*>(x), stride_c, stride_s, n, count);
+}
+static void write_rows(void* x, DType dtype, int64_t stride_c, int64_t stride_s, const float* rows, int64_t ld,
+                       int64_t n, int64_t count) {
+    if (dtype == DType::f32) return rows_to(static_cast<float*>(x), stride_c, stride_s, rows, ld, n, count);
+    if (dtype == DType::bf16) return rows_to(static_cast<bf16*>(x), stride_c, stride_s, rows, ld, n, count);
+    rows_to(static_cast<f16*>(x), stride_c, stride_s, rows, ld, n, count);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// the convolution of one token: dst [n] from W rows x[j] [n], the oldest first. taps [W][ld], bias [n] or null. The
+// last vector is read element by element where n is no whole number of them; dst has room for it.
+
+template <class T, int TAPS>
+AD_INLINE V conv_lanes(const T* const* x, int64_t i, const float* taps, int64_t ld, const float* bias,
+                       int64_t taps_given) {
+    V y = bias ? vload(bias + i) : vzero();
+    const int64_t count = TAPS ? TAPS : taps_given;
+    AD_UNROLL for (int64_t j = 0; j < count; ++j) y = vfma(vload(taps + j * ld + i), vload(x[j] + i), y);
+    return y;
+}
+
+template <class T, int TAPS>
+static void conv_row(float* dst, const T* const* x, int64_t n, const float* taps, int64_t ld, const float* bias,
+                     int64_t count, bool silu) {
+    const int64_t whole = n / L * L;
+    for (int64_t i = 0; i < whole; i += L) {
+        const V y = conv_lanes<T, TAPS>(x, i, taps, ld, bias, count);
+        vstore(dst + i, silu ? vsilu(y) : y);
+    }
+    if (whole == n) return;
+    alignas(64) float y[L], sum[L] = {};
+    for (int64_t c = whole; c < n; ++c) {
+        sum[c - whole] = bias ? bias[c] : 0.0f;
+        for (int64_t j = 0; j < count; ++j) sum[c - whole] += taps[j * ld + c] * to_float(x[j][c]);
+    }
+    vstore(y, silu ? vsilu(vload(sum)) : vload(sum));
+    for (int64_t c = whole; c < n; ++c) dst[c] = y[c - whole];
+}
+
+template <class T>
+static void conv_row_as(float* dst, const void* const* rows, int64_t n, const float* taps, int64_t ld,
+                        const float* bias, int64_t count, bool silu) {
+    const T* const* x = reinterpret_cast<const T* const*>(rows);
+    if (count == FEW_TAPS) return conv_row<T, FEW_TAPS>(dst, x, n, taps, ld, bias, count, silu);
+    conv_row<T, 0>(dst, x, n, taps, ld, bias, count, silu);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// a task
+
+struct Convolved {  // one of q, k, v: where its channels begin, in the arrays and in a task's scratch rows
+    const GroupedTokens* x;
+    int64_t first, width, padded, at;
+};
+
+struct MixerScratch {
+    float *taps, *bias;     // [W][ld], [ld]
+    float* past;            // [S][ld]: the conv state before the call
+    float* window;          // [S][width]: a conv state on its way out
+    float* steps;           // [W][width]: the inputs of a token that has both tokens and state columns among them
+    float *q, *k;           // [CHUNK][heads][K]
+    float* norm_weight;     // [V]
+    int64_t* inputs;        // [CHUNK][W] of each token of the chunk: token t >= 0, or -1 - column of the conv state
+                            // and at the end [S]: the last live tokens, the latest first
+    const void** pointers;  // [max(W, S)]
+    char* rule;             // the rule's own
+};
+
+static int64_t width_of(const Mixer& m) { return round_up(m.rule.K < m.rule.V ? m.rule.V : m.rule.K, L); }
+
+class MixerRunner final : public RowMaker {
+  public:
+    MixerRunner(const Mixer& mixer, const MixerTask& task, char* memory)
+        : m(mixer), p(mixer.rule), job(task), seq(sequence(mixer.rule, task.n)), r(p.HV / p.H) {
+        const int64_t Kp = round_up(p.K, L), Vp = round_up(p.V, L);
+        part[0] = {&m.q, 0, p.K, Kp, 0};
+        part[1] = {&m.k, p.H * p.K, p.K, Kp, job.heads * Kp};
+        part[2] = {&m.v, 2 * p.H * p.K, p.V, Vp, 2 * job.heads * Kp};
+        Arena arena{memory};
+        carve_mixer(m, job.heads, arena, s, ld);
+    }
+
+    static size_t workspace(const Mixer& m, int64_t heads) {
+        Arena arena{reinterpret_cast<char*>(64)};  // addresses are only counted, never read
+        MixerScratch s;
+        int64_t ld;
+        carve_mixer(m, heads, arena, s, ld);
+        const int64_t values = heads * (m.rule.HV / m.rule.H);
+        return reinterpret_cast<size_t>(s.rule) - 64 +
+               ANYDELTA_ISA::workspace(m.rule, values < MAX_HEADS ? values : MAX_HEADS);
+    }
+
+    void run() {
+        int64_t tokens = 0;
+        for (int64_t t = seq.start; t < seq.end; ++t) {
+            const bool live = seq.row_in >= 0 && seq.live(p, t);
+            tokens += live;
+            if (!live) zero_outputs(t);
+        }
+        if (seq.row_in < 0) return;
+        load_parameters();
+        if (tokens > 0) {
+            p.q = scratch_rows(s.q);
+            p.k = scratch_rows(s.k);
+        }
+        // Tiled: the value heads of a q/k head are H apart, so each q/k head is a run of its own.
+        const int64_t runs = p.tiled ? job.heads : 1;
+        for (int64_t i = 0; i < runs; ++i) {
+            const int64_t values = p.tiled ? r : job.heads * r;
+            const int64_t first = p.tiled ? job.h0 + i : job.h0 * r, step = p.tiled ? p.H : 1;
+            for (int64_t j = 0; j < values; j += MAX_HEADS) {
+                const int64_t count = values - j < MAX_HEADS ? values - j : MAX_HEADS;
+                from_head = p.tiled ? i : j / r;
+                to_head = p.tiled ? i + 1 : (j + count - 1) / r + 1;
+                for (int64_t w = 0; w < m.W; ++w) newest[w] = w < m.W - 1 ? -1 - (m.S - 1 - w) : 0;
+                Runner(p, Task{job.n, first + j * step, count, 0, p.V, nullptr, step}, s.rule, this).run();
+            }
+        }
+        write_windows();
+    }
+
+    // q and k of the live tokens in [from, from + CHUNK).
+    int64_t prepare(int64_t from) override {
+        const int64_t end = from + CHUNK < seq.end ? from + CHUNK : seq.end;
+        begin = from;
+        for (int64_t t = from; t < end; ++t) {
+            if (!seq.live(p, t)) continue;
+            int64_t* in = s.inputs + (t - from) * m.W;
+            in[m.W - 1] = t;
+            for (int64_t w = 1; w < m.W; ++w) in[m.W - 1 - w] = newest[w - 1];
+            for (int64_t w = m.W - 2; w > 0; --w) newest[w] = newest[w - 1];
+            if (m.W > 1) newest[0] = t;
+            for (int64_t i = from_head; i < to_head; ++i) {
+                convolve(part[0], t, job.h0 + i, i, s.q + ((t - from) * job.heads + i) * p.K);
+                convolve(part[1], t, job.h0 + i, i, s.k + ((t - from) * job.heads + i) * p.K);
+            }
+        }
+        // read_token adds t * stride and head * K; take off what makes the chunk's first row the first of the scratch
+        const int64_t back = (from * job.heads + job.h0) * p.K * 4;
+        p.q.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.q) - static_cast<uintptr_t>(back));
+        p.k.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.k) - static_cast<uintptr_t>(back));
+        return end;
+    }
+
+    void values(int64_t t, int64_t hv, float* v) override { convolve(part[2], t, hv, local(hv), v); }
+
+    // out = o * rsqrt(mean o^2 + eps) * norm_weight * gate(z)
+    void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) override {
+        const int64_t n = round_up(p.V, L);
+        alignas(64) float stack[512];
+        float* const row = p.V <= 512 - L ? stack : s.window;  // free until the task ends
+        for (int64_t c = 0; c < count; ++c, o += ldo) {
+            const float* out = o;
+            if (m.norm) {
+                const V f = vset(1.0f / root(squared_norm(o, n) / static_cast<float>(p.V) + m.norm_eps));
+                if (m.gate != NormGate::none)
+                    read_row(row, grouped(m.z, seq.b, t[c], hv, p.V), m.z.dtype, p.V);
+                for (int64_t i = 0; i < n; i += L) {
+                    V y = vmul(vmul(vload(o + i), f), vload(s.norm_weight + i));
+                    if (m.gate == NormGate::silu) y = vmul(y, vsilu(vload(row + i)));
+                    if (m.gate == NormGate::sigmoid) y = vmul(y, vsigmoid(vload(row + i)));
+                    vstore(row + i, y);
+                }
+                out = row;
+            }
+            write_row(const_cast<void*>(grouped(m.o, seq.b, t[c], hv, p.V)), m.o.dtype, out, p.V);
+        }
+    }
+
+  private:
+    const Mixer& m;
+    Problem p;  // the rule's, whose q and k point to scratch
+    const MixerTask job;
+    const Sequence seq;
+    const int64_t r;  // value heads per q/k head
+    MixerScratch s;
+    int64_t ld;        // of taps, bias and past: all channels of the task
+    Convolved part[3];
+    int64_t from_head = 0, to_head = 0;  // heads of q and k, counted from h0, that this run of the rule needs
+    int64_t begin = 0;                   // of the chunk
+    int64_t newest[MAX_TAPS];            // the inputs before the next token, the latest first
+
+    static void carve_mixer(const Mixer& m, int64_t heads, Arena& arena, MixerScratch& s, int64_t& ld) {
+        const Problem& p = m.rule;
+        const int64_t width = width_of(m);
+        ld = heads * (2 * round_up(p.K, L) + p.HV / p.H * round_up(p.V, L));
+        s.taps = arena.take<float>(m.W * ld);
+        s.bias = arena.take<float>(ld);
+        s.past = arena.take<float>(m.S * ld);
+        s.window = arena.take<float>((m.S ? m.S : 1) * width);
+        s.steps = arena.take<float>(m.W * width);
+        s.q = arena.take<float>(CHUNK * heads * p.K);
+        s.k = arena.take<float>(CHUNK * heads * p.K);
+        s.norm_weight = arena.take<float>(round_up(p.V, L));
+        s.inputs = arena.take<int64_t>(CHUNK * m.W > m.S ? CHUNK * m.W : m.S);
+        s.pointers = arena.take<const void*>(m.W > m.S ? m.W : m.S);
+        s.rule = arena.at;
+    }
+
+    Tokens scratch_rows(float* rows) const {
+        Tokens x;
+        x.data = rows;
+        x.t = job.heads * p.K;
+        x.h = p.K;
+        return x;
+    }
+
+    // Where value head hv stands among the task's.
+    int64_t local(int64_t hv) const { return p.tiled ? (hv % p.H - job.h0) * r + hv / p.H : hv - job.h0 * r; }
+    // And the other way round.
+    int64_t value_head(int64_t i) const { return p.tiled ? job.h0 + i / r + i % r * p.H : job.h0 * r + i; }
+
+    template <class F>
+    void each_head(F&& f) {
+        for (int64_t i = 0; i < job.heads; ++i) f(part[0], job.h0 + i, i), f(part[1], job.h0 + i, i);
+        for (int64_t i = 0; i < job.heads * r; ++i) f(part[2], value_head(i), i);
+    }
+
+    char* window_at(const Windows& x, int64_t slot, int64_t n, int64_t channel) const {
+        return static_cast<char*>(x.data) + (slot * x.slot + n * x.n + channel * x.c) * dtype_size(x.dtype);
+    }
+
+    void load_parameters() {
+        each_head([&](const Convolved& c, int64_t head, int64_t i) {
+            const int64_t channel = c.first + head * c.width, at = c.at + i * c.padded;
+            read_rows(s.taps + at, ld, element(m.weight, m.weight_dtype, channel * m.weight_c), m.weight_dtype,
+                      m.weight_c, m.weight_w, c.width, m.W);
+            read_rows(s.past + at, ld, window_at(m.conv, 0, seq.row_in, channel), m.conv.dtype, m.conv.c, m.conv.s,
+                      c.width, m.S);
+            if (m.bias) read_row(s.bias + at, element(m.bias, m.bias_dtype, channel), m.bias_dtype, c.width);
+        });
+        if (!m.norm) return;
+        for (int64_t i = 0; i < round_up(p.V, L); ++i) s.norm_weight[i] = 1.0f;
+        if (m.norm_weight) read_row(s.norm_weight, m.norm_weight, m.norm_dtype, p.V);
+    }
+
+    // y_t of one head of q, k or v
+    void convolve(const Convolved& c, int64_t t, int64_t head, int64_t i, float* dst) {
+        const int64_t* in = s.inputs + (t - begin) * m.W;
+        const int64_t at = c.at + i * c.padded;
+        const float *taps = s.taps + at, *bias = m.bias ? s.bias + at : nullptr;
+        DType dtype = c.x->dtype;
+        if (in[0] >= 0 || dtype == DType::f32) {
+            for (int64_t w = 0; w < m.W; ++w)
+                s.pointers[w] = in[w] >= 0 ? grouped(*c.x, seq.b, in[w], head, c.width) : s.past + at + (-1 - in[w]) * ld;
+        } else {  // half tokens after float32 columns of the state
+            const int64_t width = width_of(m);
+            for (int64_t w = 0; w < m.W; ++w) {
+                s.pointers[w] = in[w] >= 0 ? s.steps + w * width : s.past + at + (-1 - in[w]) * ld;
+                if (in[w] >= 0) read_row(s.steps + w * width, grouped(*c.x, seq.b, in[w], head, c.width), dtype, c.width);
+            }
+            dtype = DType::f32;
+        }
+        if (dtype == DType::f32) return conv_row_as<float>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu);
+        if (dtype == DType::bf16) return conv_row_as<bf16>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu);
+        conv_row_as<f16>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu);
+    }
+
+    void zero_outputs(int64_t t) {
+        for (int64_t i = 0; i < job.heads * r; ++i)
+            std::memset(const_cast<void*>(grouped(m.o, seq.b, t, value_head(i), p.V)), 0,
+                        static_cast<size_t>(p.V * dtype_size(m.o.dtype)));
+    }
+
+    // The conv state after the last token, and its snapshots: the last S inputs up to a token, live ones only.
+    void write_windows() {
+        const int64_t length = seq.end - seq.start;
+        const int64_t slots = m.conv_snapshots.data ? (p.Ks < length ? p.Ks : length) : 0;
+        for (int64_t slot = 0; slot < slots; ++slot)
+            write_window(m.conv_snapshots, slot, job.n, last_inputs(seq.end - slot));
+        const int64_t live = last_inputs(seq.end);
+        if (live > 0) write_window(m.conv, 0, seq.row_in, live);
+    }
+
+    // The last live tokens before `end`, S at most, to s.inputs; returns how many there are.
+    int64_t last_inputs(int64_t end) const {
+        int64_t live = 0;
+        for (int64_t t = end - 1; t >= seq.start && live < m.S; --t)
+            if (seq.live(p, t)) s.inputs[live++] = t;
+        return live;
+    }
+
+    void write_window(const Windows& to, int64_t slot, int64_t n, int64_t live) {
+        const int64_t width = width_of(m);
+        each_head([&](const Convolved& c, int64_t head, int64_t i) {
+            const int64_t at = c.at + i * c.padded;
+            for (int64_t j = 0; j < m.S; ++j) {  // column S - 1 - j
+                float* row = s.window + (m.S - 1 - j) * width;
+                if (j < live)
+                    read_row(row, grouped(*c.x, seq.b, s.inputs[j], head, c.width), c.x->dtype, c.width);
+                else
+                    std::memcpy(row, s.past + at + (m.S - 1 - (j - live)) * ld, static_cast<size_t>(c.width) * 4);
+            }
+            write_rows(window_at(to, slot, n, c.first + head * c.width), to.dtype, to.c, to.s, s.window, width, c.width,
+                       m.S);
+        });
+    }
+};
+
+static size_t mixer_workspace(const Mixer& m, int64_t heads) { return MixerRunner::workspace(m, heads); }
+static const char* mix_task(const Mixer& m, const MixerTask& task, char* memory) {
+    MixerRunner(m, task, memory).run();
+    return AD_NAME(ANYDELTA_ISA);
+}
+
+}  // namespace anydelta::ANYDELTA_ISA

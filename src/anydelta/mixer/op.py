@@ -1,0 +1,325 @@
+"""The mixer's two public functions: validate, choose a backend, run. Plans are remembered as in `anydelta.op`."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import dispatch
+from ..op import Array, _core
+from .spec import (
+    MixerCall,
+    MixerOptions,
+    MixerSpec,
+    check_mixer,
+    check_mixer_values,
+    requiring_grad,
+    unpack_qkv,
+)
+
+
+@dataclass(slots=True)
+class _Plan:
+    spec: MixerSpec
+    backend: Any
+    native: Any
+    like_z: bool
+    """Whether the output looks like z."""
+    shape: tuple[int, int, int]
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 4096
+atexit.register(_plans.clear)  # plans hold native objects, which must go before the extension does
+
+
+def gated_delta_mixer_(
+    qkv: Any,
+    conv_state: Array,
+    state: Array,
+    *,
+    g: Array,
+    beta: Array,
+    conv_weight: Array,
+    conv_bias: Array | None = None,
+    activation: str | None = "silu",
+    scale: float | None = None,
+    decay: str = "raw",
+    A_log: Array | None = None,
+    dt_bias: Array | None = None,
+    lower_bound: float | None = None,
+    beta_is_logit: bool = True,
+    allow_neg_eigval: bool = False,
+    heads: str = "interleaved",
+    qk_l2norm: bool = True,
+    qk_l2norm_eps: float = 1e-6,
+    z: Array | None = None,
+    norm_weight: Array | None = None,
+    norm_eps: float = 1e-6,
+    norm_gate: str = "silu",
+    state_layout: str = "kv",
+    cu_seqlens: Array | None = None,
+    state_indices: Array | None = None,
+    mask: Array | None = None,
+    snapshots: Array | None = None,
+    conv_snapshots: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    """What stands between the projections of a linear attention layer, in one pass; both states advance in place.
+
+    Per channel c of q, k and v, where x are the inputs of a sequence and before them the columns of its conv state::
+
+        y_t     = silu(sum_j conv_weight[c, j] x_(t - W + 1 + j) + conv_bias[c])
+        q, k, v = split(y)
+        o       = gated_delta_rule_(q, k, v, state, gates)
+        out_t   = o_t / sqrt(mean(o_t^2) + norm_eps) * norm_weight * gate(z_t)
+
+    (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv 2510.26692.) HV, K and V are read off `state`, H off
+    the width of q. Everything between the inputs and the output is float32. No gradient.
+
+    Args:
+        qkv: [B, T, 2 H K + HV V] float32, bfloat16 or float16: the projections' output before the convolution, channels
+            in the order q, k, v, each head by head. Or (q, k, v), each [B, T, heads * width], or [B, T, groups,
+            heads / groups * width] with any strides between groups (views of a wider projection need no copy).
+        conv_state: [N, C, S] of qkv's dtype or float32, C = 2 H K + HV V, S >= W - 1: the last S inputs, the newest
+            last (Transformers keeps S = W). Zeros for a new sequence. With `state_indices` a pool [P, C, S].
+        state: [N, HV, K, V] float32 or bfloat16, or a pool [P, HV, K, V].
+        g, beta, A_log, dt_bias, lower_bound: the gates, as in `gated_delta_rule`; raw and a logit by default.
+        conv_weight: [C, W]; conv_bias: [C] or None.
+        activation: of the convolution: "silu" or None.
+        allow_neg_eigval: beta = 2 sigmoid(logit), in [0, 2] (fla's name; olmo_hybrid).
+        z: the gate of the norm, [B, T, HV * V] or grouped as v, qkv's dtype; None: a norm without gate.
+        norm_weight: [V]; None: no norm.
+        norm_gate: "silu" (Gated DeltaNet) or "sigmoid" (Kimi Delta Attention).
+        mask: [B, T] bool: a False token is as if it were not there: neither state sees it, its output is zero.
+        snapshots: [Ks, N, HV, K, V], conv_snapshots: [Ks, N, C, S], written: both states after the last token, and s
+            tokens earlier, as in `gated_delta_rule`.
+        scale, heads, qk_l2norm, qk_l2norm_eps, state_layout, cu_seqlens, state_indices, backend: as in
+            `gated_delta_rule`.
+
+    Returns:
+        [B, T, HV * V] in qkv's dtype: what the output projection takes.
+
+    Raises:
+        ValueError, TypeError: an invalid call; nothing was read or written.
+        UnsupportedError: the named backend cannot run it.
+    """
+    q, k, v = (qkv, None, None) if type(qkv) not in (tuple, list) else unpack_qkv("gated_delta_mixer_", qkv)
+    options = (
+        "gated_delta_mixer_", activation, scale, decay, lower_bound, beta_is_logit, allow_neg_eigval, heads,
+        qk_l2norm, qk_l2norm_eps, norm_eps, norm_gate, state_layout,
+    )  # fmt: skip
+    call = MixerCall(
+        q, k, v, conv_state, state, g, beta, conv_weight, conv_bias, A_log, dt_bias, z, norm_weight, mask,
+        cu_seqlens, state_indices, snapshots, conv_snapshots,
+    )  # fmt: skip
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        side = _torch_side()
+        if torch.compiler.is_compiling() or side.watched(q):
+            return side.traced(call, options, backend)
+        if torch.is_grad_enabled():
+            refuse_grad(call, options[0])
+    return execute(call, options, backend)
+
+
+def gated_delta_mixer(
+    qkv: Any,
+    conv_state: Array,
+    state: Array,
+    *,
+    snapshots: Array | None = None,
+    conv_snapshots: Array | None = None,
+    backend: str = "auto",
+    **arguments: Any,
+) -> tuple[Array, Array, Array]:
+    """As `gated_delta_mixer_`, with all of its arguments, but the given states are left as they are. Differentiable.
+
+    Gradients go through torch's own convolution and norm around `gated_delta_rule`, on any device.
+
+    Returns:
+        The output [B, T, HV * V], the new conv state [N, C, S] and the new state [N, HV, K, V] (zeros for skipped
+        sequences).
+
+    Raises:
+        ValueError, TypeError: an invalid call; nothing was read or written.
+        UnsupportedError: the named backend cannot run it.
+    """
+    call, options, backend = _parse(qkv, conv_state, state, snapshots, conv_snapshots, arguments, backend)
+    spec = check_mixer(_writable(call), options)
+    check_mixer_values(call, spec)
+    torch = sys.modules.get("torch")
+    if spec.framework == "torch" and torch is not None and torch.is_grad_enabled() and requiring_grad(call):
+        return _differentiable(call, spec, backend)
+    if spec.rule.pooled:
+        conv_state, state, arguments["state_indices"] = _gather(call, spec)
+    else:
+        conv_state, state = (
+            x.clone() if spec.framework == "torch" else x.copy() for x in (conv_state, state)
+        )
+    o = gated_delta_mixer_(
+        qkv,
+        conv_state,
+        state,
+        snapshots=snapshots,
+        conv_snapshots=conv_snapshots,
+        backend=backend,
+        **arguments,
+    )
+    return o, conv_state, state
+
+
+def _gather(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
+    """The pool rows that the call names, in its order, zeros for -1; and state_indices into those."""
+    rows: Any = call.state_indices
+    index: Any
+    if spec.framework == "torch":
+        import torch
+
+        rows = rows.to(call.state.device).long()
+        index = torch.where(rows < 0, rows, torch.arange(spec.rule.N, device=rows.device))
+    else:
+        index = np.where(rows < 0, rows, np.arange(spec.rule.N))
+    conv_state, state = (x[rows] for x in (call.conv_state, call.state))
+    conv_state[index < 0] = 0
+    state[index < 0] = 0
+    return conv_state, state, index
+
+
+def explain_mixer(
+    qkv: Any, conv_state: Array, state: Array, *, backend: str = "auto", **arguments: Any
+) -> dispatch.Trace:
+    """Which backend would run `gated_delta_mixer_(...)`, and why the others would not. Runs nothing.
+
+    Raises:
+        ValueError, TypeError: as the call itself would.
+    """
+    call, options, backend = _parse(
+        qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
+        backend, op="gated_delta_mixer_",
+    )  # fmt: skip
+    spec = check_mixer(call, options)
+    check_mixer_values(call, spec)
+    return dispatch.choose(spec, backend)
+
+
+def _parse(
+    qkv: Any, conv_state: Array, state: Array, snapshots: Any, conv_snapshots: Any, arguments: dict[str, Any],
+    backend: str, op: str = "gated_delta_mixer",
+) -> tuple[MixerCall, MixerOptions, str]:  # fmt: skip
+    """Keyword arguments as a call and its options.
+
+    Raises:
+        TypeError: an argument that the mixer does not have, or one that is missing.
+    """
+    arrays = {n: arguments[n] for n in arguments if n in _ARRAYS}
+    flags = {n: arguments[n] for n in arguments if n in _FLAGS}
+    for n in arguments:
+        if n not in arrays and n not in flags:
+            raise TypeError(f"{op}() got an unexpected keyword argument {n!r}")
+    for n in ("g", "beta", "conv_weight"):
+        if n not in arrays:
+            raise TypeError(f"{op}() missing required keyword-only argument {n!r}")
+    q, k, v = unpack_qkv(op, qkv)
+    call = MixerCall(q, k, v, conv_state, state, snapshots=snapshots, conv_snapshots=conv_snapshots, **arrays)
+    return call, MixerOptions(op=op, **flags), backend
+
+
+_ARRAYS = frozenset(MixerCall.__slots__) - {
+    "qkv", "k", "v", "conv_state", "state", "snapshots", "conv_snapshots", "o",
+}  # fmt: skip
+_FLAGS = frozenset(MixerOptions.__dataclass_fields__) - {"op"}
+
+
+def _writable(call: MixerCall) -> MixerCall:
+    """The call as it will run, on states that may be written: those given may be read-only or share memory."""
+    from ..spec import framework_of
+
+    def fresh(x: Any) -> Any:
+        kind = framework_of(x)
+        if kind == "torch":
+            return x.new_empty(x.shape)
+        return np.empty(x.shape, x.dtype) if kind == "numpy" else x
+
+    return replace(call, conv_state=fresh(call.conv_state), state=fresh(call.state))
+
+
+def _differentiable(call: MixerCall, spec: MixerSpec, backend: str) -> tuple[Array, Array, Array]:
+    from .composed import compose, final_windows
+
+    if call.snapshots is not None:
+        raise ValueError(
+            f"{spec.options.op}: snapshots have no gradient, but {', '.join(requiring_grad(call))} requires grad. "
+            "Use torch.no_grad(), or leave snapshots out"
+        )
+    o, windows, state = compose(call, spec, backend, inplace=False)
+    return o, final_windows(call, spec, windows), state
+
+
+def refuse_grad(call: MixerCall, op: str) -> None:
+    """The in-place op has no gradient: say so instead of returning a constant."""
+    if tracked := requiring_grad(call):
+        raise ValueError(
+            f"{op}: the in-place op has no gradient, but {', '.join(tracked)} requires grad. "
+            "Use gated_delta_mixer, or torch.no_grad()"
+        )
+
+
+_side: Any = None
+
+
+def _torch_side() -> Any:
+    """torch_op, imported with the first torch call and not with anydelta."""
+    global _side
+    if _side is None:
+        from . import torch_op
+
+        _side = torch_op
+    return _side
+
+
+def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
+    """Run an in-place call on real arrays, without gradients."""
+    key: Any = None
+    if _core is not None:
+        geometry = _core.geometry(
+            call.qkv, call.k, call.v, call.conv_state, call.state, call.g, call.beta, call.conv_weight,
+            call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight, call.mask, call.cu_seqlens,
+            call.state_indices, call.snapshots, call.conv_snapshots,
+        )  # fmt: skip
+        key = None if geometry is None else (geometry, options, backend)
+    try:
+        plan = None if key is None else _plans.get(key)
+    except TypeError:  # an unhashable option: check_mixer says which
+        plan = key = None
+    if plan is None:
+        spec = check_mixer(call, MixerOptions(*options))
+        check_mixer_values(call, spec)
+        chosen = dispatch.pick(spec, backend)
+        r = spec.rule
+        shape = (r.B, r.T, r.HV * r.V)
+        like_z = (
+            spec.framework == "torch" and call.z is not None and tuple(call.z.shape) == shape
+            and call.z.is_contiguous()
+        )  # fmt: skip
+        plan = _Plan(spec, chosen, chosen.prepare(spec, call, backend), like_z, shape)
+        if key is not None:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    elif plan.spec.rule.packed or plan.spec.rule.pooled:
+        check_mixer_values(call, plan.spec)
+    if plan.like_z:
+        import torch
+
+        call.o = torch.empty_like(call.z)
+    elif plan.spec.framework == "torch":
+        call.o = call.qkv.new_empty(plan.shape)
+    else:
+        call.o = np.empty(plan.shape, call.qkv.dtype)
+    plan.backend.run(plan.native, plan.spec, call)
+    return call.o
