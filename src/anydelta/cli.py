@@ -1,4 +1,4 @@
-"""The program `anydelta`: info | conform | bench. Needs the extra "cli" (typer and rich).
+"""The program `anydelta`: info | conform | generate | bench. Needs the extra "cli" (typer and rich).
 
 Exit codes: 0 all well, 1 something failed, 2 bad input or a missing package.
 """
@@ -34,6 +34,7 @@ def build_app() -> typer.Typer:
     import typer
 
     from .conformance.cli import register as register_conform
+    from .generate.cli import register as register_generate
 
     app = typer.Typer(
         name="anydelta",
@@ -57,6 +58,7 @@ def build_app() -> typer.Typer:
             _print_info(facts)
 
     register_conform(app)
+    register_generate(app)
     if importlib.util.find_spec("anydelta.bench.cli") is not None:
         from .bench.cli import register as register_bench
 

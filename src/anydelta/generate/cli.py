@@ -1,0 +1,214 @@
+"""`anydelta generate`: the text goes to stdout as it is written, figures to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Options that only count when tokens are drawn."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `generate` to the command line."""
+    app.command("generate")(generate_command)
+
+
+def _option(*names_and_help: str) -> Any:
+    *names, text = names_and_help
+    return typer.Option(*names, help=text)
+
+
+def generate_command(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - or none reads stdin.")] = None,
+    model: Annotated[
+        str | None, _option("--model", "-m", "A folder, or a hub name. Default: the repository's model.")
+    ] = None,
+    max_new_tokens: Annotated[int, _option("--max-new-tokens", "-n", "How many tokens at most.")] = 128,
+    min_new_tokens: Annotated[int | None, _option("--min-new-tokens", "How many at least.")] = None,
+    do_sample: Annotated[
+        bool | None,
+        _option("--do-sample/--greedy", "Draw tokens, or take the likeliest. Default: the model's."),
+    ] = None,
+    temperature: Annotated[float | None, _option("--temperature", "Below 1: safer, above: bolder.")] = None,
+    top_k: Annotated[int | None, _option("--top-k", "Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, _option("--top-p", "Draw from the likeliest that make up p.")] = None,
+    min_p: Annotated[float | None, _option("--min-p", "Draw from those above p times the likeliest.")] = None,
+    typical_p: Annotated[float | None, _option("--typical-p", "Locally typical sampling.")] = None,
+    repetition_penalty: Annotated[
+        float | None, _option("--repetition-penalty", "Above 1: tokens seen before become less likely.")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, _option("--no-repeat-ngram-size", "No run of so many tokens occurs twice.")
+    ] = None,
+    stop_strings: Annotated[
+        list[str] | None, _option("--stop-strings", "End after this text (repeat for more).")
+    ] = None,
+    seed: Annotated[int | None, _option("--seed", "Where the drawing starts.")] = None,
+    chat: Annotated[
+        bool, _option("--chat", "The prompt is a user's message in the model's chat form.")
+    ] = False,
+    echo: Annotated[bool, _option("--echo", "Write the prompt first.")] = False,
+    dtype: Annotated[str, _option("--dtype", f"{', '.join(DTYPES)}: the checkpoint's own.")] = "auto",
+    threads: Annotated[int | None, _option("--threads", "-t", "Number of threads. Default: torch's.")] = None,
+    plain: Annotated[bool, _option("--plain", "Transformers alone, without anydelta.")] = False,
+    compare: Annotated[
+        bool,
+        _option("--compare", "Write it with Transformers alone and with anydelta; exit 1 if they differ."),
+    ] = False,
+    as_json: Annotated[bool, _option("--json", "Only the record of the run, as JSON on stdout.")] = False,
+) -> None:
+    """Continue a prompt with a model of Transformers, on anydelta.
+
+    Examples:
+      anydelta generate "And God said"
+      anydelta generate --do-sample --temperature 0.7 --top-p 0.95 --seed 1 "Psalm 151"
+      anydelta generate -m Qwen/Qwen3.5-0.8B --dtype bfloat16 --chat "What is a gated delta rule?"
+      anydelta generate --compare "In the beginning"
+    """
+    given = {
+        name: value
+        for name, value in dict(
+            min_new_tokens=min_new_tokens, do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, typical_p=typical_p, repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size, stop_strings=stop_strings,
+        ).items()
+        if value is not None
+    }  # fmt: skip
+    try:
+        _check(max_new_tokens, threads, given, plain and compare)
+        need_packages()
+        name = default_model() if model is None else model
+        text = _prompt(prompt)
+        opened = open_checkpoint(name, dtype)
+        _check_sampling(opened, given)
+        if "stop_strings" in given:
+            given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
+        options = {"max_new_tokens": max_new_tokens, **given}
+        runs = _run(opened, text, options, threads, seed, chat, echo, plain, compare, as_json)
+    except CheckpointError as error:
+        _fail(str(error))
+    same = len(runs) < 2 or runs[0].tokens == runs[1].tokens
+    if as_json:
+        records = [dataclasses.asdict(r) for r in runs]
+        typer.echo(json.dumps({"runs": records, "identical": same} if compare else records[0], indent=1))
+    else:
+        for run in runs:
+            typer.echo(_figures(run), err=True)
+    if compare and not same:
+        first = next(
+            (i for i, pair in enumerate(zip(*(r.tokens for r in runs), strict=False)) if len(set(pair)) > 1),
+            min(len(r.tokens) for r in runs),
+        )
+        typer.echo(f"anydelta generate: the two texts differ from new token {first} on.", err=True)
+        raise typer.Exit(1)
+    if compare and not as_json:
+        typer.echo(f"The two texts are the same, token for token ({len(runs[0].tokens)} tokens).", err=True)
+
+
+def _run(
+    opened: Opened,
+    prompt: str,
+    options: dict[str, Any],
+    threads: int | None,
+    seed: int | None,
+    chat: bool,
+    echo: bool,
+    plain: bool,
+    compare: bool,
+    as_json: bool,
+) -> list[Any]:
+    import torch
+
+    from . import write
+
+    # What Transformers would say here is checked before, or is that its reference code is slow.
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    ways = [write.PLAIN] if plain else [write.with_anydelta()]
+    if compare:
+        ways.insert(0, write.PLAIN)
+
+    def show(piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    runs = []
+    try:
+        for way in ways:
+            if not as_json:
+                if compare:
+                    typer.echo(f"--- {way.name}")
+                if echo:
+                    show(prompt)
+            runs.append(
+                write.write(
+                    opened, prompt, way, options, seed=seed, chat=chat, show=(lambda piece: None) if as_json else show
+                )
+            )  # fmt: skip
+            if not as_json:
+                typer.echo()
+    finally:
+        torch.set_num_threads(before)
+    return runs
+
+
+def _prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise CheckpointError(
+            'requires a prompt; got none. Give it in quotes: anydelta generate "In the beginning"'
+        )
+    return sys.stdin.read()
+
+
+def _check(max_new_tokens: int, threads: int | None, given: dict[str, Any], both: bool) -> None:
+    if both:
+        raise CheckpointError("requires one of --plain and --compare; got both")
+    if max_new_tokens < 1:
+        raise CheckpointError(f"requires --max-new-tokens of at least 1; got {max_new_tokens}")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise CheckpointError(f"requires --threads from 1 to 1024; got {threads}")
+    if given.get("temperature", 1.0) <= 0:
+        raise CheckpointError(
+            f"requires a --temperature above 0; got {given['temperature']:g}. --greedy takes the likeliest token"
+        )
+    for name in ("top_p", "min_p", "typical_p"):
+        if not 0 < given.get(name, 1.0) <= 1:
+            raise CheckpointError(f"requires {_flag(name)} above 0 and at most 1; got {given[name]:g}")
+    for name in ("top_k", "no_repeat_ngram_size", "repetition_penalty", "min_new_tokens"):
+        if given.get(name, 1) <= 0:
+            raise CheckpointError(f"requires {_flag(name)} above 0; got {given[name]:g}")
+
+
+def _check_sampling(opened: Opened, given: dict[str, Any]) -> None:
+    """Options that would be accepted and not used are refused."""
+    asked = [name for name in SAMPLING if name in given]
+    if asked and not given.get("do_sample", opened.model.generation_config.do_sample):
+        raise CheckpointError(f"requires --do-sample with {_flag(asked[0])}; got greedy decoding")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _figures(run: Any) -> str:
+    speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.1f} tokens/s"
+    return (
+        f"{run.way}: {len(run.tokens)} tokens in {run.seconds:.2f} s: the first after {run.first_token_s:.3f} s "
+        f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} threads"
+    )
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"anydelta generate: {sentence.rstrip('.')}.", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,184 @@
+"""Run a model on a prompt and time it: the first token, and the tokens after it.
+
+A `Way` says how: plain Transformers, Transformers with anydelta, or something that drafts. It brings a context to run
+in, and more keyword arguments for `model.generate`, or a function to call in its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from .checkpoint import CheckpointError, Opened
+
+Context = Callable[[Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run."""
+
+    name: str
+    context: Context = lambda model: nullcontext()
+    """What surrounds the run, from the model."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """More keyword arguments for generate()."""
+    generate: Callable[..., Any] | None = None
+    """Called as generate(model, **inputs and options) in place of model.generate."""
+
+
+PLAIN = Way("transformers")
+
+
+def with_anydelta() -> Way:
+    """Transformers with the linear attention layers of the model on anydelta.
+
+    Raises:
+        CheckpointError: this Transformers is not one that is supported.
+    """
+    try:
+        from ..integrations import transformers as plug
+
+        plug.status()
+    except (ImportError, RuntimeError) as error:
+        raise CheckpointError(str(error)) from None
+    return Way("anydelta", context=plug.enable)
+
+
+@dataclass
+class Written:
+    """What was written, and how fast."""
+
+    model: str
+    way: str
+    dtype: str
+    threads: int
+    prompt_tokens: int
+    text: str = ""
+    """What follows the prompt."""
+    tokens: list[int] = field(default_factory=list)
+    stop: str = "length"
+    """Why it ended: length, end (an end-of-text token) or other (a stop string, a time limit)."""
+    first_token_s: float = 0.0
+    """From the call to the first token: the prompt, and what generate() does before it."""
+    seconds: float = 0.0
+    """The whole call."""
+    prompt_per_s: float | None = None
+    """Prompt tokens over the time to the first token."""
+    tokens_per_s: float | None = None
+    """Tokens after the first ones that came, over their time."""
+
+
+def write(
+    opened: Opened,
+    prompt: str,
+    way: Way,
+    options: Mapping[str, Any] | None = None,
+    *,
+    seed: int | None = None,
+    chat: bool = False,
+    show: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Continue `prompt`; `show` gets the text piece by piece. `options` are generate()'s own.
+
+    Raises:
+        CheckpointError: the model has no layer for the way, no chat template, or refuses an option.
+    """
+    import torch
+
+    inputs = _encode(opened, prompt, chat)
+    n = inputs["input_ids"].shape[1]
+    done = Written(
+        opened.name, way.name, str(opened.model.dtype).removeprefix("torch."), torch.get_num_threads(), n
+    )
+    stream, begin = _Stream(opened.tokenizer, show), 0.0
+    if seed is not None:
+        torch.manual_seed(seed)
+    run = opened.model.generate if way.generate is None else partial(way.generate, opened.model)
+    try:
+        with way.context(opened.model):
+            begin = time.perf_counter()
+            ids = run(**inputs, **{**(options or {}), **way.options}, streamer=stream)
+            done.seconds = time.perf_counter() - begin
+    except (ValueError, NotImplementedError) as error:  # generate() refuses, or no layer is anydelta's
+        hint = ". --plain runs it without anydelta" if "gated delta rule layers" in str(error) else ""
+        raise CheckpointError(" ".join(str(error).split()) + hint) from None
+    done.tokens = ids[0, n:].tolist()
+    done.text = opened.tokenizer.decode(done.tokens, skip_special_tokens=True)
+    done.stop = _why_it_ended(opened.model, done.tokens, (options or {}).get("max_new_tokens"))
+    if stream.times:
+        done.first_token_s = stream.times[0] - begin
+        done.prompt_per_s = n / done.first_token_s
+        if len(stream.times) > 1:  # a way that drafts may put several tokens at once
+            done.tokens_per_s = (len(stream.ids) - stream.first) / (stream.times[-1] - stream.times[0])
+    return done
+
+
+def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
+    """Token ids [1, T] and a mask of ones: where bos, eos and padding share a number, generate() would guess it."""
+    import torch
+
+    if chat:
+        try:
+            prompt = opened.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, AttributeError):
+            raise CheckpointError(f"--chat requires a chat template; got {opened.name} without one") from None
+    ids = opened.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
+    if ids.shape[1] == 0:
+        bos = opened.tokenizer.bos_token_id
+        if bos is None:
+            raise CheckpointError(
+                "requires a prompt: this model has no token to begin with; got an empty one"
+            )
+        ids = torch.tensor([[bos]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _why_it_ended(model: Any, tokens: list[int], limit: int | None) -> str:
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if tokens and tokens[-1] in ends:
+        return "end"
+    return "length" if limit is None or len(tokens) >= limit else "other"
+
+
+class _Stream:
+    """What generate() hands tokens to: notes when they came, and shows text as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]):
+        self.tokenizer, self.show = tokenizer, show
+        self.times: list[float] = []
+        self.ids: list[int] = []
+        self.first = 0
+        """How many tokens came first."""
+        self._prompt = True
+        self._from = self._read = 0
+
+    def put(self, value: Any) -> None:
+        if self._prompt:  # the first thing that generate() puts
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.reshape(-1).tolist()
+        self.first = self.first or len(self.ids)
+        self._flush(whole=False)
+
+    def end(self) -> None:
+        self._flush(whole=True)
+
+    def _flush(self, *, whole: bool) -> None:
+        # Decoded together with a few tokens before: a token's text may depend on its left neighbour.
+        shown = self._decode(self.ids[self._from : self._read])
+        text = self._decode(self.ids[self._from :])
+        if len(text) > len(shown) and (whole or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.show(text[len(shown) :])
+            self._from, self._read = self._read, len(self.ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""

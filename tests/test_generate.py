@@ -1,0 +1,285 @@
+"""`anydelta generate`: the text and the figures, and one clear sentence for whatever cannot be opened or run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from anydelta import cli  # noqa: E402
+from anydelta.generate import checkpoint, write  # noqa: E402
+from conftest import CPU_REASONS  # noqa: E402
+
+MODEL = checkpoint.REPOSITORY_MODEL
+if not MODEL.is_dir():
+    pytest.skip("the repository's model is not here", allow_module_level=True)
+native = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
+
+PROMPT = "In the beginning"
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Any:
+    """program(*args) -> (exit code, stdout, stderr) of `anydelta generate`"""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["generate", *args])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def opened() -> checkpoint.Opened:
+    return checkpoint.open_checkpoint(checkpoint.default_model())
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def changed(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@native
+def test_both_ways_write_the_same_and_say_how_fast(program: Any) -> None:
+    code, out, err = program("--compare", "-n", "12", "-t", "1", PROMPT)
+    assert code == 0
+    first, second = out.removeprefix("--- transformers\n").split("\n--- anydelta\n")
+    assert first.strip("\n") == second.strip("\n") != ""
+    assert "the same, token for token (12 tokens)" in err
+    assert "tokens/s" in err
+    assert "falling back" not in err
+
+
+@native
+def test_a_difference_exits_1(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bent = write.Way("anydelta", options={"repetition_penalty": 2.0})
+    monkeypatch.setattr(write, "with_anydelta", lambda: bent)
+    code, _, err = program("--compare", "-n", "24", PROMPT)
+    assert code == 1
+    assert "the two texts differ from new token" in err
+
+
+@native
+def test_anydelta_is_what_runs_and_only_meanwhile(opened: checkpoint.Opened) -> None:
+    import anydelta.integrations.transformers as adt
+
+    before = adt.status().taken
+    write.write(opened, PROMPT, write.PLAIN, {"max_new_tokens": 2})
+    assert adt.status().taken == before
+    write.write(opened, PROMPT, write.with_anydelta(), {"max_new_tokens": 2})
+    assert adt.status().taken != before
+    assert not adt.status(opened.model).layers
+
+
+def test_the_record_is_alone_on_stdout(program: Any) -> None:
+    code, out, _ = program("--plain", "--json", "-n", "5", "--threads", "1", PROMPT)
+    found = json.loads(out)
+    assert code == 0
+    assert found["way"] == "transformers"
+    assert found["threads"] == 1
+    assert found["stop"] == "length"
+    assert len(found["tokens"]) == 5
+    assert found["first_token_s"] > 0
+    assert found["tokens_per_s"] > 0
+
+
+def test_the_stream_is_the_text(opened: checkpoint.Opened) -> None:
+    pieces: list[str] = []
+    done = write.write(opened, PROMPT, write.PLAIN, {"max_new_tokens": 16}, show=pieces.append)
+    assert "".join(pieces) == done.text
+    assert len(pieces) > 4
+    want = opened.model.generate(
+        **opened.tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=16, do_sample=False
+    )
+    assert done.tokens == want[0, -16:].tolist()
+
+
+def test_characters_of_several_tokens_are_shown_whole() -> None:
+    class Bytes:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    pieces: list[str] = []
+    stream = write._Stream(Bytes(), pieces.append)
+    stream.put(torch.tensor([[1, 2]]))  # the prompt
+    for byte in "aé😀".encode():
+        stream.put(torch.tensor([byte]))
+    stream.end()
+    assert pieces == ["a", "é", "😀"]
+
+
+def test_a_seed_repeats_and_options_count(opened: checkpoint.Opened) -> None:
+    def draw(seed: int, **options: Any) -> list[int]:
+        options = {"max_new_tokens": 12, "do_sample": True, **options}
+        return write.write(opened, PROMPT, write.PLAIN, options, seed=seed).tokens
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    greedy = write.write(opened, PROMPT, write.PLAIN, {"max_new_tokens": 12, "do_sample": False}).tokens
+    assert draw(1, top_k=1) == greedy
+
+
+def test_a_way_can_bring_its_own_loop(opened: checkpoint.Opened) -> None:
+    seen: dict[str, Any] = {}
+
+    def loop(model: Any, *, input_ids: Any, streamer: Any, **options: Any) -> Any:
+        seen.update(options)
+        streamer.put(input_ids)
+        streamer.put(torch.tensor([5, 6]))
+        streamer.end()
+        return torch.cat((input_ids, torch.tensor([[5, 6]])), 1)
+
+    way = write.Way("mine", options={"mtp": 2}, generate=loop)
+    done = write.write(opened, PROMPT, way, {"max_new_tokens": 9})
+    assert done.tokens == [5, 6]
+    assert seen["mtp"] == 2
+    assert seen["max_new_tokens"] == 9
+
+
+def test_stop_strings_and_the_end_of_a_chapter(opened: checkpoint.Opened) -> None:
+    options = {"max_new_tokens": 60, "stop_strings": [","], "tokenizer": opened.tokenizer}
+    done = write.write(opened, PROMPT, write.PLAIN, options)
+    assert done.stop == "other"
+    assert done.text.rstrip().endswith(",")
+    end = opened.model.config.eos_token_id
+    assert write._why_it_ended(opened.model, [4, end], 9) == "end"
+
+
+def test_an_empty_prompt_begins_a_text(opened: checkpoint.Opened) -> None:
+    assert write.write(opened, "", write.PLAIN, {"max_new_tokens": 2}).prompt_tokens == 1
+
+
+# ---- One sentence
+
+
+def fails(program: Any, text: str, *args: str) -> None:
+    code, out, err = program(*args)
+    assert code == 2
+    assert out == ""
+    assert text in err
+    assert err.startswith("anydelta generate: ")
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("-n", "0", "x"), "requires --max-new-tokens of at least 1; got 0"),
+        (("-t", "0", "x"), "requires --threads from 1 to 1024; got 0"),
+        (("--plain", "--compare", "x"), "requires one of --plain and --compare; got both"),
+        (("--do-sample", "--temperature", "0", "x"), "requires a --temperature above 0; got 0. --greedy"),
+        (("--top-p", "0.9", "x"), "requires --do-sample with --top-p; got greedy decoding"),
+        (("--plain", "--do-sample", "--top-p", "7", "x"), "requires --top-p above 0 and at most 1; got 7"),
+        (("--repetition-penalty", "0", "x"), "requires --repetition-penalty above 0; got 0"),
+        (("--dtype", "float64", "x"), "requires a dtype of auto, float32, bfloat16, float16; got 'float64'"),
+        (("--plain", "--chat", "x"), "--chat requires a chat template"),
+        (("-m", "no/such/folder", "x"), "got no/such/folder, which does not exist"),
+        (("-m", "./nowhere", "x"), "got ./nowhere, which does not exist"),
+        (
+            ("-m", __file__, "x"),
+            "requires a folder with config.json and safetensors, or a hub name; got the file",
+        ),
+    ],
+)
+def test_bad_input(program: Any, args: tuple[str, ...], text: str) -> None:
+    fails(program, text, *args)
+
+
+def test_a_hub_name_without_network(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    fails(
+        program,
+        "the Hugging Face hub was not reached (ConnectionError: no route to host)",
+        "-m",
+        "no/body",
+        "x",
+    )
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def lost_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (truncated, "truncated or damaged"),
+        (empty_weights, "of 0 bytes, truncated or damaged"),
+        (lost_shard, "requires all 2 weight files of model.safetensors.index.json; got none named model-2"),
+        (lambda f: (f / "model.safetensors").unlink(), "got no *.safetensors file"),
+        (lambda f: (f / "config.json").unlink(), "without a config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "requires a readable config.json"),
+        (lambda f: changed(f, model_type="nonsense"), "model type `nonsense`"),
+        (lambda f: changed(f, model_type="vit"), "requires a class that writes text"),
+        (lambda f: changed(f, hidden_size=96), "its tensors have other shapes than its config.json says"),
+        (lambda f: changed(f, num_hidden_layers=9, layer_types=None), "requires every tensor of Qwen3_5ForCausalLM"),
+        (lambda f: (f / "tokenizer.json").unlink(), "requires a tokenizer beside the model"),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_wrong_checkpoint(program: Any, copied: Path, damage: Any, text: str) -> None:
+    damage(copied)
+    fails(program, text, "-m", str(copied), "x")
+
+
+@native
+def test_a_class_without_the_rule(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, tmp_path)
+    capsys.readouterr()
+    fails(program, "requires a model with gated delta rule layers", "-m", str(tmp_path), "x")
+    code, _, _ = program("-m", str(tmp_path), "--plain", "-n", "2", "x")
+    assert code == 0
+
+
+def test_no_default_outside_a_checkout(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checkpoint, "REPOSITORY_MODEL", tmp_path)
+    fails(program, "requires --model: the default is examples/tiny_model of a checkout", "x")
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_a_missing_package(missing: str) -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        f"u.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)\n"
+        "from anydelta.cli import main; main(['generate', 'x'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"anydelta generate: requires {missing}; got no such package. Run: pip install 'anydelta[transformers]'."
+    )
