@@ -20,10 +20,11 @@ from .spec import Call, CallSpec
 
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
+    "opencl": ("opencl", "reference"),
 }
 """Backends to try for tensors on a device, in order. A device that is not listed gets the reference."""
 
-NAMES: tuple[str, ...] = ("cpu", "reference")
+NAMES: tuple[str, ...] = ("cpu", "opencl", "reference")
 """Every backend that this version has; each is the module `anydelta.backends.NAME`."""
 
 ENV = "ANYDELTA_BACKEND"
