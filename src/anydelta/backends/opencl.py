@@ -562,7 +562,7 @@ def _params(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]) 
     fresh = fresh if opt.state_layout == "kv" else (*fresh[:-2], fresh[-1], fresh[-2])
     st = {name: strides(getattr(call, name), 4, name in converts) for name in ("q", "k", "v", "g", "beta")}
     dt_bias = call.dt_bias
-    dt = (0, 0)
+    dt: tuple[int, ...] = (0, 0)
     if dt_bias is not None:
         dt = strides(dt_bias, 2, "dt_bias" in converts)
         if spec.kda and len(dt_bias.shape) == 1:  # [HV * K]
@@ -603,7 +603,7 @@ def _address(x: Any) -> int:
     if x is None:
         return _ABSENT
     if type(x) is DeviceArray:
-        return int(x.memory.address) + int(x.offset)
+        return int(x.memory.address) + x.offset  # type: ignore[attr-defined]
     return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
 
 
