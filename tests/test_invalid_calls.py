@@ -508,3 +508,34 @@ def test_a_wrong_backend_is_named(value: str, function: str) -> None:
 @pytest.mark.parametrize("function", ["", "_"])
 def test_the_valid_call_is_valid(framework: str, packed: bool, function: str) -> None:
     invoke(valid(packed, framework), function)
+
+
+ROWS = {
+    "needs a pool": (dict(state_indices=None, state=np.zeros((2, HV, K, V), np.float32)), "require state_indices"),
+    "both kinds": (dict(snapshots=np.zeros((KS, 2, HV, K, V), np.float32)), "snapshots must be None"),
+    "wrong shape": (dict(snapshot_indices=np.array([[0], [3]])), r"must be \[Ks, N\]"),
+    "wrong dtype": (dict(snapshot_indices=np.array([[0.0, 2], [3, 5]])), "dtype int32 or int64"),
+    "not there": (dict(snapshot_indices=np.array([[0, 2], [3, P]])), r"in \[0, P\)"),
+    "unset": (dict(snapshot_indices=np.array([[0, 2], [3, -1]])), r"in \[0, P\)"),
+    "twice": (dict(snapshot_indices=np.array([[0, 2], [3, 0]])), "unique"),
+    "read by another": (dict(snapshot_indices=np.array([[0, 2], [3, 4]])), "another sequence reads"),
+    "shared and own": (
+        dict(state_indices=np.array([4, 4]), snapshot_indices=np.array([[4, 2], [3, 5]])), "another sequence reads",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("how", ROWS)
+def test_wrong_snapshot_rows_are_refused(how: str, framework: str) -> None:
+    args = valid(False, "numpy")
+    args |= {"snapshots": None, "snapshot_indices": np.array([[0, 2], [3, 5]])}
+    change, text = ROWS[how]
+    args |= change
+    if framework == "torch":
+        args = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in args.items()}
+    state = args["state"].copy() if framework == "numpy" else args["state"].clone()
+    qkv = [args.pop(n) for n in ("q", "k", "v", "state")]
+    with pytest.raises(ValueError, match=f"gated_delta_rule_: .*{text}"):
+        anydelta.gated_delta_rule_(*qkv, **args)
+    assert bool((qkv[3] == state).all())

@@ -64,6 +64,8 @@ def cases(draw: Any, **fixed: Any) -> Case:
         how = "functional"
     f[how] = True
     f.pop("functional", None)
+    if how == "inplace" and where == "pool" and f["snapshots"] and draw(st.booleans()):
+        f.update(scattered=True, pool=f["pool"] + N * f["snapshots"])
     return Case(**f | fixed)
 
 

@@ -11,7 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -116,10 +116,23 @@ def implementation(name: str, spec: CallSpec | MixerSpec) -> Any:
     return getattr(backend, "mixer", None) if isinstance(spec, MixerSpec) else backend
 
 
+def takes_rows(backend: Any) -> bool:
+    """Whether the backend writes snapshots to rows of the pool by itself (`CallSpec.snapshot_rows`)."""
+    return bool(getattr(backend, "snapshot_rows", False))
+
+
+def without_rows(spec: CallSpec) -> CallSpec:
+    """The call that op.py makes of one with `snapshot_indices` for the other backends: functional, dense snapshots."""
+    options = replace(spec.options, output_final_state=False)
+    return replace(spec, snapshot_rows=False, inplace=False, options=options)
+
+
 def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ...]:
     if reasons := tuple(get_backend(name).available()):
         return reasons
     runs = implementation(name, spec)
+    if isinstance(spec, CallSpec) and spec.snapshot_rows and not takes_rows(runs):
+        spec = without_rows(spec)
     return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
 
 

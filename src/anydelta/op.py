@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -143,9 +144,18 @@ def gated_delta_rule_(
     state_indices: Array | None = None,
     mask: Array | None = None,
     snapshots: Array | None = None,
+    snapshot_indices: Array | None = None,
     backend: str = "auto",
 ) -> Array:
     """As `gated_delta_rule`, but advances `state` [N, HV, K, V] (or the named rows of a pool) in place.
+
+    Args:
+        snapshot_indices: [Ks, N] int32 or int64, for a pool (with `state_indices`, without `snapshots`): where the
+            last states go. Row snapshot_indices[0, n] of `state` receives the state of sequence n after its last
+            token, snapshot_indices[s, n] that of s tokens earlier. No other row is written, not even the one that is
+            read, unless it is named: so a rollback is a choice of rows, and copies nothing. Rows that are
+            written must be unique and not be read by another sequence; rows that are read may then repeat
+            (sequences that share a prefix). Entries of skipped sequences, and with s >= T_n, are ignored.
 
     Returns:
         o [B, T, HV, V]. Rows of the pool that no index names keep their bits.
@@ -158,7 +168,9 @@ def gated_delta_rule_(
         "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, True,
     )  # fmt: skip
-    call = Call(q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    call = Call(
+        q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices
+    )
     return _run(call, options, backend, inplace=True)[0]
 
 
@@ -200,7 +212,7 @@ def _geometry(call: Call) -> Any:
         snapshots = None if type(snapshots) is DeviceArray else snapshots
     arrays = (
         call.q, call.k, call.v, call.g, call.beta, state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
-        call.state_indices, snapshots,
+        call.state_indices, snapshots, call.snapshot_indices,
     )  # fmt: skip
     geometry = None if _core is None else _core.geometry(*arrays)
     return geometry if resident is None or geometry is None else (geometry, resident)
@@ -249,6 +261,8 @@ def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -
         spec = check_call(call, Options(*options), inplace=inplace)
         check_values(call, spec)
         chosen = dispatch.pick(spec, backend)
+        if spec.snapshot_rows and not dispatch.takes_rows(chosen):
+            return _by_dense_snapshots(call, spec, options, backend)
         plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call))
         if geometry is not None:
             if len(_plans) >= _MAX_PLANS:
@@ -268,6 +282,33 @@ def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -
             call.state_out = _new_state(call, spec)
     plan.backend.run(plan.native, spec, call)
     return call.o, call.state_out
+
+
+def _by_dense_snapshots(
+    call: Call, spec: CallSpec, options: tuple[Any, ...], backend: str
+) -> tuple[Array, Array | None]:
+    """`snapshot_indices` for a backend that knows dense snapshots only: run on those, then move them to their rows."""
+    pool, rows = call.state_in, call.snapshot_indices
+    dense = replace(call, snapshots=None, snapshot_indices=None)
+    shape = (spec.snapshots, spec.N, *pool.shape[1:])
+    dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
+    lowered = dispatch.without_rows(spec)
+    chosen = dispatch.pick(lowered, backend)
+    dense.o = (
+        call.v.new_empty(call.v.shape) if spec.framework == "torch" else np.empty(call.v.shape, call.v.dtype)
+    )
+    chosen.run(chosen.prepare(lowered, dense), lowered, dense)
+    lengths = [spec.T] * spec.N
+    if call.cu_seqlens is not None:
+        lengths = [b - a for a, b in pairwise(call.cu_seqlens.tolist())]
+    live = [
+        length if row >= 0 else 0 for row, length in zip(call.state_indices.tolist(), lengths, strict=True)
+    ]
+    for slot, named in enumerate(rows.tolist()):
+        for n, row in enumerate(named):
+            if slot < live[n]:
+                pool[row] = dense.snapshots[slot, n]
+    return dense.o, pool
 
 
 def _allocation(spec: CallSpec, call: Call) -> tuple[Any, bool]:

@@ -47,7 +47,8 @@ class Call:
     """The arrays of one call. Backends read the inputs and write `o`, `state_out` and `snapshots`.
 
     `state_out` is `state_in` itself for the in-place op, and None when no final state is wanted. With
-    `state_indices`, `state_in` is a pool [P, ...]; `state_out` is that pool (in place) or dense [N, ...].
+    `state_indices`, `state_in` is a pool [P, ...]; `state_out` is that pool (in place) or dense [N, ...]. With
+    `snapshot_indices` [Ks, N] the snapshots are rows of that pool, and nothing else of it is written.
     """
 
     q: Any
@@ -62,6 +63,7 @@ class Call:
     cu_seqlens: Any = None
     state_indices: Any = None
     snapshots: Any = None
+    snapshot_indices: Any = None
     state_out: Any = None
     o: Any = None
 
@@ -98,6 +100,9 @@ class CallSpec:
     options: Options = field(default_factory=Options)
     resident: str = ""
     """The device ("vulkan:0") that holds the state and the snapshots, where they are `DeviceArray`s."""
+    snapshot_rows: bool = False
+    """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that set
+    `snapshot_rows` are shown such a spec; others run on dense snapshots, which op.py then moves."""
 
     def shape_line(self) -> str:
         """The call in one line, in the names of the contract."""
@@ -333,6 +338,9 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
     P, state_dtype, resident = _check_state(
         c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V
     )
+    Ks = 0 if call.snapshots is None else shape_of(call.snapshots)[0]
+    if call.snapshot_indices is not None:
+        Ks = _check_snapshot_indices(c, call, here, inplace=inplace, N=N)
 
     if call.mask is not None:
         c.array("mask", call.mask, here)
@@ -357,13 +365,14 @@ def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: boo
         pooled=call.state_indices is not None,
         masked=call.mask is not None,
         has_state=call.state_in is not None,
-        snapshots=0 if call.snapshots is None else shape_of(call.snapshots)[0],
+        snapshots=Ks,
         inplace=inplace,
         requires_grad=bool(tracked),
         framework=here[0],
         device=resident.partition(":")[0] or device_name(call.q),
         options=options,
         resident=resident,
+        snapshot_rows=call.snapshot_indices is not None,
     )  # fmt: skip
 
 
@@ -492,8 +501,25 @@ def _check_state(
     return P, state_dtype, resident
 
 
+def _check_snapshot_indices(c: _Checker, call: Call, here: tuple[str, str], *, inplace: bool, N: int) -> int:
+    """snapshot_indices [Ks, N] into the rows of the in-place op's pool. Returns Ks."""
+    if not inplace:
+        c.fail("snapshot_indices name rows of a pool that is written and go with gated_delta_rule_ only")
+    if call.snapshots is not None:
+        c.fail("snapshots must be None where snapshot_indices say where the states go; got both")
+    if call.state_indices is None:
+        c.fail("snapshot_indices name rows of a pool and require state_indices; got None")
+    if framework_of(call.state_in) is None:
+        c.fail("snapshot_indices require a pool in host memory or a torch tensor; got a device array")
+    c.index("snapshot_indices", call.snapshot_indices, here)
+    got = shape_of(call.snapshot_indices)
+    if len(got) != 2 or got[0] < 1 or got[1] != N:
+        c.fail(f"snapshot_indices must be [Ks, N] with Ks >= 1 and N = {N}; got {list(got)}")
+    return got[0]
+
+
 def check_values(call: Call, spec: CallSpec) -> None:
-    """The checks that read index data: cu_seqlens and state_indices.
+    """The checks that read index data: cu_seqlens, state_indices and snapshot_indices.
 
     On a GPU they would force a device sync, so they run only for index arrays that live on the host
     (always on the CPU backend).
@@ -511,6 +537,37 @@ def check_values(call: Call, spec: CallSpec) -> None:
         if used and (min(used) < 0 or max(used) >= spec.P):
             bad = min(used) if min(used) < 0 else max(used)
             c.fail(f"state_indices must be -1 (skip) or in [0, P) with P = {spec.P}; got {bad}")
-        if len(set(used)) != len(used):
+        if call.snapshot_indices is not None:
+            _check_snapshot_rows(c, call, spec, numpy)
+        elif len(set(used)) != len(used):
             twice = next(r for r in used if used.count(r) > 1)
             c.fail(f"state_indices must be unique apart from -1; got {twice} more than once")
+
+
+def _check_snapshot_rows(c: _Checker, call: Call, spec: CallSpec, numpy: bool) -> None:
+    """No row may be written twice, nor written for one sequence and read by another. Rows that are read may repeat."""
+    if not (numpy or call.snapshot_indices.device.type == "cpu"):
+        return
+    lengths = [spec.T] * spec.N
+    if call.cu_seqlens is not None:
+        if not (numpy or call.cu_seqlens.device.type == "cpu"):
+            return
+        lengths = [b - a for a, b in pairwise(call.cu_seqlens.tolist())]
+    read = call.state_indices.tolist()
+    readers: dict[int, set[int]] = {}
+    for n, row in enumerate(read):
+        readers.setdefault(row, set()).add(n)
+    written: set[int] = set()
+    for s, rows in enumerate(call.snapshot_indices.tolist()):
+        for n, row in enumerate(rows):
+            if read[n] == -1 or s >= lengths[n]:
+                continue  # nothing is written there, whatever the index
+            if not 0 <= row < spec.P:
+                c.fail(
+                    f"snapshot_indices must be in [0, P) with P = {spec.P} for all that is written; got {row}"
+                )
+            if row in written:
+                c.fail(f"snapshot_indices must be unique; got {row} more than once")
+            if readers.get(row, {n}) != {n}:
+                c.fail(f"snapshot_indices must not name a row that another sequence reads; got {row}")
+            written.add(row)

@@ -52,7 +52,7 @@ _LIB.define(
 )
 _LIB.define(
     "gated_delta_rule_(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
-    f"Tensor(b!)? snapshots=None, {_ARRAYS}, "
+    f"Tensor(b!)? snapshots=None, {_ARRAYS}, Tensor? snapshot_indices=None, "
     f'*, {_FLAGS}, str backend="auto") -> Tensor'
 )
 _LIB.define(
@@ -95,9 +95,10 @@ def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None,
 
 
 def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-             cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
+             cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=state, A_log=A_log, dt_bias=dt_bias, mask=mask,
-                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
+                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots,
+                  snapshot_indices=snapshot_indices)  # fmt: skip
     call, options, backend = _split("gated_delta_rule_", arrays, flags)
     _refuse_grad(call, options, True)
     return op.execute(call, options, backend, True)[0]
@@ -119,7 +120,7 @@ for _name, _impl in (
 
 def _is_concrete(call: Call) -> bool:
     """Whether every shape is known, so that it can be checked without pinning a dynamic one."""
-    arrays = (getattr(call, name) for name in (*_INPUTS, "snapshots"))
+    arrays = (getattr(call, name) for name in (*_INPUTS, "snapshots", "snapshot_indices"))
     return all(isinstance(n, int) for x in arrays if x is not None for n in x.shape)
 
 
@@ -145,8 +146,10 @@ def _fake_with_snapshots(q, k, v, g, beta, snapshots, *arrays, **flags):  # type
 
 
 def _fake_inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-                  cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
-    call = Call(q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+                  cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
+    call = Call(
+        q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices
+    )
     flags.pop("backend", None)
     if _is_concrete(call):
         check_call(call, Options(op="gated_delta_rule_", **flags), inplace=True)
@@ -278,7 +281,8 @@ def traced(
     qkv = (call.q, call.k, call.v, call.g, call.beta)
     if inplace:
         ops = torch.ops.anydelta.gated_delta_rule_
-        return ops(*qkv, call.state_in, call.snapshots, *arrays, **flags), call.state_in
+        rows = call.snapshot_indices
+        return ops(*qkv, call.state_in, call.snapshots, *arrays, rows, **flags), call.state_in
     if call.snapshots is not None:
         ops = torch.ops.anydelta.gated_delta_rule_snapshots
         o, state = ops(*qkv, call.snapshots, call.state_in, *arrays, output_final_state=final, **flags)

@@ -102,6 +102,7 @@ class _Plan:
 
 class Cpu:
     name = "cpu"
+    snapshot_rows = True
 
     def available(self) -> Sequence[Rejected]:
         if _core is None:
@@ -136,7 +137,7 @@ class Cpu:
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
         rows = {name: input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
         copies = [name for name, (_, copied) in rows.items() if copied]
-        copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices"))
+        copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices"))
         strides = {name: st for name, (st, _) in rows.items()}
         fields, state_copy, snapshots_copy = rule_fields(spec, call, strides)
         return _Plan(
@@ -153,7 +154,7 @@ class Cpu:
             return _run_with_copies(plan, spec, call)
         arrays = (
             call.q, call.k, call.v, call.g, call.beta, call.o, call.state_in, call.state_out, call.snapshots,
-            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices,
+            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
         )  # fmt: skip
         if plan.reads:
             _core.run_arrays(plan.native, plan.threads(), plan.torch, *arrays)
@@ -197,6 +198,8 @@ def rule_fields(
         st = element_strides(call.snapshots)
         snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1
         snapshots = contiguous_strides(tuple(call.snapshots.shape))[:4] if snapshots_copy else st[:4]
+    elif spec.snapshot_rows:
+        snapshots = state_in
     mask = element_strides(call.mask) if call.mask is not None else (0, 0)
     fields = dict(
         B=B, T=T, H=spec.H, HV=HV, K=spec.K, V=V, N=spec.N,
@@ -224,6 +227,7 @@ def rule_fields(
         Ks=spec.snapshots,
         cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
         indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
+        rows_are_int32=spec.snapshot_rows and dtype_name(call.snapshot_indices) == "int32",
     )  # fmt: skip
     return fields, state_copy, snapshots_copy
 
@@ -285,7 +289,10 @@ def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
         inner.snapshots = contiguous(call.snapshots)
     BACKEND.run(_Plan(plan.native, plan.torch, plan.reads), spec, inner)
     if plan.state_copy and spec.inplace:
-        rows = slice(None) if call.state_indices is None else call.state_indices[call.state_indices >= 0]
+        rows = slice(None)
+        if call.state_indices is not None:
+            named = call.state_indices if call.snapshot_indices is None else call.snapshot_indices
+            rows = named[(named >= 0) & (named < spec.P)]
         call.state_out[rows] = inner.state_out[rows]
     if plan.snapshots_copy:
         call.snapshots[...] = inner.snapshots

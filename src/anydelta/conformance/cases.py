@@ -66,6 +66,8 @@ class Case:
     mask: str = ""
     """One of MASKS: what is padding. "none": no token is live; "all": every token is."""
     snapshots: int = 0
+    scattered: bool = False
+    """The snapshots go to rows of the pool (snapshot_indices), some of them the rows that their sequence reads."""
     strides: str = "dense"
     """Of the inputs, see compare.Buffer: one of STRIDES."""
     state_strides: str = "dense"
@@ -96,6 +98,10 @@ class Case:
                 "fresh goes with neither inplace nor indices",
             ),
             (self.indices is not None and len(self.indices) != self.N, "indices must be one per sequence"),
+            (
+                self.scattered and not (self.inplace and self.snapshots and self.indices is not None),
+                "scattered goes with inplace, indices and snapshots",
+            ),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),
             (
                 self.state_strides == "expanded" and (self.inplace or self.snapshots),
@@ -125,7 +131,9 @@ class Case:
 
     @property
     def refused(self) -> bool:
-        """True for the cases that must raise ValueError: an index named twice."""
+        """True for the cases that must raise ValueError: an index named twice, of a state that is written."""
+        if self.scattered:
+            return False
         used = [i for i in self.indices or () if i >= 0]
         return len(set(used)) < len(used)
 
@@ -201,6 +209,7 @@ class Inputs:
     mask: NDArray[np.bool_] | None = None
     cu_seqlens: NDArray[np.int64] | None = None
     state_indices: NDArray[np.int64] | None = None
+    snapshot_indices: NDArray[np.int64] | None = None
 
     def live(self, case: Case) -> list[NDArray[np.bool_]]:
         """Per sequence: which of its tokens the operator must process."""
@@ -249,6 +258,7 @@ def inputs(case: Case) -> Inputs:
         mask=_mask(c, rng),
         cu_seqlens=None if c.seqlens is None else np.cumsum([0, *c.seqlens]),
         state_indices=None if c.indices is None else np.array(c.indices, np.int64),
+        snapshot_indices=_snapshot_rows(c, rng) if c.scattered else None,
     )
     if c.strides != "expanded":
         dead = ~_rows(c, out.live(c))
@@ -262,6 +272,21 @@ def _rows(c: Case, live: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     if not live:
         return np.zeros((c.B, c.T), bool)
     return np.stack(live) if c.seqlens is None else np.concatenate(live)[None]
+
+
+def _snapshot_rows(c: Case, rng: np.random.Generator) -> NDArray[np.int64]:
+    """[Ks, N] rows of the pool: a sequence's own row if nobody else reads it, then rows that nobody reads; -1 where
+    nothing is written."""
+    assert c.indices is not None
+    lengths = c.seqlens or (c.T,) * c.N
+    used = [i for i in c.indices if i >= 0]
+    spare = [int(r) for r in rng.permutation(c.P) if r not in used]
+    rows = np.full((c.snapshots, c.N), -1, np.int64)
+    for n, (row, length) in enumerate(zip(c.indices, lengths, strict=True)):
+        mine = [row] if used.count(row) == 1 else []
+        for s in rng.permutation(min(length, c.snapshots) if row >= 0 else 0):
+            rows[s, n] = mine.pop() if mine else spare.pop()
+    return rows
 
 
 def _unit(x: F64) -> F64:
@@ -552,6 +577,23 @@ def _pools() -> Iterator[Case]:
         )
 
 
+def _scattered() -> Iterator[Case]:
+    """Snapshots in rows of the pool: own rows and fresh ones, rows read by several sequences, skipped sequences."""
+    for Ks in (1, 2, 4, 7):
+        for T in (1, 3, 4, 9, 50):
+            for i, indices in enumerate(((5,), (0, 3, 1), (2, -1, 2, 6))):
+                yield Case(
+                    B=len(indices), T=T, H=1, HV=2, K=16, V=32, pool=32, indices=indices, snapshots=Ks,
+                    scattered=True, inplace=True, kda=(T + i) % 2 == 0, layout="vk" if i == 1 else "kv",
+                    state_dtype="bfloat16" if (Ks + T) % 3 == 0 else "float32", int64=i == 2,
+                    mask="random" if T == 9 else "", state_strides=STATE_STRIDES[Ks % 3],
+                )  # fmt: skip
+        yield Case(
+            seqlens=(2, 0, 5, 1), H=1, HV=1, K=20, V=13, pool=30, indices=(7, 1, 7, -1), snapshots=Ks,
+            scattered=True, inplace=True,
+        )  # fmt: skip
+
+
 def _masks() -> Iterator[Case]:
     for mask in MASKS:
         for T in (1, 5, 18, 70):
@@ -633,7 +675,7 @@ def _random(count: int) -> Iterator[Case]:
 def _all() -> Iterator[Case]:
     for group in (
         _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _strides(), _packed(),
-        _pools(), _masks(), _snapshots(), _random(150),
+        _pools(), _scattered(), _masks(), _snapshots(), _random(150),
     ):  # fmt: skip
         yield from group
 

@@ -235,7 +235,7 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
     dtypes = {
         "q": case.dtype, "k": case.dtype, "v": case.dtype, "g": case.gate_dtype, "beta": case.gate_dtype,
         "A_log": "float32", "dt_bias": case.gate_dtype, "mask": "bool", "cu_seqlens": index_dtype,
-        "state_indices": index_dtype,
+        "state_indices": index_dtype, "snapshot_indices": index_dtype,
     }  # fmt: skip
     out = {}
     for name, dtype in dtypes.items():
@@ -251,7 +251,7 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
             named = np.isin(np.arange(case.P), case.indices)
             stored[~named] = np.nan  # nobody may read these rows
         out["state"] = Buffer(stored, stored.shape, case.state_dtype, case.state_strides, target)
-    if case.snapshots:
+    if case.snapshots and not case.scattered:
         tail = (case.K, case.V) if case.layout == "kv" else (case.V, case.K)
         shape = (case.snapshots, case.N, case.HV, *tail)
         out["snapshots"] = Buffer(None, shape, case.state_dtype, case.state_strides, target)
@@ -334,7 +334,10 @@ def _check_result(
 
     moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose state changes at all
     written = held.get("state")
-    if case.inplace:
+    if case.scattered:
+        assert written is not None
+        _judge_rows(v, case, values, exact, written)
+    elif case.inplace:
         assert written is not None
         index = np.arange(case.N) if values.state_indices is None else values.state_indices
         rows = index[~exact.skipped]
@@ -371,6 +374,23 @@ def _check_result(
                 v.errors.append(f"snapshots: {stray}")
         elif not (case.inplace and name == "state") and (stray := b.stray()):
             v.errors.append(f"{name}: {stray}; it is an input")
+
+
+def _judge_rows(v: Verdict, case: Case, values: Inputs, exact: reference.Expected, pool: Buffer) -> None:
+    """The snapshots in the rows of the pool that name them; every other row keeps its bits."""
+    assert exact.snapshots is not None
+    assert exact.snapshot_written is not None
+    assert values.snapshot_indices is not None
+    got = pool.values()
+    allowed = np.zeros(case.P, bool)
+    for slot, (written, rows) in enumerate(zip(exact.snapshot_written, values.snapshot_indices, strict=True)):
+        if written.any():
+            _judge(
+                v, f"snapshot {slot}", got[rows[written]], exact.snapshots[slot][written], case.state_dtype
+            )
+        allowed[rows[written]] = True
+    if stray := pool.stray(allowed):
+        v.errors.append(f"state: {stray}")
 
 
 def _judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:

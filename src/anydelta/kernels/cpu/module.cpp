@@ -22,7 +22,7 @@ namespace {
 
 struct Plan {
     Problem p{};
-    bool cu_is_int32 = false, indices_are_int32 = false;
+    bool cu_is_int32 = false, indices_are_int32 = false, rows_are_int32 = false;
 };
 
 template <class T>
@@ -88,6 +88,7 @@ Plan make_plan(const nb::dict& d) {
     p.Ks = field<int64_t>(d, "Ks");
     plan.cu_is_int32 = field<bool>(d, "cu_is_int32");
     plan.indices_are_int32 = field<bool>(d, "indices_are_int32");
+    plan.rows_are_int32 = field<bool>(d, "rows_are_int32");
     return plan;
 }
 
@@ -161,7 +162,7 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // A problem's index arrays, widened; they must outlive the run.
 struct Indices {
-    std::vector<int64_t> cu, rows;
+    std::vector<int64_t> cu, rows, snapshots;
     void widen_into(Problem& p, const Plan& plan, uintptr_t cu_seqlens, uintptr_t state_indices) {
         if (cu_seqlens) {
             cu = widen(cu_seqlens, p.N + 1, plan.cu_is_int32);
@@ -176,7 +177,8 @@ struct Indices {
 
 void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t g,
               uintptr_t beta, uintptr_t o, uintptr_t state_in, uintptr_t state_out, uintptr_t snapshots,
-              uintptr_t A_log, uintptr_t dt_bias, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t state_indices) {
+              uintptr_t A_log, uintptr_t dt_bias, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t state_indices,
+              uintptr_t snapshot_indices) {
     Problem p = plan.p;
     p.q.data = at(q);
     p.k.data = at(k);
@@ -192,6 +194,12 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
     p.mask = static_cast<const uint8_t*>(at(mask));
     Indices indices;
     indices.widen_into(p, plan, cu_seqlens, state_indices);
+    if (snapshot_indices) {  // the states go to these rows of the pool, and nowhere else
+        indices.snapshots = widen(snapshot_indices, p.Ks * p.N, plan.rows_are_int32);
+        p.snapshot_indices = indices.snapshots.data();
+        p.snapshots.data = p.in.data;
+        p.out.data = nullptr;
+    }
     ++calls;
     nb::gil_scoped_release unlocked;
     run(p, *chosen.load(), threads, share_openmp);
@@ -270,14 +278,14 @@ nb::object geometry(const nb::args& arrays) {
     return nb::bytes(key.data(), key.size());
 }
 
-// run_plan on arrays: plan, threads, share_openmp, then the 14 arrays (or None) in run_plan's order
+// run_plan on arrays: plan, threads, share_openmp, then the 15 arrays (or None) in run_plan's order
 void run_arrays(const Plan& plan, int threads, bool share_openmp, const nb::args& arrays) {
-    std::array<uintptr_t, 14> a{};
-    if (arrays.size() != a.size()) throw std::invalid_argument("run_arrays takes 14 arrays");
+    std::array<uintptr_t, 15> a{};
+    if (arrays.size() != a.size()) throw std::invalid_argument("run_arrays takes 15 arrays");
     for (size_t i = 0; i < a.size(); ++i)
         if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
     run_plan(plan, threads, share_openmp, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
-             a[12], a[13]);
+             a[12], a[13], a[14]);
 }
 
 // The same for the mixer; arrays in the order of MixerArray.

@@ -48,6 +48,8 @@ struct Problem {
 
     const int64_t* cu_seqlens = nullptr;     // [N + 1] or null: sequence n is row n of the batch
     const int64_t* state_indices = nullptr;  // [N] or null; -1 skips
+    // [Ks, N] or null: slot s of sequence n is this row of `snapshots`, which is then the pool `in`
+    const int64_t* snapshot_indices = nullptr;
 };
 
 // Columns [col0, col0 + cols) of `heads` consecutive value heads of one sequence: the unit of parallel work. Column

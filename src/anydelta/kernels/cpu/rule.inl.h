@@ -768,7 +768,8 @@ class Runner {
         return p.out.data ? state_at(p, p.out, 0, seq.row_out, h->hv, job.col0 + panel * W) : nullptr;
     }
     char* snapshot(int64_t slot, int64_t panel) const {
-        return state_at(p, p.snapshots, slot, job.n, h->hv, job.col0 + panel * W);
+        const int64_t n = p.snapshot_indices ? p.snapshot_indices[slot * p.N + job.n] : job.n;
+        return state_at(p, p.snapshots, p.snapshot_indices ? 0 : slot, n, h->hv, job.col0 + panel * W);
     }
 
     void zero_output(int64_t t) const {
