@@ -5,6 +5,8 @@
 
     o = anydelta.gated_delta_mixer_(qkv, conv_state, state, g=a, beta=b, ...)   # with convolution, gates and norm
 
+    pool = anydelta.StatePool(8, HV=32, K=128, V=128, snapshots=5)      # commit and rollback, for many sequences
+
 Torch tensors and NumPy arrays both work. `explain(...)` and `explain_mixer(...)` say which backend runs a call and why.
 """
 
@@ -14,12 +16,16 @@ from .devices import Device, DeviceArray, DeviceError, device
 from .dispatch import UnsupportedError
 from .mixer.op import explain_mixer, gated_delta_mixer, gated_delta_mixer_
 from .op import explain, gated_delta_rule, gated_delta_rule_
+from .state import Snapshot, Snapshots, StatePool
 
 __version__ = "0.1.0"
 __all__ = [
     "Device",
     "DeviceArray",
     "DeviceError",
+    "Snapshot",
+    "Snapshots",
+    "StatePool",
     "UnsupportedError",
     "__version__",
     "device",

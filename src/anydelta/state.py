@@ -1,0 +1,859 @@
+"""Commit and rollback: the recurrent and convolution states of many sequences, and the way back.
+
+    pool = StatePool(8, HV=32, K=128, V=128, layers=36, snapshots=5, conv_channels=8192, conv_width=4)
+    s = pool.new()
+    pool.begin(5)                                  # five tokens of every sequence are about to run
+    for layer in range(36):
+        window = pool.conv_inputs(x, layer=layer)                        # [N, W-1+T, C]
+        o = pool.run(q, k, v, g=g, beta=beta, layer=layer)               # [N, T, HV, V]
+    pool.commit(3)                                 # keep the first three; the last two never happened
+
+A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back as
+
+    slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
+
+Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
+same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing. A pool is
+used by one thread at a time; different pools know nothing of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .op import gated_delta_rule_
+from .spec import LAYOUTS
+
+Array = Any
+FORMS = ("slots",)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of one sequence's states, outside of any pool."""
+
+    states: Array
+    """[layers, HV, K, V] or [layers, HV, V, K]"""
+    conv: Array | None = None
+    """[layers, W-1, C]: the last inputs of the convolution, oldest first; None without one."""
+    state_layout: str = "kv"
+    length: int = 0
+    """Tokens that the sequence has seen."""
+    tokens: tuple[int, ...] | None = None
+    """Which ones, if the caller said so: `Snapshots.nearest` looks for them."""
+
+
+class _Sequence:
+    __slots__ = ("conv_end", "length", "pending", "rows")
+
+    def __init__(self, rows: list[int]):
+        self.rows = rows  # slots: newest first. log: the one row of the base state
+        self.pending = 0  # tokens run since the last commit
+        self.length = 0
+        self.conv_end = 0  # where the convolution's last input ends in its buffer
+
+    def copy(self) -> _Sequence:
+        other = _Sequence(list(self.rows))
+        other.pending, other.length, other.conv_end = self.pending, self.length, self.conv_end
+        return other
+
+
+class StatePool:
+    """The states of up to `capacity` sequences in all layers of a model.
+
+    Args:
+        capacity: how many sequences may live at once.
+        HV, K, V: heads and sizes of a state, as in `gated_delta_rule`; H: q/k heads (for the log; HV if None).
+        layers: linear attention layers that share the pool.
+        snapshots: K of the contract. A sequence can be taken back by 0 to K - 1 tokens.
+        form: "slots" or "log"; docs/rollback.md says which is faster when.
+        kda: whether the gates are vectors over K (the log stores them).
+        conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K-1 raw inputs are
+            kept, so that it goes back with the states. 0: no convolution.
+        dtype: "float32" or "bfloat16", of the states. conv_dtype: of the convolution's inputs, "float32" if None.
+        state_layout: "kv" or "vk".
+        device: None for NumPy arrays, otherwise a torch device for tensors.
+        backend: as for `gated_delta_rule_`.
+
+    Raises:
+        ValueError, TypeError: a size below 1, an unknown form, layout or dtype.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        HV: int,
+        K: int,
+        V: int,
+        H: int | None = None,
+        layers: int = 1,
+        snapshots: int = 1,
+        form: str = "slots",
+        kda: bool = False,
+        conv_channels: int = 0,
+        conv_width: int = 0,
+        dtype: str = "float32",
+        conv_dtype: str | None = None,
+        state_layout: str = "kv",
+        device: Any = None,
+        backend: str = "auto",
+    ):
+        H = HV if H is None else H
+        sizes = dict(capacity=capacity, HV=HV, K=K, V=V, H=H, layers=layers, snapshots=snapshots)
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"StatePool: {name} must be an int; got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"StatePool: {name} must be >= 1; got {value}")
+        if HV % H:
+            raise ValueError(f"StatePool: HV must be a multiple of H; got HV={HV}, H={H}")
+        for name, choice, known in (("form", form, FORMS), ("state_layout", state_layout, LAYOUTS)):
+            if choice not in known:
+                raise ValueError(
+                    f"StatePool: {name} must be one of {', '.join(map(repr, known))}; got {choice!r}"
+                )
+        if (conv_channels > 0) != (conv_width > 0):
+            raise ValueError(
+                "StatePool: conv_channels and conv_width go together; "
+                f"got conv_channels={conv_channels}, conv_width={conv_width}"
+            )
+        self.capacity, self.layers, self.snapshots, self.form = capacity, layers, snapshots, form
+        self.H, self.HV, self.K, self.V, self.kda = H, HV, K, V, kda
+        self.conv_channels, self.conv_width = conv_channels, conv_width
+        self.state_layout, self.device, self.backend = state_layout, device, backend
+        self.dtype = str(dtype)
+        self._sequences: list[_Sequence | None] = [None] * capacity
+        self._batch: list[int] = []
+        self._lengths: list[int] = []
+        self._todo: set[int] = set()  # layers whose rule has yet to run
+        self._conv_todo: set[int] = set()
+        self._certain = False  # the tokens of this begin are committed as they run
+        self._undo: Any = None  # how `cancel` restores the book-keeping
+        tail = (HV, K, V) if state_layout == "kv" else (HV, V, K)
+        self._form: Any
+        self._form = _Slots(self, tail)
+        # What must survive a step, and as much again, so that moving it to the front is rare.
+        self._kept = conv_width - 1 + snapshots - 1 if conv_width else 0
+        self._conv = None
+        if conv_width:
+            shape = (layers, capacity, 2 * self._kept + 1, conv_channels)
+            self._conv = self._zeros(shape, conv_dtype or "float32")
+        self._conv_at: list[tuple[int, int]] = []  # per sequence of the batch: (read up to, write from)
+
+    # ---- arrays of either kind
+
+    def _zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        name = dtype or self.dtype
+        if self.device is not None:
+            import torch
+
+            return torch.zeros(shape, dtype=getattr(torch, name), device=self.device)
+        if name == "bfloat16":
+            import ml_dtypes
+
+            return np.zeros(shape, ml_dtypes.bfloat16)
+        return np.zeros(shape, name)
+
+    def _index(self, values: Any) -> Array:
+        if self.device is not None:
+            import torch
+
+            return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return np.array(values, np.int64)
+
+    def _copy(self, x: Array) -> Array:
+        return x.clone() if self.device is not None else x.copy()
+
+    def _fail(self, method: str, text: str) -> NoReturn:
+        raise ValueError(f"StatePool.{method}: {text}")
+
+    # ---- sequences
+
+    @property
+    def sequences(self) -> list[int]:
+        """The sequences that live, in ascending order."""
+        return [i for i, s in enumerate(self._sequences) if s is not None]
+
+    def _get(self, method: str, sequence: int) -> _Sequence:
+        found = None
+        if isinstance(sequence, (int, np.integer)) and 0 <= sequence < self.capacity:
+            found = self._sequences[sequence]
+        if found is None:
+            self._fail(method, f"requires a living sequence; got {sequence!r}. Living: {self.sequences}")
+        return found
+
+    def _vacancy(self, method: str) -> int:
+        for i, s in enumerate(self._sequences):
+            if s is None:
+                return i
+        self._fail(
+            method,
+            f"requires a free place; got a pool whose {self.capacity} sequences all live. Free one first",
+        )
+
+    def _not_running(self, method: str) -> None:
+        if self._todo or self._conv_todo:
+            self._fail(method, f"requires that all layers have run since begin; {self._missing()}")
+
+    def _missing(self) -> str:
+        parts = [
+            f"{len(left)} of {self.layers} {what} are missing"
+            for left, what in ((self._todo, "calls of run"), (self._conv_todo, "calls of conv_inputs"))
+            if left
+        ]
+        return "got a step of which " + " and ".join(parts) + ". Run them, or cancel()"
+
+    def new(self) -> int:
+        """A sequence that has seen nothing: states and convolution inputs of zeros.
+
+        Raises:
+            ValueError: every place is taken.
+        """
+        self._not_running("new")
+        place = self._vacancy("new")
+        s = _Sequence([self._form.fresh(place)])
+        if self._conv is not None:
+            s.conv_end = self.conv_width - 1
+            self._conv[:, place, : s.conv_end] = 0
+        self._sequences[place] = s
+        return place
+
+    def fork(self, sequence: int) -> int:
+        """A second sequence with the same past, its way back included.
+
+        The recurrent state is shared and copied by nobody: the next step of either writes elsewhere. The
+        convolution's inputs (and a log) are copied, being small.
+
+        Raises:
+            ValueError: no such sequence, or every place is taken.
+        """
+        self._not_running("fork")
+        parent = self._get("fork", sequence)
+        place = self._vacancy("fork")
+        self._sequences[place] = child = parent.copy()
+        self._form.share(sequence, place, child)
+        if self._conv is not None:
+            self._conv[:, place] = self._conv[:, sequence]
+        return place
+
+    def free(self, sequence: int) -> None:
+        """End a sequence. Its rows serve others.
+
+        Raises:
+            ValueError: no such sequence.
+        """
+        self._not_running("free")
+        s = self._get("free", sequence)
+        self._form.release(sequence, s)
+        self._sequences[sequence] = None
+
+    def select(self, parents: Sequence[int], sequences: Sequence[int] | None = None) -> None:
+        """Beam search's step: sequence i of `sequences` (all if None) goes on from the past of parents[i].
+
+        Raises:
+            ValueError: lists of different lengths, or no such sequence.
+        """
+        self._not_running("select")
+        targets = self.sequences if sequences is None else [int(s) for s in sequences]
+        sources = [int(p) for p in parents]
+        if len(targets) != len(sources) or len(set(targets)) != len(targets):
+            self._fail(
+                "select",
+                f"requires one parent for each of {len(targets)} different sequences; got {len(sources)}",
+            )
+        for s in (*targets, *sources):
+            self._get("select", s)
+        children = [self._get("select", p).copy() for p in sources]
+        conv = None
+        if self._conv is not None:
+            conv = self._copy(self._conv[:, sources])
+        self._form.select(sources, targets, children)
+        for i, (target, child) in enumerate(zip(targets, children, strict=True)):
+            self._sequences[target] = child
+            if conv is not None:
+                self._conv[:, target] = conv[:, i]  # type: ignore[index]
+
+    def length(self, sequence: int) -> int:
+        """Tokens that the sequence has seen, those not yet committed included."""
+        return self._get("length", sequence).length
+
+    def recorded(self, sequence: int) -> int:
+        """How many tokens the sequence could be taken back by now."""
+        return int(self._form.recorded(sequence, self._get("recorded", sequence)))
+
+    # ---- steps
+
+    def begin(
+        self, tokens: int | Sequence[int], sequences: Sequence[int] | None = None, *, record: bool = True
+    ) -> None:
+        """Announce that the next `tokens` tokens of each sequence will run, in every layer.
+
+        Args:
+            tokens: T for all sequences (arrays are [N, T, ...]), or one number each (packed arrays, [1, sum T, ...]).
+            sequences: the batch, in its order; all that live if None.
+            record: False for tokens that are certain (a prefill, plain decoding): they are committed as they run, the
+                states advance in place, and nothing before or among them can be rolled back.
+
+        Raises:
+            ValueError: no tokens, no such sequence, one named twice, or layers of the last step that have not run.
+        """
+        self._not_running("begin")
+        batch = self.sequences if sequences is None else [int(s) for s in sequences]
+        if not batch or len(set(batch)) != len(batch):
+            self._fail("begin", f"requires at least one sequence, each once; got {batch}")
+        found = [self._get("begin", s) for s in batch]
+        packed = not isinstance(tokens, (int, np.integer))
+        lengths = self._counts("begin", "tokens", tokens, len(batch))
+        if min(lengths) < 0 or max(lengths) < 1:
+            self._fail("begin", f"tokens must be >= 1; got {tokens}")
+        self._form.check(batch, found, lengths, record)
+        before = [s.copy() for s in found]
+        self._batch, self._lengths, self._certain = batch, lengths, not record
+        self._undo = (before, self._form.begin(batch, found, lengths, 1 if not record else self.snapshots))
+        self._cu = None
+        if packed:
+            self._cu = self._index([0, *np.cumsum(lengths).tolist()])
+        self._todo = set(range(self.layers))
+        if self._conv is not None:
+            self._conv_todo = set(range(self.layers))
+            self._conv_at = [
+                self._conv_room(place, s, n) for place, s, n in zip(batch, found, lengths, strict=True)
+            ]
+        for s, n in zip(found, lengths, strict=True):
+            s.length += n
+            s.pending = s.pending + n if record else 0
+
+    def cancel(self) -> None:
+        """Take back a `begin` of which no layer has run yet.
+
+        Raises:
+            ValueError: there is none, or a layer has run.
+        """
+        started = len(self._todo) < self.layers or (
+            self._conv is not None and len(self._conv_todo) < self.layers
+        )
+        if self._undo is None or started:
+            self._fail("cancel", "requires a begin of which no layer has run; got none")
+        before, token = self._undo
+        for place, s in zip(self._batch, before, strict=True):
+            self._sequences[place] = s
+        self._form.cancel(token)
+        self._undo = None
+        self._todo, self._conv_todo = set(), set()
+
+    def run(
+        self, q: Array, k: Array, v: Array, *, g: Array, beta: Array, layer: int = 0, **options: Any
+    ) -> Array:
+        """The rule over the tokens announced by `begin`, in one layer.
+
+        Args:
+            q, k, v, g, beta: as for `gated_delta_rule`, with one row per sequence of the batch (packed: one row).
+            layer: which layer's states.
+            options: the other arguments of `gated_delta_rule`: scale, decay, A_log, heads, qk_l2norm, mask, ...
+
+        Returns:
+            o [N, T, HV, V]
+
+        Raises:
+            ValueError, TypeError: no begin, a layer that has run already, other token counts than announced, or an
+                invalid call. The layer then still has to run.
+        """
+        self._check_layer("run", layer, self._todo)
+        rows = 1 if self._cu is not None else len(self._batch)
+        T = sum(self._lengths) if self._cu is not None else self._lengths[0]
+        if tuple(q.shape[:2]) != (rows, T):
+            self._fail("run", f"q must be [{rows}, {T}, H, K] as begin announced; got {list(q.shape)}")
+        o = self._form.run(layer, q, k, v, g=g, beta=beta, **options)
+        self._todo.discard(layer)
+        return o
+
+    def arguments(self, layer: int = 0) -> dict[str, Array]:
+        """For callers that run the operator themselves (slots only): which states it reads and writes, as in
+        `gated_delta_rule_(q, k, v, g=g, beta=beta, **pool.arguments(layer))`. The layer counts as run.
+
+        Raises:
+            ValueError: as `run`; or the pool keeps a log.
+        """
+        if self.form != "slots":
+            self._fail("arguments", "requires slots; got a log, whose states only run() can advance")
+        self._check_layer("arguments", layer, self._todo)
+        self._todo.discard(layer)
+        return self._form.arguments(layer)  # type: ignore[no-any-return]
+
+    def _check_layer(self, method: str, layer: int, todo: set[int]) -> None:
+        if not isinstance(layer, int) or not 0 <= layer < self.layers:
+            self._fail(method, f"layer must be in [0, {self.layers}); got {layer!r}")
+        if layer not in todo:
+            self._fail(method, f"requires begin, once for each step; got layer {layer} without one")
+
+    def commit(self, accepted: int | Sequence[int], sequences: Sequence[int] | None = None) -> None:
+        """Keep the first `accepted` tokens of those run since the last commit; the rest never happened.
+
+        Nothing is copied and no model runs again; in slots no state is touched.
+
+        Args:
+            accepted: one number for all sequences, or one each.
+            sequences: those of the last `begin` if None.
+
+        Raises:
+            ValueError: nothing is pending (committed twice, no begin), more tokens than are pending, fewer than the
+                record allows, or layers that have not run.
+        """
+        self._not_running("commit")
+        batch, found = self._chosen("commit", sequences, self._batch)
+        counts = self._counts("commit", "accepted", accepted, len(batch))
+        back = []
+        for place, s, n in zip(batch, found, counts, strict=True):
+            if not s.pending:
+                self._fail("commit", f"requires tokens run since the last commit; sequence {place} has none")
+            if not 0 <= n <= s.pending:
+                self._fail("commit", f"accepted must be in [0, {s.pending}] for sequence {place}; got {n}")
+            back.append(s.pending - n)
+        self._take_back("commit", batch, found, back)
+
+    def rollback(self, tokens: int | Sequence[int], sequences: Sequence[int] | None = None) -> None:
+        """Take each sequence back by its last `tokens` tokens, and commit the others.
+
+        Tokens that were committed before can be taken back as well, as far as `recorded` says.
+
+        Raises:
+            ValueError: further back than is recorded, a negative number, or layers that have not run.
+        """
+        self._not_running("rollback")
+        batch, found = self._chosen("rollback", sequences, self._batch or self.sequences)
+        counts = self._counts("rollback", "tokens", tokens, len(batch))
+        if min(counts, default=0) < 0:
+            self._fail("rollback", f"tokens must be >= 0; got {tokens}")
+        self._take_back("rollback", batch, found, counts)
+
+    def _chosen(
+        self, method: str, sequences: Sequence[int] | None, default: list[int]
+    ) -> tuple[list[int], list[_Sequence]]:
+        batch = default if sequences is None else [int(s) for s in sequences]
+        if not batch or len(set(batch)) != len(batch):
+            self._fail(method, f"requires at least one sequence, each once; got {batch}")
+        return batch, [self._get(method, s) for s in batch]
+
+    def _counts(self, method: str, name: str, value: Any, n: int) -> list[int]:
+        if isinstance(value, (int, np.integer)):
+            return [int(value)] * n
+        counts = value.tolist() if hasattr(value, "tolist") else list(value)
+        if len(counts) != n or not all(isinstance(x, (int, np.integer)) for x in counts):
+            self._fail(method, f"{name} must be an int or one per sequence, {n} ints; got {value!r}")
+        return counts
+
+    def _take_back(self, method: str, batch: list[int], found: list[_Sequence], back: list[int]) -> None:
+        for place, s, n in zip(batch, found, back, strict=True):
+            if n and n > self._form.recorded(place, s):
+                self._fail(
+                    method,
+                    f"requires a way back of {n} tokens for sequence {place}; "
+                    f"{self._form.recorded(place, s)} are recorded (snapshots={self.snapshots})",
+                )
+        for place, s, n in zip(batch, found, back, strict=True):
+            s.pending = 0
+            if n:
+                self._form.take_back(place, s, n)
+                s.length -= n
+                s.conv_end -= n
+        self._undo = None
+
+    # ---- the convolution
+
+    def _conv_room(self, place: int, s: _Sequence, tokens: int) -> tuple[int, int]:
+        """Where to read and write this step's inputs; moves those that must survive to the front if they do not fit."""
+        size = 2 * self._kept + 1
+        assert self._conv is not None
+        if s.conv_end + tokens > size and tokens <= size - self._kept:
+            start = max(0, s.conv_end - self._kept)
+            self._conv[:, place, : s.conv_end - start] = self._copy(self._conv[:, place, start : s.conv_end])
+            s.conv_end -= start
+        read = s.conv_end
+        if read + tokens > size:  # a long prefill: only its end stays
+            s.conv_end = self._kept
+            return read, -1
+        s.conv_end = read + tokens
+        return read, read
+
+    def conv_inputs(self, x: Array, *, layer: int = 0) -> Array:
+        """Record the convolution's inputs of this step and return them behind the W-1 before them.
+
+        Args:
+            x: [N, T, C] raw inputs, before the convolution (packed: [1, sum T, C]).
+
+        Returns:
+            [N, W-1+T, C], what a convolution without padding takes; packed: a list of [W-1+T_n, C].
+
+        Raises:
+            ValueError: no begin, a layer called twice, a wrong shape, or a pool without a convolution.
+        """
+        if self._conv is None:
+            self._fail(
+                "conv_inputs", "requires conv_channels and conv_width; got a pool without a convolution"
+            )
+        self._check_layer("conv_inputs", layer, self._conv_todo)
+        rows = 1 if self._cu is not None else len(self._batch)
+        T = sum(self._lengths) if self._cu is not None else self._lengths[0]
+        if tuple(x.shape) != (rows, T, self.conv_channels):
+            want = [rows, T, self.conv_channels]
+            self._fail("conv_inputs", f"x must be [N, T, C] = {want} as begin announced; got {list(x.shape)}")
+        pieces, start = [], 0
+        for i, (place, n) in enumerate(zip(self._batch, self._lengths, strict=True)):
+            own = x[i] if self._cu is None else x[0, start : start + n]
+            start += n
+            buffer, (read, write) = self._conv[layer, place], self._conv_at[i]
+            pieces.append(self._join(buffer[read - self.conv_width + 1 : read], own))
+            if write >= 0:
+                buffer[write : write + n] = own
+            elif n >= self._kept:
+                buffer[: self._kept] = own[n - self._kept :]
+        self._conv_todo.discard(layer)
+        if self._cu is not None:
+            return pieces
+        if self.device is not None:
+            import torch
+
+            return torch.stack(pieces)
+        return np.stack(pieces)
+
+    def _join(self, before: Array, own: Array) -> Array:
+        if self.device is not None:
+            import torch
+
+            return torch.cat([before.to(own.dtype), own])
+        return np.concatenate([before.astype(own.dtype, copy=False), own])
+
+    # ---- checkpoints
+
+    def state(self, sequence: int) -> Array:
+        """A copy of the sequence's recurrent states, [layers, HV, K, V] (or V, K)."""
+        self._not_running("state")
+        return self._form.state(sequence, self._get("state", sequence))
+
+    def save(self, sequence: int, tokens: Iterable[int] | None = None) -> Snapshot:
+        """A checkpoint: a copy of the sequence's states, to be kept in `Snapshots` or restored, here or elsewhere.
+
+        Raises:
+            ValueError: no such sequence, or tokens of it that are not committed.
+        """
+        self._not_running("save")
+        s = self._get("save", sequence)
+        if s.pending:
+            self._fail("save", f"requires a committed sequence; {s.pending} tokens of {sequence} are pending")
+        conv = None
+        if self._conv is not None:
+            conv = self._copy(self._conv[:, sequence, s.conv_end - self.conv_width + 1 : s.conv_end])
+        seen = None if tokens is None else tuple(int(t) for t in tokens)
+        return Snapshot(self._form.state(sequence, s), conv, self.state_layout, s.length, seen)
+
+    def restore(self, snapshot: Snapshot) -> int:
+        """A new sequence that goes on from a checkpoint. There is no way back beyond it.
+
+        Raises:
+            ValueError: the checkpoint is of another kind of pool, or every place is taken.
+        """
+        self._not_running("restore")
+        tail = (self.HV, self.K, self.V) if self.state_layout == "kv" else (self.HV, self.V, self.K)
+        want: list[Any] = [(self.layers, *tail), self.state_layout]
+        got: list[Any] = [tuple(snapshot.states.shape), snapshot.state_layout]
+        if self._conv is not None:
+            want.append((self.layers, self.conv_width - 1, self.conv_channels))
+            got.append(None if snapshot.conv is None else tuple(snapshot.conv.shape))
+        elif snapshot.conv is not None:
+            want.append(None)
+            got.append(tuple(snapshot.conv.shape))
+        if want != got:
+            self._fail("restore", f"requires states, layout and convolution inputs {want}; got {got}")
+        place = self.new()
+        s = self._get("restore", place)
+        self._form.put(place, s, self._like(snapshot.states))
+        s.length = snapshot.length
+        if self._conv is not None:
+            self._conv[:, place, : s.conv_end] = self._like(snapshot.conv)
+        return place
+
+    def _like(self, x: Array) -> Array:
+        """x as this pool's kind of array."""
+        if self.device is None:
+            return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+        import torch
+
+        return torch.as_tensor(x, device=self.device)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held: "states" (slots: capacity * snapshots states; log: capacity), "log", "conv", and
+        "per_sequence": all of it divided by the capacity."""
+        out = dict(self._form.nbytes())
+        out["conv"] = 0 if self._conv is None else _bytes(self._conv)
+        out["per_sequence"] = sum(out.values()) // self.capacity
+        return out
+
+
+def _bytes(x: Array) -> int:
+    return int(x.nbytes) if isinstance(x, np.ndarray) else x.element_size() * x.numel()
+
+
+class _Slots:
+    """The last states of each sequence, as rows [layers, P, HV, K, V] that are counted and shared.
+
+    P = capacity * snapshots rows always suffice: a sequence holds at most `snapshots` of them.
+    """
+
+    def __init__(self, pool: StatePool, tail: tuple[int, ...]):
+        self.pool = pool
+        P = pool.capacity * pool.snapshots
+        self.states = pool._zeros((pool.layers, P, *tail))
+        self.refs = [0] * P
+        self.unused = list(range(P - 1, -1, -1))
+        self.later: list[int] = []  # rows that the running step still reads: free when it is done
+        self.read: Array = None
+        self.write: Array = None
+
+    def fresh(self, place: int) -> int:
+        row = self._take()
+        self.states[:, row] = 0
+        return row
+
+    def _take(self) -> int:
+        if not self.unused:
+            self._settle()
+        row = self.unused.pop()
+        self.refs[row] = 1
+        return row
+
+    def _settle(self) -> None:
+        self.unused += self.later
+        self.later = []
+
+    def _drop(self, row: int) -> None:
+        self.refs[row] -= 1
+        if not self.refs[row]:
+            self.unused.append(row)
+
+    def share(self, source: int, place: int, child: _Sequence) -> None:
+        for row in child.rows:
+            self.refs[row] += 1
+
+    def release(self, place: int, s: _Sequence) -> None:
+        for row in s.rows:
+            self._drop(row)
+
+    def select(self, sources: list[int], targets: list[int], children: list[_Sequence]) -> None:
+        for child in children:
+            self.share(0, 0, child)
+        for target in targets:
+            self.release(target, self.pool._get("select", target))
+
+    def recorded(self, place: int, s: _Sequence) -> int:
+        return len(s.rows) - 1
+
+    def take_back(self, place: int, s: _Sequence, n: int) -> None:
+        for row in s.rows[:n]:
+            self._drop(row)
+        del s.rows[:n]
+
+    def check(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
+        pass
+
+    def begin(self, batch: list[int], found: list[_Sequence], lengths: list[int], keep: int) -> Any:
+        """Choose the rows that this step writes: none that stays in a history, none that another sequence reads."""
+        self._settle()
+        undo = (list(self.refs), list(self.unused))
+        heads = [s.rows[0] for s in found]
+        readers: dict[int, int] = {}
+        for row in heads:
+            readers[row] = readers.get(row, 0) + 1
+        own: list[int | None] = [None] * len(batch)  # the row it reads, if nobody else needs it
+        stuck: dict[int, list[int]] = {}  # rows that only this step's readers still need, by reader
+        kept = []
+        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
+            stay = s.rows[: keep - min(n, keep)] if n else s.rows
+            kept.append(list(stay))
+            for row in s.rows[len(stay) :]:
+                self.refs[row] -= 1
+                if self.refs[row]:
+                    continue
+                if readers.get(row, 0) == 0:
+                    self.unused.append(row)
+                elif readers[row] == 1 and row == heads[i]:
+                    own[i] = row
+                else:
+                    stuck[row] = [j for j, head in enumerate(heads) if head == row]
+        need = sum(min(n, keep) for n in lengths) - sum(row is not None for row in own)
+        copy: list[tuple[int, int]] = []
+        if need > len(self.unused):
+            # Sequences that share their state all give it up at once, and there is no room but in that row: the last
+            # of them writes there, and the others read copies that lie where they will write.
+            for row, those in stuck.items():
+                own[those[-1]] = row
+                copy += [(i, row) for i in those[:-1]]
+        else:
+            self.later = list(stuck)
+        copies = dict(copy)
+        rows = []
+        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
+            fresh: list[int] = []
+            if (mine := own[i]) is not None:
+                self.refs[mine] = 1
+                fresh.append(mine)
+            fresh += [self._take() for _ in range(min(n, keep) - len(fresh))]
+            if i in copies:
+                self.states[:, fresh[0]] = self.states[:, copies[i]]
+                heads[i] = fresh[0]
+            s.rows = fresh + kept[i]
+            rows.append(fresh)
+        self.read = self.pool._index(heads)
+        self.write = None
+        if (
+            any(n and fresh != [head] for n, fresh, head in zip(lengths, rows, heads, strict=True))
+            or 0 in lengths
+        ):
+            depth = max(map(len, rows))
+            self.write = self.pool._index(
+                [[fresh[i] if i < len(fresh) else -1 for fresh in rows] for i in range(depth)]
+            )
+        return undo
+
+    def cancel(self, undo: Any) -> None:
+        self.refs, self.unused = undo
+        self.later = []
+
+    def arguments(self, layer: int) -> dict[str, Array]:
+        out = {
+            "state": self.states[layer],
+            "state_indices": self.read,
+            "state_layout": self.pool.state_layout,
+        }
+        if self.write is not None:
+            out["snapshot_indices"] = self.write
+        if self.pool._cu is not None:
+            out["cu_seqlens"] = self.pool._cu
+        return out
+
+    def run(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> Array:
+        return gated_delta_rule_(q, k, v, backend=self.pool.backend, **self.arguments(layer), **options)
+
+    def state(self, place: int, s: _Sequence) -> Array:
+        return self.pool._copy(self.states[:, s.rows[0]])
+
+    def put(self, place: int, s: _Sequence, states: Array) -> None:
+        self.states[:, s.rows[0]] = states
+
+    def nbytes(self) -> Mapping[str, int]:
+        return {"states": _bytes(self.states), "log": 0}
+
+
+class Snapshots(MutableMapping[str, Snapshot]):
+    """Named checkpoints, in memory and in a file: a shared prefix is computed once.
+
+    snapshots["system prompt"] = pool.save(s, tokens=prompt)
+    name, start = snapshots.nearest(tokens)         # the longest checkpoint that is a prefix of these tokens
+    s = pool.restore(snapshots[name])               # go on with tokens[start:]
+    """
+
+    def __init__(self, items: Mapping[str, Snapshot] | None = None):
+        self._items: dict[str, Snapshot] = dict(items or {})
+
+    def __getitem__(self, name: str) -> Snapshot:
+        return self._items[name]
+
+    def __setitem__(self, name: str, snapshot: Snapshot) -> None:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"Snapshots: a name must be a string without '/'; got {name!r}")
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(
+                f"Snapshots: requires a Snapshot, as pool.save returns; got {type(snapshot).__name__}"
+            )
+        self._items[name] = snapshot
+
+    def __delitem__(self, name: str) -> None:
+        del self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def nearest(self, tokens: Iterable[int]) -> tuple[str, int] | None:
+        """(name, number of its tokens) of the longest checkpoint whose tokens begin `tokens`; None if none does."""
+        want = tuple(int(t) for t in tokens)
+        best = None
+        for name, item in self._items.items():
+            seen = item.tokens
+            if seen is not None and seen == want[: len(seen)] and (best is None or len(seen) > best[1]):
+                best = (name, len(seen))
+        return best
+
+    def save(self, path: Any) -> None:
+        """Write all checkpoints to a safetensors file. Requires the package safetensors (`anydelta[safetensors]`).
+
+        Raises:
+            ImportError: safetensors is missing.
+        """
+        import json
+
+        arrays: dict[str, Any] = {}
+        about = {}
+        for name, item in self._items.items():
+            arrays[f"{name}/states"] = item.states
+            if item.conv is not None:
+                arrays[f"{name}/conv"] = item.conv
+            about[name] = {"state_layout": item.state_layout, "length": item.length, "tokens": item.tokens}
+        metadata = {"format": "anydelta.snapshots.1", "snapshots": json.dumps(about)}
+        torch_ones = [not isinstance(x, np.ndarray) for x in arrays.values()]
+        if any(torch_ones) and not all(torch_ones):
+            raise ValueError("Snapshots.save: requires arrays of one kind; got both NumPy's and torch's")
+        module = _safetensors("torch" if any(torch_ones) else "numpy")
+        dense = {n: x.contiguous() if any(torch_ones) else np.ascontiguousarray(x) for n, x in arrays.items()}
+        module.save_file(dense, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Any, *, device: Any = None) -> Snapshots:
+        """The checkpoints of a file, as NumPy arrays or, with a device, as torch tensors.
+
+        Raises:
+            ImportError: safetensors is missing.
+            ValueError: the file holds something else.
+        """
+        import json
+
+        module = _safetensors("numpy" if device is None else "torch")
+        with module.safe_open(str(path), framework="np" if device is None else "pt") as f:
+            metadata = f.metadata() or {}
+            if metadata.get("format") != "anydelta.snapshots.1":
+                raise ValueError(
+                    f"Snapshots.load: requires a file that Snapshots.save wrote; got format {metadata.get('format')!r}"
+                )
+            names = set(f.keys())
+            arrays = {n: f.get_tensor(n) for n in names}
+        if device is not None:
+            arrays = {n: x.to(device) for n, x in arrays.items()}
+        out = cls()
+        for name, about in json.loads(metadata["snapshots"]).items():
+            tokens = None if about["tokens"] is None else tuple(about["tokens"])
+            out[name] = Snapshot(
+                arrays[f"{name}/states"],
+                arrays.get(f"{name}/conv"),
+                about["state_layout"],
+                about["length"],
+                tokens,
+            )
+        return out
+
+
+def _safetensors(framework: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"safetensors.{framework}")
+    except ImportError as error:
+        raise ImportError(
+            "Snapshots: saving and loading requires the package safetensors; got none. "
+            "pip install 'anydelta[safetensors]'"
+        ) from error
