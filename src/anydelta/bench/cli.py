@@ -22,6 +22,8 @@ PLOTS = (".svg", ".png", ".pdf")
 
 def register(app: typer.Typer) -> None:
     """Add `bench` to the command line."""
+    from . import model_cli  # noqa: F401  adds `bench model`
+
     app.add_typer(bench, name="bench")
 
 

@@ -87,7 +87,7 @@ def open_checkpoint(name: str, dtype: str = "auto") -> Opened:
         )
     else:
         _check_hub(name)
-    with _quiet():
+    with quiet():
         return Opened(name, _load_model(name, dtype), _load_tokenizer(name))
 
 
@@ -221,7 +221,7 @@ def _load_tokenizer(name: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' reports and warnings off stderr: what matters of them becomes a sentence."""
     log = importlib.import_module("transformers.utils.logging")
     before, disabled = log.get_verbosity(), logging.root.manager.disable

@@ -1,0 +1,200 @@
+"""`anydelta bench model`: the command line. Progress goes to stderr, results to stdout or a file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..generate.checkpoint import CheckpointError, need_packages, quiet
+from . import model, model_report, presets
+from .cli import PLOTS, _fail, _output_form, _progress, _threads, bench
+
+CONTENDERS = ("transformers", "anydelta", "llama.cpp")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def fail(sentence: str) -> None:
+    _fail(sentence.rstrip(".") + ".", "model")
+
+
+@bench.command("model")
+def model_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="Presets (see --list), folders or hub names; commas allowed. Default: tiny."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--n-prompt", "-p", help="Prompt tokens, as 128,512; 0: none.")
+    ] = "512",
+    gen: Annotated[str, typer.Option("--n-gen", "-n", help="Tokens one by one, as 64,128; 0: none.")] = "128",
+    depth: Annotated[str, typer.Option("--n-depth", "-d", help="Tokens of context before, as 0,4096.")] = "0",
+    rounds: Annotated[int, typer.Option("--repetitions", "--rounds", "-r", help="Interleaved rounds.")] = 5,
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16; commas allowed.")
+    ] = "float32",
+    layers: Annotated[int | None, typer.Option("--layers", help="Cut presets to so many layers.")] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender", "-c", help=f"Beside transformers: {', '.join(CONTENDERS[1:])} (repeat for more)."
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also say where the time goes.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list presets and contenders.")] = False,
+) -> None:
+    """Time whole models as llama-bench does: Transformers as it is, with anydelta, and llama.cpp.
+
+    ppN is N prompt tokens in one go, tgN is N tokens one after the other. Presets have random weights at the
+    shapes of the published models. Logits and greedy tokens are compared before anything is timed.
+
+    Examples:
+      anydelta bench model
+      anydelta bench model -m qwen3.5-0.8b -p 512 -n 64 -t 2 --profile --plot model.svg
+      anydelta bench model -m qwen3.5-4b --layers 8 --dtype bfloat16 -d 0,4096
+    """
+    form = _output_form(json, csv, md, output, "model")
+    try:
+        if rounds < 1:
+            raise CheckpointError(f"requires --rounds of at least 1; got {rounds}")
+        for path in (output, plot):
+            if path is not None and not path.parent.is_dir():
+                raise CheckpointError(f"requires a folder that exists; got {path}")
+        if plot is not None:
+            if plot.suffix not in PLOTS:
+                raise CheckpointError(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
+            if importlib.util.find_spec("matplotlib") is None:
+                raise CheckpointError(
+                    "requires matplotlib for --plot; got none. Run: pip install 'anydelta[plot]'"
+                )
+        tests = _tests(_numbers("-p", prompt), _numbers("-n", gen), _numbers("-d", depth))
+        names = _names(models, "tiny")
+        dtypes = _names([dtype], "float32")
+        for one in dtypes:
+            if one not in DTYPES:
+                raise CheckpointError(f"requires --dtype of {', '.join(DTYPES)}; got {one!r}")
+        for one in contender or ():
+            if one not in CONTENDERS:
+                raise CheckpointError(f"requires --contender of {', '.join(CONTENDERS)}; got {one!r}")
+        from . import ops
+
+        counts = _threads(threads, ops.available_cpus())
+        need_packages()
+        if list_:
+            _list()
+            return
+        with _progress() as tell:
+            report = _measure(
+                names, dtypes, counts, layers, tests, rounds, profile, contender or [], tell
+            )  # fmt: skip
+    except (CheckpointError, ValueError) as error:
+        fail(str(error))
+        return
+
+    from rich.console import Console
+
+    if form is not None:
+        text = model_report.to_text(report, form)
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            output.write_text(text, encoding="utf-8")
+    if form is None or output is not None:
+        Console().print(model_report.to_table(report))
+    if plot is not None:
+        try:
+            model_report.plot(report, plot)
+        except ValueError as error:
+            fail(f"no figure: {error}")
+    if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
+        raise typer.Exit(1)
+
+
+def _measure(
+    names: list[str],
+    dtypes: list[str],
+    counts: list[int],
+    layers: int | None,
+    tests: tuple[model.Test, ...],
+    rounds: int,
+    profile: bool,
+    asked: list[str],
+    tell: Any,
+) -> model.Report:
+    from ..generate.write import with_anydelta
+    from . import ops
+
+    transformers = importlib.import_module("transformers")
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    with quiet():
+        enabled = with_anydelta().context  # says at once if this Transformers is not supported
+    settings = model.Settings(tests, rounds, profile)
+    report = model.Report(ops.describe_machine(), settings)
+    whole = len(names) * len(dtypes) * len(counts)
+    for i, (name, dtype) in enumerate((n, d) for n in names for d in dtypes):
+        tell(f"{name} {dtype}: building the model", i / len(names) / len(dtypes))
+        built = presets.build(name, dtype, layers)
+        runners: list[Any] = [model.TransformersRunner("transformers", transformers.__version__, built.model)]
+        if not asked or "anydelta" in asked:
+            version = report.machine["anydelta"]
+            runners.append(model.TransformersRunner("anydelta", version, built.model, enabled))
+        for j, threads in enumerate(counts):
+
+            def part(text: str, done: float, at: int = i * len(counts) + j) -> None:
+                tell(text, (at + done) / whole)
+
+            model.measure(
+                built, runners, dtype=dtype, threads=threads, settings=settings, report=report, progress=part
+            )
+    return report
+
+
+def _tests(prompts: list[int], gens: list[int], depths: list[int]) -> tuple[model.Test, ...]:
+    tests = [
+        model.Test(kind, n, d)
+        for d in depths
+        for kind, ns in (("pp", prompts), ("tg", gens))
+        for n in ns
+        if n
+    ]
+    if not tests:
+        raise CheckpointError("requires -p or -n above 0; got nothing to measure")
+    return tuple(dict.fromkeys(tests))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0 or max(found) > 1 << 20:
+        raise CheckpointError(f"requires {option} of numbers from 0 to 1048576 such as 128,512; got {text!r}")
+    return found
+
+
+def _names(items: list[str] | None, default: str) -> list[str]:
+    found = [p.strip() for item in items or [default] for p in item.split(",") if p.strip()]
+    if not found:
+        raise CheckpointError("requires a name; got an empty list")
+    return list(dict.fromkeys(found))
+
+
+def _list() -> None:
+    for preset in presets.PRESETS:
+        typer.echo(f"{preset.name}{f' ({preset.cut})' if preset.cut else ''}")
+    typer.echo(f"{presets.REPOSITORY} (the repository's model, trained weights)")
