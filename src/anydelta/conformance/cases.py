@@ -621,6 +621,8 @@ def _snapshots() -> Iterator[Case]:
         )  # fmt: skip
         yield Case(T=30, H=1, HV=1, K=32, V=32, snapshots=Ks, nofinal=True, fresh=Ks % 2 == 0, gate="mixed")
     for T in (63, 64, 65, 130):
+        # 4 MiB of snapshots and more: the CPU stores them around its caches
+        yield Case(T=T // 8, H=8, HV=16, K=128, V=128, snapshots=5, kda=T == 65, inplace=T == 65, gate="keep")
         for Ks in (1, 8, 17, 60):
             yield Case(T=T, H=1, HV=2, K=64, V=32, snapshots=Ks, kda=T == 65, gate="keep", dtype="bfloat16")
 

@@ -67,6 +67,8 @@ static inline __attribute__((always_inline)) __m512 cvtph_ps(__m256i x) {
 }  // namespace anydelta_emulated
 
 #undef _mm512_cvtps_ph
+#undef _mm512_stream_ps
+#define _mm512_stream_ps(p, x) __builtin_memcpy((p), &(x), 64)
 #define _mm512_cvtps_epi32(x) anydelta_emulated::cvtps_epi32(x)
 #define _mm512_reduce_add_ps(x) anydelta_emulated::reduce_add_ps(x)
 #define _mm512_cvtepu16_epi32(x) anydelta_emulated::cvtepu16_epi32(x)

@@ -16,14 +16,18 @@
 #if defined(__clang__)
 #define AD_UNROLL _Pragma("unroll")
 #else
-#define AD_UNROLL _Pragma("GCC unroll 16")
+#define AD_UNROLL _Pragma("GCC unroll 32")
 #endif
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
 #define AD_PREFETCH(p) __builtin_prefetch((p), 0, 3)
+#define AD_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
+#define AD_PREFETCH_WRITE(p) __builtin_prefetch((p), 1, 2)
 #else
 #define AD_PREFETCH(p) ((void)0)
+#define AD_PREFETCH_L2(p) ((void)0)
+#define AD_PREFETCH_WRITE(p) ((void)0)
 #endif
 
 namespace anydelta::ANYDELTA_ISA {

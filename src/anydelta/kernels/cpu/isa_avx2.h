@@ -15,6 +15,9 @@ AD_INLINE V vset(float x) { return _mm256_set1_ps(x); }
 AD_INLINE V vsplat(const float* p) { return _mm256_broadcast_ss(p); }
 AD_INLINE V vload(const float* p) { return _mm256_loadu_ps(p); }
 AD_INLINE void vstore(float* p, V x) { _mm256_storeu_ps(p, x); }
+constexpr bool STREAMS = false;  // see isa_avx512.h
+AD_INLINE void vstream(float* p, V x) { vstore(p, x); }
+AD_INLINE void vfence() {}
 AD_INLINE V vadd(V a, V b) { return _mm256_add_ps(a, b); }
 AD_INLINE V vsub(V a, V b) { return _mm256_sub_ps(a, b); }
 AD_INLINE V vmul(V a, V b) { return _mm256_mul_ps(a, b); }

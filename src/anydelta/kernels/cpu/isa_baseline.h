@@ -46,6 +46,9 @@ AD_INLINE V vload(const float* p) {
     return x;
 }
 AD_INLINE void vstore(float* p, V x) { std::memcpy(p, &x, sizeof x); }
+constexpr bool STREAMS = false;  // see isa_avx512.h
+AD_INLINE void vstream(float* p, V x) { vstore(p, x); }
+AD_INLINE void vfence() {}
 AD_INLINE V vfma(V a, V b, V c) { return vadd(vmul(a, b), c); }   // a b + c
 AD_INLINE V vfnma(V a, V b, V c) { return vsub(c, vmul(a, b)); }  // c - a b
 AD_INLINE V vround(V x) {

@@ -15,6 +15,9 @@ AD_INLINE V vset(float x) { return vdupq_n_f32(x); }
 AD_INLINE V vsplat(const float* p) { return vld1q_dup_f32(p); }
 AD_INLINE V vload(const float* p) { return vld1q_f32(p); }
 AD_INLINE void vstore(float* p, V x) { vst1q_f32(p, x); }
+constexpr bool STREAMS = false;  // see isa_avx512.h
+AD_INLINE void vstream(float* p, V x) { vstore(p, x); }
+AD_INLINE void vfence() {}
 AD_INLINE V vadd(V a, V b) { return vaddq_f32(a, b); }
 AD_INLINE V vsub(V a, V b) { return vsubq_f32(a, b); }
 AD_INLINE V vmul(V a, V b) { return vmulq_f32(a, b); }

@@ -34,6 +34,14 @@ constexpr int LD = SEG + 16;
 // 8 blocks of 6 tokens: a panel (8 KiB at K = 128) is brought into L1 once per 48 tokens, while the prepared rows of
 // the 8 blocks (90 KiB at K = 128) stay in L2.
 constexpr int BLOCKS = 8;
+// While one token is prepared, the rows of the token two further on are fetched: rows of consecutive tokens lie
+// HV * K * 4 bytes apart, which no hardware prefetcher follows. A whole batch ahead is too much: at such a stride its
+// rows fill the same few sets of L1 and L2.
+constexpr int AHEAD = 2;
+// From this size on, the snapshots of a call are stored around the caches where the ISA can: a model's layers together
+// then exceed them anyway, and no line is read only to be overwritten. Measured with AVX-512: 1.15 to 1.4 times as fast
+// with states in memory, half as fast where the same 8 MiB are written again and again and would have stayed in L3.
+constexpr int64_t STREAM_BYTES = int64_t{4} << 20;
 // Rows of a prepared block, each [LD] per segment.
 constexpr int ROW_KQ = 0;                  // C rows Gamma_t k_t, then C rows scale Gamma_t q_t
 constexpr int ROW_W = 2 * C_MAX;           // C rows w_s^C
@@ -153,6 +161,20 @@ AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
     return element(x.data, x.dtype, b * x.b + t * x.t + h * x.h);
 }
 
+AD_INLINE int64_t qk_head(const Problem& p, int64_t hv) { return p.tiled ? hv % p.H : hv / (p.HV / p.H); }
+
+// Fetch n channels of a row ahead of their use. Always inlined, like all that only prefetches: GCC takes such a function
+// for one without effects and drops the call.
+template <bool write>
+AD_INLINE void fetch(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n) {
+    const char* row = static_cast<const char*>(token(x, b, t, h)) + first * dtype_size(x.dtype);
+    for (int64_t i = 0; i < n * dtype_size(x.dtype); i += 64)
+        if (write)
+            AD_PREFETCH_WRITE(row + i);
+        else
+            AD_PREFETCH(row + i);
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // prepare: what a block needs that does not depend on the column
 
@@ -183,7 +205,7 @@ static const float* channels(const Problem& p, const void* src, DType dtype, flo
 
 static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const float* bias,
                         const Scratch& s) {
-    const int64_t h = p.tiled ? hv % p.H : hv / (p.HV / p.H);
+    const int64_t h = qk_head(p, hv);
     const int64_t n = round_up(p.K, L);
     Token x;
     x.k = channels(p, token(p.k, b, t, h), p.k.dtype, s.k);
@@ -372,10 +394,23 @@ static void step_any(const Problem& p, const Block& blk, float* tile, float* dst
 // 64-byte piece every V * 4 bytes, which neither the prefetchers nor the sets of L1 like; here the accumulators
 // (2 C rows of V floats) live in L1 instead of registers, and the state streams.
 
+// Rows [from, to) of the state that is taken after this one, `bytes` wide, into L2. Both passes over a state fetch half
+// of the next one: the memory then works while the first pass computes too, and L1 is left alone (K = V = 128 fills it
+// twice over).
+AD_INLINE void fetch_rows(const char* next, int64_t row, int64_t from, int64_t to, int64_t bytes) {
+    for (int64_t r = from; r < to; ++r)
+        for (int64_t c = 0; c < bytes; c += 64) AD_PREFETCH_L2(next + r * row + c);
+}
+
 template <int C, int G, class St>
-AD_INLINE void dots_rows(const float* rows, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp) {
+AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp,
+                         const char* next) {
     // G rows of the state at once: each accumulator is loaded and stored once per G FMAs
+    const int64_t next_row = lds * static_cast<int64_t>(sizeof(St));
     for (int64_t c = 0; c < cols; c += 2 * L) {
+        // little by little where there is much to compute, else (below) row by row
+        if (C > 1)
+            fetch_rows(next + c * sizeof(St), next_row, i0 / 2, (i0 + G) / 2, 2 * L * static_cast<int64_t>(sizeof(St)));
         V s[G][2];
         AD_UNROLL for (int i = 0; i < G; ++i) {
             s[i][0] = vload(S + i * lds + c);
@@ -393,74 +428,61 @@ AD_INLINE void dots_rows(const float* rows, const St* S, int64_t lds, int64_t co
             vstore(acc + L, y);
         }
     }
-}
-
-// Touch the cache lines that hold the next 2 L elements.
-template <class St>
-AD_INLINE void prefetch_pair(const char* p) {
-    AD_PREFETCH(p);
-    if (2 * L * sizeof(St) > 64) AD_PREFETCH(p + 64);
+    if (C == 1) fetch_rows(next, next_row, i0 / 2, (i0 + G) / 2, cols * static_cast<int64_t>(sizeof(St)));
 }
 
 // Where the state after each token of a block goes, or null. Then the update runs token by token in registers: one
-// read of the state and one write per snapshot. (Stores that bypass the caches were tried: no gain up to 8 snapshots,
-// 2.5 times slower at 16.)
+// read of the state and one write per snapshot.
 struct Emission {
     float* dst[C_MAX];
     int64_t ld;
+    bool streams;  // stores around the caches
 };
 
-template <int C, class St>
-static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
-                      const float* v, float* o, int64_t ldv, float* PR, const Emission& out, const char* next) {
-    const int64_t ldp = cols;
-    for (int64_t i = 0; i < 2 * C * ldp; i += L) vstore(PR + i, vzero());
-    constexpr int G = REGISTERS == 32 ? 8 : 4;
-    for (int64_t i = 0; i < p.K;) {
-        const float* rows = blk.rows + (i / SEG * ROWS + ROW_KQ) * LD + i % SEG;
-        if (i + G <= p.K) {
-            dots_rows<C, G>(rows, S + i * lds, lds, cols, PR, ldp);
-            i += G;
-        } else {
-            dots_rows<C, 1>(rows, S + i * lds, lds, cols, PR, ldp);
-            i += 1;
-        }
-    }
-    for (int64_t c = 0; c < cols; c += L) solve<C>(blk, PR + c, PR + C * ldp + c, ldp, v + c, ldv, o + c, ldv, PR + c, ldp);
-    const float* D = PR;  // rows 0 to C-1 now hold the deltas
-    const int64_t next_row = lds * static_cast<int64_t>(sizeof(St));
-    if constexpr (sizeof(St) == 4) {
-        if (blk.emits) {
-            for (int64_t i = 0; i < p.K; ++i, S += lds, next += next_row) {
-                const float* rows = blk.rows + i / SEG * ROWS * LD + i % SEG;
-                for (int64_t c = 0; c < cols; c += 2 * L) {
-                    prefetch_pair<St>(next + c * sizeof(St));
-                    V x = vload(S + c), y = vload(S + c + L);
-                    AD_UNROLL for (int t = 0; t < C; ++t) {
-                        const V a = vsplat(rows + (ROW_A + t) * LD), k = vsplat(rows + (ROW_K + t) * LD);
-                        x = vfma(k, vload(D + t * ldp + c), vmul(a, x));
-                        y = vfma(k, vload(D + t * ldp + c + L), vmul(a, y));
-                        if (!out.dst[t]) continue;
-                        vstore(out.dst[t] + i * out.ld + c, x);
-                        vstore(out.dst[t] + i * out.ld + c + L, y);
-                    }
-                    if (dst) {
-                        vstore(dst + i * ldd + c, x);
-                        vstore(dst + i * ldd + c + L, y);
-                    }
-                }
+template <bool streams>
+AD_INLINE void emit(float* dst, V x) {
+    if (streams)
+        vstream(dst, x);
+    else
+        vstore(dst, x);
+}
+
+template <int C, bool streams>
+static void emit_rows(const Problem& p, const Block& blk, const float* S, int64_t lds, float* dst, int64_t ldd,
+                      int64_t cols, const float* D, int64_t ldp, const Emission& out, const char* next) {
+    for (int64_t i = 0; i < p.K; ++i, S += lds) {
+        fetch_rows(next, lds * 4, (p.K + i) / 2, (p.K + i + 1) / 2, cols * 4);
+        const float* rows = blk.rows + i / SEG * ROWS * LD + i % SEG;
+        for (int64_t c = 0; c < cols; c += 2 * L) {
+            V x = vload(S + c), y = vload(S + c + L);
+            AD_UNROLL for (int t = 0; t < C; ++t) {
+                const V a = vsplat(rows + (ROW_A + t) * LD), k = vsplat(rows + (ROW_K + t) * LD);
+                x = vfma(k, vload(D + t * ldp + c), vmul(a, x));
+                y = vfma(k, vload(D + t * ldp + c + L), vmul(a, y));
+                if (!out.dst[t]) continue;
+                emit<streams>(out.dst[t] + i * out.ld + c, x);
+                emit<streams>(out.dst[t] + i * out.ld + c + L, y);
             }
-            return;
+            if (dst) {
+                vstore(dst + i * ldd + c, x);
+                vstore(dst + i * ldd + c + L, y);
+            }
         }
     }
-    if (!dst) return;
-    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd, next += next_row) {
+    if (streams) vfence();
+}
+
+// S_C = Gamma_C S0 + sum_s w_s d_s^T row by row, in address order: for the blocks where memory decides.
+template <int C, class St>
+AD_INLINE void update_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
+                           int64_t cols, const float* D, int64_t ldp, const char* next, int64_t next_row) {
+    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd) {
+        fetch_rows(next, next_row, (p.K + i) / 2, (p.K + i + 1) / 2, cols * static_cast<int64_t>(sizeof(St)));
         const float* rows = blk.rows + (i / SEG * ROWS + ROW_W) * LD + i % SEG;
         V w[C];
         const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
         AD_UNROLL for (int t = 0; t < C; ++t) w[t] = vsplat(rows + t * LD);
         for (int64_t c = 0; c < cols; c += 2 * L) {
-            prefetch_pair<St>(next + c * sizeof(St));
             V x = vmul(gamma, vload(S + c)), y = vmul(gamma, vload(S + c + L));
             AD_UNROLL for (int t = 0; t < C; ++t) {
                 x = vfma(w[t], vload(D + t * ldp + c), x);
@@ -470,6 +492,60 @@ static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t l
             vstore(dst + c + L, y);
         }
     }
+}
+
+// The same on N L columns, whose deltas stay in registers over all rows: for the blocks where FMAs decide.
+template <int C, int N, class St>
+AD_INLINE void update_columns(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
+                              const float* D, int64_t ldp, const char* next, int64_t next_row) {
+    V d[C][N];
+    AD_UNROLL for (int t = 0; t < C; ++t)
+        AD_UNROLL for (int j = 0; j < N; ++j) d[t][j] = vload(D + t * ldp + j * L);
+    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd) {
+        fetch_rows(next, next_row, (p.K + i) / 2, (p.K + i + 1) / 2, N * L * static_cast<int64_t>(sizeof(St)));
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_W) * LD + i % SEG;
+        const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
+        V s[N];
+        AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vmul(gamma, vload(S + j * L));
+        AD_UNROLL for (int t = 0; t < C; ++t) {
+            const V w = vsplat(rows + t * LD);
+            AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(w, d[t][j], s[j]);
+        }
+        AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + j * L, s[j]);
+    }
+}
+
+template <int C, class St>
+static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
+                      const float* v, float* o, int64_t ldv, float* PR, const Emission& out, const char* next) {
+    const int64_t ldp = cols, next_row = lds * static_cast<int64_t>(sizeof(St));
+    for (int64_t i = 0; i < 2 * C * ldp; i += L) vstore(PR + i, vzero());
+    constexpr int G = REGISTERS == 32 ? 8 : 4;
+    for (int64_t i = 0; i < p.K;) {
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_KQ) * LD + i % SEG;
+        if (i + G <= p.K) {
+            dots_rows<C, G>(rows, i, S + i * lds, lds, cols, PR, ldp, next);
+            i += G;
+        } else {
+            dots_rows<C, 1>(rows, i, S + i * lds, lds, cols, PR, ldp, next);
+            i += 1;
+        }
+    }
+    for (int64_t c = 0; c < cols; c += L) solve<C>(blk, PR + c, PR + C * ldp + c, ldp, v + c, ldv, o + c, ldv, PR + c, ldp);
+    const float* D = PR;  // rows 0 to C-1 now hold the deltas
+    if constexpr (sizeof(St) == 4) {
+        if (blk.emits)
+            return out.streams ? emit_rows<C, STREAMS>(p, blk, S, lds, dst, ldd, cols, D, ldp, out, next)
+                               : emit_rows<C, false>(p, blk, S, lds, dst, ldd, cols, D, ldp, out, next);
+    }
+    if (!dst) return;
+    constexpr int N = 4;  // vectors
+    int64_t c = 0;
+    if (C <= 2) return update_rows<C>(p, blk, S, lds, dst, ldd, cols, D, ldp, next, next_row);
+    for (; c + N * L <= cols; c += N * L)
+        update_columns<C, N>(p, blk, S + c, lds, dst + c, ldd, D + c, ldp, next + c * sizeof(St), next_row);
+    for (; c < cols; c += 2 * L)
+        update_columns<C, 2>(p, blk, S + c, lds, dst + c, ldd, D + c, ldp, next + c * sizeof(St), next_row);
 }
 
 template <class St>
@@ -530,7 +606,7 @@ static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds
             const char* ahead = next + (m * lds + seg * SEG) * static_cast<int64_t>(sizeof(St));
             const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
             for (int64_t i = 0; i < n; i += L) {
-                AD_PREFETCH(ahead + i * sizeof(St));
+                AD_PREFETCH_L2(ahead + i * sizeof(St));
                 V s = vmul(vload(rows + (ROW_GAMMA - ROW_W) * LD + i), vload(s0 + i));
                 AD_UNROLL for (int t = 0; t < C; ++t) s = vfma(vload(rows + t * LD + i), d[t], s);
                 vstore(to + i, s);
@@ -716,6 +792,7 @@ class Runner {
         w = carve(p, arena, heads, job.heads);
         ldv = round_up(job.cols, W);
         panels = ldv / W;
+        streams = p.N * p.HV * p.Ks * p.K * p.V * 4 >= STREAM_BYTES;
         slots = p.snapshots.data ? (p.Ks < seq.end - seq.start ? p.Ks : seq.end - seq.start) : 0;
     }
 
@@ -757,6 +834,7 @@ class Runner {
     RowMaker* made;  // null: rows are in the caller's memory
     int64_t stop;    // the token before which a batch ends
     int64_t ldv, panels, slots;
+    bool streams;
     Head heads[MAX_HEADS];
     Head* h = nullptr;  // the one being worked on
 
@@ -841,7 +919,13 @@ class Runner {
         }
         blk.C = n;
         for (int c = 0; c < n; ++c) {
-            
+            const int64_t ahead = positions[c] + AHEAD;
+            if (ahead < seq.end) {
+                fetch<false>(p.k, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
+                fetch<false>(p.q, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
+                fetch<false>(p.v, seq.b, ahead, h->hv, job.col0, job.cols);
+                if (p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
+            }
             blk.beta[c] = read_beta(p, seq.b, positions[c], h->hv);
             const Token x = read_token(p, seq.b, positions[c], h->hv, h->A, h->bias, w.scratch);
             if (p.kda)
@@ -916,10 +1000,12 @@ class Runner {
     void emission(const Block& blk, Emission& out) const {
         const bool there = snapshots_are_plain();
         out.ld = there ? p.snapshots.row : ldv;
+        out.streams = STREAMS && there && streams;
         for (int t = 0; t < blk.C; ++t) {
             out.dst[t] = nullptr;
             if (blk.slot[t] < 0) continue;
             out.dst[t] = there ? reinterpret_cast<float*>(snapshot(blk.slot[t], 0)) : w.emitted + t * p.K * ldv;
+            if (reinterpret_cast<uintptr_t>(out.dst[t]) % 64 != 0 || out.ld * 4 % 64 != 0) out.streams = false;
         }
     }
 
@@ -957,7 +1043,7 @@ class Runner {
         if (quiet > 0) {
             if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
             h->where = Where::panels;
-            take_panels(quiet, last && quiet == count, next_state);
+            take_panels(quiet, last && quiet == count, next_state, positions);
         }
         if (quiet < count) {
             if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
@@ -973,7 +1059,7 @@ class Runner {
 
     // The first `count` prepared blocks on all panels; each panel stays in L1 meanwhile. The last block of all writes
     // straight to where the state goes, if it can.
-    void take_panels(int count, bool last_batch, const char* next_state) {
+    void take_panels(int count, bool last_batch, const char* next_state, const int64_t* positions) {
         for (int64_t panel = 0; panel < panels; ++panel) {
             const bool there = plain(p) && columns(panel) == W;
             float* tile = h->panels + panel * p.K * W;
@@ -989,6 +1075,10 @@ class Runner {
                     dst = reinterpret_cast<float*>(state_out(panel));
                     ldd = p.out.row;
                 }
+                // Output rows, just before they are written: without this each store waits for its line in turn.
+                if (panel + 1 == panels)
+                    for (int c = 0; c < blk.C; ++c)
+                        fetch<true>(p.o, seq.b, positions[i * C_MAX + c], h->hv, job.col0, job.cols);
                 step_any(p, blk, tile, dst, ldd, v, ldv, o, next);
                 if (last && dst == tile) unpack(p, state_out(panel), p.out.row, tile, W, columns(panel));
                 v += blk.C * ldv;
