@@ -10,7 +10,10 @@ BIN := $(VENV)/bin
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h)
 CPP := $(KERNELS) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+# Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
+DEMO_CONFORM := T=17
+DEMO_PROMPT := "And it came to pass in those days, that"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format demo wheel readme clean distclean
@@ -24,12 +27,14 @@ setup: $(VENV)/.built ## Set up .venv and build the package in place
 test: $(VENV)/.built lint ## Check style and types, then run all tests
 	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-demo: $(VENV)/.built ## Show what runs here, prove it, measure it, draw it: out/ops.svg
+demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measure it: out/model.svg, out/ops.svg
 	mkdir -p out
 	$(ISOLATE) $(BIN)/anydelta info
-	$(ISOLATE) $(BIN)/anydelta conform --backend cpu --require cpu
-	$(ISOLATE) $(BIN)/anydelta bench ops --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
-	@echo "The figure is out/ops.svg, the numbers are out/ops.json."
+	$(ISOLATE) $(BIN)/anydelta conform --backend cpu --require cpu --filter $(DEMO_CONFORM)
+	$(ISOLATE) $(BIN)/anydelta generate --compare --echo -n 200 $(DEMO_PROMPT)
+	$(ISOLATE) $(BIN)/anydelta bench model -c anydelta -p 512 -n 64 --profile --plot out/model.svg -o out/model.json
+	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
+	@echo "The figures are out/model.svg and out/ops.svg, their numbers out/model.json and out/ops.json."
 
 lint: $(VENV)/.installed ## Check style and types
 	$(BIN)/ruff check .

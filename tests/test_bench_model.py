@@ -130,7 +130,7 @@ def test_wrong_logits_are_not_timed(tiny: presets.Built) -> None:
 def test_other_tokens_are_wrong_even_with_close_logits(
     tiny: presets.Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "LOGIT_ERROR", 10.0)
+    monkeypatch.setattr(Bent, "logit_error", 10.0)
     monkeypatch.setattr(model, "_margin", lambda logits: np.full(len(logits), np.inf))
     bent = Bent("bent", "1", tiny.model)
     bent.by = 3.0
@@ -240,6 +240,61 @@ def test_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
         presets.build("tiny", layers=2)
 
 
+# ---- llama.cpp
+
+
+def test_value_heads_are_tiled_in_a_gguf() -> None:
+    from anydelta.bench import llama
+
+    built = presets.build("tiny")  # 2 key heads, 4 value heads of 32
+    attn = built.model.model.layers[0].linear_attn
+    tensors = dict(llama._linear(attn, built.model.config))
+    order = [0, 2, 1, 3]  # value head i of ggml has key head i mod 2; of Transformers i div 2
+    assert torch.equal(tensors["ssm_alpha.weight"], attn.in_proj_a.weight[order])
+    assert torch.equal(tensors["ssm_a"], -attn.A_log.exp()[order])
+    assert torch.equal(tensors["attn_gate.weight"][32:64], attn.in_proj_z.weight[64:96])
+    assert torch.equal(tensors["ssm_out.weight"][:, 32:64], attn.out_proj.weight[:, 64:96])
+    assert torch.equal(tensors["attn_qkv.weight"][:128], attn.in_proj_qkv.weight[:128])
+    assert torch.equal(tensors["ssm_conv1d.weight"][160:192], attn.conv1d.weight[192:224, 0])
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-next"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpp_gives_the_same_logits(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from anydelta.bench import llama
+
+    if name != "tiny":
+        preset = next(p for p in presets.PRESETS if p.name == name)
+        sizes = {**preset.sizes, **SHRUNK[name], **dict.fromkeys(("head_dim", "moe_intermediate_size"), 32)}
+        sizes |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32)
+        monkeypatch.setattr(presets, "PRESETS", (replace(preset, sizes=sizes),))
+    built = presets.build(name, dtype)
+    runner = llama.LlamaRunner(built, dtype, 64)
+    try:
+        report = model.Report(ops.describe_machine(), model.Settings(TESTS, rounds=1))
+        both = [contenders(built)[0], runner]
+        model.measure(built, both, dtype=dtype, threads=1, settings=report.settings, report=report)
+    finally:
+        runner.close()
+    assert {r.status for r in report.records} == {"ok"}, [r.reason for r in report.records]
+    # A context that is kept and restored goes on as it would have.
+    assert all(r.median_tps for r in report.records)
+
+
+def test_llama_cpp_says_what_is_missing(tiny: presets.Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta.bench import llama
+
+    monkeypatch.setattr(llama, "needs", lambda module, package: None)
+    assert llama.missing(tiny) is None
+    monkeypatch.setattr(llama, "ARCHITECTURES", {})
+    assert "no GGUF of a qwen3_5_text is written here" in llama.missing(tiny)
+    done = command("-c", "llama.cpp", "-p", "4", "-n", "0")
+    assert done.exit_code == 2
+    assert "requires that llama.cpp can run tiny here; got: no GGUF" in done.stderr
+
+
 # ---- Printers and the command
 
 
@@ -292,7 +347,7 @@ def test_command_prints_markdown_alone_on_stdout() -> None:
 
 
 def test_a_wrong_result_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "LOGIT_ERROR", 1e-30)
+    monkeypatch.setattr(model.TransformersRunner, "logit_error", 1e-30)
     done = command("-p", "4", "-n", "0", "-r", "1", "-t", "1", "-c", "anydelta")
     assert done.exit_code == 1
     assert "wrong" in done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,19 @@ def test_anydelta_is_what_runs_and_only_meanwhile(opened: checkpoint.Opened) -> 
     write.write(opened, PROMPT, write.with_anydelta(), {"max_new_tokens": 2})
     assert adt.status().taken != before
     assert not adt.status(opened.model).layers
+
+
+@native
+def test_the_commands_of_the_documents_run(program: Any) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    text += (root / "Makefile").read_text(encoding="utf-8").replace("$(DEMO_PROMPT)", '"In those days"')
+    found = re.findall(r"anydelta generate (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    assert len(found) >= 5
+    for line in dict.fromkeys(found):
+        code, out, err = program(*shlex.split(line), "-n", "4")
+        assert code == 0, err
+        assert out
 
 
 def test_the_record_is_alone_on_stdout(program: Any) -> None:

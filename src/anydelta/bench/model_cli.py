@@ -13,7 +13,8 @@ from ..generate.checkpoint import CheckpointError, need_packages, quiet
 from . import model, model_report, presets
 from .cli import PLOTS, _fail, _output_form, _progress, _threads, bench
 
-CONTENDERS = ("transformers", "anydelta", "llama.cpp")
+LLAMA = "llama.cpp"
+CONTENDERS = ("transformers", "anydelta", LLAMA)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -153,6 +154,10 @@ def _measure(
         if not asked or "anydelta" in asked:
             version = report.machine["anydelta"]
             runners.append(model.TransformersRunner("anydelta", version, built.model, enabled))
+        if (not asked or LLAMA in asked) and (
+            rival := _llama(built, dtype, tests, report, LLAMA in asked, tell)
+        ):
+            runners.append(rival)
         for j, threads in enumerate(counts):
 
             def part(text: str, done: float, at: int = i * len(counts) + j) -> None:
@@ -161,7 +166,35 @@ def _measure(
             model.measure(
                 built, runners, dtype=dtype, threads=threads, settings=settings, report=report, progress=part
             )
+        for runner in runners:
+            runner.close()
     return report
+
+
+def _llama(
+    built: presets.Built,
+    dtype: str,
+    tests: tuple[model.Test, ...],
+    report: model.Report,
+    asked: bool,
+    tell: Any,
+) -> Any:
+    """llama.cpp with this model, or None and the reason in the report; asked for by name, it must be there."""
+    from . import llama
+
+    name = f"{LLAMA}, {built.name} {dtype}"
+    if why := llama.missing(built):
+        if asked:
+            raise CheckpointError(f"requires that {LLAMA} can run {built.name} here; got: {why}")
+    else:
+        tell(f"{built.name} {dtype}: writing the GGUF", 0.0)
+        room = max(t.depth + t.n for t in tests) + model.CHECK_PROMPT + model.CHECK_STEPS
+        try:
+            return llama.LlamaRunner(built, dtype, room)
+        except RuntimeError as error:
+            why = str(error)
+    report.absent[name] = why
+    return None
 
 
 def _tests(prompts: list[int], gens: list[int], depths: list[int]) -> tuple[model.Test, ...]:

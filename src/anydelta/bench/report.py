@@ -23,6 +23,7 @@ BUSY_PCT = 10
 COLOURS = {
     "anydelta": "#1b6ca8",
     "ggml": "#d1495b",
+    "llama.cpp": "#d1495b",
     "executorch": "#edae49",
     "mlx": "#66a182",
     "transformers": "#8d6a9f",
