@@ -166,6 +166,8 @@ def shape_of(x: Any) -> tuple[int, ...]:
 
 def overlaps(x: Any) -> bool:
     """Whether elements of x may share memory: each axis must step over all that the finer axes span."""
+    if 0 in shape_of(x):
+        return False
     reach = 0
     axes = zip(element_strides(x), shape_of(x), strict=True)
     for stride, n in sorted((abs(stride), n) for stride, n in axes if n > 1):

@@ -1,6 +1,7 @@
 """Does a backend compute the gated delta rule? One list of cases, one way to compare, one way to run them.
 
 cases.py     Case: a call described in one line, and the list that tests, CLI and benchmarks share
+mixer.py     the same for the mixer: MixerCase, its list and its comparison
 compare.py   check(case, target): runs one case and compares it with the float64 oracle
 run.py       run(cases, targets): results as records
 cli.py       `anydelta conform`
@@ -8,9 +9,10 @@ cli.py       `anydelta conform`
 
 from .cases import CASES, Case
 from .compare import Target, Verdict, check
+from .mixer import MIXER_CASES, MixerCase
 from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, Result, run, targets
 
 __all__ = [
-    "CASES", "FAIL", "NOT_SUPPORTED", "OK", "SKIPPED", "Case", "Result", "Target", "Verdict", "check", "run",
-    "targets",
+    "CASES", "FAIL", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SKIPPED", "Case", "MixerCase", "Result", "Target",
+    "Verdict", "check", "run", "targets",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from .. import __version__, dispatch
 from .cases import CASES, Case
-from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, STATUSES, Result, run, summary, targets, unavailable
+from .mixer import MIXER_CASES
+from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, STATUSES, Result, parse, run, summary, targets, unavailable
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
@@ -48,7 +49,6 @@ def register(app: typer.Typer) -> None:
         ] = None,
         isa: Annotated[list[str] | None, _option("--isa", "Only this instruction set of the CPU.")] = None,
         framework: Annotated[list[str] | None, _option("--framework", "Only numpy, or only torch.")] = None,
-        device: Annotated[str, _option("--device", "Where torch's tensors lie: cuda, xpu, ...")] = "cpu",
         as_json: Annotated[bool, _option("--json", "Every result as JSON on stdout.")] = False,
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
         as_md: Annotated[bool, _option("--md", "The summary as a Markdown table on stdout.")] = False,
@@ -62,11 +62,7 @@ def register(app: typer.Typer) -> None:
             for name in framework or ():
                 if name not in ("numpy", "torch"):
                     raise Usage(f"--framework must be numpy or torch; got {name!r}")
-            if device != "cpu" and (framework or ["torch"]) != ["torch"]:
-                raise Usage(
-                    f"--device {device} goes with --framework torch; got {', '.join(framework or ())}"
-                )
-            on = targets(names, isa or (), framework or (), device)
+            on = targets(names, isa or (), framework or ())
         except (Usage, ValueError) as error:
             print(f"anydelta conform: {error}.", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -90,18 +86,19 @@ def _select(pattern: str, lines: list[str]) -> list[Case]:
     if lines:
         if pattern:
             raise Usage("--case and --filter exclude each other")
-        return [Case.parse(line) for line in lines]
+        return [parse(line) for line in lines]
+    every: list[Case] = [*CASES, *MIXER_CASES]
     if not pattern:
-        return list(CASES)
-    found = [c for c in CASES if pattern in str(c)]
+        return every
+    found = [c for c in every if pattern in str(c)]
     if not found:
         try:
             regex = re.compile(pattern)
         except re.error as error:
             raise Usage(f"--filter {pattern!r} is in no case, and as a regex it is wrong: {error}") from None
-        found = [c for c in CASES if regex.search(str(c))]
+        found = [c for c in every if regex.search(str(c))]
     if not found:
-        raise Usage(f"--filter {pattern!r} matches none of the {len(CASES)} cases")
+        raise Usage(f"--filter {pattern!r} matches none of the {len(every)} cases")
     return found
 
 
@@ -172,7 +169,9 @@ def _print_md(results: list[Result], broken: list[str]) -> None:
     print("|---|---|---|" + "---:|" * (len(STATUSES) + 1))
     for row in summary(results):
         counts = " | ".join(str(row[s]) for s in STATUSES)
-        print(f"| {row['backend']} | {row['isa'] or ''} | {_arrays(row)} | {counts} | {row['worst']:.2f} |")
+        print(
+            f"| {row['backend']} | {row['isa'] or ''} | {row['framework']} | {counts} | {row['worst']:.2f} |"
+        )
     bad = [r for r in results if r.status == FAIL]
     if bad or broken:
         print()
@@ -180,11 +179,6 @@ def _print_md(results: list[Result], broken: list[str]) -> None:
         print(f"- {text}")
     for r in bad:
         print(f"- FAIL `{r.reproduce()}`: {'; '.join(r.reasons)}")
-
-
-def _arrays(row: dict[str, Any]) -> str:
-    """What the arrays of a target are: "numpy", "torch", "torch cuda"."""
-    return " ".join(name for name in (row["framework"], row["device"]) if name != "cpu")
 
 
 def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> None:
@@ -199,7 +193,7 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
         style = "red" if row[FAIL] else "yellow" if not row[OK] else ""
         counts = [str(row[s]) for s in STATUSES]
         table.add_row(
-            row["backend"], row["isa"] or "", _arrays(row), *counts, f"{row['worst']:.2f}",
+            row["backend"], row["isa"] or "", row["framework"], *counts, f"{row['worst']:.2f}",
             f"{row['seconds']:.1f}", style=style,
         )  # fmt: skip
     console.print(table)

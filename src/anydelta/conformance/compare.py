@@ -22,7 +22,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -244,9 +244,7 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
             # Only arrays with a batch axis can be expanded along it; the last axis only for g [B, T, HV, K].
             batched = name in ("q", "k", "v", "g", "beta")
             mode = case.strides if batched or case.strides != "expanded" else "dense"
-            # Where index data lies on a GPU it is not checked: what must be refused stays on the host.
-            host = case.refused and name == "state_indices"
-            out[name] = Buffer(x, x.shape, dtype, mode, replace(target, device="cpu") if host else target)
+            out[name] = Buffer(x, x.shape, dtype, mode, target)
     if values.state is not None:
         stored = values.state.copy()
         if case.indices is not None and case.state_strides != "expanded":
@@ -293,7 +291,7 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
         if exact is None:
             _check_refused(verdict, case, arrays, held, target)
             return verdict
-        with _dirty_memory(case, target):
+        with dirty_memory(case, target):
             try:
                 o, state = call(case, arrays, target.backend)
             except (dispatch.UnsupportedError, NotRunnable):
@@ -325,9 +323,9 @@ def _check_result(
     state: Any, target: Target,
 ) -> None:  # fmt: skip
     live = values.live(case)
-    got_o = _fetch(v, "o", o, exact.o.shape, case.dtype, target)
+    got_o = fetch(v, "o", o, exact.o.shape, case.dtype, target)
     if got_o is not None:
-        _judge(v, "o", got_o, exact.o, case.dtype)
+        judge(v, "o", got_o, exact.o, case.dtype)
         dead = np.ones(exact.o.shape[:2], bool)
         if live:
             dead = ~(np.stack(live) if case.seqlens is None else np.concatenate(live)[None])
@@ -343,7 +341,7 @@ def _check_result(
         assert written is not None
         index = np.arange(case.N) if values.state_indices is None else values.state_indices
         rows = index[~exact.skipped]
-        _judge(v, "state", written.values()[rows], exact.state[~exact.skipped], case.state_dtype)
+        judge(v, "state", written.values()[rows], exact.state[~exact.skipped], case.state_dtype)
         allowed = np.zeros(case.P, bool)
         allowed[index[moved]] = True
         if stray := written.stray(allowed):
@@ -352,9 +350,9 @@ def _check_result(
         if state is not None:
             v.errors.append("state: returned, although output_final_state=False")
     else:
-        got = _fetch(v, "state", state, exact.state.shape, case.state_dtype, target)
+        got = fetch(v, "state", state, exact.state.shape, case.state_dtype, target)
         if got is not None:
-            _judge(v, "state", got, exact.state, case.state_dtype)
+            judge(v, "state", got, exact.state, case.state_dtype)
             if np.any(got[~moved] != exact.state[~moved]):
                 v.errors.append("state: not the initial one in a sequence without live tokens")
 
@@ -365,7 +363,7 @@ def _check_result(
             got = b.values()
             for slot, rows in enumerate(exact.snapshot_written):
                 if rows.any():
-                    _judge(
+                    judge(
                         v,
                         f"snapshot {slot}",
                         got[slot][rows],
@@ -387,15 +385,13 @@ def _judge_rows(v: Verdict, case: Case, values: Inputs, exact: reference.Expecte
     allowed = np.zeros(case.P, bool)
     for slot, (written, rows) in enumerate(zip(exact.snapshot_written, values.snapshot_indices, strict=True)):
         if written.any():
-            _judge(
-                v, f"snapshot {slot}", got[rows[written]], exact.snapshots[slot][written], case.state_dtype
-            )
+            judge(v, f"snapshot {slot}", got[rows[written]], exact.snapshots[slot][written], case.state_dtype)
         allowed[rows[written]] = True
     if stray := pool.stray(allowed):
         v.errors.append(f"state: {stray}")
 
 
-def _judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
+def judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
     """Compare one part; see the top of this file for the rule."""
     if not exact.size:
         return
@@ -424,7 +420,7 @@ def _judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
         v.errors.append(f"{name}: {rule}; worst element: {where}")
 
 
-def _fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, target: Target) -> F64 | None:
+def fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, target: Target) -> F64 | None:
     """A returned array as float64, if its type, shape and dtype are right."""
     module = type(x).__module__.partition(".")[0]
     if module != target.framework:
@@ -439,7 +435,7 @@ def _fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, ta
 
 
 @contextlib.contextmanager
-def _dirty_memory(case: Case, target: Target) -> Iterator[None]:
+def dirty_memory(case: Case, target: Target) -> Iterator[None]:
     """What the op allocates itself should hold NaN, so that an element that is never written shows.
 
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and

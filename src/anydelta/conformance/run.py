@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import dispatch
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, check
+from .mixer import WORD, MixerCase, MixerPrepared, check_mixer_case
 
 OK, FAIL, NOT_SUPPORTED, SKIPPED = "OK", "FAIL", "NOT SUPPORTED", "SKIPPED"
 STATUSES = (OK, FAIL, NOT_SUPPORTED, SKIPPED)
@@ -31,18 +32,15 @@ class Result:
     worst: float = 0.0
     """The largest error of any part, divided by the error allowed: 1 is the limit."""
     seconds: float = 0.0
-    device: str = "cpu"
-    """Of the tensors, as torch names it."""
 
     @property
-    def target(self) -> tuple[str, str | None, str, str]:
-        return self.backend, self.isa, self.framework, self.device
+    def target(self) -> tuple[str, str | None, str]:
+        return self.backend, self.isa, self.framework
 
     def reproduce(self) -> str:
         """The command that repeats this one result."""
         isa = f" --isa {self.isa}" if self.isa else ""
-        device = f" --device {self.device}" if self.device != "cpu" else ""
-        where = f"--backend {self.backend}{isa} --framework {self.framework}{device}"
+        where = f"--backend {self.backend}{isa} --framework {self.framework}"
         return f"anydelta conform {where} --case '{self.case}'"
 
     def record(self) -> dict[str, Any]:
@@ -82,11 +80,8 @@ def targets(
     backends: Sequence[str] = dispatch.NAMES,
     only_isas: Sequence[str] = (),
     only_frameworks: Sequence[str] = (),
-    device: str = "cpu",
 ) -> list[Target]:
     """One target per backend, ISA and framework. A backend that cannot run here gets one, to say so.
-
-    On another device than the CPU all arrays are torch tensors.
 
     Raises:
         ValueError: an ISA that none of the backends offers; the text lists those on offer.
@@ -100,16 +95,14 @@ def targets(
     out = []
     for name in backends:
         if unavailable(name):
-            if not only_isas:
-                out.append(Target(name))
+            out.append(Target(name))
             continue
         chosen: list[str | None] = [i for i in offered[name] if not only_isas or i in only_isas]
         if not chosen:
             if only_isas:
                 continue  # this backend has no such ISA
             chosen = [None]
-        wanted = only_frameworks or (frameworks() if device == "cpu" else ("torch",))
-        out += [Target(name, isa, fw, device) for isa in chosen for fw in wanted]
+        out += [Target(name, isa, fw) for isa in chosen for fw in only_frameworks or frameworks()]
     return out
 
 
@@ -118,23 +111,42 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
     usable = []
     for target in on:
         if reasons := unavailable(target.backend) if target.backend != "auto" else ():
-            skipped = Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
-            yield replace(skipped, device=target.device)
+            yield Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
         else:
             usable.append(target)
     if any(target.framework == "torch" for target in usable):
         import torch  # noqa: F401  # its seconds are not the first case's
     for case in cases if usable else ():
-        prepared = Prepared.of(case)
+        prepared = prepare(case)
         for target in usable:
-            yield run_one(prepared, target)
+            if not isinstance(case, MixerCase) or has_mixer(target.backend):
+                yield run_one(prepared, target)
 
 
-def run_one(case: Case | Prepared, target: Target) -> Result:
-    prepared = Prepared.of(case) if isinstance(case, Case) else case
+def parse(line: str) -> Case:
+    """The case that prints as `line`: the mixer's begin with that word.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not fit it.
+    """
+    return MixerCase.parse(line) if line.startswith(WORD) else Case.parse(line)
+
+
+def prepare(case: Case) -> Prepared | MixerPrepared:
+    return MixerPrepared.of(case) if isinstance(case, MixerCase) else Prepared.of(case)
+
+
+def has_mixer(backend: str) -> bool:
+    """Whether the backend has a kernel for the mixer: others are not asked its cases."""
+    return backend == "auto" or getattr(backend_of(backend), "mixer", None) is not None
+
+
+def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
+    prepared = prepare(case) if isinstance(case, Case) else case
     start, worst = time.perf_counter(), 0.0
     try:
-        verdict = check(prepared, target)
+        run_check: Any = check_mixer_case if isinstance(prepared, MixerPrepared) else check
+        verdict = run_check(prepared, target)
         status, reasons, worst = (FAIL if verdict.errors else OK), tuple(verdict.errors), verdict.worst
     except dispatch.UnsupportedError as error:
         status, reasons = NOT_SUPPORTED, (str(error),)
@@ -142,9 +154,8 @@ def run_one(case: Case | Prepared, target: Target) -> Result:
         status, reasons = SKIPPED, (str(error),)
     seconds = time.perf_counter() - start
     return Result(
-        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds,
-        target.device,
-    )  # fmt: skip
+        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds
+    )
 
 
 def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -157,7 +168,6 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "backend": r.backend,
                 "isa": r.isa,
                 "framework": r.framework,
-                "device": r.device,
                 **dict.fromkeys(STATUSES, 0),
                 "worst": 0.0,
                 "seconds": 0.0,

@@ -116,8 +116,8 @@ def gated_delta_mixer(
     key = (C - HV * V) // 2
     strength = sigmoid(beta) if beta_is_logit else beta
     rule = gated_delta_rule(
-        y[..., :key].reshape(B, T, -1, K),
-        y[..., key : 2 * key].reshape(B, T, -1, K),
+        y[..., :key].reshape(B, T, key // K, K),
+        y[..., key : 2 * key].reshape(B, T, key // K, K),
         y[..., 2 * key :].reshape(B, T, HV, V),
         g=g,
         beta=2 * strength if allow_neg_eigval else strength,

@@ -133,9 +133,10 @@ def grouped(x: Any, width: int, heads: int) -> tuple[int, int] | None:
 def parts(call: MixerCall, spec: MixerSpec) -> tuple[Any, Any, Any]:
     """q [B, T, H K], k [B, T, H K], v [B, T, HV V] of a valid call; views where the arrays allow it."""
     r = spec.rule
-    if spec.split:
-        return tuple(x.reshape(r.B, r.T, -1) for x in (call.qkv, call.k, call.v))
     key = r.H * r.K
+    if spec.split:
+        widths = (key, key, r.HV * r.V)
+        return tuple(x.reshape(r.B, r.T, n) for x, n in zip((call.qkv, call.k, call.v), widths, strict=True))
     return call.qkv[..., :key], call.qkv[..., key : 2 * key], call.qkv[..., 2 * key :]
 
 

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "mixer.h"
 #include "threads.h"
@@ -235,6 +237,47 @@ const std::vector<const Kernels*>& runnable() {
         return v;
     }();
     return all;
+}
+
+namespace {
+
+const Kernels* find(const std::string& name) {
+    std::string names;
+    for (const Kernels* k : runnable()) {
+        if (name == k->name) return k;
+        names += (names.empty() ? "" : ", ") + std::string(k->name);
+    }
+    throw std::invalid_argument("anydelta: the instruction set must be one of " + names + " on this CPU; got '" + name +
+                                "'. Correct or unset ANYDELTA_CPU_ISA");
+}
+
+std::atomic<const Kernels*> choice{nullptr};
+std::atomic<long> calls_made{0};
+
+}  // namespace
+
+const Kernels& chosen() {
+    const Kernels* k = choice.load(std::memory_order_relaxed);
+    if (!k) {
+        const char* forced = std::getenv("ANYDELTA_CPU_ISA");
+        k = forced && *forced ? find(forced) : runnable().back();
+        choice.store(k);
+    }
+    return *k;
+}
+
+void choose(const std::string& name) { choice.store(find(name)); }
+
+long calls() { return calls_made.load(); }
+
+void run_chosen(const Problem& p, int threads, bool share_openmp) {
+    ++calls_made;
+    run(p, chosen(), threads, share_openmp);
+}
+
+void run_chosen(const Mixer& m, int threads, bool share_openmp) {
+    ++calls_made;
+    run(m, chosen(), threads, share_openmp);
 }
 
 std::string last_isa() { return last_run.load(std::memory_order_relaxed); }

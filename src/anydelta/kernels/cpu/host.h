@@ -9,6 +9,10 @@ namespace anydelta {
 
 // The builds that this CPU can run, slowest first.
 const std::vector<const Kernels*>& runnable();
+// The one that runs calls: the last of runnable(), or what ANYDELTA_CPU_ISA or choose() names.
+// Both throw std::invalid_argument where this CPU cannot run it.
+const Kernels& chosen();
+void choose(const std::string& name);
 // The build that ran the latest task, by the name compiled into it; "" before the first.
 std::string last_isa();
 // CPU features that matter here, for instance {"avx2", "fma", "f16c"}.
@@ -17,6 +21,12 @@ std::vector<std::string> cpu_features();
 // Run a valid problem. Throws std::bad_alloc before anything is written, nothing else.
 void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp);
 void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp);
+
+// The same with chosen().
+void run_chosen(const Problem& p, int threads, bool share_openmp);
+void run_chosen(const Mixer& m, int threads, bool share_openmp);
+// How often that was.
+long calls();
 
 double fma_peak(const Kernels& kernels, int threads, double seconds);  // GFLOP/s
 double copy_bandwidth(int threads, int mib);                           // GB/s, read + written

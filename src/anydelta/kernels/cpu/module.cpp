@@ -6,7 +6,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -154,10 +153,6 @@ std::vector<int64_t> widen(uintptr_t address, int64_t count, bool is_int32) {
     return out;
 }
 
-std::atomic<const Kernels*> chosen{runnable().back()};
-
-std::atomic<long> calls{0};
-
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // A problem's index arrays, widened; they must outlive the run.
@@ -200,10 +195,12 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
         p.snapshots.data = p.in.data;
         p.out.data = nullptr;
     }
-    ++calls;
     nb::gil_scoped_release unlocked;
-    run(p, *chosen.load(), threads, share_openmp);
+    run_chosen(p, threads, share_openmp);
 }
+
+// For anydelta_torch in the same process.
+void run_for_torch(const Problem& p, int threads) { run_chosen(p, threads, true); }
 
 // The arrays of a mixer call, in this order.
 enum MixerArray {
@@ -258,9 +255,8 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
     p.mask = static_cast<const uint8_t*>(at(a[MASK]));
     Indices indices;
     indices.widen_into(p, plan.rule, a[CU_SEQLENS], a[STATE_INDICES]);
-    ++calls;
     nb::gil_scoped_release unlocked;
-    run(m, *chosen.load(), threads, share_openmp);
+    run_chosen(m, threads, share_openmp);
 }
 
 ArrayReader reader;
@@ -327,17 +323,17 @@ NB_MODULE(_core, m) {
             return names;
         },
         "Builds that this CPU can run, slowest first.");
-    m.def("isa", [] { return std::string(chosen.load()->name); }, "The build that runs.");
-    m.def("set_isa", [](const std::string& name) {
-        for (const Kernels* k : runnable())
-            if (name == k->name) {
-                chosen.store(k);
-                return;
-            }
-        throw std::invalid_argument("not runnable on this CPU: " + name);
-    });
-    m.def("lanes", [] { return chosen.load()->lanes; });
-    m.def("calls", [] { return calls.load(); }, "How often the kernels were called.");
+    m.def("isa", [] { return std::string(chosen().name); }, "The build that runs.");
+    m.def("set_isa", &choose);
+    m.def("lanes", [] { return chosen().lanes; });
+    m.def("calls", &calls, "How often the kernels were called.");
+    m.def(
+        "runner", [] { return reinterpret_cast<uintptr_t>(&run_for_torch); },
+        "The address that anydelta_torch calls in this process.");
+    m.def(
+        "share_threads_of",
+        [](uintptr_t parallel) { share_threads_of(reinterpret_cast<void (*)(int, void (*)(void*), void*)>(parallel)); },
+        "Run on the threads behind this address where no OpenMP runtime is found.");
     m.def("last_isa", &last_isa, "The build that ran the latest task, by the name compiled into it.");
     m.def("cpu_features", &cpu_features);
     m.def("thread_provider", [](bool share_openmp) { return std::string(thread_provider(share_openmp)); });
@@ -345,7 +341,7 @@ NB_MODULE(_core, m) {
         "fma_peak",
         [](int threads, double seconds) {
             nb::gil_scoped_release unlocked;
-            return fma_peak(*chosen.load(), threads, seconds);
+            return fma_peak(chosen(), threads, seconds);
         },
         nb::arg("threads"), nb::arg("seconds"), "GFLOP/s of register-only FMAs of the chosen ISA.");
     m.def(

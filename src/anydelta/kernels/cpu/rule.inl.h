@@ -920,12 +920,12 @@ class Runner {
         blk.C = n;
         for (int c = 0; c < n; ++c) {
             const int64_t ahead = positions[c] + AHEAD;
-            if (ahead < seq.end) {
+            if (ahead < seq.end && !made) {
                 fetch<false>(p.k, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
                 fetch<false>(p.q, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
                 fetch<false>(p.v, seq.b, ahead, h->hv, job.col0, job.cols);
-                if (p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
             }
+            if (ahead < seq.end && p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
             blk.beta[c] = read_beta(p, seq.b, positions[c], h->hv);
             const Token x = read_token(p, seq.b, positions[c], h->hv, h->A, h->bias, w.scratch);
             if (p.kda)

@@ -120,6 +120,9 @@ GompParallel find_openmp() {
 
 bool openmp_usable(bool share_openmp) { return share_openmp && !forked.load() && find_openmp() != nullptr; }
 
+using Parallel = void (*)(int, void (*)(void*), void*);
+std::atomic<Parallel> host_threads{nullptr};
+
 #if !defined(_WIN32)
 // A forked child has none of the parent's threads: forget the pool (its mutexes may be held) and OpenMP's workers.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
@@ -133,9 +136,16 @@ bool openmp_usable(bool share_openmp) { return share_openmp && !forked.load() &&
 void parallel(int threads, bool share_openmp, void (*work)(void*), void* context) {
     if (threads <= 1) return work(context);
     if (openmp_usable(share_openmp)) return find_openmp()(work, context, static_cast<unsigned>(threads), 0);
+    const Parallel host = share_openmp && !forked.load() ? host_threads.load() : nullptr;
+    if (host) return host(threads, work, context);
     if (!pool().run(threads, work, context)) work(context);
 }
 
-const char* thread_provider(bool share_openmp) { return openmp_usable(share_openmp) ? "openmp" : "own"; }
+void share_threads_of(Parallel parallel) { host_threads.store(parallel); }
+
+const char* thread_provider(bool share_openmp) {
+    if (openmp_usable(share_openmp)) return "openmp";
+    return share_openmp && !forked.load() && host_threads.load() ? "torch" : "own";
+}
 
 }  // namespace anydelta

@@ -8,10 +8,14 @@ namespace anydelta {
 //
 // With `share_openmp` and an OpenMP runtime in the process (torch brings one), the threads are that runtime's: its
 // idle workers spin for a while after each region, so a second pool would compete with them for the same cores.
-// Otherwise, and in a forked child, where OpenMP's workers do not exist, the threads are a pool of our own.
+// Failing that, they are those of share_threads_of. Otherwise, and in a forked child, where OpenMP's workers do not exist, the threads are a pool of our own.
 void parallel(int threads, bool share_openmp, void (*work)(void*), void* context);
 
-// "openmp" or "own": what parallel(n, share_openmp, ...) would use.
+// Threads of a host that has no OpenMP runtime to be found: `parallel` calls work(context) up to `threads` times, each on
+// a thread of its own. Comes second, because torch wakes all of its threads for a job of two.
+void share_threads_of(void (*parallel)(int threads, void (*work)(void*), void* context));
+
+// "openmp", "torch" or "own": what parallel(n, share_openmp, ...) would use.
 const char* thread_provider(bool share_openmp);
 
 }  // namespace anydelta

@@ -1,0 +1,396 @@
+#include "spec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+
+namespace anydelta {
+namespace {
+
+using Dims = std::vector<int64_t>;
+
+std::string text(const Dims& dims, char open = '[', char close = ']') {
+    std::string s(1, open);
+    for (size_t i = 0; i < dims.size(); ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
+    if (open == '(' && dims.size() == 1) s += ',';
+    return s + close;
+}
+
+// As Python prints a float: the fewest digits that read back as the same number.
+std::string text(double x) {
+    if (std::isnan(x)) return "nan";
+    if (std::isinf(x)) return x > 0 ? "inf" : "-inf";
+    char s[40];
+    for (int digits = 1; digits <= 17; ++digits) {
+        std::snprintf(s, sizeof s, "%.*e", digits - 1, x);
+        if (std::strtod(s, nullptr) == x) break;
+    }
+    const int exponent = std::atoi(std::string(s).substr(std::string(s).find('e') + 1).c_str());
+    if (x != 0 && (exponent < -4 || exponent >= 16)) return s;
+    for (int places = 1; places <= 25; ++places) {
+        std::snprintf(s, sizeof s, "%.*f", places, x);
+        if (std::strtod(s, nullptr) == x) break;
+    }
+    return s;
+}
+
+const char* name_of(Type t, const char* other = nullptr) {
+    switch (t) {
+        case Type::f32: return "float32";
+        case Type::bf16: return "bfloat16";
+        case Type::f16: return "float16";
+        case Type::f64: return "float64";
+        case Type::i32: return "int32";
+        case Type::i64: return "int64";
+        case Type::boolean: return "bool";
+        case Type::other: break;
+    }
+    return other ? other : "another type";
+}
+
+const char* name_of(const Array& x) { return name_of(x.type, x.type_name); }
+
+Dims dims_of(const Array& x) { return Dims(x.sizes, x.sizes + x.dims); }
+
+class Checker {
+  public:
+    explicit Checker(const char* op) : op_(op) {}
+
+    [[noreturn]] void fail(const std::string& what) const {
+        throw std::invalid_argument(std::string(op_) + ": " + what);
+    }
+
+    void type(const char* name, const Array& x, std::initializer_list<Type> allowed) const {
+        std::string names;
+        for (Type t : allowed) {
+            if (x.type == t) return;
+            names += (names.empty() ? "" : " or ") + std::string(name_of(t));
+        }
+        fail(std::string(name) + " must have dtype " + names + "; got " + name_of(x));
+    }
+    void shape(const char* name, const Array& x, const Dims& want, const char* legend) const {
+        if (x.dims == static_cast<int>(want.size()) && std::equal(want.begin(), want.end(), x.sizes)) return;
+        fail(std::string(name) + " must be " + legend + " = " + text(want) + "; got " + text(dims_of(x)));
+    }
+    void choice(const char* name, const std::string& value, std::initializer_list<const char*> allowed) const {
+        std::string names;
+        for (const char* a : allowed) {
+            if (value == a) return;
+            names += (names.empty() ? "'" : ", '") + std::string(a) + "'";
+        }
+        fail(std::string(name) + " must be one of " + names + "; got '" + value + "'");
+    }
+    void number(const char* name, double value) const {
+        if (!(std::abs(value) <= 3.4028234663852886e38))
+            fail(std::string(name) + " must be finite in float32; got " + text(value));
+    }
+    // Each element its own memory: an axis must step over all that the finer axes span.
+    void writable(const char* name, const Array& x) const {
+        std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
+        for (int i = 0; i < x.dims; ++i)
+            if (x.sizes[i] > 1) axes.emplace_back(std::abs(x.strides[i]), x.sizes[i]);
+        std::sort(axes.begin(), axes.end());
+        int64_t reach = 0;
+        for (const auto& [stride, n] : axes) {
+            if (stride <= reach)
+                fail(std::string(name) +
+                     " is written and must not be a view whose elements share memory; got strides " +
+                     text(Dims(x.strides, x.strides + x.dims)) + " for " + text(dims_of(x)) + ". Copy it first");
+            reach += stride * (n - 1);
+        }
+    }
+
+  private:
+    const char* op_;
+};
+
+constexpr std::initializer_list<Type> FLOATS = {Type::f32, Type::bf16, Type::f16, Type::f64};
+constexpr std::initializer_list<Type> INDICES = {Type::i32, Type::i64};
+
+bool is(const Array& x, std::initializer_list<int64_t> sizes) {
+    return x.dims == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), x.sizes);
+}
+
+std::string quoted(const std::string& s) { return "'" + s + "'"; }
+
+// A_log [HV] and dt_bias [HV], or [HV, K] / [HV*K] for KDA, belong to raw gates and only there.
+void check_raw(const Checker& c, const Call& call, const Options& opt, bool kda, int64_t HV, int64_t K) {
+    if (opt.decay != "raw") {
+        for (auto [name, x] : {std::pair{"A_log", &call.A_log}, std::pair{"dt_bias", &call.dt_bias}})
+            if (x->given()) c.fail(std::string(name) + " goes with decay=\"raw\" only; got decay=" + quoted(opt.decay));
+        return;
+    }
+    if (!call.A_log.given()) c.fail("decay=\"raw\" requires A_log [HV]; got None");
+    c.type("A_log", call.A_log, FLOATS);
+    c.shape("A_log", call.A_log, {HV}, "[HV]");
+    if (!call.dt_bias.given()) return;
+    c.type("dt_bias", call.dt_bias, FLOATS);
+    if (kda ? !is(call.dt_bias, {HV, K}) && !is(call.dt_bias, {HV * K}) : !is(call.dt_bias, {HV}))
+        c.fail(std::string("dt_bias must be ") + (kda ? "[HV, K] or [HV * K]" : "[HV]") + "; got " +
+               text(dims_of(call.dt_bias)) + " with HV = " + std::to_string(HV) + ", K = " + std::to_string(K));
+}
+
+// cu_seqlens [N+1] of integers with B = 1. Returns N.
+int64_t check_sequences(const Checker& c, const Call& call, int64_t B) {
+    const Array& cu = call.cu_seqlens;
+    if (!cu.given()) return B;
+    c.type("cu_seqlens", cu, INDICES);
+    if (cu.dims != 1 || cu.sizes[0] < 1) c.fail("cu_seqlens must be [N+1]; got " + text(dims_of(cu)));
+    if (B != 1) c.fail("cu_seqlens packs all sequences into one row and requires B = 1; got B = " + std::to_string(B));
+    return cu.sizes[0] - 1;
+}
+
+// state [N or P, HV, K, V], state_indices [N], snapshots [Ks, N, HV, K, V]; sets P and state_type.
+void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s) {
+    const char* layout = s.vk ? "V, K" : "K, V";
+    const std::string name = opt.inplace ? "state" : "initial_state";
+    const Dims tail = s.vk ? Dims{s.HV, s.V, s.K} : Dims{s.HV, s.K, s.V};
+    const bool f64 = call.q.type == Type::f64;
+    const auto type = [&](const char* who, const Array& x) {
+        f64 ? c.type(who, x, {Type::f64}) : c.type(who, x, {Type::f32, Type::bf16});
+    };
+    const auto rows = [&](const Array& x, int skip) {
+        return std::equal(tail.begin(), tail.end(), x.sizes + skip, x.sizes + x.dims);
+    };
+    s.P = s.N;
+    s.state_type = f64 ? Type::f64 : Type::f32;
+    if (call.state_indices.given()) {
+        if (!call.state.given()) c.fail("state_indices point into a state pool and require " + name + "; got None");
+        c.type("state_indices", call.state_indices, INDICES);
+        c.shape("state_indices", call.state_indices, {s.N}, "[N]");
+    }
+    if (opt.inplace && !call.state.given()) c.fail("state must be an array that the op advances in place; got None");
+    if (call.state.given()) {
+        const Array& x = call.state;
+        if (x.dims != 4 || !rows(x, 1))
+            c.fail(name + " must be [N, HV, " + layout + "] with [HV, " + layout + "] = " + text(tail) + "; got " +
+                   text(dims_of(x)));
+        if (!call.state_indices.given() && x.sizes[0] != s.N)
+            c.fail(name + " must have N = " + std::to_string(s.N) + " rows, one per sequence; got " +
+                   std::to_string(x.sizes[0]) + ". For a pool give state_indices");
+        s.P = x.sizes[0];
+        type(name.c_str(), x);
+        s.state_type = x.type;
+        if (opt.inplace) c.writable(name.c_str(), x);
+    }
+    if (call.snapshots.given()) {
+        const Array& x = call.snapshots;
+        if (x.dims != 5 || x.sizes[1] != s.N || !rows(x, 2) || x.sizes[0] < 1) {
+            Dims want = tail;
+            want.insert(want.begin(), s.N);
+            c.fail(std::string("snapshots must be [Ks, N, HV, ") + layout + "] with Ks >= 1 and [N, HV, " + layout +
+                   "] = " + text(want) + "; got " + text(dims_of(x)));
+        }
+        type("snapshots", x);
+        if (call.state.given() && x.type != s.state_type)
+            c.fail("snapshots must have " + name + "'s dtype " + name_of(s.state_type) + "; got " + name_of(x.type));
+        s.state_type = x.type;
+        c.writable("snapshots", x);
+    }
+}
+
+// Index arrays of one or two dimensions as int64: they are small, and the kernels then know one type.
+std::vector<int64_t> widen(const Array& x) {
+    const int64_t columns = x.dims == 2 ? x.sizes[1] : 1, count = x.sizes[0] * columns;
+    std::vector<int64_t> out(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = i / columns * x.strides[0] + (x.dims == 2 ? i % columns * x.strides[1] : 0);
+        out[static_cast<size_t>(i)] =
+            x.type == Type::i32 ? static_cast<const int32_t*>(x.data)[at] : static_cast<const int64_t*>(x.data)[at];
+    }
+    return out;
+}
+
+DType dtype(Type t) { return t == Type::f32 ? DType::f32 : t == Type::bf16 ? DType::bf16 : DType::f16; }
+
+Tokens tokens(const Array& x) { return Tokens{x.data, dtype(x.type), x.strides[0], x.strides[1], x.strides[2]}; }
+
+// snapshot_indices [Ks, N] into the rows of the in-place op's pool.
+void check_snapshot_indices(const Checker& c, const Call& call, const Options& opt, int64_t N) {
+    const Array& x = call.snapshot_indices;
+    if (!opt.inplace) c.fail("snapshot_indices name rows of a pool that is written and go with gated_delta_rule_ only");
+    if (call.snapshots.given())
+        c.fail("snapshots must be None where snapshot_indices say where the states go; got both");
+    if (!call.state_indices.given()) c.fail("snapshot_indices name rows of a pool and require state_indices; got None");
+    c.type("snapshot_indices", x, INDICES);
+    if (x.dims != 2 || x.sizes[0] < 1 || x.sizes[1] != N)
+        c.fail("snapshot_indices must be [Ks, N] with Ks >= 1 and N = " + std::to_string(N) + "; got " +
+               text(dims_of(x)));
+}
+
+// No row may be written twice, nor written for one sequence and read by another. Rows that are read may repeat.
+void check_snapshot_rows(const Checker& c, const Call& call, const Spec& s) {
+    constexpr int64_t NOBODY = -1, SEVERAL = -2;
+    const auto read = widen(call.state_indices), into = widen(call.snapshot_indices);
+    const auto cu = call.cu_seqlens.given() ? widen(call.cu_seqlens) : Dims{};
+    std::vector<int64_t> reader(static_cast<size_t>(s.P), NOBODY);
+    for (int64_t n = 0; n < s.N; ++n)
+        if (const int64_t row = read[static_cast<size_t>(n)]; row >= 0) {
+            int64_t& who = reader[static_cast<size_t>(row)];
+            who = who == NOBODY ? n : SEVERAL;
+        }
+    std::vector<bool> written(static_cast<size_t>(s.P));
+    for (size_t i = 0; i < into.size(); ++i) {
+        const auto n = static_cast<int64_t>(i) % s.N, slot = static_cast<int64_t>(i) / s.N, row = into[i];
+        const auto at = static_cast<size_t>(n);
+        if (read[at] == -1 || slot >= (cu.empty() ? s.T : cu[at + 1] - cu[at])) continue;  // nothing is written there
+        if (row < 0 || row >= s.P)
+            c.fail("snapshot_indices must be in [0, P) with P = " + std::to_string(s.P) +
+                   " for all that is written; got " + std::to_string(row));
+        const auto r = static_cast<size_t>(row);
+        if (written[r]) c.fail("snapshot_indices must be unique; got " + std::to_string(row) + " more than once");
+        if (reader[r] != NOBODY && reader[r] != n)
+            c.fail("snapshot_indices must not name a row that another sequence reads; got " + std::to_string(row));
+        written[r] = true;
+    }
+}
+
+}  // namespace
+
+Spec check(const Call& call, const Options& opt) {
+    const Checker c(opt.op);
+    c.choice("decay", opt.decay, {"log", "linear", "raw"});
+    c.choice("heads", opt.heads, {"interleaved", "tiled"});
+    c.choice("state_layout", opt.state_layout, {"kv", "vk"});
+    c.number("qk_l2norm_eps", opt.qk_l2norm_eps);
+    if (opt.qk_l2norm_eps < 0) c.fail("qk_l2norm_eps must be >= 0; got " + text(opt.qk_l2norm_eps));
+    if (opt.has_scale) c.number("scale", opt.scale);
+    if (opt.has_lower_bound) {
+        if (opt.decay != "raw") c.fail("lower_bound goes with decay=\"raw\" only; got decay=" + quoted(opt.decay));
+        c.number("lower_bound", opt.lower_bound);
+        if (opt.lower_bound > 0) c.fail("lower_bound must be <= 0, as the log decay is; got " + text(opt.lower_bound));
+    }
+
+    for (auto [name, x] : {std::pair{"q", &call.q}, std::pair{"k", &call.k}, std::pair{"v", &call.v},
+                           std::pair{"g", &call.g}, std::pair{"beta", &call.beta}})
+        if (!x->given()) c.fail(std::string(name) + " must be a torch.Tensor or a numpy.ndarray; got NoneType");
+
+    // q, k [B, T, H, K]; v [B, T, HV, V]
+    c.type("q", call.q, FLOATS);
+    for (auto [name, x] : {std::pair{"q", &call.q}, std::pair{"k", &call.k}, std::pair{"v", &call.v}}) {
+        if (x->dims != 4)
+            c.fail(std::string(name) + " must be " + (x == &call.v ? "[B, T, HV, V]" : "[B, T, H, K]") + "; got " +
+                   text(dims_of(*x)));
+        c.type(name, *x, FLOATS);
+        if (x->type != call.q.type)
+            c.fail(std::string("q, k and v must share a dtype; got ") + name_of(call.q.type) + " for q and " +
+                   name_of(x->type) + " for " + name);
+    }
+    Spec s{};
+    s.B = call.q.sizes[0], s.T = call.q.sizes[1], s.H = call.q.sizes[2], s.K = call.q.sizes[3];
+    s.HV = call.v.sizes[2], s.V = call.v.sizes[3];
+    s.vk = opt.state_layout == "vk";
+    const auto n = [](int64_t x) { return std::to_string(x); };
+    if (std::min({s.H, s.K, s.HV, s.V}) < 1)
+        c.fail("q and v must have at least one head and one channel; got H=" + n(s.H) + " K=" + n(s.K) +
+               " HV=" + n(s.HV) + " V=" + n(s.V));
+    if (!is(call.k, {s.B, s.T, s.H, s.K})) c.shape("k", call.k, {s.B, s.T, s.H, s.K}, "[B, T, H, K] as q");
+    if (!is(call.v, {s.B, s.T, s.HV, s.V}))
+        c.shape("v", call.v, {s.B, s.T, s.HV, s.V}, "[B, T, HV, V] with q's B and T");
+    if (s.HV % s.H)
+        c.fail("v must have a multiple of q's heads (HV a multiple of H); got HV=" + n(s.HV) + ", H=" + n(s.H));
+
+    // g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV]
+    s.kda = is(call.g, {s.B, s.T, s.HV, s.K});
+    if (!s.kda && !is(call.g, {s.B, s.T, s.HV}))
+        c.fail("g must be [B, T, HV] or [B, T, HV, K]; got " + text(dims_of(call.g), '(', ')') + " with B = " + n(s.B) +
+               ", T = " + n(s.T) + ", HV = " + n(s.HV) + ", K = " + n(s.K));
+    if (!is(call.beta, {s.B, s.T, s.HV})) c.shape("beta", call.beta, {s.B, s.T, s.HV}, "[B, T, HV]");
+    c.type("g", call.g, FLOATS);
+    c.type("beta", call.beta, FLOATS);
+
+    check_raw(c, call, opt, s.kda, s.HV, s.K);
+    s.N = check_sequences(c, call, s.B);
+    check_state(c, call, opt, s);
+    if (call.snapshot_indices.given()) check_snapshot_indices(c, call, opt, s.N);
+    if (call.mask.given()) {
+        c.type("mask", call.mask, {Type::boolean});
+        c.shape("mask", call.mask, {s.B, s.T}, "[B, T]");
+    }
+    return s;
+}
+
+void check_values(const Call& call, const Options& opt, const Spec& s) {
+    const Checker c(opt.op);
+    if (call.cu_seqlens.given()) {
+        const auto cu = widen(call.cu_seqlens);
+        if (cu.front() != 0 || cu.back() != s.T)
+            c.fail("cu_seqlens must start at 0 and end at T = " + std::to_string(s.T) + "; got " +
+                   std::to_string(cu.front()) + " and " + std::to_string(cu.back()));
+        if (!std::is_sorted(cu.begin(), cu.end()))
+            c.fail("cu_seqlens must not decrease; got " + (cu.size() <= 16 ? text(cu) : "..."));
+    }
+    if (call.state_indices.given()) {
+        auto rows = widen(call.state_indices);
+        rows.erase(std::remove(rows.begin(), rows.end(), -1), rows.end());
+        if (rows.empty()) return;  // nothing is read or written
+        const int64_t low = *std::min_element(rows.begin(), rows.end()),
+                      high = *std::max_element(rows.begin(), rows.end());
+        if (low < 0 || high >= s.P)
+            c.fail("state_indices must be -1 (skip) or in [0, P) with P = " + std::to_string(s.P) + "; got " +
+                   std::to_string(low < 0 ? low : high));
+        if (call.snapshot_indices.given()) return check_snapshot_rows(c, call, s);
+        auto sorted = rows;
+        std::sort(sorted.begin(), sorted.end());
+        if (std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()) return;
+        for (int64_t r : rows)
+            if (std::count(rows.begin(), rows.end(), r) > 1)
+                c.fail("state_indices must be unique apart from -1; got " + std::to_string(r) + " more than once");
+    }
+}
+
+void prepare(const Call& call, const Options& opt, const Spec& s, Prepared& out) {
+    Problem& p = out.problem;
+    p.B = s.B, p.T = s.T, p.H = s.H, p.HV = s.HV, p.K = s.K, p.V = s.V, p.N = s.N;
+    p.kda = s.kda, p.vk = s.vk, p.tiled = opt.heads == "tiled";
+    p.beta_is_logit = opt.beta_is_logit, p.l2norm = opt.qk_l2norm;
+    p.l2norm_eps = static_cast<float>(opt.qk_l2norm_eps);
+    p.has_lower_bound = opt.has_lower_bound, p.lower_bound = static_cast<float>(opt.lower_bound);
+    p.decay = opt.decay == "log" ? Decay::log : opt.decay == "linear" ? Decay::linear : Decay::raw;
+    p.scale = static_cast<float>(opt.has_scale ? opt.scale : std::pow(static_cast<double>(s.K), -0.5));
+    p.q = tokens(call.q), p.k = tokens(call.k), p.v = tokens(call.v), p.g = tokens(call.g), p.beta = tokens(call.beta);
+    p.o = Tokens{call.o, p.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
+    if (call.A_log.given()) p.A_log = call.A_log.data, p.A_log_dtype = dtype(call.A_log.type);
+    if (call.dt_bias.given()) p.dt_bias = call.dt_bias.data, p.dt_bias_dtype = dtype(call.dt_bias.type);
+    if (call.mask.given()) {
+        p.mask = static_cast<const uint8_t*>(call.mask.data);
+        p.mask_b = call.mask.strides[0], p.mask_t = call.mask.strides[1];
+    }
+    const int64_t rows = s.vk ? s.V : s.K, columns = s.vk ? s.K : s.V;
+    const States dense{nullptr, s.HV * rows * columns, rows * columns, columns, 0};
+    p.state_dtype = dtype(s.state_type);
+    p.in = p.out = p.snapshots = dense;
+    if (call.state.given()) {
+        const int64_t* st = call.state.strides;
+        p.in = States{call.state.data, st[0], st[1], st[2], 0};
+    }
+    if (opt.inplace)
+        p.out = p.in;
+    else
+        p.out.data = call.state_out, p.out_dense = true;
+    if (call.snapshots.given()) {
+        const int64_t* st = call.snapshots.strides;
+        p.snapshots = States{call.snapshots.data, st[1], st[2], st[3], st[0]};
+        p.Ks = call.snapshots.sizes[0];
+    }
+    if (call.cu_seqlens.given()) {
+        out.cu_seqlens = widen(call.cu_seqlens);
+        p.cu_seqlens = out.cu_seqlens.data();
+    }
+    if (call.state_indices.given()) {
+        out.state_indices = widen(call.state_indices);
+        p.state_indices = out.state_indices.data();
+    }
+    if (call.snapshot_indices.given()) {  // the states go to these rows of the pool, and nowhere else
+        out.snapshot_indices = widen(call.snapshot_indices);
+        p.snapshot_indices = out.snapshot_indices.data();
+        p.snapshots = p.in;
+        p.Ks = call.snapshot_indices.sizes[0];
+        p.out.data = nullptr;
+    }
+}
+
+}  // namespace anydelta

@@ -1,0 +1,70 @@
+// What a valid call is, for programs without Python: the rules of spec.py, in its order and with its sentences.
+// tests/test_torch_library.py gives every wrong call of tests/test_invalid_calls.py to both and compares the texts.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace anydelta {
+
+enum class Type : uint8_t { f32, bf16, f16, f64, i32, i64, boolean, other };
+
+// An array of the caller's: strides count elements. `dims` < 0: the argument was not given.
+struct Array {
+    void* data = nullptr;
+    const int64_t* sizes = nullptr;
+    const int64_t* strides = nullptr;
+    int dims = -1;
+    Type type = Type::other;
+    const char* type_name = nullptr;  // of another type, for errors
+
+    bool given() const { return dims >= 0; }
+    // Whether the kernels read it as it is: contiguous last dimension, and no float64 gate.
+    bool plain() const { return type != Type::f64 && (dims == 0 || strides[dims - 1] == 1 || sizes[dims - 1] <= 1); }
+    bool contiguous() const {
+        int64_t step = 1;
+        for (int i = dims; i-- > 0; step *= sizes[i])
+            if (strides[i] != step && sizes[i] > 1) return false;
+        return type != Type::f64;
+    }
+};
+
+// The arrays of one call, by the names of spec.py's Call; `state` is its state_in. `o` and `state_out` are the host's to
+// allocate: o contiguous like v; state_out contiguous [N, HV, K, V] (or [N, HV, V, K]), or absent.
+struct Call {
+    Array q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices;
+    void* o = nullptr;
+    void* state_out = nullptr;
+};
+
+struct Options {
+    const char* op = "gated_delta_rule";
+    bool has_scale = false, has_lower_bound = false, beta_is_logit = false, qk_l2norm = false, inplace = false;
+    double scale = 0, lower_bound = 0, qk_l2norm_eps = 1e-6;
+    std::string decay = "log", heads = "interleaved", state_layout = "kv";
+};
+
+// The sizes of a valid call, as in docs/conventions.md.
+struct Spec {
+    int64_t B, T, H, HV, K, V, N, P;
+    Type state_type;
+    bool kda, vk;
+};
+
+// All that needs no index data and no gradients.
+// Throws std::invalid_argument, "[op]: NAME must be X; got Y", before anything is read or written.
+Spec check(const Call& call, const Options& options);
+// The index data: cu_seqlens, state_indices and snapshot_indices. Throws likewise.
+void check_values(const Call& call, const Options& options, const Spec& spec);
+
+// What the kernels take, and the index arrays in their width. The arrays of the call must be plain(), A_log and dt_bias
+// contiguous().
+struct Prepared {
+    Problem problem{};
+    std::vector<int64_t> cu_seqlens, state_indices, snapshot_indices;
+};
+void prepare(const Call& call, const Options& options, const Spec& spec, Prepared& out);
+
+}  // namespace anydelta

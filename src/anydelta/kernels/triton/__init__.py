@@ -1,1 +1,0 @@
-"""Device code in Triton: `recurrent` (decode and short blocks), `chunk` (prefill)."""
