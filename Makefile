@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
-KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h)
+KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp)
 CPP := $(KERNELS) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
@@ -80,6 +80,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS)
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) src/anydelta/torch_schemas.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

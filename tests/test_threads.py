@@ -188,7 +188,7 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, int, int], monke
     for threads in (1, 2, 3, 5, 8):
         torch.set_num_threads(threads)
         results.add(digest(framework="torch", **options))
-        monkeypatch.setattr(cpu, "_default_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu, "default_threads", lambda threads=threads: threads)
         anydelta.op._plans.clear()  # plans hold what counts the threads
         results.add(digest(framework="numpy", **options))
     anydelta.op._plans.clear()

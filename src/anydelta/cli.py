@@ -80,10 +80,18 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in ("numpy", "torch", "ml_dtypes")},
+        "torch_library": _torch_library(),
         "forced": dispatch.forced_by_env(),
         "priority": {device: list(names) for device, names in dispatch.PRIORITY.items()},
         "backends": backends,
     }
+
+
+def _torch_library() -> dict[str, Any]:
+    from .export.torch_library import find
+
+    path, reason = find()
+    return {"available": path is not None, "reason": reason}
 
 
 def _version(package: str) -> str | None:
@@ -105,6 +113,8 @@ def _print_info(facts: dict[str, Any]) -> None:
         top.add_row(key, facts[key])
     for name, found in facts["packages"].items():
         top.add_row(name, found or "not installed")
+    library = facts["torch_library"]
+    top.add_row("anydelta_torch", "yes" if library["available"] else f"no: {library['reason']}")
     for device, names in facts["priority"].items():
         top.add_row(f"order on {device}", ", ".join(names))
     if facts["forced"]:

@@ -20,13 +20,11 @@ from .spec import Call, CallSpec
 
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
-    "xpu": ("triton", "reference"),
     "opencl": ("opencl", "reference"),
 }
 """Backends to try for tensors on a device, in order. A device that is not listed gets the reference."""
 
-NAMES: tuple[str, ...] = ("cpu", "triton", "opencl", "reference")
+NAMES: tuple[str, ...] = ("cpu", "opencl", "reference")
 """Every backend that this version has; each is the module `anydelta.backends.NAME`."""
 
 ENV = "ANYDELTA_BACKEND"

@@ -106,6 +106,8 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     """
     import torch
 
+    from .. import torch_op
+
     settings = settings or Settings()
     x = _inputs(T=1, HV=1, D=HEAD)
     want = _oracle(x)
@@ -141,6 +143,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
         f"float32, B = T = H = HV = 1, K = V = {HEAD}, one thread, no gradients",
         "bare kernel: the extension with ready addresses; overhead: over it, median of the rounds (of the minima)",
         f"the bar for torch calls is {ALLOWED_US:g} µs",
+        f"torch.ops is registered from {'C++' if torch_op.LIBRARY else f'Python ({torch_op.LIBRARY_REASON})'}",
     ]
     return Measured("Call overhead at T = 1", describe_machine(), settings, notes, records)
 
@@ -207,7 +210,7 @@ def shared_threads(
     settings = settings or Settings()
     measured = Measured("The operator and torch's matmuls in turns", describe_machine(), settings)
     core = _core()
-    providers = [True, False] if core.thread_provider(True) == "openmp" else [False]
+    providers = [True, False] if core.thread_provider(True) != "own" else [False]
     if len(providers) == 1:
         measured.notes.append(
             "there is no OpenMP runtime here that could be shared, so only the own pool runs"

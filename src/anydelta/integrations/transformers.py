@@ -200,12 +200,13 @@ class _Bound:
     functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Name in the module: (theirs, ours)."""
     forward: tuple[Any, Any] | None = None
-    """The layer's (theirs, ours) while all models are enabled. A fused whole-layer forward goes in here too."""
+    """The layer's (theirs, ours) while all models are enabled."""
     own_forward: Any = None
 
     def learn(self) -> None:
         """Look at what is there now, unless that is ours or already known."""
         from . import transformers_functions as _functions
+        from .transformers_layers import fused
 
         for name, maker in self.family.functions.items():
             here = getattr(self.module, name)
@@ -215,12 +216,12 @@ class _Bound:
                 self.own_forward = None
         here = self.layer.__dict__["forward"]
         if self.forward is None or not any(here is known for known in self.forward):
-            self.forward = (here, _functions.advancing(here))
+            self.forward = (here, fused(here, self.family.name, _taken, _passed_on))
             self.own_forward = None
 
     def forward_for_one(self) -> Any:
         """The forward that `enable(model)` gives a layer."""
-        from . import transformers_functions as _functions
+        from .transformers_layers import fused
 
         self.learn()
         if self.own_forward is None:
@@ -232,7 +233,7 @@ class _Bound:
                     f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
                     f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
                 )
-            self.own_forward = _functions.advancing(own)
+            self.own_forward = fused(own, self.family.name, _taken, _passed_on)
             _own_forwards.append(self.own_forward)
         return self.own_forward
 

@@ -1,0 +1,4 @@
+"""The operator inside exported programs: the op libraries that runtimes load, and helpers to export with them.
+
+`torch_library` anydelta_torch on libtorch's stable ABI: eager calls, and programs without Python.
+"""

@@ -1,0 +1,390 @@
+// anydelta_torch: torch.ops.anydelta for CPU tensors, in C++ on libtorch's stable ABI (torch/csrc/stable), so that one
+// build serves every torch from 2.10 on, and programs without Python. The schemas are in torch_schemas.txt; fake kernels,
+// gradients and everything that the CPU kernels do not take stay in Python (torch_op.py), which attaches itself below.
+//
+// Each operator is there twice: boxed, for the dispatcher, and as a C function with the name that AOTInductor's
+// generated code calls directly (aoti_torch_cpu_...; declared in export/aoti.py).
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host.h"
+#include "spec.h"
+#include "threads.h"
+#include "torch_schemas.h"
+
+#if defined(_WIN32)
+#define ANYDELTA_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ANYDELTA_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+using namespace anydelta;
+using torch::stable::detail::to;
+
+void ok(AOTITorchError error, const char* what) {
+    if (error) throw std::runtime_error(std::string("anydelta: torch refused ") + what);
+}
+
+// ---- tensors
+
+// The tensors of a call, borrowed; null where not given. In the order of Call.
+struct Tensors {
+    AtenTensorHandle q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots,
+        snapshot_indices;
+};
+
+struct Deleter {
+    void operator()(AtenTensorHandle t) const { aoti_torch_delete_tensor_object(t); }
+};
+using Owned = std::unique_ptr<AtenTensorOpaque, Deleter>;
+
+struct Types {
+    int32_t code[7] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
+                       aoti_torch_dtype_float64(), aoti_torch_dtype_int32(),    aoti_torch_dtype_int64(),
+                       aoti_torch_dtype_bool()};
+    const int32_t cpu = aoti_torch_device_type_cpu();
+
+    Type of(int32_t dtype) const {
+        for (int i = 0; i < 7; ++i)
+            if (code[i] == dtype) return static_cast<Type>(i);
+        return Type::other;
+    }
+    const char* name(int32_t dtype) const {
+        const std::pair<int32_t, const char*> others[] = {
+            {aoti_torch_dtype_uint8(), "uint8"},           {aoti_torch_dtype_int8(), "int8"},
+            {aoti_torch_dtype_int16(), "int16"},           {aoti_torch_dtype_uint16(), "uint16"},
+            {aoti_torch_dtype_uint32(), "uint32"},         {aoti_torch_dtype_uint64(), "uint64"},
+            {aoti_torch_dtype_complex32(), "complex32"},   {aoti_torch_dtype_complex64(), "complex64"},
+            {aoti_torch_dtype_complex128(), "complex128"},
+        };
+        for (const auto& [code, name] : others)
+            if (code == dtype) return name;
+        return "another type";
+    }
+    static const Types& get() {
+        static const Types types;
+        return types;
+    }
+};
+
+// Borrows the tensor's sizes and strides.
+Array read(AtenTensorHandle t) {
+    Array x;
+    bool defined = false;  // None for a tensor that is not optional comes as an undefined one
+    if (!t || aoti_torch_is_defined(t, &defined) || !defined) return x;
+    int64_t dims, *sizes, *strides;
+    int32_t dtype;
+    const void* data;
+    ok(aoti_torch_get_dim(t, &dims) || aoti_torch_get_sizes(t, &sizes) || aoti_torch_get_strides(t, &strides) ||
+           aoti_torch_get_dtype(t, &dtype) || torch_get_const_data_ptr(t, &data),
+       "to show a tensor");
+    x.data = const_cast<void*>(data);
+    x.sizes = sizes;
+    x.strides = strides;
+    x.dims = static_cast<int>(dims);
+    x.type = Types::get().of(dtype);
+    if (x.type == Type::other) x.type_name = Types::get().name(dtype);
+    return x;
+}
+
+Owned empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    AtenTensorHandle t;
+    ok(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                Types::get().cpu, 0, &t),
+       "memory for a result");
+    return Owned(t);
+}
+
+// A contiguous copy; float64 gates become float32, the type they are computed in.
+Owned contiguous(AtenTensorHandle t, const Array& x) {
+    const Type type = x.type == Type::f64 ? Type::f32 : x.type;
+    Owned copy = empty({x.sizes, x.sizes + x.dims}, Types::get().code[static_cast<int>(type)]);
+    ok(aoti_torch_copy_(copy.get(), t, 0), "to copy a tensor");
+    return copy;
+}
+
+// ---- gradients
+
+// Whether a result that depends on t would require grad. The stable ABI has no such question, so a view is asked
+// whether it has a history.
+bool requires_grad(AtenTensorHandle t) {
+    bool defined = false;
+    if (!t || aoti_torch_is_defined(t, &defined) || !defined) return false;
+    StableIValue stack[1];
+    AtenTensorHandle same;
+    ok(aoti_torch_new_tensor_handle(t, &same), "to look at a tensor");
+    stack[0] = torch::stable::detail::from(same);
+    ok(torch_call_dispatcher("aten::alias", "", stack, TORCH_ABI_VERSION), "to view a tensor");
+    ok(torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_ABI_VERSION), "to look at a tensor");
+    return !to<bool>(stack[0]);
+}
+
+// The operators that write to an argument have no gradient: say so instead of returning a constant.
+void refuse_gradients(const Tensors& t, const Options& opt) {
+    if (!aoti_torch_grad_mode_is_enabled()) return;
+    std::string names;
+    const std::pair<const char*, AtenTensorHandle> all[] = {
+        {"q", t.q},         {"k", t.k},
+        {"v", t.v},         {"g", t.g},
+        {"beta", t.beta},   {opt.inplace ? "state" : "initial_state", t.state},
+        {"A_log", t.A_log}, {"dt_bias", t.dt_bias},
+    };
+    for (const auto& [name, tensor] : all)
+        if (requires_grad(tensor)) names += (names.empty() ? "" : ", ") + std::string(name);
+    if (names.empty()) return;
+    throw std::invalid_argument(std::string(opt.op) +
+                                (opt.inplace ? ": the in-place op has no gradient, but " + names +
+                                                   " requires grad. Use gated_delta_rule, or torch.no_grad()"
+                                             : ": snapshots have no gradient, but " + names +
+                                                   " requires grad. Use torch.no_grad(), or leave snapshots out"));
+}
+
+// ---- the call
+
+void run_here(const Problem& p, int threads) { run_chosen(p, threads, true); }
+// Where the Python extension is in the process too, its copy of the kernels runs: one thread pool, one choice of the ISA.
+std::atomic<void (*)(const Problem&, int)> runner{run_here};
+std::atomic<bool> python_attached{false};
+
+struct Results {
+    Owned o, state;  // state: null where not wanted
+};
+
+// Validate and run. Throws std::invalid_argument before anything is written.
+Results compute(const Tensors& t, const Options& opt, bool final_state) {
+    Call call;
+    call.q = read(t.q), call.k = read(t.k), call.v = read(t.v), call.g = read(t.g), call.beta = read(t.beta);
+    call.state = read(t.state), call.A_log = read(t.A_log), call.dt_bias = read(t.dt_bias), call.mask = read(t.mask);
+    call.cu_seqlens = read(t.cu_seqlens), call.state_indices = read(t.state_indices);
+    call.snapshots = read(t.snapshots), call.snapshot_indices = read(t.snapshot_indices);
+    const Spec spec = check(call, opt);
+    if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
+    if (opt.inplace || call.snapshots.given()) refuse_gradients(t, opt);
+    if (call.q.type == Type::f64)
+        throw std::runtime_error(std::string(opt.op) +
+                                 ": the CPU kernels require float32, bfloat16 or float16; got float64, which only "
+                                 "the reference in Python takes. Convert q, k and v");
+
+    std::vector<Owned> copies;  // of arrays that the kernels cannot read as they are
+    const auto plain = [&](Array& x, AtenTensorHandle from, bool whole) -> AtenTensorHandle {
+        if (!x.given() || (whole ? x.contiguous() : x.plain())) return nullptr;
+        copies.push_back(contiguous(from, x));
+        x = read(copies.back().get());
+        return copies.back().get();
+    };
+    plain(call.q, t.q, false), plain(call.k, t.k, false), plain(call.v, t.v, false), plain(call.g, t.g, false);
+    plain(call.beta, t.beta, false), plain(call.A_log, t.A_log, true), plain(call.dt_bias, t.dt_bias, true);
+    const AtenTensorHandle state_copy = plain(call.state, t.state, false);
+    const AtenTensorHandle snapshots_copy = plain(call.snapshots, t.snapshots, false);
+
+    Results r;
+    int32_t dtype;
+    ok(aoti_torch_get_dtype(t.q, &dtype), "to show a tensor");
+    r.o = empty({spec.B, spec.T, spec.HV, spec.V}, dtype);
+    call.o = read(r.o.get()).data;
+    if (final_state) {
+        const int64_t rows = spec.vk ? spec.V : spec.K, columns = spec.vk ? spec.K : spec.V;
+        r.state = empty({spec.N, spec.HV, rows, columns}, Types::get().code[static_cast<int>(spec.state_type)]);
+        call.state_out = read(r.state.get()).data;
+    }
+    Prepared prepared;
+    prepare(call, opt, spec, prepared);
+    uint32_t threads;
+    ok(torch_get_num_threads(&threads), "to count threads");
+    runner.load(std::memory_order_relaxed)(prepared.problem, static_cast<int>(threads));
+    if (state_copy && opt.inplace) ok(aoti_torch_copy_(t.state, state_copy, 0), "to copy the state back");
+    if (snapshots_copy) ok(aoti_torch_copy_(t.snapshots, snapshots_copy, 0), "to copy the snapshots back");
+    return r;
+}
+
+// ---- for the dispatcher
+
+// An operator's arguments in the order of its schema: tensors (the first `required` of them not optional), then flags.
+struct Op {
+    const char* name;
+    bool inplace;
+    std::vector<AtenTensorHandle Tensors::*> tensors;
+    size_t required;
+    uint64_t arguments() const { return tensors.size() + (inplace ? 9 : 10); }
+};
+using T = Tensors;
+const Op FUNCTIONAL{"gated_delta_rule",
+                    false,
+                    {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::state, &T::A_log, &T::dt_bias, &T::mask, &T::cu_seqlens,
+                     &T::state_indices},
+                    5};
+const Op SNAPSHOTS{"gated_delta_rule_snapshots",
+                   false,
+                   {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::snapshots, &T::state, &T::A_log, &T::dt_bias, &T::mask,
+                    &T::cu_seqlens, &T::state_indices},
+                   6};
+const Op INPLACE{"gated_delta_rule_",
+                 true,
+                 {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::state, &T::snapshots, &T::A_log, &T::dt_bias, &T::mask,
+                  &T::cu_seqlens, &T::state_indices, &T::snapshot_indices},
+                 6};
+
+// The arguments of one boxed call. They are this function's to free, unless they are passed on.
+class Stack {
+  public:
+    Stack(const Op& op, StableIValue* stack, uint64_t arguments) : op_(op), stack_(stack) {
+        if (arguments != op.arguments())
+            throw std::runtime_error(std::string("anydelta: the schema of ") + op.name +
+                                     " is not the one that anydelta_torch was built for. Build anydelta again");
+        for (size_t i = 0; i < op.tensors.size(); ++i) {
+            StableIValue value = stack[i];
+            if (i >= op.required) {
+                if (!value) continue;
+                value = *to<StableIValue*>(value);
+            }
+            tensors.*op.tensors[i] = to<AtenTensorHandle>(value);
+        }
+        const size_t f = op.tensors.size();
+        options.op = op.inplace ? "gated_delta_rule_" : "gated_delta_rule";
+        options.inplace = op.inplace;
+        options.has_scale = optional(stack[f], options.scale);
+        options.decay = string(stack[f + 1]);
+        options.has_lower_bound = optional(stack[f + 2], options.lower_bound);
+        options.beta_is_logit = to<bool>(stack[f + 3]);
+        options.heads = string(stack[f + 4]);
+        options.qk_l2norm = to<bool>(stack[f + 5]);
+        options.qk_l2norm_eps = to<double>(stack[f + 6]);
+        options.state_layout = string(stack[f + 7]);
+        if (!op.inplace) final_state = to<bool>(stack[f + 8]);
+        backend = string(stack[op.arguments() - 1]);
+    }
+    ~Stack() {
+        if (!stack_) return;
+        for (size_t i = 0; i < op_.tensors.size(); ++i) {
+            const auto t = i < op_.required ? std::optional(to<AtenTensorHandle>(stack_[i]))
+                                            : to<std::optional<AtenTensorHandle>>(stack_[i]);
+            if (t) aoti_torch_delete_tensor_object(*t);
+        }
+        const size_t f = op_.tensors.size();
+        for (size_t i : {f, f + 2}) (void)to<std::optional<double>>(stack_[i]);
+        for (size_t i : {f + 1, f + 4, f + 7, static_cast<size_t>(op_.arguments() - 1)})
+            torch_delete_string(to<StringHandle>(stack_[i]));
+    }
+    Stack(const Stack&) = delete;
+    Stack& operator=(const Stack&) = delete;
+    // Whoever has the arguments now frees them.
+    StableIValue* release() { return std::exchange(stack_, nullptr); }
+
+    Tensors tensors{};
+    Options options;
+    std::string backend;
+    bool final_state = false;
+
+  private:
+    const Op& op_;
+    StableIValue* stack_;
+
+    static std::string string(StableIValue value) {
+        const auto handle = to<StringHandle>(value);
+        size_t length;
+        const char* data;
+        ok(torch_string_length(handle, &length) || torch_string_c_str(handle, &data), "to show a text");
+        return std::string(data, length);
+    }
+    static bool optional(StableIValue value, double& out) {
+        if (!value) return false;
+        out = to<double>(*to<StableIValue*>(value));
+        return true;
+    }
+};
+
+// What the CPU kernels do not take, or another backend is asked for: Python decides which one runs, or says why none.
+bool for_python(const Stack& s) {
+    if (read(s.tensors.q).type == Type::f64 && python_attached.load(std::memory_order_relaxed)) return true;
+    if (s.backend == "cpu") return false;
+    if (s.backend != "auto") return true;
+    const char* forced = std::getenv("ANYDELTA_BACKEND");
+    if (forced && *forced && std::strcmp(forced, "cpu") != 0) return true;
+    return false;
+}
+
+// The operator's twin in Python takes the same arguments and returns one tensor more: the text of an error as bytes, since
+// an exception does not pass through the stable ABI (nor does a text among tensors: torch_call_dispatcher takes the
+// types of results in reverse). "ValueError: ..." becomes that; anything else a RuntimeError.
+void call_python(const Op& op, Stack& s, StableIValue* stack, uint64_t outputs) {
+    if (!python_attached.load())
+        throw std::invalid_argument(std::string(s.options.op) +
+                                    ": backend must be 'auto' or 'cpu' in a program without Python; got '" + s.backend +
+                                    "'");
+    StableIValue* arguments = s.release();
+    const std::string twin = std::string("anydelta::python_") + op.name;
+    ok(torch_call_dispatcher(twin.c_str(), "", arguments, TORCH_ABI_VERSION), twin.c_str());
+    const Owned bytes(to<AtenTensorHandle>(stack[outputs]));
+    const Array text = read(bytes.get());
+    const std::string error(static_cast<const char*>(text.data), static_cast<size_t>(text.sizes[0]));
+    if (error.empty()) return;
+    for (uint64_t i = 0; i < outputs; ++i) aoti_torch_delete_tensor_object(to<AtenTensorHandle>(stack[i]));
+    const std::string invalid = "ValueError: ";
+    if (error.compare(0, invalid.size(), invalid) == 0) throw std::invalid_argument(error.substr(invalid.size()));
+    throw std::runtime_error(error.substr(error.find(": ") + 2));
+}
+
+template <const Op& op>
+void boxed(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
+    Results r;
+    {
+        Stack s(op, stack, arguments);
+        if (for_python(s)) return call_python(op, s, stack, outputs);
+        r = compute(s.tensors, s.options, s.final_state);
+        if (!op.inplace && !r.state) {
+            int32_t dtype;
+            ok(aoti_torch_get_dtype(s.tensors.q, &dtype), "to show a tensor");
+            r.state = empty({0}, dtype);
+        }
+    }
+    stack[0] = torch::stable::detail::from(r.o.release());
+    if (!op.inplace) stack[1] = torch::stable::detail::from(r.state.release());
+}
+
+STABLE_TORCH_LIBRARY(anydelta, m) {
+    for (const char* schema : SCHEMAS) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(anydelta, CPU, m) {
+    m.impl("gated_delta_rule", boxed<FUNCTIONAL>);
+    m.impl("gated_delta_rule_snapshots", boxed<SNAPSHOTS>);
+    m.impl("gated_delta_rule_", boxed<INPLACE>);
+}
+
+// torch's own threads, wherever there is no OpenMP runtime that threads.cpp finds by itself (macOS, Windows).
+void on_torch_threads(int threads, void (*work)(void*), void* context) {
+    struct Job {
+        void (*work)(void*);
+        void* context;
+    } job{work, context};
+    const auto once = [](int64_t, int64_t, void* job) {
+        static_cast<Job*>(job)->work(static_cast<Job*>(job)->context);
+    };
+    torch_parallel_for(0, threads, 1, once, &job);
+}
+[[maybe_unused]] const bool threads_shared = (share_threads_of(on_torch_threads), true);
+
+}  // namespace
+
+// ---- for Python
+
+// Called once by torch_op.py: the kernels of the Python extension (0: none), and that there is Python to fall back to.
+ANYDELTA_EXPORT void anydelta_torch_attach(void* run) {
+    if (run) runner.store(reinterpret_cast<void (*)(const anydelta::Problem&, int)>(run));
+    python_attached.store(true);
+}
+// For the Python extension's kernels: torch's threads.
+ANYDELTA_EXPORT void* anydelta_torch_threads() { return reinterpret_cast<void*>(on_torch_threads); }

@@ -1,0 +1,256 @@
+"""A linear attention layer of Transformers between its projections, as one call of `gated_delta_mixer_`.
+
+`fused` wraps a layer's forward: calls that the mixer takes run the layer's own projections and the mixer; all others go
+on to the forward that was there, which finds ours for the rule and the convolution (transformers_functions.py). Under
+torch.compile that is every call, because a compiled model is to notice `disable()`, and only the functions' names are
+guarded on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import dispatch
+from ..mixer.op import gated_delta_mixer_
+from ..torch_op import watched
+from .transformers_functions import _CONV_OPTIONS, _DTYPES, _RULE_OPTIONS, _count, _cu_seqlens, advancing
+
+Forward = Callable[..., torch.Tensor]
+
+
+class Projected(NamedTuple):
+    """What a family's projections give, in the mixer's terms."""
+
+    qkv: Any
+    """[B, T, C], or (q, k, v)."""
+    z: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+
+
+class Parts(NamedTuple):
+    """Where a family keeps what the mixer needs."""
+
+    project: Callable[[Any, torch.Tensor], Projected]
+    norm: str
+    out: str
+    heads: tuple[str, str, str]
+    """Attributes with HV, K and V."""
+
+
+def _qwen3_5(layer: Any, x: torch.Tensor) -> Projected:
+    return Projected(
+        layer.in_proj_qkv(x),
+        layer.in_proj_z(x),
+        layer.in_proj_a(x),
+        layer.in_proj_b(x),
+        layer.A_log,
+        layer.dt_bias,
+    )
+
+
+def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
+    """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
+    groups, K = layer.num_k_heads, layer.head_k_dim
+    values = layer.num_v_heads // groups
+    V = values * layer.head_v_dim
+    qkvz = layer.in_proj_qkvz(x).unflatten(-1, (groups, 2 * K + 2 * V))
+    q, k, v, z = qkvz.split((K, K, V, V), -1)
+    b, a = layer.in_proj_ba(x).unflatten(-1, (groups, 2 * values)).split(values, -1)
+    return Projected((q, k, v), z, a.flatten(-2), b.flatten(-2), layer.A_log, layer.dt_bias)
+
+
+def _olmo_hybrid(layer: Any, x: torch.Tensor) -> Projected:
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x), layer.A_log, layer.dt_bias)
+
+
+def _kimi_linear(layer: Any, x: torch.Tensor) -> Projected:
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    forget = layer.forget_gate
+    a = forget.f_b_proj(forget.f_a_proj(x)).unflatten(-1, (layer.num_heads, layer.head_dim))
+    z = layer.g_b_proj(layer.g_a_proj(x))
+    return Projected(qkv, z, a, layer.b_proj(x), forget.A_log.view(-1), forget.dt_bias)
+
+
+_QWEN_HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
+FAMILIES: dict[str, Parts] = {
+    "qwen3_next": Parts(_qwen3_next, "norm", "out_proj", _QWEN_HEADS),
+    "qwen3_5": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS),
+    "qwen3_5_moe": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS),
+    "olmo_hybrid": Parts(_olmo_hybrid, "o_norm", "o_proj", _QWEN_HEADS),
+    "kimi_linear": Parts(_kimi_linear, "o_norm", "o_proj", ("num_heads", "head_dim", "head_dim")),
+}
+
+MIXER_DEVICES: frozenset[str] = frozenset(
+    device
+    for device, names in dispatch.PRIORITY.items()
+    for n in names
+    if n != "reference"
+    and not dispatch.get_backend(n).available()
+    and getattr(dispatch.get_backend(n), "mixer", None) is not None
+)
+"""Devices with a native kernel for the mixer."""
+
+
+def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[str]) -> Forward:
+    """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
+    parts, name = FAMILIES[family], f"{family}.mixer"
+    stock = advancing(theirs)
+
+    @functools.wraps(theirs)
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            why_not = _why_not(self, parts, hidden_states, cache_params, kwargs)
+            if why_not is None:
+                taken[name] += 1
+                return _mix(self, parts, hidden_states, cache_params, attention_mask, _cu_seqlens(kwargs))
+            _count(name, why_not, taken, passed_on)
+        return stock(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+
+    forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
+    return forward
+
+
+def _mix(
+    self: Any,
+    parts: Parts,
+    x: torch.Tensor,
+    cache: Any,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    if attention_mask is not None:  # as Transformers does: padding is zero, and counts as a token
+        x = (x * attention_mask[:, :, None]).to(x.dtype)
+    held = None if cache is None else cache.layers[self.layer_idx]
+    conv_state, state = _states(self, parts, x, held, cu_seqlens)
+    conv, norm = self.conv1d, getattr(self, parts.norm)
+    p = parts.project(self, x)
+    out = gated_delta_mixer_(
+        p.qkv, conv_state, state, g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z,
+        conv_weight=conv.weight.squeeze(1), conv_bias=conv.bias,
+        norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
+        allow_neg_eigval=getattr(self, "allow_neg_eigval", False), cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if held is not None:
+        held.has_previous_state[0] = True
+    result: torch.Tensor = getattr(self, parts.out)(out)
+    return result
+
+
+def _states(
+    self: Any, parts: Parts, x: torch.Tensor, held: Any, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's cached states, made if this is its first call; without a cache zeros that nobody keeps."""
+    if held is not None and held.has_previous_state[0]:
+        return held.conv_states[0], held.recurrent_states[0]
+    B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    HV, K, V = (getattr(self, n) for n in parts.heads)
+    W = self.conv_kernel_size
+    if held is None:
+        return x.new_zeros((B, self.conv_dim, W - 1)), x.new_zeros((B, HV, K, V), dtype=torch.float32)
+    if held.is_conv_states_initialized[0]:
+        held.conv_states[0].zero_()
+    else:
+        held.lazy_initialization(
+            conv_states=x.new_empty((B, self.conv_dim, 0)), state_idx=0, conv_kernel_size=W
+        )
+    if held.is_recurrent_states_initialized[0]:
+        held.recurrent_states[0].zero_()
+    else:
+        held.lazy_initialization(
+            recurrent_states=x.new_empty((B, HV, K, V), dtype=torch.float32), state_idx=0
+        )
+    return held.conv_states[0], held.recurrent_states[0]
+
+
+def _why_not(self: Any, parts: Parts, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+    """The reason to leave a call to the layer's own forward, or None."""
+    if type(x) is not torch.Tensor or watched(x):
+        return f"the tensor type {type(x).__name__}, or someone looks on"
+    conv, norm = self.conv1d, getattr(self, parts.norm)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        return "gradients are wanted"
+    if x.dtype not in _DTYPES or conv.weight.dtype != x.dtype:
+        return f"inputs of {x.dtype} with weights of {conv.weight.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast"
+    forced = dispatch.forced_by_env()
+    if x.device.type not in MIXER_DEVICES if forced is None else forced not in ("cpu", "reference"):
+        return (
+            f"there is no native mixer for device {x.device.type}"
+            if forced is None
+            else f"{forced} has no mixer"
+        )
+    if self.activation not in ("silu", "swish"):
+        return f"the activation {self.activation}"
+    for module in (conv, norm):
+        own = module.__dict__
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return f"hooks on its {type(module).__name__}"
+    if getattr(norm, "activation", None) not in ("silu", "sigmoid"):
+        return f"the norm {type(norm).__name__}"
+    packed = _cu_seqlens(kwargs) is not None
+    for name in kwargs:
+        if (
+            (name in _RULE_OPTIONS or name in _CONV_OPTIONS)
+            and kwargs[name] is not None
+            and kwargs[name] is not False
+        ):
+            return f"the argument {name}"
+    if not packed and kwargs.get("seq_idx") is not None:
+        return "seq_idx without cu_seq_lens_q"
+    if cache is None:
+        return None
+    if packed:
+        return "packed rows with a cache"
+    return _why_not_cache(self, parts, x, cache)
+
+
+@functools.cache
+def _known_caches() -> tuple[Any, Any]:
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    return Cache, LinearAttentionLayer
+
+
+def _why_not_cache(self: Any, parts: Parts, x: torch.Tensor, cache: Any) -> str | None:
+    """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
+    Cache, Known = _known_caches()
+    layers = getattr(cache, "layers", None)
+    if layers is None or self.layer_idx >= len(layers):
+        return f"the cache {type(cache).__name__}"
+    held, kind = layers[self.layer_idx], type(cache)
+    if (
+        kind.update_recurrent_state is not Cache.update_recurrent_state
+        or kind.update_conv_state is not Cache.update_conv_state
+        or getattr(type(held), "update_recurrent_state", None) is not Known.update_recurrent_state
+        or type(held).update_conv_state is not Known.update_conv_state
+    ):
+        return f"the cache {kind.__name__} of {type(held).__name__}"
+    if held.record_past:
+        return "the cache records its past"
+    if held.is_conv_states_initialized[0]:
+        conv, state = held.conv_states[0], held.recurrent_states[0]
+        if state is None:
+            return "a cache with a conv state alone" if held.has_previous_state[0] else None
+        if conv.dtype != x.dtype or state.dtype not in (torch.float32, torch.bfloat16):
+            return f"cached states of {conv.dtype} and {state.dtype}"
+        if conv.shape[0] != x.shape[0] or conv.shape[2] < self.conv_kernel_size - 1:
+            return f"a conv state of {list(conv.shape)}"
+        if conv.device != x.device or state.device != x.device:
+            return "cached states on another device"
+    return None
