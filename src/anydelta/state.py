@@ -8,9 +8,10 @@
         o = pool.run(q, k, v, g=g, beta=beta, layer=layer)               # [N, T, HV, V]
     pool.commit(3)                                 # keep the first three; the last two never happened
 
-A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back as
+A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back in one of two forms:
 
     slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
+    log     one state, and per token since k, the delta d and the decay (log.py); a rollback shortens the log
 
 Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
 same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing. A pool is
@@ -29,7 +30,7 @@ from .op import gated_delta_rule_
 from .spec import LAYOUTS
 
 Array = Any
-FORMS = ("slots",)
+FORMS = ("slots", "log")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class StatePool:
         snapshots: K of the contract. A sequence can be taken back by 0 to K - 1 tokens.
         form: "slots" or "log"; docs/rollback.md says which is faster when.
         kda: whether the gates are vectors over K (the log stores them).
-        conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K-1 raw inputs are
+        conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K raw inputs are
             kept, so that it goes back with the states. 0: no convolution.
         dtype: "float32" or "bfloat16", of the states. conv_dtype: of the convolution's inputs, "float32" if None.
         state_layout: "kv" or "vk".
@@ -136,9 +137,14 @@ class StatePool:
         self._undo: Any = None  # how `cancel` restores the book-keeping
         tail = (HV, K, V) if state_layout == "kv" else (HV, V, K)
         self._form: Any
-        self._form = _Slots(self, tail)
+        if form == "slots":
+            self._form = _Slots(self, tail)
+        else:
+            from .log import Log
+
+            self._form = Log(self, tail)
         # What must survive a step, and as much again, so that moving it to the front is rare.
-        self._kept = conv_width - 1 + snapshots - 1 if conv_width else 0
+        self._kept = conv_width - 1 + snapshots if conv_width else 0
         self._conv = None
         if conv_width:
             shape = (layers, capacity, 2 * self._kept + 1, conv_channels)
@@ -312,6 +318,7 @@ class StatePool:
         if min(lengths) < 0 or max(lengths) < 1:
             self._fail("begin", f"tokens must be >= 1; got {tokens}")
         self._form.check(batch, found, lengths, record)
+        self._form.room(batch, found, lengths, record)
         before = [s.copy() for s in found]
         self._batch, self._lengths, self._certain = batch, lengths, not record
         self._undo = (before, self._form.begin(batch, found, lengths, 1 if not record else self.snapshots))
@@ -658,6 +665,9 @@ class _Slots:
         del s.rows[:n]
 
     def check(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
+        pass
+
+    def room(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
         pass
 
     def begin(self, batch: list[int], found: list[_Sequence], lengths: list[int], keep: int) -> Any:

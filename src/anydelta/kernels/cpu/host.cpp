@@ -222,6 +222,36 @@ struct MixerWork final : Work {
     }
 };
 
+// The tasks of the log: one head of one sequence, or a range of its columns.
+struct LogWork final : Work {
+    const Log& g;
+    const char* (*kernel)(const Log&, const Task&, char*);
+    int64_t split, width;
+
+    LogWork(const Log& log, const char* (*k)(const Log&, const Task&, char*), int64_t ranges, int64_t columns)
+        : g(log), kernel(k), split(ranges), width(columns) {}
+
+    const char* run(int64_t i, int64_t, char* memory) const override {
+        const int64_t col0 = i % split * width, head = i / split;
+        const int64_t cols = std::min(width, g.rule.V - col0);
+        return kernel(g, Task{head / g.rule.HV, head % g.rule.HV, 1, col0, cols, nullptr}, memory);
+    }
+};
+
+void run_log(const Log& g, const char* (*kernel)(const Log&, const Task&, char*), double fmas, const Kernels& kernels,
+             int threads, bool share_openmp) {
+    const Problem& p = g.rule;
+    const int64_t heads = p.N * p.HV;
+    if (heads == 0) return;
+    threads = worthwhile(threads, fmas * static_cast<double>(p.HV * p.K * p.V));
+    const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
+    int64_t split = threads > 1 && heads < 2 * threads ? std::min(panels, (2 * threads + heads - 1) / heads) : 1;
+    const int64_t width = (panels + split - 1) / split * kernels.panel;
+    split = (p.V + width - 1) / width;
+    LogWork work(g, kernel, split, width);
+    work.share_out(heads * split, threads, kernels.log_workspace(g), share_openmp);
+}
+
 }  // namespace
 
 const std::vector<const Kernels*>& runnable() {
@@ -329,6 +359,18 @@ void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp)
     const int64_t together = std::max<int64_t>(1, std::min({fit, p.N * p.H / wanted, p.H}));
     MixerWork work(m, kernels, together);
     work.share_out(p.N * work.groups, threads, kernels.mixer_workspace(m, together), share_openmp);
+}
+
+void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp) {
+    const Problem& p = g.rule;
+    const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
+    run_log(g, kernels.verify, 2.0 * tokens, kernels, threads, share_openmp);
+}
+
+void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp) {
+    double entries = 0;
+    for (int64_t n = 0; n < g.rule.N; ++n) entries += static_cast<double>(g.used[n]);
+    run_log(g, kernels.fold, entries, kernels, threads, share_openmp);
 }
 
 // ---- limits ----

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "log.h"
 #include "problem.h"
 
 namespace anydelta {
@@ -21,6 +22,8 @@ std::vector<std::string> cpu_features();
 // Run a valid problem. Throws std::bad_alloc before anything is written, nothing else.
 void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp);
 void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp);
+void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp);
+void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp);
 
 // The same with chosen().
 void run_chosen(const Problem& p, int threads, bool share_openmp);

@@ -299,6 +299,69 @@ void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::
     run_mixer_plan(plan, threads, share_openmp, a);
 }
 
+// The log form (log.h): verify the tokens of a call, or fold entries into the states. `plan` describes the rule and
+// the states; `out` has the strides of `state`. Index arrays are int64.
+void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries, int64_t capacity,
+             const nb::args& arrays) {
+    enum {
+        Q,
+        KEY,
+        VALUE,
+        G,
+        BETA,
+        O,
+        STATE,
+        OUT,
+        A_LOG,
+        DT_BIAS,
+        MASK,
+        CU,
+        BASE,
+        KEYS,
+        DELTAS,
+        DECAYS,
+        PARENTS,
+        ROWS,
+        USED,
+        OUT_ROWS,
+        COUNT
+    };
+    uintptr_t a[COUNT] = {};
+    if (arrays.size() != COUNT) throw std::invalid_argument("run_log: wrong number of arrays");
+    for (size_t i = 0; i < COUNT; ++i) a[i] = nb::cast<uintptr_t>(arrays[i]);
+    Log g;
+    g.rule = plan.p;
+    g.capacity = capacity;
+    Problem& p = g.rule;
+    p.q.data = at(a[Q]);
+    p.k.data = at(a[KEY]);
+    p.v.data = at(a[VALUE]);
+    p.g.data = at(a[G]);
+    p.beta.data = at(a[BETA]);
+    p.o.data = at(a[O]);
+    p.in.data = at(a[STATE]);
+    p.out = p.in;
+    p.out.data = at(a[OUT]);
+    p.A_log = at(a[A_LOG]);
+    p.dt_bias = at(a[DT_BIAS]);
+    p.mask = static_cast<const uint8_t*>(at(a[MASK]));
+    p.cu_seqlens = static_cast<const int64_t*>(at(a[CU]));
+    p.state_indices = static_cast<const int64_t*>(at(a[BASE]));
+    g.keys = static_cast<float*>(at(a[KEYS]));
+    g.deltas = static_cast<float*>(at(a[DELTAS]));
+    g.decays = static_cast<float*>(at(a[DECAYS]));
+    g.parents = static_cast<const int64_t*>(at(a[PARENTS]));
+    g.rows = static_cast<const int64_t*>(at(a[ROWS]));
+    g.used = static_cast<const int64_t*>(at(a[USED]));
+    g.out_rows = static_cast<const int64_t*>(at(a[OUT_ROWS]));
+    ++calls;
+    nb::gil_scoped_release unlocked;
+    if (fold_entries)
+        fold(g, *chosen.load(), threads, share_openmp);
+    else
+        verify(g, *chosen.load(), threads, share_openmp);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -311,6 +374,7 @@ NB_MODULE(_core, m) {
     m.def("run_mixer", &run_mixer);
     m.def("run_mixer_arrays", &run_mixer_arrays);
     m.attr("max_taps") = MAX_TAPS;
+    m.def("run_log", &run_log);
     m.def("geometry", &geometry);
     m.def(
         "learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },

@@ -64,6 +64,7 @@ struct Task {
 constexpr int64_t MAX_HEADS = 8;
 
 struct Mixer;  // mixer.h
+struct Log;    // log.h
 struct MixerTask;
 
 // What one instruction set provides.
@@ -76,6 +77,9 @@ struct Kernels {
     double (*fma_loop)(int64_t rounds);  // FLOPs done
     size_t (*mixer_workspace)(const Mixer&, int64_t heads);
     const char* (*mix)(const Mixer&, const MixerTask&, char* workspace);
+    size_t (*log_workspace)(const Log&);
+    const char* (*verify)(const Log&, const Task&, char* workspace);
+    const char* (*fold)(const Log&, const Task&, char* workspace);
 };
 
 }  // namespace anydelta

@@ -1,7 +1,7 @@
-// The avx512 build of rule.inl.h and mixer.inl.h.
+// The avx512 build of rule.inl.h, mixer.inl.h and log.inl.h.
 #define ANYDELTA_ISA avx512
 #include "isa_avx512.h"
-#include "mixer.inl.h"
+#include "log.inl.h"
 
 namespace anydelta {
 extern const Kernels kernels_avx512;
@@ -12,5 +12,8 @@ const Kernels kernels_avx512 = {"avx512",
                                 avx512::run_task,
                                 avx512::fma_loop,
                                 avx512::mixer_workspace,
-                                avx512::mix_task};
+                                avx512::mix_task,
+                                avx512::log_workspace,
+                                avx512::verify_task,
+                                avx512::fold_task};
 }  // namespace anydelta

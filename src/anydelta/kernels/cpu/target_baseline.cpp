@@ -1,7 +1,7 @@
-// The baseline build of rule.inl.h and mixer.inl.h.
+// The baseline build of rule.inl.h, mixer.inl.h and log.inl.h.
 #define ANYDELTA_ISA baseline
 #include "isa_baseline.h"
-#include "mixer.inl.h"
+#include "log.inl.h"
 
 namespace anydelta {
 extern const Kernels kernels_baseline;
@@ -12,5 +12,8 @@ const Kernels kernels_baseline = {"baseline",
                                   baseline::run_task,
                                   baseline::fma_loop,
                                   baseline::mixer_workspace,
-                                  baseline::mix_task};
+                                  baseline::mix_task,
+                                  baseline::log_workspace,
+                                  baseline::verify_task,
+                                  baseline::fold_task};
 }  // namespace anydelta

@@ -1,0 +1,146 @@
+"""The log's kernels against the same in float64, on every build. What the pool does with it: test_state.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from anydelta import StatePool
+from anydelta.backends import cpu
+from conftest import CPU_REASONS
+
+pytestmark = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(map(str, CPU_REASONS)))
+
+
+@st.composite
+def calls(draw: Any) -> dict[str, Any]:
+    """Sizes and options of a pool and of its steps."""
+
+    def pick(*options: Any) -> Any:
+        return draw(st.sampled_from(options))
+
+    H, kda = draw(st.integers(1, 3)), draw(st.booleans())
+    decay = pick("log", "linear", "raw")
+    return {
+        "H": H, "HV": H * draw(st.integers(1, 3)), "K": pick(4, 16, 20, 64, 140), "V": pick(3, 16, 64, 70),
+        "kda": kda, "N": draw(st.integers(1, 3)), "C": draw(st.integers(1, 17)), "seed": draw(st.integers(0, 999)),
+        "layout": pick("kv", "vk"), "dtype": pick("float32", "bfloat16"), "heads": pick("interleaved", "tiled"),
+        "decay": decay, "bias": decay == "raw" and draw(st.booleans()), "l2norm": draw(st.booleans()),
+        "bound": pick(None, -5.0) if decay == "raw" else None, "logit": draw(st.booleans()),
+        "masked": draw(st.booleans()), "isa": pick(*cpu.isas()), "packed": draw(st.booleans()),
+    }  # fmt: skip
+
+
+def steps(c: dict[str, Any], backend: str, threads: int = 1) -> list[np.ndarray]:
+    """Outputs and states of some random steps, commits and folds."""
+    rng = np.random.default_rng(c["seed"])
+    pool = StatePool(
+        c["N"], H=c["H"], HV=c["HV"], K=c["K"], V=c["V"], kda=c["kda"], snapshots=c["C"], form="log",
+        dtype=c["dtype"], state_layout=c["layout"], device="cpu", backend=backend,
+    )  # fmt: skip
+    for _ in range(c["N"]):
+        pool.new()
+    pool._form.states[...] = torch.from_numpy(rng.standard_normal(pool._form.states.shape)) / 2
+    out = []
+    for step in range(3):
+        each = [int(n) for n in rng.integers(0 if c["packed"] else 1, c["C"] + 1, c["N"])]
+        each = each if c["packed"] and sum(each) else [max(1, *each)] * c["N"]
+        packed = c["packed"] and len(set(each)) > 1
+        lead = (1, sum(each)) if packed else (c["N"], each[0])
+
+        def f32(*shape: int, lead: tuple[int, int] = lead) -> torch.Tensor:
+            return torch.from_numpy(rng.standard_normal((*lead, *shape)).astype(np.float32))
+
+        gate = (c["HV"], c["K"]) if c["kda"] else (c["HV"],)
+        g = -f32(*gate).abs()
+        args: dict[str, Any] = {"g": g.exp() if c["decay"] == "linear" else g, "beta": f32(c["HV"])}
+        if not c["logit"]:
+            args["beta"] = args["beta"].sigmoid()
+        if c["decay"] == "raw":
+            args |= {"A_log": torch.from_numpy(rng.standard_normal(c["HV"]).astype(np.float32)) / 2}
+            args |= {"dt_bias": f32(*gate)[0, 0]} if c["bias"] and lead[1] else {}
+        if c["masked"]:
+            args["mask"] = torch.from_numpy(rng.random(lead) < 0.7)
+        k = f32(c["H"], c["K"]) / c["K"] ** 0.5
+        pool.begin(each if packed else each[0])
+        out.append(
+            pool.run(
+                f32(c["H"], c["K"]), k, f32(c["HV"], c["V"]), **args, heads=c["heads"], decay=c["decay"],
+                lower_bound=c["bound"], qk_l2norm=c["l2norm"], beta_is_logit=c["logit"],
+            )
+        )  # fmt: skip
+        out += [pool.state(s) for s in pool.sequences]
+        if step < 2:
+            for s, n in zip(pool.sequences, each, strict=True):
+                if n:
+                    pool.commit(int(rng.integers(0, n + 1)), [s])
+                    out.append(pool.state(s))
+    return [x.double().numpy() for x in out]
+
+
+@settings(max_examples=80, deadline=None, database=None)
+@given(c=calls())
+def test_the_kernels_agree_with_float64(c: dict[str, Any]) -> None:
+    with cpu.forced_isa(c["isa"]):
+        got = steps(c, "cpu")
+    want = steps(c, "reference")
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        # a bfloat16 state is rounded at each fold, by both, and not always to the same side
+        limit = 1e-10 if c["dtype"] == "float32" else 4e-4
+        assert np.sum((x - y) ** 2) <= limit * np.sum(y**2) + 1e-30
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+def test_threads_do_not_change_a_bit(layout: str) -> None:
+    c = {
+        "H": 1, "HV": 2, "K": 128, "V": 256, "kda": True, "N": 2, "C": 12, "seed": 3, "layout": layout,
+        "dtype": "float32", "heads": "interleaved", "decay": "log", "bias": False, "l2norm": True, "bound": None,
+        "logit": False, "masked": False, "packed": False,
+    }  # fmt: skip
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(steps(c, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_a_log_keeps_its_kind() -> None:
+    pool = StatePool(1, HV=2, K=4, V=4, snapshots=4, form="log")
+    pool.new()
+    x = np.zeros((1, 2, 2, 4), np.float32)
+    g = np.zeros((1, 2, 2), np.float32)
+    pool.begin(2)
+    with pytest.raises(ValueError, match="run: requires H, HV, K, V, kda"):
+        pool.run(x, x, x, g=np.zeros((1, 2, 2, 4), np.float32), beta=g)
+    pool.run(x, x, x, g=g, beta=g)
+    pool.begin(2)
+    with pytest.raises(ValueError, match="begin: requires that all layers have run"):
+        pool.begin(1)
+    with pytest.raises(ValueError, match="arguments: requires slots"):
+        pool.arguments()
+    with pytest.raises(ValueError, match="heads='interleaved' as in the pool's log"):
+        pool.run(x, x, x, g=g, beta=g, heads="tiled")
+    pool.run(x, x, x, g=g, beta=g)
+    with pytest.raises(ValueError, match="begin: requires room for 1 more tokens"):
+        pool.begin(1)
+    pool.commit(3)
+    pool.begin(4)
+
+
+def test_sixteen_tokens_back_cost_less_than_a_third_of_a_state() -> None:
+    sizes = dict(H=16, HV=32, K=128, V=128, snapshots=16)
+    log, slots = (StatePool(1, form=form, **sizes).nbytes() for form in ("log", "slots"))
+    state = 32 * 128 * 128 * 4
+    assert log["per_sequence"] <= 1.3 * state
+    assert slots["per_sequence"] == 16 * state
