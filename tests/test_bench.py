@@ -394,3 +394,18 @@ def test_bad_input_is_one_sentence_and_exit_2(args, sentence):
     assert got.exit_code == 2
     assert sentence in got.output
     assert len(got.output.strip().splitlines()) == 1
+
+
+def test_rollback_reports_every_form() -> None:
+    """Small sizes: what is measured is checked against the oracle first, and said in decode steps."""
+    from anydelta.bench import rollback
+
+    measured = rollback.rollback(
+        layers=2, heads=(1, 2), size=16, tokens=2, snapshots=3, settings=ops.Settings(rounds=2)
+    )
+    calls = [r.call for r in measured.records]
+    assert calls[0] == "decode step"
+    for call in ("slots: verify 2, commit 1", "log: verify 2, commit 0", "log: commit 2 of 2 alone"):
+        assert call in calls
+    assert all(r.steps > 0 and r.nmse < 1e-6 for r in measured.records)
+    assert measured.records[0].steps == 1.0

@@ -438,6 +438,17 @@ class StatePool:
             self._fail("rollback", f"tokens must be >= 0; got {tokens}")
         self._take_back("rollback", batch, found, counts)
 
+    def fold(self, sequences: Sequence[int] | None = None) -> None:
+        """Fold what is committed into the states now; a log does so by itself when it is full. Nothing before can be
+        taken back then. Slots have nothing to fold.
+
+        Raises:
+            ValueError: no such sequence, or layers that have not run.
+        """
+        self._not_running("fold")
+        batch, found = self._chosen("fold", sequences, self.sequences)
+        self._form.fold(list(zip(batch, found, strict=True)))
+
     def _chosen(
         self, method: str, sequences: Sequence[int] | None, default: list[int]
     ) -> tuple[list[int], list[_Sequence]]:
@@ -663,6 +674,9 @@ class _Slots:
         for row in s.rows[:n]:
             self._drop(row)
         del s.rows[:n]
+
+    def fold(self, those: list[tuple[int, _Sequence]]) -> None:
+        pass
 
     def check(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
         pass

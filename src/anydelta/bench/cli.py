@@ -168,6 +168,39 @@ def threads_command(
     _small("threads", run, rounds, sample_ms, _output_form(json, csv, md, output, "threads"), output)
 
 
+@bench.command("rollback")
+def rollback_command(
+    layers: Annotated[int, typer.Option("--layers", help="Linear attention layers of the model.")] = 36,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of a verification.")] = 4,
+    snapshots: Annotated[int, typer.Option("--snapshots", "-K", help="Entries of the log.")] = 16,
+    kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
+    threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
+    ] = None,
+) -> None:
+    """Time verifying drafted tokens and going back, in slots and with a log, in decode steps of the rule."""
+    from . import ops, overhead, rollback
+
+    for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
+        if not 1 <= value <= 1024:
+            _fail(f"{name} must be from 1 to 1024; got {value}", "rollback")
+    if snapshots < tokens:
+        _fail(f"-K must be at least -T = {tokens}; got {snapshots}", "rollback")
+
+    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+        return rollback.rollback(
+            layers=layers, tokens=tokens, snapshots=snapshots, kda=kda, threads=threads,
+            settings=ops.Settings(rounds), progress=tell,
+        )  # fmt: skip
+
+    _small("rollback", run, rounds, 15.0, _output_form(json, csv, md, output, "rollback"), output)
+
+
 def _small(
     command: str,
     run: Callable[[Any], Any],

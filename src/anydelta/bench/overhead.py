@@ -443,7 +443,9 @@ def _header(measured: Measured) -> list[str]:
     return lines
 
 
-def _columns(record: OverheadRecord | ThreadsRecord) -> dict[str, str]:
+def _columns(record: Any) -> dict[str, str]:
+    if not isinstance(record, (OverheadRecord, ThreadsRecord)):
+        return record.columns()  # type: ignore[no-any-return]
     if isinstance(record, OverheadRecord):
         return {
             "call": record.call,
