@@ -62,10 +62,11 @@ def test_nothing_of_torch_is_used_but_its_stable_abi() -> None:
 
 
 def test_only_its_c_functions_can_be_called() -> None:
-    names = [
-        name for name in nm("--defined-only") if not name.startswith(("_Z", "__bss_start", "_edata", "_end"))
-    ]
-    assert names == ["anydelta_torch_attach", "anydelta_torch_threads"]
+    exported = nm("--defined-only")
+    names = [name for name in exported if not name.startswith(("_Z", "__bss_start", "_edata", "_end"))]
+    shims = [f"aoti_torch_cpu_{name}" for name in torch_op.SCHEMAS]
+    assert sorted(names) == sorted([*shims, "anydelta_torch_attach", "anydelta_torch_threads"])
+    assert not [name for name in exported if "anydelta" in name and name.startswith("_Z")]
 
 
 def test_needs_no_library_but_torch_cpu() -> None:

@@ -47,7 +47,8 @@ def _load_library() -> tuple[ctypes.CDLL | None, str]:
         return None, reason
     try:
         torch.ops.load_library(path)
-        library = ctypes.CDLL(str(path))
+        # visible to all, as the code that AOTInductor generates calls its functions by name
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return None, f"{path.name} does not load ({error})"
     assert op._core is not None

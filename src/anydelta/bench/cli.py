@@ -130,6 +130,9 @@ def ops_command(
 def overhead_command(
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
     sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    aoti: Annotated[
+        bool, typer.Option("--aoti", help="Instead, calls in code of AOTInductor (compiles for a minute).")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
@@ -141,7 +144,12 @@ def overhead_command(
     from . import ops, overhead
 
     def run(tell: Callable[[str, float], None]) -> overhead.Measured:
-        return overhead.call_overhead(ops.Settings(rounds, sample_ms / 1e3), tell)
+        settings = ops.Settings(rounds, sample_ms / 1e3)
+        if aoti:
+            from .aoti import call_overhead
+
+            return call_overhead(settings, tell)
+        return overhead.call_overhead(settings, tell)
 
     _small("overhead", run, rounds, sample_ms, _output_form(json, csv, md, output, "overhead"), output)
 

@@ -108,6 +108,12 @@ Owned empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     return Owned(t);
 }
 
+int32_t dtype_of(AtenTensorHandle t) {
+    int32_t dtype;
+    ok(aoti_torch_get_dtype(t, &dtype), "to show a tensor");
+    return dtype;
+}
+
 // A contiguous copy; float64 gates become float32, the type they are computed in.
 Owned contiguous(AtenTensorHandle t, const Array& x) {
     const Type type = x.type == Type::f64 ? Type::f32 : x.type;
@@ -163,8 +169,8 @@ struct Results {
     Owned o, state;  // state: null where not wanted
 };
 
-// Validate and run. Throws std::invalid_argument before anything is written.
-Results compute(const Tensors& t, const Options& opt, bool final_state) {
+// Validate and run. Throws std::invalid_argument before anything is written. Generated code knows no gradients.
+Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) {
     Call call;
     call.q = read(t.q), call.k = read(t.k), call.v = read(t.v), call.g = read(t.g), call.beta = read(t.beta);
     call.state = read(t.state), call.A_log = read(t.A_log), call.dt_bias = read(t.dt_bias), call.mask = read(t.mask);
@@ -172,7 +178,7 @@ Results compute(const Tensors& t, const Options& opt, bool final_state) {
     call.snapshots = read(t.snapshots), call.snapshot_indices = read(t.snapshot_indices);
     const Spec spec = check(call, opt);
     if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
-    if (opt.inplace || call.snapshots.given()) refuse_gradients(t, opt);
+    if (ask_gradients && (opt.inplace || call.snapshots.given())) refuse_gradients(t, opt);
     if (call.q.type == Type::f64)
         throw std::runtime_error(std::string(opt.op) +
                                  ": the CPU kernels require float32, bfloat16 or float16; got float64, which only "
@@ -191,9 +197,7 @@ Results compute(const Tensors& t, const Options& opt, bool final_state) {
     const AtenTensorHandle snapshots_copy = plain(call.snapshots, t.snapshots, false);
 
     Results r;
-    int32_t dtype;
-    ok(aoti_torch_get_dtype(t.q, &dtype), "to show a tensor");
-    r.o = empty({spec.B, spec.T, spec.HV, spec.V}, dtype);
+    r.o = empty({spec.B, spec.T, spec.HV, spec.V}, dtype_of(t.q));
     call.o = read(r.o.get()).data;
     if (final_state) {
         const int64_t rows = spec.vk ? spec.V : spec.K, columns = spec.vk ? spec.K : spec.V;
@@ -343,12 +347,8 @@ void boxed(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
     {
         Stack s(op, stack, arguments);
         if (for_python(s)) return call_python(op, s, stack, outputs);
-        r = compute(s.tensors, s.options, s.final_state);
-        if (!op.inplace && !r.state) {
-            int32_t dtype;
-            ok(aoti_torch_get_dtype(s.tensors.q, &dtype), "to show a tensor");
-            r.state = empty({0}, dtype);
-        }
+        r = compute(s.tensors, s.options, s.final_state, true);
+        if (!op.inplace && !r.state) r.state = empty({0}, dtype_of(s.tensors.q));
     }
     stack[0] = torch::stable::detail::from(r.o.release());
     if (!op.inplace) stack[1] = torch::stable::detail::from(r.state.release());
@@ -378,6 +378,122 @@ void on_torch_threads(int threads, void (*work)(void*), void* context) {
 [[maybe_unused]] const bool threads_shared = (share_threads_of(on_torch_threads), true);
 
 }  // namespace
+
+// ---- for the code that AOTInductor generates: the schemas, with tensors as handles, optional ones as pointers to
+// handles, results last. aoti.py derives the declarations from the schemas.
+
+namespace {
+
+struct Flags {
+    const double* scale;
+    const char* decay;
+    const double* lower_bound;
+    int32_t beta_is_logit;
+    const char* heads;
+    int32_t qk_l2norm;
+    double qk_l2norm_eps;
+    const char* state_layout;
+};
+
+AOTITorchError shim(bool inplace, const Tensors& t, const Flags& f, bool final_state, const char* backend,
+                    AtenTensorHandle* o, AtenTensorHandle* state) {
+    try {
+        Options opt;
+        opt.op = inplace ? "gated_delta_rule_" : "gated_delta_rule";
+        opt.inplace = inplace;
+        if ((opt.has_scale = f.scale)) opt.scale = *f.scale;
+        opt.decay = f.decay;
+        if ((opt.has_lower_bound = f.lower_bound)) opt.lower_bound = *f.lower_bound;
+        opt.beta_is_logit = f.beta_is_logit;
+        opt.heads = f.heads;
+        opt.qk_l2norm = f.qk_l2norm;
+        opt.qk_l2norm_eps = f.qk_l2norm_eps;
+        opt.state_layout = f.state_layout;
+        if (std::strcmp(backend, "auto") != 0 && std::strcmp(backend, "cpu") != 0)
+            throw std::invalid_argument(std::string(opt.op) +
+                                        ": backend must be 'auto' or 'cpu' in a program without " + "Python; got '" +
+                                        backend + "'");
+        Results r = compute(t, opt, final_state, false);
+        if (o) *o = r.o.release();
+        if (state) *state = r.state ? r.state.release() : empty({0}, dtype_of(t.q)).release();
+        return 0;
+    } catch (const std::exception& error) {  // what the generated code throws names only this function
+        std::cerr << error.what() << std::endl;
+        return 1;
+    }
+}
+
+AtenTensorHandle maybe(const AtenTensorHandle* t) { return t ? *t : nullptr; }
+
+}  // namespace
+
+using Handle = AtenTensorHandle;
+
+ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule(
+    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle* state, Handle* A_log, Handle* dt_bias, Handle* mask,
+    Handle* cu_seqlens, Handle* state_indices, double* scale, const char* decay, double* lower_bound,
+    int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps, const char* layout, int32_t final_state,
+    const char* backend, Handle* o, Handle* state_out) {
+    const Tensors t{q,
+                    k,
+                    v,
+                    g,
+                    beta,
+                    maybe(state),
+                    maybe(A_log),
+                    maybe(dt_bias),
+                    maybe(mask),
+                    maybe(cu_seqlens),
+                    maybe(state_indices),
+                    nullptr,
+                    nullptr};
+    return shim(false, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, final_state,
+                backend, o, state_out);
+}
+
+ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule_snapshots(
+    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle snapshots, Handle* state, Handle* A_log,
+    Handle* dt_bias, Handle* mask, Handle* cu_seqlens, Handle* state_indices, double* scale, const char* decay,
+    double* lower_bound, int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps, const char* layout,
+    int32_t final_state, const char* backend, Handle* o, Handle* state_out) {
+    const Tensors t{q,
+                    k,
+                    v,
+                    g,
+                    beta,
+                    maybe(state),
+                    maybe(A_log),
+                    maybe(dt_bias),
+                    maybe(mask),
+                    maybe(cu_seqlens),
+                    maybe(state_indices),
+                    snapshots,
+                    nullptr};
+    return shim(false, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, final_state,
+                backend, o, state_out);
+}
+
+ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule_(
+    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle state, Handle* snapshots, Handle* A_log,
+    Handle* dt_bias, Handle* mask, Handle* cu_seqlens, Handle* state_indices, Handle* snapshot_indices, double* scale,
+    const char* decay, double* lower_bound, int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps,
+    const char* layout, const char* backend, Handle* o) {
+    const Tensors t{q,
+                    k,
+                    v,
+                    g,
+                    beta,
+                    state,
+                    maybe(A_log),
+                    maybe(dt_bias),
+                    maybe(mask),
+                    maybe(cu_seqlens),
+                    maybe(state_indices),
+                    maybe(snapshots),
+                    maybe(snapshot_indices)};
+    return shim(true, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, false, backend, o,
+                nullptr);
+}
 
 // ---- for Python
 
