@@ -7,22 +7,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp)
+SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
 CPP := $(KERNELS) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17
 DEMO_PROMPT := "And it came to pass in those days, that"
 
+# What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
+BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-tools
+BACKENDS_PIP := vulkan opencl
+
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo wheel readme clean distclean
+.PHONY: help setup backends test lint format demo wheel readme clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## Set up .venv and build the package in place
+
+# The stamp goes so that the next build finds glslang.
+backends: $(VENV)/.installed ## Install the runtimes of the GPU backends, with drivers that run on the CPU (Debian, Ubuntu)
+	$(SUDO) apt-get update -q
+	$(SUDO) apt-get install -q -y --no-install-recommends $(BACKENDS_APT)
+	$(BIN)/python -m pip install -q $(BACKENDS_PIP:%=--group %)
+	rm -f $(VENV)/.built
 
 test: $(VENV)/.built lint ## Check style and types, then run all tests
 	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -80,6 +93,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) src/anydelta/torch_schemas.txt
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) $(SHADERS) src/anydelta/torch_schemas.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

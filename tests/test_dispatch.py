@@ -18,9 +18,10 @@ from anydelta.backends.reference import Reference
 from anydelta.conformance import Case, Target, check
 from anydelta.conformance.cases import inputs
 from anydelta.conformance.compare import buffers, call
+from anydelta.conformance.run import unavailable
 from anydelta.dispatch import Rejected
 from anydelta.spec import CallSpec
-from conftest import CPU_REASONS, CPU_TARGETS
+from conftest import CPU_REASONS, CPU_TARGETS, REQUIRED
 
 needs_cpu = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
 
@@ -312,11 +313,16 @@ def specs() -> list[Case]:
     return list(out)
 
 
+@pytest.mark.parametrize("backend", REQUIRED)
+def test_a_required_backend_runs(backend: str) -> None:
+    assert unavailable(backend) == ()
+
+
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 @pytest.mark.parametrize("backend", dispatch.NAMES)
 def test_what_a_backend_accepts_it_runs(backend: str, framework: str) -> None:
-    if reasons := dispatch.get_backend(backend).available():
-        pytest.skip("; ".join(map(str, reasons)))
+    if reasons := unavailable(backend):
+        pytest.skip("; ".join(reasons))
     cases = specs()[:: 3 if backend == "reference" else 1]
     assert len(cases) >= 300
     refused, bad = 0, []

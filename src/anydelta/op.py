@@ -291,7 +291,10 @@ def _by_dense_snapshots(
     pool, rows = call.state_in, call.snapshot_indices
     dense = replace(call, snapshots=None, snapshot_indices=None)
     shape = (spec.snapshots, spec.N, *pool.shape[1:])
-    dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
+    if type(pool) is DeviceArray:
+        dense.snapshots = pool.device.empty(shape, pool.dtype)
+    else:
+        dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
     lowered = dispatch.without_rows(spec)
     chosen = dispatch.pick(lowered, backend)
     dense.o = (
@@ -306,7 +309,11 @@ def _by_dense_snapshots(
     ]
     for slot, named in enumerate(rows.tolist()):
         for n, row in enumerate(named):
-            if slot < live[n]:
+            if slot >= live[n]:
+                continue
+            if type(pool) is DeviceArray:
+                pool[row].write(dense.snapshots[slot][n])
+            else:
                 pool[row] = dense.snapshots[slot, n]
     return dense.o, pool
 

@@ -511,8 +511,6 @@ def _check_snapshot_indices(c: _Checker, call: Call, here: tuple[str, str], *, i
         c.fail("snapshots must be None where snapshot_indices say where the states go; got both")
     if call.state_indices is None:
         c.fail("snapshot_indices name rows of a pool and require state_indices; got None")
-    if framework_of(call.state_in) is None:
-        c.fail("snapshot_indices require a pool in host memory or a torch tensor; got a device array")
     c.index("snapshot_indices", call.snapshot_indices, here)
     got = shape_of(call.snapshot_indices)
     if len(got) != 2 or got[0] < 1 or got[1] != N:

@@ -1,0 +1,186 @@
+"""How a host call is laid out for a device: one buffer of inputs, one of outputs, dense and aligned.
+
+Backends with memory of their own share this. Inputs are copied straight into mapped memory, whatever their strides:
+q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values pair up in words), gates
+in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices) travels with each call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..devices import Device, DeviceArray
+from ..spec import Call, CallSpec, framework_of
+
+ALIGN = 16
+"""Bytes: a field begins where a vec4 may."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array in a staging buffer."""
+
+    name: str
+    offset: int
+    """In bytes."""
+    shape: tuple[int, ...]
+    dtype: Any
+    used: int
+    """Entries of the last axis that hold data; the rest is padding that must be zero."""
+
+    def view(self, buffer: Bytes) -> NDArray[Any]:
+        view: NDArray[Any] = np.ndarray(self.shape, self.dtype, buffer, self.offset)
+        return view
+
+
+class Layout:
+    """Where the inputs and the output of a call lie. `widen`: half types are staged as float32.
+
+    Attributes:
+        offsets: of each input, in bytes; 0 for those that the call does not have.
+        nbytes_in, nbytes_out: of the two buffers.
+    """
+
+    def __init__(self, spec: CallSpec, call: Call, KP: int, *, widen: bool = False):
+        B, T, H, HV, K, V = spec.B, spec.T, spec.H, spec.HV, spec.K, spec.V
+        VP = V + V % 2
+        f32, i32 = np.float32, np.int32
+        data = f32 if widen or spec.dtype == "float32" else np.uint16
+        self.dtype, self.widen = spec.dtype, widen and spec.dtype != "float32"
+        g = (B, T, HV, KP) if spec.kda else (B, T, HV)
+        bias = (HV, KP) if spec.kda else (HV,)
+        wanted: list[tuple[str, tuple[int, ...], Any, int]] = [
+            ("q", (B, T, H, KP), data, K), ("k", (B, T, H, KP), data, K), ("v", (B, T, HV, VP), data, V),
+            ("g", g, f32, K if spec.kda else HV), ("beta", (B, T, HV), f32, HV),
+        ]  # fmt: skip
+        if call.A_log is not None:
+            wanted.append(("A_log", (HV,), f32, HV))
+        if call.dt_bias is not None:
+            wanted.append(("dt_bias", bias, f32, K if spec.kda else HV))
+        if spec.masked:
+            wanted.append(("mask", (B, T), i32, T))
+        if spec.packed:
+            wanted.append(("cu_seqlens", (spec.N + 1,), i32, spec.N + 1))
+        if spec.pooled:
+            wanted.append(("state_indices", (spec.N,), i32, spec.N))
+        if spec.snapshot_rows:
+            wanted.append(("snapshot_indices", (spec.snapshots, spec.N), i32, spec.N))
+        self.fields, at = [], 0
+        for name, shape, dtype, used in wanted:
+            self.fields.append(Field(name, at, shape, dtype, used))
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            at += -(-nbytes // ALIGN) * ALIGN
+        self.offsets = {f.name: f.offset for f in self.fields}
+        self.nbytes_in = max(at, ALIGN)
+        self.o = Field("o", 0, (B, T, HV, V), data, V)
+        self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(data).itemsize // ALIGN) * ALIGN or ALIGN
+
+    def offset(self, name: str) -> int:
+        return self.offsets.get(name, 0)
+
+    def views(self, inputs: Bytes) -> list[tuple[str, NDArray[Any], NDArray[Any] | None]]:
+        """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
+        out = []
+        for f in self.fields:
+            view = f.view(inputs)
+            padded = f.used < f.shape[-1]
+            out.append(
+                (f.name, view[..., : f.used] if padded else view, view[..., f.used :] if padded else None)
+            )
+        return out
+
+    def pack(self, call: Call, views: list[tuple[str, NDArray[Any], NDArray[Any] | None]]) -> None:
+        """Copy the inputs of a call into a buffer."""
+        for name, view, padding in views:
+            x = as_numpy(getattr(call, name), bits=view.dtype == np.uint16)
+            view[...] = x if x.shape == view.shape else x.reshape(view.shape)
+            if padding is not None:
+                padding[...] = 0
+
+    def unpack(self, call: Call, view: NDArray[Any]) -> None:
+        """Copy the output out of a buffer."""
+        if self.widen and framework_of(call.o) == "torch":
+            import torch
+
+            call.o.copy_(torch.from_numpy(view))
+        else:
+            np.copyto(
+                as_numpy(call.o, bits=view.dtype == np.uint16), view, casting="unsafe" if self.widen else "no"
+            )
+
+
+def as_numpy(x: Any, *, bits: bool = False) -> NDArray[Any]:
+    """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 that is to be converted is not
+    among NumPy's types and comes as float32."""
+    if framework_of(x) == "numpy":
+        out: NDArray[Any] = x.view(np.uint16) if bits else x
+        return out
+    import torch
+
+    x = x.detach()
+    if bits:
+        out = x.view(torch.int16).numpy().view(np.uint16)
+        return out
+    out = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return out
+
+
+class HostStates:
+    """The states of a call that has them on the host: dense copies on the device, made once per geometry.
+
+    The call then runs in place on `state` [N, ...], whose row n belongs to sequence n.
+    """
+
+    def __init__(self, device: Device, spec: CallSpec):
+        dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+        tail = (spec.N, spec.HV, *dims)
+        self.state: DeviceArray = device.empty(tail, spec.state_dtype)
+        self.snapshots = device.empty((spec.snapshots, *tail), spec.state_dtype) if spec.snapshots else None
+
+    def upload(self, spec: CallSpec, call: Call) -> None:
+        """Copy the rows that the call names."""
+        if spec.has_state and spec.N and spec.P:
+            rows = call.state_in
+            if spec.pooled:  # a row of a skipped sequence is copied and not used
+                rows = rows[call.state_indices.clip(0)]
+            self.state.write(rows)
+
+    def download(self, spec: CallSpec, call: Call) -> None:
+        """Copy back what the call changes."""
+        if not spec.N:
+            return
+        live = np.asarray(call.state_indices) >= 0 if spec.pooled else np.ones(spec.N, bool)
+        torch = spec.framework == "torch"
+        if call.state_out is not None and not spec.snapshot_rows:
+            got = self.state.torch() if torch else self.state.numpy()
+            where = _index(live, torch)
+            if not spec.inplace:
+                call.state_out[...] = got
+                call.state_out[_index(~live, torch)] = 0
+            elif spec.pooled:
+                call.state_out[call.state_indices[where]] = got[where]
+            else:
+                call.state_out[...] = got
+        if self.snapshots is not None:
+            cu = np.asarray(call.cu_seqlens) if spec.packed else np.arange(spec.N + 1) * spec.T
+            written = (np.arange(spec.snapshots)[:, None] < np.diff(cu)) & live
+            got = self.snapshots.torch() if torch else self.snapshots.numpy()
+            where = _index(written, torch)
+            if spec.snapshot_rows:
+                call.state_out[call.snapshot_indices[where]] = got[where]
+            else:
+                call.snapshots[where] = got[where]
+
+
+def _index(mask: NDArray[np.bool_], torch: bool) -> Any:
+    if not torch:
+        return mask
+    from torch import from_numpy
+
+    return from_numpy(mask)

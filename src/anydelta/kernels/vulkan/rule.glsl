@@ -1,0 +1,216 @@
+// What the shaders of the gated delta rule share: the call, its buffers, and the gates.
+//
+//     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
+//     d_t = beta_t (v_t - S^T k_t)      delta    the prediction reads the decayed state
+//     S   = S + k_t d_t^T               update
+//     o_t = scale * S^T q_t             output   reads the updated state
+//
+// Shapes: q, k [tokens, H, KP]; v, o [tokens, HV, V]; g [tokens, HV] or [tokens, HV, KP]; beta [tokens, HV];
+// S [rows, HV, K, V] or [rows, HV, V, K]; snapshots [Ks, N, HV, ...]. The host lays the inputs out densely, with K
+// padded to KP by zeros: a padded row of S then stays zero. All sums are in float32.
+//
+// Compiled with SUBGROUP for drivers with subgroup shuffles, with HALF for those with 16-bit storage buffers.
+
+#extension GL_EXT_control_flow_attributes : require
+#ifdef HALF
+#extension GL_EXT_shader_16bit_storage : require
+#endif
+#ifdef SUBGROUP
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_arithmetic : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+#endif
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 1) const uint LANES = 1;      // invocations that share one column of S
+layout(constant_id = 2) const uint ROWS4 = 16;     // rows of S per invocation, in groups of four
+layout(constant_id = 3) const bool KDA = false;
+layout(constant_id = 4) const uint DTYPE = 0;      // of q, k, v, o: one of the three below
+layout(constant_id = 6) const uint STATES = 0;     // bit 0: the state read is bfloat16; bit 1: those written are
+layout(constant_id = 5) const uint CHUNK = 16;     // tokens per chunk, for chunk.comp
+
+const uint FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
+
+// One buffer holds all inputs; offsets are in words of 4 bytes and multiples of 4.
+layout(std430, binding = 0) readonly buffer Words4 { vec4 in4[]; };
+layout(std430, binding = 0) readonly buffer Pairs { uvec2 in2[]; };
+layout(std430, binding = 0) readonly buffer Words { float in1[]; };
+layout(std430, binding = 0) readonly buffer Ints { int ints[]; };
+layout(std430, binding = 0) readonly buffer Bits { uint bits[]; };
+layout(std430, binding = 1) writeonly buffer Out32 { float o32[]; };
+layout(std430, binding = 2) buffer In32 { float s32_in[]; };  // a state may be read and written in one buffer
+layout(std430, binding = 3) buffer State32 { float s32_out[]; };
+layout(std430, binding = 4) buffer Snapshots32 { float snap32[]; };
+#ifdef HALF
+layout(std430, binding = 1) writeonly buffer Out16 { uint16_t o16[]; };
+layout(std430, binding = 2) buffer In16 { uint16_t s16_in[]; };
+layout(std430, binding = 3) buffer State16 { uint16_t s16_out[]; };
+layout(std430, binding = 4) buffer Snapshots16 { uint16_t snap16[]; };
+#endif
+
+const uint PACKED = 1, IN_INDEXED = 2, OUT_INDEXED = 4, MASKED = 8, HAS_STATE = 16, WRITE_STATE = 32, TILED = 64,
+           VK = 128, LINEAR = 256, RAW = 512, LOWER = 1024, DT_BIAS = 2048, LOGIT = 4096, L2NORM = 8192,
+           SKIPS = 16384, ZERO_SKIPPED = 32768, CHUNKED = 65536, SNAPSHOT_ROWS = 131072;
+
+layout(push_constant) uniform Call {
+    uint T, H, HV, K, V, N, Ks;  // Ks: snapshots asked for; a run-time number, so that no pipeline depends on it
+    uint flags;
+    float scale, eps, lower_bound;
+    uint q, k, v, g, beta, A_log, dt_bias, mask, cu, indices;  // offsets of the inputs
+    uint rows;                                                 // snapshot_indices [Ks, N]
+    uint s_in, s_out, snap;                                    // first elements of the state and the snapshots
+} call;
+
+bool has(uint flag) { return (call.flags & flag) != 0; }
+
+// What one workgroup works on, the same for all of its invocations.
+uint n;      // sequence
+uint hv;     // value head
+uint hq;     // its query/key head: hv / (HV/H), or hv % H if tiled
+uint base;   // first token of the sequence among all tokens
+uint len;    // its number of tokens
+uint row_in, row_out;  // its rows of the states
+bool skipped;          // the sequence's index is -1
+
+void find_work() {
+    n = gl_WorkGroupID.z;
+    hv = gl_WorkGroupID.y;
+    hq = has(TILED) ? hv % call.H : hv / (call.HV / call.H);
+    base = n * call.T;
+    len = call.T;
+    if (has(PACKED)) {
+        base = uint(ints[call.cu + n]);
+        len = uint(ints[call.cu + n + 1]) - base;
+    }
+    row_in = row_out = n;
+    skipped = false;
+    if (has(SKIPS)) {
+        const int index = ints[call.indices + n];
+        skipped = index < 0;
+        if (has(IN_INDEXED)) row_in = uint(index);
+        if (has(OUT_INDEXED)) row_out = uint(index);
+    }
+}
+
+// Of a long prompt chunk.comp takes all tokens but those whose states are asked for, recurrent.comp the rest.
+uint chunked_tokens() { return has(CHUNKED) ? len - min(len, call.Ks) : 0; }
+
+bool live(uint token) { return !has(MASKED) || bits[call.mask + token] != 0; }
+
+// ---- the three float types -----------------------------------------------------------------------------------------
+
+float from_bf16(uint x) { return uintBitsToFloat(x << 16); }
+
+uint to_bf16(float x) {  // to nearest, ties to even
+    const uint b = floatBitsToUint(x);
+    if ((b & 0x7fffffff) > 0x7f800000) return (b >> 16) | 0x40;  // NaN stays NaN
+    return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
+
+uint to_f16(float x) {  // packHalf2x16 may round in any direction; this rounds to nearest, ties to even
+    uint b = floatBitsToUint(x);
+    const uint sign = (b >> 16) & 0x8000;
+    b &= 0x7fffffff;
+    if (b > 0x7f800000) return sign | 0x7e00;
+    if (b >= 0x477ff000) return sign | 0x7c00;  // 65520 and above are infinite
+    if (b < 0x38800000) return sign | (floatBitsToUint(uintBitsToFloat(b) + 0.5) - 0x3f000000);  // below 2^-14
+    return sign | ((b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13);
+}
+
+// Four values from group `group` of a row that begins at word offset `words`; element offset `row`.
+vec4 load4(uint words, uint row, uint group) {
+    if (DTYPE == FLOAT32) return in4[(words + row) / 4 + group];
+    const uvec2 h = in2[(words + row / 2) / 2 + group];
+    if (DTYPE == FLOAT16) return vec4(unpackHalf2x16(h.x), unpackHalf2x16(h.y));
+    return vec4(from_bf16(h.x), uintBitsToFloat(h.x & 0xffff0000), from_bf16(h.y), uintBitsToFloat(h.y & 0xffff0000));
+}
+
+float load1(uint words, uint element) {
+    if (DTYPE == FLOAT32) return in1[words + element];
+    const uint h = (bits[words + element / 2] >> (16 * (element & 1))) & 0xffff;
+    return DTYPE == FLOAT16 ? unpackHalf2x16(h).x : from_bf16(h);
+}
+
+void store_o(uint token, uint col, float x) {  // o [tokens, HV, V]
+    const uint at = (token * call.HV + hv) * call.V + col;
+#ifdef HALF
+    if (DTYPE == BFLOAT16) o16[at] = uint16_t(to_bf16(x));
+    if (DTYPE == FLOAT16) o16[at] = uint16_t(to_f16(x));
+#endif
+    if (DTYPE == FLOAT32) o32[at] = x;
+}
+
+// ---- the state -----------------------------------------------------------------------------------------------------
+
+uint state_at(uint row, uint k, uint col) {  // S [rows, HV, K, V], or [rows, HV, V, K]
+    return (row * call.HV + hv) * call.K * call.V + (has(VK) ? col * call.K + k : k * call.V + col);
+}
+
+float load_state(uint k, uint col) {
+    const uint at = call.s_in + state_at(row_in, k, col);
+#ifdef HALF
+    if ((STATES & 1) != 0) return from_bf16(uint(s16_in[at]));
+#endif
+    return s32_in[at];
+}
+
+void store_state(uint k, uint col, float x) {
+    const uint at = call.s_out + state_at(row_out, k, col);
+#ifdef HALF
+    if ((STATES & 2) != 0) {
+        s16_out[at] = uint16_t(to_bf16(x));
+        return;
+    }
+#endif
+    s32_out[at] = x;
+}
+
+void store_snapshot(uint slot, uint k, uint col, float x) {  // [Ks, N, HV, ...], or a row of the pool
+    const uint row = slot * call.N + n;
+    const uint at = call.snap + state_at(has(SNAPSHOT_ROWS) ? uint(ints[call.rows + row]) : row, k, col);
+#ifdef HALF
+    if ((STATES & 2) != 0) {
+        snap16[at] = uint16_t(to_bf16(x));
+        return;
+    }
+#endif
+    snap32[at] = x;
+}
+
+// ---- the gates -----------------------------------------------------------------------------------------------------
+
+float sigmoid(float x) {  // exp only of numbers <= 0
+    const float e = exp(-abs(x));
+    return (x >= 0 ? 1.0 : e) / (1.0 + e);
+}
+
+float softplus(float x) {  // log(1 + exp(x)); below 1e-4 a logarithm in float32 would lose e
+    const float e = exp(-abs(x));
+    return max(x, 0.0) + (e < 1e-4 ? e - 0.5 * e * e : log(1.0 + e));
+}
+
+float activated(float x, float A, uint bias) {  // the log decay of a raw gate
+    if (has(DT_BIAS)) x += in1[call.dt_bias + bias];
+    return has(LOWER) ? call.lower_bound * sigmoid(A * x) : -A * softplus(x);
+}
+
+// exp(-100) is below the smallest float32; comparing first keeps NaN and is exact for -inf
+float decay_of(float log_decay) { return log_decay < -100 ? 0.0 : exp(log_decay); }
+
+float A_of_head() { return has(RAW) ? exp(in1[call.A_log + hv]) : 0.0; }
+
+float decay1(float x, float A, uint bias) {
+    if (has(LINEAR)) return x;
+    return decay_of(has(RAW) ? activated(x, A, bias) : x);
+}
+
+float log_decay1(float x, float A, uint bias) {
+    if (has(LINEAR)) x = log(x);
+    if (has(RAW)) x = activated(x, A, bias);
+    return x < -100 ? -100.0 : x;
+}
+
+float beta_of(uint token) {
+    const float x = in1[call.beta + token * call.HV + hv];
+    return has(LOGIT) ? sigmoid(x) : x;
+}
