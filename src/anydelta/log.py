@@ -92,6 +92,14 @@ class Log:
         self.plans: dict[Any, tuple[Any, CallSpec, list[str]]] = {}
         on_cpu = pool.device is None or str(pool.device).partition(":")[0] == "cpu"
         forced = pool.backend if pool.backend != "auto" else dispatch.forced_by_env() or "cpu"
+        # Addresses of each layer's arrays, which stay where they are: reading them costs more than a small head.
+        self.at = [
+            (
+                cpu.address(self.states[i]),
+                tuple(cpu.address(x[i]) for x in (self.keys, self.deltas, self.decays)),
+            )
+            for i in range(n if on_cpu else 0)
+        ]
         self.native = _core is not None and on_cpu and forced == "cpu"
 
     # ---- rows
@@ -189,13 +197,14 @@ class Log:
             pool.state_layout, True,
         )  # fmt: skip
         base, rows, used = self.index
-        call = Call(q, k, v, g, beta, self.states[layer], A_log, dt_bias, mask, pool._cu, pool._index(base))
+        call = Call(q, k, v, g, beta, None, A_log, dt_bias, mask, pool._cu)
         if any(self.direct):
-            self._checked(call, options)
+            self._checked(layer, call, options, base)
             return self._by_parts(layer, call, options)
         return self._verify(layer, call, options, base, rows, used)
 
-    def _checked(self, call: Call, options: Options) -> CallSpec:
+    def _checked(self, layer: int, call: Call, options: Options, base: Any) -> CallSpec:
+        call.state_in, call.state_indices = self.states[layer], self.pool._index(base)
         spec = check_call(call, options, inplace=True, grad_enabled=_grad_enabled(call.q))
         pool = self.pool
         if self.order not in (None, options.heads):
@@ -235,13 +244,13 @@ class Log:
                 )  # fmt: skip
             if middle < at[2]:
                 q, k, v, g, beta, mask = (None if x is None else x[at[0], middle : at[2]] for x in inputs)
-                one = Call(q, k, v, g, beta, call.state_in, call.A_log, call.dt_bias, mask, None, rows)
+                one = Call(q, k, v, g, beta, None, call.A_log, call.dt_bias, mask)
                 own = tuple(x[i : i + 1] for x in self.index)
                 o[at[0], middle : at[2]] = self._verify(layer, one, options, *own)
         return o
 
     def _verify(self, layer: int, call: Call, options: Options, base: Any, rows: Any, used: Any) -> Array:
-        plan, spec, copies = self._plan(call, options, len(base))
+        plan, spec, copies = self._plan(layer, call, options, base)
         if plan is None:
             return self._verify_in_float64(layer, call, spec, base, rows, used)
         for name in copies:
@@ -252,19 +261,19 @@ class Log:
             else np.empty(call.v.shape, call.v.dtype)
         )
         self._native(
-            plan, False, call.q, call.k, call.v, call.g, call.beta, o, call.state_in, None, call.A_log, call.dt_bias,
-            call.mask, call.cu_seqlens, base, *self._layer(layer), self.parents, rows, used, None,
+            plan, False, call.q, call.k, call.v, call.g, call.beta, o, self.at[layer][0], None, call.A_log,
+            call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used, None,
         )  # fmt: skip
         return o
 
-    def _plan(self, call: Call, options: Options, N: int) -> tuple[Any, CallSpec, list[str]]:
+    def _plan(self, layer: int, call: Call, options: Options, base: Any) -> tuple[Any, CallSpec, list[str]]:
         """(native plan or None, spec, arrays to copy first), checked once per geometry."""
         arrays = (call.q, call.k, call.v, call.g, call.beta, call.A_log, call.dt_bias, call.mask)
         geometry = None if _core is None or _grad_enabled(call.q) else _core.geometry(*arrays)
-        key = (geometry, options, N, call.cu_seqlens is None)
+        key = (geometry, options, len(base), call.cu_seqlens is None)
         found: Any = self.plans.get(key) if geometry is not None else None
         if found is None:
-            spec = self._checked(call, options)
+            spec = self._checked(layer, call, options, base)
             if not self.native or spec.dtype not in cpu.DTYPE:
                 return None, spec, []
             strided = {name: cpu.input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
@@ -278,13 +287,14 @@ class Log:
                 self.plans[key] = found
         return found  # type: ignore[no-any-return]
 
-    def _layer(self, layer: int) -> tuple[Array, Array, Array]:
-        return self.keys[layer], self.deltas[layer], self.decays[layer]
-
     def _native(self, plan: Any, folding: bool, *arrays: Any) -> None:
         torch = sys.modules.get("torch") if self.pool.device is not None else None
         threads = torch.get_num_threads() if torch is not None else cpu.default_threads()
-        _core.run_log(plan, threads, torch is not None, folding, self.C, *map(cpu.address, arrays))
+        if not cpu.reads_arrays(
+            "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
+        ):
+            arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
+        _core.run_log(plan, threads, torch is not None, folding, self.C, *arrays)
 
     # ---- folding
 
@@ -335,10 +345,11 @@ class Log:
             none: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
             found = self.plans[spec_key] = (_core.Plan(cpu.rule_fields(spec, nothing, none)[0]), spec, [])
         for layer in range(self.pool.layers):
-            target = self.states if out is None else out
+            states, entries = self.at[layer]
+            target = states if out is None else cpu.address(out[layer])
             self._native(
-                found[0], True, *[None] * 6, self.states[layer], target[layer], *[None] * 4, rows,
-                *self._layer(layer), self.parents, places, counts, to,
+                found[0], True, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents, places, counts,
+                to,
             )  # fmt: skip
 
     # ---- the same in float64

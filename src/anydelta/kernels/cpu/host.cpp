@@ -231,10 +231,22 @@ struct LogWork final : Work {
     LogWork(const Log& log, const char* (*k)(const Log&, const Task&, char*), int64_t ranges, int64_t columns)
         : g(log), kernel(k), split(ranges), width(columns) {}
 
-    const char* run(int64_t i, int64_t, char* memory) const override {
+    Task task(int64_t i) const {
         const int64_t col0 = i % split * width, head = i / split;
         const int64_t cols = std::min(width, g.rule.V - col0);
-        return kernel(g, Task{head / g.rule.HV, head % g.rule.HV, 1, col0, cols, nullptr}, memory);
+        return Task{head / g.rule.HV, head % g.rule.HV, 1, col0, cols, nullptr};
+    }
+    const char* run(int64_t i, int64_t end, char* memory) const override {
+        Task t = task(i);
+        // whole heads only: what a narrow range would fetch ahead is mostly its neighbours'
+        if (i + 1 < end && split == 1) {
+            const Problem& p = g.rule;
+            const Task after = task(i + 1);
+            const int64_t row = p.state_indices[after.n], size = p.state_dtype == DType::f32 ? 4 : 2;
+            if (row >= 0)
+                t.next_state = static_cast<const char*>(p.in.data) + (row * p.in.n + after.hv0 * p.in.h) * size;
+        }
+        return kernel(g, t, memory);
     }
 };
 

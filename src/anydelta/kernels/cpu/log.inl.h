@@ -60,16 +60,25 @@ static size_t log_workspace(const Log& g) {
     return static_cast<size_t>(arena.at - origin);
 }
 
+// Fetch what the following task reads while this one computes: a state is walked in steps too wide for the hardware's
+// prefetchers.
+AD_INLINE void prefetch_rows(const char*& next, int64_t bytes) {
+    if (!next) return;
+    for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH(next + i);
+    next += bytes;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // PR[r] = S0^T row_r for the C key rows and C query rows of a block
 
 template <int C, class St>
 static void log_dots_kv(const Problem& p, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                        int64_t ldp) {
+                        int64_t ldp, const char* next) {
     constexpr int G = REGISTERS == 32 ? 8 : 4;
     for (int64_t i = 0; i < p.K;) {
         const float* at = rows + i / SEG * 2 * C_MAX * LD + i % SEG;
         const bool whole = i + G <= p.K;
+        prefetch_rows(next, (whole ? G : 1) * lds * static_cast<int64_t>(sizeof(St)));
         if (whole)
             dots_rows<C, G>(at, S + i * lds, lds, cols, PR, ldp);
         else
@@ -100,20 +109,23 @@ AD_INLINE void log_dots_vk_rows(const Problem& p, const float* rows, const St* S
 
 template <int C, class St>
 static void log_dots_vk(const Problem& p, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                        int64_t ldp) {
+                        int64_t ldp, const char* next) {
     constexpr int M = C == 1 ? 4 : C == 2 ? 2 : 1;  // 8 accumulators hide the latency of the FMAs
     int64_t m = 0;
-    for (; m + M <= cols; m += M) log_dots_vk_rows<C, M>(p, rows, S + m * lds, lds, PR + m, ldp);
+    for (; m + M <= cols; m += M) {
+        prefetch_rows(next, M * lds * static_cast<int64_t>(sizeof(St)));
+        log_dots_vk_rows<C, M>(p, rows, S + m * lds, lds, PR + m, ldp);
+    }
     for (; m < cols; ++m) log_dots_vk_rows<C, 1>(p, rows, S + m * lds, lds, PR + m, ldp);
 }
 
 template <class St>
 static void log_dots(const Problem& p, int C, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                     int64_t ldp) {
+                     int64_t ldp, const char* next) {
 #define AD_LOG_DOTS(n)                                                                     \
     case n:                                                                                \
-        return p.vk ? log_dots_vk<n>(p, rows, S, lds, cols, PR, ldp)                       \
-                    : log_dots_kv<n>(p, rows, S, lds, cols, PR, ldp)
+        return p.vk ? log_dots_vk<n>(p, rows, S, lds, cols, PR, ldp, next)                       \
+                    : log_dots_kv<n>(p, rows, S, lds, cols, PR, ldp, next)
     switch (C) {
         AD_LOG_DOTS(1);
         AD_LOG_DOTS(2);
@@ -160,12 +172,15 @@ AD_INLINE void fold_rows(const St* src, int64_t lds, St* dst, int64_t ldd, int64
 
 template <bool vk, class St>
 static void fold_state(const St* src, int64_t lds, St* dst, int64_t ldd, int64_t rows, int64_t width,
-                       const float* gamma, int64_t count, const float* f, int64_t ldf, const float* x, int64_t ldx) {
+                       const float* gamma, int64_t count, const float* f, int64_t ldf, const float* x, int64_t ldx,
+                       const char* next) {
     constexpr int G = 4;  // rows that share the load of an entry: 8 accumulators
     int64_t r = 0;
-    for (; r + G <= rows; r += G)
+    for (; r + G <= rows; r += G) {
+        prefetch_rows(next, G * lds * static_cast<int64_t>(sizeof(St)));
         fold_rows<G, vk>(src + r * lds, lds, dst + r * ldd, ldd, width, vk ? gamma : gamma + r, count, f + r, ldf, x,
                          ldx);
+    }
     for (; r < rows; ++r)
         fold_rows<1, vk>(src + r * lds, lds, dst + r * ldd, ldd, width, vk ? gamma : gamma + r, count, f + r, ldf, x,
                          ldx);
@@ -307,7 +322,8 @@ class LogRunner {
         const int64_t block_rows = segments(p) * 2 * C_MAX * LD, cols = p.vk ? job.cols : ldv;
         for (int64_t t = 0, i = 0; t < T; t += C_MAX, ++i) {
             const int C = static_cast<int>(T - t < C_MAX ? T - t : C_MAX);
-            log_dots(p, C, w.rows + i * block_rows, S, lds, cols, w.PR + t * 2 * ldv, ldv);
+            const char* next = i == 0 && direct ? job.next_state : nullptr;
+            log_dots(p, C, w.rows + i * block_rows, S, lds, cols, w.PR + t * 2 * ldv, ldv, next);
         }
     }
 
@@ -469,10 +485,11 @@ class LogRunner {
 
     template <class St>
     void fold_as(const St* S, int64_t lds, St* out, int64_t ldd) const {
+        const char* next = direct ? job.next_state : nullptr;
         if (p.vk)
-            fold_state<true>(S, lds, out, ldd, job.cols, kp, w.suffix, used, w.D, ldv, w.keys, kp);
+            fold_state<true>(S, lds, out, ldd, job.cols, kp, w.suffix, used, w.D, ldv, w.keys, kp, next);
         else
-            fold_state<false>(S, lds, out, ldd, p.K, ldv, w.suffix, used, w.keys, kp, w.D, ldv);
+            fold_state<false>(S, lds, out, ldd, p.K, ldv, w.suffix, used, w.keys, kp, w.D, ldv, next);
     }
 };
 

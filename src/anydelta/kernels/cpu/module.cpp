@@ -328,7 +328,13 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
     };
     uintptr_t a[COUNT] = {};
     if (arrays.size() != COUNT) throw std::invalid_argument("run_log: wrong number of arrays");
-    for (size_t i = 0; i < COUNT; ++i) a[i] = nb::cast<uintptr_t>(arrays[i]);
+    for (size_t i = 0; i < COUNT; ++i) {  // an array, an address, or None
+        PyObject* x = arrays[i].ptr();
+        if (PyLong_Check(x))
+            a[i] = nb::cast<uintptr_t>(arrays[i]);
+        else if (!reader.address(x, a[i]))
+            throw nb::python_error();
+    }
     Log g;
     g.rule = plan.p;
     g.capacity = capacity;
