@@ -11,15 +11,16 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp)
 SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
-CPP := $(KERNELS) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+SYCL := $(wildcard src/anydelta/kernels/sycl/*.?pp)
+CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
-BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-tools
-BACKENDS_PIP := vulkan opencl
+BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-tools pocl-opencl-icd
+BACKENDS_PIP := vulkan opencl sycl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup backends test lint format demo wheel readme clean distclean
@@ -30,7 +31,7 @@ help: ## Show this list
 
 setup: $(VENV)/.built ## Set up .venv and build the package in place
 
-# The stamp goes so that the next build finds glslang.
+# The stamp goes so that the next build finds glslang and intel-sycl-rt.
 backends: $(VENV)/.installed ## Install the runtimes of the GPU backends, with drivers that run on the CPU (Debian, Ubuntu)
 	$(SUDO) apt-get update -q
 	$(SUDO) apt-get install -q -y --no-install-recommends $(BACKENDS_APT)
@@ -93,6 +94,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) $(SHADERS) src/anydelta/torch_schemas.txt
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/torch_schemas.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

@@ -137,6 +137,26 @@ def test_ten_thousand_calls_leak_nothing(memory: str, monkeypatch: pytest.Monkey
     assert resident() - before < 32 << 20
 
 
+def test_pyopencl_arrays_are_states(device: opencl.OpenclDevice) -> None:
+    cl = pytest.importorskip("pyopencl")
+    from pyopencl import array
+
+    context = cl.Context([device.cl_device])
+    queue = cl.CommandQueue(context)
+    host = np.random.default_rng(2).standard_normal((2, 4, 32, 16), np.float32)
+    mine = array.to_device(queue, np.concatenate([np.zeros_like(host), host]))[2:]  # an offset
+    (q, k, v), gates = tokens(3, B=2)
+    o = anydelta.gated_delta_rule_(q, k, v, opencl.from_pyopencl(mine), **gates)
+    want = anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="reference")
+    assert np.allclose(o, want, atol=1e-5)
+    assert np.allclose(mine.get(), host, atol=1e-5)
+    _, final = anydelta.gated_delta_rule(q, k, v, initial_state=opencl.from_pyopencl(mine), **gates)
+    assert np.array_equal(opencl.to_pyopencl(final).get(), final.numpy())
+    assert np.array_equal(opencl.to_pyopencl(device.array(host)).get(), host)
+    with pytest.raises(ValueError, match="from_pyopencl requires a C-contiguous array"):
+        opencl.from_pyopencl(mine[:, ::2])
+
+
 # ---- what goes wrong
 
 
@@ -219,7 +239,7 @@ def test_float64_is_refused_with_the_reason() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("pyopencl") is None, reason="pyopencl is not installed")
 def test_intels_runtime_is_found_without_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = opencl._intel_runtime()
+    library = opencl.intel_runtime()
     if library is None:
         pytest.skip("intel-opencl-rt is not installed")
     assert library.name.startswith("libintelocl.so")

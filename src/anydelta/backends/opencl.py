@@ -30,31 +30,33 @@ from typing import Any
 
 import numpy as np
 
-from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory
+from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory, numpy_dtype
 from ..dispatch import Rejected, UnsupportedError
-from ..spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framework_of
+from ..spec import Call, CallSpec, dtype_name
+from .params import (
+    ABSENT,
+    ARRAYS,
+    GATES,
+    ITEMSIZE,
+    TYPE,
+    WRITTEN,
+    address,
+    as_bits,
+    as_float32,
+    pack,
+    pack_params,
+    skip,
+    span,
+)  # fmt: skip
 
 DEVICE_ENV, MEMORY_ENV, KERNEL_ENV = (f"ANYDELTA_OPENCL_{x}" for x in ("DEVICE", "MEMORY", "KERNEL"))
 MEMORIES = ("address", "wrap", "copy")
-_TYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "int32": 4, "int64": 8}
-_ABSENT = 2**64 - 1
-_ARRAYS = (
-    "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "o",
-    "state_out", "snapshots",
-)  # fmt: skip
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
 """Head sizes K that the kernel is built for, beyond them multiples of 64; the rows between K and the next are zeros."""
-_WRITTEN = ("o", "state_out", "snapshots")
-_GATES = ("g", "beta", "A_log", "dt_bias")
-_PARAMS = struct.Struct("=44q20i3f4x")
-"""What follows the addresses in the kernel's Params: strides, T, sizes, types and flags, numbers."""
-
-
 # ---- drivers and devices
 
 
-def _intel_runtime() -> Path | None:
+def intel_runtime() -> Path | None:
     """libintelocl.so of the package intel-opencl-rt, whose own .icd file points nowhere when pip has installed it."""
     try:
         files = metadata.files("intel-opencl-rt") or ()
@@ -71,7 +73,7 @@ def _cl() -> Any:
     """
     import pyopencl as cl
 
-    library = _intel_runtime()
+    library = intel_runtime()
     if library is None or os.environ.get("OCL_ICD_VENDORS"):
         return cl
     system = Path("/etc/OpenCL/vendors")
@@ -423,6 +425,52 @@ def default_device() -> OpenclDevice:
     raise UnsupportedError(f"{DEVICE_ENV} must be an index or a part of a name of {names}; got {wanted!r}")
 
 
+_shared: dict[int, OpenclDevice] = {}
+
+
+def from_pyopencl(x: Any) -> DeviceArray:
+    """A pyopencl array as a state or snapshots, without a copy: what the operator writes, `x` shows.
+
+    Args:
+        x: a C-contiguous pyopencl.array.Array of float32 or float16 (bfloat16 as ml_dtypes.bfloat16), in any context.
+
+    Raises:
+        ValueError: it is not contiguous, has no queue, or has another dtype.
+    """
+    name = str(x.dtype)
+    if not x.flags.c_contiguous or x.queue is None or name not in TYPE:
+        got = "one without a queue" if x.queue is None else f"strides {x.strides} of {list(x.shape)} {name}"
+        raise ValueError(
+            f"from_pyopencl requires a C-contiguous array of {', '.join(TYPE)} with a queue; got {got}"
+        )
+    with _opening:
+        key = int(x.context.int_ptr)
+        device = _shared.get(key)
+        if device is None:
+            device = OpenclDevice(f"opencl:context{len(_shared)}", x.queue.device, x.context, x.queue)
+            device.memory = (
+                "wrap" if device.memory == "address" else device.memory
+            )  # x is a buffer, not an address
+            _shared[key] = device
+    x.finish()
+    memory = _Buffer(device, x.base_data.size, x.base_data)
+    return DeviceArray(device, memory, tuple(x.shape), name, x.offset)
+
+
+def to_pyopencl(x: DeviceArray) -> Any:
+    """A device array as a pyopencl array on the device's queue, without a copy.
+
+    Raises:
+        ValueError: the array is on a device of another kind.
+    """
+    if not isinstance(x.device, OpenclDevice):
+        raise ValueError(f"to_pyopencl requires an array on an OpenCL device; got one on {x.device.name}")
+    from pyopencl.array import Array
+
+    assert isinstance(x.memory, _Buffer)
+    return Array(x.device.queue, x.shape, numpy_dtype(x.dtype), data=x.memory.buffer, offset=x.offset)
+
+
 def isas() -> list[str]:
     """The cuts of the kernel that the default device can run, its default last."""
     return default_device().kernels()[::-1]
@@ -489,7 +537,7 @@ class Opencl:
             no.append(
                 f"takes arrays of the host or of an OpenCL device; got device {spec.resident or spec.device}"
             )
-        if spec.dtype not in _TYPE:
+        if spec.dtype not in TYPE:
             no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
         return tuple(Rejected(reason) for reason in no)
 
@@ -511,12 +559,12 @@ class Opencl:
             device = default_device()
         memory = device.memory
         converts = tuple(
-            n for n in _GATES if (x := getattr(call, n)) is not None and dtype_name(x) == "float64"
+            n for n in GATES if (x := getattr(call, n)) is not None and dtype_name(x) == "float64"
         )
         return _Plan(
             device,
             memory,
-            _params(spec, call, memory == "copy", converts),
+            pack_params(spec, call, memory == "copy", converts),
             converts,
             spec.framework == "torch",
         )
@@ -533,83 +581,16 @@ class Opencl:
         if not groups:
             return
         if plan.converts:
-            call = replace(call, **{name: _float32(getattr(call, name)) for name in plan.converts})
+            call = replace(call, **{name: as_float32(getattr(call, name)) for name in plan.converts})
         with device.lock:
             kernel = device.program(cut, "by_address" if plan.memory == "address" else "by_buffer")
             with _driver(device):
                 _RUNS[plan.memory](plan, spec, call, kernel, groups * cut.WG, cut.WG)
 
 
-def _params(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]) -> bytes:
-    """Params behind the addresses. `dense`: host arrays will be packed, so their own strides do not matter."""
-    opt = spec.options
-
-    def strides(x: Any, rank: int, keep: bool = False) -> tuple[int, ...]:
-        if x is None:
-            return (0,) * rank
-        shape = tuple(x.shape)
-        packed = _dense(shape) if (dense and not isinstance(x, DeviceArray)) or keep else element_strides(x)
-        return (*packed, *[0] * (rank - len(packed)))
-
-    def state(x: Any, lead: int) -> tuple[int, ...]:
-        """[.., h, K, V] whatever the layout."""
-        st = strides(x, lead + 3)
-        return st if opt.state_layout == "kv" else (*st[:-2], st[-1], st[-2])
-
-    B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
-    dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
-    fresh = _dense((spec.N, HV, *dims))  # a new final state
-    fresh = fresh if opt.state_layout == "kv" else (*fresh[:-2], fresh[-1], fresh[-2])
-    st = {name: strides(getattr(call, name), 4, name in converts) for name in ("q", "k", "v", "g", "beta")}
-    dt_bias = call.dt_bias
-    dt: tuple[int, ...] = (0, 0)
-    if dt_bias is not None:
-        dt = strides(dt_bias, 2, "dt_bias" in converts)
-        if spec.kda and len(dt_bias.shape) == 1:  # [HV * K]
-            dt = (dt[0] * spec.K, dt[0])
-    state_in = state(call.state_in, 1)
-    return _PARAMS.pack(
-        *st["q"], *st["k"], *st["v"], *st["g"], *st["beta"][:3], *_dense((B, T, HV, V)),
-        *state_in, *(state_in if spec.inplace else fresh), *state(call.snapshots, 2),
-        *strides(call.mask, 2), *strides(call.A_log, 1, "A_log" in converts), *dt,
-        *strides(call.cu_seqlens, 1), *strides(call.state_indices, 1), T,
-        spec.H, HV, spec.K, V, spec.N, spec.snapshots,
-        _TYPE[spec.dtype], *(_small_type(getattr(call, n)) for n in ("g", "beta", "A_log", "dt_bias")),
-        _TYPE[spec.state_dtype],
-        opt.heads == "tiled", DECAYS.index(opt.decay), opt.lower_bound is not None, opt.beta_is_logit, opt.qk_l2norm,
-        spec.packed and dtype_name(call.cu_seqlens) == "int64",
-        spec.pooled and dtype_name(call.state_indices) == "int64", not spec.inplace,
-        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0,
-    )  # fmt: skip
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """C-contiguous strides in elements."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _small_type(x: Any) -> int:
-    return 0 if x is None else _TYPE.get(dtype_name(x), 0)
-
-
-def _float32(x: Any) -> Any:
-    """float64 gates in the type they are computed in, C-contiguous."""
-    if framework_of(x) == "torch":
-        return x.float().contiguous()
-    return np.ascontiguousarray(x, np.float32)
-
-
-def _address(x: Any) -> int:
-    if x is None:
-        return _ABSENT
-    if type(x) is DeviceArray:
-        return int(x.memory.address) + x.offset  # type: ignore[attr-defined]
-    return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
-
-
 def _run_address(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
     """The kernel reads and writes every array where it is."""
-    at = [_address(getattr(call, name)) for name in _ARRAYS]
+    at = [address(getattr(call, name)) for name in ARRAYS]
     _launch(plan.device, kernel, struct.pack("=14Q", *at) + plan.tail, (), size, group)
     plan.device.queue.finish()
 
@@ -618,14 +599,14 @@ def _run_wrap(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, g
     """Buffers over the caller's memory; arrays that overlap (q, k, v of one tensor) share one."""
     cl, device = _cl(), plan.device
     flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
-    at, buffers = [_ABSENT] * len(_ARRAYS), [None] * len(_ARRAYS)
+    at, buffers = [ABSENT] * len(ARRAYS), [None] * len(ARRAYS)
     spans = []
-    for i, name in enumerate(_ARRAYS):
+    for i, name in enumerate(ARRAYS):
         x = getattr(call, name)
         if type(x) is DeviceArray:
             at[i], buffers[i] = x.offset, x.memory.buffer  # type: ignore[attr-defined]
         elif x is not None and math.prod(x.shape):
-            spans.append((*_span(x), i, name in _WRITTEN))
+            spans.append((*span(x), i, name in WRITTEN))
     spans.sort()
     merged: list[list[Any]] = []
     for low, high, i, written in spans:
@@ -640,7 +621,7 @@ def _run_wrap(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, g
         host = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
         buffer = cl.Buffer(device.context, flags, hostbuf=host)
         for i, start in members:
-            at[i], buffers[i] = start + _skip(getattr(call, _ARRAYS[i])) - low, buffer
+            at[i], buffers[i] = start + skip(getattr(call, ARRAYS[i])) - low, buffer
         if written:
             results.append((buffer, high - low))
     _launch(device, kernel, struct.pack("=14Q", *at) + plan.tail, buffers, size, group)
@@ -655,18 +636,18 @@ def _run_wrap(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, g
 def _run_copy(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
     """Inputs cross in one transfer, packed, and so do results."""
     cl, device = _cl(), plan.device
-    at, buffers = [_ABSENT] * len(_ARRAYS), [None] * len(_ARRAYS)
+    at, buffers = [ABSENT] * len(ARRAYS), [None] * len(ARRAYS)
     taken, given = [], []  # (host array, offset, bytes) of inputs and results
     used_in = used_out = 0
-    for i, name in enumerate(_ARRAYS):
+    for i, name in enumerate(ARRAYS):
         x = getattr(call, name)
         if x is None:
             continue
         if type(x) is DeviceArray:
             at[i], buffers[i] = x.offset, x.memory.buffer  # type: ignore[attr-defined]
             continue
-        nbytes = math.prod(x.shape) * _ITEMSIZE[dtype_name(x)]
-        if name in _WRITTEN:
+        nbytes = math.prod(x.shape) * ITEMSIZE[dtype_name(x)]
+        if name in WRITTEN:
             at[i] = used_out
             given.append((i, x, used_out, nbytes))
             used_out += -(-nbytes // 64) * 64
@@ -677,14 +658,14 @@ def _run_copy(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, g
     staging = device.pinned(used_in, used_out)
     for i, x, offset, nbytes in taken:
         buffers[i] = staging.device_in
-        _pack(staging.host_in, offset, nbytes, x)
+        pack(staging.host_in, offset, nbytes, x)
         device.staged.to_device += nbytes
     for i, x, offset, nbytes in given:
         buffers[i] = staging.device_out
-        name = _ARRAYS[i]
+        name = ARRAYS[i]
         if name == "snapshots" or (name == "state_out" and spec.inplace and spec.pooled):
             # what the call leaves alone must come back as it was
-            _pack(staging.host_out, offset, nbytes, x)
+            pack(staging.host_out, offset, nbytes, x)
             cl.enqueue_copy(
                 device.queue, staging.device_out, staging.host_out[offset : offset + nbytes], dst_offset=offset,
                 is_blocking=False,
@@ -698,7 +679,7 @@ def _run_copy(plan: _Plan, spec: CallSpec, call: Call, kernel: Any, size: int, g
     else:
         device.queue.finish()
     for _, x, offset, nbytes in given:
-        bits = _bits(x)
+        bits = as_bits(x)
         bits[...] = staging.host_out[offset : offset + nbytes].view(bits.dtype).reshape(bits.shape)
         device.staged.from_device += nbytes
 
@@ -715,34 +696,6 @@ def _launch(
         for i, buffer in enumerate(buffers):
             kernel.set_arg(i + 1, some if buffer is None else buffer)
     _cl().enqueue_nd_range_kernel(device.queue, kernel, (size,), (group,))
-
-
-def _bits(x: Any) -> Any:
-    """A host array as NumPy integers or floats of its element size, sharing its memory."""
-    if framework_of(x) == "torch":
-        import torch
-
-        x = x.detach()
-        return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
-    return x.view(np.int16) if x.itemsize == 2 else x
-
-
-def _pack(into: Bytes, offset: int, nbytes: int, x: Any) -> None:
-    bits = _bits(x)
-    into[offset : offset + nbytes].view(bits.dtype).reshape(bits.shape)[...] = bits
-
-
-def _span(x: Any) -> tuple[int, int]:
-    """First byte, and one past the last, of a host array that is not empty."""
-    size = _ITEMSIZE[dtype_name(x)]
-    reach = [(n - 1) * s * size for n, s in zip(x.shape, element_strides(x), strict=True)]
-    first = _address(x)
-    return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + size
-
-
-def _skip(x: Any) -> int:
-    """How far the first element is behind the first byte."""
-    return _address(x) - _span(x)[0]
 
 
 BACKEND = Opencl()

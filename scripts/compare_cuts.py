@@ -1,0 +1,89 @@
+"""Every cut of the OpenCL and SYCL kernels, and every way to memory, against each other on this machine.
+
+    python scripts/compare_cuts.py opencl sycl
+
+Calls take turns within one process; the figures are medians in us, with the quartiles. A tiny call (one head of 16) is
+dispatch and waiting alone; a decode step with the state on the device stages q, k, v, g, beta and o only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+
+import anydelta
+from anydelta import op
+
+SHAPES = {  # B, T, H, HV, K and V
+    "tiny call": (1, 1, 1, 1, 16),
+    "decode step": (1, 1, 16, 32, 128),
+    "64 tokens": (1, 64, 16, 32, 128),
+}
+
+
+def tokens(B: int, T: int, H: int, HV: int, K: int) -> tuple[list[Any], dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, B, T, H, K), np.float32) / K**0.5
+    v = rng.standard_normal((B, T, HV, K), np.float32)
+    g, beta = rng.random((2, B, T, HV), np.float32)
+    return [q, k, v], {"g": -g, "beta": beta}
+
+
+def contenders(backend: str) -> dict[str, tuple[Any, str, str, bool]]:
+    """name -> (device, cut, way to memory, whether the state is resident)."""
+    module = importlib.import_module(f"anydelta.backends.{backend}")
+    device = module.default_device()
+    ways = module.MEMORIES[module.MEMORIES.index(device.memory) :]
+    return {
+        f"{backend} {cut} {way}{' resident' * resident}": (device, cut, way, resident)
+        for cut, way, resident in itertools.product(device.kernels(), ways, (False, True))
+        if cut == device.kernels()[0] or (way == device.memory and not resident)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("backends", nargs="+", choices=("opencl", "sycl"))
+    parser.add_argument("--rounds", type=int, default=100)
+    args = parser.parse_args()
+    for label, (B, T, H, HV, K) in SHAPES.items():
+        qkv, gates = tokens(B, T, H, HV, K)
+        runs: dict[str, Any] = {}
+        for name, (device, cut, way, resident) in {
+            n: c for b in args.backends for n, c in contenders(b).items()
+        }.items():
+            state = device.zeros((B, HV, K, K)) if resident else np.zeros((B, HV, K, K), np.float32)
+            runs[name] = (device, cut, way, state, {})
+        runs["cpu"] = (None, "", "", np.zeros((B, HV, K, K), np.float32), {})
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        staged: dict[str, int] = {}
+        for turn in range(args.rounds // min(T, 4) + 2):
+            for name, (device, cut, way, state, plans) in runs.items():
+                op._plans = plans  # each keeps the plans that were made for its way to memory
+                if device is not None:
+                    device.kernel, device.memory = cut, way
+                    before = device.staged.to_device + device.staged.from_device
+                start = time.perf_counter()
+                backend = "cpu" if device is None else device.kind
+                anydelta.gated_delta_rule_(*qkv, state, **gates, backend=backend)
+                if turn > 1:
+                    times[name].append(time.perf_counter() - start)
+                if device is not None:
+                    staged[name] = device.staged.to_device + device.staged.from_device - before
+        print(
+            f"\n| {label}: T={T} H={H} HV={HV} K=V={K} | us | quartiles | bytes staged |\n|---|---|---|---|"
+        )
+        for name, seconds in times.items():
+            low, mid, high = (1e6 * float(np.percentile(seconds, p)) for p in (25, 50, 75))
+            print(f"| {name} | {mid:.0f} | {low:.0f} to {high:.0f} | {staged.get(name, 0)} |")
+
+
+if __name__ == "__main__":
+    main()
