@@ -20,7 +20,7 @@ DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
 BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-tools pocl-opencl-icd
-BACKENDS_PIP := vulkan opencl sycl
+BACKENDS_PIP := vulkan webgpu opencl sycl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup backends test lint format demo wheel readme clean distclean

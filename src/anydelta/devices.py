@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-KINDS: tuple[str, ...] = ("vulkan", "opencl", "sycl")
+KINDS: tuple[str, ...] = ("vulkan", "webgpu", "opencl", "sycl")
 """Backends that offer devices; "KIND:INDEX" names one, "KIND" the first."""
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}

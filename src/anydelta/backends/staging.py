@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..devices import Device, DeviceArray
-from ..spec import Call, CallSpec, framework_of
+from ..spec import Call, CallSpec, dtype_name, framework_of
 
 ALIGN = 16
 """Bytes: a field begins where a vec4 may."""
@@ -40,19 +40,21 @@ class Field:
 
 
 class Layout:
-    """Where the inputs and the output of a call lie. `widen`: half types are staged as float32.
+    """Where the inputs and the output of a call lie. `wide_output`: o is float32
+    on the device and rounded here.
 
     Attributes:
         offsets: of each input, in bytes; 0 for those that the call does not have.
         nbytes_in, nbytes_out: of the two buffers.
     """
 
-    def __init__(self, spec: CallSpec, call: Call, KP: int, *, widen: bool = False):
+    def __init__(self, spec: CallSpec, call: Call, KP: int, *, wide_output: bool = False):
         B, T, H, HV, K, V = spec.B, spec.T, spec.H, spec.HV, spec.K, spec.V
         VP = V + V % 2
         f32, i32 = np.float32, np.int32
-        data = f32 if widen or spec.dtype == "float32" else np.uint16
-        self.dtype, self.widen = spec.dtype, widen and spec.dtype != "float32"
+        data = f32 if spec.dtype == "float32" else np.uint16
+        out = f32 if wide_output else data
+        self.widen = out is not data
         g = (B, T, HV, KP) if spec.kda else (B, T, HV)
         bias = (HV, KP) if spec.kda else (HV,)
         wanted: list[tuple[str, tuple[int, ...], Any, int]] = [
@@ -78,8 +80,8 @@ class Layout:
             at += -(-nbytes // ALIGN) * ALIGN
         self.offsets = {f.name: f.offset for f in self.fields}
         self.nbytes_in = max(at, ALIGN)
-        self.o = Field("o", 0, (B, T, HV, V), data, V)
-        self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(data).itemsize // ALIGN) * ALIGN or ALIGN
+        self.o = Field("o", 0, (B, T, HV, V), out, V)
+        self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(out).itemsize // ALIGN) * ALIGN or ALIGN
 
     def offset(self, name: str) -> int:
         return self.offsets.get(name, 0)
@@ -137,11 +139,12 @@ class HostStates:
     The call then runs in place on `state` [N, ...], whose row n belongs to sequence n.
     """
 
-    def __init__(self, device: Device, spec: CallSpec):
+    def __init__(self, device: Device, spec: CallSpec, dtype: str = ""):
+        dtype = dtype or spec.state_dtype
         dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
         tail = (spec.N, spec.HV, *dims)
-        self.state: DeviceArray = device.empty(tail, spec.state_dtype)
-        self.snapshots = device.empty((spec.snapshots, *tail), spec.state_dtype) if spec.snapshots else None
+        self.state: DeviceArray = device.empty(tail, dtype)
+        self.snapshots = device.empty((spec.snapshots, *tail), dtype) if spec.snapshots else None
 
     def upload(self, spec: CallSpec, call: Call) -> None:
         """Copy the rows that the call names."""
@@ -149,6 +152,8 @@ class HostStates:
             rows = call.state_in
             if spec.pooled:  # a row of a skipped sequence is copied and not used
                 rows = rows[call.state_indices.clip(0)]
+            if dtype_name(rows) != self.state.dtype:
+                rows = rows.float() if spec.framework == "torch" else rows.astype(self.state.dtype)
             self.state.write(rows)
 
     def download(self, spec: CallSpec, call: Call) -> None:
@@ -157,8 +162,14 @@ class HostStates:
             return
         live = np.asarray(call.state_indices) >= 0 if spec.pooled else np.ones(spec.N, bool)
         torch = spec.framework == "torch"
+
+        def fetched(x: DeviceArray, like: Any) -> Any:
+            if torch:
+                return x.torch().to(like.dtype)
+            return x.numpy().astype(like.dtype, copy=False)
+
         if call.state_out is not None and not spec.snapshot_rows:
-            got = self.state.torch() if torch else self.state.numpy()
+            got = fetched(self.state, call.state_out)
             where = _index(live, torch)
             if not spec.inplace:
                 call.state_out[...] = got
@@ -170,7 +181,7 @@ class HostStates:
         if self.snapshots is not None:
             cu = np.asarray(call.cu_seqlens) if spec.packed else np.arange(spec.N + 1) * spec.T
             written = (np.arange(spec.snapshots)[:, None] < np.diff(cu)) & live
-            got = self.snapshots.torch() if torch else self.snapshots.numpy()
+            got = fetched(self.snapshots, call.state_out if spec.snapshot_rows else call.snapshots)
             where = _index(written, torch)
             if spec.snapshot_rows:
                 call.state_out[call.snapshot_indices[where]] = got[where]

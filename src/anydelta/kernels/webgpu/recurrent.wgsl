@@ -22,9 +22,8 @@ struct Call {
     T: u32, H: u32, HV: u32, K: u32, V: u32, N: u32, Ks: u32,
     flags: u32,
     scale: f32, eps: f32, lower_bound: f32,
-    q: u32, k: u32, v: u32, g: u32, beta: u32, A_log: u32, dt_bias: u32, mask: u32, cu: u32, indices: u32,  // in words
+    q: u32, k: u32, v: u32, g: u32, beta: u32, A_log: u32, dt_bias: u32, mask: u32, cu: u32, indices: u32, rows: u32,  // in words
     s: u32, snap: u32,                                              // first elements of the state and the snapshots
-    unused: u32,
 }
 
 const PACKED = 1u;
@@ -40,6 +39,7 @@ const DT_BIAS = 512u;
 const LOGIT = 1024u;
 const L2NORM = 2048u;
 const SKIPS = 4096u;
+const SNAPSHOT_ROWS = 8192u;
 
 @group(0) @binding(0) var<storage, read> words4: array<vec4<u32>>;  // all inputs
 @group(0) @binding(1) var<storage, read> words: array<u32>;         // the same buffer
@@ -193,7 +193,10 @@ fn main(
             for (var r = 0u; r < ROWS4; r++) {
                 for (var c = 0u; c < 4u; c++) {
                     let k = 4u * (r * LANES + lane) + c;
-                    if (k < call.K) {
+                    if (k >= call.K) { continue; }
+                    if (has(SNAPSHOT_ROWS)) {
+                        states[call.s + state_at(words[call.rows + slot * call.N + n], hv, k, col)] = S[r][c];
+                    } else {
                         snapshots[call.snap + slot * call.N * call.HV * call.K * call.V + state_at(n, hv, k, col)] = S[r][c];
                     }
                 }
@@ -201,7 +204,7 @@ fn main(
         }
     }
 
-    if (mine) {
+    if (mine && !has(SNAPSHOT_ROWS)) {
         for (var r = 0u; r < ROWS4; r++) {
             for (var c = 0u; c < 4u; c++) {
                 let k = 4u * (r * LANES + lane) + c;
