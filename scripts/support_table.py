@@ -62,14 +62,18 @@ FEATURES = (
     Feature("state pool", lambda s: replace(s, pooled=True, P=8, has_state=True), lambda c: c.indices is not None),
     Feature("mask", lambda s: replace(s, masked=True), lambda c: bool(c.mask)),
     Feature("last-K snapshots", lambda s: replace(s, snapshots=4), lambda c: c.snapshots > 0),
+    Feature("NumPy arrays", lambda s: replace(s, framework="numpy"), lambda c: True),
     Feature("torch tensors", lambda s: replace(s, framework="torch"), lambda c: True),
 )  # fmt: skip
 
 
-def plain() -> CallSpec:
-    """A small NumPy call that uses nothing special."""
+def plain(backend: str) -> CallSpec:
+    """A small call that uses nothing special, on a device and with arrays that the backend is meant for."""
     x, gate = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
-    return check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
+    spec = check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
+    devices = [device for device, names in dispatch.PRIORITY.items() if backend in names]
+    on = [replace(spec, device=d, framework=f) for d in devices for f in ("numpy", "torch")]
+    return next((s for s in on if not dispatch.get_backend(backend).supports(s)), spec)
 
 
 def table() -> str:
@@ -79,10 +83,9 @@ def table() -> str:
         "|---|" + "---|" * len(dispatch.NAMES),
         "| devices | " + " | ".join(_devices(name) for name in dispatch.NAMES) + " |",
     ]
-    spec = plain()
+    specs = {name: plain(name) for name in dispatch.NAMES}
     for feature in FEATURES:
-        asked = feature.change(spec)
-        answers = [dispatch.get_backend(name).supports(asked) for name in dispatch.NAMES]
+        answers = [dispatch.get_backend(n).supports(feature.change(s)) for n, s in specs.items()]
         cells = ["no: " + "; ".join(map(str, reasons)) if reasons else "yes" for reasons in answers]
         rows.append(f"| {feature.name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)

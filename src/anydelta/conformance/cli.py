@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         isa: Annotated[list[str] | None, _option("--isa", "Only this instruction set of the CPU.")] = None,
         framework: Annotated[list[str] | None, _option("--framework", "Only numpy, or only torch.")] = None,
+        device: Annotated[str, _option("--device", "Where torch's tensors lie: cuda, xpu, ...")] = "cpu",
         as_json: Annotated[bool, _option("--json", "Every result as JSON on stdout.")] = False,
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
         as_md: Annotated[bool, _option("--md", "The summary as a Markdown table on stdout.")] = False,
@@ -62,7 +63,11 @@ def register(app: typer.Typer) -> None:
             for name in framework or ():
                 if name not in ("numpy", "torch"):
                     raise Usage(f"--framework must be numpy or torch; got {name!r}")
-            on = targets(names, isa or (), framework or ())
+            if device != "cpu" and (framework or ["torch"]) != ["torch"]:
+                raise Usage(
+                    f"--device {device} goes with --framework torch; got {', '.join(framework or ())}"
+                )
+            on = targets(names, isa or (), framework or (), device)
         except (Usage, ValueError) as error:
             print(f"anydelta conform: {error}.", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -169,9 +174,7 @@ def _print_md(results: list[Result], broken: list[str]) -> None:
     print("|---|---|---|" + "---:|" * (len(STATUSES) + 1))
     for row in summary(results):
         counts = " | ".join(str(row[s]) for s in STATUSES)
-        print(
-            f"| {row['backend']} | {row['isa'] or ''} | {row['framework']} | {counts} | {row['worst']:.2f} |"
-        )
+        print(f"| {row['backend']} | {row['isa'] or ''} | {_arrays(row)} | {counts} | {row['worst']:.2f} |")
     bad = [r for r in results if r.status == FAIL]
     if bad or broken:
         print()
@@ -179,6 +182,11 @@ def _print_md(results: list[Result], broken: list[str]) -> None:
         print(f"- {text}")
     for r in bad:
         print(f"- FAIL `{r.reproduce()}`: {'; '.join(r.reasons)}")
+
+
+def _arrays(row: dict[str, Any]) -> str:
+    """What the arrays of a target are: "numpy", "torch", "torch cuda"."""
+    return " ".join(name for name in (row["framework"], row["device"]) if name != "cpu")
 
 
 def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> None:
@@ -193,7 +201,7 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
         style = "red" if row[FAIL] else "yellow" if not row[OK] else ""
         counts = [str(row[s]) for s in STATUSES]
         table.add_row(
-            row["backend"], row["isa"] or "", row["framework"], *counts, f"{row['worst']:.2f}",
+            row["backend"], row["isa"] or "", _arrays(row), *counts, f"{row['worst']:.2f}",
             f"{row['seconds']:.1f}", style=style,
         )  # fmt: skip
     console.print(table)

@@ -22,7 +22,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -244,7 +244,9 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
             # Only arrays with a batch axis can be expanded along it; the last axis only for g [B, T, HV, K].
             batched = name in ("q", "k", "v", "g", "beta")
             mode = case.strides if batched or case.strides != "expanded" else "dense"
-            out[name] = Buffer(x, x.shape, dtype, mode, target)
+            # Where index data lies on a GPU it is not checked: what must be refused stays on the host.
+            host = case.refused and name == "state_indices"
+            out[name] = Buffer(x, x.shape, dtype, mode, replace(target, device="cpu") if host else target)
     if values.state is not None:
         stored = values.state.copy()
         if case.indices is not None and case.state_strides != "expanded":

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import dispatch
@@ -32,15 +32,18 @@ class Result:
     worst: float = 0.0
     """The largest error of any part, divided by the error allowed: 1 is the limit."""
     seconds: float = 0.0
+    device: str = "cpu"
+    """Of the tensors, as torch names it."""
 
     @property
-    def target(self) -> tuple[str, str | None, str]:
-        return self.backend, self.isa, self.framework
+    def target(self) -> tuple[str, str | None, str, str]:
+        return self.backend, self.isa, self.framework, self.device
 
     def reproduce(self) -> str:
         """The command that repeats this one result."""
         isa = f" --isa {self.isa}" if self.isa else ""
-        where = f"--backend {self.backend}{isa} --framework {self.framework}"
+        device = f" --device {self.device}" if self.device != "cpu" else ""
+        where = f"--backend {self.backend}{isa} --framework {self.framework}{device}"
         return f"anydelta conform {where} --case '{self.case}'"
 
     def record(self) -> dict[str, Any]:
@@ -80,8 +83,11 @@ def targets(
     backends: Sequence[str] = dispatch.NAMES,
     only_isas: Sequence[str] = (),
     only_frameworks: Sequence[str] = (),
+    device: str = "cpu",
 ) -> list[Target]:
     """One target per backend, ISA and framework. A backend that cannot run here gets one, to say so.
+
+    On another device than the CPU all arrays are torch tensors.
 
     Raises:
         ValueError: an ISA that none of the backends offers; the text lists those on offer.
@@ -95,14 +101,16 @@ def targets(
     out = []
     for name in backends:
         if unavailable(name):
-            out.append(Target(name))
+            if not only_isas:
+                out.append(Target(name))
             continue
         chosen: list[str | None] = [i for i in offered[name] if not only_isas or i in only_isas]
         if not chosen:
             if only_isas:
                 continue  # this backend has no such ISA
             chosen = [None]
-        out += [Target(name, isa, fw) for isa in chosen for fw in only_frameworks or frameworks()]
+        wanted = only_frameworks or (frameworks() if device == "cpu" else ("torch",))
+        out += [Target(name, isa, fw, device) for isa in chosen for fw in wanted]
     return out
 
 
@@ -111,7 +119,8 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
     usable = []
     for target in on:
         if reasons := unavailable(target.backend) if target.backend != "auto" else ():
-            yield Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
+            skipped = Result(target.backend, target.isa, target.framework, EVERY_CASE, SKIPPED, reasons)
+            yield replace(skipped, device=target.device)
         else:
             usable.append(target)
     if any(target.framework == "torch" for target in usable):
@@ -154,8 +163,9 @@ def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
         status, reasons = SKIPPED, (str(error),)
     seconds = time.perf_counter() - start
     return Result(
-        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds
-    )
+        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds,
+        target.device,
+    )  # fmt: skip
 
 
 def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -168,6 +178,7 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "backend": r.backend,
                 "isa": r.isa,
                 "framework": r.framework,
+                "device": r.device,
                 **dict.fromkeys(STATUSES, 0),
                 "worst": 0.0,
                 "seconds": 0.0,

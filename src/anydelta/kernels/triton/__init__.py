@@ -1,0 +1,1 @@
+"""Device code in Triton: `recurrent` (decode and short blocks), `chunk` (prefill)."""

@@ -1,0 +1,526 @@
+"""Prefill: the recurrence in chunks of C tokens, as products that run on tensor cores.
+
+    S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
+    d_t = beta_t (v_t - S^T k_t)      delta
+    S   = S + k_t d_t^T               update
+    o_t = scale * S^T q_t             output
+
+Within a chunk that starts from the state S0, with e(j, i) = exp(g_{j+1} + ... + g_i) (elementwise over K for KDA),
+U [C, V] the rows d_t and E_i = exp(g_1 + ... + g_i):
+
+    A_ij = beta_i <k_i * e(j, i), k_j>  for i > j         T = (I + A)^-1 diag(beta)
+    P_ij = scale <q_i * e(j, i), k_j>   for i >= j
+    U    = T (v - (k * E) S0)                             the WY form (Gated DeltaNet, arXiv 2412.06464, section 3.3)
+    o    = scale (q * E) S0 + P U
+    S    = diag(E_C) S0 + (k * e(., C))^T U
+
+Three kernels: `scores` (KDA only) and `prepare` work on all chunks at once and leave T and P; `scan` walks through the
+chunks of a sequence, one program per head and BV columns of the state, which stay in float32 registers.
+
+Every exponent is a sum of log decays, never a difference of two such sums: it is <= 0, it keeps its precision beside
+large ones, and with -inf among the terms it is -inf and not NaN. Factors that are not bfloat16 numbers are split in
+two (common.split), so tensor cores keep 16 bits of each.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import log_decay, narrow, product, qk_head, split, tokens_of, widen, write_strength
+
+
+@triton.jit
+def _chunk_at(slot, cu_seqlens, N, T, Ks, C: tl.constexpr, TAIL: tl.constexpr):
+    """(sequence, row of the batch, first token of the chunk, end of the sequence) of a slot.
+
+    Row b has the slots from b * ceil(T / C). Packed sequence n has those from cu_seqlens[n] // C + n, which leaves
+    room for all its chunks and needs no table that the host would have to wait for.
+    """
+    if cu_seqlens is None:
+        per_row = tl.cdiv(T, C)
+        n = slot // per_row
+        first = n * per_row
+    else:
+        n = 0
+        last = N - 1
+        while n < last:
+            middle = (n + last + 1) // 2
+            if tl.load(cu_seqlens + middle).to(tl.int32) // C + middle <= slot:
+                n = middle
+            else:
+                last = middle - 1
+        first = tl.load(cu_seqlens + n).to(tl.int32) // C + n
+    row, start, end = tokens_of(n, cu_seqlens, T)
+    if TAIL:
+        end = tl.maximum(start, end - Ks)
+    return n, row, start + (slot - first) * C, end
+
+
+@triton.jit
+def _first_slot(n, cu_seqlens, T, C: tl.constexpr):
+    """The slot of the first chunk of sequence n."""
+    if cu_seqlens is None:
+        slot = n * tl.cdiv(T, C)
+    else:
+        slot = tl.load(cu_seqlens + n).to(tl.int32) // C + n
+    return slot
+
+
+@triton.jit
+def _alive(mask, mask_t, t, end):
+    """[C]: the tokens that count."""
+    live = t < end
+    if mask is not None:
+        live = tl.load(mask + t.to(tl.int64) * mask_t, mask=live, other=0) != 0
+    return live
+
+
+@triton.jit
+def _rows(x, x_t, t, live, i, inside):
+    """[C, BD] rows of x at tokens t; zeros where a token does not count."""
+    at = t.to(tl.int64)[:, None] * x_t + i[None, :]
+    return tl.load(x + at, mask=live[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _inverse_length(x, live, eps):
+    """[C]: rsqrt(sum x^2 + eps)."""
+    x = widen(x)
+    return tl.rsqrt(tl.where(live, tl.sum(x * x, 1) + eps, 1.0))
+
+
+@triton.jit
+def _gate_row(g, g_t, t, live, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
+    """[C] log decays of GDA; 0 where a token does not count."""
+    gate = tl.load(g + t.to(tl.int64) * g_t, mask=live, other=0.0)
+    return tl.where(live, log_decay(gate, A, bias, lower_bound, DECAY, BOUNDED), 0.0)
+
+
+@triton.jit
+def _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
+    """[C, BK] log decays of KDA; 0 where a token does not count."""
+    gate = _rows(g, g_t, t, live, i_k, in_k)
+    gate = log_decay(gate, A, bias[None, :], lower_bound, DECAY, BOUNDED)
+    return tl.where(live[:, None] & in_k[None, :], gate, 0.0)
+
+
+@triton.jit
+def _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr):
+    """(exp(A_log), bias): scalars, but bias is [BK] for KDA."""
+    A = 1.0
+    bias = 0.0
+    if KDA:
+        bias = tl.zeros(i_k.shape, tl.float32)
+    if DECAY == "raw":
+        A = tl.exp(widen(tl.load(A_log + hv)))
+        if dt_bias is not None:
+            if KDA:
+                bias = widen(tl.load(dt_bias + hv * K + i_k, mask=in_k, other=0.0))
+            else:
+                bias = widen(tl.load(dt_bias + hv))
+    return A, bias
+
+
+@triton.jit
+def _parts(x, EXACT: tl.constexpr):
+    """x as (high, low) in bfloat16; the low part of an EXACT one is not used."""
+    if EXACT:
+        high = x
+        low = x
+    else:
+        high, low = split(widen(x))
+    return high, low
+
+
+@triton.jit
+def _multiply(a, b):
+    """a b for float32 matrices."""
+    a_high, a_low = split(a)
+    b_high, b_low = split(b)
+    zero = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    return product(a_high, a_low, b_high, b_low, zero, False, False)
+
+
+@triton.jit
+def inverse(A, C: tl.constexpr):
+    """(I + A)^-1 for A [C, C] strictly lower triangular, C = 16, 32 or 64.
+
+    The diagonal blocks of 16 by forward substitution, all at once: row s of the inverse is e_s - A[s, :] inverse.
+    Then with D their inverses and N = D (A - diagonal blocks), N^(C/16) = 0 and the rest is three products. (Squaring
+    all the way is shorter still, but powers of A grow like binomials and cancel.)
+    """
+    NB: tl.constexpr = C // 16
+    i = tl.arange(0, C)
+    r = tl.arange(0, 16)
+    same = (i[:, None] // 16) == (i[None, :] // 16)
+    inside = tl.reshape(tl.where(same, A, 0.0), [NB, 16, NB, 16])
+    X = -tl.sum(inside, 2)  # [NB, 16, 16]
+    for s in range(1, 16):
+        row = tl.sum(tl.where(r[None, :, None] == s, X, 0.0), 1)  # [NB, 16] = -A[s, :]
+        row += tl.sum(row[:, :, None] * X, 1)
+        X = tl.where(r[None, :, None] == s, row[:, None, :], X)
+    X += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
+    spread = tl.broadcast_to(tl.reshape(X, [NB, 16, 1, 16]), [NB, 16, NB, 16])
+    D = tl.where(same, tl.reshape(spread, [C, C]), 0.0)
+    if NB > 1:
+        N = _multiply(D, tl.where(same, 0.0, A))
+        # (I + N)^-1 D = (I - N)(I + N^2) D
+        if NB > 2:
+            D += _multiply(_multiply(N, N), D)
+        D -= _multiply(N, D)
+    return D
+
+
+@triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
+def scores(
+    q, k, g, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    out,                              # [slots, HV, 2, C, C] float32: A without beta, P; where i >= j
+    N, T, Ks, scale, eps, lower_bound,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, mask_b, mask_t,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """KDA: <k_i * e(j, i), k_j> and scale <q_i * e(j, i), k_j> for 16 tokens i of a chunk and all its j <= i.
+
+    Grid: slots * HV * C / 16. Columns of earlier blocks of 16 factor at the first token of the block of i; within
+    the block every pair has its own exponent, and the sum over K is made for one j after the other.
+    """
+    NB: tl.constexpr = C // 16
+    pid = tl.program_id(0)
+    block = pid % NB
+    hv = pid // NB % HV
+    slot = pid // (NB * HV)
+    n, b, chunk, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    start = chunk + block * 16
+    if start >= end:
+        return
+    if state_indices is not None:
+        if tl.load(state_indices + n) < 0:
+            return
+
+    h = qk_head(hv, H, HV, TILED)
+    i_k = tl.arange(0, BK)
+    in_k = i_k < K
+    r = tl.arange(0, 16)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    g += b * g_b + hv * g_h
+    if mask is not None:
+        mask += b * mask_b
+    A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, True, DECAY)
+    out += (slot.to(tl.int64) * HV + hv) * (2 * C * C) + (block * 16 + r)[:, None] * C
+
+    t = start + r
+    live = _alive(mask, mask_t, t, end)
+    k_i = widen(_rows(k, k_t, t, live, i_k, in_k))
+    q_i = widen(_rows(q, q_t, t, live, i_k, in_k)) * scale
+    if L2NORM:
+        q_i *= _inverse_length(_rows(q, q_t, t, live, i_k, in_k), live, eps)[:, None]
+        k_i *= _inverse_length(k_i, live, eps)[:, None]
+    g_i = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+
+    # Within the block: D_i = g_{j+1} + ... + g_i grows by one term as j goes down.
+    D = tl.zeros([16, BK], tl.float32)
+    kk = tl.zeros([16, 16], tl.float32)
+    qk = tl.zeros([16, 16], tl.float32)
+    for step in range(0, 16):
+        j = 15 - step
+        k_j = tl.sum(tl.where(r[:, None] == j, k_i, 0.0), 0)  # [BK]
+        term = k_j[None, :] * tl.exp(D)
+        kk = tl.where(r[None, :] == j, tl.sum(k_i * term, 1)[:, None], kk)
+        qk = tl.where(r[None, :] == j, tl.sum(q_i * term, 1)[:, None], qk)
+        g_j = tl.sum(tl.where(r[:, None] == j, g_i, 0.0), 0)
+        D += tl.where(r[:, None] >= j, g_j[None, :], 0.0)
+    columns = (block * 16 + r)[None, :]
+    tl.store(out + columns, kk)
+    tl.store(out + C * C + columns, qk)
+
+    # Earlier blocks: e(j, i) = exp(sum from j + 1 to the block's start) * exp(sum from there to i).
+    to_i = tl.exp(tl.cumsum(g_i, 0))
+    k_high, k_low = split(k_i * to_i)
+    q_high, q_low = split(q_i * to_i)
+    between = tl.zeros([BK], tl.float32)
+    for step in range(0, block):
+        J = block - 1 - step
+        t = chunk + J * 16 + r
+        live = _alive(mask, mask_t, t, end)
+        k_j = widen(_rows(k, k_t, t, live, i_k, in_k))
+        if L2NORM:
+            k_j *= _inverse_length(k_j, live, eps)[:, None]
+        g_next = _gate_rows(
+            g, g_t, t + 1, _alive(mask, mask_t, t + 1, end) & (r < 15), i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED
+        )  # fmt: skip
+        to_block = between[None, :] + tl.cumsum(g_next, 0, reverse=True)
+        j_high, j_low = split(k_j * tl.exp(to_block))
+        j_high = tl.trans(j_high)
+        j_low = tl.trans(j_low)
+        zero = tl.zeros([16, 16], tl.float32)
+        columns = (J * 16 + r)[None, :]
+        tl.store(out + columns, product(k_high, k_low, j_high, j_low, zero, False, False))
+        tl.store(out + C * C + columns, product(q_high, q_low, j_high, j_low, zero, False, False))
+        g_j = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+        between += tl.sum(g_j, 0)
+
+
+@triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
+def prepare(
+    q, k, g, beta, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    found,                            # KDA: what `scores` wrote
+    out,                              # [slots, HV, 4, C, C] bfloat16: T high, T low, P high, P low
+    factors,                          # [slots, HV, 4, C] float32: what rows of k, q and again k are multiplied with
+    N, T, Ks, scale, eps, lower_bound,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
+    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
+
+    Factors (GDA): E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. KDA: without the decays, which depend on K.
+    """
+    pid = tl.program_id(0)
+    hv = pid % HV
+    slot = pid // HV
+    n, b, start, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    if start >= end:
+        return
+    if state_indices is not None:
+        if tl.load(state_indices + n) < 0:
+            return
+
+    i = tl.arange(0, C)
+    t = start + i
+    if mask is not None:
+        mask += b * mask_b
+    live = _alive(mask, mask_t, t, end)
+    strength = tl.load(beta + b * beta_b + hv * beta_h + t.to(tl.int64) * beta_t, mask=live, other=0.0)
+    strength = tl.where(live, write_strength(strength, LOGIT), 0.0)
+    below = i[:, None] > i[None, :]
+    upto = i[:, None] >= i[None, :]
+    h = qk_head(hv, H, HV, TILED)
+    i_k = tl.arange(0, BK)
+    in_k = i_k < K
+    rows_q = _rows(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k)
+    rows_k = _rows(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k)
+    r_k = tl.full([C], 1.0, tl.float32)
+    r_q = tl.full([C], 1.0, tl.float32)
+    if L2NORM:
+        r_k = _inverse_length(rows_k, live, eps)
+        r_q = _inverse_length(rows_q, live, eps)
+    at_factors = (slot.to(tl.int64) * HV + hv) * (4 * C) + i
+    if KDA:
+        at = (slot.to(tl.int64) * HV + hv) * (2 * C * C) + i[:, None] * C + i[None, :]
+        A = tl.load(found + at, mask=below & (t < end)[:, None], other=0.0)
+        P = tl.load(found + at + C * C, mask=upto & (t < end)[:, None], other=0.0)
+        tl.store(factors + at_factors, r_k)
+        tl.store(factors + at_factors + C, scale * r_q)
+    else:
+        k_high, k_low = _parts(rows_k, EXACT)
+        q_high, q_low = _parts(rows_q, EXACT)
+        zero = tl.zeros([C, C], tl.float32)
+        A = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), zero, EXACT, EXACT)
+        P = product(q_high, q_low, tl.trans(k_high), tl.trans(k_low), zero, EXACT, EXACT)
+        A_gate, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, False, DECAY)
+        g += b * g_b + hv * g_h
+        gate = _gate_row(g, g_t, t, live, A_gate, bias, lower_bound, DECAY, BOUNDED)
+        following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
+        after = _gate_row(g, g_t, t + 1, following, A_gate, bias, lower_bound, DECAY, BOUNDED)
+        # log e(j, i) = sum of g_l over j < l <= i
+        decay = tl.exp(tl.cumsum(tl.where(below, gate[:, None], 0.0), 0))
+        A = tl.where(below, A * decay * (r_k[:, None] * r_k[None, :]), 0.0)
+        P = tl.where(upto, P * (scale * decay) * (r_q[:, None] * r_k[None, :]), 0.0)
+        E = tl.exp(tl.cumsum(gate, 0))
+        tl.store(factors + at_factors, E * r_k)
+        tl.store(factors + at_factors + C, scale * E * r_q)
+        tl.store(factors + at_factors + 2 * C, tl.exp(tl.cumsum(after, 0, reverse=True)) * r_k)
+        tl.store(factors + at_factors + 3 * C, i * 0.0 + tl.exp(tl.sum(gate, 0)))
+
+    solved = inverse(A * strength[:, None], C) * strength[None, :]
+    at = (slot.to(tl.int64) * HV + hv) * (4 * C * C) + i[:, None] * C + i[None, :]
+    high, low = split(solved)
+    tl.store(out + at, narrow(high, tl.bfloat16))
+    tl.store(out + at + C * C, narrow(low, tl.bfloat16))
+    high, low = split(P)
+    tl.store(out + at + 2 * C * C, narrow(high, tl.bfloat16))
+    tl.store(out + at + 3 * C * C, narrow(low, tl.bfloat16))
+
+
+@triton.jit(do_not_specialize=["N", "T", "Ks", "lower_bound"])
+def scan(
+    q, k, v, g, o,                    # q, k [B, T, H, K]; v, o [B, T, HV, V]; g [B, T, HV, K] (KDA only)
+    solved, factors,                  # what `prepare` wrote
+    state, state_out,                 # [N or P, HV, K, V], may be None
+    parts,                            # [N * HV, SEGMENTS, K, V + K] float32, for more than one segment
+    A_log, dt_bias, mask, cu_seqlens, state_indices,
+    N, T, Ks, lower_bound,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, mask_b, mask_t,
+    s_n, s_h, s_k, s_v, u_n, u_h, u_k, u_v,  # strides of state and state_out
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, TILED: tl.constexpr,
+    POOL_OUT: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+    SEGMENTS: tl.constexpr, TRANSITIONS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The walk through the chunks of a sequence. Grid: N * HV * segments * column blocks.
+
+    With few heads a long sequence is cut into SEGMENTS. A first launch (TRANSITIONS, all segments but the last) finds
+    what each does to the state it starts from, S -> M S + B: M by running the rule with v = 0 from the identity, B by
+    running it from zero. The second launch starts each segment from M_s (... (M_1 B_0 + B_1)) + B_s.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NM: tl.constexpr = (K + BV - 1) // BV if TRANSITIONS else 0
+    COUNT: tl.constexpr = SEGMENTS - 1 if TRANSITIONS else SEGMENTS
+    pid = tl.program_id(0)
+    column = pid % (NV + NM)
+    segment = pid // (NV + NM) % COUNT
+    hv = pid // ((NV + NM) * COUNT) % HV
+    n = pid // ((NV + NM) * COUNT * HV)
+    h = qk_head(hv, H, HV, TILED)
+    i_k = tl.arange(0, BK)
+    in_k = i_k < K
+    i_c = tl.arange(0, C)
+    of_state = column < NV
+    i_v = tl.where(of_state, column, column - NV) * BV + tl.arange(0, BV)
+    in_v = i_v < tl.where(of_state, V, K)
+    inside = in_k[:, None] & in_v[None, :]
+
+    b, start, end = tokens_of(n, cu_seqlens, T)
+    if TAIL:
+        end = tl.maximum(start, end - Ks)
+    chunks = tl.cdiv(end - start, C)
+    each = tl.cdiv(chunks, SEGMENTS)
+    first = segment * each
+    last = tl.minimum(first + each, chunks)
+    row = n.to(tl.int64)
+    if state_indices is not None:
+        row = tl.load(state_indices + n).to(tl.int64)
+    o += (b * T * HV + hv) * V
+    out_row = n.to(tl.int64)
+    if POOL_OUT:
+        out_row = row
+    at_state = i_k[:, None] * s_k + i_v[None, :] * s_v
+    at_out = out_row * u_n + hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
+    own = (n.to(tl.int64) * HV + hv) * SEGMENTS * (K * (V + K)) + i_k[:, None] * (V + K)
+
+    if row < 0:  # skipped
+        if not TRANSITIONS:
+            nothing = tl.zeros([C, BV], o.dtype.element_ty)
+            for c in range(first, last):
+                t = start + c * C + i_c
+                at = t.to(tl.int64)[:, None] * (HV * V) + i_v[None, :]
+                tl.store(o + at, nothing, mask=(t < end)[:, None] & in_v[None, :])
+            if state_out is not None and not POOL_OUT:
+                if segment == SEGMENTS - 1:
+                    empty = tl.zeros([BK, BV], state_out.dtype.element_ty)
+                    tl.store(state_out + at_out, empty, mask=inside)
+        return
+
+    S = tl.zeros([BK, BV], tl.float32)
+    if SEGMENTS == 1:
+        if state is not None:
+            at = row * s_n + hv * s_h + at_state
+            S = widen(tl.load(state + at, mask=inside, other=0.0))
+    elif TRANSITIONS:
+        if of_state:
+            if segment == 0:
+                if state is not None:
+                    at = row * s_n + hv * s_h + at_state
+                    S = widen(tl.load(state + at, mask=inside, other=0.0))
+                # Kept for segment 0 of the second launch: in place, another program overwrites the state then.
+                tl.store(parts + own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :], S, mask=inside)
+        else:
+            if segment == 0:  # its start is known
+                return
+            S = tl.where(i_k[:, None] == i_v[None, :], 1.0, 0.0)
+    else:
+        if segment == 0:
+            at = own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :]
+            S = tl.load(parts + at, mask=inside, other=0.0)
+        else:
+            S = tl.load(parts + own + i_v[None, :], mask=inside, other=0.0)
+            for s in range(1, segment):
+                if s * each < chunks:
+                    at = own + s * (K * (V + K))
+                    M = tl.load(parts + at + V + i_k[None, :], mask=in_k[:, None] & in_k[None, :], other=0.0)
+                    B = tl.load(parts + at + i_v[None, :], mask=inside, other=0.0)
+                    m_high, m_low = split(M)
+                    s_high, s_low = split(S)
+                    S = product(m_high, m_low, s_high, s_low, B, False, False)
+
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + hv * v_h
+    g += b * g_b + hv * g_h
+    if mask is not None:
+        mask += b * mask_b
+    if KDA:
+        A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, True, DECAY)
+    slot = _first_slot(n, cu_seqlens, T, C).to(tl.int64)
+    i_cc = i_c[:, None] * C + i_c[None, :]
+
+    for c in tl.range(first, last, num_stages=STAGES):
+        t = start + c * C + i_c
+        live = _alive(mask, mask_t, t, end)
+        at_o = t.to(tl.int64)[:, None] * (HV * V) + i_v[None, :]
+        at_cc = ((slot + c) * HV + hv) * (4 * C * C) + i_cc
+        rows_k = _rows(k, k_t, t, live, i_k, in_k)
+        T_high = tl.load(solved + at_cc)
+        T_low = tl.load(solved + at_cc + C * C)
+        R = widen(_rows(v, v_t, t, live, i_v, i_v < tl.where(of_state, V, 0)))
+        S_high, S_low = split(S)
+        zero = tl.zeros([C, BV], tl.float32)
+        at_factors = ((slot + c) * HV + hv) * (4 * C) + i_c
+        to_k = tl.load(factors + at_factors)
+
+        # R = v - (k * E) S,  U = T R
+        if KDA:
+            following = _alive(mask, mask_t, t + 1, end) & (i_c < C - 1)
+            gate = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+            after = _gate_rows(g, g_t, t + 1, following, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+            E = tl.exp(tl.cumsum(gate, 0))  # [C, BK]
+            to_end = tl.exp(tl.cumsum(after, 0, reverse=True))
+            k_length = widen(rows_k) * to_k[:, None]
+            k_high, k_low = split(k_length * E)
+            R -= product(k_high, k_low, S_high, S_low, zero, False, False)
+        else:
+            k_high, k_low = _parts(rows_k, EXACT)
+            R -= product(k_high, k_low, S_high, S_low, zero, EXACT, False) * to_k[:, None]
+        R_high, R_low = split(R)
+        U = product(T_high, T_low, R_high, R_low, zero, False, False)
+        U_high, U_low = split(U)
+
+        # o = scale (q * E) S + P U
+        if not TRANSITIONS:
+            rows_q = _rows(q, q_t, t, live, i_k, in_k)
+            P_high = tl.load(solved + at_cc + 2 * C * C)
+            P_low = tl.load(solved + at_cc + 3 * C * C)
+            to_q = tl.load(factors + at_factors + C)
+            if KDA:
+                q_high, q_low = split(widen(rows_q) * to_q[:, None] * E)
+                out = product(q_high, q_low, S_high, S_low, zero, False, False)
+            else:
+                q_high, q_low = _parts(rows_q, EXACT)
+                out = product(q_high, q_low, S_high, S_low, zero, EXACT, False) * to_q[:, None]
+            out = product(P_high, P_low, U_high, U_low, out, False, False)
+            if mask is not None:
+                out = tl.where(live[:, None], out, 0.0)
+            tl.store(o + at_o, narrow(out, o.dtype.element_ty), mask=(t < end)[:, None] & in_v[None, :])
+
+        # S = diag(E_C) S + (k * e(., C))^T U
+        if KDA:
+            k_high, k_low = split(k_length * to_end)
+            faded = S * tl.exp(tl.sum(gate, 0))[:, None]
+            new = product(tl.trans(k_high), tl.trans(k_low), U_high, U_low, faded, False, False)
+        else:
+            U_high, U_low = split(U * tl.load(factors + at_factors + 2 * C)[:, None])
+            faded = S * tl.load(factors + ((slot + c) * HV + hv) * (4 * C) + 3 * C)
+            new = product(tl.trans(k_high), tl.trans(k_low), U_high, U_low, faded, EXACT, False)
+        if mask is not None:  # a chunk of padding leaves the bits of the state alone
+            S = tl.where(tl.max(live.to(tl.int32), 0) > 0, new, S)
+        else:
+            S = new
+
+    if TRANSITIONS:
+        at = own + segment * (K * (V + K)) + tl.where(of_state, i_v, i_v + V)[None, :]
+        tl.store(parts + at, S, mask=inside)
+    elif state_out is not None:
+        if segment == SEGMENTS - 1:
+            tl.store(state_out + at_out, narrow(S, state_out.dtype.element_ty), mask=inside)

@@ -1,0 +1,154 @@
+"""How the kernels are launched: block sizes, warps, pipeline stages, segments.
+
+A table per architecture (configs/ARCH.json, written by `anydelta tune`) comes first, then the heuristic below. Nothing
+is timed behind the user's back: a shape always gets the same launch on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLE_ENV = "ANYDELTA_TRITON_CONFIGS"
+"""A folder of tables that are read before the shipped ones."""
+SHIPPED = Path(__file__).parent / "configs"
+MAX_CHUNKED_K = 256
+"""Wider keys run token by token: a [K, 16] state and a [64, K] chunk no longer fit the registers and shared memory."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch. Fields that a kernel does not have are ignored."""
+
+    short: int = 16
+    """Up to this many tokens a sequence (on average) runs token by token."""
+    BV: int = 32
+    """Columns of the state that a program of `recurrent` owns."""
+    warps: int = 4
+    chunk: int = 64
+    scan_BV: int = 32
+    scan_warps: int = 4
+    scan_stages: int = 1
+    prepare_warps: int = 4
+    scores_warps: int = 4
+    segments: int = 0
+    """Pieces that a long sequence is cut into; 0 lets `segments()` choose."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a launch depends on in the device."""
+
+    arch: str
+    processors: int
+    warp: int = 32
+    shared: int = 100 * 1024
+    """Bytes of shared memory that one program may use."""
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int) -> Config:
+    """A launch that fits, for heads of K x V; `programs` is how many heads there are in all sequences together."""
+    BK = power_of_two(K, 16)
+    # Decode: enough programs to fill the machine twice over, each with 32 float32 of the state per thread (half the
+    # registers are left for the token); rows of at least 64 bytes, so that no sector is read in vain.
+    BV = min(32, power_of_two(V))
+    while BV > 16 and programs * -(-V // BV) < 2 * machine.processors:
+        BV //= 2
+    while BV > 1 and 32 * machine.warp * 8 < BK * BV:
+        BV //= 2
+    warps = min(8, max(1, BK * BV // (32 * machine.warp)))
+    # Prefill: 16 columns where 32 would leave half of the processors without a program.
+    scan_BV = 32 if BK <= 128 else 16
+    if 2 * programs * -(-V // scan_BV) <= machine.processors:
+        scan_BV = 16
+    # float32 and float16 factors are split in registers, and KDA's decays take some for each channel: with chunks of 64
+    # and keys of 128 the compiler puts up to 1264 bytes of a thread on the stack (sm_90).
+    split = dtype != "bfloat16" or kda
+    small = machine.shared < 128 * 1024 or BK > 128
+    return Config(
+        BV=BV,
+        warps=warps,
+        chunk=32 if small or (split and BK > 64) else 64,
+        scan_BV=scan_BV,
+        scan_warps=8 if split and BK > 64 else 4,
+        prepare_warps=8 if BK > 64 else 4,
+        scan_stages=1 if small else 2,
+        scores_warps=1 if BK <= 64 else 2 if BK <= 128 else 4,
+    )
+
+
+def segments(config: Config, machine: Machine, *, programs: int, tokens: int) -> int:
+    """Into how many pieces a sequence of `tokens` is cut, when `programs` would walk through it.
+
+    The first of the two launches does the same work for V + K columns, so four segments are the least that pay.
+    """
+    if config.segments:
+        return config.segments
+    chunks = tokens // config.chunk
+    pieces = min(machine.processors // max(programs, 1), chunks // 8, 16)
+    return pieces if pieces >= 4 else 1
+
+
+def key(kernel: str, *, K: int, V: int, kda: bool, dtype: str) -> str:
+    """The name of a row of a table."""
+    return f"{kernel} K={K} V={V} {'kda' if kda else 'gda'} {dtype}"
+
+
+@cache
+def table(arch: str) -> Mapping[str, Mapping[str, int]]:
+    """What was tuned for an architecture; empty if nothing was.
+
+    Raises:
+        ValueError: a table that is not one; the text names the file.
+    """
+    for folder in (os.environ.get(TABLE_ENV), SHIPPED):
+        path = Path(folder) / f"{arch}.json" if folder else None
+        if path is not None and path.is_file():
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            known = {f.name for f in fields(Config)}
+            for name, row in rows.items():
+                if strange := set(row) - known:
+                    raise ValueError(
+                        f"{path}: {name!r} must have the fields of Config; got {sorted(strange)}"
+                    )
+            return dict(rows)
+    return {}
+
+
+_forced: dict[str, int] = {}
+
+
+@contextmanager
+def forced(**changes: int) -> Iterator[None]:
+    """Inside the block, launches take these values: for tests and for tuning. New plans only."""
+    global _forced
+    before = _forced
+    _forced = {**before, **changes}
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int) -> Config:
+    """The launch for a shape: the heuristic, the row of the table over it, and what `forced` says over both."""
+    config = heuristic(machine, K=K, V=V, kda=kda, dtype=dtype, programs=programs)
+    row: dict[str, Any] = {}
+    for kernel in ("recurrent", "prefill"):
+        row |= table(machine.arch).get(key(kernel, K=K, V=V, kda=kda, dtype=dtype), {})
+    return replace(config, **{**row, **_forced})
+
+
+def as_row(config: Config) -> dict[str, int]:
+    """A row for a table."""
+    return asdict(config)

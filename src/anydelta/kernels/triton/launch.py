@@ -1,0 +1,169 @@
+"""From a call to its kernel launches: which kernels, on which grid, with which arguments.
+
+`Launches.calls` only computes arguments, so the same code serves the GPU, the interpreter and ahead-of-time
+compilation (aot.py), which hands it tensors without memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...spec import Call, CallSpec
+from . import chunk, recurrent
+from .config import MAX_CHUNKED_K, Config, Machine, choose, power_of_two, segments
+
+COMPILER = {"enable_fp_fusion": True}
+"""Said aloud, because Triton's default is about to change: products and sums become FMAs."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One launch: kernel[(grid,)](**args, num_warps=..., num_stages=...)."""
+
+    kernel: Any
+    grid: int
+    args: dict[str, Any]
+    warps: int
+    stages: int = 1
+
+    def run(self) -> None:
+        if self.grid:
+            self.kernel[(self.grid,)](**self.args, **COMPILER, num_warps=self.warps, num_stages=self.stages)
+
+
+def _named(prefix: str, axes: str, strides: tuple[int, ...]) -> dict[str, int]:
+    return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
+
+
+class Launches:
+    """The launches of calls of one geometry."""
+
+    def __init__(self, spec: CallSpec, machine: Machine, strides: Mapping[str, tuple[int, ...]]):
+        self.spec, self.machine, self.strides = spec, machine, strides
+        heads = spec.N * spec.HV
+        self.config = choose(machine, K=spec.K, V=spec.V, kda=spec.kda, dtype=spec.dtype, programs=heads)
+        opt = spec.options
+        self.sizes = dict(HV=spec.HV, K=spec.K, BK=power_of_two(spec.K, 16), H=spec.H)
+        self.gates = dict(DECAY=opt.decay, BOUNDED=opt.lower_bound is not None)
+        self.numbers = dict(
+            N=spec.N, T=spec.T, Ks=spec.snapshots, scale=spec.scale, eps=float(opt.qk_l2norm_eps),
+            lower_bound=float(opt.lower_bound or 0.0),
+        )  # fmt: skip
+        self.inputs: dict[str, int] = {}
+        for name in ("q", "k", "v", "g", "beta"):
+            self.inputs |= _named(name, "bth", strides[name])
+        self.inputs |= _named("mask", "bt", strides["mask"])
+        self.chunked = chunked(spec, self.config)
+
+    def run(self, call: Call) -> None:
+        for kernel_call in self.calls(call):
+            kernel_call.run()
+
+    def calls(self, call: Call) -> Iterator[KernelCall]:
+        """The launches in their order. Scratch memory is taken from torch as they are asked for."""
+        spec = self.spec
+        if not self.chunked:
+            yield self._recurrent(call, call.state_in, tail=False)
+            return
+        # With rows of the pool as snapshots, these are all that is written of it.
+        out = None if spec.snapshot_rows else call.state_out
+        carry, strides = out, self.strides["state_out"]
+        if spec.snapshots and (carry is None or spec.state_dtype != "float32"):
+            # What the chunks hand over to the last tokens: not rounded on the way.
+            carry = call.q.new_empty((spec.N, spec.HV, spec.K, spec.V), dtype=torch.float32)
+            strides = tuple(carry.stride())
+        dense = carry is not out
+        yield from self._chunks(call, carry, strides, pool=spec.inplace and spec.pooled and not dense)
+        if spec.snapshots:
+            yield self._recurrent(call, carry, tail=True, carry=strides, dense=dense)
+
+    def _recurrent(
+        self, call: Call, state: Any, *, tail: bool, carry: tuple[int, ...] | None = None, dense: bool = False
+    ) -> KernelCall:
+        spec, config, opt = self.spec, self.config, self.spec.options
+        pool_out = spec.inplace and spec.pooled
+        args = dict(
+            q=call.q, k=call.k, v=call.v, g=call.g, beta=call.beta, o=call.o,
+            state=state, state_out=None if spec.snapshot_rows else call.state_out,
+            snapshots=call.state_in if spec.snapshot_rows else call.snapshots,
+            snapshot_indices=call.snapshot_indices, **_shared(call), **self.numbers, **self.inputs,
+            **_named("s", "nhkv", carry or self.strides["state"]),
+            **_named("u", "nhkv", self.strides["state_out"]), **_named("w", "snhkv", self.strides["snapshots"]),
+            **self.sizes, V=spec.V, BV=config.BV, KDA=spec.kda, **self.gates, LOGIT=opt.beta_is_logit,
+            L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled",
+            POOL_IN=(pool_out and not dense) if tail else spec.pooled, POOL_OUT=pool_out, TAIL=tail, AHEAD=spec.T > 1,
+        )  # fmt: skip
+        grid = spec.N * spec.HV * -(-spec.V // config.BV)
+        return KernelCall(recurrent.recurrent, grid, args, config.warps)
+
+    def _chunks(self, call: Call, out: Any, strides: tuple[int, ...], *, pool: bool) -> Iterator[KernelCall]:
+        spec, config, opt, C = self.spec, self.config, self.spec.options, self.config.chunk
+        tail = spec.snapshots > 0
+        slots = spec.T // C + spec.N if spec.packed else spec.N * -(-spec.T // C)
+        heads = slots * spec.HV
+        exact = spec.dtype == "bfloat16"
+        shared, inputs = _shared(call), self.inputs
+        norm = dict(L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", TAIL=tail)
+        no_beta = {n: s for n, s in inputs.items() if not n.startswith("beta_")}
+        found = None
+        if spec.kda:
+            found = call.q.new_empty((slots, spec.HV, 2, C, C), dtype=torch.float32)
+            args = dict(
+                q=call.q, k=call.k, g=call.g, **shared, out=found, **self.numbers,
+                **{n: s for n, s in no_beta.items() if not n.startswith("v_")}, **self.sizes, C=C, **self.gates,
+                **norm,
+            )  # fmt: skip
+            yield KernelCall(chunk.scores, heads * (C // 16), args, config.scores_warps)
+        solved = call.q.new_empty((slots, spec.HV, 4, C, C), dtype=torch.bfloat16)
+        factors = call.q.new_empty((slots, spec.HV, 4, C), dtype=torch.float32)
+        args = dict(
+            q=call.q, k=call.k, g=call.g, beta=call.beta, **shared, found=found, out=solved, factors=factors,
+            **self.numbers,
+            **{n: s for n, s in inputs.items() if not n.startswith("v_")}, **self.sizes, C=C, KDA=spec.kda,
+            **self.gates, LOGIT=opt.beta_is_logit, **norm, EXACT=exact,
+        )  # fmt: skip
+        yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
+
+        BV = config.scan_BV
+        columns = -(-spec.V // BV)
+        # A mask takes one walk: a state without a live token must keep its bits, and products do not keep them.
+        programs = spec.N * spec.HV * columns
+        tokens = -(-spec.T // max(spec.N, 1)) if spec.packed else spec.T
+        pieces = 1 if spec.masked else segments(config, self.machine, programs=programs, tokens=tokens)
+        parts = None
+        if pieces > 1:
+            parts = call.q.new_empty((spec.N * spec.HV, pieces, spec.K, spec.V + spec.K), dtype=torch.float32)
+        args = dict(
+            q=call.q, k=call.k, v=call.v, g=call.g, o=call.o, solved=solved, factors=factors,
+            state=call.state_in, state_out=out, parts=parts, **shared,
+            **{n: x for n, x in self.numbers.items() if n not in ("scale", "eps")}, **no_beta,
+            **_named("s", "nhkv", self.strides["state"]), **_named("u", "nhkv", strides),
+            **self.sizes, V=spec.V, BV=BV, C=C, KDA=spec.kda, **self.gates, POOL_OUT=pool, EXACT=exact,
+            TILED=opt.heads == "tiled", TAIL=tail, SEGMENTS=pieces, STAGES=config.scan_stages,
+        )  # fmt: skip
+        if pieces > 1:
+            grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // BV))
+            yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": True}, config.scan_warps)
+        grid = spec.N * spec.HV * pieces * columns
+        yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": False}, config.scan_warps)
+
+
+def chunked(spec: CallSpec, config: Config) -> bool:
+    """Whether a call runs in chunks; else token by token. Depends on shapes only."""
+    if spec.K > MAX_CHUNKED_K or spec.N == 0:
+        return False
+    tokens = spec.T / spec.N if spec.packed else spec.T
+    return tokens - min(spec.snapshots, tokens) > config.short
+
+
+def _shared(call: Call) -> dict[str, Any]:
+    """The small arrays, by their names in the kernels. Booleans are read as bytes."""
+    return dict(
+        A_log=call.A_log, dt_bias=call.dt_bias,
+        mask=None if call.mask is None else call.mask.view(torch.uint8), cu_seqlens=call.cu_seqlens,
+        state_indices=call.state_indices,
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+"""Runs conformance cases on the Triton kernels in Triton's interpreter; tests/test_triton.py starts it.
+
+A process of its own, since Triton reads TRITON_INTERPRET when it is imported. Standard input holds a JSON list of
+[line of a case, values that the launch is forced to]; standard output gets one JSON line per case.
+
+    echo '[["T=70 kda", {"segments": 4, "chunk": 16}]]' | TRITON_INTERPRET=1 python tests/interpret_triton.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from anydelta import op
+from anydelta.conformance import Case, Target
+from anydelta.conformance.run import run_one
+from anydelta.kernels.triton import config, launch
+
+
+def main() -> None:
+    ran: list[str] = []
+    run = launch.KernelCall.run
+
+    def note(self: launch.KernelCall) -> None:
+        ran.append(self.kernel.fn.__name__)
+        run(self)
+
+    launch.KernelCall.run = note  # type: ignore[method-assign]
+    for line, changes in json.load(sys.stdin):
+        op._plans.clear()  # a plan remembers its launch
+        ran.clear()
+        with config.forced(**changes):
+            result = run_one(Case.parse(line), Target("triton", framework="torch"))
+        print(json.dumps([result.status, list(result.reasons), ran]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

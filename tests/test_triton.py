@@ -1,0 +1,227 @@
+"""The Triton backend without a GPU: its numbers in Triton's interpreter, its answers to dispatch, and what its kernels
+take on the GPUs they are compiled for. tests/test_gpu.py is for where a GPU is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anydelta import dispatch
+from anydelta.backends import triton as backend
+from anydelta.conformance import CASES, Case
+from anydelta.spec import Call, CallSpec, Options, check_call
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from anydelta.kernels.triton import aot, config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def interpret(jobs: list[tuple[str, dict[str, int]]]) -> list[tuple[str, list[str], list[str]]]:
+    """(status, reasons, names of the kernels that ran) per job, from a process with TRITON_INTERPRET=1."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "interpret_triton.py")],
+        input=json.dumps(jobs), capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def assert_ok(jobs: list[tuple[str, dict[str, int]]]) -> list[list[str]]:
+    results = interpret(jobs)
+    assert len(results) == len(jobs)
+    bad = [
+        f"{job}: {reasons}" for job, (status, reasons, _) in zip(jobs, results, strict=True) if status != "OK"
+    ]
+    assert not bad, "\n".join(bad)
+    return [ran for _, _, ran in results]
+
+
+# ---- numbers
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_token_by_token() -> None:
+    """Every 9th of the small cases; all: TRITON_INTERPRET=1 anydelta conform --require triton --framework torch."""
+    cases = [c for c in CASES if c.T <= 16 and c.work <= 20_000][::25]
+    assert len(cases) >= 25
+    for ran in assert_ok([(str(c), {}) for c in cases]):
+        assert set(ran) <= {"recurrent"}
+
+
+CHUNKED = (
+    "T=33 K=16 V=16 gate=mixed",
+    "T=33 K=16 V=16 kda gate=mixed",
+    "T=40 H=1 HV=2 K=20 V=31 kda gate=inf heads=tiled layout=vk inplace",
+    "T=40 H=2 HV=4 K=33 V=8 gate=inf heads=tiled layout=vk dtype=float16",
+    "T=65 H=1 HV=1 K=64 V=16 gate=keep key=alike beta=one",
+    "T=65 H=1 HV=1 K=64 V=16 kda gate=keep key=alike beta=one dtype=bfloat16",
+    "T=65 H=1 HV=2 K=16 V=16 l2norm decay=raw dt_bias=full logit dtype=bfloat16 gate_dtype=bfloat16",
+    "T=34 H=1 HV=2 K=16 V=16 kda l2norm decay=raw dt_bias=flat lower_bound=-5.0 logit gate=one",
+    "T=34 H=1 HV=1 K=16 V=16 decay=linear gate=wipe scale=-2.0",
+    "B=2 T=34 H=1 HV=1 K=16 V=16 mask=left snapshots=3 state_dtype=bfloat16",
+    "B=2 T=34 H=1 HV=1 K=16 V=16 kda mask=random snapshots=3 inplace state_strides=padded",
+    "T=34 H=1 HV=1 K=16 V=16 snapshots=2 nofinal strides=permuted",
+    "seqlens=33,0,70,1 K=16 V=16 snapshots=2 pool=6 indices=5,1,-1,0 inplace strides=fused",
+    "seqlens=20,40,0 K=16 V=16 kda pool=4 indices=3,-1,0 int64 mask=random",
+    "seqlens=64,1,63 H=1 HV=1 K=16 V=16 kda fresh layout=vk",
+    "B=2 T=20 K=16 V=16 mask=none inplace",
+)  # fmt: skip
+
+
+def test_chunks() -> None:
+    for ran in assert_ok([(line, {}) for line in CHUNKED]):
+        assert ran[-1] == "scan" or ran[-2:] == ["scan", "recurrent"]
+        assert "prepare" in ran
+
+
+def test_every_launch_gives_the_same_result() -> None:
+    """Block sizes, and sequences cut into segments: with fewer chunks than segments, packed, in place, and empty."""
+    jobs: list[tuple[str, dict[str, int]]] = []
+    for chunk in (16, 32, 64):
+        jobs.append(("T=70 H=1 HV=1 K=16 V=40 kda gate=keep", {"chunk": chunk, "scan_BV": 16}))
+    cut = {"segments": 3, "chunk": 16}
+    jobs += [
+        ("T=100 H=1 HV=1 K=16 V=24 gate=keep", cut),
+        ("T=100 H=1 HV=1 K=20 V=40 kda gate=mixed inplace layout=vk snapshots=2", cut),
+        ("T=20 H=1 HV=1 K=16 V=16 gate=keep fresh", cut),
+        ("seqlens=70,0,40 H=1 HV=1 K=16 V=16 gate=keep inplace pool=5 indices=4,-1,2", cut),
+        ("seqlens=70,0,40 H=1 HV=1 K=16 V=16 kda gate=keep", cut),
+    ]
+    ran = assert_ok(jobs)
+    assert all(names.count("scan") == 2 for names in ran[3:])
+    assert_ok([("T=5 K=20 V=31", {"BV": BV}) for BV in (1, 4, 32)] + [("T=20 K=20 V=31", {"short": 64})])
+
+
+def test_a_pool_that_is_a_snapshot_slot() -> None:
+    """The state is read before the slots are written, although other programs write them."""
+    code = """
+import torch, anydelta
+torch.manual_seed(0)
+N, Ks, T, H, D = 3, 2, 4, 2, 16
+q, k, v = torch.randn(3, N, T, H, D)
+gates = dict(g=-torch.rand(N, T, H), beta=torch.rand(N, T, H), qk_l2norm=True,
+             state_indices=torch.tensor([2, 0, 1]), backend="triton")
+first = torch.randn(N, H, D, D)
+apart = torch.empty(Ks, N, H, D, D)
+o, s = anydelta.gated_delta_rule(q, k, v, initial_state=first, snapshots=apart, **gates)
+slots = torch.empty(Ks, N, H, D, D); slots[1] = first
+o2, s2 = anydelta.gated_delta_rule(q, k, v, initial_state=slots[1], snapshots=slots, **gates)
+assert torch.equal(o, o2) and torch.equal(s, s2) and torch.equal(apart, slots)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+# ---- dispatch
+# --------------------------------------------------------------------------------------------------
+
+
+def spec(framework: str = "torch", device: str = "cuda", **changes: Any) -> CallSpec:
+    x, gate = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
+    plain = check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
+    return replace(plain, framework=framework, device=device, **changes)
+
+
+@pytest.mark.skipif(backend.interpreted(), reason="the interpreter was asked for")
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({}, []), ({"device": "xpu"}, []), ({"K": 4096, "V": 1}, []),
+        ({"device": "cpu"}, ["takes tensors on cuda or xpu; got device cpu"]),
+        ({"framework": "numpy", "dtype": "float64"}, ["takes torch tensors; got numpy arrays",
+                                                      "takes float32, bfloat16 and float16; got float64"]),
+        ({"K": 4097}, ["takes K up to 4096; got 4097"]),
+    ],
+)  # fmt: skip
+def test_supports_says_why_not(changes: dict[str, Any], reasons: list[str]) -> None:
+    assert [str(r) for r in backend.BACKEND.supports(spec(**changes))] == reasons
+
+
+def test_gpus_ask_triton_first() -> None:
+    for device in ("cuda", "xpu"):
+        assert dispatch.PRIORITY[device] == ("triton", "reference")
+
+
+@pytest.mark.skipif(
+    backend.interpreted() or torch.cuda.is_available() or torch.xpu.is_available(), reason="Triton runs here"
+)
+def test_without_a_gpu_the_reason_says_what_to_do() -> None:
+    (reason,) = backend.BACKEND.available()
+    assert "no GPU driver" in str(reason)
+    assert "TRITON_INTERPRET=1" in str(reason)
+
+
+# ---- launches
+# --------------------------------------------------------------------------------------------------
+
+
+def test_arguments_come_from_shapes_alone() -> None:
+    """On meta tensors, which hold nothing: whatever would wait for the device to read a value would raise."""
+    for shape in aot.shipped():
+        for _, machine in aot.TARGETS.values():
+            names = [c.kernel.fn.__name__ for c in aot.calls_of(shape, machine)]
+            if shape.T <= 16:
+                assert names == ["recurrent"]
+            else:
+                assert names[-1 - bool(shape.snapshots)] == "scan"
+                assert ("scores" in names) == shape.kda
+
+
+def test_few_heads_are_cut_into_segments_and_many_are_not() -> None:
+    machine = aot.TARGETS["sm_90"][1]
+    few = aot.calls_of(aot.Shape(T=32768, N=1, H=2, HV=4, inplace=False), machine)
+    many = aot.calls_of(aot.Shape(T=32768, N=1, inplace=False), machine)
+    assert [c.args["SEGMENTS"] for c in few if "SEGMENTS" in c.args] == [4, 4]
+    assert few[-1].grid == 128
+    assert [c.args["SEGMENTS"] for c in many if "SEGMENTS" in c.args] == [1]
+
+
+def test_a_table_comes_before_the_heuristic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = aot.TARGETS["sm_90"][1]
+    asked = dict(K=128, V=128, kda=False, dtype="bfloat16", programs=32)
+    plain = config.choose(machine, **asked)  # type: ignore[arg-type]
+    name = config.key("recurrent", K=128, V=128, kda=False, dtype="bfloat16")
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps({"rows": {name: {"BV": 8, "warps": 2}}}))
+    monkeypatch.setenv(config.TABLE_ENV, str(tmp_path))
+    config.table.cache_clear()
+    try:
+        assert config.choose(machine, **asked) == replace(plain, BV=8, warps=2)  # type: ignore[arg-type]
+        assert config.choose(machine, **{**asked, "K": 64}).BV != 8  # type: ignore[arg-type]
+        path.write_text(json.dumps({"rows": {name: {"speed": 3}}}))
+        config.table.cache_clear()
+        with pytest.raises(ValueError, match=r"sm_90\.json.*'speed'"):
+            config.choose(machine, **asked)  # type: ignore[arg-type]
+    finally:
+        config.table.cache_clear()
+
+
+# ---- what the kernels take
+# -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(backend.interpreted(), reason="the interpreter does not compile")
+@pytest.mark.parametrize(
+    ("target", "shape"), [("sm_90", aot.Shape()), ("gfx942", aot.Shape(kda=True, H=32))], ids=str
+)
+def test_decode_compiles_without_spills(target: str, shape: aot.Shape) -> None:
+    (c,) = aot.calls_of(shape, aot.TARGETS[target][1])
+    done = aot.compile_call(c, target)
+    assert done.spilled == 0
+    assert 0 < done.registers <= 128
+    assert done.shared <= aot.TARGETS[target][1].shared
+
+
+def test_cases_name_the_launches_they_need() -> None:
+    assert all(Case.parse(line) for line in CHUNKED)
