@@ -14,8 +14,10 @@ U [C, V] the rows d_t and E_i = exp(g_1 + ... + g_i):
     o    = scale (q * E) S0 + P U
     S    = diag(E_C) S0 + (k * e(., C))^T U
 
-Three kernels: `scores` (KDA only) and `prepare` work on all chunks at once and leave T and P; `scan` walks through the
-chunks of a sequence, one program per head and BV columns of the state, which stay in float32 registers.
+`scores` (KDA only) and `prepare` work on all chunks at once and leave T and P; `scan` walks through the chunks of a
+sequence, one program per head and BV columns of the state, which stay in float32 registers. Its factors of k and q are
+the rows themselves for GDA in bfloat16, with the decays applied to the products; in all other cases `operands` writes
+them out once, split, so that no program of the scan has to do it again.
 
 Every exponent is a sum of log decays, never a difference of two such sums: it is <= 0, it keeps its precision beside
 large ones, and with -inf among the terms it is -inf and not NaN. Factors that are not bfloat16 numbers are split in
@@ -271,11 +273,11 @@ def prepare(
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
-    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
 
-    Factors (GDA): E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. KDA: without the decays, which depend on K.
+    Factors, where EXACT: E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C.
     """
     pid = tl.program_id(0)
     hv = pid % HV
@@ -296,43 +298,51 @@ def prepare(
     strength = tl.where(live, write_strength(strength, LOGIT), 0.0)
     below = i[:, None] > i[None, :]
     upto = i[:, None] >= i[None, :]
-    h = qk_head(hv, H, HV, TILED)
-    i_k = tl.arange(0, BK)
-    in_k = i_k < K
-    rows_q = _rows(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k)
-    rows_k = _rows(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k)
-    r_k = tl.full([C], 1.0, tl.float32)
-    r_q = tl.full([C], 1.0, tl.float32)
-    if L2NORM:
-        r_k = _inverse_length(rows_k, live, eps)
-        r_q = _inverse_length(rows_q, live, eps)
-    at_factors = (slot.to(tl.int64) * HV + hv) * (4 * C) + i
     if KDA:
         at = (slot.to(tl.int64) * HV + hv) * (2 * C * C) + i[:, None] * C + i[None, :]
         A = tl.load(found + at, mask=below & (t < end)[:, None], other=0.0)
         P = tl.load(found + at + C * C, mask=upto & (t < end)[:, None], other=0.0)
-        tl.store(factors + at_factors, r_k)
-        tl.store(factors + at_factors + C, scale * r_q)
     else:
-        k_high, k_low = _parts(rows_k, EXACT)
-        q_high, q_low = _parts(rows_q, EXACT)
-        zero = tl.zeros([C, C], tl.float32)
-        A = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), zero, EXACT, EXACT)
-        P = product(q_high, q_low, tl.trans(k_high), tl.trans(k_low), zero, EXACT, EXACT)
-        A_gate, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, False, DECAY)
+        h = qk_head(hv, H, HV, TILED)
+        q += b * q_b + h * q_h
+        k += b * k_b + h * k_h
+        A = tl.zeros([C, C], tl.float32)
+        P = tl.zeros([C, C], tl.float32)
+        k_length = tl.zeros([C], tl.float32)
+        q_length = tl.zeros([C], tl.float32)
+        # 32 channels at a time: split rows of 128 would not fit the registers
+        for first in range(0, BK, SLICE):
+            i_k = first + tl.arange(0, SLICE)
+            rows_q = _rows(q, q_t, t, live, i_k, i_k < K)
+            rows_k = _rows(k, k_t, t, live, i_k, i_k < K)
+            k_high, k_low = _parts(rows_k, EXACT)
+            q_high, q_low = _parts(rows_q, EXACT)
+            A = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), A, EXACT, EXACT)
+            P = product(q_high, q_low, tl.trans(k_high), tl.trans(k_low), P, EXACT, EXACT)
+            if L2NORM:
+                k_length += tl.sum(widen(rows_k) * widen(rows_k), 1)
+                q_length += tl.sum(widen(rows_q) * widen(rows_q), 1)
+        r_k = tl.full([C], 1.0, tl.float32)
+        r_q = tl.full([C], 1.0, tl.float32)
+        if L2NORM:
+            r_k = tl.rsqrt(tl.where(live, k_length + eps, 1.0))
+            r_q = tl.rsqrt(tl.where(live, q_length + eps, 1.0))
+        A_gate, bias = _gate_parameters(A_log, dt_bias, hv, i, live, K, False, DECAY)
         g += b * g_b + hv * g_h
         gate = _gate_row(g, g_t, t, live, A_gate, bias, lower_bound, DECAY, BOUNDED)
-        following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
-        after = _gate_row(g, g_t, t + 1, following, A_gate, bias, lower_bound, DECAY, BOUNDED)
         # log e(j, i) = sum of g_l over j < l <= i
         decay = tl.exp(tl.cumsum(tl.where(below, gate[:, None], 0.0), 0))
         A = tl.where(below, A * decay * (r_k[:, None] * r_k[None, :]), 0.0)
         P = tl.where(upto, P * (scale * decay) * (r_q[:, None] * r_k[None, :]), 0.0)
-        E = tl.exp(tl.cumsum(gate, 0))
-        tl.store(factors + at_factors, E * r_k)
-        tl.store(factors + at_factors + C, scale * E * r_q)
-        tl.store(factors + at_factors + 2 * C, tl.exp(tl.cumsum(after, 0, reverse=True)) * r_k)
-        tl.store(factors + at_factors + 3 * C, i * 0.0 + tl.exp(tl.sum(gate, 0)))
+        if EXACT:
+            following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
+            after = _gate_row(g, g_t, t + 1, following, A_gate, bias, lower_bound, DECAY, BOUNDED)
+            E = tl.exp(tl.cumsum(gate, 0))
+            at = (slot.to(tl.int64) * HV + hv) * (4 * C) + i
+            tl.store(factors + at, E * r_k)
+            tl.store(factors + at + C, scale * E * r_q)
+            tl.store(factors + at + 2 * C, tl.exp(tl.cumsum(after, 0, reverse=True)) * r_k)
+            tl.store(factors + at + 3 * C, i * 0.0 + tl.exp(tl.sum(gate, 0)))
 
     solved = inverse(A * strength[:, None], C) * strength[None, :]
     at = (slot.to(tl.int64) * HV + hv) * (4 * C * C) + i[:, None] * C + i[None, :]
@@ -344,22 +354,87 @@ def prepare(
     tl.store(out + at + 3 * C * C, narrow(low, tl.bfloat16))
 
 
-@triton.jit(do_not_specialize=["N", "T", "Ks", "lower_bound"])
+@triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
+def operands(
+    q, k, g, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    out,                              # [slots, HV, 6, C, K] bfloat16: k * E, scale (q * E), k * e(., C); high, low each
+    last,                             # [slots, HV, K] float32: E_C
+    N, T, Ks, scale, eps, lower_bound,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, mask_b, mask_t,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, KDA: tl.constexpr,
+    DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What the scan multiplies the state and U with, for one chunk and head. Grid: slots * HV."""
+    pid = tl.program_id(0)
+    hv = pid % HV
+    slot = pid // HV
+    n, b, start, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    if start >= end:
+        return
+    if state_indices is not None:
+        if tl.load(state_indices + n) < 0:
+            return
+
+    h = qk_head(hv, H, HV, TILED)
+    i = tl.arange(0, C)
+    i_k = tl.arange(0, BK)
+    in_k = i_k < K
+    t = start + i
+    if mask is not None:
+        mask += b * mask_b
+    live = _alive(mask, mask_t, t, end)
+    following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
+    A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, KDA, DECAY)
+    g += b * g_b + hv * g_h
+    at = (slot.to(tl.int64) * HV + hv) * (6 * C * K) + i[:, None] * K + i_k[None, :]
+    at_last = (slot.to(tl.int64) * HV + hv) * K + i_k
+    if KDA:
+        gate = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+        tl.store(last + at_last, tl.exp(tl.sum(gate, 0)), mask=in_k)
+        E = tl.exp(tl.cumsum(gate, 0))
+        after = _gate_rows(g, g_t, t + 1, following, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+        to_end = tl.exp(tl.cumsum(after, 0, reverse=True))
+    else:
+        gate = _gate_row(g, g_t, t, live, A, bias, lower_bound, DECAY, BOUNDED)
+        tl.store(last + at_last, i_k * 0.0 + tl.exp(tl.sum(gate, 0)), mask=in_k)
+        E = tl.exp(tl.cumsum(gate, 0))[:, None]
+        after = _gate_row(g, g_t, t + 1, following, A, bias, lower_bound, DECAY, BOUNDED)
+        to_end = tl.exp(tl.cumsum(after, 0, reverse=True))[:, None]
+    rows = widen(_rows(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k))
+    if L2NORM:
+        rows *= _inverse_length(rows, live, eps)[:, None]
+    _store_split(out + at, rows * E, C * K, in_k[None, :])
+    _store_split(out + at + 4 * C * K, rows * to_end, C * K, in_k[None, :])
+    rows = widen(_rows(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k))
+    if L2NORM:
+        rows *= _inverse_length(rows, live, eps)[:, None]
+    _store_split(out + at + 2 * C * K, rows * E * scale, C * K, in_k[None, :])
+
+
+@triton.jit
+def _store_split(at, x, distance: tl.constexpr, inside):
+    """The high part of x at `at`, the low one `distance` further."""
+    high, low = split(x)
+    tl.store(at, narrow(high, tl.bfloat16), mask=inside)
+    tl.store(at + distance, narrow(low, tl.bfloat16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "T", "Ks"])
 def scan(
-    q, k, v, g, o,                    # q, k [B, T, H, K]; v, o [B, T, HV, V]; g [B, T, HV, K] (KDA only)
+    q, k, v, o,                       # q, k [B, T, H, K]; v, o [B, T, HV, V]
     solved, factors,                  # what `prepare` wrote
+    ready, ready_last,                # what `operands` wrote, where not EXACT
     state, state_out,                 # [N or P, HV, K, V], may be None
     parts,                            # [N * HV, SEGMENTS, K, V + K] float32, for more than one segment
-    A_log, dt_bias, mask, cu_seqlens, state_indices,
-    N, T, Ks, lower_bound,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, mask_b, mask_t,
+    mask, cu_seqlens, state_indices,
+    N, T, Ks,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mask_b, mask_t,
     s_n, s_h, s_k, s_v, u_n, u_h, u_k, u_v,  # strides of state and state_out
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, TILED: tl.constexpr,
-    POOL_OUT: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, TILED: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
     SEGMENTS: tl.constexpr, TRANSITIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The walk through the chunks of a sequence. Grid: N * HV * segments * column blocks.
+    """The walk through the chunks of a sequence. Grid: N * HV * segments * column blocks. EXACT: GDA in bfloat16.
 
     With few heads a long sequence is cut into SEGMENTS. A first launch (TRANSITIONS, all segments but the last) finds
     what each does to the state it starts from, S -> M S + B: M by running the rule with v = 0 from the identity, B by
@@ -448,11 +523,8 @@ def scan(
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + hv * v_h
-    g += b * g_b + hv * g_h
     if mask is not None:
         mask += b * mask_b
-    if KDA:
-        A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, True, DECAY)
     slot = _first_slot(n, cu_seqlens, T, C).to(tl.int64)
     i_cc = i_c[:, None] * C + i_c[None, :]
 
@@ -461,58 +533,55 @@ def scan(
         live = _alive(mask, mask_t, t, end)
         at_o = t.to(tl.int64)[:, None] * (HV * V) + i_v[None, :]
         at_cc = ((slot + c) * HV + hv) * (4 * C * C) + i_cc
-        rows_k = _rows(k, k_t, t, live, i_k, in_k)
         T_high = tl.load(solved + at_cc)
         T_low = tl.load(solved + at_cc + C * C)
         R = widen(_rows(v, v_t, t, live, i_v, i_v < tl.where(of_state, V, 0)))
         S_high, S_low = split(S)
         zero = tl.zeros([C, BV], tl.float32)
         at_factors = ((slot + c) * HV + hv) * (4 * C) + i_c
-        to_k = tl.load(factors + at_factors)
+        at_ready = ((slot + c) * HV + hv) * (6 * C * K) + i_c[:, None] * K + i_k[None, :]
 
         # R = v - (k * E) S,  U = T R
-        if KDA:
-            following = _alive(mask, mask_t, t + 1, end) & (i_c < C - 1)
-            gate = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
-            after = _gate_rows(g, g_t, t + 1, following, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
-            E = tl.exp(tl.cumsum(gate, 0))  # [C, BK]
-            to_end = tl.exp(tl.cumsum(after, 0, reverse=True))
-            k_length = widen(rows_k) * to_k[:, None]
-            k_high, k_low = split(k_length * E)
-            R -= product(k_high, k_low, S_high, S_low, zero, False, False)
+        if EXACT:
+            rows_k = _rows(k, k_t, t, live, i_k, in_k)
+            to_k = tl.load(factors + at_factors)
+            R -= product(rows_k, rows_k, S_high, S_low, zero, True, False) * to_k[:, None]
         else:
-            k_high, k_low = _parts(rows_k, EXACT)
-            R -= product(k_high, k_low, S_high, S_low, zero, EXACT, False) * to_k[:, None]
+            k_high = tl.load(ready + at_ready, mask=in_k[None, :], other=0.0)
+            k_low = tl.load(ready + at_ready + C * K, mask=in_k[None, :], other=0.0)
+            R -= product(k_high, k_low, S_high, S_low, zero, False, False)
         R_high, R_low = split(R)
         U = product(T_high, T_low, R_high, R_low, zero, False, False)
         U_high, U_low = split(U)
 
         # o = scale (q * E) S + P U
         if not TRANSITIONS:
-            rows_q = _rows(q, q_t, t, live, i_k, in_k)
             P_high = tl.load(solved + at_cc + 2 * C * C)
             P_low = tl.load(solved + at_cc + 3 * C * C)
-            to_q = tl.load(factors + at_factors + C)
-            if KDA:
-                q_high, q_low = split(widen(rows_q) * to_q[:, None] * E)
-                out = product(q_high, q_low, S_high, S_low, zero, False, False)
+            if EXACT:
+                rows_q = _rows(q, q_t, t, live, i_k, in_k)
+                to_q = tl.load(factors + at_factors + C)
+                out = product(rows_q, rows_q, S_high, S_low, zero, True, False) * to_q[:, None]
             else:
-                q_high, q_low = _parts(rows_q, EXACT)
-                out = product(q_high, q_low, S_high, S_low, zero, EXACT, False) * to_q[:, None]
+                q_high = tl.load(ready + at_ready + 2 * C * K, mask=in_k[None, :], other=0.0)
+                q_low = tl.load(ready + at_ready + 3 * C * K, mask=in_k[None, :], other=0.0)
+                out = product(q_high, q_low, S_high, S_low, zero, False, False)
             out = product(P_high, P_low, U_high, U_low, out, False, False)
             if mask is not None:
                 out = tl.where(live[:, None], out, 0.0)
             tl.store(o + at_o, narrow(out, o.dtype.element_ty), mask=(t < end)[:, None] & in_v[None, :])
 
         # S = diag(E_C) S + (k * e(., C))^T U
-        if KDA:
-            k_high, k_low = split(k_length * to_end)
-            faded = S * tl.exp(tl.sum(gate, 0))[:, None]
-            new = product(tl.trans(k_high), tl.trans(k_low), U_high, U_low, faded, False, False)
-        else:
+        if EXACT:
             U_high, U_low = split(U * tl.load(factors + at_factors + 2 * C)[:, None])
             faded = S * tl.load(factors + ((slot + c) * HV + hv) * (4 * C) + 3 * C)
-            new = product(tl.trans(k_high), tl.trans(k_low), U_high, U_low, faded, EXACT, False)
+            new = product(tl.trans(rows_k), tl.trans(rows_k), U_high, U_low, faded, True, False)
+        else:
+            k_high = tl.load(ready + at_ready + 4 * C * K, mask=in_k[None, :], other=0.0)
+            k_low = tl.load(ready + at_ready + 5 * C * K, mask=in_k[None, :], other=0.0)
+            at_last = ((slot + c) * HV + hv) * K + i_k
+            faded = S * tl.load(ready_last + at_last, mask=in_k, other=0.0)[:, None]
+            new = product(tl.trans(k_high), tl.trans(k_low), U_high, U_low, faded, False, False)
         if mask is not None:  # a chunk of padding leaves the bits of the state alone
             S = tl.where(tl.max(live.to(tl.int32), 0) > 0, new, S)
         else:

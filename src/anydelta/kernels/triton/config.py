@@ -71,18 +71,18 @@ def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, progra
     scan_BV = 32 if BK <= 128 else 16
     if 2 * programs * -(-V // scan_BV) <= machine.processors:
         scan_BV = 16
-    # float32 and float16 factors are split in registers, and KDA's decays take some for each channel: with chunks of 64
-    # and keys of 128 the compiler puts up to 1264 bytes of a thread on the stack (sm_90).
+    # All but GDA in bfloat16 multiplies split rows, high and low. With chunks of 64, or loads that run ahead, the
+    # compiler then puts 16 to 100 bytes of a thread on the stack (sm_90, K = V = 128).
     split = dtype != "bfloat16" or kda
-    small = machine.shared < 128 * 1024 or BK > 128
+    narrow = machine.shared < 128 * 1024 or BK > 128 or (split and BK > 64)
     return Config(
         BV=BV,
         warps=warps,
-        chunk=32 if small or (split and BK > 64) else 64,
+        chunk=32 if narrow else 64,
         scan_BV=scan_BV,
         scan_warps=8 if split and BK > 64 else 4,
         prepare_warps=8 if BK > 64 else 4,
-        scan_stages=1 if small else 2,
+        scan_stages=1 if narrow else 2,
         scores_warps=1 if BK <= 64 else 2 if BK <= 128 else 4,
     )
 

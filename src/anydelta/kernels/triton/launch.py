@@ -105,26 +105,29 @@ class Launches:
         tail = spec.snapshots > 0
         slots = spec.T // C + spec.N if spec.packed else spec.N * -(-spec.T // C)
         heads = slots * spec.HV
-        exact = spec.dtype == "bfloat16"
+        exact = spec.dtype == "bfloat16" and not spec.kda
         shared, inputs = _shared(call), self.inputs
         norm = dict(L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", TAIL=tail)
-        no_beta = {n: s for n, s in inputs.items() if not n.startswith("beta_")}
-        found = None
+        found = ready = ready_last = None
+        rows = {n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "g_", "ma")}
+        args = dict(
+            q=call.q, k=call.k, g=call.g, **shared, **self.numbers, **rows, **self.sizes, C=C, **self.gates, **norm
+        )  # fmt: skip
         if spec.kda:
             found = call.q.new_empty((slots, spec.HV, 2, C, C), dtype=torch.float32)
-            args = dict(
-                q=call.q, k=call.k, g=call.g, **shared, out=found, **self.numbers,
-                **{n: s for n, s in no_beta.items() if not n.startswith("v_")}, **self.sizes, C=C, **self.gates,
-                **norm,
-            )  # fmt: skip
-            yield KernelCall(chunk.scores, heads * (C // 16), args, config.scores_warps)
+            yield KernelCall(chunk.scores, heads * (C // 16), {**args, "out": found}, config.scores_warps)
+        if not exact:
+            ready = call.q.new_empty((slots, spec.HV, 6, C, spec.K), dtype=torch.bfloat16)
+            ready_last = call.q.new_empty((slots, spec.HV, spec.K), dtype=torch.float32)
+            more = dict(out=ready, last=ready_last, KDA=spec.kda)
+            yield KernelCall(chunk.operands, heads, {**args, **more}, config.prepare_warps)
         solved = call.q.new_empty((slots, spec.HV, 4, C, C), dtype=torch.bfloat16)
         factors = call.q.new_empty((slots, spec.HV, 4, C), dtype=torch.float32)
         args = dict(
             q=call.q, k=call.k, g=call.g, beta=call.beta, **shared, found=found, out=solved, factors=factors,
             **self.numbers,
             **{n: s for n, s in inputs.items() if not n.startswith("v_")}, **self.sizes, C=C, KDA=spec.kda,
-            **self.gates, LOGIT=opt.beta_is_logit, **norm, EXACT=exact,
+            **self.gates, LOGIT=opt.beta_is_logit, **norm, EXACT=exact, SLICE=min(32, self.sizes["BK"]),
         )  # fmt: skip
         yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
 
@@ -138,12 +141,14 @@ class Launches:
         if pieces > 1:
             parts = call.q.new_empty((spec.N * spec.HV, pieces, spec.K, spec.V + spec.K), dtype=torch.float32)
         args = dict(
-            q=call.q, k=call.k, v=call.v, g=call.g, o=call.o, solved=solved, factors=factors,
-            state=call.state_in, state_out=out, parts=parts, **shared,
-            **{n: x for n, x in self.numbers.items() if n not in ("scale", "eps")}, **no_beta,
+            q=call.q, k=call.k, v=call.v, o=call.o, solved=solved, factors=factors, ready=ready,
+            ready_last=ready_last, state=call.state_in, state_out=out, parts=parts,
+            mask=shared["mask"], cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+            N=spec.N, T=spec.T, Ks=spec.snapshots,
+            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "v_", "ma")},
             **_named("s", "nhkv", self.strides["state"]), **_named("u", "nhkv", strides),
-            **self.sizes, V=spec.V, BV=BV, C=C, KDA=spec.kda, **self.gates, POOL_OUT=pool, EXACT=exact,
-            TILED=opt.heads == "tiled", TAIL=tail, SEGMENTS=pieces, STAGES=config.scan_stages,
+            **self.sizes, V=spec.V, BV=BV, C=C, POOL_OUT=pool, EXACT=exact, TILED=opt.heads == "tiled", TAIL=tail,
+            SEGMENTS=pieces, STAGES=config.scan_stages,
         )  # fmt: skip
         if pieces > 1:
             grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // BV))
