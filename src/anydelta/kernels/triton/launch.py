@@ -154,7 +154,9 @@ class Launches:
             grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // BV))
             yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": True}, config.scan_warps)
         grid = spec.N * spec.HV * pieces * columns
-        yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": False}, config.scan_warps)
+        # The product with M [K, K] at the start of a segment takes as many registers again.
+        warps = config.scan_warps if pieces == 1 else 8
+        yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": False}, warps)
 
 
 def chunked(spec: CallSpec, config: Config) -> bool:
