@@ -64,7 +64,7 @@ static size_t log_workspace(const Log& g) {
 // prefetchers.
 AD_INLINE void prefetch_rows(const char*& next, int64_t bytes) {
     if (!next) return;
-    for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH(next + i);
+    for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH_L2(next + i);
     next += bytes;
 }
 
@@ -78,11 +78,12 @@ static void log_dots_kv(const Problem& p, const float* rows, const St* S, int64_
     for (int64_t i = 0; i < p.K;) {
         const float* at = rows + i / SEG * 2 * C_MAX * LD + i % SEG;
         const bool whole = i + G <= p.K;
+        const char* here = reinterpret_cast<const char*>(S + i * lds);  // all of the next state is fetched below
         prefetch_rows(next, (whole ? G : 1) * lds * static_cast<int64_t>(sizeof(St)));
         if (whole)
-            dots_rows<C, G>(at, S + i * lds, lds, cols, PR, ldp);
+            dots_rows<C, G>(at, 0, S + i * lds, lds, cols, PR, ldp, here);
         else
-            dots_rows<C, 1>(at, S + i * lds, lds, cols, PR, ldp);
+            dots_rows<C, 1>(at, 0, S + i * lds, lds, cols, PR, ldp, here);
         i += whole ? G : 1;
     }
 }
