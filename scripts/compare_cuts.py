@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()
     for label, (B, T, H, HV, K) in SHAPES.items():
-        qkv, gates = tokens(B, T, H, HV, K)
+        (q, k, v), gates = tokens(B, T, H, HV, K)
         runs: dict[str, Any] = {}
         for name, (device, cut, way, resident) in {
             n: c for b in args.backends for n, c in contenders(b).items()
@@ -72,7 +72,7 @@ def main() -> None:
                     before = device.staged.to_device + device.staged.from_device
                 start = time.perf_counter()
                 backend = "cpu" if device is None else device.kind
-                anydelta.gated_delta_rule_(*qkv, state, **gates, backend=backend)
+                anydelta.gated_delta_rule_(q, k, v, state, **gates, backend=backend)
                 if turn > 1:
                     times[name].append(time.perf_counter() - start)
                 if device is not None:

@@ -164,7 +164,7 @@ def test_every_isa_can_be_chosen(program: Any) -> None:
     isas = json.loads(program("info", "--json")[1])["backends"]["cpu"]["isas"]
     for isa in isas:
         _, out, _ = program("conform", "--isa", isa, "--case", CASE, "--json", "--require", "cpu")
-        assert {r["isa"] for r in json.loads(out)["results"]} == {isa}
+        assert {r["isa"] for r in json.loads(out)["results"] if r["backend"] == "cpu"} == {isa}
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
