@@ -57,7 +57,8 @@ def main() -> None:
         return
     for kda in (False, True):
         qkv, gates = tokens(256, 2, 4, 32, kda)
-        call = Call(*qkv, **gates, state_in=np.zeros((1, 4, 32, 32), np.float32))
+        (q, k, v), state = qkv, np.zeros((1, 4, 32, 32), np.float32)
+        call = Call(q, k, v, gates["g"], gates["beta"], state)
         spec = check_call(call, Options(), inplace=False)
         taken_by = vulkan.measure_chunks(anydelta.device("vulkan"), spec, call, 16, rounds=9)
         print(f"prefill T=256 H=2 HV=4 K=V=32 kda={kda}, us by chunk length: "
