@@ -360,12 +360,11 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
     g.rows = static_cast<const int64_t*>(at(a[ROWS]));
     g.used = static_cast<const int64_t*>(at(a[USED]));
     g.out_rows = static_cast<const int64_t*>(at(a[OUT_ROWS]));
-    ++calls;
     nb::gil_scoped_release unlocked;
     if (fold_entries)
-        fold(g, *chosen.load(), threads, share_openmp);
+        fold(g, chosen(), threads, share_openmp);
     else
-        verify(g, *chosen.load(), threads, share_openmp);
+        verify(g, chosen(), threads, share_openmp);
 }
 
 }  // namespace
