@@ -22,7 +22,7 @@ PLOTS = (".svg", ".png", ".pdf")
 
 def register(app: typer.Typer) -> None:
     """Add `bench` to the command line."""
-    from . import model_cli  # noqa: F401  adds `bench model`
+    from . import model_cli, spec_cli  # noqa: F401  add `bench model` and `bench spec`
 
     app.add_typer(bench, name="bench")
 

@@ -132,9 +132,8 @@ def enable(model: nn.Module | None = None) -> Switch:
             _set_everywhere(bound, True)
             return Switch(lambda: _set_everywhere(bound, was))
         before = [(layer, b, _own_slot(layer) is not None) for _, layer, b in _layers(model, bound, "enable")]
-        for layer, b, _ in before:
-            _set_layer(layer, b, True)
-        return Switch(lambda: _set_layers(before))
+        _set_layers([(layer, b, True) for layer, b, _ in before])
+        return Switch(_in_turn(lambda: _set_layers(before), _set_generating(model, bound, True)))
 
 
 def disable(model: nn.Module | None = None) -> Switch:
@@ -157,9 +156,8 @@ def disable(model: nn.Module | None = None) -> Switch:
         before = [
             (layer, b, _own_slot(layer) is not None) for _, layer, b in _layers(model, bound, "disable")
         ]
-        for layer, b, _ in before:
-            _set_layer(layer, b, False)
-        return Switch(lambda: _set_layers(before))
+        _set_layers([(layer, b, False) for layer, b, _ in before])
+        return Switch(_in_turn(lambda: _set_layers(before), _set_generating(model, bound, False)))
 
 
 def status(model: nn.Module | None = None) -> Status:
@@ -202,6 +200,26 @@ class _Bound:
     forward: tuple[Any, Any] | None = None
     """The layer's (theirs, ours) while all models are enabled."""
     own_forward: Any = None
+    hooks: dict[tuple[type, str], Any] = field(default_factory=dict)
+    """By a class that generates and the name of its method: ours, where it stands in the class."""
+
+    @property
+    def generating(self) -> list[type]:
+        """The family's models that have `generate`."""
+        classes = [c for c in vars(self.module).values() if isinstance(c, type) and hasattr(c, "generate")]
+        return [c for c in classes if c.__module__ == self.module.__name__]
+
+    def set_hooks(self, on: bool) -> None:
+        """Put our methods of `generate` into the classes, or take them out."""
+        from .transformers_generate import HOOKS
+
+        for owner in self.generating:
+            for name, maker in HOOKS.items():
+                if on:
+                    self.hooks[owner, name] = maker(getattr(owner, name))
+                    setattr(owner, name, self.hooks[owner, name])
+                elif owner.__dict__.get(name) is self.hooks.pop((owner, name)):
+                    delattr(owner, name)
 
     def learn(self) -> None:
         """Look at what is there now, unless that is ours or already known."""
@@ -317,6 +335,7 @@ def _set_everywhere(bound: list[_Bound], on: bool) -> None:
                 _swap(b.module, name, pair, on)
             assert b.forward is not None
             _swap(b.layer, "forward", b.forward, on)
+            b.set_hooks(on)
 
 
 def _swap(owner: Any, name: str, pair: tuple[Any, Any], on: bool) -> None:
@@ -390,6 +409,40 @@ def _set_layer(layer: nn.Module, b: _Bound, on: bool) -> None:
         )
         return
     layer.__dict__["_old_forward" if hooked else "forward"] = types.MethodType(b.forward_for_one(), layer)
+
+
+def _set_generating(model: nn.Module, bound: list[_Bound], on: bool) -> Callable[[], None]:
+    """Give the parts of a model that generate our methods, or take them away; returns what undoes that."""
+    from .transformers_generate import HOOKS
+
+    classes = tuple(c for b in bound for c in b.generating)
+    parts = [m for m in model.modules() if isinstance(m, classes)]
+    before = [(part, {name: part.__dict__.get(name) for name in HOOKS}) for part in parts]
+    for part in parts:
+        for name, maker in HOOKS.items():
+            part.__dict__.pop(name, None)
+            if on:
+                theirs = getattr(type(part), name)
+                if any(theirs is ours for b in bound for ours in b.hooks.values()):
+                    theirs = theirs.__wrapped__
+                part.__dict__[name] = types.MethodType(maker(theirs), part)
+
+    def undo() -> None:
+        for part, methods in before:
+            for name, method in methods.items():
+                part.__dict__.pop(name, None)
+                if method is not None:
+                    part.__dict__[name] = method
+
+    return undo
+
+
+def _in_turn(*steps: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
 
 
 def _set_layers(wanted: list[tuple[nn.Module, _Bound, bool]]) -> None:

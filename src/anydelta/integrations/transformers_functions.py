@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..compat import fla
 from ..op import explain, gated_delta_rule, gated_delta_rule_
+from .transformers_cache import RollbackLayer
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Conv = Callable[..., torch.Tensor]
 
 ADVANCE = "anydelta_advance_state"
 """The keyword by which a layer's forward allows the rule to advance the cached state in place."""
+RECORD = "anydelta_record_states"
+"""The keyword by which it hands the rule the RollbackLayer that wants the state after each token."""
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +50,8 @@ _RULE_OPTIONS = frozenset(
 """Keywords that would change the result if fla, and not Transformers' torch code, is what we stand in for."""
 _CONV_OPTIONS = frozenset(("initial_states", "return_final_states", "final_states_out"))
 
+_NEVER = ("gradients are wanted", "torch.export")
+"""Reasons to leave a call of the rule to Transformers even where states are to be recorded."""
 _MAX_DECISIONS = 4096
 _decisions: dict[tuple[Any, ...], str | None] = {}
 NATIVE_DEVICES: frozenset[str] = frozenset(
@@ -76,8 +81,10 @@ def chunk_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Counter[
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        advance = kwargs.pop(ADVANCE, False)
+        advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
         why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs)
+        if record is not None and why_not not in _NEVER:
+            why_not = None  # nobody else writes snapshots: better slowly than not at all
         _count(name, why_not, taken, passed_on)
         if why_not is not None:
             return theirs(
@@ -95,6 +102,7 @@ def chunk_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Counter[
             output_final_state,
             use_qk_l2norm_in_kernel,
             advance,
+            record,
             kwargs,
         )
 
@@ -116,8 +124,10 @@ def recurrent_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Coun
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        advance = kwargs.pop(ADVANCE, False)
+        advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
         why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs)
+        if record is not None and why_not not in _NEVER:
+            why_not = None  # nobody else writes snapshots: better slowly than not at all
         _count(name, why_not, taken, passed_on)
         if why_not is not None:
             return theirs(
@@ -135,6 +145,7 @@ def recurrent_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Coun
             output_final_state,
             use_qk_l2norm_in_kernel,
             advance,
+            record,
             kwargs,
         )
 
@@ -151,6 +162,7 @@ def _rule(
     final: bool,
     l2norm: bool,
     advance: bool,
+    record: RollbackLayer | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     cu_seqlens = _cu_seqlens(kwargs)
@@ -162,6 +174,13 @@ def _rule(
             qk_l2norm=bool(l2norm), output_final_state=bool(final),
         )  # fmt: skip
         return o, new if final else None
+    if record is not None and cu_seqlens is None:
+        states = record.snapshots((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), v, v.shape[1])
+        o, _ = gated_delta_rule(
+            q, k, v, g=g, beta=beta, initial_state=state, qk_l2norm=bool(l2norm), snapshots=states,
+            output_final_state=False,
+        )  # fmt: skip
+        return o, states[0]
     if advance and final and state is not None and cu_seqlens is None:
         return gated_delta_rule_(q, k, v, state, g=g, beta=beta, qk_l2norm=bool(l2norm)), state
     return gated_delta_rule(
@@ -194,7 +213,7 @@ def _why_not_rule(
         or beta.requires_grad
         or (state is not None and state.requires_grad)
     ):
-        return "gradients are wanted"
+        return _NEVER[0]
     for name in kwargs:
         if name in _RULE_OPTIONS and kwargs[name] is not None and kwargs[name] is not False:
             return f"the argument {name}"
@@ -203,7 +222,7 @@ def _why_not_rule(
         return "seq_idx without cu_seq_lens_q"
     if torch.compiler.is_compiling():
         if _is_exporting():
-            return "torch.export"
+            return _NEVER[1]
         return (
             None
             if q.device.type in NATIVE_DEVICES and q.dtype in _DTYPES
@@ -270,6 +289,7 @@ def conv(theirs: Conv, name: str, taken: Counter[str], passed_on: Counter[str]) 
         **kwargs: Any,
     ) -> torch.Tensor:
         kwargs.pop(ADVANCE, None)
+        kwargs.pop(RECORD, None)
         packed = kwargs.get("seq_idx") is not None or _cu_seqlens(kwargs) is not None
         why_not = _why_not_conv(hidden_states, weight, bias, activation, kwargs, packed)
         _count(name, why_not, taken, passed_on)
@@ -422,11 +442,12 @@ def _sequence_ids(x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A layer's forward that lets the rule advance the cached state in place, where nobody can see the difference.
+    """A layer's forward that tells the rule what may become of the cached state.
 
-    Transformers computes a new state and copies it over the cached one. Doing both at once halves the memory
-    traffic of a decode step. It is allowed only for the cache classes whose update is known to be that copy, and
-    only while they record no past to roll back to.
+    A cache that records the past gets the state after each token. Otherwise the rule may advance the state in
+    place, where nobody can see the difference: Transformers computes a new state and copies it over the cached one,
+    and doing both at once halves the memory traffic of a decode step. That is allowed only for the cache classes
+    whose update is known to be that copy.
     """
 
     @functools.wraps(theirs)
@@ -437,30 +458,26 @@ def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if (
-            cache_params is not None
-            and not torch.compiler.is_compiling()
-            and hidden_states.shape[1] == 1
-            and _copies_states(cache_params, self.layer_idx)
-        ):
-            kwargs[ADVANCE] = True
+        if cache_params is not None and not torch.compiler.is_compiling():
+            layers = getattr(cache_params, "layers", ())
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            if isinstance(layer, RollbackLayer) and layer.record_past:
+                kwargs[RECORD] = layer
+            elif hidden_states.shape[1] == 1 and _copies_states(cache_params, layer):
+                kwargs[ADVANCE] = True
         return theirs(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
     forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
     return forward
 
 
-def _copies_states(cache: Any, layer_idx: int) -> bool:
+def _copies_states(cache: Any, layer: Any) -> bool:
     """Whether the cache ends a step by copying the new state over the old one, and does nothing else with either."""
     from transformers.cache_utils import Cache, LinearAttentionLayer
 
-    layers = getattr(cache, "layers", None)
-    if layers is None or layer_idx >= len(layers):
-        return False
-    layer = layers[layer_idx]
     return (
         type(cache).update_recurrent_state is Cache.update_recurrent_state
         and getattr(type(layer), "update_recurrent_state", None)
-        is LinearAttentionLayer.update_recurrent_state
+        in (LinearAttentionLayer.update_recurrent_state, RollbackLayer.update_recurrent_state)
         and not layer.record_past
     )
