@@ -58,6 +58,17 @@ def generate_command(
     echo: Annotated[bool, _option("--echo", "Write the prompt first.")] = False,
     dtype: Annotated[str, _option("--dtype", f"{', '.join(DTYPES)}: the checkpoint's own.")] = "auto",
     threads: Annotated[int | None, _option("--threads", "-t", "Number of threads. Default: torch's.")] = None,
+    mtp: Annotated[bool, _option("--mtp", "Draft with the model's multi-token prediction layers.")] = False,
+    draft: Annotated[
+        str | None, _option("--draft", "Draft with this smaller model: a folder, or a hub name.")
+    ] = None,
+    lookup: Annotated[
+        int | None, _option("--lookup", "Draft so many tokens: what followed the same words before.")
+    ] = None,
+    drafts: Annotated[
+        int | None,
+        _option("--drafts", "How many tokens --mtp or --draft drafts at a time. Default: their own."),
+    ] = None,
     plain: Annotated[bool, _option("--plain", "Transformers alone, without anydelta.")] = False,
     compare: Annotated[
         bool,
@@ -72,6 +83,7 @@ def generate_command(
       anydelta generate --do-sample --temperature 0.7 --top-p 0.95 --seed 1 "Psalm 151"
       anydelta generate -m Qwen/Qwen3.5-0.8B --dtype bfloat16 --chat "What is a gated delta rule?"
       anydelta generate --compare "In the beginning"
+      anydelta generate --mtp --compare "In the beginning"
     """
     given = {
         name: value
@@ -84,6 +96,7 @@ def generate_command(
     }  # fmt: skip
     try:
         _check(max_new_tokens, threads, given, plain and compare)
+        _check_drafting(mtp, draft, lookup, drafts, plain)
         need_packages()
         name = default_model() if model is None else model
         text = _prompt(prompt)
@@ -92,7 +105,8 @@ def generate_command(
         if "stop_strings" in given:
             given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
         options = {"max_new_tokens": max_new_tokens, **given}
-        runs = _run(opened, text, options, threads, seed, chat, echo, plain, compare, as_json)
+        way = _way(plain, mtp, None if draft is None else open_checkpoint(draft, dtype), lookup, drafts)
+        runs = _run(opened, text, options, threads, seed, chat, echo, way, compare, as_json)
     except CheckpointError as error:
         _fail(str(error))
     same = len(runs) < 2 or runs[0].tokens == runs[1].tokens
@@ -121,7 +135,7 @@ def _run(
     seed: int | None,
     chat: bool,
     echo: bool,
-    plain: bool,
+    way: Any,
     compare: bool,
     as_json: bool,
 ) -> list[Any]:
@@ -131,9 +145,7 @@ def _run(
 
     # What Transformers would say here is checked before, or is that its reference code is slow.
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
-    ways = [write.PLAIN] if plain else [write.with_anydelta()]
-    if compare:
-        ways.insert(0, write.PLAIN)
+    ways = [write.PLAIN, way] if compare else [way]
 
     def show(piece: str) -> None:
         typer.echo(piece, nl=False)
@@ -159,6 +171,37 @@ def _run(
     finally:
         torch.set_num_threads(before)
     return runs
+
+
+def _way(plain: bool, mtp: bool, draft: Opened | None, lookup: int | None, drafts: int | None) -> Any:
+    from . import write
+
+    if plain:
+        return write.PLAIN
+    if not mtp and draft is None and lookup is None:
+        return write.with_anydelta()
+    return write.drafting(mtp=mtp, draft=draft, lookup=lookup, count=drafts)
+
+
+def _check_drafting(
+    mtp: bool, draft: str | None, lookup: int | None, drafts: int | None, plain: bool
+) -> None:
+    asked = [
+        name
+        for name, on in (("--mtp", mtp), ("--draft", draft), ("--lookup", lookup))
+        if on not in (False, None)
+    ]
+    if len(asked) > 1:
+        raise CheckpointError(f"requires one of --mtp, --draft and --lookup; got {' and '.join(asked)}")
+    if asked and plain:
+        raise CheckpointError(
+            f"requires anydelta for {asked[0]}, which Transformers alone refuses; got --plain"
+        )
+    for name, value in (("--lookup", lookup), ("--drafts", drafts)):
+        if value is not None and not 1 <= value <= 1024:
+            raise CheckpointError(f"requires {name} from 1 to 1024; got {value}")
+    if drafts is not None and not mtp and draft is None:
+        raise CheckpointError("requires --mtp or --draft with --drafts; got neither")
 
 
 def _prompt(prompt: str | None) -> str:
@@ -203,6 +246,8 @@ def _flag(name: str) -> str:
 
 def _figures(run: Any) -> str:
     speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.1f} tokens/s"
+    if run.drafted:
+        speed += f"; {run.accepted} of {run.drafted} drafts accepted in {run.verifications} verifications"
     return (
         f"{run.way}: {len(run.tokens)} tokens in {run.seconds:.2f} s: the first after {run.first_token_s:.3f} s "
         f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} threads"

@@ -7,9 +7,9 @@ in, and more keyword arguments for `model.generate`, or a function to call in it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ class Way:
     """More keyword arguments for generate()."""
     generate: Callable[..., Any] | None = None
     """Called as generate(model, **inputs and options) in place of model.generate."""
+    drafts: bool = False
+    """Whether it drafts tokens, so that drafts are counted."""
 
 
 PLAIN = Way("transformers")
@@ -47,6 +49,37 @@ def with_anydelta() -> Way:
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(str(error)) from None
     return Way("anydelta", context=plug.enable)
+
+
+def drafting(
+    *, mtp: bool = False, draft: Opened | None = None, lookup: int | None = None, count: int | None = None
+) -> Way:
+    """With anydelta, and tokens drafted by MTP layers, by another model or by prompt lookup: one of the three.
+
+    `count` is how many MTP and the other model draft at a time; None: their own number.
+    """
+    base = with_anydelta()
+    if lookup is not None:
+        return replace(
+            base, name="anydelta, lookup", options={"prompt_lookup_num_tokens": lookup}, drafts=True
+        )
+    if mtp:
+        options = {"use_mtp": True, **({} if count is None else {"num_assistant_tokens": count})}
+        return replace(base, name="anydelta, mtp", options=options, drafts=True)
+    assert draft is not None
+    helper = draft.model
+    if count is not None:
+        helper.generation_config.num_assistant_tokens = count
+        helper.generation_config.num_assistant_tokens_schedule = "constant"
+
+    @contextmanager
+    def both(model: Any) -> Iterator[None]:
+        with base.context(model), ExitStack() as stack:
+            with suppress(ValueError):  # it has no linear attention layer, and needs nothing of ours
+                stack.enter_context(base.context(helper))
+            yield
+
+    return Way(f"anydelta, draft by {draft.name}", both, {"assistant_model": helper}, drafts=True)
 
 
 @dataclass
@@ -71,6 +104,11 @@ class Written:
     """Prompt tokens over the time to the first token."""
     tokens_per_s: float | None = None
     """Tokens after the first ones that came, over their time."""
+    drafted: int = 0
+    accepted: int = 0
+    """Of the drafted tokens, those that the model took."""
+    verifications: int = 0
+    """Forwards of the model in which drafts could be verified."""
 
 
 def write(
@@ -100,7 +138,7 @@ def write(
         torch.manual_seed(seed)
     run = opened.model.generate if way.generate is None else partial(way.generate, opened.model)
     try:
-        with way.context(opened.model):
+        with way.context(opened.model), _counting(way) as rounds:
             begin = time.perf_counter()
             ids = run(**inputs, **{**(options or {}), **way.options}, streamer=stream)
             done.seconds = time.perf_counter() - begin
@@ -108,6 +146,8 @@ def write(
         hint = ". --plain runs it without anydelta" if "gated delta rule layers" in str(error) else ""
         raise CheckpointError(" ".join(str(error).split()) + hint) from None
     done.tokens = ids[0, n:].tolist()
+    done.drafted, done.accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
+    done.verifications = len(rounds)
     done.text = opened.tokenizer.decode(done.tokens, skip_special_tokens=True)
     done.stop = _why_it_ended(opened.model, done.tokens, (options or {}).get("max_new_tokens"))
     if stream.times:
@@ -116,6 +156,15 @@ def write(
         if len(stream.times) > 1:  # a way that drafts may put several tokens at once
             done.tokens_per_s = (len(stream.ids) - stream.first) / (stream.times[-1] - stream.times[0])
     return done
+
+
+def _counting(way: Way) -> AbstractContextManager[list[tuple[int, int]]]:
+    """Collects the drafted and the accepted tokens of each verification."""
+    if not way.drafts:
+        return nullcontext([])
+    from ..integrations.transformers_generate import counting
+
+    return counting()
 
 
 def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
