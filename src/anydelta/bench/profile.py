@@ -126,7 +126,7 @@ def parts(model: Any) -> list[tuple[Any, str]]:
     """Modules and the part that each of them is; modules inside one of these may be another part."""
     from torch import nn
 
-    linear = _linear_attention(model)
+    linear: Any = _linear_attention(model)
     base = model.base_model
     found: list[tuple[Any, str]] = [(base.get_input_embeddings(), "embedding"), (base.norm, "norms")]
     if (head := model.get_output_embeddings()) is not None:
@@ -193,7 +193,7 @@ def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:
 
 def _time_norms(model: Any, clock: Clock) -> Callable[[], None]:
     """Put a timer into the class of the gated norm: with a hook on it, a fused layer would not be fused any more."""
-    linear = _linear_attention(model)
+    linear: Any = _linear_attention(model)
     classes = {
         type(child): vars(type(child))["forward"]
         for m in model.modules()

@@ -18,6 +18,7 @@ import torch
 from .. import dispatch
 from ..mixer.op import gated_delta_mixer_
 from ..torch_op import watched
+from .transformers_cache import RollbackLayer
 from .transformers_functions import _CONV_OPTIONS, _DTYPES, _RULE_OPTIONS, _count, _cu_seqlens, advancing
 
 Forward = Callable[..., torch.Tensor]
@@ -237,8 +238,9 @@ def _why_not_cache(self: Any, parts: Parts, x: torch.Tensor, cache: Any) -> str 
     if (
         kind.update_recurrent_state is not Cache.update_recurrent_state
         or kind.update_conv_state is not Cache.update_conv_state
-        or getattr(type(held), "update_recurrent_state", None) is not Known.update_recurrent_state
-        or type(held).update_conv_state is not Known.update_conv_state
+        or getattr(type(held), "update_recurrent_state", None)
+        not in (Known.update_recurrent_state, RollbackLayer.update_recurrent_state)
+        or type(held).update_conv_state not in (Known.update_conv_state, RollbackLayer.update_conv_state)
     ):
         return f"the cache {kind.__name__} of {type(held).__name__}"
     if held.record_past:
