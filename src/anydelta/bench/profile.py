@@ -150,7 +150,7 @@ def _inside(module: Any, own: str, projections: str) -> list[tuple[Any, str]]:
     return [(module, own)] + [(m, projections) for m in module.modules() if isinstance(m, nn.Linear)]
 
 
-def _linear_attention(model: Any) -> tuple[type, ...]:
+def _linear_attention(model: Any) -> tuple[Any, ...]:
     """The layer class of the model's own family."""
     return tuple(layer for layer, _, _ in _families(model))
 
