@@ -21,6 +21,9 @@ from .ops import NMSE, Others, Settings, describe_machine, nmse
 from .overhead import Measured, Progress, _threads
 from .report import time as in_words
 
+STEPS = 16
+"""Steps in a row, whose mean is a round's time: a log folds once in several of them."""
+
 
 @dataclass
 class RollbackRecord:
@@ -160,7 +163,7 @@ def rollback(
             form: model.check(model.pool(form, tokens + 1), tokens, tokens // 2) for form in ("slots", "log")
         }
         plain = model.pool("slots", 1)
-        slots, log = model.pool("slots", tokens + 1), model.pool("log", snapshots)
+        slots = model.pool("slots", tokens + 1)
 
         def decode() -> None:
             start = time.perf_counter()
@@ -172,8 +175,10 @@ def rollback(
         for n in range(1, tokens + 1):
             add("slots", slots, n)
         for n in range(tokens + 1):
-            add("log", log, n)
-        add("log", log, tokens, fold=True)
+            add(
+                "log", model.pool("log", snapshots), n
+            )  # one each: whoever runs has caused the folds it pays for
+        add("log", model.pool("log", snapshots), tokens, fold=True)
 
         for call in calls.values():
             call()
@@ -184,12 +189,12 @@ def rollback(
             progress(f"round {i + 1} of {settings.rounds}", i / settings.rounds)
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
-                for _ in range(3):  # the median of a round's three: a fold comes every few steps only
+                for _ in range(STEPS):
                     calls[name]()
         others_pct = others.percent()
 
     def rounds(us: list[float]) -> list[float]:
-        return [statistics.fmean(us[i : i + 3]) for i in range(0, len(us), 3)]
+        return [statistics.fmean(us[i : i + STEPS]) for i in range(0, len(us), STEPS)]
 
     base = rounds(samples["decode step"])
     records = []
@@ -219,7 +224,7 @@ def rollback(
         settings=settings,
         notes=[
             f"one sequence; {total:.0f} MiB of states, read in turn; each time is that of all layers, with the calls "
-            "from Python; three steps per round",
+            f"from Python; mean of {STEPS} steps per round",
             "decode steps: median of the rounds, with its quartiles; one decode step is the rule over one token in all "
             "layers, in place",
             "commit alone: the call that goes back, after the verification; a log folds at a later step",
