@@ -23,11 +23,11 @@ BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-t
 BACKENDS_PIP := vulkan webgpu opencl sycl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup backends test lint format demo wheel readme clean distclean
+.PHONY: help setup backends test lint format demo demo-export wheel readme clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## Set up .venv and build the package in place
 
@@ -49,6 +49,14 @@ demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measu
 	$(ISOLATE) $(BIN)/anydelta bench model -c anydelta -p 512 -n 64 --profile --plot out/model.svg -o out/model.json
 	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
 	@echo "The figures are out/model.svg and out/ops.svg, their numbers out/model.json and out/ops.json."
+
+demo-export: $(VENV)/.built ## Export the tiny model, generate with it in Python and in C++: out/export
+	$(ISOLATE) $(BIN)/python examples/export/export_aoti.py examples/tiny_model out/export
+	$(ISOLATE) $(BIN)/python examples/export/run_aoti.py examples/tiny_model out/export 64 In the beginning God created | tee out/export/python.txt
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -S examples/export -B out/export/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build out/export/build
+	out/export/build/run_aoti out/export 64 $$(sed -n 's/^prompt: //p' out/export/python.txt) | tee out/export/cpp.txt
+	test "$$(sed -n 's/^tokens: //p' out/export/python.txt)" = "$$(cat out/export/cpp.txt)"
 
 lint: $(VENV)/.installed ## Check style and types
 	$(BIN)/ruff check .

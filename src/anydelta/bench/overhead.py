@@ -332,7 +332,7 @@ def _bare(t: dict[str, Any], *, threads: int, share_openmp: bool) -> tuple[Calla
     native = BACKEND.prepare(spec, call).native
     o = torch.empty_like(t["v"])
     arrays = (t["q"], t["k"], t["v"], t["g"], t["beta"], o, t["state"], t["state"])
-    addresses = (*(x.data_ptr() for x in arrays), 0, 0, 0, 0, 0, 0)
+    addresses = (*(x.data_ptr() for x in arrays), 0, 0, 0, 0, 0, 0, 0)
 
     def run(keep: Any = arrays) -> None:  # the arrays must outlive their addresses
         core.run(native, threads, share_openmp, *addresses)

@@ -157,20 +157,19 @@ class Attention(nn.Module):
         return [self.k_proj.weight.new_zeros(shape) for _ in range(2)]
 
     def forward(self, x: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        c, (B, T, _) = self.c, x.shape
-        D, H, groups = c.head_dim, c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
+        D = self.c.head_dim
         q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * D)).chunk(2, -1)
         turn = self.rotation(position)
         keys.index_copy_(1, position, turn(self.k_norm(self.k_proj(x).unflatten(-1, (-1, D)))))
         values.index_copy_(1, position, self.v_proj(x).unflatten(-1, (-1, D)))
-        # [B, H, groups * T, D]: the queries that share a key head, one after the other
-        q = turn(self.q_norm(q)).transpose(1, 2).contiguous().view(B, H, groups * T, D)
-        scores = (q @ keys.permute(0, 2, 3, 1)) * D**-0.5
-        room = keys.shape[1]
-        unseen = torch.arange(room) > position[:, None]
-        scores = scores.view(B, H, groups, T, room).masked_fill(unseen, float("-inf"))
-        o = scores.float().softmax(-1).to(x.dtype).view(B, H, groups * T, room) @ values.transpose(1, 2)
-        o = o.view(B, H * groups, T, D).transpose(1, 2).contiguous()
+        seen = torch.arange(keys.shape[1]) <= position[:, None]
+        o = F.scaled_dot_product_attention(
+            turn(self.q_norm(q)).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=seen,
+            enable_gqa=True,
+        ).transpose(1, 2)
         return self.o_proj((o * gate.sigmoid()).flatten(-2))  # type: ignore[no-any-return]
 
     def rotation(self, position: Tensor) -> Callable[[Tensor], Tensor]:
