@@ -67,12 +67,15 @@ def instance() -> Any:
         version = vk.VK_MAKE_VERSION(1, 0, 0)
     names = {e.extensionName for e in vk.vkEnumerateInstanceExtensionProperties(None)}
     portable = "VK_KHR_portability_enumeration" in names  # MoltenVK
+    # A structure with pointers must have a name here until the call is over: another structure copies the pointers
+    # only, and what they point to goes with the Python object that made it.
+    application = vk.VkApplicationInfo(
+        pApplicationName="anydelta", apiVersion=min(version, vk.VK_MAKE_VERSION(1, 3, 0))
+    )
     made = vk.vkCreateInstance(
         vk.VkInstanceCreateInfo(
             flags=1 if portable else 0,  # VK_INSTANCE_CREATE_ENUMERATE_PORTABILITY_BIT_KHR
-            pApplicationInfo=vk.VkApplicationInfo(
-                pApplicationName="anydelta", apiVersion=min(version, vk.VK_MAKE_VERSION(1, 3, 0))
-            ),
+            pApplicationInfo=application,
             ppEnabledExtensionNames=["VK_KHR_portability_enumeration"] if portable else [],
         ),
         None,
@@ -326,13 +329,14 @@ class VulkanDevice(Device):
         control = vk.VkPhysicalDeviceSubgroupSizeControlFeatures(
             pNext=storage, subgroupSizeControl=1, computeFullSubgroups=1
         )
+        queue = vk.VkDeviceQueueCreateInfo(
+            queueFamilyIndex=f.family, pQueuePriorities=[1.0]
+        )  # see instance()
         self.handle = vk.vkCreateDevice(
             f.physical,
             vk.VkDeviceCreateInfo(
                 pNext=control if f.subgroup else storage,
-                pQueueCreateInfos=[
-                    vk.VkDeviceQueueCreateInfo(queueFamilyIndex=f.family, pQueuePriorities=[1.0])
-                ],
+                pQueueCreateInfos=[queue],
                 ppEnabledExtensionNames=f.extensions,
             ),
             None,
