@@ -385,7 +385,7 @@ def test_list_measures_nothing():
         (["--json", "--csv"], "one output form at a time"),
         (["-o", "results.txt"], "-o must end in"),
         (["-o", "nowhere/results.json"], "does not exist"),
-        (["--plot", "figure.gif"], "--plot must end in"),
+        (["--plot", "figure.gif"], "requires --plot to end in"),
         (["--sample-ms", "0"], "--sample-ms must be above 0"),
     ],
 )

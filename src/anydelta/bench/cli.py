@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,12 +13,11 @@ import typer
 from . import cases as case_list
 from . import report as printers
 from .contender import Contender
+from .outputs import Csv, Fail, Json, Md, Output, Plot, checked, show
 
 bench = typer.Typer(
     help="Measure the operator against other implementations and the machine's limits.", no_args_is_help=True
 )
-
-PLOTS = (".svg", ".png", ".pdf")
 
 
 def register(app: typer.Typer) -> None:
@@ -50,13 +50,11 @@ def ops_command(
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="anydelta's backend.")] = "auto",
     sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
     list_: Annotated[bool, typer.Option("--list", help="Only list cases and contenders.")] = False,
 ) -> None:
     """Time the operator: decode, short blocks with snapshots, prefill.
@@ -69,12 +67,7 @@ def ops_command(
       anydelta bench ops --cases decode -t 1 --no-peers
       anydelta bench ops --cases 'gda-t512-*,gda-t4-h16x32-d128-b1-s4' --peer ggml --plot ops.svg
     """
-    form = _output_form(json, csv, md, output)
-    for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            _fail(f"the folder of {path} does not exist")
-    if plot is not None and plot.suffix not in PLOTS:
-        _fail(f"--plot must end in {', '.join(PLOTS)}; got {plot.name!r}")
+    form = checked(_fail, json, csv, md, output, plot)
     if rounds < 1:
         _fail(f"--rounds must be at least 1; got {rounds}")
     if not 0 < sample_ms <= 10000:
@@ -107,21 +100,7 @@ def ops_command(
         settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)
         report = ops.measure(chosen, field, threads=counts, settings=settings, backend=backend, progress=tell)
 
-    from rich.console import Console
-
-    if form is not None:
-        text = printers.to_text(report, form)
-        if output is None:
-            typer.echo(text, nl=False)
-        else:
-            output.write_text(text, encoding="utf-8")
-    if form is None or output is not None:
-        Console().print(printers.to_table(report))
-    try:
-        if plot is not None:
-            printers.plot(report, plot)
-    except (ImportError, ValueError) as error:
-        _fail(f"no figure: {error}")
+    show(printers, report, form, output, _fail, plot)
     if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
         raise typer.Exit(1)
 
@@ -133,12 +112,10 @@ def overhead_command(
     aoti: Annotated[
         bool, typer.Option("--aoti", help="Instead, calls in code of AOTInductor (compiles for a minute).")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
 ) -> None:
     """Time what a call at T = 1 costs beside its kernel: torch, torch.ops and NumPy, in place and functional."""
     from . import ops, overhead
@@ -151,7 +128,7 @@ def overhead_command(
             return call_overhead(settings, tell)
         return overhead.call_overhead(settings, tell)
 
-    _small("overhead", run, rounds, sample_ms, _output_form(json, csv, md, output, "overhead"), output)
+    _small("overhead", run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("threads")
@@ -159,12 +136,10 @@ def threads_command(
     threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
     sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
 ) -> None:
     """Time the operator in turns with torch's matmuls: do their threads cost each other anything?"""
     from . import ops, overhead
@@ -173,7 +148,7 @@ def threads_command(
         counts = _threads(threads, 1)
         return overhead.shared_threads(counts, ops.Settings(rounds, sample_ms / 1e3), tell)
 
-    _small("threads", run, rounds, sample_ms, _output_form(json, csv, md, output, "threads"), output)
+    _small("threads", run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("rollback")
@@ -184,12 +159,10 @@ def rollback_command(
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
 ) -> None:
     """Time verifying drafted tokens and going back, in slots and with a log, in decode steps of the rule."""
     from . import ops, overhead, rollback
@@ -206,7 +179,7 @@ def rollback_command(
             settings=ops.Settings(rounds), progress=tell,
         )  # fmt: skip
 
-    _small("rollback", run, rounds, 15.0, _output_form(json, csv, md, output, "rollback"), output)
+    _small("rollback", run, rounds, 15.0, json, csv, md, output)
 
 
 def _small(
@@ -214,51 +187,29 @@ def _small(
     run: Callable[[Any], Any],
     rounds: int,
     sample_ms: float,
-    form: str | None,
+    json: bool,
+    csv: bool,
+    md: bool,
     output: Path | None,
 ) -> None:
     """Run one of overhead.py's measurements and show it."""
-    from rich.console import Console
-
     from . import overhead
 
-    if output is not None and not output.parent.is_dir():
-        _fail(f"the folder of {output} does not exist", command)
+    fail: Fail = partial(_fail, command=command)
+    form = checked(fail, json, csv, md, output)
     if rounds < 1:
-        _fail(f"--rounds must be at least 1; got {rounds}", command)
+        fail(f"--rounds must be at least 1; got {rounds}")
     if not 0 < sample_ms <= 10000:
-        _fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}", command)
+        fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
     try:
         with _progress() as tell:
             measured = run(tell)
     except ValueError as error:
-        _fail(str(error), command)
+        fail(str(error))
     except RuntimeError as error:  # a wrong result: no time is worth showing
         typer.echo(f"anydelta bench {command}: {error}", err=True)
         raise typer.Exit(1) from None
-    if form is not None:
-        text = overhead.to_text(measured, form)
-        if output is None:
-            typer.echo(text, nl=False)
-        else:
-            output.write_text(text, encoding="utf-8")
-    if form is None or output is not None:
-        Console().print(overhead.to_table(measured))
-
-
-def _output_form(json: bool, csv: bool, md: bool, output: Path | None, command: str = "ops") -> str | None:
-    asked = [name for name, on in (("json", json), ("csv", csv), ("md", md)) if on]
-    if len(asked) > 1:
-        _fail(f"one output form at a time; got {' and '.join('--' + a for a in asked)}", command)
-    if asked:
-        return asked[0]
-    if output is None:
-        return None
-    for name, suffix in printers.FORMATS.items():
-        if output.suffix == suffix:
-            return name
-    known = ", ".join(printers.FORMATS.values())
-    _fail(f"-o must end in {known}, or give --json, --csv or --md; got {output.name!r}", command)
+    show(overhead, measured, form, output, fail)
 
 
 def _threads(text: str | None, available: int) -> list[int]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from ..generate.checkpoint import CheckpointError, need_packages, quiet
 from . import model, model_report, presets
-from .cli import PLOTS, _fail, _output_form, _progress, _threads, bench
+from .cli import _fail, _progress, _threads, bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, show
 
 LLAMA = "llama.cpp"
 CONTENDERS = ("transformers", "anydelta", LLAMA)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def fail(sentence: str) -> None:
+def fail(sentence: str) -> NoReturn:
     _fail(sentence.rstrip(".") + ".", "model")
 
 
@@ -50,13 +50,11 @@ def model_command(
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also say where the time goes.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
     list_: Annotated[bool, typer.Option("--list", help="Only list presets and contenders.")] = False,
 ) -> None:
     """Time whole models as llama-bench does: Transformers as it is, with anydelta, and llama.cpp.
@@ -69,20 +67,10 @@ def model_command(
       anydelta bench model -m qwen3.5-0.8b -p 512 -n 64 -t 2 --profile --plot model.svg
       anydelta bench model -m qwen3.5-4b --layers 8 --dtype bfloat16 -d 0,4096
     """
-    form = _output_form(json, csv, md, output, "model")
+    form = checked(fail, json, csv, md, output, plot)
     try:
         if rounds < 1:
             raise CheckpointError(f"requires --rounds of at least 1; got {rounds}")
-        for path in (output, plot):
-            if path is not None and not path.parent.is_dir():
-                raise CheckpointError(f"requires a folder that exists; got {path}")
-        if plot is not None:
-            if plot.suffix not in PLOTS:
-                raise CheckpointError(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
-            if importlib.util.find_spec("matplotlib") is None:
-                raise CheckpointError(
-                    "requires matplotlib for --plot; got none. Run: pip install 'anydelta[plot]'"
-                )
         tests = _tests(_numbers("-p", prompt), _numbers("-n", gen), _numbers("-d", depth))
         names = _names(models, "tiny")
         dtypes = _names([dtype], "float32")
@@ -105,23 +93,8 @@ def model_command(
             )  # fmt: skip
     except (CheckpointError, ValueError) as error:
         fail(str(error))
-        return
 
-    from rich.console import Console
-
-    if form is not None:
-        text = model_report.to_text(report, form)
-        if output is None:
-            typer.echo(text, nl=False)
-        else:
-            output.write_text(text, encoding="utf-8")
-    if form is None or output is not None:
-        Console().print(model_report.to_table(report))
-    if plot is not None:
-        try:
-            model_report.plot(report, plot)
-        except ValueError as error:
-            fail(f"no figure: {error}")
+    show(model_report, report, form, output, fail, plot)
     if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
         raise typer.Exit(1)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import outputs
 from .model import Part, Record, Report
 from .report import BUSY_PCT, COLOURS
 
@@ -24,47 +21,31 @@ def to_text(report: Report, form: str) -> str:
     return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
 
 
-def to_json(report: Report) -> str:
-    return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+to_json = outputs.to_json
 
 
 def to_csv(report: Report) -> str:
-    """One line per record; machine and parts are in the JSON and Markdown forms."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in dataclasses.fields(Record)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(r) for r in report.records)
-    return out.getvalue()
+    return outputs.to_csv(Record, report.records)
 
 
 def to_markdown(report: Report) -> str:
     lines = [f"- {line}" for line in header(report)]
     for title, records in groups(report):
-        lines += ["", f"**{title}**", "", *_markdown(HEAD, [row(r) for r in records])]
+        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, map(row, records))]
     for title, head, rows in part_tables(report):
-        lines += ["", f"**{title}**", "", *_markdown(head, rows)]
+        lines += ["", f"**{title}**", "", *outputs.markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
-
-
-def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 def to_table(report: Report) -> Group:
     """For a terminal."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[Any] = [Text(line, style="dim") for line in header(report)]
 
     def add(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], bold: str) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 or name == "contender" else "right")
-        for cells in rows:
-            table.add_row(*map(Text, cells), style="bold" if bold in cells else "")
+        table = outputs.rich_table(title, head, rows, lambda cells: "bold" if bold in cells else "")
         parts.extend([Text(""), table])
 
     for title, records in groups(report):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import outputs
 from .ops import Record, Report
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
 HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE")
 BUSY_PCT = 10
 """Other work above this is worth a warning."""
@@ -30,26 +26,17 @@ COLOURS = {
 }
 
 
-def to_json(report: Report) -> str:
-    return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+to_json = outputs.to_json
 
 
 def to_csv(report: Report) -> str:
-    """One line per record; the machine is in the JSON and Markdown forms."""
-    out = io.StringIO()
-    names = [f.name for f in dataclasses.fields(Record)]
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(r) for r in report.records)
-    return out.getvalue()
+    return outputs.to_csv(Record, report.records)
 
 
 def to_markdown(report: Report) -> str:
     lines = [f"- {line}" for line in header(report)]
     for title, records in groups(report):
-        lines += ["", f"**{title}**", "", "| " + " | ".join(HEAD) + " |"]
-        lines.append("|---|" + "---:|" * (len(HEAD) - 1))
-        lines += ["| " + " | ".join(row(r)) + " |" for r in records]
+        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, map(row, records))]
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,8 @@ import typer
 
 from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
 from . import spec, spec_report
-from .cli import PLOTS, _fail, _output_form, _progress, bench
+from .cli import _fail, _progress, bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, show
 from .spec_prompts import PROMPTS
 
 
@@ -43,13 +44,11 @@ def spec_command(
         list[str] | None,
         typer.Option("--prompt", help=f"Only this one (repeat for more): {', '.join(PROMPTS)}."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
     """Time drafting: MTP, prompt lookup and an assistant against decoding token by token.
 
@@ -61,7 +60,7 @@ def spec_command(
       anydelta bench spec -r 5 --lookup 4 --md -o spec.md --plot spec.svg
       anydelta bench spec -m Qwen/Qwen3.5-4B -a Qwen/Qwen3.5-0.8B -t 8
     """
-    form = _output_form(json, csv, md, output, "spec")
+    form = checked(fail, json, csv, md, output, plot)
     try:
         for name, value, most in (
             ("--n-gen", tokens, 1 << 20), ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
@@ -72,16 +71,6 @@ def spec_command(
         for one in prompt or ():
             if one not in PROMPTS:
                 raise CheckpointError(f"requires --prompt of {', '.join(PROMPTS)}; got {one!r}")
-        for path in (output, plot):
-            if path is not None and not path.parent.is_dir():
-                raise CheckpointError(f"requires a folder that exists; got {path}")
-        if plot is not None:
-            if plot.suffix not in PLOTS:
-                raise CheckpointError(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
-            if importlib.util.find_spec("matplotlib") is None:
-                raise CheckpointError(
-                    "requires matplotlib for --plot; got none. Run: pip install 'anydelta[plot]'"
-                )
         need_packages()
         chosen = {name: text for name, text in PROMPTS.items() if not prompt or name in prompt}
         settings = spec.Settings(tokens, rounds, threads, lookup, drafts)
@@ -90,21 +79,7 @@ def spec_command(
     except (CheckpointError, ValueError) as error:
         fail(str(error))
 
-    from rich.console import Console
-
-    if form is not None:
-        text = spec_report.to_text(report, form)
-        if output is None:
-            typer.echo(text, nl=False)
-        else:
-            output.write_text(text, encoding="utf-8")
-    if form is None or output is not None:
-        Console().print(spec_report.to_table(report))
-    if plot is not None:
-        try:
-            spec_report.plot(report, plot)
-        except ValueError as error:
-            fail(f"no figure: {error}")
+    show(spec_report, report, form, output, fail, plot)
     if any(r.status == "wrong" for r in report.records):
         raise typer.Exit(1)
 

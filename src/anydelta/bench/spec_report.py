@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 import statistics
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import outputs
 from .spec import FLAG, Record, Report
 
 if TYPE_CHECKING:
@@ -25,40 +22,28 @@ def to_text(report: Report, form: str) -> str:
     return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
 
 
-def to_json(report: Report) -> str:
-    return json.dumps(dataclasses.asdict(report), indent=2) + "\n"
+to_json = outputs.to_json
 
 
 def to_csv(report: Report) -> str:
-    """One line per record; the machine is in the JSON and Markdown forms."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in dataclasses.fields(Record)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(r) for r in report.records)
-    return out.getvalue()
+    return outputs.to_csv(Record, report.records)
 
 
 def to_markdown(report: Report) -> str:
     lines = [f"- {line}" for line in header(report)]
     for title, rows in groups(report):
-        lines += ["", f"**{title}**", "", "| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * (len(HEAD) - 1)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, rows)]
     return "\n".join(lines) + "\n"
 
 
 def to_table(report: Report) -> Group:
     """For a terminal."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[Any] = [Text(line, style="dim") for line in header(report)]
     for title, rows in groups(report):
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for i, name in enumerate(HEAD):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for cells in rows:
-            table.add_row(*map(Text, cells), style="bold" if cells[0] == "median" else "")
+        table = outputs.rich_table(title, HEAD, rows, lambda cells: "bold" if cells[0] == "median" else "")
         parts += [Text(""), table]
     return Group(*parts)
 
