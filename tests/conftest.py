@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import NoReturn
+
+import pytest
 
 from anydelta.conformance import Target, targets
 from anydelta.conformance.run import unavailable
@@ -13,3 +16,10 @@ CPU_REASONS = unavailable("cpu")
 """Why the cpu backend does not run here; empty when it does."""
 CPU_TARGETS: list[Target] = [] if CPU_REASONS else targets(["cpu"])
 """Every instruction set with every framework."""
+
+
+def without(why: str) -> NoReturn:
+    """Skip for want of something that `make setup` installs or a clone holds; in CI, fail."""
+    if REQUIRED:
+        pytest.fail(f"CI must have this: {why}")
+    pytest.skip(why, allow_module_level=True)

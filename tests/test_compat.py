@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch")
 
 from anydelta.compat import executorch as et_face  # noqa: E402
 from anydelta.compat import fla, ggml  # noqa: E402
+from conftest import without  # noqa: E402
 
 NMSE = 1e-7
 
@@ -502,7 +503,9 @@ def ggml_library() -> Any:
     """ggml's own graph functions, from the shared libraries that llama-cpp-python builds."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llama-cpp-python is not installed")
+        pytest.skip(
+            "llama-cpp-python is not installed; it builds for 15 minutes, so only whoever wants it has it"
+        )
     folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
     if not (folder / "libggml-base.so").exists() or not (folder / "libggml-cpu.so").exists():
         pytest.skip("this llama-cpp-python has no shared ggml libraries")
@@ -627,9 +630,12 @@ def test_metal_face_is_what_executorch_computes(H: int) -> None:
 
 @pytest.mark.parametrize(("T", "H", "HV", "D"), [(9, 2, 4, 32), (37, 16, 32, 128)])
 def test_metal_face_is_what_mlx_computes(T: int, H: int, HV: int, D: int) -> None:
-    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    if importlib.util.find_spec("mlx") is None:
+        without("mlx is not installed")
+    import mlx.core as mx
+
     if not hasattr(mx.fast, "gated_delta_update"):
-        pytest.skip("this mlx has no gated_delta_update")
+        without("this mlx has no gated_delta_update: it needs 0.32.3 or newer")
     x = metal_inputs(B=1, T=T, H=H, HV=HV, K=D, V=D)
     state = x.vk.clone()
     o = et_face.gated_delta_rule(x.q, x.k, x.v, x.decay, x.beta, state)
@@ -724,11 +730,11 @@ def test_llama_face_signature_and_refusals() -> None:
 def test_llama_face_is_what_executorch_computes(H: int, Hkv: int, T: int, kda: bool) -> None:
     spec = importlib.util.find_spec("executorch")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("executorch is not installed")
+        without("executorch is not installed")
     root = Path(next(iter(spec.submodule_search_locations)))
     library = root / "extension" / "llm" / "custom_ops" / "libcustom_ops_aot_lib.so"
     if not library.exists():
-        pytest.skip("this executorch has no libcustom_ops_aot_lib.so")
+        without("this executorch has no libcustom_ops_aot_lib.so")
     torch.ops.load_library(str(library))  # without executorch's Python module, whose import takes seconds
     arrays = llama_inputs(H, Hkv, T, kda)
     o, state = et_face.llama_gated_delta_rule(*arrays)
