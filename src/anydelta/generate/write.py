@@ -142,9 +142,11 @@ def write(
             begin = time.perf_counter()
             ids = run(**inputs, **{**(options or {}), **way.options}, streamer=stream)
             done.seconds = time.perf_counter() - begin
-    except (ValueError, NotImplementedError) as error:  # generate() refuses, or no layer is anydelta's
+    # What enable() and generate() refuse: no layer is anydelta's, options that contradict, a way that this class
+    # of Transformers has not (NotImplementedError). The cause stays attached, should the fault be ours.
+    except (ValueError, NotImplementedError) as error:
         hint = ". --plain runs it without anydelta" if "gated delta rule layers" in str(error) else ""
-        raise CheckpointError(" ".join(str(error).split()) + hint) from None
+        raise CheckpointError((" ".join(str(error).split()) or type(error).__name__) + hint) from error
     done.tokens = ids[0, n:].tolist()
     done.drafted, done.accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
     done.verifications = len(rounds)
