@@ -408,7 +408,12 @@ def test_rollback_reports_every_form() -> None:
     )
     calls = [r.call for r in measured.records]
     assert calls[0] == "decode step"
-    for call in ("slots: verify 2, commit 1", "log: verify 2, commit 0", "log: commit 2 of 2 alone"):
+    for call in (
+        "no way back: 2 tokens",
+        "slots: verify 2, commit 1",
+        "log: verify 2, commit 0",
+        "log: commit 2 of 2 alone",
+    ):
         assert call in calls
     assert all(r.steps > 0 and r.nmse < 1e-6 for r in measured.records)
     assert measured.records[0].steps == 1.0

@@ -165,13 +165,16 @@ def rollback(
         plain = model.pool("slots", 1)
         slots = model.pool("slots", tokens + 1)
 
-        def decode() -> None:
-            start = time.perf_counter()
-            model.step(plain, 1, record=False)
-            keep("decode step", time.perf_counter() - start)
+        def unrecorded(name: str, T: int) -> None:
+            def step() -> None:
+                start = time.perf_counter()
+                model.step(plain, T, record=False)
+                keep(name, time.perf_counter() - start)
 
-        calls["decode step"] = decode
-        errors["decode step"], memory["decode step"] = worst["slots"], states(plain)
+            calls[name], errors[name], memory[name] = step, worst["slots"], states(plain)
+
+        unrecorded("decode step", 1)
+        unrecorded(f"no way back: {tokens} tokens", tokens)
         for n in range(1, tokens + 1):
             add("slots", slots, n)
         for n in range(tokens + 1):
