@@ -417,3 +417,22 @@ def test_rollback_reports_every_form() -> None:
         assert call in calls
     assert all(r.steps > 0 and r.nmse < 1e-6 for r in measured.records)
     assert measured.records[0].steps == 1.0
+
+
+def test_overhead_is_taken_over_the_bare_kernel() -> None:
+    from anydelta.bench import overhead
+
+    measured = overhead.call_overhead(ops.Settings(rounds=2, sample_seconds=1e-3))
+    calls = {r.call: r for r in measured.records}
+    assert calls["bare kernel"].overhead_us == 0
+    for call in ("torch, in place", "torch, in place, pool", "torch.ops, functional", "NumPy, in place"):
+        assert calls[call].nmse < 1e-7
+        assert calls[call].min_us > 0
+
+
+def test_threads_alternate_with_matmuls() -> None:
+    from anydelta.bench import threads
+
+    measured = threads.shared_threads([1], ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert {r.case for r in measured.records} == set(threads.SHAPES)
+    assert all(r.nmse < 1e-7 and r.matmul_us > 0 and r.op_us > 0 and r.both_us > 0 for r in measured.records)

@@ -14,19 +14,9 @@ from typing import Any
 
 from .. import gated_delta_rule_
 from .ops import Settings, describe_machine
-from .overhead import (
-    ALLOWED_US,
-    Measured,
-    OverheadRecord,
-    Progress,
-    _bare,
-    _check,
-    _inputs,
-    _interleave,
-    _oracle,
-    _tensors,
-    _threads,
-)  # fmt: skip
+from .overhead import ALLOWED_US, OverheadRecord
+from .small_report import Measured
+from .turns import Progress, bare_kernel, check, interleave, make_inputs, oracle, tensors, torch_threads
 
 CALLS = 33
 """In the longer program."""
@@ -54,15 +44,15 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
             return o
 
     settings = settings or Settings()
-    x = _inputs(T=1, HV=32, D=128)
-    want = _oracle(x)
-    with _threads(1), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        bare, o, state = _bare(_tensors(x), threads=1, share_openmp=True)
+    x = make_inputs(T=1, HV=32, D=128)
+    want = oracle(x)
+    with torch_threads(1), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        bare, o, state = bare_kernel(tensors(x), threads=1, share_openmp=True)
         bare()
-        errors = [_check("bare kernel", (o, state), want)]
+        errors = [check("bare kernel", (o, state), want)]
         calls = {"bare": bare}
         for n in (1, CALLS):
-            t = _tensors(x)
+            t = tensors(x)
             inputs = tuple(t[name] for name in ("q", "k", "v", "g", "beta", "state"))
             progress(f"compiling {n} calls", 0)
             program = torch.export.export(Repeated(n), inputs)
@@ -70,9 +60,9 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
             package = torch._inductor.aoti_load_package(str(path))
             result = package(*inputs)
             if n == 1:
-                errors.append(_check("AOTInductor", (result, t["state"]), want))
+                errors.append(check("AOTInductor", (result, t["state"]), want))
             calls[str(n)] = partial(package, *inputs)
-        samples, repeats, others = _interleave(calls, settings, progress)
+        samples, repeats, others = interleave(calls, settings, progress)
     bare_us = samples["bare"]
     each = [(many - one) / (CALLS - 1) for many, one in zip(samples[str(CALLS)], samples["1"], strict=True)]
     records = [

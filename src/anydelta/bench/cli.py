@@ -119,8 +119,9 @@ def overhead_command(
 ) -> None:
     """Time what a call at T = 1 costs beside its kernel: torch, torch.ops and NumPy, in place and functional."""
     from . import ops, overhead
+    from .small_report import Measured
 
-    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+    def run(tell: Callable[[str, float], None]) -> Measured:
         settings = ops.Settings(rounds, sample_ms / 1e3)
         if aoti:
             from .aoti import call_overhead
@@ -142,11 +143,13 @@ def threads_command(
     output: Output = None,
 ) -> None:
     """Time the operator in turns with torch's matmuls: do their threads cost each other anything?"""
-    from . import ops, overhead
+    from . import ops
+    from . import threads as pairs
+    from .small_report import Measured
 
-    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+    def run(tell: Callable[[str, float], None]) -> Measured:
         counts = _threads(threads, 1)
-        return overhead.shared_threads(counts, ops.Settings(rounds, sample_ms / 1e3), tell)
+        return pairs.shared_threads(counts, ops.Settings(rounds, sample_ms / 1e3), tell)
 
     _small("threads", run, rounds, sample_ms, json, csv, md, output)
 
@@ -165,7 +168,8 @@ def rollback_command(
     output: Output = None,
 ) -> None:
     """Time verifying drafted tokens and going back, in slots and with a log, in decode steps of the rule."""
-    from . import ops, overhead, rollback
+    from . import ops, rollback
+    from .small_report import Measured
 
     for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
         if not 1 <= value <= 1024:
@@ -173,7 +177,7 @@ def rollback_command(
     if snapshots < tokens:
         _fail(f"-K must be at least -T = {tokens}; got {snapshots}", "rollback")
 
-    def run(tell: Callable[[str, float], None]) -> overhead.Measured:
+    def run(tell: Callable[[str, float], None]) -> Measured:
         return rollback.rollback(
             layers=layers, tokens=tokens, snapshots=snapshots, kda=kda, threads=threads,
             settings=ops.Settings(rounds), progress=tell,
@@ -192,8 +196,8 @@ def _small(
     md: bool,
     output: Path | None,
 ) -> None:
-    """Run one of overhead.py's measurements and show it."""
-    from . import overhead
+    """Run one of the small measurements and show it."""
+    from . import small_report
 
     fail: Fail = partial(_fail, command=command)
     form = checked(fail, json, csv, md, output)
@@ -209,7 +213,7 @@ def _small(
     except RuntimeError as error:  # a wrong result: no time is worth showing
         typer.echo(f"anydelta bench {command}: {error}", err=True)
         raise typer.Exit(1) from None
-    show(overhead, measured, form, output, fail)
+    show(small_report, measured, form, output, fail)
 
 
 def _threads(text: str | None, available: int) -> list[int]:

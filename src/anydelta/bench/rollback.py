@@ -18,8 +18,9 @@ import numpy as np
 from .. import reference
 from ..state import StatePool
 from .ops import NMSE, Others, Settings, describe_machine, nmse
-from .overhead import Measured, Progress, _threads
 from .report import time as in_words
+from .small_report import Measured
+from .turns import Progress, torch_threads
 
 STEPS = 16
 """Steps in a row, whose mean is a round's time: a log folds once in several of them."""
@@ -158,7 +159,7 @@ def rollback(
 
         calls[what] = cycle
 
-    with _threads(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         worst = {
             form: model.check(model.pool(form, tokens + 1), tokens, tokens // 2) for form in ("slots", "log")
         }
