@@ -56,8 +56,6 @@ class MixerCase(Case):
         for name, known in (("split", SPLITS), ("norm", NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
-        if self.scattered:
-            raise ValueError("case: scattered goes with the rule")
         if self.fresh or self.nofinal or self.strides == "expanded" or self.state_strides == "expanded":
             raise ValueError(
                 f"case: the mixer has both states, and expanded arrays go with the rule; got {self}"
@@ -192,6 +190,7 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
     hold("mask", r.mask, "bool")
     hold("cu_seqlens", r.cu_seqlens, index)
     hold("state_indices", r.state_indices, index)
+    hold("snapshot_indices", r.snapshot_indices, index)
     for name, values, dtype in (
         ("state", r.state, c.state_dtype),
         ("conv_state", x.conv_state, c.conv_dtype),
@@ -201,7 +200,7 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
         if c.indices is not None:
             stored[~np.isin(np.arange(c.P), c.indices)] = np.nan  # nobody may read these rows
         hold(name, stored, dtype, c.state_strides)
-    if c.snapshots:
+    if c.snapshots and not c.scattered:
         tail = (c.K, c.V) if c.layout == "kv" else (c.V, c.K)
         for name, shape, dtype in (
             ("snapshots", (c.HV, *tail), c.state_dtype), ("conv_snapshots", (c.C, c.columns), c.conv_dtype),
@@ -279,6 +278,9 @@ def _compare(
         if np.any(got[dead] != 0):
             v.errors.append("o: not zero at masked tokens or in skipped sequences")
 
+    if c.scattered:
+        _judge_rows(v, c, values, exact, held)
+        return
     skipped = exact.rule.skipped
     moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose states change at all
     index = np.arange(c.N) if values.state_indices is None else values.state_indices
@@ -306,6 +308,30 @@ def _compare(
             if stray := b.stray(written):
                 v.errors.append(f"{name}: {stray}")
         elif not (c.inplace and name in ("state", "conv_state")) and (stray := b.stray()):
+            v.errors.append(f"{name}: {stray}; it is an input")
+
+
+def _judge_rows(
+    v: Verdict, c: MixerCase, values: Inputs, exact: reference.MixerExpected, held: dict[str, Buffer]
+) -> None:
+    """The snapshots in the rows of both pools that name them; every other row keeps its bits."""
+    written, rows = exact.rule.snapshot_written, values.snapshot_indices
+    assert written is not None
+    assert rows is not None
+    allowed = np.zeros(c.P, bool)
+    allowed[rows[written]] = True
+    for name, wanted, dtype in (
+        ("state", exact.rule.snapshots, c.state_dtype), ("conv_state", exact.conv_snapshots, c.conv_dtype),
+    ):  # fmt: skip
+        assert wanted is not None
+        got = held[name].values()
+        for slot, which in enumerate(written):
+            if which.any():
+                judge(v, f"{name} {slot}", got[rows[slot][which]], wanted[slot][which], dtype)
+        if stray := held[name].stray(allowed):
+            v.errors.append(f"{name}: {stray}")
+    for name, b in held.items():
+        if name not in ("state", "conv_state") and (stray := b.stray()):
             v.errors.append(f"{name}: {stray}; it is an input")
 
 
@@ -383,6 +409,30 @@ def _sequences() -> Iterator[MixerCase]:
         yield MixerCase(B=3, T=T, H=2, HV=2, K=16, V=16, pool=6, indices=(4, 4, 0))  # refused
 
 
+def _scattered() -> Iterator[MixerCase]:
+    """Snapshots in rows of both pools: own rows and fresh ones, rows that several sequences read, skipped sequences."""
+    for Ks in (1, 3, 7):
+        for T in (1, 3, 7, 50):
+            for i, indices in enumerate(((5,), (0, 3, 1), (2, -1, 2, 6))):
+                yield MixerCase(
+                    B=len(indices), T=T, H=1, HV=2, K=16, V=32, pool=32, indices=indices, snapshots=Ks, W=(4, 1, 3)[i],
+                    S=4, scattered=True, kda=(T + i) % 2 == 0, layout="vk" if i == 1 else "kv", int64=i == 2,
+                    dtype="bfloat16" if (Ks + T) % 3 == 0 else "float32", mask="random" if T == 7 else "",
+                    state_strides=STATE_STRIDES[Ks % 3],
+                )  # fmt: skip
+    yield MixerCase(
+        seqlens=(2, 0, 5, 1),
+        H=1,
+        HV=1,
+        K=20,
+        V=13,
+        pool=30,
+        indices=(7, 1, 7, -1),
+        snapshots=3,
+        scattered=True,
+    )
+
+
 def random_mixer_case(rng: np.random.Generator) -> MixerCase:
     """A call of small size with any combination of options."""
 
@@ -413,6 +463,8 @@ def random_mixer_case(rng: np.random.Generator) -> MixerCase:
         rows = rng.permutation(pool)[: c.N]
         rows[rng.random(c.N) < 0.2] = -1
         c = replace(c, pool=pool, indices=tuple(int(r) for r in rows))
+        if c.inplace and c.snapshots and chance(0.5):
+            c = replace(c, pool=pool + c.snapshots * c.N, scattered=True)
     return c
 
 
@@ -423,7 +475,7 @@ def _random(count: int) -> Iterator[MixerCase]:
 
 
 def _all() -> Iterator[MixerCase]:
-    for group in (_models(), _lengths(), _forms(), _sequences(), _random(60)):
+    for group in (_models(), _lengths(), _forms(), _sequences(), _scattered(), _random(60)):
         yield from group
 
 

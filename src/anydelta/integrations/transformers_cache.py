@@ -14,7 +14,7 @@ dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
@@ -65,6 +65,8 @@ class RollbackCache(DynamicCache):
     def stop_recording(self) -> None:
         """Go on as a plain cache, which decodes in place, until `activate_past_recording` is called again."""
         for layer in self.layers:
+            if isinstance(layer, RollbackLayer) and layer.record_past:
+                layer.keep_newest()
             if hasattr(layer, "record_past"):
                 layer.record_past = False
 
@@ -118,6 +120,44 @@ class RollbackLayer(LinearAttentionLayer):
 
     # ---- What the forward of a linear attention layer calls
 
+    def begin(self, state_idx: int = 0) -> None:
+        """A forward begins, of which the layer's own code will run: take note of the states before it."""
+        if self.record_past:
+            self._past[state_idx].start(*self._states(state_idx))
+            window = self.conv_states[state_idx]
+            if window is not None:  # the convolution of one token may roll it in place
+                self.conv_states[state_idx] = window.clone()
+
+    def pools(
+        self,
+        state: tuple[int, ...],
+        window: tuple[int, ...],
+        like: torch.Tensor,
+        tokens: int,
+        state_idx: int = 0,
+    ) -> Pools:
+        """Where the mixer finds both states before `tokens` tokens, and puts those after the last of them.
+
+        `state` and `window` are the shapes [B, HV, K, V] and [B, C, k]; zeros, unless the layer has seen tokens. The
+        caller then says `adopt`.
+        """
+        past = self._past[state_idx]
+        past.start(*self._states(state_idx), (state, window), like)
+        return past.rows(tokens, *self._recorded(tokens))
+
+    def adopt(self, state_idx: int = 0) -> None:
+        """Go on from what the mixer put into the pools."""
+        past = self._past[state_idx]
+        self.skip = max(0, self.skip - past.tokens)
+        past.end()
+        window = past.window()
+        self.recurrent_states[state_idx], self.conv_states[state_idx] = past.state(), window
+        if not self.is_conv_states_initialized[state_idx]:
+            self.dtype, self.device = window.dtype, window.device
+            self.conv_kernel_size[state_idx] = window.shape[-1]
+            self.is_conv_states_initialized[state_idx] = True
+        self.is_recurrent_states_initialized[state_idx] = self.has_previous_state[state_idx] = True
+
     def update_conv_state(
         self,
         conv_states: torch.Tensor,
@@ -137,8 +177,7 @@ class RollbackLayer(LinearAttentionLayer):
             )
         self.has_previous_state[state_idx] = True
         full = torch.cat((self.conv_states[state_idx], conv_states), -1)
-        self._past[state_idx].extend(full, conv_states)
-        # A copy, because the convolution of one token may roll it in place.
+        self._past[state_idx].columns = full
         self.conv_states[state_idx] = full[..., -self.conv_kernel_size[state_idx] :].clone()
         return full
 
@@ -149,9 +188,10 @@ class RollbackLayer(LinearAttentionLayer):
 
         The state before them may be read while these are written; `update_recurrent_state(result[0])` adopts them.
         """
-        limit = max(self.rollback, min(self.drafts, tokens)) + 1
-        recorded = min(max(1, tokens - self.skip), limit)
-        return self._past[state_idx].room(shape, like, tokens, recorded, limit)
+        window = self.conv_states[state_idx]
+        past = self._past[state_idx]
+        past.start(None, None, (shape, tuple(window.shape)), like)
+        return past.room(tokens, *self._recorded(tokens))
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
@@ -159,11 +199,27 @@ class RollbackLayer(LinearAttentionLayer):
         if not self.record_past:
             return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)  # type: ignore[no-any-return]
         self.is_recurrent_states_initialized[state_idx] = True
-        past = self._past[state_idx]
+        past, window = self._past[state_idx], self.conv_states[state_idx]
         self.skip = max(0, self.skip - past.tokens)
-        state = past.adopt(recurrent_states, self.conv_states[state_idx])
-        self.recurrent_states[state_idx] = state
-        return state
+        if past.holds(recurrent_states):
+            past.put_windows(window)
+            past.end()
+        else:  # not in our room: it has no past
+            past.clear()
+            past.start(recurrent_states, window)
+        self.recurrent_states[state_idx] = past.state()
+        result: torch.Tensor = self.recurrent_states[state_idx]
+        return result
+
+    def _states(self, state_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self.has_previous_state[state_idx]:
+            return None, None
+        return self.recurrent_states[state_idx], self.conv_states[state_idx]
+
+    def _recorded(self, tokens: int) -> tuple[int, int]:
+        """Of how many tokens' states are kept, and how many states at most."""
+        limit = max(self.rollback, min(self.drafts, tokens)) + 1
+        return min(max(1, tokens - self.skip), limit), limit
 
     # ---- Rolling back
 
@@ -191,19 +247,18 @@ class RollbackLayer(LinearAttentionLayer):
         for i, past in self._used().items():
             past.drop(-tokens_to_remove)
             if tokens_to_remove:
-                self.recurrent_states[i] = past.state()
-                self.conv_states[i] = past.columns[..., -self.conv_kernel_size[i] :].clone()
+                self.recurrent_states[i], self.conv_states[i] = past.state(), past.window()
 
     def _used(self) -> dict[int, _Past]:
         return {i: past for i, past in self._past.items() if self.is_recurrent_states_initialized[i]}
 
     def _forget(self) -> None:
-        for i, past in self._past.items():
-            window = self.conv_states[i]
-            past.begin(
-                self.recurrent_states[i] if self.has_previous_state[i] else None,
-                None if window is None else window.clone(),
-            )
+        for past in self._past.values():
+            past.clear()
+
+    def keep_newest(self) -> None:
+        """Let go of all states but the newest, and of their memory."""
+        self._change(torch.clone)
 
     # ---- Changes of the batch: what comes out is the oldest state that can be reached
 
@@ -229,88 +284,127 @@ class RollbackLayer(LinearAttentionLayer):
         self._forget()
 
 
-class _Past:
-    """The states and convolution columns after each of the last tokens.
+class Pools(NamedTuple):
+    """What `gated_delta_mixer_` takes to record: both pools, the rows to read [B] and the rows to write [n, B]."""
 
-    States stand in slots of one buffer and are never moved: a forward writes into free neighbouring slots, newest
+    windows: torch.Tensor
+    states: torch.Tensor
+    read: torch.Tensor
+    written: torch.Tensor
+
+
+class _Past:
+    """The state and the convolution's window after each of the last tokens, and of the state that they began with.
+
+    They stand in slots of two buffers and are never moved: a forward writes into free neighbouring slots, newest
     first as the operator does, and dropping tokens frees theirs. The first forward after a drop keeps, of all that
     was before, the state that it starts from.
     """
 
     def __init__(self) -> None:
-        self.begin(None, None)
+        self.clear()
 
-    def begin(self, state: torch.Tensor | None, window: torch.Tensor | None) -> None:
-        """Start from this state, and this window [B, C, k] of the convolution."""
-        self.buffer: torch.Tensor | None = None  # [slots, B, HV, K, V]
-        self.slots: list[int] = []  # oldest first
-        self.columns: torch.Tensor = window  # type: ignore[assignment]  # [B, C, k + tokens that can be dropped]
+    def clear(self) -> None:
+        self._states = self._windows = torch.empty(0)
+        self.slots: list[int] = []  # oldest first; the last holds the newest state
         self.tokens = 0  # of the forward that is under way
-        self._start = state
+        self.columns: torch.Tensor | None = None  # the window before it and its own, [B, C, k + T]
         self._dropped = True
-        self._extended = False
-        self._room: tuple[int, list[int]] | None = None
+        self._room: tuple[int, int] | None = None  # first slot and number
+        self._kept: list[int] = []
 
     def state(self) -> torch.Tensor:
-        assert self.buffer is not None
-        return self.buffer[self.slots[-1]]
+        return self._states[self.slots[-1]]
 
-    def extend(self, full: torch.Tensor, new: torch.Tensor) -> None:
-        """Take new columns [B, C, T]; `full` has the window before them."""
-        self.columns = full if self._dropped else torch.cat((self.columns, new), -1)
-        self._extended = True
+    def window(self) -> torch.Tensor:
+        return self._windows[self.slots[-1]]
 
-    def room(
-        self, shape: tuple[int, ...], like: torch.Tensor, tokens: int, recorded: int, limit: int
-    ) -> torch.Tensor:
+    def start(
+        self,
+        state: torch.Tensor | None,
+        window: torch.Tensor | None,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        like: torch.Tensor | None = None,
+    ) -> None:
+        """Make these the first slot, zeros for None, if there is none yet. Shapes and a tensor of the window's kind
+        are needed for zeros."""
+        if self.slots or (shapes is None and (state is None or window is None)):
+            return
+        if state is not None and window is not None:
+            shapes, like = (tuple(state.shape), tuple(window.shape)), window
+        assert shapes is not None
+        assert like is not None
+        self._allocate(4, shapes, like)
+        self._states[0], self._windows[0] = 0 if state is None else state, 0 if window is None else window
+        self.slots = [0]
+
+    def _allocate(
+        self, slots: int, shapes: tuple[tuple[int, ...], tuple[int, ...]], like: torch.Tensor
+    ) -> None:
+        self._states = like.new_empty((slots, *shapes[0]), dtype=torch.float32)  # [slots, B, HV, K, V]
+        self._windows = like.new_empty((slots, *shapes[1]))  # [slots, B, C, k]
+        self._flat = self._windows.flatten(0, 1), self._states.flatten(0, 1)
+        batch = shapes[0][0]
+        self._rows = torch.arange(slots * batch, device=like.device).view(slots, batch)
+
+    def room(self, tokens: int, recorded: int, limit: int) -> torch.Tensor:
+        """Free slots for the states after the last `recorded` of so many tokens: [recorded, B, HV, K, V]."""
+        begin = self._find(tokens, recorded, limit)
+        return self._states[begin : begin + recorded]
+
+    def rows(self, tokens: int, recorded: int, limit: int) -> Pools:
+        """The same as rows of the buffers, sequence by sequence."""
+        begin = self._find(tokens, recorded, limit)
+        return Pools(*self._flat, self._rows[self.slots[-1]], self._rows[begin : begin + recorded])
+
+    def _find(self, tokens: int, recorded: int, limit: int) -> int:
         kept = self.slots[-1:] if self._dropped else self.slots
         if recorded < tokens:  # the states between would be missing
             kept = []
-        elif not kept and recorded < limit:
-            kept = [self._grow(shape, like, [], 1 + recorded)]
-            self.buffer[0] = 0 if self._start is None else self._start  # type: ignore[index]
         kept = kept[max(0, len(kept) + recorded - limit) :]
-        self._start = None
         begin = 0
-        for slot in [*sorted(kept), 0 if self.buffer is None else self.buffer.shape[0]]:
+        for slot in [*sorted({*kept, self.slots[-1]}), len(self._states)]:
             if slot - begin >= recorded:
                 break
             begin = slot + 1
         else:
-            begin = self._grow(shape, like, kept, recorded)
-            kept = list(range(begin))
-        assert self.buffer is not None
-        self._room = (begin, [*kept, *range(begin + recorded - 1, begin - 1, -1)])
-        self.tokens = tokens
-        return self.buffer[begin : begin + recorded]
+            begin, kept = self._grow(kept, recorded)
+        self._kept, self._room, self.tokens = kept, (begin, recorded), tokens
+        return begin
 
-    def _grow(self, shape: tuple[int, ...], like: torch.Tensor, kept: list[int], more: int) -> int:
-        """A buffer with room for more, and again as much; returns the first free slot. Kept ones come first."""
-        buffer = like.new_empty((2 * (len(kept) + more), *shape), dtype=torch.float32)
-        for to, slot in enumerate(kept):
-            buffer[to] = self.buffer[slot]  # type: ignore[index]
-        self.buffer = buffer
-        return len(kept)
+    def _grow(self, kept: list[int], more: int) -> tuple[int, list[int]]:
+        """Buffers with room for more, and again as much; returns the first free slot, and where the kept ones are."""
+        moved = kept or self.slots[-1:]
+        states, windows = self._states, self._windows
+        self._allocate(2 * (len(moved) + more), (states.shape[1:], windows.shape[1:]), windows)
+        for to, slot in enumerate(moved):
+            self._states[to], self._windows[to] = states[slot], windows[slot]
+        self.slots = list(range(len(moved)))
+        return len(moved), self.slots if kept else []
 
-    def adopt(self, state: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """End a forward, whose last state this is; returns it. If it is not in our room, it has no past."""
-        room, self._room, self.tokens = self._room, None, 0
-        if room is None or self.buffer is None or state.data_ptr() != self.buffer[room[0]].data_ptr():
-            room = (0, [0])
-            self.buffer = state.unsqueeze(0).clone()
-        self.slots = room[1]
-        k = window.shape[-1]
-        if not self._extended:  # one token, whose column went straight into the window
-            before = self.columns[..., -k:] if self._dropped else self.columns
-            self.columns = torch.cat((before, window[..., -1:]), -1)
-        wanted = k + len(self.slots) - 1
-        if self.columns.shape[-1] > wanted:
-            self.columns = self.columns[..., -wanted:].clone()
-        self._dropped = self._extended = False
-        return self.state()
+    def holds(self, state: torch.Tensor) -> bool:
+        """Whether this is the newest state of the room."""
+        return self._room is not None and state.data_ptr() == self._states[self._room[0]].data_ptr()
+
+    def put_windows(self, window: torch.Tensor) -> None:
+        """The windows of the forward that is under way, whose last is this."""
+        assert self._room is not None
+        begin, recorded = self._room
+        if self.columns is None:  # one token, whose column went straight into the window
+            self._windows[begin] = window
+            return
+        end, k = self.columns.shape[-1], window.shape[-1]
+        for slot in range(recorded):
+            self._windows[begin + slot] = self.columns[..., end - slot - k : end - slot]
+
+    def end(self) -> None:
+        """The room is written: a forward ends."""
+        assert self._room is not None
+        begin, recorded = self._room
+        self.slots = [*self._kept, *range(begin + recorded - 1, begin - 1, -1)]
+        self._room, self.columns, self._dropped, self.tokens = None, None, False, 0
 
     def drop(self, tokens: int) -> None:
         if tokens:
             del self.slots[-tokens:]
-            self.columns = self.columns[..., :-tokens]
         self._dropped = True

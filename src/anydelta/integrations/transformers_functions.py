@@ -462,6 +462,7 @@ def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
             layers = getattr(cache_params, "layers", ())
             layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
             if isinstance(layer, RollbackLayer) and layer.record_past:
+                layer.begin()
                 kwargs[RECORD] = layer
             elif hidden_states.shape[1] == 1 and _copies_states(cache_params, layer):
                 kwargs[ADVANCE] = True

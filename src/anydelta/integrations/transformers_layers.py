@@ -137,7 +137,15 @@ def _mix(
     if attention_mask is not None:  # as Transformers does: padding is zero, and counts as a token
         x = (x * attention_mask[:, :, None]).to(x.dtype)
     held = None if cache is None else cache.layers[self.layer_idx]
-    conv_state, state = _states(self, parts, x, held, cu_seqlens)
+    read = written = None
+    recording: Any = held if held is not None and held.record_past else None
+    if recording is not None:
+        B, HV, K, V = x.shape[0], *(getattr(self, n) for n in parts.heads)
+        conv_state, state, read, written = recording.pools(
+            (B, HV, K, V), (B, self.conv_dim, self.conv_kernel_size), x, x.shape[1]
+        )
+    else:
+        conv_state, state = _states(self, parts, x, held, cu_seqlens)
     conv, norm = self.conv1d, getattr(self, parts.norm)
     p = parts.project(self, x)
     out = gated_delta_mixer_(
@@ -145,8 +153,11 @@ def _mix(
         conv_weight=conv.weight.squeeze(1), conv_bias=conv.bias,
         norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
         allow_neg_eigval=getattr(self, "allow_neg_eigval", False), cu_seqlens=cu_seqlens,
+        state_indices=read, snapshot_indices=written,
     )  # fmt: skip
-    if held is not None:
+    if recording is not None:
+        recording.adopt()
+    elif held is not None:
         held.has_previous_state[0] = True
     result: torch.Tensor = getattr(self, parts.out)(out)
     return result
@@ -243,7 +254,7 @@ def _why_not_cache(self: Any, parts: Parts, x: torch.Tensor, cache: Any) -> str 
         or type(held).update_conv_state not in (Known.update_conv_state, RollbackLayer.update_conv_state)
     ):
         return f"the cache {kind.__name__} of {type(held).__name__}"
-    if held.record_past:
+    if held.record_past and not isinstance(held, RollbackLayer):
         return "the cache records its past"
     if held.is_conv_states_initialized[0]:
         conv, state = held.conv_states[0], held.recurrent_states[0]

@@ -59,11 +59,18 @@ def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
         mask=call.mask, snapshots=r.snapshots,
     )  # fmt: skip
     call.o[...] = want.o
+    written = want.rule.snapshot_written
+    if call.snapshot_indices is not None:
+        assert written is not None
+        rows = call.snapshot_indices[written]
+        for pool, states in ((call.state, want.rule.snapshots), (call.conv_state, want.conv_snapshots)):
+            assert states is not None
+            pool[rows] = states[written].astype(pool.dtype)
+        return
     live = ~want.rule.skipped
     rows = np.arange(r.N)[live] if call.state_indices is None else call.state_indices[live]
     call.state[rows] = want.rule.state[live].astype(call.state.dtype)
     call.conv_state[rows] = want.conv_state[live].astype(call.conv_state.dtype)
-    written = want.rule.snapshot_written
     for got, expected in ((call.snapshots, want.rule.snapshots), (call.conv_snapshots, want.conv_snapshots)):
         if got is not None and expected is not None and written is not None:
             got[written] = expected[written].astype(got.dtype)
@@ -135,7 +142,7 @@ def compose(
     )  # fmt: skip
     final = None
     if inplace:
-        o = gated_delta_rule_(q, k, v, call.state, **options)
+        o = gated_delta_rule_(q, k, v, call.state, snapshot_indices=call.snapshot_indices, **options)
     else:
         o, final = gated_delta_rule(q, k, v, initial_state=call.state, **options)
     if call.norm_weight is not None:
@@ -151,11 +158,13 @@ def _write_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> None:
     S = spec.S
     for n, row, length, seen, live in windows:
         end = seen.shape[0]
-        if call.conv_snapshots is not None:
+        rows = None if call.snapshot_indices is None else call.snapshot_indices[:, n].tolist()
+        if rows is not None or call.conv_snapshots is not None:
             for slot in range(min(length, spec.rule.snapshots)):
                 later = slot if live is None else int(live[length - slot :].sum())
-                call.conv_snapshots[slot, n].copy_(seen[end - later - S : end - later].t())
-        if end > S:
+                to = call.conv_snapshots[slot, n] if rows is None else call.conv_state[rows[slot]]
+                to.copy_(seen[end - later - S : end - later].t())
+        if end > S and rows is None:
             call.conv_state[row].copy_(seen[end - S :].t())
 
 

@@ -17,7 +17,9 @@ except ImportError:  # not built: the cpu backend gives the reason
     _core = None  # type: ignore[assignment]
 
 _ROWS = ("qkv", "k", "v", "z")
-_SMALL = ("conv_bias", "A_log", "dt_bias", "norm_weight", "cu_seqlens", "state_indices")
+_SMALL = (
+    "conv_bias", "A_log", "dt_bias", "norm_weight", "cu_seqlens", "state_indices", "snapshot_indices",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -58,7 +60,7 @@ class CpuMixer:
         rows.update({name: st for name, (st, _) in inputs.items()})
         inner = Call(
             None, None, None, call.g, call.beta, call.state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
-            call.state_indices, call.snapshots,
+            call.state_indices, call.snapshots, call.snapshot_indices,
         )  # fmt: skip
         rule, state_copy, snapshots_copy = cpu.rule_fields(r, inner, rows)
         written += [n for n, copied in (("state", state_copy), ("snapshots", snapshots_copy)) if copied]
@@ -129,7 +131,8 @@ class CpuMixer:
         if "state" in plan.written:
             rows: Any = slice(None)
             if call.state_indices is not None:
-                rows = call.state_indices[call.state_indices >= 0]
+                named = call.state_indices if call.snapshot_indices is None else call.snapshot_indices
+                rows = named[(named >= 0) & (named < spec.rule.P)]
             call.state[rows] = inner.state[rows]
         if "snapshots" in plan.written:
             call.snapshots[...] = inner.snapshots
@@ -140,5 +143,5 @@ def _arrays(call: MixerCall) -> tuple[Any, ...]:
     return (
         call.qkv, call.k, call.v, call.g, call.beta, call.o, call.conv_state, call.state, call.conv_snapshots,
         call.snapshots, call.conv_weight, call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight,
-        call.mask, call.cu_seqlens, call.state_indices,
+        call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
     )  # fmt: skip

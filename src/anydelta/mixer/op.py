@@ -67,6 +67,7 @@ def gated_delta_mixer_(
     mask: Array | None = None,
     snapshots: Array | None = None,
     conv_snapshots: Array | None = None,
+    snapshot_indices: Array | None = None,
     backend: str = "auto",
 ) -> Array:
     """What stands between the projections of a linear attention layer, in one pass; both states advance in place.
@@ -98,6 +99,8 @@ def gated_delta_mixer_(
         mask: [B, T] bool: a False token is as if it were not there: neither state sees it, its output is zero.
         snapshots: [Ks, N, HV, K, V], conv_snapshots: [Ks, N, C, S], written: both states after the last token, and s
             tokens earlier, as in `gated_delta_rule`.
+        snapshot_indices: [Ks, N], for pools (with `state_indices`, without `snapshots`): the rows of both pools that
+            the last states go to, the only ones that are written; as in `gated_delta_rule_`.
         scale, heads, qk_l2norm, qk_l2norm_eps, state_layout, cu_seqlens, state_indices, backend: as in
             `gated_delta_rule`.
 
@@ -115,7 +118,7 @@ def gated_delta_mixer_(
     )  # fmt: skip
     call = MixerCall(
         q, k, v, conv_state, state, g, beta, conv_weight, conv_bias, A_log, dt_bias, z, norm_weight, mask,
-        cu_seqlens, state_indices, snapshots, conv_snapshots,
+        cu_seqlens, state_indices, snapshots, conv_snapshots, snapshot_indices,
     )  # fmt: skip
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
@@ -150,6 +153,10 @@ def gated_delta_mixer(
         UnsupportedError: the named backend cannot run it.
     """
     call, options, backend = _parse(qkv, conv_state, state, snapshots, conv_snapshots, arguments, backend)
+    if call.snapshot_indices is not None:
+        raise ValueError(
+            f"{options.op}: snapshot_indices name rows of a pool that is written, and go with gated_delta_mixer_ only"
+        )
     spec = check_mixer(_writable(call), options)
     check_mixer_values(call, spec)
     torch = sys.modules.get("torch")
@@ -289,7 +296,7 @@ def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
         geometry = _core.geometry(
             call.qkv, call.k, call.v, call.conv_state, call.state, call.g, call.beta, call.conv_weight,
             call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight, call.mask, call.cu_seqlens,
-            call.state_indices, call.snapshots, call.conv_snapshots,
+            call.state_indices, call.snapshots, call.conv_snapshots, call.snapshot_indices,
         )  # fmt: skip
         key = None if geometry is None else (geometry, options, backend)
     try:

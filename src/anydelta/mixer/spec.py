@@ -79,6 +79,7 @@ class MixerCall:
     state_indices: Any = None
     snapshots: Any = None
     conv_snapshots: Any = None
+    snapshot_indices: Any = None
     o: Any = None
 
 
@@ -289,7 +290,7 @@ def _check_rule(
     inner = Call(
         _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, HV, V)),
         call.g, call.beta, call.state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices,
-        call.snapshots,
+        call.snapshots, call.snapshot_indices,
     )  # fmt: skip
     return check_call(inner, options.of_rule(), inplace=True)
 
@@ -331,8 +332,10 @@ def _check_conv_state(
 
 def check_mixer_values(call: MixerCall, spec: MixerSpec) -> None:
     """The checks that read index data, as `anydelta.spec.check_values`."""
-    check_values(Call(None, None, None, None, None, cu_seqlens=call.cu_seqlens, state_indices=call.state_indices),
-                 spec.rule)  # fmt: skip
+    indices = dict(
+        cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, snapshot_indices=call.snapshot_indices
+    )
+    check_values(Call(None, None, None, None, None, **indices), spec.rule)
 
 
 def requiring_grad(call: MixerCall) -> list[str]:

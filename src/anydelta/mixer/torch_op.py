@@ -20,7 +20,8 @@ _LIB.define(
     "gated_delta_mixer_(Tensor[] qkv, Tensor(a!) conv_state, Tensor(b!) state, Tensor g, Tensor beta, "
     "Tensor conv_weight, Tensor(c!)? snapshots=None, Tensor(d!)? conv_snapshots=None, Tensor? conv_bias=None, "
     "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? z=None, Tensor? norm_weight=None, Tensor? mask=None, "
-    'Tensor? cu_seqlens=None, Tensor? state_indices=None, *, str? activation="silu", float? scale=None, '
+    "Tensor? cu_seqlens=None, Tensor? state_indices=None, Tensor? snapshot_indices=None, *, "
+    'str? activation="silu", float? scale=None, '
     'str decay="raw", float? lower_bound=None, bool beta_is_logit=True, bool allow_neg_eigval=False, '
     'str heads="interleaved", bool qk_l2norm=True, float qk_l2norm_eps=1e-6, float norm_eps=1e-6, '
     'str norm_gate="silu", str state_layout="kv", str backend="auto") -> Tensor'
@@ -28,7 +29,7 @@ _LIB.define(
 _NAME = "gated_delta_mixer_"
 _ARRAYS = (
     "conv_state", "state", "g", "beta", "conv_weight", "snapshots", "conv_snapshots", "conv_bias", "A_log",
-    "dt_bias", "z", "norm_weight", "mask", "cu_seqlens", "state_indices",
+    "dt_bias", "z", "norm_weight", "mask", "cu_seqlens", "state_indices", "snapshot_indices",
 )  # fmt: skip
 """The operator's tensors after qkv, in the order of its schema."""
 

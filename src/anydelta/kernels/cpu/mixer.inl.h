@@ -355,9 +355,16 @@ class MixerRunner final : public RowMaker {
     // The conv state after the last token, and its snapshots: the last S inputs up to a token, live ones only.
     void write_windows() {
         const int64_t length = seq.end - seq.start;
-        const int64_t slots = m.conv_snapshots.data ? (p.Ks < length ? p.Ks : length) : 0;
-        for (int64_t slot = 0; slot < slots; ++slot)
-            write_window(m.conv_snapshots, slot, job.n, last_inputs(seq.end - slot));
+        const bool rows = p.snapshot_indices != nullptr;  // of the pool, which is then written nowhere else
+        const int64_t slots = rows || m.conv_snapshots.data ? (p.Ks < length ? p.Ks : length) : 0;
+        for (int64_t slot = 0; slot < slots; ++slot) {
+            const int64_t live = last_inputs(seq.end - slot);
+            if (rows)
+                write_window(m.conv, 0, p.snapshot_indices[slot * p.N + job.n], live);
+            else
+                write_window(m.conv_snapshots, slot, job.n, live);
+        }
+        if (rows) return;
         const int64_t live = last_inputs(seq.end);
         if (live > 0) write_window(m.conv, 0, seq.row_in, live);
     }

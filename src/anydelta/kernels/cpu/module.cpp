@@ -158,7 +158,8 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 // A problem's index arrays, widened; they must outlive the run.
 struct Indices {
     std::vector<int64_t> cu, rows, snapshots;
-    void widen_into(Problem& p, const Plan& plan, uintptr_t cu_seqlens, uintptr_t state_indices) {
+    void widen_into(Problem& p, const Plan& plan, uintptr_t cu_seqlens, uintptr_t state_indices,
+                    uintptr_t snapshot_indices) {
         if (cu_seqlens) {
             cu = widen(cu_seqlens, p.N + 1, plan.cu_is_int32);
             p.cu_seqlens = cu.data();
@@ -166,6 +167,12 @@ struct Indices {
         if (state_indices) {
             rows = widen(state_indices, p.N, plan.indices_are_int32);
             p.state_indices = rows.data();
+        }
+        if (snapshot_indices) {  // the states go to these rows of the pool, and nowhere else
+            snapshots = widen(snapshot_indices, p.Ks * p.N, plan.rows_are_int32);
+            p.snapshot_indices = snapshots.data();
+            p.snapshots.data = p.in.data;
+            p.out.data = nullptr;
         }
     }
 };
@@ -188,13 +195,7 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
     p.dt_bias = at(dt_bias);
     p.mask = static_cast<const uint8_t*>(at(mask));
     Indices indices;
-    indices.widen_into(p, plan, cu_seqlens, state_indices);
-    if (snapshot_indices) {  // the states go to these rows of the pool, and nowhere else
-        indices.snapshots = widen(snapshot_indices, p.Ks * p.N, plan.rows_are_int32);
-        p.snapshot_indices = indices.snapshots.data();
-        p.snapshots.data = p.in.data;
-        p.out.data = nullptr;
-    }
+    indices.widen_into(p, plan, cu_seqlens, state_indices, snapshot_indices);
     nb::gil_scoped_release unlocked;
     run_chosen(p, threads, share_openmp);
 }
@@ -223,6 +224,7 @@ enum MixerArray {
     MASK,
     CU_SEQLENS,
     STATE_INDICES,
+    SNAPSHOT_INDICES,
     MIXER_ARRAYS
 };
 
@@ -254,7 +256,7 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
     m.norm_weight = at(a[NORM_WEIGHT]);
     p.mask = static_cast<const uint8_t*>(at(a[MASK]));
     Indices indices;
-    indices.widen_into(p, plan.rule, a[CU_SEQLENS], a[STATE_INDICES]);
+    indices.widen_into(p, plan.rule, a[CU_SEQLENS], a[STATE_INDICES], a[SNAPSHOT_INDICES]);
     nb::gil_scoped_release unlocked;
     run_chosen(m, threads, share_openmp);
 }
