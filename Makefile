@@ -9,13 +9,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
-KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp)
+KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
 SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
 SYCL := $(wildcard src/anydelta/kernels/sycl/*.?pp)
-CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h examples/export/*.cpp)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17
+EXPORT_RUNTIMES := aoti executorch
+EXPORT_PROMPT := In the beginning God created
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
@@ -50,13 +52,18 @@ demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measu
 	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
 	@echo "The figures are out/model.svg and out/ops.svg, their numbers out/model.json and out/ops.json."
 
-demo-export: $(VENV)/.built ## Export the tiny model, generate with it in Python and in C++: out/export
-	$(ISOLATE) $(BIN)/python examples/export/export_aoti.py examples/tiny_model out/export
-	$(ISOLATE) $(BIN)/python examples/export/run_aoti.py examples/tiny_model out/export 64 In the beginning God created | tee out/export/python.txt
+demo-export: $(VENV)/.built ## Export the tiny model to each runtime, generate with it in Python and in C++: out/export
+	mkdir -p out/export
+	for runtime in $(EXPORT_RUNTIMES); do \
+	  $(ISOLATE) $(BIN)/python examples/export/export_$$runtime.py examples/tiny_model out/export && \
+	  $(ISOLATE) $(BIN)/python examples/export/run_python.py $$runtime examples/tiny_model out/export 64 $(EXPORT_PROMPT) > out/export/$$runtime.txt && \
+	  cat out/export/$$runtime.txt || exit 1; done
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -S examples/export -B out/export/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build out/export/build
-	out/export/build/run_aoti out/export 64 $$(sed -n 's/^prompt: //p' out/export/python.txt) | tee out/export/cpp.txt
-	test "$$(sed -n 's/^tokens: //p' out/export/python.txt)" = "$$(cat out/export/cpp.txt)"
+	for runtime in $(EXPORT_RUNTIMES); do \
+	  out/export/build/run_$$runtime out/export 64 $$(sed -n 's/^prompt: //p' out/export/$$runtime.txt) > out/export/$$runtime.cpp.txt && \
+	  test "$$(sed -n 's/^tokens: //p' out/export/$$runtime.txt)" = "$$(cat out/export/$$runtime.cpp.txt)" || exit 1; \
+	  echo "$$runtime: C++ gives the same 64 tokens"; done
 
 lint: $(VENV)/.installed ## Check style and types
 	$(BIN)/ruff check .
@@ -102,6 +109,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/torch_schemas.txt
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/torch_schemas.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

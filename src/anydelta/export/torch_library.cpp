@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "host.h"
+#include "operators.h"
 #include "spec.h"
 #include "threads.h"
 #include "torch_schemas.h"
@@ -38,11 +39,9 @@ void ok(AOTITorchError error, const char* what) {
 
 // ---- tensors
 
-// The tensors of a call, borrowed; null where not given. In the order of Call.
-struct Tensors {
-    AtenTensorHandle q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots,
-        snapshot_indices;
-};
+// The tensors of a call, borrowed; null where not given.
+using Tensors = TensorsOf<AtenTensorHandle>;
+using Op = OperatorOf<AtenTensorHandle>;
 
 struct Deleter {
     void operator()(AtenTensorHandle t) const { aoti_torch_delete_tensor_object(t); }
@@ -171,11 +170,7 @@ struct Results {
 
 // Validate and run. Throws std::invalid_argument before anything is written. Generated code knows no gradients.
 Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) {
-    Call call;
-    call.q = read(t.q), call.k = read(t.k), call.v = read(t.v), call.g = read(t.g), call.beta = read(t.beta);
-    call.state = read(t.state), call.A_log = read(t.A_log), call.dt_bias = read(t.dt_bias), call.mask = read(t.mask);
-    call.cu_seqlens = read(t.cu_seqlens), call.state_indices = read(t.state_indices);
-    call.snapshots = read(t.snapshots), call.snapshot_indices = read(t.snapshot_indices);
+    Call call = call_of(t, read);
     const Spec spec = check(call, opt);
     if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
     if (ask_gradients && (opt.inplace || call.snapshots.given())) refuse_gradients(t, opt);
@@ -216,31 +211,6 @@ Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask
 
 // ---- for the dispatcher
 
-// An operator's arguments in the order of its schema: tensors (the first `required` of them not optional), then flags.
-struct Op {
-    const char* name;
-    bool inplace;
-    std::vector<AtenTensorHandle Tensors::*> tensors;
-    size_t required;
-    uint64_t arguments() const { return tensors.size() + (inplace ? 9 : 10); }
-};
-using T = Tensors;
-const Op FUNCTIONAL{"gated_delta_rule",
-                    false,
-                    {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::state, &T::A_log, &T::dt_bias, &T::mask, &T::cu_seqlens,
-                     &T::state_indices},
-                    5};
-const Op SNAPSHOTS{"gated_delta_rule_snapshots",
-                   false,
-                   {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::snapshots, &T::state, &T::A_log, &T::dt_bias, &T::mask,
-                    &T::cu_seqlens, &T::state_indices},
-                   6};
-const Op INPLACE{"gated_delta_rule_",
-                 true,
-                 {&T::q, &T::k, &T::v, &T::g, &T::beta, &T::state, &T::snapshots, &T::A_log, &T::dt_bias, &T::mask,
-                  &T::cu_seqlens, &T::state_indices, &T::snapshot_indices},
-                 6};
-
 // The arguments of one boxed call. They are this function's to free, unless they are passed on.
 class Stack {
   public:
@@ -257,7 +227,7 @@ class Stack {
             tensors.*op.tensors[i] = to<AtenTensorHandle>(value);
         }
         const size_t f = op.tensors.size();
-        options.op = op.inplace ? "gated_delta_rule_" : "gated_delta_rule";
+        options.op = op.op();
         options.inplace = op.inplace;
         options.has_scale = optional(stack[f], options.scale);
         options.decay = string(stack[f + 1]);
@@ -325,9 +295,7 @@ bool for_python(const Stack& s) {
 // types of results in reverse). "ValueError: ..." becomes that; anything else a RuntimeError.
 void call_python(const Op& op, Stack& s, StableIValue* stack, uint64_t outputs) {
     if (!python_attached.load())
-        throw std::invalid_argument(std::string(s.options.op) +
-                                    ": backend must be 'auto' or 'cpu' in a program without Python; got '" + s.backend +
-                                    "'");
+        require_cpu(s.options.op, s.backend == "auto" ? std::getenv("ANYDELTA_BACKEND") : s.backend);
     StableIValue* arguments = s.release();
     const std::string twin = std::string("anydelta::python_") + op.name;
     ok(torch_call_dispatcher(twin.c_str(), "", arguments, TORCH_ABI_VERSION), twin.c_str());
@@ -359,9 +327,9 @@ STABLE_TORCH_LIBRARY(anydelta, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(anydelta, CPU, m) {
-    m.impl("gated_delta_rule", boxed<FUNCTIONAL>);
-    m.impl("gated_delta_rule_snapshots", boxed<SNAPSHOTS>);
-    m.impl("gated_delta_rule_", boxed<INPLACE>);
+    m.impl("gated_delta_rule", boxed<FUNCTIONAL<AtenTensorHandle>>);
+    m.impl("gated_delta_rule_snapshots", boxed<SNAPSHOTS<AtenTensorHandle>>);
+    m.impl("gated_delta_rule_", boxed<INPLACE<AtenTensorHandle>>);
 }
 
 // torch's own threads, wherever there is no OpenMP runtime that threads.cpp finds by itself (macOS, Windows).
@@ -409,10 +377,7 @@ AOTITorchError shim(bool inplace, const Tensors& t, const Flags& f, bool final_s
         opt.qk_l2norm = f.qk_l2norm;
         opt.qk_l2norm_eps = f.qk_l2norm_eps;
         opt.state_layout = f.state_layout;
-        if (std::strcmp(backend, "auto") != 0 && std::strcmp(backend, "cpu") != 0)
-            throw std::invalid_argument(std::string(opt.op) +
-                                        ": backend must be 'auto' or 'cpu' in a program without " + "Python; got '" +
-                                        backend + "'");
+        require_cpu(opt.op, backend);
         Results r = compute(t, opt, final_state, false);
         if (o) *o = r.o.release();
         if (state) *state = r.state ? r.state.release() : empty({0}, dtype_of(t.q)).release();

@@ -118,10 +118,13 @@ GompParallel find_openmp() {
 #endif
 }
 
-bool openmp_usable(bool share_openmp) { return share_openmp && !forked.load() && find_openmp() != nullptr; }
-
 using Parallel = void (*)(int, void (*)(void*), void*);
 std::atomic<Parallel> host_threads{nullptr};
+std::atomic<bool> host_first{false};
+
+bool openmp_usable(bool share_openmp) {
+    return share_openmp && !forked.load() && !host_first.load() && find_openmp() != nullptr;
+}
 
 #if !defined(_WIN32)
 // A forked child has none of the parent's threads: forget the pool (its mutexes may be held) and OpenMP's workers.
@@ -141,7 +144,10 @@ void parallel(int threads, bool share_openmp, void (*work)(void*), void* context
     if (!pool().run(threads, work, context)) work(context);
 }
 
-void share_threads_of(Parallel parallel) { host_threads.store(parallel); }
+void share_threads_of(Parallel parallel, bool first) {
+    host_threads.store(parallel);
+    host_first.store(first);
+}
 
 const char* thread_provider(bool share_openmp) {
     if (openmp_usable(share_openmp)) return "openmp";

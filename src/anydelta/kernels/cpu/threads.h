@@ -11,11 +11,12 @@ namespace anydelta {
 // Failing that, they are those of share_threads_of. Otherwise, and in a forked child, where OpenMP's workers do not exist, the threads are a pool of our own.
 void parallel(int threads, bool share_openmp, void (*work)(void*), void* context);
 
-// Threads of a host that has no OpenMP runtime to be found: `parallel` calls work(context) up to `threads` times, each on
-// a thread of its own. Comes second, because torch wakes all of its threads for a job of two.
-void share_threads_of(void (*parallel)(int threads, void (*work)(void*), void* context));
+// Threads of the host: `parallel` calls work(context) up to `threads` times, each on a thread of its own. OpenMP comes
+// before them, because torch wakes all of its threads for a job of two; `first` turns that round, for a runtime whose own
+// threads are the ones that are awake.
+void share_threads_of(void (*parallel)(int threads, void (*work)(void*), void* context), bool first = false);
 
-// "openmp", "torch" or "own": what parallel(n, share_openmp, ...) would use.
+// "openmp", "torch" (the host's) or "own": what parallel(n, share_openmp, ...) would use.
 const char* thread_provider(bool share_openmp);
 
 }  // namespace anydelta

@@ -1,0 +1,37 @@
+"""Where the op libraries of src/anydelta/export lie: beside the extension. Nothing here imports a runtime."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_FORMS = ("lib{}.so", "lib{}.dylib", "{}.dll", "{}.so")
+
+
+def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tuple[Path | None, str]:
+    """(the library, "") or (None, why there is none to use).
+
+    Args:
+        name: of the library, such as "anydelta_torch".
+        package: the distribution of its runtime, of `minimum` or newer.
+        env: the environment variable that leaves the library out where it is 0.
+    """
+    if env and os.environ.get(env) == "0":
+        return None, f"{env}=0"
+    try:
+        from .. import _core
+    except ImportError as error:
+        return None, f"the extension anydelta._core is not built or does not load ({error})"
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return None, f"{package} is not installed"
+    if tuple(int(n) for n in installed.split(".")[: len(minimum)]) < minimum:
+        return None, f"it needs {package} {'.'.join(map(str, minimum))} or newer; got {installed}"
+    folder = Path(_core.__file__).parent
+    paths = (folder / form.format(name) for form in _FORMS)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None, f"anydelta was built where no {package} was; see docs/export.md"
+    return path, ""
