@@ -9,6 +9,7 @@ struct Probe {
     void (*exp)(const float* x, float* y, int64_t n);  // n: a multiple of lanes, here and below
     void (*sigmoid)(const float* x, float* y, int64_t n);
     void (*softplus)(const float* x, float* y, int64_t n);
+    void (*silu)(const float* x, float* y, int64_t n);
     // [0] a vector at a time, [1] one number at a time
     void (*from_bf16[2])(const uint16_t* x, float* y, int64_t n);
     void (*from_f16[2])(const uint16_t* x, float* y, int64_t n);

@@ -15,6 +15,13 @@ static void probe_sigmoid(const float* x, float* y, int64_t n) {
 static void probe_softplus(const float* x, float* y, int64_t n) {
     for (int64_t i = 0; i < n; i += L) vstore(y + i, vsoftplus(vload(x + i)));
 }
+static void probe_silu(const float* x, float* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) {
+        V v = vload(x + i);
+        silus<1>(&v);
+        vstore(y + i, v);
+    }
+}
 template <class Half>
 static void probe_from(const uint16_t* x, float* y, int64_t n) {
     for (int64_t i = 0; i < n; i += L) vstore(y + i, vload(reinterpret_cast<const Half*>(x + i)));
@@ -40,6 +47,7 @@ const Probe PROBE = {
     ANYDELTA_ISA::probe_exp,
     ANYDELTA_ISA::probe_sigmoid,
     ANYDELTA_ISA::probe_softplus,
+    ANYDELTA_ISA::probe_silu,
     {ANYDELTA_ISA::probe_from<ANYDELTA_ISA::bf16>, ANYDELTA_ISA::probe_from_one<ANYDELTA_ISA::bf16>},
     {ANYDELTA_ISA::probe_from<ANYDELTA_ISA::f16>, ANYDELTA_ISA::probe_from_one<ANYDELTA_ISA::f16>},
     {ANYDELTA_ISA::probe_to<ANYDELTA_ISA::bf16>, ANYDELTA_ISA::probe_to_one<ANYDELTA_ISA::bf16>},

@@ -1126,7 +1126,8 @@ Worst worst_error(void (*f)(const float*, float*, int64_t), double (*exact)(doub
         f(x.data(), y.data(), n);
         for (size_t i = 0; i < x.size(); ++i) {
             const double want = exact(static_cast<double>(x[i]));
-            const double error = std::fabs(static_cast<double>(y[i]) - want) / std::fmax(want, floor) * 0x1p24;
+            const double error =
+                std::fabs(static_cast<double>(y[i]) - want) / std::fmax(std::fabs(want), floor) * 0x1p24;
             if (!(error <= worst.error)) worst = {error, static_cast<double>(x[i])};
         }
     }
@@ -1147,6 +1148,7 @@ void test_elementary_functions(const std::vector<Isa>& all) {
         bounded("exp", worst_error(f.exp, [](double x) { return std::exp(x); }, 0, 88, floor), 3);
         bounded("sigmoid", worst_error(f.sigmoid, sigmoid, -87, 30, floor), 6);
         bounded("softplus", worst_error(f.softplus, softplus, -87, 100, floor), 6);
+        bounded("silu", worst_error(f.silu, [](double x) { return x * sigmoid(x); }, -87, 100, floor), 6);
 
         const float inf = HUGE_VALF;
         std::vector<float> x(16), y(16);
@@ -1166,10 +1168,13 @@ void test_elementary_functions(const std::vector<Isa>& all) {
         check(one(f.softplus, -inf) == 0 && one(f.softplus, -1e30f) == 0, "softplus(-inf)");
         check(one(f.softplus, 1e30f) == 1e30f && one(f.softplus, 50) == 50, "softplus(50), softplus(1e30)");
         check(one(f.softplus, inf) == inf, "softplus(inf) is %g", static_cast<double>(one(f.softplus, inf)));
-        for (auto function : {f.exp, f.sigmoid, f.softplus})
+        check(one(f.silu, 0) == 0 && one(f.silu, 1e30f) == 1e30f, "silu(0), silu(1e30)");
+        check(std::fabs(one(f.silu, -1e3f)) < 1e-34, "silu(-1000) is %g", static_cast<double>(one(f.silu, -1e3f)));
+        for (auto function : {f.exp, f.sigmoid, f.softplus, f.silu})
             check(std::isnan(one(function, NAN)), "%s(NaN) is %g",
                   function == f.exp       ? "exp"
                   : function == f.sigmoid ? "sigmoid"
+                  : function == f.silu    ? "silu"
                                           : "softplus",
                   static_cast<double>(one(function, NAN)));
         // a decay must be in [0, 1]

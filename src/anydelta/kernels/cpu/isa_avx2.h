@@ -27,9 +27,10 @@ AD_INLINE V vfnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a
 AD_INLINE V vmax(V a, V b) { return _mm256_max_ps(a, b); }
 AD_INLINE V vmin(V a, V b) { return _mm256_min_ps(a, b); }
 AD_INLINE V vround(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2^n for integral n in [-126, 127]
-AD_INLINE V vpow2(V n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+// p 2^n for integral n in [-126, 127]
+AD_INLINE V vscale2(V p, V n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 // 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) { return _mm256_and_ps(x, _mm256_cmp_ps(x0, limit, _CMP_NLT_UQ)); }

@@ -29,10 +29,8 @@ AD_INLINE V vfnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a
 AD_INLINE V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 AD_INLINE V vmin(V a, V b) { return _mm512_min_ps(a, b); }
 AD_INLINE V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2^n for integral n in [-126, 127]
-AD_INLINE V vpow2(V n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+// p 2^n for integral n in [-126, 127]
+AD_INLINE V vscale2(V p, V n) { return _mm512_scalef_ps(p, n); }
 // 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x0, limit, _CMP_NLT_UQ), x);

@@ -55,15 +55,15 @@ AD_INLINE V vround(V x) {
     for (int i = 0; i < L; ++i) x[i] = std::nearbyintf(x[i]);
     return x;
 }
-// 2^n for integral n in [-126, 127]
-AD_INLINE V vpow2(V n) {
+// p 2^n for integral n in [-126, 127]
+AD_INLINE V vscale2(V p, V n) {
     for (int i = 0; i < L; ++i) {
         const uint32_t u = float_to_bits(n[i] + 12583039.0f) << 23;
         float f;
         std::memcpy(&f, &u, 4);
-        n[i] = f;
+        p[i] *= f;
     }
-    return n;
+    return p;
 }
 // 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) {

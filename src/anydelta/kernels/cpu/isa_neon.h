@@ -27,8 +27,10 @@ AD_INLINE V vfnma(V a, V b, V c) { return vfmsq_f32(c, a, b); }  // c - a b
 AD_INLINE V vmax(V a, V b) { return vmaxq_f32(a, b); }
 AD_INLINE V vmin(V a, V b) { return vminq_f32(a, b); }
 AD_INLINE V vround(V x) { return vrndnq_f32(x); }
-// 2^n for integral n in [-126, 127]
-AD_INLINE V vpow2(V n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)); }
+// p 2^n for integral n in [-126, 127]
+AD_INLINE V vscale2(V p, V n) {
+    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)));
+}
 // 0 where x0 < limit, else x (also where x0 is NaN)
 AD_INLINE V vzero_below(V x, V x0, V limit) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vcltq_f32(x0, limit)));

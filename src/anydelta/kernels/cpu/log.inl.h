@@ -33,9 +33,7 @@ static LogSpace carve(const Log& g, Arena& arena) {
     const int64_t C = g.capacity, seg = segments(p), ldv = round_up(p.V, W), kp = round_up(p.K, L);
     const int64_t blocks = (C + C_MAX - 1) / C_MAX;
     LogSpace w;
-    w.scratch.k = arena.take<float>(seg * SEG);
-    w.scratch.q = arena.take<float>(seg * SEG);
-    w.scratch.a = arena.take<float>(seg * SEG);
+    w.scratch.carve(arena, seg);
     w.bias = arena.take<float>(seg * SEG);
     w.suffix = arena.take<float>(seg * SEG);
     w.keys = arena.take<float>(C * kp);
@@ -295,7 +293,7 @@ class LogRunner {
             for (int64_t i = 0; i < round_up(n, L); ++i) w.bias[i] = 0.0f;
             read_row(w.bias, element(p.dt_bias, p.dt_bias_dtype, hv * n), p.dt_bias_dtype, n);
         }
-        for (int64_t i = p.K; i < kp; ++i) w.scratch.k[i] = w.scratch.q[i] = w.scratch.a[i] = 0.0f;
+        w.scratch.pad(p.K);
         load_entries(used);
         const int64_t block_rows = segments(p) * 2 * C_MAX * LD;
         for (int64_t t = 0; t < T; ++t) {
@@ -348,8 +346,8 @@ class LogRunner {
             store_entry(e, key);
             return;
         }
-        w.beta[t] = read_beta(p, b, position, hv);
-        const Token x = read_token(p, b, position, hv, A, w.bias, w.scratch);
+        Token x;
+        read_tokens(p, b, &position, 1, hv, A, w.bias, &w.scratch, &x, w.beta + t);
         float* q = w.scratch.q;
         for (int64_t i = 0; i < kp; i += L) {
             vstore(key + i, vmul(vset(x.k_factor), vload(x.k + i)));

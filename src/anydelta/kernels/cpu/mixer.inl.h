@@ -19,8 +19,11 @@ constexpr int FEW_TAPS = 4;  // the convolution of every model family; others ta
 // Rows of consecutive tokens are 8 to 24 KiB apart, where no hardware prefetcher follows: a row is asked for 6 tokens
 // before it is read, some 1000 cycles in the convolution.
 constexpr int64_t TOKENS_AHEAD = 6;
+static_assert(TOKENS_AHEAD == C_MAX, "a call of conv_rows fetches the rows of the next");
 
-AD_INLINE V vsilu(V x) { return vdiv(x, vadd(vset(1.0f), vexp(vsub(vzero(), x)))); }  // vexp is finite everywhere
+// Vectors that go through SiLU side by side: their steps fill the latency of each other's.
+constexpr int TOGETHER = REGISTERS == 32 ? 3 : 2;
+static_assert(C_MAX % TOGETHER == 0, "a full call of conv_rows takes them without a rest");
 
 static const void* grouped(const GroupedTokens& x, int64_t b, int64_t t, int64_t head, int64_t width) {
     return element(x.data, x.dtype, b * x.b + t * x.t + head / x.per * x.g + head % x.per * width);
@@ -88,44 +91,65 @@ static void write_rows(void* x, DType dtype, int64_t stride_c, int64_t stride_s,
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// the convolution of one token: dst [n] from W rows x[j] [n], the oldest first. taps [W][ld], bias [n] or null. The
+// the convolution of `count` <= C_MAX consecutive tokens: dst[t] [n] from the rows x[t] .. x[t + W - 1] [n], oldest first.
+// taps [W][ld], bias [n] or null. The channels of a vector pass all tokens in registers, so that a row is read once. The
 // last vector is read element by element where n is no whole number of them; dst has room for it.
 
-template <class T, int TAPS>
-AD_INLINE V conv_lanes(const T* const* x, int64_t i, const float* taps, int64_t ld, const float* bias,
-                       int64_t taps_given) {
-    V y = bias ? vload(bias + i) : vzero();
-    const int64_t count = TAPS ? TAPS : taps_given;
-    AD_UNROLL for (int64_t j = 0; j < count; ++j) y = vfma(vload(taps + j * ld + i), vload(x[j] + i), y);
-    return y;
+template <class T, int TAPS, int N>
+AD_INLINE void conv_tokens(float* const* dst, const T* const* x, int64_t i, V* in, const V* w, const float* taps,
+                           int64_t ld, int64_t taps_given, V bias, bool silu, int64_t ahead) {
+    V y[N];
+    AD_UNROLL for (int t = 0; t < N; ++t) {
+        const T* row = x[t + taps_given - 1] + i;
+        AD_PREFETCH(row + ahead);
+        y[t] = bias;
+        if (TAPS) {
+            in[TAPS - 1] = vload(row);
+            AD_UNROLL for (int j = 0; j < TAPS; ++j) y[t] = vfma(w[j], in[j], y[t]);
+            AD_UNROLL for (int j = 0; j + 1 < TAPS; ++j) in[j] = in[j + 1];
+        } else {
+            for (int64_t j = 0; j < taps_given; ++j) y[t] = vfma(vload(taps + j * ld + i), vload(x[t + j] + i), y[t]);
+        }
+    }
+    if (silu) silus<N>(y);
+    AD_UNROLL for (int t = 0; t < N; ++t) vstore(dst[t] + i, y[t]);
 }
 
 template <class T, int TAPS>
-static void conv_row(float* dst, const T* const* x, int64_t n, const float* taps, int64_t ld, const float* bias,
-                     int64_t count, bool silu, const T* next) {
-    const int64_t whole = n / L * L;
+static void conv_rows(float* const* dst, const T* const* x, int64_t count, int64_t n, const float* taps, int64_t ld,
+                      const float* bias, int64_t taps_given, bool silu, int64_t ahead) {
+    const int64_t W_ = TAPS ? TAPS : taps_given, whole = n / L * L;
     for (int64_t i = 0; i < whole; i += L) {
-        AD_PREFETCH(next + i);
-        const V y = conv_lanes<T, TAPS>(x, i, taps, ld, bias, count);
-        vstore(dst + i, silu ? vsilu(y) : y);
+        const V b = bias ? vload(bias + i) : vzero();
+        V w[TAPS ? TAPS : 1], in[TAPS ? TAPS : 1];
+        AD_UNROLL for (int j = 0; j < TAPS; ++j) w[j] = vload(taps + j * ld + i);
+        AD_UNROLL for (int j = 0; j + 1 < TAPS; ++j) in[j] = vload(x[j] + i);
+        int64_t t = 0;
+        for (; t + TOGETHER <= count; t += TOGETHER)
+            conv_tokens<T, TAPS, TOGETHER>(dst + t, x + t, i, in, w, taps, ld, W_, b, silu, ahead);
+        for (; t < count; ++t) conv_tokens<T, TAPS, 1>(dst + t, x + t, i, in, w, taps, ld, W_, b, silu, ahead);
     }
     if (whole == n) return;
-    alignas(64) float y[L], sum[L] = {};
-    for (int64_t c = whole; c < n; ++c) {
-        sum[c - whole] = bias ? bias[c] : 0.0f;
-        for (int64_t j = 0; j < count; ++j) sum[c - whole] += taps[j * ld + c] * to_float(x[j][c]);
+    for (int64_t t = 0; t < count; ++t) {
+        alignas(64) float y[L], sum[L] = {};
+        for (int64_t c = whole; c < n; ++c) {
+            sum[c - whole] = bias ? bias[c] : 0.0f;
+            for (int64_t j = 0; j < W_; ++j) sum[c - whole] += taps[j * ld + c] * to_float(x[t + j][c]);
+        }
+        V v = vload(sum);
+        if (silu) silus<1>(&v);
+        vstore(y, v);
+        for (int64_t c = whole; c < n; ++c) dst[t][c] = y[c - whole];
     }
-    vstore(y, silu ? vsilu(vload(sum)) : vload(sum));
-    for (int64_t c = whole; c < n; ++c) dst[c] = y[c - whole];
 }
 
 template <class T>
-static void conv_row_as(float* dst, const void* const* rows, int64_t n, const float* taps, int64_t ld,
-                        const float* bias, int64_t count, bool silu, const void* next_row) {
-    const T* next = static_cast<const T*>(next_row);
+static void conv_rows_as(float* const* dst, const void* const* rows, int64_t count, int64_t n, const float* taps,
+                         int64_t ld, const float* bias, int64_t taps_given, bool silu, int64_t ahead) {
     const T* const* x = reinterpret_cast<const T* const*>(rows);
-    if (count == FEW_TAPS) return conv_row<T, FEW_TAPS>(dst, x, n, taps, ld, bias, count, silu, next);
-    conv_row<T, 0>(dst, x, n, taps, ld, bias, count, silu, next);
+    if (taps_given == FEW_TAPS)
+        return conv_rows<T, FEW_TAPS>(dst, x, count, n, taps, ld, bias, taps_given, silu, ahead);
+    conv_rows<T, 0>(dst, x, count, n, taps, ld, bias, taps_given, silu, ahead);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -140,12 +164,13 @@ struct MixerScratch {
     float *taps, *bias;     // [W][ld], [ld]
     float* past;            // [S][ld]: the conv state before the call
     float* window;          // [S][width]: a conv state on its way out
-    float* steps;           // [W][width]: the inputs of a token that has both tokens and state columns among them
+    float* steps;           // [W - 1 + C_MAX][width]: half tokens that are convolved with float32 columns of the state
     float *q, *k;           // [CHUNK][heads][K]
     float* norm_weight;     // [V]
-    int64_t* inputs;        // [CHUNK][W] of each token of the chunk: token t >= 0, or -1 - column of the conv state
+    int64_t* inputs;        // [W - 1 + CHUNK] before and in the chunk: live token t >= 0, or -1 - column of the conv state
                             // and at the end [S]: the last live tokens, the latest first
-    const void** pointers;  // [max(W, S)]
+    int64_t* order;         // [CHUNK] of a live token of the chunk: its number among them
+    const void** pointers;  // [W - 1 + C_MAX]
     char* rule;             // the rule's own
 };
 
@@ -195,7 +220,8 @@ class MixerRunner final : public RowMaker {
                 const int64_t count = values - j < MAX_HEADS ? values - j : MAX_HEADS;
                 from_head = p.tiled ? i : j / r;
                 to_head = p.tiled ? i + 1 : (j + count - 1) / r + 1;
-                for (int64_t w = 0; w < m.W; ++w) newest[w] = w < m.W - 1 ? -1 - (m.S - 1 - w) : 0;
+                live = 0;
+                for (int64_t w = 0; w < m.W - 1; ++w) s.inputs[w] = -1 - (m.S - (m.W - 1) + w);
                 Runner(p, Task{job.n, first + j * step, count, 0, p.V, nullptr, step}, s.rule, this).run();
             }
         }
@@ -206,54 +232,40 @@ class MixerRunner final : public RowMaker {
     int64_t prepare(int64_t from) override {
         const int64_t end = from + CHUNK < seq.end ? from + CHUNK : seq.end;
         begin = from;
+        for (int64_t w = 0; w < m.W - 1; ++w) s.inputs[w] = s.inputs[live + w];  // the chunk before this one
+        live = 0;
         for (int64_t t = from; t < end; ++t) {
             if (!seq.live(p, t)) continue;
-            int64_t* in = s.inputs + (t - from) * m.W;
-            in[m.W - 1] = t;
-            for (int64_t w = 1; w < m.W; ++w) in[m.W - 1 - w] = newest[w - 1];
-            for (int64_t w = m.W - 2; w > 0; --w) newest[w] = newest[w - 1];
-            if (m.W > 1) newest[0] = t;
+            s.order[t - from] = live;
+            s.inputs[m.W - 1 + live++] = t;
         }
-        // Head by head: rows of one head but of several tokens share few sets of L1, and W of them are read again.
+        // Head by head: rows of one head but of several tokens share few sets of L1.
         for (int64_t i = from_head; i < to_head; ++i)
             for (int64_t which = 0; which < 2; ++which)
-                for (int64_t t = from; t < end; ++t)
-                    if (seq.live(p, t))
-                        convolve(part[which], t, job.h0 + i, i,
-                                 (which ? s.k : s.q) + ((t - from) * job.heads + i) * p.K);
-        // read_token adds t * stride and head * K; take off what makes the chunk's first row the first of the scratch
+                for (int64_t j = 0; j < live; j += C_MAX) {
+                    const int64_t count = live - j < C_MAX ? live - j : C_MAX;
+                    float* dst[C_MAX];
+                    for (int64_t c = 0; c < count; ++c)
+                        dst[c] = (which ? s.k : s.q) + ((s.inputs[m.W - 1 + j + c] - from) * job.heads + i) * p.K;
+                    convolve(part[which], j, count, job.h0 + i, i, dst);
+                }
+        // read_tokens adds t * stride and head * K; take off what makes the chunk's first row the first of the scratch
         const int64_t back = (from * job.heads + job.h0) * p.K * 4;
         p.q.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.q) - static_cast<uintptr_t>(back));
         p.k.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.k) - static_cast<uintptr_t>(back));
         return end;
     }
 
-    void values(int64_t t, int64_t hv, float* v) override { convolve(part[2], t, hv, local(hv), v); }
+    void values(const int64_t* t, int64_t count, int64_t hv, float* v, int64_t ldv) override {
+        float* dst[C_MAX];
+        for (int64_t c = 0; c < count; ++c) dst[c] = v + c * ldv;
+        convolve(part[2], s.order[t[0] - begin], count, hv, local(hv), dst);
+    }
 
-    // out = o * rsqrt(mean o^2 + eps) * norm_weight * gate(z)
     void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) override {
-        const int64_t n = round_up(p.V, L);
-        alignas(64) float stack[512];
-        float* const row = p.V <= 512 - L ? stack : s.window;  // free until the task ends
-        for (int64_t c = 0; c < count; ++c, o += ldo) {
-            const float* out = o;
-            const int64_t later = t[c + TOKENS_AHEAD < count ? c + TOKENS_AHEAD : c];
-            fetch_row<true>(grouped(m.o, seq.b, later, hv, p.V), p.V * dtype_size(m.o.dtype));
-            if (m.gate != NormGate::none) fetch_row<false>(grouped(m.z, seq.b, later, hv, p.V), p.V * dtype_size(m.z.dtype));
-            if (m.norm) {
-                const V f = vset(1.0f / root(squared_norm(o, n) / static_cast<float>(p.V) + m.norm_eps));
-                if (m.gate != NormGate::none)
-                    read_row(row, grouped(m.z, seq.b, t[c], hv, p.V), m.z.dtype, p.V);
-                for (int64_t i = 0; i < n; i += L) {
-                    V y = vmul(vmul(vload(o + i), f), vload(s.norm_weight + i));
-                    if (m.gate == NormGate::silu) y = vmul(y, vsilu(vload(row + i)));
-                    if (m.gate == NormGate::sigmoid) y = vmul(y, vsigmoid(vload(row + i)));
-                    vstore(row + i, y);
-                }
-                out = row;
-            }
-            write_row(const_cast<void*>(grouped(m.o, seq.b, t[c], hv, p.V)), m.o.dtype, out, p.V);
-        }
+        if (m.o.dtype == DType::f32) return outputs_as<float>(t, count, hv, o, ldo);
+        if (m.o.dtype == DType::bf16) return outputs_as<bf16>(t, count, hv, o, ldo);
+        outputs_as<f16>(t, count, hv, o, ldo);
     }
 
   private:
@@ -267,7 +279,7 @@ class MixerRunner final : public RowMaker {
     Convolved part[3];
     int64_t from_head = 0, to_head = 0;  // heads of q and k, counted from h0, that this run of the rule needs
     int64_t begin = 0;                   // of the chunk
-    int64_t newest[MAX_TAPS];            // the inputs before the next token, the latest first
+    int64_t live = 0;                    // tokens of the chunk that no mask hides
 
     static void carve_mixer(const Mixer& m, int64_t heads, Arena& arena, MixerScratch& s, int64_t& ld) {
         const Problem& p = m.rule;
@@ -277,12 +289,13 @@ class MixerRunner final : public RowMaker {
         s.bias = arena.take<float>(ld);
         s.past = arena.take<float>(m.S * ld);
         s.window = arena.take<float>((m.S ? m.S : 1) * width);
-        s.steps = arena.take<float>(m.W * width);
+        s.steps = arena.take<float>((m.W - 1 + C_MAX) * width);
         s.q = arena.take<float>(CHUNK * heads * p.K);
         s.k = arena.take<float>(CHUNK * heads * p.K);
         s.norm_weight = arena.take<float>(round_up(p.V, L));
-        s.inputs = arena.take<int64_t>(CHUNK * m.W > m.S ? CHUNK * m.W : m.S);
-        s.pointers = arena.take<const void*>(m.W > m.S ? m.W : m.S);
+        s.inputs = arena.take<int64_t>(m.W - 1 + CHUNK > m.S ? m.W - 1 + CHUNK : m.S);
+        s.order = arena.take<int64_t>(CHUNK);
+        s.pointers = arena.take<const void*>(m.W - 1 + C_MAX);
         s.rule = arena.at;
     }
 
@@ -323,27 +336,72 @@ class MixerRunner final : public RowMaker {
         if (m.norm_weight) read_row(s.norm_weight, m.norm_weight, m.norm_dtype, p.V);
     }
 
-    // y_t of one head of q, k or v
-    void convolve(const Convolved& c, int64_t t, int64_t head, int64_t i, float* dst) {
-        const int64_t* in = s.inputs + (t - begin) * m.W;
-        const int64_t at = c.at + i * c.padded;
+    // y_t of one head of q, k or v, for `count` live tokens of the chunk from the `first`-th on
+    void convolve(const Convolved& c, int64_t first, int64_t count, int64_t head, int64_t i, float* const* dst) {
+        const int64_t at = c.at + i * c.padded, rows = m.W - 1 + count;
+        const int64_t* in = s.inputs + first;
         const float *taps = s.taps + at, *bias = m.bias ? s.bias + at : nullptr;
         DType dtype = c.x->dtype;
-        const void* next = grouped(*c.x, seq.b, t + TOKENS_AHEAD < seq.end ? t + TOKENS_AHEAD : t, head, c.width);
-        if (in[0] >= 0 || dtype == DType::f32) {
-            for (int64_t w = 0; w < m.W; ++w)
-                s.pointers[w] = in[w] >= 0 ? grouped(*c.x, seq.b, in[w], head, c.width) : s.past + at + (-1 - in[w]) * ld;
-        } else {  // half tokens after float32 columns of the state
-            const int64_t width = width_of(m);
-            for (int64_t w = 0; w < m.W; ++w) {
-                s.pointers[w] = in[w] >= 0 ? s.steps + w * width : s.past + at + (-1 - in[w]) * ld;
-                if (in[w] >= 0) read_row(s.steps + w * width, grouped(*c.x, seq.b, in[w], head, c.width), dtype, c.width);
-            }
-            dtype = DType::f32;
+        const bool widened = in[0] < 0 && dtype != DType::f32;  // half tokens after float32 columns of the state
+        const char* base = static_cast<const char*>(grouped(*c.x, seq.b, 0, head, c.width));
+        const int64_t stride = c.x->t * dtype_size(dtype);
+        for (int64_t r = 0, step = 0; r < rows; ++r) {
+            s.pointers[r] = in[r] >= 0 ? static_cast<const void*>(base + in[r] * stride) : s.past + at + (-1 - in[r]) * ld;
+            if (!widened || in[r] < 0) continue;
+            float* row = s.steps + step++ * width_of(m);
+            read_row(row, s.pointers[r], dtype, c.width);
+            s.pointers[r] = row;
         }
-        if (dtype == DType::f32) return conv_row_as<float>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu, next);
-        if (dtype == DType::bf16) return conv_row_as<bf16>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu, next);
-        conv_row_as<f16>(dst, s.pointers, c.width, taps, ld, bias, m.W, m.silu, next);
+        const int64_t last = in[rows - 1] + TOKENS_AHEAD;
+        const int64_t ahead = widened || last >= seq.end ? 0 : TOKENS_AHEAD * c.x->t;
+        if (widened) dtype = DType::f32;
+        if (dtype == DType::f32)
+            return conv_rows_as<float>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
+        if (dtype == DType::bf16)
+            return conv_rows_as<bf16>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
+        conv_rows_as<f16>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
+    }
+
+    // out = o * rsqrt(mean o^2 + eps) * norm_weight * gate(z)
+    template <class T>
+    void outputs_as(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) {
+        const int64_t padded = round_up(p.V, L), whole = p.V / L * L, tail = p.V - whole;
+        const bool gated = m.norm && m.gate != NormGate::none;
+        T* out = static_cast<T*>(const_cast<void*>(grouped(m.o, seq.b, 0, hv, p.V)));
+        const T* z = gated ? static_cast<const T*>(grouped(m.z, seq.b, 0, hv, p.V)) : nullptr;
+        float factor[CHUNK];  // of all rows first: one after the other, each would wait for its sum, root and quotient
+        for (int64_t c = 0; c < count; ++c)
+            factor[c] = m.norm ? 1.0f / root(squared_norm(o + c * ldo, padded) / static_cast<float>(p.V) + m.norm_eps) : 1.0f;
+        alignas(64) float rest[L] = {};
+        for (int64_t c = 0; c < count; ++c, o += ldo) {
+            const int64_t later = t[c + TOKENS_AHEAD < count ? c + TOKENS_AHEAD : c];
+            fetch_row<true>(out + later * m.o.t, p.V * sizeof(T));
+            if (gated) fetch_row<false>(z + later * m.z.t, p.V * sizeof(T));
+            T* to = out + t[c] * m.o.t;
+            const T* gate = gated ? z + t[c] * m.z.t : nullptr;
+            int64_t i = 0;
+            for (; i + 4 * L <= whole; i += 4 * L) normed<4>(to + i, o + i, factor[c], i, gate + i);
+            for (; i < whole; i += L) normed<1>(to + i, o + i, factor[c], i, gate + i);
+            if (tail == 0) continue;
+            if (gated) read_as(rest, gate + whole, tail);
+            normed<1>(rest, o + whole, factor[c], whole, static_cast<const float*>(rest));
+            write_as(to + whole, rest, tail);
+        }
+    }
+
+    template <int N, class T>
+    void normed(T* to, const float* o, float factor, int64_t i, const T* z) const {
+        V y[N], g[N];
+        AD_UNROLL for (int j = 0; j < N; ++j) y[j] = vload(o + j * L);
+        if (m.norm) {
+            AD_UNROLL for (int j = 0; j < N; ++j)
+                y[j] = vmul(vmul(y[j], vset(factor)), vload(s.norm_weight + i + j * L));
+            if (m.gate != NormGate::none) AD_UNROLL for (int j = 0; j < N; ++j) g[j] = vload(z + j * L);
+            if (m.gate == NormGate::silu) silus<N>(g);
+            if (m.gate == NormGate::sigmoid) AD_UNROLL for (int j = 0; j < N; ++j) g[j] = vsigmoid(g[j]);
+            if (m.gate != NormGate::none) AD_UNROLL for (int j = 0; j < N; ++j) y[j] = vmul(y[j], g[j]);
+        }
+        AD_UNROLL for (int j = 0; j < N; ++j) vstore(to + j * L, y[j]);
     }
 
     void zero_outputs(int64_t t) {

@@ -63,21 +63,43 @@ struct Block {
 // ---------------------------------------------------------------------------------------------------------------
 // elementary functions
 
-// e^x for x <= 88: Cephes' degree 6 polynomial after reduction by ln 2; 0 where the result would be subnormal, NaN for NaN.
-AD_INLINE V vexp(V x0) {
+// x[i] = e^x[i], or e^-x[i] with `negate`, where that is a normal number: 2^n p(r), n = round(x / ln 2), r = x - n ln 2
+// in two steps. p is the polynomial of degree 6 with p(0) = 1 whose relative error on |r| <= ln(2) / 2 is smallest (2e-9).
+// N at once, step by step: one alone would wait 4 cycles for each of its ten steps.
+template <int N, bool negate>
+AD_INLINE void exps(V* x) {
+    V n[N], r[N];
+    AD_UNROLL for (int i = 0; i < N; ++i)
+        n[i] = vround(vmul(x[i], vset(negate ? -1.44269504088896341f : 1.44269504088896341f)));
+    // the other sign with `negate`, so in p the odd coefficients too
+    AD_UNROLL for (int i = 0; i < N; ++i)
+        r[i] = negate ? vfma(n[i], vset(0.693359375f), x[i]) : vfnma(n[i], vset(0.693359375f), x[i]);
+    AD_UNROLL for (int i = 0; i < N; ++i)
+        r[i] = negate ? vfma(n[i], vset(-2.12194440e-4f), r[i]) : vfnma(n[i], vset(-2.12194440e-4f), r[i]);
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(vset(0.00138473819f), r[i], vset(negate ? -0.00837417493f : 0.00837417493f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(x[i], r[i], vset(0.0416679407f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(x[i], r[i], vset(negate ? -0.166664309f : 0.166664309f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(x[i], r[i], vset(0.499999944f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(x[i], r[i], vset(negate ? -1.00000003f : 1.00000003f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vfma(x[i], r[i], vset(1.0f));
+    AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vscale2(x[i], n[i]);
+}
+
+// e^x, that of 88 beyond; 0 where the result would be subnormal, NaN for NaN.
+AD_INLINE V vexp(V x) {
     const V lowest = vset(-87.33f);
-    const V x = vmin(vset(88.0f), vmax(lowest, x0));
-    const V n = vround(vmul(x, vset(1.44269504088896341f)));
-    V r = vfnma(n, vset(0.693359375f), x);
-    r = vfnma(n, vset(-2.12194440e-4f), r);
-    V p = vset(1.9875691500e-4f);
-    p = vfma(p, r, vset(1.3981999507e-3f));
-    p = vfma(p, r, vset(8.3334519073e-3f));
-    p = vfma(p, r, vset(4.1665795894e-2f));
-    p = vfma(p, r, vset(1.6666665459e-1f));
-    p = vfma(p, r, vset(5.0000001201e-1f));
-    p = vfma(p, vmul(r, r), vadd(r, vset(1.0f)));
-    return vzero_below(vmul(p, vpow2(n)), x0, lowest);
+    V e = vmin(vset(88.0f), vmax(lowest, x));
+    exps<1, false>(&e);
+    return vzero_below(e, x, lowest);
+}
+
+// y[i] = y[i] / (1 + e^-y[i])
+template <int N>
+AD_INLINE void silus(V* y) {
+    V e[N];
+    AD_UNROLL for (int i = 0; i < N; ++i) e[i] = vmin(vset(87.33f), vmax(vset(-87.33f), y[i]));
+    exps<N, true>(e);
+    AD_UNROLL for (int i = 0; i < N; ++i) y[i] = vdiv(y[i], vadd(e[i], vset(1.0f)));
 }
 
 // log(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)), whose series ends below float32's rounding at z^15 (z <= 1/3).
@@ -178,9 +200,26 @@ AD_INLINE void fetch(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t f
 // ---------------------------------------------------------------------------------------------------------------
 // prepare: what a block needs that does not depend on the column
 
-struct Scratch {  // one token, [segments * SEG] each, zero beyond K
-    float *k, *q;
-    float* a;
+struct Arena {
+    char* at;
+    template <class T>
+    T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(at);
+        at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return p;
+    }
+};
+
+struct Scratch {  // one token, [segments * SEG] each
+    float *k, *q, *a;
+    void carve(Arena& arena, int64_t segments) {
+        k = arena.take<float>(segments * SEG);
+        q = arena.take<float>(segments * SEG);
+        a = arena.take<float>(segments * SEG);
+    }
+    void pad(int64_t K) const {
+        for (int64_t i = K; i < round_up(K, L); ++i) k[i] = q[i] = a[i] = 0.0f;
+    }
 };
 
 struct Token {
@@ -203,36 +242,44 @@ static const float* channels(const Problem& p, const void* src, DType dtype, flo
     return scratch;
 }
 
-static Token read_token(const Problem& p, int64_t b, int64_t t, int64_t hv, float A, const float* bias,
-                        const Scratch& s) {
-    const int64_t h = qk_head(p, hv);
-    const int64_t n = round_up(p.K, L);
-    Token x;
-    x.k = channels(p, token(p.k, b, t, h), p.k.dtype, s.k);
-    x.q = channels(p, token(p.q, b, t, h), p.q.dtype, s.q);
-    x.k_factor = 1.0f;
-    x.q_factor = p.scale;
-    if (p.l2norm) {
-        x.k_factor = 1.0f / root(squared_norm(x.k, n) + p.l2norm_eps);
-        x.q_factor *= 1.0f / root(squared_norm(x.q, n) + p.l2norm_eps);
+// The tokens t[0 .. count) of a block, each with a scratch of its own, and their betas. All at once: the sums, roots and
+// exponentials of one token alone would wait for each other, and a gate would fill one lane of a vector.
+static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
+                        const Scratch* scratch, Token* tokens, float* beta) {
+    constexpr int LANES = (C_MAX + L - 1) / L * L;
+    const int64_t h = qk_head(p, hv), n = round_up(p.K, L);
+    alignas(64) float gates[LANES] = {}, betas[LANES] = {};
+    for (int c = 0; c < count; ++c) {
+        Token& x = tokens[c];
+        const Scratch& s = scratch[c];
+        x.k = channels(p, token(p.k, b, t[c], h), p.k.dtype, s.k);
+        x.q = channels(p, token(p.q, b, t[c], h), p.q.dtype, s.q);
+        x.k_factor = 1.0f;
+        x.q_factor = p.scale;
+        if (p.l2norm) {
+            x.k_factor = 1.0f / root(squared_norm(x.k, n) + p.l2norm_eps);
+            x.q_factor *= 1.0f / root(squared_norm(x.q, n) + p.l2norm_eps);
+        }
+        betas[c] = read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
+        const void* g = token(p.g, b, t[c], hv);
+        x.a = s.a;
+        if (p.kda) {
+            read_row(s.a, g, p.g.dtype, p.K);
+            if (p.dt_bias)
+                for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(bias + i)));
+            for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
+        } else {
+            gates[c] = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
+        }
     }
-    const void* g = token(p.g, b, t, hv);
-    x.a = s.a;
-    if (p.kda) {
-        read_row(s.a, g, p.g.dtype, p.K);
-        if (p.dt_bias)
-            for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(bias + i)));
-        for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
-    } else {
-        const float raw = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
-        x.alpha = first(decay_of(p, vset(raw), vset(A)));
+    for (int i = 0; i < LANES; i += L) {
+        if (!p.kda) vstore(gates + i, decay_of(p, vload(gates + i), vset(A)));
+        if (p.beta_is_logit) vstore(betas + i, vsigmoid(vload(betas + i)));
     }
-    return x;
-}
-
-static float read_beta(const Problem& p, int64_t b, int64_t t, int64_t hv) {
-    const float x = read_one(token(p.beta, b, t, hv), p.beta.dtype);
-    return p.beta_scale * (p.beta_is_logit ? first(vsigmoid(vset(x))) : x);
+    for (int c = 0; c < count; ++c) {
+        tokens[c].alpha = gates[c];
+        beta[c] = p.beta_scale * betas[c];
+    }
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
@@ -699,20 +746,10 @@ static void copy_columns(const Problem& p, char* dst, int64_t ldd, const char* s
 // States that the kernels can read and write without conversion.
 static bool plain(const Problem& p) { return !p.vk && p.state_dtype == DType::f32; }
 
-struct Arena {
-    char* at;
-    template <class T>
-    T* take(int64_t count) {
-        T* p = reinterpret_cast<T*>(at);
-        at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return p;
-    }
-};
-
 struct Workspace {
     Block* blocks;  // [BLOCKS]
     float* rows;    // [BLOCKS][segments][ROWS][LD]
-    Scratch scratch;
+    Scratch scratch[C_MAX];
     float* v;        // [BLOCKS * C_MAX][columns]
     float* o;
     float* PR;       // [2 C_MAX][columns]
@@ -736,9 +773,7 @@ static Workspace carve(const Problem& p, Arena& arena, Head* heads, int64_t coun
     Workspace w;
     w.blocks = arena.take<Block>(BLOCKS);
     w.rows = arena.take<float>(BLOCKS * seg * ROWS * LD);
-    w.scratch.k = arena.take<float>(seg * SEG);
-    w.scratch.q = arena.take<float>(seg * SEG);
-    w.scratch.a = arena.take<float>(seg * SEG);
+    for (Scratch& s : w.scratch) s.carve(arena, seg);
     w.v = arena.take<float>(BLOCKS * C_MAX * columns);
     w.o = arena.take<float>(BLOCKS * C_MAX * columns);
     w.PR = arena.take<float>(2 * C_MAX * columns);
@@ -780,7 +815,8 @@ static Sequence sequence(const Problem& p, int64_t n) {
 struct RowMaker {
     // q and k of the tokens from `from` on, under Problem::q and k. Returns the token before which it stopped.
     virtual int64_t prepare(int64_t from) = 0;
-    virtual void values(int64_t t, int64_t hv, float* v) = 0;                                                // v [V]
+    // v of up to C_MAX consecutive live tokens: v [count][V]
+    virtual void values(const int64_t* t, int64_t count, int64_t hv, float* v, int64_t ldv) = 0;
     virtual void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) = 0;  // o [count][V]
 };
 
@@ -871,7 +907,7 @@ class Runner {
             for (int64_t i = 0; i < round_up(n, L); ++i) h->bias[i] = 0.0f;
             read_row(h->bias, element(p.dt_bias, p.dt_bias_dtype, h->hv * n), p.dt_bias_dtype, n);
         }
-        for (int64_t i = p.K; i < round_up(p.K, L); ++i) w.scratch.k[i] = w.scratch.q[i] = w.scratch.a[i] = 0.0f;
+        for (Scratch& s : w.scratch) s.pad(p.K);
     }
 
     // The slot that receives the state after live token t, whose successor is `next` (or the end): masked tokens in
@@ -926,19 +962,20 @@ class Runner {
                 fetch<false>(p.v, seq.b, ahead, h->hv, job.col0, job.cols);
             }
             if (ahead < seq.end && p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
-            blk.beta[c] = read_beta(p, seq.b, positions[c], h->hv);
-            const Token x = read_token(p, seq.b, positions[c], h->hv, h->A, h->bias, w.scratch);
+        }
+        Token tokens[C_MAX];
+        read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, tokens, blk.beta);
+        for (int c = 0; c < n; ++c) {
             if (p.kda)
-                append<true>(p, x, blk, c);
+                append<true>(p, tokens[c], blk, c);
             else
-                append<false>(p, x, blk, c);
+                append<false>(p, tokens[c], blk, c);
             float* v = v_rows + c * ldv;
-            if (made)
-                made->values(positions[c], h->hv, v);
-            else
+            if (!made)
                 read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
             for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
         }
+        if (made) made->values(positions, n, h->hv, v_rows, ldv);
         return u;
     }
 
@@ -1076,7 +1113,7 @@ class Runner {
                     ldd = p.out.row;
                 }
                 // Output rows, just before they are written: without this each store waits for its line in turn.
-                if (panel + 1 == panels)
+                if (panel + 1 == panels && !made)
                     for (int c = 0; c < blk.C; ++c)
                         fetch<true>(p.o, seq.b, positions[i * C_MAX + c], h->hv, job.col0, job.cols);
                 step_any(p, blk, tile, dst, ldd, v, ldv, o, next);
