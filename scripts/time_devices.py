@@ -1,13 +1,18 @@
 """What a call on a device costs beside its kernel, and chunks against token by token: the figures of docs/backends.
 
-    python scripts/time_devices.py
+    python scripts/time_devices.py            # both
+    python scripts/time_devices.py calls      # Vulkan and WebGPU, whole calls with a resident state
+    python scripts/time_devices.py chunks     # Vulkan's prefill, by chunk length (0: token by token)
 
-Medians with quartiles, in microseconds. The chunk lengths take turns within one process (0: token by token).
+Medians with quartiles, in microseconds. What is compared takes turns within one process: rounds of a few calls for the
+decode steps (a lone call finds the caches full of another's), single calls for the prefill. The smallest call
+(one head of 16) is nearly all dispatch; `staging` is the part of a call that copies inputs and o.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +20,12 @@ from typing import Any
 import numpy as np
 
 import anydelta
-from anydelta.backends import vulkan
+from anydelta.backends import staging, vulkan
 from anydelta.conformance.run import unavailable
 from anydelta.spec import Call, Options, check_call
+
+CALLS = 25
+"""Per round."""
 
 
 def tokens(T: int, H: int, HV: int, K: int, kda: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -29,40 +37,78 @@ def tokens(T: int, H: int, HV: int, K: int, kda: bool = False) -> tuple[tuple[An
     return (q, k, v), {"g": g, "beta": rng.random((1, T, HV), np.float32)}
 
 
-def measured(run: Callable[[], Any], times: int) -> str:
-    for _ in range(times // 10 + 5):
-        run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append((time.perf_counter() - start) * 1e6)
-    low, middle, high = statistics.quantiles(taken, n=4)
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+class Staging:
+    """Sums the time in Layout.pack and Layout.unpack."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for name in ("pack", "unpack"):
+            self._watch(name, getattr(staging.Layout, name))
+
+    def _watch(self, name: str, run: Callable[..., None]) -> None:
+        def timed(*args: Any) -> None:
+            start = time.perf_counter()
+            run(*args)
+            self.seconds += time.perf_counter() - start
+
+        setattr(staging.Layout, name, timed)
+
+
+def quartiles(us: list[float]) -> str:
+    low, middle, high = statistics.quantiles(us, n=4)
+    return f"{middle:.0f} us ({low:.0f} to {high:.0f})"
+
+
+def calls(rounds: int = 60) -> None:
+    """Decode steps on each device, in turns."""
+    kinds = [k for k in ("vulkan", "webgpu") if not unavailable(k)]
+    clock = Staging()
+    for H, HV, K, some in ((1, 1, 16, CALLS), (16, 32, 128, 1)):
+        qkv, gates = tokens(1, H, HV, K)
+        whole: dict[str, list[float]] = {k: [] for k in kinds}
+        staged: dict[str, list[float]] = {k: [] for k in kinds}
+        crossed: dict[str, int] = {}
+        states = {k: anydelta.device(k).zeros((1, HV, K, K)) for k in kinds}
+        for turn in range(rounds):
+            for kind, state in states.items():
+                counted = state.device.staged
+                before = counted.to_device + counted.from_device
+                for _ in range(some):
+                    clock.seconds, start = 0.0, time.perf_counter()
+                    anydelta.gated_delta_rule_(*qkv, state, **gates)
+                    if turn > 2:
+                        whole[kind].append((time.perf_counter() - start) * 1e6)
+                        staged[kind].append(clock.seconds * 1e6)
+                crossed[kind] = (counted.to_device + counted.from_device - before) // some
+        for kind in kinds:
+            print(
+                f"{kind}: decode H={H} HV={HV} K=V={K}, state resident: {quartiles(whole[kind])}, "
+                f"of which staging {statistics.median(staged[kind]):.0f} us; {crossed[kind]} bytes staged"
+            )
+
+
+def chunks() -> None:
+    for T, H, HV, K in ((256, 2, 4, 32), (256, 1, 2, 128)):
+        for kda in (False, True):
+            qkv, gates = tokens(T, H, HV, K, kda)
+            call = Call(*qkv, gates["g"], gates["beta"], np.zeros((1, HV, K, K), np.float32))
+            spec = check_call(call, Options(), inplace=False)
+            taken = vulkan.measure_chunks(anydelta.device("vulkan"), spec, call, 16, rounds=9)
+            each = ", ".join(f"{c}: {t * 1e6:.0f}" for c, t in taken.items())
+            print(f"vulkan: prefill T={T} H={H} HV={HV} K=V={K} kda={kda}, us by chunk length: {each}")
 
 
 def main() -> None:
+    wanted = sys.argv[1:] or ["calls", "chunks"]
     for kind in ("vulkan", "webgpu"):
         if reasons := unavailable(kind):
             print(f"{kind}: {'; '.join(reasons)}")
-            continue
-        dev: Any = anydelta.device(kind)
-        print(dev)
-        for H, HV, K, times in ((1, 1, 16, 2000), (16, 32, 128, 40)):
-            qkv, gates = tokens(1, H, HV, K)
-            state = dev.zeros((1, HV, K, K))
-            taken = measured(lambda q=qkv, s=state, g=gates: anydelta.gated_delta_rule_(*q, s, **g), times)  # type: ignore[misc]
-            print(f"  decode H={H} HV={HV} K=V={K}, state resident: {taken} us")
-    if unavailable("vulkan"):
-        return
-    for kda in (False, True):
-        qkv, gates = tokens(256, 2, 4, 32, kda)
-        (q, k, v), state = qkv, np.zeros((1, 4, 32, 32), np.float32)
-        call = Call(q, k, v, gates["g"], gates["beta"], state)
-        spec = check_call(call, Options(), inplace=False)
-        taken_by = vulkan.measure_chunks(anydelta.device("vulkan"), spec, call, 16, rounds=9)
-        print(f"prefill T=256 H=2 HV=4 K=V=32 kda={kda}, us by chunk length: "
-              + ", ".join(f"{c}: {t * 1e6:.0f}" for c, t in taken_by.items()))  # fmt: skip
+        else:
+            print(anydelta.device(kind))
+    if "calls" in wanted:
+        calls()
+    if "chunks" in wanted and not unavailable("vulkan"):
+        chunks()
 
 
 if __name__ == "__main__":

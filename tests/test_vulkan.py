@@ -6,28 +6,29 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import anydelta
 from anydelta import devices, op
-from anydelta.conformance import CASES, OK, Case, Target
+from anydelta.conformance import CASES, OK, Target
 from anydelta.conformance.run import run_one, unavailable
+from device_checks import (
+    check_nothing_leaks,
+    check_only_tokens_are_staged,
+    check_resident_pools_and_snapshots,
+    check_threads_take_turns,
+    failures,
+    tokens,
+)
 
 REASONS = unavailable("vulkan")
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS) or "runs")
 SOME = tuple(c for c in CASES if c.work < 100_000 and c.K <= 32)[::4]
 """Cases for the ways that this machine's driver does not need."""
-
-
-def failures(cases: tuple[Case, ...]) -> list[str]:
-    bad = [r for c in cases if (r := run_one(c, Target("vulkan"))).status != OK]
-    return [f"{r.status}: {r.reproduce()}: {'; '.join(r.reasons)}" for r in bad]
 
 
 @pytest.fixture
@@ -56,13 +57,6 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     op._plans.clear()
     for device in made:
         device.close()
-
-
-def decode(K: int = 16, HV: int = 2, T: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rng = np.random.default_rng(T)
-    q, k = 0.3 * rng.standard_normal((2, 1, T, 1, K), np.float32)
-    v = rng.standard_normal((1, T, HV, K), np.float32)
-    return (q, k, v), {"g": -rng.random((1, T, HV), np.float32), "beta": rng.random((1, T, HV), np.float32)}
 
 
 def test_the_whole_list_under_the_validation_layers() -> None:
@@ -114,7 +108,7 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         c for c in CASES if c.K <= 32 and not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
     )  # fmt: skip
     assert len(long) > 300
-    assert not failures(long[::2])
+    assert not failures("vulkan", long[::2])
     op._plans.clear()
 
 
@@ -122,7 +116,7 @@ def test_the_way_of_a_long_prompt_is_measured() -> None:
     from anydelta.backends import vulkan
     from anydelta.spec import Call, Options, check_call
 
-    (q, k, v), gates = decode(T=70)
+    (q, k, v), gates = tokens(70)
     call = Call(q, k, v, **gates, state_in=np.zeros((1, 2, 16, 16), np.float32))
     spec = check_call(call, Options(), inplace=False)
     times = vulkan.measure_chunks(anydelta.device("vulkan:0"), spec, call, 16, rounds=1)
@@ -132,17 +126,17 @@ def test_the_way_of_a_long_prompt_is_measured() -> None:
 
 def test_without_subgroups(other_device: Any) -> None:
     other_device(subgroup=0, type="discrete GPU")
-    assert not failures(SOME)
+    assert not failures("vulkan", SOME)
 
 
 def test_several_lanes_in_a_subgroup(other_device: Any) -> None:
     other_device(type="integrated GPU")
-    assert not failures(SOME[::2])
+    assert not failures("vulkan", SOME[::2])
 
 
 def test_without_unified_memory(other_device: Any) -> None:
     device = other_device(unified=False)
-    assert not failures(SOME)
+    assert not failures("vulkan", SOME)
     there = device.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     assert there.memory.mapped is None
     there[0].write(there[1])
@@ -153,7 +147,7 @@ def test_without_unified_memory(other_device: Any) -> None:
 
 def test_without_16_bit_storage(other_device: Any) -> None:
     other_device(half_storage=False)
-    assert not failures(tuple(c for c in SOME if c.dtype == c.state_dtype == "float32")[::3])
+    assert not failures("vulkan", tuple(c for c in SOME if c.dtype == c.state_dtype == "float32")[::3])
     halves = next(c for c in SOME if c.dtype == "bfloat16")
     result = run_one(halves, Target("vulkan"))
     assert result.status == "NOT SUPPORTED"
@@ -162,109 +156,30 @@ def test_without_16_bit_storage(other_device: Any) -> None:
 
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_resident_pools_and_snapshots(framework: str) -> None:
-    """Against the reference on the host: named rows advance, others keep their bits, skipped ones give zeros."""
-    dev = anydelta.device("vulkan:0")
-    rng = np.random.default_rng(2)
-    (q, k, v), gates = decode(T=9)
-    cu, index = np.array([0, 4, 4, 7, 9]), np.array([3, 0, -1, 5])
-    pool, snaps = rng.standard_normal((6, 2, 16, 16), np.float32), np.full((3, 4, 2, 16, 16), 7, np.float32)
-    same: Any = torch.from_numpy if framework == "torch" else lambda x: x
-    qkv = [same(x) for x in (q, k, v)]
-    rest = {n: same(x) for n, x in gates.items()} | {"cu_seqlens": same(cu), "state_indices": same(index)}
-    for layout in ("kv", "vk"):
-        there, slots = dev.array(pool), dev.array(snaps)
-        want_pool, want_slots = pool.copy(), snaps.copy()
-        want, want_final = anydelta.gated_delta_rule(
-            q,
-            k,
-            v,
-            **gates,
-            cu_seqlens=cu,
-            state_indices=index,
-            initial_state=pool,
-            state_layout=layout,
-            backend="reference",
-        )
-        o, final = anydelta.gated_delta_rule(*qkv, **rest, initial_state=there, state_layout=layout)
-        assert np.allclose(o, want, atol=1e-5)
-        assert np.allclose(final.numpy(), want_final, atol=1e-5)
-        assert np.array_equal(there.numpy(), pool)
-        anydelta.gated_delta_rule_(
-            q, k, v, want_pool, **gates, cu_seqlens=cu, state_indices=index, snapshots=want_slots, state_layout=layout,
-            backend="reference",
-        )  # fmt: skip
-        o = anydelta.gated_delta_rule_(*qkv, there, **rest, snapshots=slots, state_layout=layout)
-        assert np.allclose(o, want, atol=1e-5)
-        assert np.allclose(there.numpy(), want_pool, atol=1e-5)
-        assert np.array_equal(there.numpy()[[1, 2, 4]], pool[[1, 2, 4]])
-        assert np.allclose(slots.numpy(), want_slots, atol=1e-5)
-        # the same states to rows of the pool, and nothing else
-        rows = np.array([[3, 9, 9, 5], [1, 9, 9, 2], [4, 9, 9, 9]])
-        there, want_pool = dev.array(pool), pool.copy()
-        for target, arrays, how in ((want_pool, (q, k, v), gates), (there, qkv, {n: rest[n] for n in gates})):
-            whole = rest if target is there else {"cu_seqlens": cu, "state_indices": index}
-            anydelta.gated_delta_rule_(
-                *arrays, target, **(dict(whole) | how), snapshot_indices=same(rows) if target is there else rows,
-                state_layout=layout, backend="vulkan" if target is there else "reference",
-            )  # fmt: skip
-        assert np.allclose(there.numpy(), want_pool, atol=1e-5)
-        assert np.array_equal(there.numpy()[0], pool[0])
-        # a slot of the snapshots as the state of the next call, at an offset of its own
-        nxt = anydelta.gated_delta_rule(
-            *qkv[:3], **{n: rest[n] for n in gates}, initial_state=slots[1][:1], state_layout=layout
-        )
-        ref = anydelta.gated_delta_rule(
-            q, k, v, **gates, initial_state=want_slots[1][:1], state_layout=layout, backend="reference"
-        )
-        assert np.allclose(nxt[0], ref[0], atol=1e-5)
+    check_resident_pools_and_snapshots(anydelta.device("vulkan:0"), framework)
 
 
 def test_a_resident_decode_stages_only_its_tokens() -> None:
-    dev = anydelta.device("vulkan:0")
-    (q, k, v), gates = decode(K=64, HV=4)
-    state = dev.zeros((1, 4, 64, 64))
-    anydelta.gated_delta_rule_(q, k, v, state, **gates)
-    before = (dev.staged.to_device, dev.staged.from_device)
-    o = anydelta.gated_delta_rule_(q, k, v, state, **gates)
-    inputs = sum(x.nbytes for x in (q, k, v, *gates.values()))
-    assert (dev.staged.to_device - before[0], dev.staged.from_device - before[1]) == (inputs, o.nbytes)
-    assert inputs + o.nbytes < state.nbytes / 20
+    check_only_tokens_are_staged(anydelta.device("vulkan:0"))
 
 
 def test_nothing_leaks_over_ten_thousand_calls() -> None:
-    import resource
-
     dev: Any = anydelta.device("vulkan:0")
-    (q, k, v), gates = decode()
+    (q, k, v), gates = tokens()
     state, host = dev.zeros((1, 2, 16, 16)), np.zeros((1, 2, 16, 16), np.float32)
-    for i in range(11_000):
-        if i == 1000:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def run(i: int) -> None:
         anydelta.gated_delta_rule_(q, k, v, state, **gates)
         if i % 10 == 0:  # a state that is new each time, and one on the host
             anydelta.gated_delta_rule(q, k, v, **gates, initial_state=state)
             anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="vulkan")
-    assert len(dev._launches) < 300
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
+
+    check_nothing_leaks(run, most=8 << 20)
+    assert len(dev.launches) < 300
 
 
 def test_threads_take_turns() -> None:
-    (q, k, v), gates = decode(T=5)
-    want, _ = anydelta.gated_delta_rule(q, k, v, **gates, backend="vulkan")
-    bad = []
-
-    def work(scale: float) -> None:
-        for _ in range(50):
-            o, _ = anydelta.gated_delta_rule(scale * q, k, v, **gates, backend="vulkan")
-            if not np.allclose(o, scale * want, atol=1e-5):
-                bad.append(scale)
-
-    threads = [threading.Thread(target=work, args=(s,)) for s in (1.0, -2.0, 3.0)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not bad
+    check_threads_take_turns("vulkan")
 
 
 # ---- errors
@@ -290,14 +205,14 @@ def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> Non
         anydelta.DeviceError, match=r"vulkan:0 requires more memory for an array of 16 bytes.*States are as"
     ):
         dev.zeros((4,))
-    (q, k, v), gates = decode(
-        T=dev.inputs.nbytes // 4 // 80 if dev.inputs else 20_000
+    (q, k, v), gates = tokens(
+        dev.inputs.nbytes // 4 // 80 if dev.inputs else 20_000
     )  # more than is staged so far
     with pytest.raises(anydelta.DeviceError, match=r"requires more memory for the .* of a call"):
         anydelta.gated_delta_rule_(q, k, v, state, **gates)
     monkeypatch.undo()
     assert (state.numpy() == 1).all()
-    (q, k, v), gates = decode()
+    (q, k, v), gates = tokens()
     anydelta.gated_delta_rule_(q, k, v, state, **gates)
     assert (state.numpy() != 1).any()
 
@@ -307,7 +222,7 @@ def test_a_lost_device_voids_its_states(other_device: Any, monkeypatch: pytest.M
 
     dev = other_device()
     state = dev.zeros((1, 2, 16, 16))
-    (q, k, v), gates = decode()
+    (q, k, v), gates = tokens()
 
     wait = vk.vkWaitForFences
 

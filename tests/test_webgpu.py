@@ -1,95 +1,108 @@
-"""The WebGPU backend: the whole list, both ways of adding up, resident states, its refusals."""
+"""The WebGPU backend: the whole list, every way through its code, its errors."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import anydelta
-from anydelta import op
-from anydelta.conformance import CASES, OK, Case, Target
-from anydelta.conformance.run import run_one, unavailable
+from anydelta import devices, op
+from anydelta.conformance import CASES
+from anydelta.conformance.run import unavailable
+from device_checks import (
+    check_nothing_leaks,
+    check_only_tokens_are_staged,
+    check_resident_pools_and_snapshots,
+    check_threads_take_turns,
+    failures,
+    tokens,
+)
 
 REASONS = unavailable("webgpu")
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS) or "runs")
+SOME = tuple(c for c in CASES if c.K in (32, 64) and c.work < 200_000)[::6]
 
 
-def failures(cases: tuple[Case, ...], framework: str = "numpy") -> list[str]:
-    bad = [r for c in cases if (r := run_one(c, Target("webgpu", framework=framework))).status != OK]
-    return [f"{r.status}: {r.reproduce()}: {'; '.join(r.reasons)}" for r in bad]
+@pytest.fixture
+def dev() -> Any:
+    return anydelta.device("webgpu:0")
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A second webgpu:0 that goes through copies, as devices with memory of their own do."""
+    from anydelta.backends import webgpu_device
+
+    device = webgpu_device.WebGPUDevice(0, webgpu_device.adapters()[0], copies=True)
+    assert not device.unified
+    monkeypatch.setattr(devices, "_open", {**devices._open, "webgpu:0": device})
+    op._plans.clear()
+    yield device
+    op._plans.clear()
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_the_whole_list(part: int) -> None:
-    assert not failures(CASES[part::4], "torch" if part == 3 else "numpy")
+    assert not failures("webgpu", CASES[part::4], framework="torch" if part == 3 else "numpy")
 
 
-def test_without_subgroups(monkeypatch: pytest.MonkeyPatch) -> None:
-    dev: Any = anydelta.device("webgpu:0")
+def test_without_subgroups(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev, "subgroup", 0)
-    monkeypatch.setattr(dev, "pipelines", {})
     op._plans.clear()
-    assert not failures(tuple(c for c in CASES if c.K in (32, 64) and c.work < 200_000)[::6])
+    assert not failures("webgpu", SOME)
     op._plans.clear()
 
 
-def tokens(T: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rng = np.random.default_rng(T)
-    q, k = 0.3 * rng.standard_normal((2, 1, T, 1, 16), np.float32)
-    v = rng.standard_normal((1, T, 2, 16), np.float32)
-    return (q, k, v), {"g": -rng.random((1, T, 2), np.float32), "beta": rng.random((1, T, 2), np.float32)}
+def test_lanes_as_on_a_gpu(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dev, "is_cpu", False)
+    op._plans.clear()
+    assert not failures("webgpu", [c for c in SOME if c.K == 32][:12])
+    op._plans.clear()
 
 
-def test_resident_pools_and_snapshots() -> None:
-    """Against the reference on the host: functional, in place, snapshots dense and in rows of the pool."""
-    dev = anydelta.device("webgpu:0")
-    rng = np.random.default_rng(2)
-    qkv, gates = tokens(9)
-    rest = gates | {"cu_seqlens": np.array([0, 4, 4, 7, 9]), "state_indices": np.array([3, 0, -1, 5])}
-    pool, snaps = rng.standard_normal((6, 2, 16, 16), np.float32), np.full((3, 4, 2, 16, 16), 7, np.float32)
-    there, slots, want_pool, want_slots = dev.array(pool), dev.array(snaps), pool.copy(), snaps.copy()
-    want, want_final = anydelta.gated_delta_rule(*qkv, **rest, initial_state=pool, backend="reference")
-    o, final = anydelta.gated_delta_rule(*qkv, **rest, initial_state=there)
-    assert np.allclose(o, want, atol=1e-5)
-    assert np.allclose(final.numpy(), want_final, atol=1e-5)
-    assert np.array_equal(there.numpy(), pool)
-    anydelta.gated_delta_rule_(*qkv, want_pool, **rest, snapshots=want_slots, backend="reference")
-    o = anydelta.gated_delta_rule_(*qkv, there, **rest, snapshots=slots)
-    assert np.allclose(o, want, atol=1e-5)
-    assert np.allclose(there.numpy(), want_pool, atol=1e-5)
-    assert np.array_equal(there.numpy()[[1, 2, 4]], pool[[1, 2, 4]])
-    assert np.allclose(slots.numpy(), want_slots, atol=1e-5)
-    rows = np.array([[3, 9, 9, 5], [1, 9, 9, 2], [4, 9, 9, 9]])
-    there, want_pool = dev.array(pool), pool.copy()
-    anydelta.gated_delta_rule_(*qkv, want_pool, **rest, snapshot_indices=rows, backend="reference")
-    anydelta.gated_delta_rule_(*qkv, there, **rest, snapshot_indices=rows)
-    assert np.allclose(there.numpy(), want_pool, atol=1e-5)
-    # the state in the memory of the snapshots
-    one, gates = tokens(2)
-    slots = dev.array(snaps[:2, :1])
-    anydelta.gated_delta_rule_(*one, slots[0], **gates, snapshots=slots)
-    host = snaps[:2, :1].copy()
-    anydelta.gated_delta_rule_(*one, host[0], **gates, snapshots=host, backend="reference")
-    assert np.allclose(slots.numpy(), host, rtol=1e-5, atol=1e-5)
+def test_without_unified_memory(copying: Any) -> None:
+    assert not failures("webgpu", SOME)
+    check_only_tokens_are_staged(copying)
 
 
-def test_a_resident_decode_stages_only_its_tokens() -> None:
-    dev = anydelta.device("webgpu:0")
-    (q, k, v), gates = tokens(1)
-    gates = {n: np.repeat(x, 2, 2) for n, x in gates.items()}
-    v = np.repeat(v, 2, 2)
-    state = dev.zeros((1, 4, 16, 16))
-    before = (dev.staged.to_device, dev.staged.from_device)
-    o = anydelta.gated_delta_rule_(q, k, v, state, **gates)
-    staged = (dev.staged.to_device - before[0], dev.staged.from_device - before[1])
-    assert staged == (sum(x.nbytes for x in (q, k, v, *gates.values())), o.nbytes)
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_resident_pools_and_snapshots(dev: Any, framework: str) -> None:
+    check_resident_pools_and_snapshots(dev, framework)
 
 
-def test_refusals() -> None:
-    dev: Any = anydelta.device("webgpu:0")
-    (q, k, v), gates = tokens(1)
+def test_a_resident_decode_stages_only_its_tokens(dev: Any) -> None:
+    check_only_tokens_are_staged(dev)
+
+
+def test_nothing_leaks_over_ten_thousand_calls(dev: Any) -> None:
+    (q, k, v), gates = tokens()
+    state, host = dev.zeros((1, 2, 16, 16)), np.zeros((1, 2, 16, 16), np.float32)
+
+    def run(i: int) -> None:
+        anydelta.gated_delta_rule_(q, k, v, state, **gates)
+        if i % 10 == 0:  # a state that is new each time, and one on the host
+            anydelta.gated_delta_rule(q, k, v, **gates, initial_state=state)
+            anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="webgpu")
+
+    check_nothing_leaks(run, most=8 << 20)
+    assert len(dev.launches) < 300
+
+
+def test_threads_take_turns() -> None:
+    check_threads_take_turns("webgpu")
+
+
+# ---- errors
+
+
+def test_refusals(dev: Any) -> None:
+    (q, k, v), gates = tokens()
     with pytest.raises(anydelta.UnsupportedError, match=r"keeps float32 states on its device.*got bfloat16"):
         anydelta.gated_delta_rule_(q, k, v, dev.zeros((1, 2, 16, 16), "bfloat16"), **gates)
     with pytest.raises(anydelta.DeviceError, match=r"webgpu:0 requires arrays of at most \d+ bytes"):
@@ -98,3 +111,63 @@ def test_refusals() -> None:
         anydelta.UnsupportedError, match=r"device webgpu:99: the drivers here offer webgpu:0 \("
     ):
         anydelta.device("webgpu:99")
+
+
+def test_what_the_driver_refuses_is_raised(dev: Any) -> None:
+    import wgpu
+
+    (q, k, v), gates = tokens(seed=3)
+    state = dev.zeros((1, 2, 16, 16))
+    want = anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    launch = next(reversed(dev.launches._kept.values()))
+    grid, launch.grid = launch.grid, (2**31, 1, 1)
+    with pytest.raises(wgpu.GPUValidationError, match="group size"):
+        anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    launch.grid = grid
+    state.zero()
+    assert np.array_equal(anydelta.gated_delta_rule_(q, k, v, state, **gates), want)
+
+
+def test_out_of_memory_leaves_the_states(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wgpu
+
+    (q, k, v), gates = tokens()
+    state = dev.array(np.ones((1, 2, 16, 16), np.float32))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise wgpu.GPUOutOfMemoryError("full")
+
+    want = r"webgpu:0 requires more memory for .*; got an out-of-memory error.*States are as they were"
+    with monkeypatch.context() as m:
+        m.setattr(type(dev.handle), "create_buffer", full)
+        with pytest.raises(anydelta.DeviceError, match=want):
+            dev.zeros((4,))
+    with monkeypatch.context() as m:
+        m.setattr(type(dev._calls), "_raise", full)
+        with pytest.raises(anydelta.DeviceError, match=want):
+            anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    assert (state.numpy() == 1).all()
+    anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    assert (state.numpy() != 1).any()
+
+
+def test_a_lost_device_voids_its_states(copying: Any) -> None:
+    """Lost in earnest: WebGPU has a call for it."""
+    state = copying.zeros((1, 2, 16, 16))
+    (q, k, v), gates = tokens()
+    anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    copying.handle.destroy()
+    for _ in range(2):
+        with pytest.raises(
+            anydelta.DeviceError, match=r"is lost \(while running the operator\).*states are invalid"
+        ):
+            anydelta.gated_delta_rule_(q, k, v, state, **gates)
+    with pytest.raises(anydelta.DeviceError, match="is lost"):
+        state.numpy()
+
+
+def test_no_driver_is_one_reason() -> None:
+    code = "import anydelta; anydelta.device('webgpu:0')"
+    env = os.environ | {"VK_ICD_FILENAMES": os.devnull, "VK_DRIVER_FILES": os.devnull}
+    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
+    assert "UnsupportedError: device webgpu:0: wgpu-native finds no driver" in done.stderr

@@ -1,23 +1,39 @@
-"""How a host call is laid out for a device: one buffer of inputs, one of outputs, dense and aligned.
+"""What the Vulkan and WebGPU backends share: how a host call is laid out for a device, and what runs around a launch.
 
-Backends with memory of their own share this. Inputs are copied straight into mapped memory, whatever their strides:
-q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values pair up in words), gates
-in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices) travels with each call.
+A call is one buffer of inputs and one of outputs, dense and aligned. Inputs are copied straight into the former,
+whatever their strides: q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values
+pair up in words), gates in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices)
+travels with each call.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..devices import Device, DeviceArray
+from ..dispatch import Rejected
 from ..spec import Call, CallSpec, dtype_name, framework_of
 
 ALIGN = 16
 """Bytes: a field begins where a vec4 may."""
+WORKGROUP = 64
+"""Invocations: two subgroups of 32, one of 64. More would only share out less evenly."""
+MAX_K = 4096
+"""32 lanes of 128 rows in registers."""
+MAX_LAUNCHES = 256
+"""Prepared launches that a device keeps; a decode loop needs one per layer."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""As DTYPE in the shaders counts them."""
+OFFSETS = (
+    "q", "k", "v", "g", "beta", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "snapshot_indices",
+)  # fmt: skip
+"""The inputs whose places, in words, the shaders are told, in their order."""
 
 Bytes = NDArray[np.uint8]
 
@@ -37,6 +53,23 @@ class Field:
     def view(self, buffer: Bytes) -> NDArray[Any]:
         view: NDArray[Any] = np.ndarray(self.shape, self.dtype, buffer, self.offset)
         return view
+
+
+def lanes_of(groups: int, subgroup: int, cpu: bool) -> int:
+    """Invocations that share a column of S, for `groups` groups of four rows and subgroups of that size.
+
+    A lane of a GPU holds 16 rows, so that a head of K = 128 keeps its state in 16 registers of 8 V invocations; the
+    float4 loads of a subgroup then cover 128 bytes of k. On a CPU driver a subgroup is one SIMD register, each lane's
+    load is a scalar one, and unrolled code takes long to compile (for K = 128 with one lane per column over a minute,
+    with eight below a second on lavapipe): all lanes share a column.
+    """
+    most = min(subgroup, 32)
+    if cpu:
+        return most
+    lanes = 1
+    while lanes < most and groups > 4 * lanes:
+        lanes *= 2
+    return lanes
 
 
 class Layout:
@@ -83,8 +116,9 @@ class Layout:
         self.o = Field("o", 0, (B, T, HV, V), out, V)
         self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(out).itemsize // ALIGN) * ALIGN or ALIGN
 
-    def offset(self, name: str) -> int:
-        return self.offsets.get(name, 0)
+    def words(self) -> list[int]:
+        """Where the inputs begin, in words, in the order of OFFSETS."""
+        return [self.offsets.get(name, 0) // 4 for name in OFFSETS]
 
     def views(self, inputs: Bytes) -> list[tuple[str, NDArray[Any], NDArray[Any] | None]]:
         """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
@@ -195,3 +229,101 @@ def _index(mask: NDArray[np.bool_], torch: bool) -> Any:
     from torch import from_numpy
 
     return from_numpy(mask)
+
+
+def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool) -> int:
+    """The shader's word of flags: bit i is what names[i] says of the call; `own` are those of one backend."""
+    opt = spec.options
+    on = {
+        "packed": spec.packed,
+        "masked": spec.masked,
+        "tiled": opt.heads == "tiled",
+        "vk": opt.state_layout == "vk",
+        "linear": opt.decay == "linear",
+        "raw": opt.decay == "raw",
+        "lower": opt.lower_bound is not None,
+        "dt_bias": "dt_bias" in layout.offsets,
+        "logit": opt.beta_is_logit,
+        "l2norm": opt.qk_l2norm,
+        "skips": spec.pooled,
+        **own,
+    }
+    assert set(on) == set(names)
+    return sum(1 << i for i, name in enumerate(names) if on[name])
+
+
+class _Launch(Protocol):
+    serials: frozenset[int]
+    """Of the allocations that it names."""
+
+
+L = TypeVar("L", bound=_Launch)
+
+
+class Launches(Generic[L]):
+    """Launches that were prepared (recorded, bound), by what they depend on; the oldest go first."""
+
+    def __init__(self, drop: Callable[[L], None]):
+        self._drop = drop
+        self._kept: dict[Any, L] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Any, make: Callable[[], L]) -> L:
+        found = self._kept.pop(key, None) or make()
+        self._kept[key] = found  # the latest used is last
+        if len(self._kept) > MAX_LAUNCHES:
+            self._drop(self._kept.pop(next(iter(self._kept))))
+        return found
+
+    def forget(self, serial: int) -> None:
+        """An allocation goes: launches that name it must not be used again."""
+        for key in tuple(self._kept):  # a finaliser may come here in the middle
+            if (launch := self._kept.get(key)) is not None and serial in launch.serials:
+                self._drop(self._kept.pop(key))
+
+    def clear(self) -> None:
+        while self._kept:
+            self._drop(self._kept.popitem()[1])
+
+
+class StagedBackend(ABC):
+    """A backend whose calls are staged, and whose shaders take any K up to MAX_K."""
+
+    name: str
+    snapshot_rows = True
+    held_dtype = ""
+    """Of host states while they are on the device; empty: as they come."""
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device not in ("cpu", self.name):
+            no.append(
+                f"takes host arrays, and states on the host or on {self.name}; got {spec.resident or spec.device}"
+            )
+        if spec.dtype == "float64":
+            no.append("takes float32, bfloat16 and float16; got float64")
+        if spec.K > MAX_K:
+            no.append(f"takes K up to {MAX_K}; got {spec.K}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def run(self, plan: Any, spec: CallSpec, call: Call) -> None:
+        device = plan.device
+        device.check()
+        with device.lock:
+            if spec.resident:
+                self.advance(plan, spec, call, call.state_in, call.state_out, call.snapshots)
+                return
+            if plan.host is None:
+                plan.host = HostStates(device, spec, self.held_dtype)
+            held = plan.host
+            held.upload(spec, call)
+            self.advance(plan, spec, call, held.state, held.state, held.snapshots)
+            held.download(spec, call)
+
+    @abstractmethod
+    def advance(
+        self, plan: Any, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+    ) -> None:
+        """Stage the inputs, launch on states that are on the device, copy o out."""

@@ -20,20 +20,14 @@ from .. import devices
 from ..devices import DeviceArray
 from ..dispatch import Rejected, UnsupportedError
 from ..spec import Call, CallSpec
-from .staging import HostStates, Layout
+from .staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
 
-MAX_K = 4096
-"""32 lanes of 128 rows in registers."""
-WORKGROUP = 64
-"""Invocations: two subgroups of 32, one of 64. More would only share out less evenly."""
 CHUNK_MIN_TOKENS = 64
 """Per sequence on average. Four chunks: below, the two ways are hardly apart."""
 MAX_CHUNK_GROUPS = 32
 """chunk.comp keeps a whole column per invocation: 128 registers for K = 128, and no driver gives more than 255."""
 CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
 """1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
-DTYPES = ("float32", "bfloat16", "float16")
-"""As DTYPE in kernels/vulkan/rule.glsl counts them."""
 FLAGS = (
     "packed", "in_indexed", "out_indexed", "masked", "has_state", "write_state", "tiled", "vk", "linear", "raw",
     "lower", "dt_bias", "logit", "l2norm", "skips", "zero_skipped", "chunked",
@@ -67,7 +61,8 @@ class _Plan:
         self.device = device
         facts = device.facts
         groups = -(-spec.K // 4)
-        self.lanes, self.subgroup = _shape(facts, groups)
+        self.lanes = lanes_of(groups, facts.subgroup or 32, facts.type == "CPU")
+        self.subgroup = bool(facts.subgroup) and self.lanes > 1
         self.columns = max(WORKGROUP // self.lanes, 1)
         self.rows4 = -(-groups // self.lanes)
         self.KP = 4 * self.lanes * self.rows4
@@ -117,23 +112,6 @@ def measure_chunks(device: Any, spec: CallSpec, call: Call, tokens: int, rounds:
     return {c: median(t[1:]) for c, t in times.items()}  # the first round compiles
 
 
-def _shape(facts: Any, groups: int) -> tuple[int, bool]:
-    """(lanes per column, whether they are summed by subgroup operations) for `groups` groups of four rows.
-
-    A lane of a GPU holds 16 rows, so that a head of K = 128 keeps its state in 16 registers of 8 V invocations; the
-    float4 loads of a subgroup then cover 128 bytes of k. On a CPU driver a subgroup is one SIMD register, each lane's
-    load is a scalar one, and unrolled code takes long to compile (for K = 128 with one lane per column over a minute,
-    with eight below a second on lavapipe): all lanes share a column.
-    """
-    most = min(facts.subgroup or 32, 32)
-    if facts.type == "CPU":
-        return most, bool(facts.subgroup)
-    lanes = 1
-    while lanes < most and groups > 4 * lanes:
-        lanes *= 2
-    return lanes, bool(facts.subgroup) and lanes > 1
-
-
 def _chunk(facts: Any, spec: CallSpec, groups: int) -> int:
     """Tokens per chunk of chunk.comp for a long prompt whose k, q and gates fit into shared memory; else 0."""
     if (
@@ -148,9 +126,8 @@ def _chunk(facts: Any, spec: CallSpec, groups: int) -> int:
     return 0
 
 
-class Vulkan:
+class Vulkan(StagedBackend):
     name = "vulkan"
-    snapshot_rows = True
 
     def available(self) -> Sequence[Rejected]:
         try:
@@ -173,18 +150,6 @@ class Vulkan:
         else:
             if not found:
                 no.append("no Vulkan driver offers a device with Vulkan 1.1")
-        return tuple(Rejected(reason) for reason in no)
-
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.device not in ("cpu", "vulkan"):
-            no.append(
-                f"takes host arrays, and states on the host or on vulkan; got {spec.resident or spec.device}"
-            )
-        if spec.dtype == "float64":
-            no.append("takes float32, bfloat16 and float16; got float64")
-        if spec.K > MAX_K:
-            no.append(f"takes K up to {MAX_K}; got {spec.K}")
         return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
@@ -210,21 +175,7 @@ class Vulkan:
             raise UnsupportedError(f"{spec.options.op}: {device.name} cannot run this call: {'; '.join(no)}")
         return _Plan(device, spec, call)
 
-    def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
-        device = plan.device
-        device.check()
-        with device.lock:
-            if spec.resident:
-                self._run(plan, spec, call, call.state_in, call.state_out, call.snapshots)
-                return
-            if plan.host is None:
-                plan.host = HostStates(device, spec)
-            held = plan.host
-            held.upload(spec, call)
-            self._run(plan, spec, call, held.state, held.state, held.snapshots)
-            held.download(spec, call)
-
-    def _run(
+    def advance(
         self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
     ) -> None:
         """One launch on states that are on the device."""
@@ -251,7 +202,7 @@ class Vulkan:
     def launch(self, plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
         """The recording for (state read, state written, snapshots)."""
         places = tuple((x.memory.serial, x.offset) if x is not None else None for x in arrays)
-        return plan.device.launch((plan.serial, places), lambda: _record(plan, spec, arrays))
+        return plan.device.launches.get((plan.serial, places), lambda: _record(plan, spec, arrays))
 
 
 def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
@@ -338,41 +289,23 @@ def _push(
     middle: bool,
 ) -> bytes:
     """The struct Call of kernels/vulkan/rule.glsl. `middle`: the second of two passes."""
-    opt, at = spec.options, plan.layout.offset
     resident = bool(spec.resident)
     to_scratch = bool(plan.chunk) and spec.snapshots > 0 and not middle
-    on = {
-        "packed": spec.packed,
-        "in_indexed": resident and spec.pooled and not middle,
-        "out_indexed": resident and spec.pooled and spec.inplace and not to_scratch,
-        "masked": spec.masked,
-        "has_state": source is not None,
-        "write_state": target is not None and not (resident and spec.snapshot_rows and not to_scratch),
-        "tiled": opt.heads == "tiled",
-        "vk": opt.state_layout == "vk",
-        "linear": opt.decay == "linear",
-        "raw": opt.decay == "raw",
-        "lower": opt.lower_bound is not None,
-        "dt_bias": "dt_bias" in plan.layout.offsets,
-        "logit": opt.beta_is_logit,
-        "l2norm": opt.qk_l2norm,
-        "skips": spec.pooled,
-        "zero_skipped": resident
-        and spec.pooled
-        and not spec.inplace
-        and target is not None
-        and not to_scratch,
-        "chunked": bool(plan.chunk),
-        "snapshot_rows": resident and spec.snapshot_rows,
-    }
-    assert tuple(on) == FLAGS
-    flags = sum(1 << i for i, name in enumerate(FLAGS) if on[name])
-    offsets = (at(name) // 4 for name in
-               ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",
-                "snapshot_indices"))  # fmt: skip
+    to_pool = resident and spec.pooled
+    flags = flag_bits(
+        FLAGS, spec, plan.layout,
+        in_indexed=to_pool and not middle,
+        out_indexed=to_pool and spec.inplace and not to_scratch,
+        has_state=source is not None,
+        write_state=target is not None and not (resident and spec.snapshot_rows and not to_scratch),
+        zero_skipped=to_pool and not spec.inplace and target is not None and not to_scratch,
+        chunked=bool(plan.chunk),
+        snapshot_rows=resident and spec.snapshot_rows,
+    )  # fmt: skip
+    opt = spec.options
     return struct.pack(
         "8I3f14I", spec.T, spec.H, spec.HV, spec.K, spec.V, spec.N, spec.snapshots, flags,
-        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0, *offsets, *first,
+        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0, *plan.layout.words(), *first,
     )  # fmt: skip
 
 

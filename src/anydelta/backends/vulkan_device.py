@@ -23,13 +23,12 @@ import vulkan as vk
 import anydelta
 
 from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory
+from .staging import Launches
 
 BINDINGS = 5
 """Storage buffers of a shader: inputs, output, state read, state written, snapshots (kernels/vulkan/rule.glsl)."""
 PUSH_BYTES = 100
 """Of the struct Call in rule.glsl; every driver gives 128."""
-MAX_LAUNCHES = 256
-"""Recorded calls that are kept; a decode loop needs one per layer."""
 FOREVER = 2**64 - 1
 VulkanError = vk.VkError
 
@@ -315,7 +314,7 @@ class VulkanDevice(Device):
         self.local_outputs: VulkanMemory | None = None
         self.generation = 0
         """Counts how often the staging buffers were made anew: recordings of an earlier one are void."""
-        self._launches: dict[Any, Launch] = {}
+        self.launches: Launches[Launch] = Launches(self._drop)
         self.best_chunk: dict[Any, int] = {}
         """What vulkan.py measured."""
         self._pipelines: dict[Any, Any] = {}
@@ -380,9 +379,7 @@ class VulkanDevice(Device):
         d = self.handle
         with suppress(vk.VkError):  # lost: there is nothing to wait for
             vk.vkDeviceWaitIdle(d)
-        for launch in self._launches.values():
-            vk.vkDestroyDescriptorPool(d, launch.pool, None)
-        self._launches.clear()
+        self.launches.clear()
         for memory in list(self.memories):
             memory.free()
         for pipeline in self._pipelines.values():
@@ -425,8 +422,7 @@ class VulkanDevice(Device):
             self.local_outputs = VulkanMemory(self, outputs.nbytes, flags=[_DEVICE_LOCAL], what=what)
         self.inputs, self.outputs = inputs, outputs
         self.generation += 1
-        for key in list(self._launches):
-            self._drop(key)
+        self.launches.clear()
 
     def _grown(self, memory: VulkanMemory | None, nbytes: int, flags: list[int]) -> VulkanMemory:
         if memory is not None and memory.nbytes >= nbytes:
@@ -488,24 +484,14 @@ class VulkanDevice(Device):
             finally:
                 vk.vkFreeCommandBuffers(self.handle, self.commands, 1, [command])
 
-    def launch(self, key: Any, make: Callable[[], Launch]) -> Launch:
-        """The recording of that key, made if need be."""
-        found = self._launches.pop(key, None) or make()
-        self._launches[key] = found  # the latest used is last
-        if len(self._launches) > MAX_LAUNCHES:
-            self._drop(next(iter(self._launches)))
-        return found
-
-    def _drop(self, key: Any) -> None:
-        launch = self._launches.pop(key)
+    def _drop(self, launch: Launch) -> None:
         vk.vkFreeCommandBuffers(self.handle, self.commands, 1, [launch.command])
         vk.vkDestroyDescriptorPool(self.handle, launch.pool, None)
 
     def forget(self, serial: int) -> None:
         """A buffer goes: recordings that name it must not be used again."""
         with self.lock:
-            for key in [k for k, launch in self._launches.items() if serial in launch.serials]:
-                self._drop(key)
+            self.launches.forget(serial)
 
     def descriptors(
         self, bindings: Sequence[Sequence[tuple[VulkanMemory, int, int]]]

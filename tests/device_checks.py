@@ -1,0 +1,128 @@
+"""What the Vulkan, WebGPU, OpenCL and SYCL backends must each show; their own tests call these with a device."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import anydelta
+from anydelta.conformance import OK, Case, Target
+from anydelta.conformance.run import run_one
+
+
+def failures(
+    backend: str, cases: Iterable[Case], kernel: str | None = None, framework: str = "numpy"
+) -> list[str]:
+    bad = [r for c in cases if (r := run_one(c, Target(backend, kernel, framework))).status != OK]
+    return [f"{r.status}: {r.reproduce()}: {'; '.join(r.reasons)}" for r in bad]
+
+
+def tokens(
+    T: int = 1, *, B: int = 1, H: int = 1, HV: int = 2, K: int = 16, V: int = 16, seed: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(q, k, v), and the gates by name."""
+    rng = np.random.default_rng(seed)
+    q, k = 0.3 * rng.standard_normal((2, B, T, H, K), np.float32)
+    v = rng.standard_normal((B, T, HV, V), np.float32)
+    g, beta = rng.random((2, B, T, HV), np.float32)
+    return (q, k, v), {"g": -g, "beta": beta}
+
+
+def check_resident_pools_and_snapshots(dev: Any, framework: str) -> None:
+    """Against the reference on the host: named rows advance, others keep their bits, skipped ones give zeros."""
+    rng = np.random.default_rng(2)
+    (q, k, v), gates = tokens(9)
+    cu, index = np.array([0, 4, 4, 7, 9]), np.array([3, 0, -1, 5])
+    pool, snaps = rng.standard_normal((6, 2, 16, 16), np.float32), np.full((3, 4, 2, 16, 16), 7, np.float32)
+    same: Any = torch.from_numpy if framework == "torch" else lambda x: x
+    qkv, gates_there = [same(x) for x in (q, k, v)], {n: same(x) for n, x in gates.items()}
+    here = gates | {"cu_seqlens": cu, "state_indices": index}
+    there = {n: same(x) for n, x in here.items()}
+
+    def close(a: Any, b: Any) -> None:
+        assert np.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    for layout in ("kv", "vk"):
+        ref: Any = {"state_layout": layout, "backend": "reference"}
+        held, slots = dev.array(pool), dev.array(snaps)
+        want_pool, want_slots = pool.copy(), snaps.copy()
+        want, want_final = anydelta.gated_delta_rule(q, k, v, **here, initial_state=pool, **ref)
+        o, final = anydelta.gated_delta_rule(*qkv, **there, initial_state=held, state_layout=layout)
+        close(o, want)
+        close(final.numpy(), want_final)
+        assert np.array_equal(held.numpy(), pool)
+        anydelta.gated_delta_rule_(q, k, v, want_pool, **here, snapshots=want_slots, **ref)
+        o = anydelta.gated_delta_rule_(*qkv, held, **there, snapshots=slots, state_layout=layout)
+        close(o, want)
+        close(held.numpy(), want_pool)
+        assert np.array_equal(held.numpy()[[1, 2, 4]], pool[[1, 2, 4]])
+        close(slots.numpy(), want_slots)
+        # the same states to rows of the pool, and nothing else
+        rows = np.array([[3, 9, 9, 5], [1, 9, 9, 2], [4, 9, 9, 9]])
+        held, want_pool = dev.array(pool), pool.copy()
+        anydelta.gated_delta_rule_(q, k, v, want_pool, **here, snapshot_indices=rows, **ref)
+        anydelta.gated_delta_rule_(*qkv, held, **there, snapshot_indices=same(rows), state_layout=layout)
+        close(held.numpy(), want_pool)
+        assert np.array_equal(held.numpy()[0], pool[0])
+        # a slot of the snapshots as the state of the next call, at an offset of its own
+        o, _ = anydelta.gated_delta_rule(*qkv, **gates_there, initial_state=slots[1][:1], state_layout=layout)
+        close(o, anydelta.gated_delta_rule(q, k, v, **gates, initial_state=want_slots[1][:1], **ref)[0])
+    # the state in the memory of the snapshots
+    (q, k, v), gates = tokens(2)
+    host = snaps[:2, :1].copy()
+    slots = dev.array(host)
+    anydelta.gated_delta_rule_(q, k, v, slots[0], **gates, snapshots=slots)
+    anydelta.gated_delta_rule_(q, k, v, host[0], **gates, snapshots=host, backend="reference")
+    close(slots.numpy(), host)
+
+
+def check_only_tokens_are_staged(dev: Any, *, crosses: bool = True) -> None:
+    """With a resident state q, k, v, g, beta go to the device and o comes back, or nothing where memory is shared."""
+    (q, k, v), gates = tokens(K=64, HV=4, V=64)
+    state = dev.zeros((1, 4, 64, 64))
+    inputs = sum(x.nbytes for x in (q, k, v, *gates.values()))
+    for _ in range(2):
+        before = (dev.staged.to_device, dev.staged.from_device)
+        o = anydelta.gated_delta_rule_(q, k, v, state, **gates)
+        crossed = (dev.staged.to_device - before[0], dev.staged.from_device - before[1])
+        assert crossed == ((inputs, o.nbytes) if crosses else (0, 0))
+    assert inputs + o.nbytes < state.nbytes / 20
+
+
+def check_nothing_leaks(run: Callable[[int], Any], most: int) -> None:
+    """10,000 calls `run(i)` after a first thousand let the process grow by less than `most` bytes."""
+
+    def held() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for i in range(11_000):
+        if i == 1000:
+            before = held()
+        run(i)
+    assert held() - before < most
+
+
+def check_threads_take_turns(backend: str) -> None:
+    (q, k, v), gates = tokens(5)
+    want, _ = anydelta.gated_delta_rule(q, k, v, **gates, backend=backend)
+    bad = []
+
+    def work(scale: float) -> None:
+        for _ in range(50):
+            o, _ = anydelta.gated_delta_rule(scale * q, k, v, **gates, backend=backend)
+            if not np.allclose(o, scale * want, atol=1e-5):
+                bad.append(scale)
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in (1.0, -2.0, 3.0)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not bad
