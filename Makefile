@@ -12,7 +12,7 @@ ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
 SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
 SYCL := $(wildcard src/anydelta/kernels/sycl/*.?pp)
-CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h examples/export/*.cpp)
+CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/metal/*.cpp tests/metal/*.h examples/export/*.cpp)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17

@@ -22,6 +22,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
     "xpu": ("triton", "reference"),
+    "mps": ("metal", "reference"),
     "vulkan": ("vulkan", "reference"),
     "webgpu": ("webgpu", "reference"),
     "opencl": ("opencl", "reference"),
@@ -30,7 +31,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 """Backends to try for tensors on a device, in order. A device that is not listed gets the reference. With states on an
 `anydelta.device`, its kind counts."""
 
-NAMES: tuple[str, ...] = ("cpu", "triton", "vulkan", "webgpu", "opencl", "sycl", "reference")
+NAMES: tuple[str, ...] = ("cpu", "triton", "metal", "vulkan", "webgpu", "opencl", "sycl", "reference")
 """Every backend that this version has; each is the module `anydelta.backends.NAME`."""
 
 ENV = "ANYDELTA_BACKEND"

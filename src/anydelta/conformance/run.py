@@ -87,7 +87,8 @@ def targets(
 ) -> list[Target]:
     """One target per backend, ISA and framework. A backend that cannot run here gets one, to say so.
 
-    On another device than the CPU all arrays are torch tensors.
+    On another device than the CPU all arrays are torch tensors. A backend that takes no host arrays says where its
+    tensors lie (`tensors_on`), which counts where `device` is the CPU.
 
     Raises:
         ValueError: an ISA that none of the backends offers; the text lists those on offer.
@@ -109,8 +110,9 @@ def targets(
             if only_isas:
                 continue  # this backend has no such ISA
             chosen = [None]
-        wanted = only_frameworks or (frameworks() if device == "cpu" else ("torch",))
-        out += [Target(name, isa, fw, device) for isa in chosen for fw in wanted]
+        where = getattr(backend_of(name), "tensors_on", "cpu") if device == "cpu" else device
+        wanted = only_frameworks or (frameworks() if where == "cpu" else ("torch",))
+        out += [Target(name, isa, fw, where) for isa in chosen for fw in wanted]
     return out
 
 

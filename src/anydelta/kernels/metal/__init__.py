@@ -1,0 +1,1 @@
+"""Metal kernels, and how they are launched (launch.py). The .metal files serve PyTorch and MLX alike."""

@@ -1,0 +1,108 @@
+"""The conformance cases on the emulated Metal kernels: the host code and the .metal files that ship, on CPU tensors.
+
+    python tests/metal/conform.py                       the whole list, token by token
+    python tests/metal/conform.py --chunks              the whole list, every prompt that fits in chunks
+    python tests/metal/conform.py --mode check          every access checked for bounds and races
+    python tests/metal/conform.py --mode asan           under AddressSanitizer
+    python tests/metal/conform.py --every 20 --case 'T=40 K=32 V=16 kda'
+
+Prints every case that is not OK, and a count. The exit code is 1 where a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from emulator import MODES, Emulator, asan_environment
+
+from anydelta.backends import metal
+from anydelta.conformance import CASES, Case
+from anydelta.conformance.compare import Target
+from anydelta.conformance.run import FAIL, OK, Result, run_one
+from anydelta.kernels.metal import launch
+
+TARGET = Target("metal", framework="torch")
+
+
+def conform(
+    cases: list[Case], mode: str = "fast", *, chunks: bool = False, change: Any = None
+) -> list[Result]:
+    """Run cases; with `chunks` in delta_chunk.metal wherever it takes them, however short the prompt."""
+    before = os.environ.get(metal.CHUNK_ENV), launch.CHUNK_MIN_TOKENS
+    os.environ[metal.CHUNK_ENV], launch.CHUNK_MIN_TOKENS = str(int(chunks)), 1
+    emulator = Emulator(mode, change)
+    try:
+        with metal.emulated(emulator):
+            _compile(cases, emulator)
+            return [run_one(case, TARGET) for case in cases]
+    finally:
+        launch.CHUNK_MIN_TOKENS = before[1]
+        os.environ.pop(metal.CHUNK_ENV)
+        if before[0] is not None:
+            os.environ[metal.CHUNK_ENV] = before[0]
+
+
+def _compile(cases: list[Case], emulator: Emulator) -> None:
+    """Everything that the cases need, on all cores: the texts are found by running without a compiler."""
+
+    class Listing:
+        def __init__(self) -> None:
+            self.sources: dict[str, None] = {}
+
+        def compile_shader(self, source: str) -> Any:
+            self.sources[source] = None
+            raise NotImplementedError
+
+    listing = Listing()
+    with metal.emulated(listing):
+        for shape in dict.fromkeys(_shape(c) for c in cases if c.K <= launch.MAX_K and not c.refused):
+            run_one(shape, TARGET)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(emulator.compile_shader, listing.sources))
+
+
+def _shape(case: Case) -> Case:
+    """A small case that needs the first of the same kernels."""
+    return Case(
+        T=case.T, H=1, HV=1, K=case.K, V=1, kda=case.kda, dtype=case.dtype, state_dtype=case.state_dtype,
+        gate_dtype=case.gate_dtype, inplace=True,
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mode", choices=MODES, default="fast")
+    parser.add_argument("--chunks", action="store_true")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case of the list")
+    parser.add_argument("--offset", type=int, default=0, metavar="N", help="beginning with this one")
+    parser.add_argument("--case", action="append", help="this line instead of the list")
+    parser.add_argument(
+        "--change", nargs=2, metavar=("OLD", "NEW"), help="change the kernels' text, to plant an error"
+    )
+    args = parser.parse_args()
+    cases = [Case.parse(line) for line in args.case or ()] or list(CASES)[args.offset :: args.every]
+    if args.mode == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **asan_environment()})
+    start = time.perf_counter()
+    change = (lambda text: text.replace(*args.change)) if args.change else None
+    results = conform(cases, args.mode, chunks=args.chunks, change=change)
+    for r in results:
+        if r.status != OK:
+            print(f"{r.status} {r.case}\n     {'; '.join(r.reasons)}")
+    count = Counter(r.status for r in results)
+    print(
+        f"{', '.join(f'{n} {s}' for s, n in count.items())}; {time.perf_counter() - start:.0f} s, {args.mode}"
+    )
+    return count[FAIL] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
