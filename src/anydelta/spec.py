@@ -4,12 +4,14 @@
 ValueError or TypeError that says what is wrong. Every such error lives in this file. Backends never see an
 invalid call: they read a `CallSpec` and answer whether they can run it (dispatch.py).
 
-Only attributes that NumPy arrays and torch tensors share are used, so torch is not imported here.
+Only attributes that NumPy arrays, torch tensors and MLX arrays share are used, so neither torch nor MLX is imported
+here.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,6 +25,10 @@ DECAYS = ("log", "linear", "raw")
 HEADS = ("interleaved", "tiled")
 LAYOUTS = ("kv", "vk")
 INDEX_DTYPES = ("int32", "int64")
+KINDS = {"torch": "a torch.Tensor", "numpy": "a numpy.ndarray", "mlx": "an mlx.core.array"}
+"""What the arrays of each framework are called."""
+MLX_GPU = "mlx"
+"""The device of a call on MLX arrays whose stream runs on the GPU, in `CallSpec.device`."""
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -129,7 +135,7 @@ class CallSpec:
 
 
 def framework_of(x: Any) -> str | None:
-    """ "torch", "numpy", "device" for an anydelta.device's array, or None for anything else."""
+    """ "torch", "numpy", "mlx", "device" for an anydelta.device's array, or None for anything else."""
     if type(x) is DeviceArray:
         return "device"
     for cls in type(x).__mro__:
@@ -138,6 +144,8 @@ def framework_of(x: Any) -> str | None:
             return "torch"
         if cls.__name__ == "ndarray" and module == "numpy":
             return "numpy"
+        if cls.__name__ == "array" and module == "mlx.core":
+            return "mlx"
     return None
 
 
@@ -153,11 +161,17 @@ def element_strides(x: Any) -> tuple[int, ...]:
         return tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
     if framework_of(x) == "torch":
         return tuple(x.stride())
-    return tuple(s // x.itemsize for s in x.strides)
+    held = memoryview(x) if framework_of(x) == "mlx" else x  # computes the array, where that is not done yet
+    return tuple(s // held.itemsize for s in held.strides or ())
 
 
 def device_name(x: Any) -> str:
-    return str(x.device.type) if framework_of(x) == "torch" else "cpu"
+    """MLX's arrays lie in memory that CPU and GPU share: what counts is where their stream runs."""
+    framework = framework_of(x)
+    if framework == "mlx":
+        mx = sys.modules["mlx.core"]
+        return "cpu" if mx.default_device() == mx.cpu else MLX_GPU
+    return str(x.device.type) if framework == "torch" else "cpu"
 
 
 def shape_of(x: Any) -> tuple[int, ...]:
@@ -180,9 +194,11 @@ def overlaps(x: Any) -> bool:
 class _Checker:
     """Raises errors of one form: `[op] NAME must be X; got Y`."""
 
-    def __init__(self, op: str, first: str = "q"):
+    def __init__(self, op: str, first: str = "q", kinds: Sequence[str] = ("torch", "numpy")):
         self.op = op
         self.first = first
+        self.kinds = kinds
+        """The frameworks whose arrays are taken."""
 
     def fail(self, text: str) -> None:
         raise ValueError(f"{self.op}: {text}")
@@ -194,9 +210,11 @@ class _Checker:
                 f"{self.op}: {name} must be an array on the host; got one on {x.device.name}. Only states and "
                 f"snapshots live on a device"
             )
-        if framework is None:
+        if framework is None or framework not in self.kinds:
+            hint = ". For MLX arrays there is anydelta.mlx.gated_delta_rule" if framework == "mlx" else ""
             raise TypeError(
-                f"{self.op}: {name} must be a torch.Tensor or a numpy.ndarray; got {type(x).__name__}"
+                f"{self.op}: {name} must be {' or '.join(KINDS[k] for k in self.kinds)}; "
+                f"got {KINDS.get(framework or '', type(x).__name__)}{hint}"
             )
         if framework == "torch":
             if x.layout.__str__() != "torch.strided" or x.is_quantized or x.is_nested:
@@ -204,6 +222,8 @@ class _Checker:
                 self.fail(f"{name} must be a dense strided tensor; got {kind}")
             if x.is_neg():  # a lazy view: the memory holds -x
                 self.fail(f"{name} must hold its own values; got a negated view. Call resolve_neg() first")
+        elif framework == "mlx":
+            pass  # always dense memory of this machine's byte order, aligned
         elif not x.dtype.isnative:
             self.fail(f"{name} must have the byte order of this machine; got {x.dtype.str}. Convert it first")
         elif not x.flags.aligned:
@@ -279,14 +299,21 @@ class _Checker:
             )
 
 
-def check_call(call: Call, options: Options, *, inplace: bool, grad_enabled: bool = False) -> CallSpec:
-    """The checks that need no data: types, shapes, dtypes, devices, flags.
+def check_call(
+    call: Call,
+    options: Options,
+    *,
+    inplace: bool,
+    grad_enabled: bool = False,
+    kinds: Sequence[str] = ("torch", "numpy"),
+) -> CallSpec:
+    """The checks that need no data: types, shapes, dtypes, devices, flags. `kinds`: the frameworks that are taken.
 
     Raises:
         TypeError: an argument of the wrong kind (not an array, not a number, mixed frameworks).
         ValueError: a wrong shape, dtype, device, stride, choice or combination; names the argument.
     """
-    c = _Checker(options.op)
+    c = _Checker(options.op, kinds=kinds)
     c.choice("decay", options.decay, DECAYS)
     c.choice("heads", options.heads, HEADS)
     c.choice("state_layout", options.state_layout, LAYOUTS)
@@ -499,7 +526,8 @@ def _check_state(
         if call.state_in is not None and snap_dtype != state_dtype:
             c.fail(f"snapshots must have {name}'s dtype {state_dtype}; got {snap_dtype}")
         state_dtype = snap_dtype
-        c.writable("snapshots", call.snapshots)
+        if here[0] != "mlx":  # which are values: the caller gets a new array
+            c.writable("snapshots", call.snapshots)
     return P, state_dtype, resident
 
 
@@ -525,7 +553,7 @@ def check_values(call: Call, spec: CallSpec) -> None:
     (always on the CPU backend).
     """
     c = _Checker(spec.options.op)
-    numpy = spec.framework == "numpy"
+    numpy = spec.framework != "torch"  # or MLX: index arrays that a program made are on the host already
     if call.cu_seqlens is not None and (numpy or call.cu_seqlens.device.type == "cpu"):
         cu = call.cu_seqlens.tolist()
         if cu[0] != 0 or cu[-1] != spec.T:

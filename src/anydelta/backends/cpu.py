@@ -1,7 +1,7 @@
 """The native CPU backend: hands addresses and strides to the C++ kernels (kernels/cpu, `anydelta._core`).
 
 The instruction set is chosen at run time; ANYDELTA_CPU_ISA forces one of `isas()`. Thread counts follow
-`torch.set_num_threads` for torch tensors and OMP_NUM_THREADS for NumPy arrays.
+`torch.set_num_threads` for torch tensors and OMP_NUM_THREADS for NumPy and MLX arrays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..dispatch import Rejected
-from ..spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framework_of
+from ..spec import DECAYS, MLX_GPU, Call, CallSpec, dtype_name, element_strides, framework_of
 
 try:
     from .. import _core
@@ -63,7 +63,7 @@ def _set_isa(name: str, who: str) -> None:
 
 @cache
 def default_threads() -> int:
-    """For NumPy arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
+    """For NumPy and MLX arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text.isdigit() and int(text) > 0:
         return int(text)
@@ -103,6 +103,8 @@ class _Plan:
 class Cpu:
     name = "cpu"
     snapshot_rows = True
+    mlx = True
+    """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
 
     def available(self) -> Sequence[Rejected]:
         if _core is None:
@@ -113,7 +115,7 @@ class Cpu:
 
     def supports(self, spec: CallSpec) -> Sequence[Rejected]:
         no = []
-        if spec.device != "cpu":
+        if spec.device not in ("cpu", MLX_GPU):  # Apple's GPUs share the CPU's memory
             no.append(f"takes tensors on the CPU; got device {spec.resident or spec.device}")
         if spec.dtype not in DTYPE:
             no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
@@ -238,6 +240,8 @@ def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
         import torch
 
         return bool(_core.learn_tensor_type(torch.Tensor))
+    if framework == "mlx":
+        return True
     # NumPy has no bfloat16: ml_dtypes' arrays have no buffer format
     return not any(dtype_name(x) == "bfloat16" for x in arrays if x is not None)
 
@@ -275,6 +279,10 @@ def contiguous(x: Any) -> Any:
         import torch
 
         return (x.float() if x.dtype == torch.float64 else x).contiguous()
+    if framework_of(x) == "mlx":
+        import mlx.core as mx
+
+        return mx.contiguous(x.astype(mx.float32, stream=mx.cpu) if x.dtype == mx.float64 else x)
     return np.ascontiguousarray(x, dtype=np.float32 if x.dtype == np.float64 else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 import sys
@@ -16,7 +17,20 @@ from rich.table import Table
 from .. import __version__, dispatch
 from .cases import CASES, Case
 from .mixer import MIXER_CASES
-from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, STATUSES, Result, parse, run, summary, targets, unavailable
+from .run import (
+    FAIL,
+    FRAMEWORKS,
+    NOT_SUPPORTED,
+    OK,
+    SKIPPED,
+    STATUSES,
+    Result,
+    parse,
+    run,
+    summary,
+    targets,
+    unavailable,
+)
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
@@ -48,7 +62,9 @@ def register(app: typer.Typer) -> None:
             list[str] | None, _option("--case", "Run this line instead of the list; failures print theirs.")
         ] = None,
         isa: Annotated[list[str] | None, _option("--isa", "Only this instruction set of the CPU.")] = None,
-        framework: Annotated[list[str] | None, _option("--framework", "Only numpy, or only torch.")] = None,
+        framework: Annotated[
+            list[str] | None, _option("--framework", "Only numpy, only torch, or mlx.")
+        ] = None,
         device: Annotated[str, _option("--device", "Where torch's tensors lie: cuda, xpu, ...")] = "cpu",
         as_json: Annotated[bool, _option("--json", "Every result as JSON on stdout.")] = False,
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
@@ -61,8 +77,10 @@ def register(app: typer.Typer) -> None:
             names = _backends(backend or [], require or [])
             _one_format(as_json, as_csv, as_md)
             for name in framework or ():
-                if name not in ("numpy", "torch"):
-                    raise Usage(f"--framework must be numpy or torch; got {name!r}")
+                if name not in FRAMEWORKS:
+                    raise Usage(f"--framework must be numpy, torch or mlx; got {name!r}")
+                if importlib.util.find_spec(name) is None:
+                    raise Usage(f"--framework {name} requires the package {name}; got none")
             if device != "cpu" and (framework or ["torch"]) != ["torch"]:
                 raise Usage(
                     f"--device {device} goes with --framework torch; got {', '.join(framework or ())}"

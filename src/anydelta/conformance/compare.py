@@ -106,9 +106,13 @@ class Buffer:
             self._view(self.base)[...] = encode(values, dtype)
         self.before = self.base.copy()
         self._torch_base: Any = None
-        self.array = (
-            self._torch(target.device) if target.framework == "torch" else self._numpy(mode == "expanded")
-        )
+        self._mlx_base: Any = None
+        if target.framework == "torch":
+            self.array = self._torch(target.device)
+        elif target.framework == "mlx":
+            self.array = self._mlx()
+        else:
+            self.array = self._numpy(mode == "expanded")
 
     def _view(self, base: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
         """The array inside `base`, which has one entry per element of memory."""
@@ -137,7 +141,26 @@ class Buffer:
         self._torch_base = base
         return base.view(getattr(torch, self.dtype)).as_strided(self.shape, self.strides, self.offset)
 
+    def _mlx(self) -> Any:
+        import mlx.core as mx
+
+        self._mlx_base = mx.array(self.base)  # a copy: MLX arrays are values
+        typed = self._mlx_base.view(mx.bfloat16) if self.dtype == "bfloat16" else self._mlx_base
+        return mx.as_strided(typed, self.shape, self.strides, self.offset)
+
+    def take(self, array: Any) -> None:
+        """Put what the call returned in the place of this MLX array, which itself must not have changed."""
+        import mlx.core as mx
+
+        if stray := self.stray():
+            raise AssertionError(f"{stray}, in an array that was given")
+        before, self.array = self._after().copy(), array
+        self._view(before)[...] = np.asarray(array.view(mx.uint16) if self.dtype == "bfloat16" else array)
+        self._mlx_base = mx.array(before)
+
     def _after(self) -> NDArray[Any]:
+        if self._mlx_base is not None:
+            self.base[...] = np.asarray(self._mlx_base)
         if self._torch_base is not None and self._torch_base.device.type != "cpu":
             self.base[...] = self._torch_base.cpu().numpy()
         return self.base
@@ -265,16 +288,36 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     arrays = dict(arrays)
     q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
     state = arrays.pop("state", None)
-    options: dict[str, Any] = {
-        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit,
-        "heads": case.heads, "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout,
-        "scale": case.scale, "backend": backend,
-    }  # fmt: skip
+    options = _options(case, backend)
     if case.inplace:
         return anydelta.gated_delta_rule_(q, k, v, state, **arrays, **options), state
     return anydelta.gated_delta_rule(
         q, k, v, initial_state=state, output_final_state=not case.nofinal, **arrays, **options
     )
+
+
+def _options(case: Case, backend: str) -> dict[str, Any]:
+    return {
+        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit,
+        "heads": case.heads, "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout,
+        "scale": case.scale, "backend": backend,
+    }  # fmt: skip
+
+
+def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any]:
+    """The same, on the target's kind of arrays."""
+    arrays = {name: b.array for name, b in held.items()}
+    if target.framework != "mlx":
+        return call(case, arrays, target.backend)
+    if case.inplace:
+        raise NotRunnable("MLX arrays are values: the operator has no in-place form on them")
+    from ..mlx import gated_delta_rule
+
+    arrays["initial_state"] = arrays.pop("state", None)
+    out = gated_delta_rule(**arrays, output_final_state=not case.nofinal, **_options(case, target.backend))
+    if "snapshots" in held:
+        held["snapshots"].take(out[2])
+    return out[0], out[1]
 
 
 def check(case: Case | Prepared, target: Target) -> Verdict:
@@ -288,14 +331,13 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
     case, values, exact = prepared.case, prepared.values, prepared.exact
     with target.active(), np.errstate(all="ignore"):
         held = buffers(case, values, target)
-        arrays = {name: b.array for name, b in held.items()}
         verdict = Verdict()
         if exact is None:
-            _check_refused(verdict, case, arrays, held, target)
+            _check_refused(verdict, case, held, target)
             return verdict
         with dirty_memory(case, target):
             try:
-                o, state = call(case, arrays, target.backend)
+                o, state = _call(case, held, target)
             except (dispatch.UnsupportedError, NotRunnable):
                 raise
             except Exception as error:  # a backend that took the case must run it
@@ -305,11 +347,9 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
     return verdict
 
 
-def _check_refused(
-    v: Verdict, case: Case, arrays: dict[str, Any], held: dict[str, Buffer], target: Target
-) -> None:
+def _check_refused(v: Verdict, case: Case, held: dict[str, Buffer], target: Target) -> None:
     try:
-        call(case, arrays, target.backend)
+        _call(case, held, target)
     except ValueError as error:
         if "state_indices" not in str(error):
             v.errors.append(f"refused, but not for its state_indices: {error}")
@@ -432,7 +472,13 @@ def fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, tar
     if tuple(x.shape) != shape or got != dtype:
         v.errors.append(f"{name}: is {list(x.shape)} {got}, not {list(shape)} {dtype}")
         return None
-    array: F64 = x.detach().cpu().double().numpy() if target.framework == "torch" else x.astype(np.float64)
+    if target.framework == "torch":
+        x = x.detach().cpu().double().numpy()
+    elif target.framework == "mlx":
+        import mlx.core as mx
+
+        x = np.asarray(x.astype(mx.float64, stream=mx.cpu))
+    array: F64 = x.astype(np.float64)
     return array
 
 

@@ -74,8 +74,11 @@ def isas(name: str) -> list[str]:
     return list(offered()) if offered else []
 
 
+FRAMEWORKS = ("numpy", "torch", "mlx")
+
+
 def frameworks() -> list[str]:
-    """NumPy, and torch where it is installed."""
+    """NumPy, and torch where it is installed: those that run unless others are asked for."""
     return ["numpy", "torch"] if importlib.util.find_spec("torch") else ["numpy"]
 
 
@@ -130,7 +133,7 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
     for case in cases if usable else ():
         prepared = prepare(case)
         for target in usable:
-            if not isinstance(case, MixerCase) or has_mixer(target.backend):
+            if not isinstance(case, MixerCase) or (has_mixer(target.backend) and target.framework != "mlx"):
                 yield run_one(prepared, target)
 
 

@@ -1,5 +1,5 @@
 // Reading addresses and geometry of Python arrays without Python: torch tensors through DLPack's exchange API (torch 2.10
-// and later), NumPy arrays through the buffer protocol. What neither can read is left to the slower path in Python.
+// and later), NumPy's and MLX's arrays through the buffer protocol. What neither can read is left to the slower path in Python.
 #pragma once
 #include <Python.h>
 
@@ -77,6 +77,8 @@ class ArrayReader {
         const bool aligned = reinterpret_cast<uintptr_t>(b.buf) % static_cast<uintptr_t>(b.itemsize) == 0;
         const bool plain = b.ndim == 0 || b.shape[b.ndim - 1] <= 1 || b.strides[b.ndim - 1] == b.itemsize;
         if (aligned && plain) {
+            const PyTypeObject* type = Py_TYPE(x);  // MLX's arrays look like NumPy's from here
+            append(key, &type, sizeof type);
             key += b.format ? b.format : "B";
             key.push_back(b.readonly ? 'r' : 'w');
             append(key, b.shape, sizeof(Py_ssize_t) * static_cast<size_t>(b.ndim));

@@ -1,0 +1,298 @@
+"""The gated delta rule for MLX arrays.
+
+    from anydelta.mlx import gated_delta_rule
+
+    o, state = gated_delta_rule(q, k, v, g=g, beta=beta)                     # mx.array in, mx.array out
+    o, state, last = gated_delta_rule(q, k, v, g=g, beta=beta, snapshots=4)  # and the states after the last 4 tokens
+
+MLX arrays are values: nothing that a caller holds ever changes. So there is no in-place form, a new state is a new
+array, and so are the snapshots.
+
+Where the stream runs on the CPU, the native CPU kernel reads the arrays where they lie (MLX's buffer protocol, no copy)
+and writes into new ones. It needs their values, so a call there computes its inputs and itself at once: MLX's laziness
+ends at it, and inside mx.compile or mx.vmap, where arrays have no values, it is refused.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import dispatch
+from . import op as _op
+from .dispatch import UnsupportedError
+from .spec import Call, CallSpec, Options, check_call, check_values, dtype_name
+
+try:
+    import mlx.core as mx
+except ImportError as error:
+    raise ImportError("anydelta.mlx: requires mlx; got none. pip install 'anydelta[mlx]'") from error
+
+__all__ = ["UnsupportedError", "explain", "gated_delta_rule"]
+
+_INPUTS = (
+    "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",
+    "snapshots",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Plan:
+    spec: CallSpec
+    backend: dispatch.Backend
+    native: dict[bytes, Any] = field(default_factory=dict)
+    """What the cpu backend prepared, by the strides of the arrays."""
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 4096
+atexit.register(_plans.clear)  # they hold native objects, which must go before the extension does
+
+
+def gated_delta_rule(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    g: mx.array,
+    beta: mx.array,
+    initial_state: mx.array | None = None,
+    scale: float | None = None,
+    decay: str = "log",
+    A_log: mx.array | None = None,
+    dt_bias: mx.array | None = None,
+    lower_bound: float | None = None,
+    beta_is_logit: bool = False,
+    heads: str = "interleaved",
+    qk_l2norm: bool = False,
+    qk_l2norm_eps: float = 1e-6,
+    state_layout: str = "kv",
+    cu_seqlens: mx.array | None = None,
+    state_indices: mx.array | None = None,
+    mask: mx.array | None = None,
+    snapshots: mx.array | int | None = None,
+    output_final_state: bool = True,
+    backend: str = "auto",
+) -> tuple[Any, ...]:
+    """As `anydelta.gated_delta_rule`, which describes the arguments, on MLX arrays.
+
+    Args:
+        snapshots: how many of the last states to return (slots that no token reaches hold zeros), or an array
+            [Ks, N, HV, K, V] whose slots are returned as they were where nothing new belongs. Slot 0 is the state after
+            the last token, slot s that of s tokens earlier.
+
+    Returns:
+        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] or None; with `snapshots` a third, the snapshots
+        [Ks, N, HV, K, V].
+
+    Raises:
+        ValueError, TypeError: an invalid call; nothing was computed.
+        UnsupportedError: the named backend cannot run it, or the arrays have no values because mx.compile or mx.vmap
+            follows the call.
+        RuntimeError: mx.grad or mx.jvp asks for a derivative of the result; there is none here.
+    """
+    options = (
+        "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
+        state_layout, output_final_state,
+    )  # fmt: skip
+    slots = snapshots if isinstance(snapshots, int) else None
+    call = Call(
+        q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices,
+        None if isinstance(snapshots, int) else snapshots,
+    )  # fmt: skip
+    plan = _plan(call, options, backend, slots)
+    _check_data(call, plan.spec)
+    names = [name for name in _INPUTS if getattr(call, name) is not None]
+    # A custom function, so that a gradient is refused and not silently zero.
+    compute: Any = mx.custom_function(partial(_compute, plan, names))
+    compute.vjp(_no_derivative)
+    compute.jvp(_no_derivative)
+    out = iter(compute(*(getattr(call, name) for name in names)))
+    o = next(out)
+    state = next(out) if output_final_state else None
+    return (o, state) if snapshots is None else (o, state, next(out))
+
+
+def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
+    """Which backend would run `gated_delta_rule(*args, **kwargs)`, and why the others would not. Runs nothing.
+
+    Raises:
+        ValueError, TypeError: as the call itself would.
+    """
+    if len(args) > 3:
+        raise TypeError(f"explain: takes q, k, v by position; got {len(args)} positional arguments")
+    arrays = dict(zip(("q", "k", "v"), args, strict=False))
+    arrays["state_in"] = kwargs.pop("initial_state", None)
+    snapshots = kwargs.pop("snapshots", None)
+    slots = snapshots if isinstance(snapshots, int) else None
+    arrays["snapshots"] = None if slots is not None else snapshots
+    arrays.update({n: kwargs.pop(n) for n in list(kwargs) if n in _INPUTS})
+    spec = _check(Call(**arrays), Options(**kwargs), slots)
+    _check_data(Call(**arrays), spec)
+    return dispatch.choose(spec, backend)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "gated_delta_rule_":
+        raise AttributeError(
+            "anydelta.mlx has no gated_delta_rule_: MLX arrays are values and cannot be advanced in place. "
+            "gated_delta_rule returns the new state"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _plan(call: Call, options: tuple[Any, ...], backend: str, slots: int | None) -> _Plan:
+    """Which backend runs calls with arrays of these shapes and dtypes; checked once."""
+    try:
+        key: Any = (
+            options, backend, dispatch.forced_by_env(), slots, str(mx.default_device()),
+            *(None if x is None else (x.shape, x.dtype) for x in (getattr(call, name) for name in _INPUTS)),
+        )  # fmt: skip
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):  # no array, or an unhashable option: the check says which
+        key = plan = None
+    if plan is None:
+        spec = _check(call, Options(*options), slots)
+        plan = _Plan(spec, dispatch.pick(spec, backend))
+        if key is not None:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    return plan
+
+
+def _check(call: Call, options: Options, slots: int | None) -> CallSpec:
+    """check_call, for MLX's kind of snapshots."""
+    spec = check_call(call, options, inplace=False, kinds=("mlx",))
+    if slots is None:
+        return spec
+    if isinstance(slots, bool) or slots < 1:
+        raise ValueError(
+            f"{options.op}: snapshots must be an array [Ks, N, HV, K, V] or a number of slots >= 1; got {slots}"
+        )
+    return replace(spec, snapshots=slots)
+
+
+def _check_data(call: Call, spec: CallSpec) -> None:
+    if spec.packed or spec.pooled:
+        _values(spec, *(x for x in (call.cu_seqlens, call.state_indices) if x is not None))
+        check_values(call, spec)
+
+
+def _values(spec: CallSpec, *arrays: mx.array) -> None:
+    """Have MLX compute these arrays."""
+    try:
+        mx.eval(*arrays)
+    except ValueError as error:
+        if "transformation" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{spec.options.op}: on MLX's CPU device requires arrays that have values; got arrays inside mx.compile or "
+            f"mx.vmap. Leave this call out of the compiled function"
+        ) from error
+
+
+def _no_derivative(*_: Any) -> Any:
+    raise RuntimeError(
+        "gated_delta_rule: requires no derivative; got one asked for by mx.grad, mx.vjp or mx.jvp. On MLX arrays the "
+        "operator has none: use mx.stop_gradient, mlx-lm's own recurrence (model.train()), or torch tensors"
+    )
+
+
+def _compute(plan: _Plan, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
+    """o, then the final state and the snapshots where they are wanted; all of them new arrays."""
+    spec = plan.spec
+    _values(spec, *arrays)
+    call = Call(**{**dict.fromkeys(("q", "k", "v", "g", "beta")), **dict(zip(names, arrays, strict=True))})
+    if not getattr(plan.backend, "mlx", False):
+        return _through_numpy(plan, call)
+    dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+    state = (spec.N, spec.HV, *dims)
+    out = [_empty(call.v.shape, spec.dtype)]
+    call.o = out[0]
+    if spec.options.output_final_state:
+        call.state_out = _empty(state, spec.state_dtype)
+        out.append(call.state_out)
+    key = _op._geometry(call)  # before the snapshots, which are ours and contiguous
+    if spec.snapshots:
+        call.snapshots = _slots(call, spec, state)
+        out.append(call.snapshots)
+    native = None if key is None else plan.native.get(key)
+    if native is None:
+        native = plan.backend.prepare(spec, call)
+        if key is not None:
+            plan.native[key] = native
+    plan.backend.run(native, spec, call)
+    dtypes = [spec.dtype, *[spec.state_dtype] * (len(out) - 1)]
+    return [_as(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
+
+
+# ---- MLX's memory. NumPy has no bfloat16: such memory is uint16 until it is handed out.
+
+
+def _empty(shape: Sequence[int], dtype: str) -> mx.array:
+    """A new array, to be written."""
+    return mx.array(np.empty(tuple(shape), np.uint16 if dtype == "bfloat16" else dtype))
+
+
+def _bits(x: mx.array) -> Any:
+    """The array's memory as a NumPy array, without a copy."""
+    return np.asarray(x.view(mx.uint16, stream=mx.cpu) if x.dtype == mx.bfloat16 else x)
+
+
+def _as(x: mx.array, dtype: str) -> mx.array:
+    return x.view(mx.bfloat16, stream=mx.cpu) if dtype == "bfloat16" else x
+
+
+def _slots(call: Call, spec: CallSpec, state: tuple[int, ...]) -> mx.array:
+    """The new snapshots: a copy of those given, or zeros."""
+    if call.snapshots is not None:
+        return mx.array(_bits(call.snapshots))
+    return mx.array(
+        np.zeros((spec.snapshots, *state), np.uint16 if spec.state_dtype == "bfloat16" else spec.state_dtype)
+    )
+
+
+def _through_numpy(plan: _Plan, call: Call) -> list[mx.array]:
+    """For a backend that does not read MLX arrays: it gets their memory as NumPy arrays."""
+    spec = plan.spec
+    bfloat16 = None
+    if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise UnsupportedError(
+                f"{spec.options.op}: {plan.backend.name} reads MLX's bfloat16 through the package ml_dtypes; got none. "
+                f"pip install ml_dtypes"
+            ) from error
+        bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+    def view(x: Any) -> Any:
+        return None if x is None else _bits(x).view(bfloat16) if dtype_name(x) == "bfloat16" else _bits(x)
+
+    held = Call(**{name: view(getattr(call, name)) for name in _INPUTS})
+    if spec.snapshots:
+        if held.snapshots is not None:
+            held.snapshots = held.snapshots.copy()
+        else:
+            dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+            dtype = bfloat16 if spec.state_dtype == "bfloat16" else spec.state_dtype
+            held.snapshots = np.zeros((spec.snapshots, spec.N, spec.HV, *dims), dtype)
+    opt = spec.options
+    options = (
+        opt.op, opt.scale, opt.decay, opt.lower_bound, opt.beta_is_logit, opt.heads, opt.qk_l2norm, opt.qk_l2norm_eps,
+        opt.state_layout, opt.output_final_state,
+    )  # fmt: skip
+    o, state = _op.execute(held, options, plan.backend.name, inplace=False)
+
+    def back(x: Any) -> mx.array:
+        if bfloat16 is not None and x.dtype == bfloat16:  # np.float64 equals None
+            return _as(mx.array(x.view(np.uint16)), "bfloat16")
+        return mx.array(x, dtype=mx.float64 if x.dtype == np.float64 else None)
+
+    return [back(x) for x in (o, state, held.snapshots if spec.snapshots else None) if x is not None]

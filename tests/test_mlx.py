@@ -1,0 +1,265 @@
+"""The operator on MLX arrays: against the oracle, against MLX's own op and mlx-lm's recurrence, and as MLX values."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anydelta
+from anydelta.conformance import CASES, NOT_SUPPORTED, OK, Target
+from anydelta.conformance.run import run_one
+from conftest import CPU_REASONS, without
+
+if importlib.util.find_spec("mlx") is None:
+    without("mlx is not installed")
+if CPU_REASONS:
+    pytest.skip("the cpu backend is not built", allow_module_level=True)
+
+import mlx.core as mx
+
+from anydelta import mlx as face
+from anydelta.mlx import gated_delta_rule
+
+Values = dict[str, Any]
+
+
+def values(
+    B: int = 2,
+    T: int = 9,
+    H: int = 2,
+    HV: int = 4,
+    K: int = 32,
+    V: int = 16,
+    kda: bool = False,
+    seed: int = 0,
+) -> Values:
+    draw = np.random.default_rng(seed).standard_normal
+
+    def normal(*shape: int) -> Any:
+        return draw(shape, dtype=np.float32)
+
+    g = normal(B, T, HV, K) if kda else normal(B, T, HV)
+    return {
+        "q": normal(B, T, H, K) / np.float32(K**0.5), "k": normal(B, T, H, K) / np.float32(K**0.5),
+        "v": normal(B, T, HV, V), "g": -np.abs(g) * np.float32(0.3), "beta": 1 / (1 + np.exp(-normal(B, T, HV))),
+        "initial_state": normal(B, HV, K, V),
+    }  # fmt: skip
+
+
+def arrays(x: Values) -> Values:
+    return {name: mx.array(a) if isinstance(a, np.ndarray) else a for name, a in x.items()}
+
+
+def close(got: mx.array, want: Any, limit: float = 1e-5) -> None:
+    assert got.shape == tuple(want.shape)
+    assert np.abs(np.asarray(got.astype(mx.float32)) - np.asarray(want)).max(initial=0.0) <= limit
+
+
+# ---- right
+
+
+def test_the_list_on_mlx_arrays() -> None:
+    """Poisoned memory, strides, bfloat16, pools, packed sequences, snapshots: inputs must keep every bit."""
+    cases = [c for c in CASES if not c.inplace and c.work <= 300_000][::3]
+    assert len(cases) > 200
+    kinds = {(c.dtype, bool(c.seqlens), bool(c.indices), bool(c.snapshots), c.kda) for c in cases}
+    assert len(kinds) > 15
+    bad = [r for c in cases if (r := run_one(c, Target("cpu", framework="mlx"))).status != OK]
+    assert not bad, "\n".join(f"{r.status}: {r.reproduce()}: {'; '.join(r.reasons)}" for r in bad)
+
+
+def test_other_backends_get_numpy_arrays() -> None:
+    cases = [c for c in CASES if not c.inplace and c.work <= 5_000][::12]
+    target = Target("reference", framework="mlx")
+    bad = [r for c in cases if (r := run_one(c, target)).status not in (OK, NOT_SUPPORTED)]
+    assert not bad, "\n".join(f"{r.status}: {r.reproduce()}: {'; '.join(r.reasons)}" for r in bad)
+
+
+def test_float64_runs_on_the_reference() -> None:
+    x = {name: a.astype(np.float64) for name, a in values().items()}
+    o, state = gated_delta_rule(**{n: mx.array(a, dtype=mx.float64) for n, a in x.items()})
+    want = anydelta.gated_delta_rule(**x)
+    assert o.dtype == state.dtype == mx.float64
+    assert np.array_equal(np.asarray(o), want[0])
+    assert np.array_equal(np.asarray(state), want[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kda", [False, True])
+def test_as_on_numpy_arrays_to_the_bit(kda: bool, dtype: str) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = values(kda=kda)
+    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    x = {n: a.astype(stored) if n in "qkv" else a for n, a in x.items()}
+    held = {n: mx.array(a.astype(np.float32)).astype(getattr(mx, a.dtype.name)) for n, a in x.items()}
+    want, got = anydelta.gated_delta_rule(**x), gated_delta_rule(**held)
+    assert got[0].dtype == getattr(mx, dtype)
+    assert got[1].dtype == mx.float32
+    for w, g in zip(want, got, strict=True):
+        assert np.array_equal(np.asarray(g.astype(mx.float32)), w.astype(np.float32))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kda", [False, True])
+def test_mlx_lms_own_recurrence_agrees(kda: bool, masked: bool) -> None:
+    """Linear decays, [V, K] states, q scaled by the caller: another implementation's conventions."""
+    if importlib.util.find_spec("mlx_lm") is None:
+        pytest.skip("mlx-lm is not installed")
+    from mlx_lm.models.gated_delta import gated_delta_ops
+
+    x = arrays(values(kda=kda))
+    mask = mx.array(np.arange(9) >= np.array([[3], [0]])) if masked else None
+    state = x.pop("initial_state").swapaxes(-1, -2)
+    want_o, want_state = gated_delta_ops(
+        x["q"] * 32**-0.5, x["k"], x["v"], mx.exp(x["g"]), x["beta"], state, mask
+    )
+    o, new = gated_delta_rule(**x, initial_state=state, state_layout="vk", mask=mask)
+    if mask is not None:  # where a token is masked, the outputs are nobody's business there; zeros here
+        assert not np.asarray(o)[~np.asarray(mask)].any()
+        want_o = mx.where(mask[..., None, None], want_o, 0)
+    close(o, want_o)
+    close(new, want_state)
+    linear = {**x, "g": mx.exp(x["g"])}
+    close(
+        gated_delta_rule(**linear, decay="linear", initial_state=state, state_layout="vk", mask=mask)[0],
+        want_o,
+    )
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_mlxs_own_op_agrees(T: int) -> None:
+    update = getattr(mx.fast, "gated_delta_update", None)
+    if update is None:
+        pytest.skip("this mlx has no gated_delta_update: it needs 0.32.3 or newer")
+    x = arrays(values(B=1, T=T, H=16, HV=16, K=128, V=128))
+    state = x.pop("initial_state").swapaxes(-1, -2)
+    want = update(x["q"] * 128**-0.5, x["k"], x["v"], mx.exp(x["g"]), x["beta"], state, stream=mx.cpu)
+    got = gated_delta_rule(**x, initial_state=state, state_layout="vk")
+    for w, g in zip(want, got, strict=True):
+        close(g, w)
+
+
+# ---- values, lazily computed
+
+
+def test_nothing_that_the_caller_holds_changes() -> None:
+    """Arrays that share memory with others and with each other, and results that are used again."""
+    x = arrays(values())
+    before = {n: np.array(a) for n, a in x.items()}
+    shared = x["initial_state"]
+    window = shared[1:]
+    o, first = gated_delta_rule(**x)
+    again, second = gated_delta_rule(**{**x, "initial_state": first})
+    held = np.array(first)
+    _, _, last = gated_delta_rule(**{**x, "initial_state": first}, snapshots=3)
+    kept = np.array(last)
+    _, _, other = gated_delta_rule(**{**x, "initial_state": second}, snapshots=last)
+    for n, a in x.items():
+        assert np.array_equal(np.asarray(a), before[n]), n
+    assert np.array_equal(np.asarray(window), before["initial_state"][1:])
+    assert np.array_equal(np.asarray(first), held)
+    assert np.array_equal(np.asarray(last), kept)
+    assert not np.array_equal(np.asarray(other), kept)
+    assert not np.array_equal(np.asarray(again), np.asarray(o))
+
+
+def test_lazy_arrays_views_and_constants() -> None:
+    x = values()
+    want = anydelta.gated_delta_rule(**x)
+    lazy = {n: mx.array(a) * 2 - mx.array(a) for n, a in x.items()}
+    lazy["k"] = mx.array(x["k"].swapaxes(-1, -2).copy()).swapaxes(-1, -2)  # not computed, strided
+    lazy["v"] = mx.concatenate([lazy["v"], lazy["v"]], axis=2)[:, :, :4]
+    for w, g in zip(want, gated_delta_rule(**lazy), strict=True):
+        close(g, w)
+    ones = {**arrays(x), "beta": mx.broadcast_to(mx.array(np.float32(0.5)), (2, 9, 4))}
+    want = anydelta.gated_delta_rule(**{**x, "beta": np.full((2, 9, 4), 0.5, np.float32)})
+    close(gated_delta_rule(**ones)[0], want[0])
+    with mx.stream(mx.new_stream(mx.cpu)):  # as in mlx-lm's generation
+        close(gated_delta_rule(**arrays(x))[0] * 1, anydelta.gated_delta_rule(**x)[0])
+
+
+def test_snapshots_are_returned() -> None:
+    x = values()
+    want = np.full((12, 2, 4, 32, 16), 7, np.float32)
+    anydelta.gated_delta_rule(**x, snapshots=want)
+    _, state, got = gated_delta_rule(**arrays(x), snapshots=mx.full(want.shape, 7.0))
+    assert np.array_equal(np.asarray(got), want)  # slots 9 to 11: as they were
+    assert mx.array_equal(got[0], state)
+    _, none, got = gated_delta_rule(**arrays(x), snapshots=12, output_final_state=False)
+    assert none is None
+    assert np.array_equal(np.asarray(got)[:9], want[:9])
+    assert not np.asarray(got)[9:].any()
+
+
+def test_a_compiled_function_is_refused() -> None:
+    x = arrays(values())
+    q = x.pop("q")
+    with pytest.raises(face.UnsupportedError, match=r"inside mx\.compile or mx\.vmap\. Leave this call out"):
+        mx.compile(lambda q: gated_delta_rule(q, **x)[0])(q)
+    with pytest.raises(face.UnsupportedError, match=r"inside mx\.compile"):
+        mx.vmap(lambda q: gated_delta_rule(q, **x)[0])(q[None])
+    one = {n: a[:1] for n, a in x.items()}
+    packed = mx.compile(lambda cu: gated_delta_rule(q[:1], **one, cu_seqlens=cu)[0])
+    with pytest.raises(face.UnsupportedError, match=r"inside mx\.compile"):  # its data would be checked
+        packed(mx.array([0, 9]))
+    assert gated_delta_rule(q, **x)[0].shape == (2, 9, 4, 16)
+
+
+def test_a_derivative_is_refused_and_not_zero() -> None:
+    x = arrays(values())
+    q = x.pop("q")
+    with pytest.raises(RuntimeError, match="requires no derivative"):
+        mx.grad(lambda q: gated_delta_rule(q, **x)[0].sum())(q)
+    with pytest.raises(RuntimeError, match="requires no derivative"):
+        mx.jvp(lambda q: gated_delta_rule(q, **x)[0].sum(), [q], [q])
+    stopped = mx.grad(lambda q: (mx.stop_gradient(gated_delta_rule(q, **x)[0]) * q.sum()).sum())(q)
+    assert stopped.shape == q.shape
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"q": np.zeros((2, 9, 2, 32), np.float32)}, TypeError, "q must be an mlx.core.array; got a numpy.ndarray"),
+        ({"mask": [[1]]}, TypeError, "mask must be an mlx.core.array; got list"),
+        ({"k": mx.zeros((2, 9, 2, 31))}, ValueError, r"k must be \[B, T, H, K\] as q = \[2, 9, 2, 32\]"),
+        ({"v": mx.zeros((2, 9, 4, 16), mx.float16)}, ValueError, "q, k and v must share a dtype"),
+        ({"initial_state": mx.zeros((2, 4, 32, 16), mx.float16)}, ValueError, "initial_state must have dtype"),
+        ({"decay": "square"}, ValueError, "decay must be one of"),
+        ({"snapshots": 0}, ValueError, r"snapshots must be an array .* or a number of slots >= 1; got 0"),
+        ({"snapshots": True}, ValueError, "snapshots must be an array"),
+        ({"snapshots": mx.zeros((2, 2))}, ValueError, r"snapshots must be \[Ks, N, HV, K, V\]"),
+        ({"state_indices": mx.array([0, 0])}, ValueError, "state_indices must be unique"),
+        ({"state_indices": mx.array([0, 5])}, ValueError, r"state_indices must be -1 \(skip\) or in \[0, P\)"),
+        ({"cu_seqlens": mx.array([0, 9])}, ValueError, "cu_seqlens packs all .* requires B = 1"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto' or one of"),
+    ],
+)  # fmt: skip
+def test_invalid_calls(change: Values, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"gated_delta_rule: {text}"):
+        gated_delta_rule(**{**arrays(values()), **change})
+
+
+def test_the_other_face_says_where_mlx_arrays_go() -> None:
+    x = values()
+    anydelta.gated_delta_rule(**x)  # its plan must not serve arrays that only look the same
+    with pytest.raises(TypeError, match=r"got an mlx.core.array\. For MLX arrays there is anydelta\.mlx"):
+        anydelta.gated_delta_rule(**arrays(x))
+    with pytest.raises(AttributeError, match="MLX arrays are values and cannot be advanced in place"):
+        _ = face.gated_delta_rule_
+
+
+def test_explain_and_forced_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = arrays(values())
+    assert face.explain(**x, snapshots=2).chosen == "cpu"
+    assert str(face.explain(**x, backend="reference").chosen) == "reference"
+    with pytest.raises(TypeError, match="q must be an mlx"):
+        face.explain(**values())
+    monkeypatch.setenv("ANYDELTA_BACKEND", "triton")
+    with pytest.raises(face.UnsupportedError, match="ANYDELTA_BACKEND=triton cannot run this call"):
+        gated_delta_rule(**x)
