@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -26,8 +27,10 @@ def names(paths: list[Path]) -> list[str]:
     return [p.name for p in paths]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/conventions.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/conventions.md", "docs/mlx.md"])
 def test_the_examples_run(name: str) -> None:
+    if name == "docs/mlx.md" and importlib.util.find_spec("mlx_lm") is None:
+        pytest.skip("mlx-lm is not installed")
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/run_examples.py"), str(ROOT / name)],
         capture_output=True,
