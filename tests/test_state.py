@@ -238,7 +238,7 @@ def test_memory_does_not_grow(form: str) -> None:
 
 def ready(form: str = "slots") -> tuple[StatePool, Model]:
     """A pool with a committed sequence 0 of 3 tokens, and 4 pending ones."""
-    pool, model = make(form, snapshots=5, capacity=2), Model(1)
+    pool, model = make(form, snapshots=6, capacity=2), Model(1)
     pool.new()
     model.step(pool, [0], [[1, 2, 3]], [[]])
     pool.commit(3)

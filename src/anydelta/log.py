@@ -5,8 +5,8 @@ With the base state S0, entries s = 0 .. n-1 and A(s, t) the product of the deca
     S_n = A(-1, n) S0 + sum_s A(s, n) k_s d_s^T
 
 An entry is 2 K + V numbers at most where a state is K V. Verifying tokens reads the base state and appends entries,
-going back drops the newest ones, and committing costs nothing: entries are folded into the state, with one read and one
-write of it, when the log has no room for the next step. The kernels are kernels/cpu/log.inl.h; where they do not run,
+going back drops the newest ones, and committing costs nothing: when the log has no room for a step, that step folds
+what is committed into the state on its way through it. The kernels are kernels/cpu/log.inl.h; where they do not run,
 `verify` and `fold` below compute the same in float64, and are the oracle.
 """
 
@@ -68,22 +68,25 @@ def verify(
 
 
 class Log:
-    """What StatePool asks of its form, by a log of `snapshots` entries per sequence.
+    """What StatePool asks of its form, by a log of C = `snapshots` - 1 entries per sequence.
 
     Attributes:
         states: [layers, capacity, HV, K, V] base states, rows that forks share until one of them folds.
-        keys, deltas, decays: [layers, capacity, C, H, K], [.., HV, V], [.., HV] or [.., HV, K], float32.
+        keys: [layers, capacity, H, C, K] as the caller gave them, `key_dtype`; factors [.., H, C] of their norm.
+        deltas, decays: [.., HV, C, V], and [.., HV, C] or [.., HV, C, K].
         used: entries of each sequence. parents: [capacity, C] the entry before each; a chain.
     """
 
     def __init__(self, pool: StatePool, tail: tuple[int, ...]):
         self.pool = pool
-        self.C = C = pool.snapshots
+        self.C = C = pool.snapshots - 1
         n, N, H, HV, K, V = pool.layers, pool.capacity, pool.H, pool.HV, pool.K, pool.V
         self.states = pool._zeros((n, N, *tail))
-        self.keys = pool._zeros((n, N, C, H, K), "float32")
-        self.deltas = pool._zeros((n, N, C, HV, V), "float32")
-        self.decays = pool._zeros((n, N, C, HV, K) if pool.kda else (n, N, C, HV), "float32")
+        self.keys = pool._zeros((n, N, H, C, K), pool.key_dtype)
+        self.factors = pool._zeros((n, N, H, C), "float32")
+        self.deltas = pool._zeros((n, N, HV, C, V), "float32")
+        self.decays = pool._zeros((n, N, HV, C, K) if pool.kda else (n, N, HV, C), "float32")
+        self.arrays = (self.keys, self.factors, self.deltas, self.decays)
         self.parents = np.ascontiguousarray(np.broadcast_to(np.arange(C) - 1, (N, C)), np.int64)
         self.used = [0] * N
         self.order: str | None = None  # which q/k head serves a value head: the `heads` of the first run
@@ -96,7 +99,7 @@ class Log:
         self.at = [
             (
                 cpu.address(self.states[i]),
-                tuple(cpu.address(x[i]) for x in (self.keys, self.deltas, self.decays)),
+                tuple(cpu.address(x[i]) for x in self.arrays),
             )
             for i in range(n if on_cpu else 0)
         ]
@@ -123,21 +126,21 @@ class Log:
     def share(self, source: int, place: int, child: _Sequence) -> None:
         self.refs[child.rows[0]] += 1
         n = self.used[place] = self.used[source]
-        for x in (self.keys, self.deltas, self.decays):
-            x[:, place, :n] = x[:, source, :n]
+        for x in self.arrays:
+            x[:, place, :, :n] = x[:, source, :, :n]
 
     def release(self, place: int, s: _Sequence) -> None:
         self._drop(s.rows[0])
         self.used[place] = 0
 
     def select(self, sources: list[int], targets: list[int], children: list[_Sequence]) -> None:
-        copies = [x[:, sources] for x in (self.keys, self.deltas, self.decays)]
+        copies = [x[:, sources] for x in self.arrays]
         used = [self.used[p] for p in sources]
         for child in children:
             self.refs[child.rows[0]] += 1
         for target in targets:
             self.release(target, self.pool._get("select", target))
-        for x, copied in zip((self.keys, self.deltas, self.decays), copies, strict=True):
+        for x, copied in zip(self.arrays, copies, strict=True):
             x[:, targets] = copied
         for target, n in zip(targets, used, strict=True):
             self.used[target] = n
@@ -162,24 +165,32 @@ class Log:
                 )
 
     def room(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
-        """Make room by folding what is committed. A step that does not fit will run on the state itself."""
+        """Make room by folding what is committed; the step itself does so where the kernels can. A step that does not
+        fit will run on the state itself."""
         logged = self.C if record else 0
         step = list(zip(batch, found, lengths, strict=True))
-        self.fold(
-            [(place, s) for place, s, n in step if n and (n > logged or self.used[place] + n > self.C)],
-            exclusive=[s for _, s, n in step if n > logged],
-        )
+        full = [(place, s) for place, s, n in step if n and (n > logged or self.used[place] + n > self.C)]
+        straight = [s for _, s, n in step if n > logged]
+        self.fold([(place, s) for place, s in full if self.refs[s.rows[0]] > 1], straight)
+        rest = [(place, s) for place, s in full if self.used[place] > s.pending]
+        self.folds = [0] * self.pool.capacity
+        if self.native and not straight:
+            for place, s in rest:
+                self.folds[place] = int(s.pending == 0)
+        self.fold([(place, s) for place, s in rest if not self.folds[place]])
 
     def begin(self, batch: list[int], found: list[_Sequence], lengths: list[int], keep: int) -> Any:
         logged = 0 if self.pool._certain else self.C
         self.direct = [max(0, n - logged) for n in lengths]
         self.before = [self.used[place] for place in batch]
-        for place, n, straight in zip(batch, lengths, self.direct, strict=True):
-            self.used[place] += n - straight
+        folds = [self.folds[place] for place in batch]
+        for place, n, straight, folded in zip(batch, lengths, self.direct, folds, strict=True):
+            self.used[place] = n - straight + (0 if folded else self.used[place])
         self.index = (
             np.array([s.rows[0] for s in found], np.int64), np.array(batch, np.int64), np.array(self.before, np.int64),
+            np.array(folds, np.int64),
         )  # fmt: skip
-        return list(self.used)
+        return None
 
     def cancel(self, undo: Any) -> None:
         for place, n in zip(self.pool._batch, self.before, strict=True):
@@ -196,12 +207,11 @@ class Log:
             "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
             pool.state_layout, True,
         )  # fmt: skip
-        base, rows, used = self.index
         call = Call(q, k, v, g, beta, None, A_log, dt_bias, mask, pool._cu)
         if any(self.direct):
-            self._checked(layer, call, options, base)
+            self._checked(layer, call, options, self.index[0])
             return self._by_parts(layer, call, options)
-        return self._verify(layer, call, options, base, rows, used)
+        return self._verify(layer, call, options, *self.index)
 
     def _checked(self, layer: int, call: Call, options: Options, base: Any) -> CallSpec:
         call.state_in, call.state_indices = self.states[layer], self.pool._index(base)
@@ -216,6 +226,8 @@ class Log:
         got = (spec.H, spec.HV, spec.K, spec.V, spec.kda)
         if got != want:
             pool._fail("run", f"requires H, HV, K, V, kda = {want} as the pool's log has; got {got}")
+        if pool.key_dtype not in ("float32", spec.dtype):
+            pool._fail("run", f"requires k in {pool.key_dtype}, the pool's key_dtype; got {spec.dtype}")
         return spec
 
     def _by_parts(self, layer: int, call: Call, options: Options) -> Array:
@@ -249,10 +261,12 @@ class Log:
                 o[at[0], middle : at[2]] = self._verify(layer, one, options, *own)
         return o
 
-    def _verify(self, layer: int, call: Call, options: Options, base: Any, rows: Any, used: Any) -> Array:
+    def _verify(
+        self, layer: int, call: Call, options: Options, base: Any, rows: Any, used: Any, folds: Any
+    ) -> Array:
         plan, spec, copies = self._plan(layer, call, options, base)
         if plan is None:
-            return self._verify_in_float64(layer, call, spec, base, rows, used)
+            return self._verify_in_float64(layer, call, spec, base, rows, used, folds)
         for name in copies:
             setattr(call, name, cpu.contiguous(getattr(call, name)))
         o = (
@@ -262,7 +276,7 @@ class Log:
         )
         self._native(
             plan, False, call.q, call.k, call.v, call.g, call.beta, o, self.at[layer][0], None, call.A_log,
-            call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used, None,
+            call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used, folds, None,
         )  # fmt: skip
         return o
 
@@ -294,7 +308,9 @@ class Log:
             "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
         ):
             arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
-        _core.run_log(plan, threads, torch is not None, folding, self.C, *arrays)
+        _core.run_log(
+            plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype], *arrays
+        )
 
     # ---- folding
 
@@ -305,7 +321,7 @@ class Log:
         """
         moved, own = [], []
         for place, s in those:
-            n = self.used[place] - s.pending
+            n = max(0, self.used[place] - s.pending)  # pending ones may have run on the state itself
             if n == 0 and not any(s is e for e in exclusive):
                 continue
             row = s.rows[0]
@@ -320,9 +336,9 @@ class Log:
                 self._fold(group)
         for place, _, _, n in (*moved, *own):
             left = self.used[place] - n
-            for x in (self.keys, self.deltas, self.decays):
+            for x in self.arrays:
                 if left:
-                    x[:, place, :left] = self.pool._copy(x[:, place, n : n + left])
+                    x[:, place, :, :left] = self.pool._copy(x[:, place, :, n : n + left])
             self.used[place] = left
 
     def _fold(self, group: list[tuple[int, int, int, int]], out: Array = None) -> None:
@@ -349,32 +365,33 @@ class Log:
             target = states if out is None else cpu.address(out[layer])
             self._native(
                 found[0], True, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents, places, counts,
-                to,
+                None, to,
             )  # fmt: skip
 
     # ---- the same in float64
 
     def _entries(self, layer: int, place: int, n: int) -> list[tuple[F64, F64, F64]]:
         """Entries 0 to n - 1, keys spread over the value heads."""
-        k, d, a = (
-            np.asarray(_host(x[layer, place, :n])).astype(np.float64)
-            for x in (self.keys, self.deltas, self.decays)
+        k, factors, d, a = (
+            np.asarray(_host(x[layer, place, :, :n])).astype(np.float64).swapaxes(0, 1) for x in self.arrays
         )
-        k = k[:, self._heads()]
+        k = (factors[..., None] * k)[:, self._heads()]
         a = a if self.pool.kda else a[..., None]
         return list(zip(k, d, a, strict=True))
 
     def _heads(self) -> Any:
         return reference.head_map(self.pool.H, self.pool.HV, self.order or "interleaved")
 
-    def _fold_in_float64(self, group: list[tuple[int, int, int, int]], out: Array) -> None:
+    def _fold_in_float64(
+        self, group: list[tuple[int, int, int, int]], out: Array, layer: int | None = None
+    ) -> None:
         target = self.states if out is None else out
-        for layer in range(self.pool.layers):
+        for i in range(self.pool.layers) if layer is None else (layer,):
             for place, row, to, n in group:
-                S = self._state64(layer, row)
-                for k, d, a in self._entries(layer, place, n):
+                S = self._state64(i, row)
+                for k, d, a in self._entries(i, place, n):
                     S = fold(S, k[None], d[None], a[None])
-                self._put64(target, layer, to, S)
+                self._put64(target, i, to, S)
 
     def _state64(self, layer: int, row: int) -> F64:
         S = np.asarray(_host(self.states[layer, row])).astype(np.float64)
@@ -385,7 +402,7 @@ class Log:
         target[layer, row] = self.pool._like(np.ascontiguousarray(S))
 
     def _verify_in_float64(
-        self, layer: int, call: Call, spec: CallSpec, base: Any, rows: Any, used: Any
+        self, layer: int, call: Call, spec: CallSpec, base: Any, rows: Any, used: Any, folds: Any
     ) -> Array:
         opt = spec.options
         names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
@@ -399,8 +416,10 @@ class Log:
         a = a if spec.kda else a[..., None]
         beta = reference.sigmoid(x["beta"]) if opt.beta_is_logit else x["beta"]
         q, k, v = x["q"], x["k"], x["v"]
+        factors = np.ones(k.shape[:3])
         if opt.qk_l2norm:
-            q, k = (reference.l2norm(y, opt.qk_l2norm_eps) for y in (q, k))
+            q = reference.l2norm(q, opt.qk_l2norm_eps)
+            factors = 1 / np.sqrt((k**2).sum(-1) + opt.qk_l2norm_eps)
         live = np.ones(q.shape[:2], bool) if call.mask is None else np.asarray(_host(call.mask))
         q = np.where(live[..., None, None], q, 0.0) * spec.scale
         k = np.where(live[..., None, None], k, 0.0)
@@ -408,22 +427,26 @@ class Log:
         a = np.where(live[..., None, None], a, 1.0)
         beta = np.where(live[..., None], beta, 0.0)
         head = self._heads()
+        keys = factors[..., None] * k
         o = np.zeros(v.shape)
         cu = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
-        for n, (row, place, m) in enumerate(zip(base.tolist(), rows.tolist(), used.tolist(), strict=True)):
+        counts = (x.tolist() for x in (base, rows, used, folds))
+        for n, (row, place, m, folded) in enumerate(zip(*counts, strict=True)):
+            if folded:
+                self._fold_in_float64([(place, row, row, m)], None, layer)
+                m = 0
             b, first, last = (n, 0, spec.T) if cu is None else (0, cu[n], cu[n + 1])
             here = (b, slice(first, last))
             entries = self._entries(layer, place, m)
             o[here] = verify(
-                self._state64(layer, row), entries, self.parents[place].tolist(), q[here][:, head], k[here][:, head],
+                self._state64(layer, row), entries, self.parents[place].tolist(), q[here][:, head], keys[here][:, head],
                 v[here], a[here], beta[here],
             )  # fmt: skip
             for e in range(m, m + last - first):
-                self.keys[layer, place, e] = self.pool._like(k[b, first + e - m])
-                self.deltas[layer, place, e] = self.pool._like(entries[e][1])
-                self.decays[layer, place, e] = self.pool._like(
-                    entries[e][2] if spec.kda else entries[e][2][:, 0]
-                )
+                decay = entries[e][2] if spec.kda else entries[e][2][:, 0]
+                new = (k[b, first + e - m], factors[b, first + e - m], entries[e][1], decay)
+                for array, value in zip(self.arrays, new, strict=True):
+                    array[layer, place, :, e] = self.pool._like(value)
         if self.pool.device is not None:
             return self.pool._like(o).to(call.v.dtype)
         return o.astype(call.v.dtype)
@@ -442,7 +465,7 @@ class Log:
     def nbytes(self) -> Mapping[str, int]:
         from .state import _bytes
 
-        return {"states": _bytes(self.states), "log": sum(map(_bytes, (self.keys, self.deltas, self.decays)))}
+        return {"states": _bytes(self.states), "log": sum(map(_bytes, self.arrays))}
 
 
 def _host(x: Array) -> Array:

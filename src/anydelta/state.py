@@ -31,6 +31,7 @@ from .spec import LAYOUTS
 
 Array = Any
 FORMS = ("slots", "log")
+KEY_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class StatePool:
         snapshots: K of the contract. A sequence can be taken back by 0 to K - 1 tokens.
         form: "slots" or "log"; docs/rollback.md says which is faster when.
         kda: whether the gates are vectors over K (the log stores them).
+        key_dtype: in which the log keeps the keys. "float32" takes any; "bfloat16" and "float16" take k of that type
+            only, keep its bits, and need less memory.
         conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K raw inputs are
             kept, so that it goes back with the states. 0: no convolution.
         dtype: "float32" or "bfloat16", of the states. conv_dtype: of the convolution's inputs, "float32" if None.
@@ -96,6 +99,7 @@ class StatePool:
         snapshots: int = 1,
         form: str = "slots",
         kda: bool = False,
+        key_dtype: str = "float32",
         conv_channels: int = 0,
         conv_width: int = 0,
         dtype: str = "float32",
@@ -113,7 +117,11 @@ class StatePool:
                 raise ValueError(f"StatePool: {name} must be >= 1; got {value}")
         if HV % H:
             raise ValueError(f"StatePool: HV must be a multiple of H; got HV={HV}, H={H}")
-        for name, choice, known in (("form", form, FORMS), ("state_layout", state_layout, LAYOUTS)):
+        for name, choice, known in (
+            ("form", form, FORMS),
+            ("state_layout", state_layout, LAYOUTS),
+            ("key_dtype", key_dtype, KEY_DTYPES),
+        ):
             if choice not in known:
                 raise ValueError(
                     f"StatePool: {name} must be one of {', '.join(map(repr, known))}; got {choice!r}"
@@ -127,6 +135,7 @@ class StatePool:
         self.H, self.HV, self.K, self.V, self.kda = H, HV, K, V, kda
         self.conv_channels, self.conv_width = conv_channels, conv_width
         self.state_layout, self.device, self.backend = state_layout, device, backend
+        self.key_dtype = key_dtype
         self.dtype = str(dtype)
         self._sequences: list[_Sequence | None] = [None] * capacity
         self._batch: list[int] = []

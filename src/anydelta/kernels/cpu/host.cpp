@@ -224,7 +224,7 @@ struct MixerWork final : Work {
     }
 };
 
-// The tasks of the log: one head of one sequence, or a range of its columns.
+// The tasks of the log: the value heads of one q/k head of one sequence, or a range of their columns.
 struct LogWork final : Work {
     const Log& g;
     const char* (*kernel)(const Log&, const Task&, char*);
@@ -234,9 +234,10 @@ struct LogWork final : Work {
         : g(log), kernel(k), split(ranges), width(columns) {}
 
     Task task(int64_t i) const {
-        const int64_t col0 = i % split * width, head = i / split;
-        const int64_t cols = std::min(width, g.rule.V - col0);
-        return Task{head / g.rule.HV, head % g.rule.HV, 1, col0, cols, nullptr};
+        const Problem& p = g.rule;
+        const int64_t col0 = i % split * width, group = i / split, h = group % p.H, values = p.HV / p.H;
+        const int64_t cols = std::min(width, p.V - col0);
+        return Task{group / p.H, p.tiled ? h : h * values, values, col0, cols, nullptr, p.tiled ? p.H : 1};
     }
     const char* run(int64_t i, int64_t end, char* memory) const override {
         Task t = task(i);
@@ -252,19 +253,27 @@ struct LogWork final : Work {
     }
 };
 
-void run_log(const Log& g, const char* (*kernel)(const Log&, const Task&, char*), double fmas, const Kernels& kernels,
-             int threads, bool share_openmp) {
-    const Problem& p = g.rule;
-    const int64_t heads = p.N * p.HV;
-    if (heads == 0) return;
-    threads = worthwhile(threads, fmas * static_cast<double>(p.HV * p.K * p.V));
-    const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
-    int64_t split = threads > 1 && heads < 2 * threads ? std::min(panels, (2 * threads + heads - 1) / heads) : 1;
-    const int64_t width = (panels + split - 1) / split * kernels.panel;
-    split = (p.V + width - 1) / width;
-    LogWork work(g, kernel, split, width);
-    work.share_out(heads * split, threads, kernels.log_workspace(g), share_openmp);
-}
+// How the log's work is shared out: q/k heads with their value heads, or where they are few, ranges of columns.
+struct LogShares {
+    int threads;
+    int64_t split, width;
+
+    LogShares(const Log& g, double fmas, const Kernels& kernels, int most) {
+        const Problem& p = g.rule;
+        const int64_t groups = std::max<int64_t>(p.N * p.H, 1);
+        threads = worthwhile(most, fmas * static_cast<double>(p.HV * p.K * p.V));
+        const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
+        split = threads > 1 && groups < 2 * threads ? std::min(panels, (2 * threads + groups - 1) / groups) : 1;
+        width = (panels + split - 1) / split * kernels.panel;
+        split = (p.V + width - 1) / width;
+    }
+    void run(const Log& g, const char* (*kernel)(const Log&, const Task&, char*), const Kernels& kernels,
+             bool share_openmp) const {
+        if (g.rule.N == 0) return;
+        LogWork work(g, kernel, split, width);
+        work.share_out(g.rule.N * g.rule.H * split, threads, kernels.log_workspace(g), share_openmp);
+    }
+};
 
 }  // namespace
 
@@ -381,13 +390,30 @@ void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp)
 void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp) {
     const Problem& p = g.rule;
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
-    run_log(g, kernels.verify, 2.0 * tokens, kernels, threads, share_openmp);
+    double entries = 0;
+    for (int64_t n = 0; g.folds && n < p.N; ++n) entries += static_cast<double>(g.folds[n] * g.used[n]);
+    const LogShares shares(g, 2.0 * tokens + entries, kernels, threads);
+    if (shares.split == 1 || entries == 0) return shares.run(g, kernels.verify, kernels, share_openmp);
+    // Ranges of columns would read keys and decays that another has replaced: fold first.
+    Log first = g, then = g;
+    std::vector<int64_t> folded(static_cast<size_t>(p.N)), left(static_cast<size_t>(p.N));
+    for (int64_t n = 0; n < p.N; ++n) {
+        folded[static_cast<size_t>(n)] = g.folds[n] * g.used[n];
+        left[static_cast<size_t>(n)] = g.used[n] - g.folds[n] * g.used[n];
+    }
+    first.used = folded.data();
+    first.rule.out = p.in;
+    first.out_rows = p.state_indices;
+    then.used = left.data();
+    then.folds = nullptr;
+    shares.run(first, kernels.fold, kernels, share_openmp);  // memory for both
+    shares.run(then, kernels.verify, kernels, share_openmp);
 }
 
 void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp) {
     double entries = 0;
     for (int64_t n = 0; n < g.rule.N; ++n) entries += static_cast<double>(g.used[n]);
-    run_log(g, kernels.fold, entries, kernels, threads, share_openmp);
+    LogShares(g, entries, kernels, threads).run(g, kernels.fold, kernels, share_openmp);
 }
 
 // ---- limits ----

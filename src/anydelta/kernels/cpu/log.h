@@ -6,15 +6,19 @@
 namespace anydelta {
 
 struct Log {
-    // verify: a call whose states are only read. fold: in and out, B = N and T = 0. state_indices [N] name the base rows.
+    // verify: a call whose states are read, and written only where folds[n]. fold: in and out, B = N and T = 0.
+    // state_indices [N] name the rows of the base states.
     Problem rule;
     int64_t capacity;  // C, entries per sequence
-    float* keys = nullptr;  // [R, C, H, K]: k_t, after the norm
-    float* deltas = nullptr;  // [R, C, HV, V]: d_t
-    float* decays = nullptr;  // [R, C, HV] or [R, C, HV, K]: a_t in [0, 1]
+    DType key_dtype = DType::f32;
+    void* keys = nullptr;  // [R, H, C, K], as the caller gave them: k_t = factor * key
+    float* factors = nullptr;  // [R, H, C]: of the norm; 0 where the token was masked
+    float* deltas = nullptr;  // [R, HV, C, V]: d_t
+    float* decays = nullptr;  // [R, HV, C] or [R, HV, C, K]: a_t in [0, 1]
     const int64_t* parents = nullptr;  // [R, C]: the entry before this one, or -1 for the base state
     const int64_t* rows = nullptr;  // [N]: R of each sequence
     const int64_t* used = nullptr;  // [N]: entries before this block (verify), or to fold, 0 for none (fold)
+    const int64_t* folds = nullptr;  // [N] or null, verify: 1 where they go into the state now, and the log begins anew
     const int64_t* out_rows = nullptr;  // [N], fold: the row of the new base state
 };
 

@@ -9,6 +9,8 @@
 //
 // This is the block of rule.inl.h with some of its deltas known. Verifying reads the state once and appends
 // (k_t, d_t, a_t) to the log: 2 K + V numbers at most where a state is K V. A masked token's entry is k = 0, a = 1.
+// Where the log is full, the entries go into the state on the way: its rows are folded, written back, and multiplied
+// with the new keys and queries while they are in L1, so that a step reads and writes the state once at most.
 // All in float32.
 #pragma once
 #include "log.h"
@@ -19,7 +21,9 @@ namespace anydelta::ANYDELTA_ISA {
 struct LogSpace {
     Scratch scratch;
     float *bias, *suffix;  // [segments * SEG]
-    float *keys, *decays;  // [C][kp]
+    float* old;  // [C][kp]: keys of the log
+    float *keys, *decays;  // [C][kp]: keys and decays of the chain
+    float *folded, *gamma;  // [C][kp], [kp]: A(s, n) k_s and Gamma_n of a fold
     float* rows;  // [blocks][segments][2 C_MAX][LD]: C rows Gamma k, then C rows scale Gamma q
     float* PR;  // [blocks][2 C_MAX][ldv]
     float *D, *v;  // [C][ldv]
@@ -36,8 +40,11 @@ static LogSpace carve(const Log& g, Arena& arena) {
     w.scratch.carve(arena, seg);
     w.bias = arena.take<float>(seg * SEG);
     w.suffix = arena.take<float>(seg * SEG);
+    w.old = arena.take<float>(C * kp);
     w.keys = arena.take<float>(C * kp);
     w.decays = arena.take<float>(p.kda ? C * kp : 0);
+    w.folded = arena.take<float>(C * kp);
+    w.gamma = arena.take<float>(kp);
     w.rows = arena.take<float>(blocks * seg * 2 * C_MAX * LD);
     w.PR = arena.take<float>(blocks * 2 * C_MAX * ldv);
     w.D = arena.take<float>(C * ldv);
@@ -58,36 +65,81 @@ static size_t log_workspace(const Log& g) {
     return static_cast<size_t>(arena.at - origin);
 }
 
-// Fetch what the following task reads while this one computes: a state is walked in steps too wide for the hardware's
-// prefetchers.
-AD_INLINE void prefetch_rows(const char*& next, int64_t bytes) {
-    if (!next) return;
-    for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH_L2(next + i);
-    next += bytes;
+// ---------------------------------------------------------------------------------------------------------------
+// fold: dst_r = gamma src_r + sum_s f_s[r] x_s for rows r of a state. kv: f = A k_s, x = d_s; vk: f = d_s, x = A k_s.
+
+struct Folding {
+    bool active;
+    int64_t count;  // entries
+    const float* gamma;  // [kp]
+    const float* f;  // [count][ldf]
+    int64_t ldf;
+    const float* x;  // [count][ldx]
+    int64_t ldx;
+};
+
+template <int G, int N, bool vk, class St>
+AD_INLINE void fold_block(const St* src, int64_t lds, St* dst, int64_t ldd, const Folding& z, int64_t r0, int64_t c) {
+    V s[G][N];
+    AD_UNROLL for (int r = 0; r < G; ++r)
+        AD_UNROLL for (int j = 0; j < N; ++j)
+            s[r][j] = vmul(vk ? vload(z.gamma + c + j * L) : vsplat(z.gamma + r0 + r), vload(src + r * lds + c + j * L));
+    const float *f = z.f + r0, *x = z.x + c;
+    for (int64_t e = 0; e < z.count; ++e, f += z.ldf, x += z.ldx) {
+        V y[N];
+        AD_UNROLL for (int j = 0; j < N; ++j) y[j] = vload(x + j * L);
+        AD_UNROLL for (int r = 0; r < G; ++r) {
+            const V w = vsplat(f + r);
+            AD_UNROLL for (int j = 0; j < N; ++j) s[r][j] = vfma(w, y[j], s[r][j]);
+        }
+    }
+    AD_UNROLL for (int r = 0; r < G; ++r)
+        AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + r * ldd + c + j * L, s[r][j]);
+}
+
+// Rows r0 to r0 + G - 1, `width` columns. The same rows of `next` are fetched meanwhile, little by little; null: none.
+template <int G, bool vk, class St>
+AD_INLINE void fold_rows(const St* src, int64_t lds, St* dst, int64_t ldd, int64_t width, const Folding& z, int64_t r0,
+                         const char* next) {
+    constexpr int64_t size = sizeof(St);
+    int64_t c = 0;
+    for (; c + 2 * L <= width; c += 2 * L) {
+        if (next) fetch_rows(next + c * size, lds * size, r0, r0 + G, 2 * L * size);
+        fold_block<G, 2, vk>(src, lds, dst, ldd, z, r0, c);
+    }
+    for (; c < width; c += L) fold_block<G, 1, vk>(src, lds, dst, ldd, z, r0, c);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// PR[r] = S0^T row_r for the C key rows and C query rows of a block
+// a pass over a state: fold, if any, from S to dst; then PR[r] = dst^T row_r for the C key rows and C query rows of a
+// block (C = 0: fold only). The rows of `next` are fetched meanwhile.
+
+template <int C, int G, class St>
+AD_INLINE void pass_rows(const float* rows, int64_t i, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
+                         const Folding& z, float* PR, int64_t ldp, const char* next) {
+    if (z.active) fold_rows<G, false>(S, lds, dst, ldd, cols, z, i, C == 0 ? next : nullptr);
+    const int64_t next_row = lds * static_cast<int64_t>(sizeof(St));
+    if constexpr (C > 0)
+        dots_rows<C, G, 1>(rows, i, z.active ? dst : S, z.active ? ldd : lds, cols, PR, ldp, next, next_row);
+}
 
 template <int C, class St>
-static void log_dots_kv(const Problem& p, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                        int64_t ldp, const char* next) {
+static void pass_kv(const Problem& p, const float* rows, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
+                    const Folding& z, float* PR, int64_t ldp, const char* next) {
     constexpr int G = REGISTERS == 32 ? 8 : 4;
     for (int64_t i = 0; i < p.K;) {
         const float* at = rows + i / SEG * 2 * C_MAX * LD + i % SEG;
         const bool whole = i + G <= p.K;
-        const char* here = reinterpret_cast<const char*>(S + i * lds);  // all of the next state is fetched below
-        prefetch_rows(next, (whole ? G : 1) * lds * static_cast<int64_t>(sizeof(St)));
         if (whole)
-            dots_rows<C, G>(at, 0, S + i * lds, lds, cols, PR, ldp, here);
+            pass_rows<C, G>(at, i, S + i * lds, lds, dst + i * ldd, ldd, cols, z, PR, ldp, next);
         else
-            dots_rows<C, 1>(at, 0, S + i * lds, lds, cols, PR, ldp, here);
+            pass_rows<C, 1>(at, i, S + i * lds, lds, dst + i * ldd, ldd, cols, z, PR, ldp, next);
         i += whole ? G : 1;
     }
 }
 
 template <int C, int M, class St>
-AD_INLINE void log_dots_vk_rows(const Problem& p, const float* rows, const St* S, int64_t lds, float* PR, int64_t ldp) {
+AD_INLINE void dots_vk(const Problem& p, const float* rows, const St* S, int64_t lds, float* PR, int64_t ldp) {
     V acc[2 * C][M];
     AD_UNROLL for (int r = 0; r < 2 * C; ++r)
         AD_UNROLL for (int u = 0; u < M; ++u) acc[r][u] = vzero();
@@ -106,87 +158,58 @@ AD_INLINE void log_dots_vk_rows(const Problem& p, const float* rows, const St* S
         AD_UNROLL for (int u = 0; u < M; ++u) PR[r * ldp + u] = vsum(acc[r][u]);
 }
 
-template <int C, class St>
-static void log_dots_vk(const Problem& p, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                        int64_t ldp, const char* next) {
-    constexpr int M = C == 1 ? 4 : C == 2 ? 2 : 1;  // 8 accumulators hide the latency of the FMAs
-    int64_t m = 0;
-    for (; m + M <= cols; m += M) {
-        prefetch_rows(next, M * lds * static_cast<int64_t>(sizeof(St)));
-        log_dots_vk_rows<C, M>(p, rows, S + m * lds, lds, PR + m, ldp);
+template <int C, int G, class St>
+AD_INLINE void pass_columns(const Problem& p, const float* rows, int64_t m, const St* S, int64_t lds, St* dst,
+                            int64_t ldd, int64_t kp, const Folding& z, float* PR, int64_t ldp, const char* next) {
+    fetch_rows(next, lds * static_cast<int64_t>(sizeof(St)), m, m + G, p.K * static_cast<int64_t>(sizeof(St)));
+    if (z.active) fold_rows<G, true>(S, lds, dst, ldd, kp, z, m, nullptr);
+    if constexpr (C > 0) {
+        constexpr int M = C == 1 ? 4 : C == 2 ? 2 : 1;  // 8 accumulators hide the latency of the FMAs
+        constexpr int together = M < G ? M : G;
+        const St* from = z.active ? dst : S;
+        const int64_t ld = z.active ? ldd : lds;
+        for (int u = 0; u < G; u += together) dots_vk<C, together>(p, rows, from + u * ld, ld, PR + m + u, ldp);
     }
-    for (; m < cols; ++m) log_dots_vk_rows<C, 1>(p, rows, S + m * lds, lds, PR + m, ldp);
+}
+
+template <int C, class St>
+static void pass_vk(const Problem& p, const float* rows, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
+                    const Folding& z, float* PR, int64_t ldp, const char* next) {
+    constexpr int G = 4;
+    const int64_t kp = round_up(p.K, L);
+    int64_t m = 0;
+    for (; m + G <= cols; m += G)
+        pass_columns<C, G>(p, rows, m, S + m * lds, lds, dst + m * ldd, ldd, kp, z, PR, ldp, next);
+    for (; m < cols; ++m) pass_columns<C, 1>(p, rows, m, S + m * lds, lds, dst + m * ldd, ldd, kp, z, PR, ldp, next);
 }
 
 template <class St>
-static void log_dots(const Problem& p, int C, const float* rows, const St* S, int64_t lds, int64_t cols, float* PR,
-                     int64_t ldp, const char* next) {
-#define AD_LOG_DOTS(n)                                                                     \
-    case n:                                                                                \
-        return p.vk ? log_dots_vk<n>(p, rows, S, lds, cols, PR, ldp, next)                       \
-                    : log_dots_kv<n>(p, rows, S, lds, cols, PR, ldp, next)
+static void pass(const Problem& p, int C, const float* rows, const St* S, int64_t lds, St* dst, int64_t ldd,
+                 int64_t cols, const Folding& z, float* PR, int64_t ldp, const char* next) {
+#define AD_PASS(n)                                                                                  \
+    case n:                                                                                         \
+        return p.vk ? pass_vk<n>(p, rows, S, lds, dst, ldd, cols, z, PR, ldp, next)                 \
+                    : pass_kv<n>(p, rows, S, lds, dst, ldd, cols, z, PR, ldp, next)
     switch (C) {
-        AD_LOG_DOTS(1);
-        AD_LOG_DOTS(2);
-        AD_LOG_DOTS(3);
-        AD_LOG_DOTS(4);
-        AD_LOG_DOTS(5);
-        AD_LOG_DOTS(6);
+        AD_PASS(0);
+        AD_PASS(1);
+        AD_PASS(2);
+        AD_PASS(3);
+        AD_PASS(4);
+        AD_PASS(5);
+        AD_PASS(6);
         default: return;
     }
-#undef AD_LOG_DOTS
+#undef AD_PASS
+}
+
+// Lines that will be read and then written. Inlined as all that only prefetches (see fetch).
+AD_INLINE void fetch_lines(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH_WRITE(static_cast<const char*>(from) + i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// dst_r = gamma src_r + sum_s f_s[r] x_s for rows r of a state: kv: f = A k_s, x = d_s; vk: f = d_s, x = A k_s
-
-template <int G, int N, bool vector_gamma, class St>
-AD_INLINE void add_entries(const St* src, int64_t lds, St* dst, int64_t ldd, const float* gamma, int64_t count,
-                           const float* f, int64_t ldf, const float* x, int64_t ldx) {
-    V s[G][N];
-    AD_UNROLL for (int r = 0; r < G; ++r)
-        AD_UNROLL for (int j = 0; j < N; ++j)
-            s[r][j] = vmul(vector_gamma ? vload(gamma + j * L) : vsplat(gamma + r), vload(src + r * lds + j * L));
-    for (int64_t e = 0; e < count; ++e, f += ldf, x += ldx) {
-        V y[N];
-        AD_UNROLL for (int j = 0; j < N; ++j) y[j] = vload(x + j * L);
-        AD_UNROLL for (int r = 0; r < G; ++r) {
-            const V w = vsplat(f + r);
-            AD_UNROLL for (int j = 0; j < N; ++j) s[r][j] = vfma(w, y[j], s[r][j]);
-        }
-    }
-    AD_UNROLL for (int r = 0; r < G; ++r)
-        AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + r * ldd + j * L, s[r][j]);
-}
-
-template <int G, bool vk, class St>
-AD_INLINE void fold_rows(const St* src, int64_t lds, St* dst, int64_t ldd, int64_t width, const float* gamma,
-                         int64_t count, const float* f, int64_t ldf, const float* x, int64_t ldx) {
-    int64_t c = 0;
-    for (; c + 2 * L <= width; c += 2 * L)
-        add_entries<G, 2, vk>(src + c, lds, dst + c, ldd, vk ? gamma + c : gamma, count, f, ldf, x + c, ldx);
-    for (; c < width; c += L)
-        add_entries<G, 1, vk>(src + c, lds, dst + c, ldd, vk ? gamma + c : gamma, count, f, ldf, x + c, ldx);
-}
-
-template <bool vk, class St>
-static void fold_state(const St* src, int64_t lds, St* dst, int64_t ldd, int64_t rows, int64_t width,
-                       const float* gamma, int64_t count, const float* f, int64_t ldf, const float* x, int64_t ldx,
-                       const char* next) {
-    constexpr int G = 4;  // rows that share the load of an entry: 8 accumulators
-    int64_t r = 0;
-    for (; r + G <= rows; r += G) {
-        prefetch_rows(next, G * lds * static_cast<int64_t>(sizeof(St)));
-        fold_rows<G, vk>(src + r * lds, lds, dst + r * ldd, ldd, width, vk ? gamma : gamma + r, count, f + r, ldf, x,
-                         ldx);
-    }
-    for (; r < rows; ++r)
-        fold_rows<1, vk>(src + r * lds, lds, dst + r * ldd, ldd, width, vk ? gamma : gamma + r, count, f + r, ldf, x,
-                         ldx);
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// a task: some heads of one sequence, a range of columns
+// a task: the value heads of one q/k head of one sequence, a range of columns
 
 class LogRunner {
   public:
@@ -195,6 +218,7 @@ class LogRunner {
         w = carve(g, arena);
         row = g.rows[job.n];
         used = g.used[job.n];
+        h = qk_head(p, job.hv0);
         ldv = round_up(job.cols, W);
         kp = round_up(p.K, L);
         // by V and not by the task's columns, so that the choice does not depend on the split
@@ -205,23 +229,25 @@ class LogRunner {
         const int64_t b = p.cu_seqlens ? 0 : job.n;
         const int64_t start = p.cu_seqlens ? p.cu_seqlens[job.n] : 0;
         const int64_t T = p.cu_seqlens ? p.cu_seqlens[job.n + 1] - start : p.T;
+        const bool skipped = p.state_indices[job.n] < 0, folding = g.folds && g.folds[job.n];
+        if (!skipped && T > 0) load_keys();
         for (int64_t i = 0; i < job.heads; ++i) {
-            hv = job.hv0 + i;
-            if (p.state_indices[job.n] < 0)
+            select(i);
+            if (skipped)
                 for (int64_t t = 0; t < T; ++t) zero_output(b, start + t);
             else if (T > 0)
-                verify_head(b, start, T);
+                verify_head(b, start, T, folding);
         }
     }
 
     void fold() {
         if (used == 0 && p.in.data == p.out.data && p.state_indices[job.n] == g.out_rows[job.n]) return;
+        load_keys();
         for (int64_t i = 0; i < job.heads; ++i) {
-            hv = job.hv0 + i;
-            if (p.state_dtype == DType::f32)
-                fold_head<float>();
-            else
-                fold_head<bf16>();
+            select(i);
+            const Folding z = folding_of_entries();
+            char* out = state_at(p, p.out, 0, g.out_rows[job.n], hv, job.col0);
+            fold_into(z, state(hv), p.in.row, out, p.out.row);
         }
     }
 
@@ -230,14 +256,30 @@ class LogRunner {
     const Problem& p;
     const Task& job;
     LogSpace w;
-    int64_t row, used, ldv, kp, hv = 0;
+    int64_t row, used, h, ldv, kp;
+    int64_t hv = 0;              // the value head being worked on
+    const char* next = nullptr;  // where the one after it will read
     bool direct;
 
-    int64_t qk_head() const { return p.tiled ? hv % p.H : hv / (p.HV / p.H); }
-    float* log_key(int64_t e) const { return g.keys + ((row * g.capacity + e) * p.H + qk_head()) * p.K; }
-    float* log_delta(int64_t e) const { return g.deltas + ((row * g.capacity + e) * p.HV + hv) * p.V + job.col0; }
-    float* log_decay(int64_t e) const { return g.decays + ((row * g.capacity + e) * p.HV + hv) * (p.kda ? p.K : 1); }
-    char* state(const States& s, int64_t n) const { return state_at(p, s, 0, n, hv, job.col0); }
+    void select(int64_t i) {
+        hv = job.hv0 + i * job.step;
+        next = i + 1 < job.heads ? state(hv + job.step) : job.next_state;
+        if (!next || !direct) next = state(hv);
+    }
+
+    char* log_key(int64_t e) const {
+        return static_cast<char*>(g.keys) + ((row * p.H + h) * g.capacity + e) * p.K * dtype_size(g.key_dtype);
+    }
+    float* log_factor(int64_t e) const { return g.factors + (row * p.H + h) * g.capacity + e; }
+    float* log_delta(int64_t e) const { return g.deltas + ((row * p.HV + hv) * g.capacity + e) * p.V + job.col0; }
+    float* log_decay(int64_t e) const {
+        return g.decays + ((row * p.HV + hv) * g.capacity + e) * (p.kda ? p.K : 1);
+    }
+    // of the sequence; null for -1
+    char* state(int64_t head) const {
+        const int64_t n = p.state_indices[job.n];
+        return n < 0 ? nullptr : state_at(p, p.in, 0, n, head, job.col0);
+    }
 
     void zero_output(int64_t b, int64_t t) const {
         char* o = static_cast<char*>(const_cast<void*>(token(p.o, b, t, hv)));
@@ -250,9 +292,18 @@ class LogRunner {
         for (int64_t i = n; i < padded; ++i) dst[i] = 0.0f;
     }
 
-    void load_entries(int64_t count) const {
-        for (int64_t e = 0; e < count; ++e) {
-            copy_row(w.keys + e * kp, log_key(e), p.K, kp);
+    void load_keys() const {
+        for (int64_t e = 0; e < used; ++e) {
+            float* key = w.old + e * kp;
+            read_row(key, log_key(e), g.key_dtype, p.K);
+            for (int64_t i = p.K; i < kp; ++i) key[i] = 0.0f;
+            const V factor = vset(*log_factor(e));
+            for (int64_t i = 0; i < kp; i += L) vstore(key + i, vmul(factor, vload(key + i)));
+        }
+    }
+
+    void load_entries() const {
+        for (int64_t e = 0; e < used; ++e) {
             copy_row(w.D + e * ldv, log_delta(e), job.cols, ldv);
             if (p.kda)
                 copy_row(w.decays + e * kp, log_decay(e), p.K, kp);
@@ -261,31 +312,55 @@ class LogRunner {
         }
     }
 
-    // The state in rows that fill vectors: the caller's, or a copy.
-    template <class St>
-    const St* rows_of(const St* S, int64_t& ld) const {
-        if (direct) return S;
-        if constexpr (sizeof(St) == 4) {
-            const int64_t rows = p.vk ? job.cols : p.K, n = p.vk ? p.K : job.cols, to = p.vk ? kp : ldv;
-            for (int64_t r = 0; r < rows; ++r) copy_row(w.state + r * to, S + r * ld, n, to);
-            ld = to;
-            return w.state;
-        }
-        return S;
+    // ---- fold
+
+    // Keys become A(s, n) k_s, backwards with the product of the decays; what is left is Gamma.
+    Folding folding_of_entries() const {
+        load_entries();
+        for (int64_t i = 0; i < kp; i += L) vstore(w.gamma + i, vset(1.0f));
+        for (int64_t s = used - 1; s >= 0; --s)
+            for (int64_t i = 0; i < kp; i += L) {
+                const V f = vload(w.gamma + i);
+                vstore(w.folded + s * kp + i, vmul(f, vload(w.old + s * kp + i)));
+                vstore(w.gamma + i, vmul(f, p.kda ? vload(w.decays + s * kp + i) : vset(w.alpha[s])));
+            }
+        if (p.vk) return Folding{true, used, w.gamma, w.D, ldv, w.folded, kp};
+        return Folding{true, used, w.gamma, w.folded, kp, w.D, ldv};
     }
-    // bfloat16 rows that do not fill vectors are computed in a float32 copy.
-    float* widened(const bf16* S, int64_t ld) const {
+
+    void fold_into(const Folding& z, const char* from, int64_t lds, char* to, int64_t ldd) const {
+        if (p.state_dtype == DType::f32)
+            fold_as(z, reinterpret_cast<const float*>(from), lds, reinterpret_cast<float*>(to), ldd);
+        else
+            fold_as(z, reinterpret_cast<const bf16*>(from), lds, reinterpret_cast<bf16*>(to), ldd);
+    }
+
+    template <class St>
+    void fold_as(const Folding& z, const St* S, int64_t lds, St* out, int64_t ldd) const {
+        if (direct) return pass(p, 0, w.rows, S, lds, out, ldd, job.cols, z, w.PR, ldv, next);
+        int64_t ld = lds;
+        copy_state(S, ld);
+        pass(p, 0, w.rows, w.state, ld, w.state, ld, p.vk ? job.cols : ldv, z, w.PR, ldv, whole_rows());
+        const int64_t rows = p.vk ? job.cols : p.K, n = p.vk ? p.K : job.cols;
+        for (int64_t r = 0; r < rows; ++r) write_as(out + r * ldd, w.state + r * ld, n);
+    }
+
+    // A state in float32 rows that fill vectors. Sets ld to their distance.
+    template <class St>
+    float* copy_state(const St* S, int64_t& ld) const {
         const int64_t rows = p.vk ? job.cols : p.K, n = p.vk ? p.K : job.cols, to = p.vk ? kp : ldv;
         for (int64_t r = 0; r < rows; ++r) {
             read_as(w.state + r * to, S + r * ld, n);
             for (int64_t i = n; i < to; ++i) w.state[r * to + i] = 0.0f;
         }
+        ld = to;
         return w.state;
     }
+    const char* whole_rows() const { return reinterpret_cast<const char*>(w.state); }
 
     // ---- verify
 
-    void verify_head(int64_t b, int64_t start, int64_t T) {
+    void verify_head(int64_t b, int64_t start, int64_t T, bool folding) {
         float A = 0.0f;
         if (p.A_log) A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, hv), p.A_log_dtype))));
         if (p.dt_bias) {
@@ -294,41 +369,58 @@ class LogRunner {
             read_row(w.bias, element(p.dt_bias, p.dt_bias_dtype, hv * n), p.dt_bias_dtype, n);
         }
         w.scratch.pad(p.K);
-        load_entries(used);
+        const Folding none{};
+        const Folding z = folding ? folding_of_entries() : none;
+        const int64_t before = folding ? 0 : used;  // entries of the log behind the base state
+        if (!folding) {
+            load_entries();
+            for (int64_t i = 0; i < used * kp; i += L) vstore(w.keys + i, vload(w.old + i));
+        }
+        // What the value head after this one will read and write of the log: other pages, that no prefetcher knows of.
+        const int64_t count = used > before + T ? used : before + T;
+        const int64_t width = p.kda ? p.K : 1, size = dtype_size(g.key_dtype);
+        if (hv + job.step < p.HV) {
+            fetch_lines(log_delta(0) + job.step * g.capacity * p.V, count * p.V * 4);
+            fetch_lines(log_decay(0) + job.step * g.capacity * width, count * width * 4);
+        }
+        if (h + 1 < p.H) fetch_lines(log_key(0) + g.capacity * p.K * size, count * p.K * size);
         const int64_t block_rows = segments(p) * 2 * C_MAX * LD;
         for (int64_t t = 0; t < T; ++t) {
             const int64_t block = t / C_MAX, C = T - block * C_MAX < C_MAX ? T - block * C_MAX : C_MAX;
             float* rows = w.rows + block * block_rows + t % C_MAX * LD;
-            prepare_token(b, start + t, t, A, rows, rows + C * LD);
+            prepare_token(b, start + t, t, before + t, A, rows, rows + C * LD);
         }
 
         for (int64_t i = 0; i < round_up(T, C_MAX) * 2 * ldv; i += L) vstore(w.PR + i, vzero());
-        int64_t lds = p.in.row;
-        const char* S = state(p.in, p.state_indices[job.n]);
-        if (p.state_dtype == DType::f32) {
-            const float* rows = rows_of(reinterpret_cast<const float*>(S), lds);  // sets lds
-            all_dots(T, rows, lds);
-        } else if (direct) {
-            all_dots(T, reinterpret_cast<const bf16*>(S), lds);
-        } else {
-            all_dots(T, const_cast<const float*>(widened(reinterpret_cast<const bf16*>(S), lds)), p.vk ? kp : ldv);
-        }
-        solve_tokens(b, start, T);
+        if (p.state_dtype == DType::f32)
+            all_dots(T, z, reinterpret_cast<float*>(state(hv)));
+        else
+            all_dots(T, z, reinterpret_cast<bf16*>(state(hv)));
+        solve_tokens(b, start, T, before);
+    }
+
+    // The first block's pass folds, so that the others read what it wrote.
+    template <class St>
+    void all_dots(int64_t T, const Folding& z, St* S) const {
+        if (direct) return blocks_of_dots(T, z, S, p.in.row, job.cols, next);
+        if (z.active) fold_as(z, S, p.in.row, S, p.in.row);
+        int64_t ld = p.in.row;
+        copy_state(S, ld);
+        blocks_of_dots(T, Folding{}, w.state, ld, p.vk ? job.cols : ldv, whole_rows());
     }
 
     template <class St>
-    void all_dots(int64_t T, const St* S, int64_t lds) const {
-        const int64_t block_rows = segments(p) * 2 * C_MAX * LD, cols = p.vk ? job.cols : ldv;
+    void blocks_of_dots(int64_t T, const Folding& z, St* S, int64_t lds, int64_t cols, const char* ahead) const {
+        const int64_t block_rows = segments(p) * 2 * C_MAX * LD;
         for (int64_t t = 0, i = 0; t < T; t += C_MAX, ++i) {
             const int C = static_cast<int>(T - t < C_MAX ? T - t : C_MAX);
-            const char* next = i == 0 && direct ? job.next_state : nullptr;
-            log_dots(p, C, w.rows + i * block_rows, S, lds, cols, w.PR + t * 2 * ldv, ldv, next);
+            pass(p, C, w.rows + i * block_rows, S, lds, S, lds, cols, i == 0 ? z : Folding{}, w.PR + t * 2 * ldv, ldv,
+                 ahead);
         }
     }
 
-    // Entry used + t: its key, its products with all entries on its way back to the base, and its rows Gamma k, Gamma q.
-    void prepare_token(int64_t b, int64_t position, int64_t t, float A, float* k_row, float* q_row) {
-        const int64_t e = used + t;
+    // Entry e: its key, its products with all entries on its way back to the base, and its rows Gamma k, Gamma q.
+    void prepare_token(int64_t b, int64_t position, int64_t t, int64_t e, float A, float* k_row, float* q_row) {
         float* key = w.keys + e * kp;
         float *kk = w.kk + t * g.capacity, *kq = w.kq + t * g.capacity;
         for (int64_t s = 0; s <= e; ++s) kk[s] = kq[s] = 0.0f;
@@ -343,7 +435,7 @@ class LogRunner {
             for (int64_t i = 0; i < ldv; ++i) v[i] = 0.0f;
             spread(k_row, key);
             spread(q_row, key);
-            store_entry(e, key);
+            store_entry(e, key, 0.0f);
             return;
         }
         Token x;
@@ -400,27 +492,29 @@ class LogRunner {
             vstore(at, vmul(gamma, vload(key + i)));
             vstore(at + (q_row - k_row), vmul(gamma, vload(q + i)));
         }
-        store_entry(e, key);
+        store_entry(e, x.k, x.k_factor);
     }
 
     void spread(float* to, const float* x) const {
         for (int64_t i = 0; i < kp; i += L) vstore(to + i / SEG * 2 * C_MAX * LD + i % SEG, vload(x + i));
     }
 
-    // The key by the first value head of its q/k head, and decays by the first range of columns: written once.
-    void store_entry(int64_t e, const float* key) const {
+    // The key by the first value head of its q/k head, and both by the first range of columns: written once.
+    void store_entry(int64_t e, const float* key, float factor) const {
         if (job.col0 != 0) return;
-        const bool first_of_group = p.tiled ? hv < p.H : hv % (p.HV / p.H) == 0;
-        if (first_of_group) write_as(log_key(e), key, p.K);
+        if (hv == job.hv0) {
+            write_row(log_key(e), g.key_dtype, key, p.K);
+            *log_factor(e) = factor;
+        }
         if (p.kda)
             write_as(log_decay(e), w.decays + e * kp, p.K);
         else
             *log_decay(e) = w.alpha[e];
     }
 
-    void solve_tokens(int64_t b, int64_t start, int64_t T) {
+    void solve_tokens(int64_t b, int64_t start, int64_t T, int64_t before) {
         for (int64_t t = 0; t < T; ++t) {
-            const int64_t block = t / C_MAX, C = T - block * C_MAX < C_MAX ? T - block * C_MAX : C_MAX, e = used + t;
+            const int64_t block = t / C_MAX, C = T - block * C_MAX < C_MAX ? T - block * C_MAX : C_MAX, e = before + t;
             const float* P = w.PR + (block * C_MAX * 2 + t % C_MAX) * ldv;
             const float* R = P + C * ldv;
             const float *kk = w.kk + t * g.capacity, *kq = w.kq + t * g.capacity, *v = w.v + t * ldv;
@@ -454,41 +548,6 @@ class LogRunner {
             void* o = const_cast<void*>(token(p.o, b, start + t, hv));
             write_row(const_cast<void*>(element(o, p.o.dtype, job.col0)), p.o.dtype, w.o, job.cols);
         }
-    }
-
-    // ---- fold
-
-    template <class St>
-    void fold_head() {
-        load_entries(used);
-        // keys become A(s, n) k_s, backwards with the product of the decays; what is left is Gamma
-        for (int64_t i = 0; i < kp; i += L) vstore(w.suffix + i, vset(1.0f));
-        for (int64_t s = used - 1; s >= 0; --s)
-            for (int64_t i = 0; i < kp; i += L) {
-                const V f = vload(w.suffix + i);
-                vstore(w.keys + s * kp + i, vmul(f, vload(w.keys + s * kp + i)));
-                vstore(w.suffix + i, vmul(f, p.kda ? vload(w.decays + s * kp + i) : vset(w.alpha[s])));
-            }
-        int64_t lds = p.in.row;
-        const St* S = reinterpret_cast<const St*>(state(p.in, p.state_indices[job.n]));
-        St* out = reinterpret_cast<St*>(state(p.out, g.out_rows[job.n]));
-        if (direct) return fold_as(S, lds, out, p.out.row);
-        const int64_t rows = p.vk ? job.cols : p.K, n = p.vk ? p.K : job.cols, ld = p.vk ? kp : ldv;
-        if constexpr (sizeof(St) == 4)
-            rows_of(S, lds);
-        else
-            widened(S, lds);
-        fold_as(w.state, ld, w.state, ld);
-        for (int64_t r = 0; r < rows; ++r) write_as(out + r * p.out.row, w.state + r * ld, n);
-    }
-
-    template <class St>
-    void fold_as(const St* S, int64_t lds, St* out, int64_t ldd) const {
-        const char* next = direct ? job.next_state : nullptr;
-        if (p.vk)
-            fold_state<true>(S, lds, out, ldd, job.cols, kp, w.suffix, used, w.D, ldv, w.keys, kp, next);
-        else
-            fold_state<false>(S, lds, out, ldd, p.K, ldv, w.suffix, used, w.keys, kp, w.D, ldv, next);
     }
 };
 

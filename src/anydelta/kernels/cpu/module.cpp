@@ -303,7 +303,7 @@ void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::
 
 // The log form (log.h): verify the tokens of a call, or fold entries into the states. `plan` describes the rule and
 // the states; `out` has the strides of `state`. Index arrays are int64.
-void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries, int64_t capacity,
+void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries, int64_t capacity, int key_dtype,
              const nb::args& arrays) {
     enum {
         Q,
@@ -320,11 +320,13 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
         CU,
         BASE,
         KEYS,
+        FACTORS,
         DELTAS,
         DECAYS,
         PARENTS,
         ROWS,
         USED,
+        FOLDS,
         OUT_ROWS,
         COUNT
     };
@@ -355,12 +357,15 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
     p.mask = static_cast<const uint8_t*>(at(a[MASK]));
     p.cu_seqlens = static_cast<const int64_t*>(at(a[CU]));
     p.state_indices = static_cast<const int64_t*>(at(a[BASE]));
-    g.keys = static_cast<float*>(at(a[KEYS]));
+    g.key_dtype = static_cast<DType>(key_dtype);
+    g.keys = at(a[KEYS]);
+    g.factors = static_cast<float*>(at(a[FACTORS]));
     g.deltas = static_cast<float*>(at(a[DELTAS]));
     g.decays = static_cast<float*>(at(a[DECAYS]));
     g.parents = static_cast<const int64_t*>(at(a[PARENTS]));
     g.rows = static_cast<const int64_t*>(at(a[ROWS]));
     g.used = static_cast<const int64_t*>(at(a[USED]));
+    g.folds = static_cast<const int64_t*>(at(a[FOLDS]));
     g.out_rows = static_cast<const int64_t*>(at(a[OUT_ROWS]));
     nb::gil_scoped_release unlocked;
     if (fold_entries)

@@ -449,15 +449,16 @@ AD_INLINE void fetch_rows(const char* next, int64_t row, int64_t from, int64_t t
         for (int64_t c = 0; c < bytes; c += 64) AD_PREFETCH_L2(next + r * row + c);
 }
 
-template <int C, int G, class St>
+// PASSES over a state fetch the rows of the next one, each its share of them.
+template <int C, int G, int PASSES, class St>
 AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp,
-                         const char* next) {
+                         const char* next, int64_t next_row) {
     // G rows of the state at once: each accumulator is loaded and stored once per G FMAs
-    const int64_t next_row = lds * static_cast<int64_t>(sizeof(St));
     for (int64_t c = 0; c < cols; c += 2 * L) {
         // little by little where there is much to compute, else (below) row by row
         if (C > 1)
-            fetch_rows(next + c * sizeof(St), next_row, i0 / 2, (i0 + G) / 2, 2 * L * static_cast<int64_t>(sizeof(St)));
+            fetch_rows(next + c * sizeof(St), next_row, i0 / PASSES, (i0 + G) / PASSES,
+                       2 * L * static_cast<int64_t>(sizeof(St)));
         V s[G][2];
         AD_UNROLL for (int i = 0; i < G; ++i) {
             s[i][0] = vload(S + i * lds + c);
@@ -475,7 +476,8 @@ AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds
             vstore(acc + L, y);
         }
     }
-    if (C == 1) fetch_rows(next, next_row, i0 / 2, (i0 + G) / 2, cols * static_cast<int64_t>(sizeof(St)));
+    if (C == 1)
+        fetch_rows(next, next_row, i0 / PASSES, (i0 + G) / PASSES, cols * static_cast<int64_t>(sizeof(St)));
 }
 
 // Where the state after each token of a block goes, or null. Then the update runs token by token in registers: one
@@ -571,10 +573,10 @@ static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t l
     for (int64_t i = 0; i < p.K;) {
         const float* rows = blk.rows + (i / SEG * ROWS + ROW_KQ) * LD + i % SEG;
         if (i + G <= p.K) {
-            dots_rows<C, G>(rows, i, S + i * lds, lds, cols, PR, ldp, next);
+            dots_rows<C, G, 2>(rows, i, S + i * lds, lds, cols, PR, ldp, next, next_row);
             i += G;
         } else {
-            dots_rows<C, 1>(rows, i, S + i * lds, lds, cols, PR, ldp, next);
+            dots_rows<C, 1, 2>(rows, i, S + i * lds, lds, cols, PR, ldp, next, next_row);
             i += 1;
         }
     }
