@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import dispatch, reference
-from .backends import cpu
-from .op import _core, _grad_enabled, gated_delta_rule_
-from .spec import Call, CallSpec, Options, check_call
+from .. import dispatch, reference
+from ..backends import cpu
+from ..op import _core, _grad_enabled, gated_delta_rule_
+from ..spec import Call, CallSpec, Options, check_call
+from .sequence import LiveSequence, nbytes
 
 if TYPE_CHECKING:
-    from .state import StatePool, _Sequence
+    from .pool import StatePool
 
 Array = Any
 F64 = reference.F64
@@ -123,17 +124,17 @@ class Log:
         self.used[place] = 0
         return row
 
-    def share(self, source: int, place: int, child: _Sequence) -> None:
+    def share(self, source: int, place: int, child: LiveSequence) -> None:
         self.refs[child.rows[0]] += 1
         n = self.used[place] = self.used[source]
         for x in self.arrays:
             x[:, place, :, :n] = x[:, source, :, :n]
 
-    def release(self, place: int, s: _Sequence) -> None:
+    def release(self, place: int, s: LiveSequence) -> None:
         self._drop(s.rows[0])
         self.used[place] = 0
 
-    def select(self, sources: list[int], targets: list[int], children: list[_Sequence]) -> None:
+    def select(self, sources: list[int], targets: list[int], children: list[LiveSequence]) -> None:
         copies = [x[:, sources] for x in self.arrays]
         used = [self.used[p] for p in sources]
         for child in children:
@@ -147,15 +148,15 @@ class Log:
 
     # ---- going back
 
-    def recorded(self, place: int, s: _Sequence) -> int:
+    def recorded(self, place: int, s: LiveSequence) -> int:
         return self.used[place]
 
-    def take_back(self, place: int, s: _Sequence, n: int) -> None:
+    def take_back(self, place: int, s: LiveSequence, n: int) -> None:
         self.used[place] -= n
 
     # ---- a step
 
-    def check(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
+    def check(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
         for place, s, n in zip(batch, found, lengths, strict=True):
             if s.pending and n and (not record or s.pending + n > self.C):
                 self.pool._fail(
@@ -164,7 +165,7 @@ class Log:
                     f"{self.C}. Commit first",
                 )
 
-    def room(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
+    def room(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
         """Make room by folding what is committed; the step itself does so where the kernels can. A step that does not
         fit will run on the state itself."""
         logged = self.C if record else 0
@@ -179,7 +180,7 @@ class Log:
                 self.folds[place] = int(s.pending == 0)
         self.fold([(place, s) for place, s in rest if not self.folds[place]])
 
-    def begin(self, batch: list[int], found: list[_Sequence], lengths: list[int], keep: int) -> Any:
+    def begin(self, batch: list[int], found: list[LiveSequence], lengths: list[int], keep: int) -> Any:
         logged = 0 if self.pool._certain else self.C
         self.direct = [max(0, n - logged) for n in lengths]
         self.before = [self.used[place] for place in batch]
@@ -314,7 +315,7 @@ class Log:
 
     # ---- folding
 
-    def fold(self, those: list[tuple[int, _Sequence]], exclusive: list[_Sequence] = []) -> None:  # noqa: B006
+    def fold(self, those: list[tuple[int, LiveSequence]], exclusive: list[LiveSequence] = []) -> None:  # noqa: B006
         """Fold all committed entries of these sequences into their states; pending ones move to the front of the log.
 
         A state that is shared goes to a row of its own first: for it, the fold is the copy.
@@ -453,19 +454,17 @@ class Log:
 
     # ---- copies
 
-    def state(self, place: int, s: _Sequence) -> Array:
+    def state(self, place: int, s: LiveSequence) -> Array:
         out = self.pool._copy(self.states[:, s.rows[0] : s.rows[0] + 1])
         if self.used[place]:
             self._fold([(place, s.rows[0], 0, self.used[place])], out)
         return out[:, 0]
 
-    def put(self, place: int, s: _Sequence, states: Array) -> None:
+    def put(self, place: int, s: LiveSequence, states: Array) -> None:
         self.states[:, s.rows[0]] = states
 
     def nbytes(self) -> Mapping[str, int]:
-        from .state import _bytes
-
-        return {"states": _bytes(self.states), "log": sum(map(_bytes, self.arrays))}
+        return {"states": nbytes(self.states), "log": sum(map(nbytes, self.arrays))}
 
 
 def _host(x: Array) -> Array:

@@ -20,48 +20,20 @@ used by one thread at a time; different pools know nothing of each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
-from .op import gated_delta_rule_
-from .spec import LAYOUTS
+from ..spec import LAYOUTS
+from .log import Log
+from .sequence import LiveSequence, nbytes
+from .slots import Slots
+from .snapshots import Snapshot
 
 Array = Any
 FORMS = ("slots", "log")
 KEY_DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of one sequence's states, outside of any pool."""
-
-    states: Array
-    """[layers, HV, K, V] or [layers, HV, V, K]"""
-    conv: Array | None = None
-    """[layers, W-1, C]: the last inputs of the convolution, oldest first; None without one."""
-    state_layout: str = "kv"
-    length: int = 0
-    """Tokens that the sequence has seen."""
-    tokens: tuple[int, ...] | None = None
-    """Which ones, if the caller said so: `Snapshots.nearest` looks for them."""
-
-
-class _Sequence:
-    __slots__ = ("conv_end", "length", "pending", "rows")
-
-    def __init__(self, rows: list[int]):
-        self.rows = rows  # slots: newest first. log: the one row of the base state
-        self.pending = 0  # tokens run since the last commit
-        self.length = 0
-        self.conv_end = 0  # where the convolution's last input ends in its buffer
-
-    def copy(self) -> _Sequence:
-        other = _Sequence(list(self.rows))
-        other.pending, other.length, other.conv_end = self.pending, self.length, self.conv_end
-        return other
 
 
 class StatePool:
@@ -137,7 +109,7 @@ class StatePool:
         self.state_layout, self.device, self.backend = state_layout, device, backend
         self.key_dtype = key_dtype
         self.dtype = str(dtype)
-        self._sequences: list[_Sequence | None] = [None] * capacity
+        self._sequences: list[LiveSequence | None] = [None] * capacity
         self._batch: list[int] = []
         self._lengths: list[int] = []
         self._todo: set[int] = set()  # layers whose rule has yet to run
@@ -147,10 +119,8 @@ class StatePool:
         tail = (HV, K, V) if state_layout == "kv" else (HV, V, K)
         self._form: Any
         if form == "slots":
-            self._form = _Slots(self, tail)
+            self._form = Slots(self, tail)
         else:
-            from .log import Log
-
             self._form = Log(self, tail)
         # What must survive a step, and as much again, so that moving it to the front is rare.
         self._kept = conv_width - 1 + snapshots if conv_width else 0
@@ -194,7 +164,7 @@ class StatePool:
         """The sequences that live, in ascending order."""
         return [i for i, s in enumerate(self._sequences) if s is not None]
 
-    def _get(self, method: str, sequence: int) -> _Sequence:
+    def _get(self, method: str, sequence: int) -> LiveSequence:
         found = None
         if isinstance(sequence, (int, np.integer)) and 0 <= sequence < self.capacity:
             found = self._sequences[sequence]
@@ -231,7 +201,7 @@ class StatePool:
         """
         self._not_running("new")
         place = self._vacancy("new")
-        s = _Sequence([self._form.fresh(place)])
+        s = LiveSequence([self._form.fresh(place)])
         if self._conv is not None:
             s.conv_end = self.conv_width - 1
             self._conv[:, place, : s.conv_end] = 0
@@ -460,7 +430,7 @@ class StatePool:
 
     def _chosen(
         self, method: str, sequences: Sequence[int] | None, default: list[int]
-    ) -> tuple[list[int], list[_Sequence]]:
+    ) -> tuple[list[int], list[LiveSequence]]:
         batch = default if sequences is None else [int(s) for s in sequences]
         if not batch or len(set(batch)) != len(batch):
             self._fail(method, f"requires at least one sequence, each once; got {batch}")
@@ -474,7 +444,7 @@ class StatePool:
             self._fail(method, f"{name} must be an int or one per sequence, {n} ints; got {value!r}")
         return counts
 
-    def _take_back(self, method: str, batch: list[int], found: list[_Sequence], back: list[int]) -> None:
+    def _take_back(self, method: str, batch: list[int], found: list[LiveSequence], back: list[int]) -> None:
         for place, s, n in zip(batch, found, back, strict=True):
             if n and n > self._form.recorded(place, s):
                 self._fail(
@@ -492,7 +462,7 @@ class StatePool:
 
     # ---- the convolution
 
-    def _conv_room(self, place: int, s: _Sequence, tokens: int) -> tuple[int, int]:
+    def _conv_room(self, place: int, s: LiveSequence, tokens: int) -> tuple[int, int]:
         """Where to read and write this step's inputs; moves those that must survive to the front if they do not fit."""
         size = 2 * self._kept + 1
         assert self._conv is not None
@@ -616,277 +586,6 @@ class StatePool:
         """Bytes held: "states" (slots: capacity * snapshots states; log: capacity), "log", "conv", and
         "per_sequence": all of it divided by the capacity."""
         out = dict(self._form.nbytes())
-        out["conv"] = 0 if self._conv is None else _bytes(self._conv)
+        out["conv"] = 0 if self._conv is None else nbytes(self._conv)
         out["per_sequence"] = sum(out.values()) // self.capacity
         return out
-
-
-def _bytes(x: Array) -> int:
-    return int(x.nbytes) if isinstance(x, np.ndarray) else x.element_size() * x.numel()
-
-
-class _Slots:
-    """The last states of each sequence, as rows [layers, P, HV, K, V] that are counted and shared.
-
-    P = capacity * snapshots rows always suffice: a sequence holds at most `snapshots` of them.
-    """
-
-    def __init__(self, pool: StatePool, tail: tuple[int, ...]):
-        self.pool = pool
-        P = pool.capacity * pool.snapshots
-        self.states = pool._zeros((pool.layers, P, *tail))
-        self.refs = [0] * P
-        self.unused = list(range(P - 1, -1, -1))
-        self.later: list[int] = []  # rows that the running step still reads: free when it is done
-        self.read: Array = None
-        self.write: Array = None
-
-    def fresh(self, place: int) -> int:
-        row = self._take()
-        self.states[:, row] = 0
-        return row
-
-    def _take(self) -> int:
-        if not self.unused:
-            self._settle()
-        row = self.unused.pop()
-        self.refs[row] = 1
-        return row
-
-    def _settle(self) -> None:
-        self.unused += self.later
-        self.later = []
-
-    def _drop(self, row: int) -> None:
-        self.refs[row] -= 1
-        if not self.refs[row]:
-            self.unused.append(row)
-
-    def share(self, source: int, place: int, child: _Sequence) -> None:
-        for row in child.rows:
-            self.refs[row] += 1
-
-    def release(self, place: int, s: _Sequence) -> None:
-        for row in s.rows:
-            self._drop(row)
-
-    def select(self, sources: list[int], targets: list[int], children: list[_Sequence]) -> None:
-        for child in children:
-            self.share(0, 0, child)
-        for target in targets:
-            self.release(target, self.pool._get("select", target))
-
-    def recorded(self, place: int, s: _Sequence) -> int:
-        return len(s.rows) - 1
-
-    def take_back(self, place: int, s: _Sequence, n: int) -> None:
-        for row in s.rows[:n]:
-            self._drop(row)
-        del s.rows[:n]
-
-    def fold(self, those: list[tuple[int, _Sequence]]) -> None:
-        pass
-
-    def check(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
-        pass
-
-    def room(self, batch: list[int], found: list[_Sequence], lengths: list[int], record: bool) -> None:
-        pass
-
-    def begin(self, batch: list[int], found: list[_Sequence], lengths: list[int], keep: int) -> Any:
-        """Choose the rows that this step writes: none that stays in a history, none that another sequence reads."""
-        self._settle()
-        undo = (list(self.refs), list(self.unused))
-        heads = [s.rows[0] for s in found]
-        readers: dict[int, int] = {}
-        for row in heads:
-            readers[row] = readers.get(row, 0) + 1
-        own: list[int | None] = [None] * len(batch)  # the row it reads, if nobody else needs it
-        stuck: dict[int, list[int]] = {}  # rows that only this step's readers still need, by reader
-        kept = []
-        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
-            stay = s.rows[: keep - min(n, keep)] if n else s.rows
-            kept.append(list(stay))
-            for row in s.rows[len(stay) :]:
-                self.refs[row] -= 1
-                if self.refs[row]:
-                    continue
-                if readers.get(row, 0) == 0:
-                    self.unused.append(row)
-                elif readers[row] == 1 and row == heads[i]:
-                    own[i] = row
-                else:
-                    stuck[row] = [j for j, head in enumerate(heads) if head == row]
-        need = sum(min(n, keep) for n in lengths) - sum(row is not None for row in own)
-        copy: list[tuple[int, int]] = []
-        if need > len(self.unused):
-            # Sequences that share their state all give it up at once, and there is no room but in that row: the last
-            # of them writes there, and the others read copies that lie where they will write.
-            for row, those in stuck.items():
-                own[those[-1]] = row
-                copy += [(i, row) for i in those[:-1]]
-        else:
-            self.later = list(stuck)
-        copies = dict(copy)
-        rows = []
-        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
-            fresh: list[int] = []
-            if (mine := own[i]) is not None:
-                self.refs[mine] = 1
-                fresh.append(mine)
-            fresh += [self._take() for _ in range(min(n, keep) - len(fresh))]
-            if i in copies:
-                self.states[:, fresh[0]] = self.states[:, copies[i]]
-                heads[i] = fresh[0]
-            s.rows = fresh + kept[i]
-            rows.append(fresh)
-        self.read = self.pool._index(heads)
-        self.write = None
-        if (
-            any(n and fresh != [head] for n, fresh, head in zip(lengths, rows, heads, strict=True))
-            or 0 in lengths
-        ):
-            depth = max(map(len, rows))
-            self.write = self.pool._index(
-                [[fresh[i] if i < len(fresh) else -1 for fresh in rows] for i in range(depth)]
-            )
-        return undo
-
-    def cancel(self, undo: Any) -> None:
-        self.refs, self.unused = undo
-        self.later = []
-
-    def arguments(self, layer: int) -> dict[str, Array]:
-        out = {
-            "state": self.states[layer],
-            "state_indices": self.read,
-            "state_layout": self.pool.state_layout,
-        }
-        if self.write is not None:
-            out["snapshot_indices"] = self.write
-        if self.pool._cu is not None:
-            out["cu_seqlens"] = self.pool._cu
-        return out
-
-    def run(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> Array:
-        return gated_delta_rule_(q, k, v, backend=self.pool.backend, **self.arguments(layer), **options)
-
-    def state(self, place: int, s: _Sequence) -> Array:
-        return self.pool._copy(self.states[:, s.rows[0]])
-
-    def put(self, place: int, s: _Sequence, states: Array) -> None:
-        self.states[:, s.rows[0]] = states
-
-    def nbytes(self) -> Mapping[str, int]:
-        return {"states": _bytes(self.states), "log": 0}
-
-
-class Snapshots(MutableMapping[str, Snapshot]):
-    """Named checkpoints, in memory and in a file: a shared prefix is computed once.
-
-    snapshots["system prompt"] = pool.save(s, tokens=prompt)
-    name, start = snapshots.nearest(tokens)         # the longest checkpoint that is a prefix of these tokens
-    s = pool.restore(snapshots[name])               # go on with tokens[start:]
-    """
-
-    def __init__(self, items: Mapping[str, Snapshot] | None = None):
-        self._items: dict[str, Snapshot] = dict(items or {})
-
-    def __getitem__(self, name: str) -> Snapshot:
-        return self._items[name]
-
-    def __setitem__(self, name: str, snapshot: Snapshot) -> None:
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"Snapshots: a name must be a string without '/'; got {name!r}")
-        if not isinstance(snapshot, Snapshot):
-            raise TypeError(
-                f"Snapshots: requires a Snapshot, as pool.save returns; got {type(snapshot).__name__}"
-            )
-        self._items[name] = snapshot
-
-    def __delitem__(self, name: str) -> None:
-        del self._items[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def nearest(self, tokens: Iterable[int]) -> tuple[str, int] | None:
-        """(name, number of its tokens) of the longest checkpoint whose tokens begin `tokens`; None if none does."""
-        want = tuple(int(t) for t in tokens)
-        best = None
-        for name, item in self._items.items():
-            seen = item.tokens
-            if seen is not None and seen == want[: len(seen)] and (best is None or len(seen) > best[1]):
-                best = (name, len(seen))
-        return best
-
-    def save(self, path: Any) -> None:
-        """Write all checkpoints to a safetensors file. Requires the package safetensors (`anydelta[safetensors]`).
-
-        Raises:
-            ImportError: safetensors is missing.
-        """
-        import json
-
-        arrays: dict[str, Any] = {}
-        about = {}
-        for name, item in self._items.items():
-            arrays[f"{name}/states"] = item.states
-            if item.conv is not None:
-                arrays[f"{name}/conv"] = item.conv
-            about[name] = {"state_layout": item.state_layout, "length": item.length, "tokens": item.tokens}
-        metadata = {"format": "anydelta.snapshots.1", "snapshots": json.dumps(about)}
-        torch_ones = [not isinstance(x, np.ndarray) for x in arrays.values()]
-        if any(torch_ones) and not all(torch_ones):
-            raise ValueError("Snapshots.save: requires arrays of one kind; got both NumPy's and torch's")
-        module = _safetensors("torch" if any(torch_ones) else "numpy")
-        dense = {n: x.contiguous() if any(torch_ones) else np.ascontiguousarray(x) for n, x in arrays.items()}
-        module.save_file(dense, str(path), metadata=metadata)
-
-    @classmethod
-    def load(cls, path: Any, *, device: Any = None) -> Snapshots:
-        """The checkpoints of a file, as NumPy arrays or, with a device, as torch tensors.
-
-        Raises:
-            ImportError: safetensors is missing.
-            ValueError: the file holds something else.
-        """
-        import json
-
-        module = _safetensors("numpy" if device is None else "torch")
-        with module.safe_open(str(path), framework="np" if device is None else "pt") as f:
-            metadata = f.metadata() or {}
-            if metadata.get("format") != "anydelta.snapshots.1":
-                raise ValueError(
-                    f"Snapshots.load: requires a file that Snapshots.save wrote; got format {metadata.get('format')!r}"
-                )
-            names = set(f.keys())
-            arrays = {n: f.get_tensor(n) for n in names}
-        if device is not None:
-            arrays = {n: x.to(device) for n, x in arrays.items()}
-        out = cls()
-        for name, about in json.loads(metadata["snapshots"]).items():
-            tokens = None if about["tokens"] is None else tuple(about["tokens"])
-            out[name] = Snapshot(
-                arrays[f"{name}/states"],
-                arrays.get(f"{name}/conv"),
-                about["state_layout"],
-                about["length"],
-                tokens,
-            )
-        return out
-
-
-def _safetensors(framework: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(f"safetensors.{framework}")
-    except ImportError as error:
-        raise ImportError(
-            "Snapshots: saving and loading requires the package safetensors; got none. "
-            "pip install 'anydelta[safetensors]'"
-        ) from error
