@@ -12,6 +12,8 @@ from hypothesis import given, settings
 
 from anydelta import StatePool
 from anydelta.backends import cpu
+from anydelta.conformance import LOG_CASES, OK, LogCase, run, targets
+from anydelta.conformance.run import parse
 from conftest import CPU_REASONS
 
 pytestmark = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(map(str, CPU_REASONS)))
@@ -189,3 +191,27 @@ def test_sixteen_tokens_back_cost_less_than_a_third_of_a_state() -> None:
     state = 32 * 128 * 128 * 4
     assert log["per_sequence"] <= 1.3 * state
     assert slots["per_sequence"] == 16 * state
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_list_of_cases(backend: str) -> None:
+    """On NumPy arrays; `anydelta conform` runs them on tensors too."""
+    results = list(run(LOG_CASES, targets((backend,), (), ("numpy",))))
+    bad = [f"{r.status} {r.reproduce()}: {r.reasons}" for r in results if r.status != OK]
+    assert results
+    assert not bad, bad[:3]
+
+
+def test_a_line_of_the_list_is_its_case() -> None:
+    assert len(set(LOG_CASES)) == len(LOG_CASES)
+    assert all(parse(str(c)) == c for c in LOG_CASES)
+    with pytest.raises(ValueError, match="a log has states of its own"):
+        LogCase(snapshots=2)
+
+
+def test_a_wrong_fold_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta.state import log
+
+    monkeypatch.setattr(log, "fold", lambda S, k, d, a: a[0][:, :, None] * S)
+    on = targets(("reference",), (), ("numpy",))
+    assert [r.status for r in run([LogCase(B=2, T=12, K=8, V=8, entries=4)], on)] == ["FAIL"]

@@ -2,6 +2,7 @@
 
 cases.py     Case: a call described in one line, and the list that tests, CLI and benchmarks share
 mixer.py     the same for the mixer: MixerCase, its list and its comparison
+log.py       the same for the log form of StatePool: LogCase
 compare.py   check(case, target): runs one case and compares it with the float64 oracle
 run.py       run(cases, targets): results as records
 cli.py       `anydelta conform`
@@ -9,10 +10,11 @@ cli.py       `anydelta conform`
 
 from .cases import CASES, Case
 from .compare import Target, Verdict, check
+from .log import LOG_CASES, LogCase
 from .mixer import MIXER_CASES, MixerCase
 from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, Result, run, targets
 
 __all__ = [
-    "CASES", "FAIL", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SKIPPED", "Case", "MixerCase", "Result", "Target",
-    "Verdict", "check", "run", "targets",
+    "CASES", "FAIL", "LOG_CASES", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SKIPPED", "Case", "LogCase", "MixerCase",
+    "Result", "Target", "Verdict", "check", "run", "targets",
 ]  # fmt: skip

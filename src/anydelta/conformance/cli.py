@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .. import __version__, dispatch
 from .cases import CASES, Case
+from .log import LOG_CASES
 from .mixer import MIXER_CASES
 from .run import (
     FAIL,
@@ -110,7 +111,7 @@ def _select(pattern: str, lines: list[str]) -> list[Case]:
         if pattern:
             raise Usage("--case and --filter exclude each other")
         return [parse(line) for line in lines]
-    every: list[Case] = [*CASES, *MIXER_CASES]
+    every: list[Case] = [*CASES, *MIXER_CASES, *LOG_CASES]
     if not pattern:
         return every
     found = [c for c in every if pattern in str(c)]

@@ -12,6 +12,8 @@ from typing import Any
 from .. import dispatch
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, check
+from .log import WORD as LOG_WORD
+from .log import LogCase, check_log_case, runs_the_log
 from .mixer import WORD, MixerCase, MixerPrepared, check_mixer_case
 
 OK, FAIL, NOT_SUPPORTED, SKIPPED = "OK", "FAIL", "NOT SUPPORTED", "SKIPPED"
@@ -133,21 +135,31 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
     for case in cases if usable else ():
         prepared = prepare(case)
         for target in usable:
-            if not isinstance(case, MixerCase) or (has_mixer(target.backend) and target.framework != "mlx"):
+            if is_asked(case, target):
                 yield run_one(prepared, target)
 
 
 def parse(line: str) -> Case:
-    """The case that prints as `line`: the mixer's begin with that word.
+    """The case that prints as `line`: the mixer's and the log's begin with that word.
 
     Raises:
         ValueError: an unknown field, or a value that does not fit it.
     """
-    return MixerCase.parse(line) if line.startswith(WORD) else Case.parse(line)
+    kind = MixerCase if line.startswith(WORD) else LogCase if line.startswith(LOG_WORD) else Case
+    return kind.parse(line)
 
 
 def prepare(case: Case) -> Prepared | MixerPrepared:
     return MixerPrepared.of(case) if isinstance(case, MixerCase) else Prepared.of(case)
+
+
+def is_asked(case: Case, target: Target) -> bool:
+    """Whether the target runs cases of this kind at all."""
+    if isinstance(case, MixerCase):
+        return has_mixer(target.backend) and target.framework != "mlx"
+    if isinstance(case, LogCase):
+        return runs_the_log(target.backend) and target.framework != "mlx" and target.device == "cpu"
+    return True
 
 
 def has_mixer(backend: str) -> bool:
@@ -160,6 +172,8 @@ def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
     start, worst = time.perf_counter(), 0.0
     try:
         run_check: Any = check_mixer_case if isinstance(prepared, MixerPrepared) else check
+        if isinstance(prepared.case, LogCase):
+            run_check = check_log_case
         verdict = run_check(prepared, target)
         status, reasons, worst = (FAIL if verdict.errors else OK), tuple(verdict.errors), verdict.worst
     except dispatch.UnsupportedError as error:

@@ -1,0 +1,180 @@
+"""The log form of StatePool: the rule's cases (cases.py) run in steps of a few tokens, of which some are taken back.
+
+A line that begins with the word `log` is one of these. Each sequence runs its T tokens in steps; after round r sequence
+i keeps (r + i) mod (n + 1) of the n tokens that it ran, so that every count from 0 to n occurs and the counts of a
+batch differ, and goes on behind them. Every output, those of rejected tokens included, and every state must be what
+the oracle says of a single pass. A sequence that nobody runs and a fork that shares its state must keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import dispatch
+from ..state import Snapshot, StatePool
+from .cases import Case, Inputs
+from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
+
+WORD = "log "
+BACKENDS = ("cpu", "reference", "auto")
+"""Those on which the log runs: by its own kernels, and in float64."""
+
+
+@dataclass(frozen=True)
+class LogCase(Case):
+    """Fields that the rule has too mean the same."""
+
+    entries: int = 8
+    """What the log holds: snapshots - 1."""
+    step: int = 4
+    """Tokens that a sequence runs at once."""
+    blocks: int = 1
+    """Steps between two commits."""
+    halfkeys: bool = False
+    """key_dtype is the inputs' dtype, not float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fresh or self.seqlens is not None or self.indices is not None or self.snapshots:
+            raise ValueError(f"case: a log has states of its own; got {self}")
+        if self.blocks > 1 and self.blocks * self.step > self.entries:
+            raise ValueError(f"case: steps between two commits must fit into the log; got {self}")
+
+    def __str__(self) -> str:
+        return WORD + super().__str__()
+
+    @classmethod
+    def parse(cls, line: str) -> LogCase:
+        return super().parse(line.removeprefix(WORD))  # type: ignore[return-value]
+
+
+def check_log_case(prepared: Prepared, target: Target) -> Verdict:
+    """Run the case on the target and compare.
+
+    Raises:
+        NotRunnable: the target cannot hold the arrays.
+    """
+    v = Verdict()
+    with target.active(), np.errstate(all="ignore"):
+        try:
+            _run(v, prepared, target)
+        except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            v.errors.append(f"raised {type(error).__name__}: {error}")
+    return v
+
+
+def _run(v: Verdict, prepared: Prepared, target: Target) -> None:
+    c, x, exact = prepared.case, prepared.values, prepared.exact
+    assert isinstance(c, LogCase)
+    assert exact is not None
+    assert x.state is not None
+    device = None if target.framework == "numpy" else "cpu"
+    pool = StatePool(
+        c.B + 2, H=c.H, HV=c.HV, K=c.K, V=c.V, kda=c.kda, snapshots=c.entries + 1, form="log", dtype=c.state_dtype,
+        key_dtype=c.dtype if c.halfkeys else "float32", state_layout=c.layout, device=device,
+        backend="auto" if target.backend == "auto" else target.backend,
+    )  # fmt: skip
+    states = Buffer(x.state, x.state.shape, c.state_dtype, "dense", target).array
+    mine = [pool.restore(Snapshot(states[i : i + 1], None, c.layout)) for i in range(c.B)]
+    still = [pool.restore(Snapshot(states[:1], None, c.layout)), pool.fork(mine[-1])]
+    before = [pool.state(s) for s in still]
+
+    at = [0] * c.B  # tokens kept
+    r = 0
+    while min(at) < c.T:
+        ran = [0] * c.B
+        for _ in range(c.blocks):
+            _step(v, c, x, exact.o, pool, mine, at, ran, target)
+        batch = [i for i in range(c.B) if ran[i]]
+        kept = [(r + i) % (ran[i] + 1) for i in batch]
+        # a step longer than the log cannot be taken back beyond what the log holds
+        kept = [max(n, ran[i] - c.entries) for n, i in zip(kept, batch, strict=True)]
+        pool.commit(kept, [mine[i] for i in batch])
+        for i, n in zip(batch, kept, strict=True):
+            at[i] += n
+        r += 1
+    got = [fetch(v, "state", pool.state(s), (1, *x.state.shape[1:]), c.state_dtype, target) for s in mine]
+    if all(one is not None for one in got):
+        judge(v, "state", np.concatenate([one for one in got if one is not None]), exact.state, c.state_dtype)
+    if not all(bool((pool.state(s) == b).all()) for s, b in zip(still, before, strict=True)):
+        v.errors.append("state: a sequence changed that did not run")
+
+
+def _step(
+    v: Verdict, c: LogCase, x: Inputs, exact: Any, pool: StatePool, mine: list[int], at: list[int], ran: list[int],
+    target: Target,
+) -> None:  # fmt: skip
+    """One begin and run from where each sequence stands; `ran` grows by what it ran."""
+    first = [a + n for a, n in zip(at, ran, strict=True)]
+    counts = [min(c.step, c.T - a) for a in first]
+    batch = [i for i in range(c.B) if counts[i]]
+    if not batch:
+        return
+    packed = len({counts[i] for i in batch}) > 1
+    spans = [(i, slice(first[i], first[i] + counts[i])) for i in batch]
+
+    def part(values: Any) -> Any:
+        rows = [values[i, span] for i, span in spans]
+        return np.concatenate(rows)[None] if packed else np.stack(rows)
+
+    def array(name: str, dtype: str) -> Any:
+        values = getattr(x, name)
+        if values is None:
+            return None
+        values = part(values) if name not in ("A_log", "dt_bias") else values
+        return Buffer(values, values.shape, dtype, c.strides, target).array
+
+    pool.begin([counts[i] for i in batch] if packed else counts[batch[0]], [mine[i] for i in batch])
+    o = pool.run(
+        array("q", c.dtype), array("k", c.dtype), array("v", c.dtype), g=array("g", c.gate_dtype),
+        beta=array("beta", c.gate_dtype), A_log=array("A_log", "float32"), dt_bias=array("dt_bias", c.gate_dtype),
+        mask=array("mask", "bool"), scale=c.scale, decay=c.decay, lower_bound=c.lower_bound, beta_is_logit=c.logit,
+        heads=c.heads, qk_l2norm=c.l2norm, qk_l2norm_eps=c.eps,
+    )  # fmt: skip
+    want = part(exact)
+    got = fetch(v, "o", o, want.shape, c.dtype, target)
+    if got is not None:
+        judge(v, "o", got, want, c.dtype)
+    for i in batch:
+        ran[i] += counts[i]
+
+
+def runs_the_log(backend: str) -> bool:
+    """Whether the backend is asked these cases."""
+    return backend in BACKENDS and (backend == "auto" or dispatch.get_backend(backend) is not None)
+
+
+# ---- the list
+
+
+def _cases() -> Iterator[LogCase]:
+    for kda in (False, True):
+        yield LogCase(B=1, T=24, H=2, HV=4, K=128, V=128, kda=kda)
+        yield LogCase(B=3, T=24, H=2, HV=2, K=64, V=32, kda=kda, l2norm=True, entries=4, layout="vk")
+        for mask in ("left", "right", "random", "none"):
+            yield LogCase(B=3, T=18, H=1, HV=3, K=16, V=24, kda=kda, mask=mask, heads="tiled", entries=6)
+        for step in (1, 2, 3, 5, 6, 7, 13):  # both sides of a block of the kernels
+            yield LogCase(B=2, T=30, H=1, HV=2, K=20, V=13, kda=kda, step=step, entries=15)
+        yield LogCase(B=2, T=40, H=1, HV=2, K=16, V=16, kda=kda, step=9, entries=5)  # longer than the log
+        yield LogCase(B=2, T=40, H=2, HV=2, K=16, V=16, kda=kda, step=2, blocks=3, entries=7)
+        yield LogCase(
+            B=2, T=20, H=2, HV=4, K=32, V=32, kda=kda, decay="raw", dt_bias="full", logit=True, l2norm=True
+        )
+        yield LogCase(
+            B=2, T=20, H=2, HV=2, K=32, V=32, kda=kda, decay="linear", gate="mixed", strides="permuted"
+        )
+        for gate in ("keep", "wipe", "inf"):
+            yield LogCase(B=1, T=16, H=1, HV=2, K=140, V=70, kda=kda, gate=gate, entries=5)
+        for dtype in ("bfloat16", "float16"):
+            base = LogCase(
+                B=2, T=20, H=2, HV=4, K=32, V=32, kda=kda, dtype=dtype, gate_dtype=dtype, l2norm=True
+            )
+            yield base
+            yield replace(base, halfkeys=True, layout="vk")
+
+
+LOG_CASES: tuple[LogCase, ...] = tuple(_cases())
