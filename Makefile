@@ -16,7 +16,8 @@ CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/metal/*
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17
-EXPORT_RUNTIMES := aoti executorch
+EXPORT_RUNTIMES := aoti executorch onnx
+EXPORT_RUNNERS := aoti executorch
 EXPORT_PROMPT := In the beginning God created
 DEMO_PROMPT := "And it came to pass in those days, that"
 
@@ -60,7 +61,7 @@ demo-export: $(VENV)/.built ## Export the tiny model to each runtime, generate w
 	  cat out/export/$$runtime.txt || exit 1; done
 	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -S examples/export -B out/export/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build out/export/build
-	for runtime in $(EXPORT_RUNTIMES); do \
+	for runtime in $(EXPORT_RUNNERS); do \
 	  out/export/build/run_$$runtime out/export 64 $$(sed -n 's/^prompt: //p' out/export/$$runtime.txt) > out/export/$$runtime.cpp.txt && \
 	  test "$$(sed -n 's/^tokens: //p' out/export/$$runtime.txt)" = "$$(cat out/export/$$runtime.cpp.txt)" || exit 1; \
 	  echo "$$runtime: C++ gives the same 64 tokens"; done

@@ -2,7 +2,7 @@
 
     python examples/export/run_python.py RUNTIME examples/tiny_model out/export 64 In the beginning God created
 
-RUNTIME is aoti or executorch. Exits with 1 where a token differs.
+RUNTIME is aoti, executorch or onnx. Exits with 1 where a token differs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,24 @@ def executorch(folder: Path, states: list[Tensor]) -> Step:
     return step
 
 
-RUNTIMES = {"aoti": aoti, "executorch": executorch}
+def onnx(folder: Path, states: list[Tensor]) -> Step:
+    """Every call takes the states and gives the new ones."""
+    from anydelta.export import onnx
+
+    prefill, decode = (onnx.session(folder / f"{name}.onnx") for name in ("prefill", "decode"))
+    arrays = [state.numpy() for state in states]
+
+    def step(ids: Tensor, position: Tensor) -> Tensor:
+        session = decode if ids.shape[1] == 1 else prefill
+        names = [x.name for x in session.get_inputs()]
+        inputs = dict(zip(names, (ids.numpy(), position.numpy(), *arrays), strict=True))
+        logits, *arrays[:] = session.run(None, inputs)
+        return torch.from_numpy(logits)
+
+    return step
+
+
+RUNTIMES = {"aoti": aoti, "executorch": executorch, "onnx": onnx}
 
 
 def main(runtime: str, source: Path, folder: Path, new: int, text: str) -> None:
