@@ -315,12 +315,12 @@ def test_an_invalid_call_can_be_repeated(form: str) -> None:
 
 def test_slots_touch_no_state_to_go_back() -> None:
     pool, _ = ready()
-    before = pool._form.states.copy()
+    before = pool._form.rows.states.copy()
     pool.commit(1)
     pool.rollback(1)
     child = pool.fork(0)
     pool.free(child)
-    assert np.array_equal(before, pool._form.states)
+    assert np.array_equal(before, pool._form.rows.states)
 
 
 @pytest.mark.parametrize("capacity", [2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta import devices, op
+import test_state
+from anydelta import StatePool, devices, op
 from anydelta.conformance import CASES, OK, Target
 from anydelta.conformance.run import run_one, unavailable
 from device_checks import (
@@ -260,3 +262,30 @@ def test_info_lists_the_limits() -> None:
     facts = json.loads(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
     first = facts["backends"]["vulkan"]["vulkan:0"]
     assert {"name", "type", "memory", "max_array", "shared_memory", "subgroup"} <= set(first)
+
+
+def test_the_states_of_a_pool_stay_on_the_device() -> None:
+    """Steps, commits, forks and rollbacks by index: no state crosses to the host."""
+    test_state.soak(3, 120, "slots", device="vulkan:0")
+    H, HV, D = test_state.H, test_state.HV, 128
+    pool = StatePool(2, H=H, HV=HV, K=D, V=D, layers=2, snapshots=5, device=anydelta.device("vulkan:0"))
+    assert pool.resident is not None
+    state = 2 * HV * D * D * 4
+    s = pool.new()
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 1, 4, H, D), dtype=np.float32)
+    v = rng.standard_normal((1, 4, HV, D), dtype=np.float32)
+    gates = rng.random((2, 1, 4, HV), dtype=np.float32)
+    before = dataclasses.replace(pool.resident.staged)
+    for accepted in (0, 3, 4, 1):
+        pool.begin(4)
+        for layer in range(2):
+            pool.run(q, k, v, g=-gates[0], beta=gates[1], layer=layer)
+        pool.commit(accepted)
+    child = pool.fork(s)
+    pool.rollback(1, [child])
+    staged = pool.resident.staged
+    assert staged.to_device + staged.from_device - before.to_device - before.from_device < state
+    assert pool.nbytes()["states"] == 2 * 5 * state
+    with pytest.raises(ValueError, match="form must be 'slots' on a device of anydelta"):
+        StatePool(1, HV=1, K=4, V=4, form="log", device="vulkan:0")

@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..devices import KINDS, Device
+from ..devices import device as open_device
 from ..spec import LAYOUTS
 from .log import Log
 from .sequence import LiveSequence, nbytes
@@ -52,11 +54,13 @@ class StatePool:
             kept, so that it goes back with the states. 0: no convolution.
         dtype: "float32" or "bfloat16", of the states. conv_dtype: of the convolution's inputs, "float32" if None.
         state_layout: "kv" or "vk".
-        device: None for NumPy arrays, otherwise a torch device for tensors.
+        device: None for NumPy arrays; a torch device for tensors; or one of `anydelta.device`, by its name ("vulkan:0")
+            or opened, on which the states then stay. The other arrays are NumPy's there, and the form is "slots".
         backend: as for `gated_delta_rule_`.
 
     Raises:
         ValueError, TypeError: a size below 1, an unknown form, layout or dtype.
+        UnsupportedError, DeviceError: there is no such device of anydelta, or too little memory on it.
     """
 
     def __init__(
@@ -108,6 +112,13 @@ class StatePool:
         self.conv_channels, self.conv_width = conv_channels, conv_width
         self.state_layout, self.device, self.backend = state_layout, device, backend
         self.key_dtype = key_dtype
+        self.resident = _resident(device)
+        if self.resident is not None:
+            self.device = None  # of tensors; the other arrays are NumPy's
+            if form != "slots":
+                raise ValueError(
+                    f"StatePool: form must be 'slots' on a device of anydelta; got {form!r} on {self.resident.name}"
+                )
         self.dtype = str(dtype)
         self._sequences: list[LiveSequence | None] = [None] * capacity
         self._batch: list[int] = []
@@ -589,3 +600,10 @@ class StatePool:
         out["conv"] = 0 if self._conv is None else nbytes(self._conv)
         out["per_sequence"] = sum(out.values()) // self.capacity
         return out
+
+
+def _resident(device: Any) -> Device | None:
+    """The device of anydelta that holds the states, if it is one and not torch's."""
+    if isinstance(device, str) and device.partition(":")[0] in KINDS:
+        return open_device(device)
+    return device if isinstance(device, Device) else None

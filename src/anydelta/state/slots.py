@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..op import gated_delta_rule_
-from .sequence import LiveSequence, nbytes
+from .rows import DeviceRows, HostRows
+from .sequence import LiveSequence
 
 if TYPE_CHECKING:
     from .pool import StatePool
@@ -23,7 +24,11 @@ class Slots:
     def __init__(self, pool: StatePool, tail: tuple[int, ...]):
         self.pool = pool
         P = pool.capacity * pool.snapshots
-        self.states = pool._zeros((pool.layers, P, *tail))
+        self.rows: HostRows | DeviceRows
+        if pool.resident is None:
+            self.rows = HostRows(pool._zeros((pool.layers, P, *tail)))
+        else:
+            self.rows = DeviceRows(pool.resident, pool.layers, (P, *tail), pool.dtype)
         self.refs = [0] * P
         self.unused = list(range(P - 1, -1, -1))
         self.later: list[int] = []  # rows that the running step still reads: free when it is done
@@ -32,7 +37,7 @@ class Slots:
 
     def fresh(self, place: int) -> int:
         row = self._take()
-        self.states[:, row] = 0
+        self.rows.zero(row)
         return row
 
     def _take(self) -> int:
@@ -125,7 +130,7 @@ class Slots:
                 fresh.append(mine)
             fresh += [self._take() for _ in range(min(n, keep) - len(fresh))]
             if i in copies:
-                self.states[:, fresh[0]] = self.states[:, copies[i]]
+                self.rows.copy(fresh[0], copies[i])
                 heads[i] = fresh[0]
             s.rows = fresh + kept[i]
             rows.append(fresh)
@@ -147,7 +152,7 @@ class Slots:
 
     def arguments(self, layer: int) -> dict[str, Array]:
         out = {
-            "state": self.states[layer],
+            "state": self.rows[layer],
             "state_indices": self.read,
             "state_layout": self.pool.state_layout,
         }
@@ -161,10 +166,10 @@ class Slots:
         return gated_delta_rule_(q, k, v, backend=self.pool.backend, **self.arguments(layer), **options)
 
     def state(self, place: int, s: LiveSequence) -> Array:
-        return self.pool._copy(self.states[:, s.rows[0]])
+        return self.rows.read(s.rows[0])
 
     def put(self, place: int, s: LiveSequence, states: Array) -> None:
-        self.states[:, s.rows[0]] = states
+        self.rows.write(s.rows[0], states)
 
     def nbytes(self) -> Mapping[str, int]:
-        return {"states": nbytes(self.states), "log": 0}
+        return {"states": self.rows.nbytes(), "log": 0}
