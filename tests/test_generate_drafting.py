@@ -25,7 +25,14 @@ def run(*args: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "options", [["--mtp"], ["--mtp", "--drafts", "3"], ["--lookup", "4"], ["--draft", str(MODEL)]]
+    "options",
+    [
+        ["--mtp"],
+        ["--mtp", "--drafts", "3"],
+        ["--lookup", "4"],
+        ["--mtp", "--lookup", "4"],
+        ["--draft", str(MODEL)],
+    ],
 )
 def test_the_text_is_that_of_transformers_alone(options: list[str]) -> None:
     done = run(*options, "--compare", "--json", "-n", "16", "And God said, And God said, And God said,")
@@ -41,7 +48,10 @@ def test_the_text_is_that_of_transformers_alone(options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--mtp", "--lookup", "4"], "requires one of --mtp, --draft and --lookup; got --mtp and --lookup"),
+        (
+            ["--mtp", "--draft", "m"],
+            "requires one of --mtp, --draft and --lookup, or --mtp with --lookup; got --mtp and",
+        ),
         (["--mtp", "--plain"], "requires anydelta for --mtp"),
         (["--lookup", "0"], "requires --lookup from 1 to 1024; got 0"),
         (["--lookup", "4", "--drafts", "2"], "requires --mtp or --draft with --drafts"),

@@ -1,7 +1,9 @@
 """Drafting in Transformers with anydelta: the same text as without, the same distribution, exact rollback.
 
-By default a few prompts and lengths. ANYDELTA_TEST_STEPS=256 ANYDELTA_TEST_PROMPTS=20 runs the whole bar: every
-draft length from 1 to 8 (about an hour and a half on one core).
+By default a few prompts and lengths. The whole bar, every mode and draft length from 1 to 8 for every family and the
+repository's model, is 4640 runs of 256 tokens, whose ties and number -rP shows:
+
+    ANYDELTA_TEST_STEPS=256 ANYDELTA_TEST_PROMPTS=20 python -m pytest tests/test_speculative.py -k greedy_text -rP
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ TIE = 1e-5
 TINY = Path(__file__).parents[1] / "examples" / "tiny_model"
 TYPES = ["linear_attention", "full_attention"] * 2
 EXIT = 2
+MODES = ["mtp", "mtp and lookup", "lookup", "assistant", "early exit"]
 
 
 def build(family: str, **changes: Any) -> Any:
@@ -55,8 +58,13 @@ def with_mtp(model: Any, folder: Path, layers: int = 2) -> Any:
         config.mtp_mlp_layer_types = ["sparse"] * layers
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
-    for name, x in MtpModel(model, layers).layers.state_dict().items():
-        weights["mtp.layers." + name.replace("mtp_block.", "")] = x.clone()
+    random = torch.Generator().manual_seed(2)
+    for name, x in (
+        MtpModel(model, layers).layers.state_dict().items()
+    ):  # experts of MoE layers are not initialised
+        wide = x.ndim > 1
+        x = torch.randn(x.shape, generator=random) * 0.05 if wide else torch.ones_like(x)
+        weights["mtp.layers." + name.replace("mtp_block.", "")] = x
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return type(model).from_pretrained(folder).eval()
 
@@ -125,6 +133,7 @@ def drafting(model: Any, assistant: Any, mode: str, length: int) -> dict[str, An
         config.num_assistant_tokens_schedule = "constant"
     return {
         "mtp": {"use_mtp": True},
+        "mtp and lookup": {"use_mtp": True, "prompt_lookup_num_tokens": length},
         "lookup": {"prompt_lookup_num_tokens": length},
         "assistant": {"assistant_model": assistant},
         "early exit": {"assistant_early_exit": EXIT if model.config.num_hidden_layers == 4 else 4},
@@ -133,15 +142,15 @@ def drafting(model: Any, assistant: Any, mode: str, length: int) -> dict[str, An
 
 def greedy(model: Any, ids: torch.Tensor, steps: int = STEPS, **options: Any) -> torch.Tensor:
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, eos_token_id=None, do_sample=False,
         pad_token_id=0, **options,
     )  # fmt: skip
 
 
-def same_text(model: Any, got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    """Equal but for ties, which are printed."""
+def same_text(model: Any, got: torch.Tensor, want: torch.Tensor, what: str) -> bool:
+    """Whether the texts are equal. They may differ from a tie on, which is printed."""
     if torch.equal(got, want):
-        return
+        return True
     assert got.shape == want.shape, what
     at = int((got != want)[0].nonzero()[0])
     top = model(want[:, :at]).logits[0, -1].float()
@@ -150,31 +159,42 @@ def same_text(model: Any, got: torch.Tensor, want: torch.Tensor, what: str) -> N
         f"{what}: token {at} is {got[0, at]}, not {want[0, at]}, whose logit is {gap:.2g} larger"
     )
     print(f"{what}: a tie at token {at}: logits {gap:.1e} apart")
+    return False
+
+
+def same_texts(model: Any, assistant: Any, mode: str, name: str) -> None:
+    """Every prompt with every number of drafts, against plain decoding."""
+    same = runs = 0
+    for i, ids in enumerate(prompts()):
+        key = (name, i)
+        if key not in _plain:
+            _plain[key] = greedy(model, ids)
+        for length in LENGTHS:
+            got = greedy(model, ids, **drafting(model, assistant, mode, length))
+            same += same_text(model, got, _plain[key], f"{name}, {mode}, {length} drafts, prompt {i}")
+            runs += 1
+    print(f"{name}, {mode}: {same} of {runs} runs of {STEPS} tokens identical, {runs - same} up to a tie")
+
+
+_plain: dict[tuple[str, int], torch.Tensor] = {}
+"""By model and prompt: its text without drafts."""
 
 
 # ---- The same text
 
 
-@pytest.mark.parametrize("mode", ["mtp", "lookup", "assistant", "early exit"])
+@pytest.mark.parametrize("mode", MODES)
 def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], family: str, mode: str) -> None:
     model, assistant = pair
     with adt.enable():
-        for i, ids in enumerate(prompts()):
-            want = greedy(model, ids)
-            for length in LENGTHS:
-                got = greedy(model, ids, **drafting(model, assistant, mode, length))
-                same_text(model, got, want, f"{family}, {mode}, {length} drafts, prompt {i}")
+        same_texts(model, assistant, mode, family)
 
 
-@pytest.mark.parametrize("mode", ["mtp", "lookup", "early exit"])
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "assistant"])
 def test_greedy_text_of_a_trained_model(tiny: Any, mode: str) -> None:
     """Where drafts are good: the repository's model, on prompts of its own vocabulary."""
     with adt.enable(tiny):
-        for i, ids in enumerate(prompts()):
-            want = greedy(tiny, ids)
-            for length in LENGTHS:
-                got = greedy(tiny, ids, **drafting(tiny, tiny, mode, length))
-                same_text(tiny, got, want, f"tiny_model, {mode}, {length} drafts, prompt {i}")
+        same_texts(tiny, tiny, mode, "tiny_model")
         tiny.generation_config.num_assistant_tokens = None
 
 
@@ -194,7 +214,7 @@ def test_prompts_of_one_token(pair: tuple[Any, Any]) -> None:
     model, assistant = pair
     with adt.enable():
         want = greedy(model, tokens(1))
-        for mode in ("mtp", "lookup", "assistant", "early exit"):
+        for mode in MODES:
             got = greedy(model, tokens(1), **drafting(model, assistant, mode, 3))
             same_text(model, got, want, mode)
 
@@ -205,12 +225,61 @@ def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
     ids = tokens(30)
     with adt.enable():
         want = greedy(model, ids)
-        for mode in ("mtp", "lookup", "assistant", "early exit"):
+        for mode in MODES:
             cache = RollbackCache(config=model.config)
             model(ids[:, :20], past_key_values=cache)
             got = greedy(model, ids, past_key_values=cache, **drafting(model, assistant, mode, 3))
             same_text(model, got, want, mode)
             assert STEPS + 28 <= cache.get_seq_length() <= STEPS + 30
+
+
+def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our loop over the MTP layers, and the hidden state that it starts from, give the tokens and logits of theirs."""
+    from anydelta.integrations import transformers_generate as generating
+
+    model, _ = pair
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    ours = generating._MtpModel.draft
+
+    def both(
+        self: Any, input_ids: Any, hidden: Any, position_ids: Any, cache: Any, sample: Any, some: Any
+    ) -> Any:
+        again = copy.deepcopy(cache)
+        got = ours(self, input_ids, hidden, position_ids, cache, sample, some)
+        rows = hidden.shape[1]
+        masked = torch.ones(1, rows, dtype=torch.long)  # which 5.15 wants
+        ids, logits, _ = transformers.modeling_layers.MtpModel.forward(
+            self, input_ids[:, -rows:], hidden, masked, position_ids, again, full_input_ids=input_ids,
+            logits_processor=some,
+        )  # fmt: skip
+        assert torch.equal(got[0][:, input_ids.shape[1] :], ids)
+        allowed = got[1].isfinite()  # 5.15 gives the logits from before the processors
+        assert torch.allclose(got[1][allowed], logits[allowed], atol=1e-5)
+        seen.append((input_ids, hidden))
+        return got
+
+    monkeypatch.setattr(generating._MtpModel, "draft", both)
+    with adt.enable():
+        greedy(model, tokens(20), 8, **drafting(model, model, "mtp", 3))
+        ids, hidden = seen[0]
+        want = model(ids[:, :-1], output_hidden_states=True).hidden_states[-1]
+        assert torch.allclose(hidden, want, atol=1e-5)
+    assert len(seen) > 1
+    assert not model.get_decoder().norm._forward_hooks
+
+
+def test_lookup_finds_the_latest_place_and_repeats_repetitions() -> None:
+    from anydelta.integrations.transformers_generate import Lookup
+
+    text = Lookup([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 0, 1], 4, ends=[0])
+    assert text.after([2, 3], 99) == [5, 6, 7]  # the latest; an end is not drafted
+    assert text.after([2, 3], 2) == [5, 6]
+    assert text.after([2], 99) == []
+    assert text.after([2, 3, 0], 99) == []
+    text.extend([2, 3, 4, 2, 3])
+    assert text.after([4], 5) == [2, 3, 4, 2]
+    assert text.after([4], 0) == text.after([4], -3) == []
+    assert Lookup([1], 4, ends=[]).after([], 9) == []
 
 
 # ---- Only where it was asked for
@@ -432,7 +501,7 @@ def chi_square(places: list[float]) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("mode", ["mtp", "lookup", "assistant", "early exit"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.8, 20)])
 def test_samples_follow_the_distribution(tiny: Any, mode: str, temperature: float, top_k: int) -> None:
     places: list[float] = []

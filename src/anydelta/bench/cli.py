@@ -22,7 +22,7 @@ bench = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add `bench` to the command line."""
-    from . import model_cli, spec_cli  # noqa: F401  add `bench model` and `bench spec`
+    from . import model_cli, prefix_cli, spec_cli  # noqa: F401  they add `bench model`, `prefix` and `spec`
 
     app.add_typer(bench, name="bench")
 

@@ -1,4 +1,4 @@
-"""Measure drafting: MTP, prompt lookup and an assistant against decoding token by token, all on anydelta.
+"""Measure drafting: MTP, prompt lookup, both and an assistant against decoding token by token, all on anydelta.
 
 One process, one model. For each prompt the modes take turns within a round, each from a fresh state, and write the same
 number of tokens greedily; a ratio is taken within a round, and the median of the rounds counts. The text must be that
@@ -94,7 +94,10 @@ def modes(model: Any, settings: Settings, assistant: Any = None, name: str = "")
     found = [Mode("plain", "", {})]
     if layers := getattr(config, "num_mtp_layers", None):
         count = settings.drafts or layers
-        found.append(Mode("mtp", f"{count} drafts", {"use_mtp": True, "num_assistant_tokens": count}))
+        mtp = {"use_mtp": True, "num_assistant_tokens": count}
+        found.append(Mode("mtp", f"{count} drafts", mtp))
+        both = mtp | {"prompt_lookup_num_tokens": settings.lookup}
+        found.append(Mode("mtp+lookup", f"{count} drafts, then up to {settings.lookup}", both))
     found.append(Mode("lookup", f"{settings.lookup} drafts", {"prompt_lookup_num_tokens": settings.lookup}))
     if assistant is not None:
         found.append(Mode("assistant", f"{name}, {drafts} drafts", {"assistant_model": assistant}))
@@ -148,7 +151,7 @@ def _write(model: Any, ids: Any, way: Mode, settings: Settings) -> Any:
 
     n = settings.tokens
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, eos_token_id=None,
         pad_token_id=0, **way.options,
     )  # fmt: skip
 

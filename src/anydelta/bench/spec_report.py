@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 HEAD = ("prompt", "accepted", "tokens per verification", "tokens/s (range)", "x plain", "flagged")
-COLOURS = {"mtp": "#1b6ca8", "lookup": "#66a182", "assistant": "#edae49", "plain": "#8d6a9f"}
+COLOURS = {
+    "mtp": "#1b6ca8",
+    "mtp+lookup": "#d1495b",
+    "lookup": "#66a182",
+    "assistant": "#edae49",
+    "plain": "#8d6a9f",
+}
 
 
 def to_text(report: Report, form: str) -> str:

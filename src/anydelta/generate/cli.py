@@ -63,7 +63,11 @@ def generate_command(
         str | None, _option("--draft", "Draft with this smaller model: a folder, or a hub name.")
     ] = None,
     lookup: Annotated[
-        int | None, _option("--lookup", "Draft so many tokens: what followed the same words before.")
+        int | None,
+        _option(
+            "--lookup",
+            "Draft so many tokens: what followed the same words before. With --mtp: after its drafts.",
+        ),
     ] = None,
     drafts: Annotated[
         int | None,
@@ -191,8 +195,10 @@ def _check_drafting(
         for name, on in (("--mtp", mtp), ("--draft", draft), ("--lookup", lookup))
         if on not in (False, None)
     ]
-    if len(asked) > 1:
-        raise CheckpointError(f"requires one of --mtp, --draft and --lookup; got {' and '.join(asked)}")
+    if len(asked) > 1 and asked != ["--mtp", "--lookup"]:
+        raise CheckpointError(
+            f"requires one of --mtp, --draft and --lookup, or --mtp with --lookup; got {' and '.join(asked)}"
+        )
     if asked and plain:
         raise CheckpointError(
             f"requires anydelta for {asked[0]}, which Transformers alone refuses; got --plain"

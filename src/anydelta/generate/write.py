@@ -54,18 +54,17 @@ def with_anydelta() -> Way:
 def drafting(
     *, mtp: bool = False, draft: Opened | None = None, lookup: int | None = None, count: int | None = None
 ) -> Way:
-    """With anydelta, and tokens drafted by MTP layers, by another model or by prompt lookup: one of the three.
+    """With anydelta, and tokens drafted by another model, by prompt lookup, by MTP layers, or by these and then lookup.
 
     `count` is how many MTP and the other model draft at a time; None: their own number.
     """
     base = with_anydelta()
-    if lookup is not None:
-        return replace(
-            base, name="anydelta, lookup", options={"prompt_lookup_num_tokens": lookup}, drafts=True
-        )
-    if mtp:
-        options = {"use_mtp": True, **({} if count is None else {"num_assistant_tokens": count})}
-        return replace(base, name="anydelta, mtp", options=options, drafts=True)
+    if mtp or lookup is not None:
+        options: dict[str, Any] = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+        if mtp:
+            options |= {"use_mtp": True} | ({} if count is None else {"num_assistant_tokens": count})
+        name = ", ".join(("anydelta", *(["mtp"] if mtp else []), *([] if lookup is None else ["lookup"])))
+        return replace(base, name=name, options=options, drafts=True)
     assert draft is not None
     helper = draft.model
     if count is not None:

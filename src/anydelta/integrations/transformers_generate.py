@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, MtpCache
 from transformers.generation.candidate_generator import CandidateGenerator, EarlyExitCandidateGenerator
@@ -27,8 +26,6 @@ from .transformers_cache import RollbackCache, with_rollback
 
 Method = Callable[..., Any]
 
-_LAST_HIDDEN = -1 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else True
-"""What asks a forward for its last hidden states; up to 5.22 it is all or none."""
 _DRAFTS = GenerationConfig._get_default_generation_params().get("num_assistant_tokens")
 
 
@@ -149,8 +146,8 @@ def candidate_generator(theirs: Method) -> Method:
                     logits_processor=kwargs.get("logits_processor"),
                 )
             )
-        if generation_config.use_mtp and generation_config.prompt_lookup_num_tokens is None:
-            return _counted(Mtp(self, generation_config, kwargs.get("logits_processor")))
+        if generation_config.use_mtp:
+            return _counted(Mtp(self, generation_config, kwargs.get("logits_processor"), input_ids))
         return _counted(theirs(self, generation_config, input_ids, *args, **kwargs))
 
     return ours
@@ -214,7 +211,8 @@ class Mtp(CandidateGenerator):
     """As Transformers' MTPCandidateGenerator, for any number of drafts; the weights are read once per model.
 
     The number is `num_assistant_tokens`, of this call or of the model's generation config; without one, it is the
-    number of MTP layers. Beyond those the last layer is used again, as engines do.
+    number of MTP layers. Beyond those the last layer is used again, as engines do. With `prompt_lookup_num_tokens` as
+    well, so many tokens at most are added of what followed the last three earlier in the text, drafts among them.
 
     Depth d of the chain reads, in the row of position i, the hidden state of depth d - 1 there and token i + 1 + d.
     So the last n - 1 rows of n depths have read drafts; unless those were right, they are computed anew.
@@ -222,7 +220,9 @@ class Mtp(CandidateGenerator):
 
     requires_model_outputs = True
 
-    def __init__(self, main_model: Any, generation_config: Any, logits_processor: Any):
+    def __init__(
+        self, main_model: Any, generation_config: Any, logits_processor: Any, input_ids: torch.Tensor
+    ):
         trained = getattr(main_model.config.get_text_config(decoder=True), "num_mtp_layers", None)
         if not trained:
             raise ValueError(
@@ -232,14 +232,26 @@ class Mtp(CandidateGenerator):
         count = generation_config.num_assistant_tokens
         if count is None or count == _DRAFTS:
             count = main_model.generation_config.num_assistant_tokens or trained
-        self.model_kwargs_overrides = {"output_hidden_states": _LAST_HIDDEN}
+        self.model_kwargs_overrides: dict[str, Any] = {}
         self._count = count
         self._model = _mtp_model(main_model, count)
+        self._device = next(self._model.layers.parameters()).device
         self._cache = with_rollback(MtpCache(config=self._model.config))
         self._cache.activate_past_recording()
+        self._normed = _LastHidden(main_model.get_decoder().norm)
         self._hidden: torch.Tensor | None = None  # the main model's, at the last positions [1, n, hidden]
         self._do_sample = generation_config.do_sample
+        self._needs_logits = self._do_sample or generation_config.assistant_ensemble_weight is not None
         self._logits_processor = logits_processor
+        self._max_length = generation_config.max_length
+        self._lookup = None
+        if generation_config.prompt_lookup_num_tokens is not None:
+            ends = generation_config._eos_token_tensor
+            self._lookup = Lookup(
+                input_ids[0].tolist(),
+                generation_config.prompt_lookup_num_tokens,
+                [] if ends is None else ends.tolist(),
+            )
 
     def get_candidates(
         self,
@@ -250,55 +262,178 @@ class Mtp(CandidateGenerator):
         n_last_matches: int = 0,
         **_: Any,
     ) -> tuple[Any, Any]:
-        if is_first_iteration:  # there is no hidden state to draft from: the prompt goes first
+        known = None if is_first_iteration else self._normed.take().to(self._device)
+        self._normed.catch_next()
+        if known is None:  # there is no hidden state to draft from: the prompt goes first
             return input_ids, None
-        hidden = model_outputs.hidden_states[-1].to(next(self._model.layers.parameters()).device)
         redo = 0
         if self._hidden is None:
-            self._hidden = hidden
+            self._hidden = known
         else:
-            hidden = hidden[:, : n_last_matches + 1]  # those behind are of drafts that were wrong
+            known = known[:, : n_last_matches + 1]  # those behind are of drafts that were wrong
             if n_last_matches < self._count - 1:
                 redo = min(self._count - 1, self._hidden.shape[1])
                 self._cache.crop(-redo)
-            self._hidden = torch.cat((self._hidden, hidden), 1)
-        rows = redo + hidden.shape[1]
-        ids, logits, *_rest = self._model(
-            input_ids=input_ids[:, -rows:],
-            last_hidden_states=self._hidden[:, -rows:],
-            attention_mask=None,
-            position_ids=model_kwargs["position_ids"][:, -rows:],
-            mtp_cache=self._cache,
-            do_sample=self._do_sample,
-            logits_processor=self._logits_processor,
-            full_input_ids=input_ids,
+            self._hidden = torch.cat((self._hidden, known), 1)
+        rows = redo + known.shape[1]
+        ids, logits = self._model.draft(
+            input_ids,
+            self._hidden[:, -rows:],
+            model_kwargs["position_ids"][:, -rows:],
+            self._cache,
+            self._do_sample,
+            self._logits_processor,
         )
         self._hidden = self._hidden[:, max(0, self._hidden.shape[1] - self._count) :]
-        return torch.cat((input_ids, ids), -1), logits
+        if self._lookup is not None:
+            self._lookup.extend(input_ids[0, len(self._lookup.tokens) :].tolist())
+            room = self._max_length - ids.shape[1] - 1
+            if more := self._lookup.after(ids[0, input_ids.shape[1] :].tolist(), room):
+                ids = torch.cat((ids, ids.new_tensor([more])), -1)
+                if self._needs_logits:  # these tokens are certain
+                    sure = logits.new_full((1, len(more), logits.shape[-1]), -torch.inf)
+                    sure[0, torch.arange(len(more)), more] = 0
+                    logits = torch.cat((logits, sure), 1)
+        return ids, logits
 
     def update_candidate_strategy(self, *_: Any, **__: Any) -> None:
         """Nothing to adapt."""
 
 
+class _LastHidden:
+    """What a model's last norm gives in its next forward; the hook is there no longer than that."""
+
+    def __init__(self, norm: nn.Module):
+        self._norm = norm
+        self._hook: Any = None
+        self._found: torch.Tensor | None = None
+
+    def catch_next(self) -> None:
+        def found(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            self._hook.remove()
+            self._found = output
+
+        self._hook = self._norm.register_forward_hook(found)
+
+    def take(self) -> torch.Tensor:
+        assert self._found is not None
+        found, self._found = self._found, None
+        return found
+
+
+class Lookup:
+    """What followed the same tokens earlier in a text; the latest place counts.
+
+    Args:
+        tokens: the text.
+        most: how many tokens `after` gives.
+        ends: tokens that nothing is to follow.
+        match: how many tokens must be the same.
+    """
+
+    def __init__(self, tokens: list[int], most: int, ends: list[int], match: int = 3):
+        self.tokens: list[int] = []
+        self._most, self._ends, self._match = most, ends, match
+        self._places: dict[tuple[int, ...], int] = {}
+        """Where the text went on after `match` tokens."""
+        self.extend(tokens)
+
+    def extend(self, tokens: list[int]) -> None:
+        """The text goes on."""
+        for token in tokens:
+            self._places[tuple(self.tokens[-self._match :])] = len(self.tokens)
+            self.tokens.append(token)
+
+    def after(self, drafts: list[int], room: int) -> list[int]:
+        """What may follow the text and these drafts: as many tokens as there is room for, or fewer."""
+        last = (*self.tokens[-self._match :], *drafts)[-self._match :]
+        place = self._places.get(last)
+        if place is None or len(last) < self._match or any(token in self._ends for token in drafts):
+            return []
+        found: list[int] = []
+        for at in range(place, place + min(self._most, room)):
+            beyond = at - len(self.tokens)
+            token = (
+                self.tokens[at] if beyond < 0 else (*drafts, *found)[beyond]
+            )  # a repetition repeats itself
+            if token in self._ends:
+                break
+            found.append(token)
+        return found
+
+
 class _MtpModel(MtpModel):
-    """Transformers' own, for any number of drafts; masks are made once per round."""
+    """Transformers' own, for any number of drafts; what its layers share is computed once per round."""
 
-    _masks: tuple[Any, Any] = (None, None)
+    def draft(
+        self,
+        input_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Any,
+        do_sample: bool,
+        logits_processor: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a token per layer to all tokens [1, L]; returns them and the logits [1, drafts, vocabulary].
 
-    def create_masks_for_mtp_layer(
-        self, layer_idx: int, inputs_embeds: Any, mtp_cache: Any, position_ids: Any
-    ) -> Any:
-        # All layers see as many tokens, and have as many in the cache: only the first makes a mask.
-        kind = None if self.config.layer_types is None else self.config.layer_types[layer_idx]
-        key = (
-            (kind, inputs_embeds.shape, mtp_cache.layers[layer_idx].get_seq_length())
-            if (isinstance(mtp_cache.layers[layer_idx], CacheLayerMixin))
-            else None
+        `hidden` [1, rows, hidden] and `position_ids` [1, rows] belong to the last tokens. The same as
+        MtpModel.forward, whose logits go without the processors in Transformers 5.15.
+        """
+        rows, depth = hidden.shape[1], len(self.layers)
+        embeds = self.embed_tokens(input_ids[:, -rows:]).to(hidden.device)
+        last = position_ids[:, -1:]
+        position_ids = torch.cat((position_ids, last + torch.arange(1, depth, device=last.device)), -1)
+        shared = self.rotary_emb is not None and not getattr(self, "has_per_layer_rope", False)
+        rotary = self.rotary_emb(embeds, position_ids=position_ids) if shared else None
+        if rotary is not None and not (
+            isinstance(rotary, tuple) and all(x.ndim == 3 and x.shape[1] == rows + depth - 1 for x in rotary)
+        ):
+            shared = False
+        masks, found = None, []
+        for i, layer in enumerate(self.layers):
+            positions = position_ids[:, i : i + rows]
+            angles = tuple(x[:, i : i + rows] for x in rotary) if shared and rotary is not None else None
+            if not shared and self.rotary_emb is not None:
+                kind = (
+                    {"layer_type": self.config.layer_types[i]}
+                    if getattr(self, "has_per_layer_rope", False)
+                    else {}
+                )
+                angles = self.rotary_emb(embeds, position_ids=positions, **kind)
+            # All layers see as many tokens, and attention layers have as many in the cache.
+            if masks is None or not self._alike(i, cache):
+                masks = self.create_masks_for_mtp_layer(i, embeds, cache, positions)
+            hidden = layer(
+                embeds,
+                hidden,
+                position_embeddings=angles,
+                position_ids=positions,
+                past_key_values=cache,
+                **masks,
+            )
+            if self.use_shared_post_norm:
+                hidden = self.shared_post_norm(hidden)
+            logits = self._project_to_logits(hidden[:, -1:])[:, -1].to(input_ids.device, torch.float32)
+            if logits_processor:
+                logits = logits_processor(input_ids, logits)
+            found.append(logits)
+            if do_sample:
+                token = torch.multinomial(logits.softmax(-1), num_samples=1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, token), -1)
+            if i + 1 < depth:
+                embeds = torch.cat((embeds[:, 1:], self.embed_tokens(token).to(embeds.device)), 1)
+        return input_ids, torch.stack(found, 1)
+
+    def _alike(self, layer: int, cache: Any) -> bool:
+        """Whether the mask of a layer is that of the layer before."""
+        kinds = self.config.layer_types
+        return (
+            (kinds is None or kinds[layer] == kinds[layer - 1] == "full_attention")
+            and isinstance(cache.layers[layer], CacheLayerMixin)
+            and cache.layers[layer].get_seq_length() == cache.layers[layer - 1].get_seq_length()
         )
-        if key is None or key != self._masks[0]:
-            masks = super().create_masks_for_mtp_layer(layer_idx, inputs_embeds, mtp_cache, position_ids)
-            self._masks = (key, masks)
-        return self._masks[1]
 
 
 _mtp_models: weakref.WeakKeyDictionary[Any, dict[int, _MtpModel]] = weakref.WeakKeyDictionary()

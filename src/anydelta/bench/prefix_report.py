@@ -1,0 +1,82 @@
+"""Records of `anydelta bench prefix` to a table, JSON, CSV or Markdown. Nothing here measures or decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from . import outputs
+from .prefix import SITUATIONS, Record, Report
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+HEAD = (
+    "situation",
+    "tokens run",
+    "first token, ms",
+    "with checkpoints, ms (range)",
+    "x faster",
+    "checkpoint",
+)
+
+
+def to_text(report: Report, form: str) -> str:
+    return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
+
+
+to_json = outputs.to_json
+
+
+def to_csv(report: Report) -> str:
+    return outputs.to_csv(Record, report.records)
+
+
+def to_markdown(report: Report) -> str:
+    lines = [f"- {line}" for line in header(report)]
+    for title, rows in groups(report):
+        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def to_table(report: Report) -> Group:
+    """For a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(line, style="dim") for line in header(report)]
+    for title, rows in groups(report):
+        parts += [Text(""), outputs.rich_table(title, HEAD, rows, lambda cells: "")]
+    return Group(*parts)
+
+
+def header(report: Report) -> list[str]:
+    """The machine and how it was measured, as lines."""
+    m, s = report.machine, report.settings
+    return [
+        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
+        f"anydelta {m['anydelta']}; {m['date']}",
+        f"{report.model}, questions of {s.turn} tokens, answers of {s.tokens}, {s.threads} "
+        f"thread{'s' * (s.threads > 1)}, {s.rounds} interleaved rounds",
+        *(f"{name}: {meaning}" for name, meaning in SITUATIONS.items()),
+        "first token: from the prompt to it, median of the rounds; tokens run: of the prompt, with checkpoints of all",
+        *(f"note: {note}" for note in report.notes),
+    ]
+
+
+def groups(report: Report) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """For each length of the prefix its title and rows."""
+    for prefix, records in groupby(report.records, key=lambda r: r.prefix):
+        yield f"a shared prefix of {prefix} tokens", [row(r) for r in records]
+
+
+def row(r: Record) -> tuple[str, ...]:
+    """The cells of HEAD."""
+    run = f"{r.run_tokens} of {r.prompt_tokens}"
+    size = f"{r.checkpoint_bytes / 2**20:.2f} MiB"
+    if r.plain_s is None or r.median_s is None or r.low_s is None or r.high_s is None:
+        return (r.situation, run, "", f"{r.status}: {r.reason}", "", size)
+    times = (f"{1e3 * x:.1f}" for x in (r.plain_s, r.median_s, r.low_s, r.high_s))
+    plain, median, low, high = times
+    return (r.situation, run, plain, f"{median} ({low} to {high})", f"{r.ratio:.2f}", size)
