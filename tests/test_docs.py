@@ -27,7 +27,9 @@ def names(paths: list[Path]) -> list[str]:
     return [p.name for p in paths]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/conventions.md", "docs/mlx.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/conventions.md", "docs/mlx.md", "docs/backends/metal.md"]
+)
 def test_the_examples_run(name: str) -> None:
     if name == "docs/mlx.md" and importlib.util.find_spec("mlx_lm") is None:
         pytest.skip("mlx-lm is not installed")

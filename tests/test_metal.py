@@ -29,6 +29,7 @@ import torch
 import anydelta
 from anydelta import dispatch
 from anydelta.backends import metal
+from anydelta.bench import cases, mac, ops, peers
 from anydelta.conformance import CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
 from anydelta.kernels.metal import launch
@@ -37,6 +38,8 @@ from conftest import without
 
 if emulator.compiler() is None:
     without("there is no C++ compiler for the emulator of Metal")
+
+ROOT = Path(__file__).parent.parent
 
 
 def assert_ok(cases: list[Case], mode: str = "fast", *, chunks: bool = False) -> None:
@@ -228,3 +231,47 @@ def test_what_is_beyond_it_is_refused() -> None:
     case = Case.parse("T=2 K=257 V=16")
     (result,) = conform.conform([case])
     assert result.status == NOT_SUPPORTED
+
+
+# ---- the work per token, and the commands of a Mac
+
+
+def test_less_work_than_mlx_lm() -> None:
+    """Loads, bytes, exchanges between lanes and barriers; mlx-lm's kernels also agree with the reference."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "metal" / "work.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {}
+    for line in done.stdout.splitlines()[2:]:
+        name, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name] = [float(n) for n in numbers]
+    for gate, theirs in (("GDA", ("packed", "generic")), ("KDA", ("generic",))):
+        for other in theirs:
+            mine = rows[f"anydelta {gate}"]
+            assert all(a <= b for a, b in zip(mine, rows[f"mlx-lm {gate}, {other}"], strict=True)), rows
+    page = (ROOT / "docs" / "backends" / "metal.md").read_text(encoding="utf-8")
+    assert all(
+        f"| {name} |" in page for name in rows
+    )  # how many loads a compiler leaves depends on its version
+
+
+def test_the_benchmark_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wiring, with the emulator for the GPU and MLX's CPU device; and here it says why not."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    monkeypatch.setattr(mac.MlxBuiltin, "missing", lambda self: None)
+    case = next(c for c in cases.presets() if c.name == "gda-t1-h4x4-d64-b1")
+    with metal.emulated(emulator.Emulator()), mx.stream(mx.cpu):
+        field = [peers.Anydelta("metal"), mac.MlxBuiltin(), peers.Transformers()]
+        settings = ops.Settings(rounds=2, sample_seconds=0.001)
+        report = ops.measure([case], field, threads=[1], settings=settings, backend="metal")
+    assert [(r.contender, r.status) for r in report.records] == [(c.name, "ok") for c in field]
+    assert report.records[0].detail == "backend metal"
+
+    code = "from anydelta.cli import main; main()"
+    command = [sys.executable, "-c", code, "bench", "ops", "--backend", "metal", "--peers"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, "anydelta bench ops: needs an Apple GPU through torch.mps; this is Linux\n",
+    )  # fmt: skip

@@ -27,28 +27,18 @@ from anydelta.conformance.compare import Target
 from anydelta.conformance.run import FAIL, OK, Result, run_one
 from anydelta.kernels.metal import launch
 
-TARGET = Target("metal", framework="torch")
-
 
 def conform(
     cases: list[Case], mode: str = "fast", *, chunks: bool = False, change: Any = None
 ) -> list[Result]:
     """Run cases; with `chunks` in delta_chunk.metal wherever it takes them, however short the prompt."""
-    before = os.environ.get(metal.CHUNK_ENV), launch.CHUNK_MIN_TOKENS
-    os.environ[metal.CHUNK_ENV], launch.CHUNK_MIN_TOKENS = str(int(chunks)), 1
-    emulator = Emulator(mode, change)
-    try:
-        with metal.emulated(emulator):
-            _compile(cases, emulator)
-            return [run_one(case, TARGET) for case in cases]
-    finally:
-        launch.CHUNK_MIN_TOKENS = before[1]
-        os.environ.pop(metal.CHUNK_ENV)
-        if before[0] is not None:
-            os.environ[metal.CHUNK_ENV] = before[0]
+    emulator, target = Emulator(mode, change), Target("metal", metal.isas()[chunks], "torch")
+    with metal.emulated(emulator):
+        _compile(cases, emulator, target)
+        return [run_one(case, target) for case in cases]
 
 
-def _compile(cases: list[Case], emulator: Emulator) -> None:
+def _compile(cases: list[Case], emulator: Emulator, target: Target) -> None:
     """Everything that the cases need, on all cores: the texts are found by running without a compiler."""
 
     class Listing:
@@ -62,7 +52,7 @@ def _compile(cases: list[Case], emulator: Emulator) -> None:
     listing = Listing()
     with metal.emulated(listing):
         for shape in dict.fromkeys(_shape(c) for c in cases if c.K <= launch.MAX_K and not c.refused):
-            run_one(shape, TARGET)
+            run_one(shape, target)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(emulator.compile_shader, listing.sources))
 

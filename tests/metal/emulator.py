@@ -153,8 +153,8 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
 
 @dataclass
 class Counts:
-    """What launches did since the counts were taken last, over all lanes: accesses by memory, and simdgroup operations
-    in lanes that came to one."""
+    """What launches did since the counts were taken last, over all lanes: accesses by memory (constants are none), and
+    simdgroup operations in lanes that came to one."""
 
     device_reads: int
     device_read_bytes: int
@@ -180,15 +180,27 @@ class Kernel:
         self.emulator, self.name, self.kinds = emulator, name, kinds
         self.entry = getattr(library, f"emu_{name}")
 
+    strict = True
+    """Whether constants must come by value, as they do from torch."""
+
+    def launch(self, arguments: Sequence[Any], *, threads: Sequence[int], group_size: Sequence[int]) -> None:
+        """As MLX: constants too are arrays."""
+        self.strict = False
+        self(*arguments, threads=threads, group_size=group_size)
+
     def __call__(self, *arguments: Any, threads: Sequence[int], group_size: Sequence[int]) -> None:
         assert len(arguments) == len(self.kinds), f"{self.name} takes {len(self.kinds)} arguments"
         held, addresses, ranges = [], [], []
         for x, kind in zip(arguments, self.kinds, strict=True):
             if isinstance(x, torch.Tensor):
-                assert kind != "constant", "a constant argument is a number or a list"
+                assert kind != "constant" or not self.strict, "a constant argument is a number or a list"
                 reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
                 addresses.append(x.data_ptr())
-                ranges += [x.data_ptr(), reach * x.element_size() if x.numel() else 0, int(kind == "device")]
+                ranges += [
+                    x.data_ptr(),
+                    reach * x.element_size() if x.numel() else 0,
+                    ("constant", "const", "device").index(kind),
+                ]
             else:  # as torch does: numbers in 64 bits, lists of them as bytes, at most 4 KiB
                 array = np.asarray(x, np.int64 if not isinstance(x, float) else np.float32).reshape(-1)
                 assert kind == "constant"

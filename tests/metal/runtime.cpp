@@ -166,7 +166,7 @@ void restart(Fiber* f) {
 
 struct Range {
     std::uintptr_t from, to;
-    bool threadgroup, writable;
+    bool threadgroup, writable, counted;
 };
 std::vector<Range> ranges;
 const Range* last_range;
@@ -214,8 +214,10 @@ void touch(const void* at, unsigned size, bool write) {
         }
     }
     const Range& range = *last_range;
-    ++counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0)];
-    counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0) + 1] += size;
+    if (range.counted) {
+        ++counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0)];
+        counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0) + 1] += size;
+    }
     if (write && !range.writable) stop("lane %u writes %u bytes of a buffer that is only read", me->lane, size);
     if (!checking) return;
     const Simdgroup& simd = simdgroups[me->simdgroup];
@@ -295,7 +297,7 @@ void threadgroup_memory(void* at, unsigned long size) {
         }
     poisoned.push_back({at, group_number});
     const auto from = reinterpret_cast<std::uintptr_t>(at);
-    ranges.push_back({from, from + size, true, true});
+    ranges.push_back({from, from + size, true, true, true});
     last_range = nullptr;
     memset(at, 0xff, size);
 }
@@ -306,13 +308,14 @@ using namespace emu;
 
 extern "C" {
 
-// Buffers that a launch may touch: n times (address, bytes, writable).
+// What a launch may touch: n times (address, bytes, 0 constant, 1 a buffer that is read, 2 one that may be written).
 void emu_buffers(const std::uintptr_t* list, unsigned n) {
     ranges.clear();
     poisoned.clear();
     last_range = nullptr;
     for (unsigned i = 0; i < n; ++i)
-        ranges.push_back({list[3 * i], list[3 * i] + list[3 * i + 1], false, list[3 * i + 2] != 0});
+        ranges.push_back(
+            {list[3 * i], list[3 * i] + list[3 * i + 1], false, list[3 * i + 2] == 2, list[3 * i + 2] > 0});
 }
 
 void emu_check(int on) { checking = on; }

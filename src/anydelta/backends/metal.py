@@ -71,26 +71,64 @@ def _host() -> Any:
     return torch.mps
 
 
-class _Plan:
-    """What a call needs besides its arrays. chunked: None lets the device choose."""
+def isas() -> list[str]:
+    """The kernels that can be forced: "tokens" one by one, or "chunks" of them wherever these fit."""
+    return ["tokens", "chunks"]
 
-    __slots__ = ("carries", "copies", "device", "kernels", "pooled_snapshots")
 
-    def __init__(self, spec: CallSpec, call: Call, chunked: bool | None = None):
-        self.device = call.q.device
-        self.copies = tuple(n for n in _INPUTS if _needs_copy(n, getattr(call, n), self.device))
-        self.pooled_snapshots = spec.pooled and call.snapshots is not None
-        host = _host()
-        if chunked is None:
-            chunked = _chosen(spec, call)
-        launches = Launches(spec, call, self.copies, chunked=chunked)
+_forced = ""
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Run one of the kernels inside the block, however long the prompts.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    global _forced
+    if name not in isas():
+        raise ValueError(f"forced_isa must be one of {', '.join(isas())}; got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class _Kernels:
+    """The launches of a plan, by one of the two kernels, compiled."""
+
+    def __init__(self, spec: CallSpec, call: Call, copies: tuple[str, ...], chunked: bool):
+        launches = Launches(spec, call, copies, chunked=chunked)
         self.carries = launches.carries
-        self.kernels = []
+        self.all = []
+        host = _host()
         for launch in launches.all:
             key = (host, launch.source)
             if key not in _libraries:
                 _libraries[key] = host.compile_shader(launch.source).gated_delta_rule
-            self.kernels.append((_libraries[key], launch))
+            self.all.append((_libraries[key], launch))
+
+
+class _Plan:
+    """What a call needs besides its arrays."""
+
+    __slots__ = ("copies", "device", "kernels", "pooled_snapshots")
+
+    def __init__(self, spec: CallSpec, call: Call):
+        self.device = call.q.device
+        self.copies = tuple(n for n in _INPUTS if _needs_copy(n, getattr(call, n), self.device))
+        self.pooled_snapshots = spec.pooled and call.snapshots is not None
+        self.kernels: dict[str, _Kernels] = {}
+
+    def using(self, spec: CallSpec, call: Call) -> _Kernels:
+        """The kernels that are forced now, or those that the device chose when it first met the call."""
+        found = self.kernels.get(_forced)
+        if found is None:
+            chunked = chunks_fit(spec, 1) if _forced == "chunks" else not _forced and _chosen(spec, call)
+            found = self.kernels[_forced] = _Kernels(spec, call, self.copies, chunked)
+        return found
 
 
 _best: dict[tuple[Any, ...], bool] = {}
@@ -98,10 +136,10 @@ _best: dict[tuple[Any, ...], bool] = {}
 
 def _chosen(spec: CallSpec, call: Call) -> bool:
     """Whether a prompt runs in chunks. The first call of a shape times both ways, once per process."""
-    forced = os.environ.get(CHUNK_ENV)
-    if not chunks_fit(spec) or forced == "0":
+    wanted = os.environ.get(CHUNK_ENV)
+    if not chunks_fit(spec) or wanted == "0":
         return False
-    if forced == "1":
+    if wanted == "1":
         return True
     if _emulator is not None:
         return False  # its times say nothing
@@ -125,16 +163,17 @@ def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, fl
     call = replace(
         call, state_in=None, state_indices=None, snapshots=None, snapshot_indices=None, state_out=state, o=out
     )
-    plans = {chunked: _Plan(plain, call, chunked) for chunked in (False, True)}
+    plan = _Plan(plain, call)
     times: dict[bool, list[float]] = {False: [], True: []}
     host = _host()
     for _ in range(rounds + 1):
-        for chunked, plan in plans.items():
-            host.synchronize()
-            start = time.perf_counter()
-            BACKEND.run(plan, plain, call)
-            host.synchronize()
-            times[chunked].append(time.perf_counter() - start)
+        for chunked, name in enumerate(isas()):
+            with forced_isa(name):
+                host.synchronize()
+                start = time.perf_counter()
+                BACKEND.run(plan, plain, call)
+                host.synchronize()
+                times[bool(chunked)].append(time.perf_counter() - start)
     return {chunked: median(t[1:]) for chunked, t in times.items()}  # the first round compiles
 
 
@@ -192,20 +231,21 @@ class Metal:
         if plan.copies:
             call = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
         if plan.pooled_snapshots and _share_memory(call.state_in, call.snapshots):
-            call = replace(
-                call, state_in=call.state_in.clone()
-            )  # others' slots are rows that a lane still reads
+            # others' slots are rows that a lane still reads
+            call = replace(call, state_in=call.state_in.clone())
         some = next((x for n in ARRAYS if (x := getattr(call, n)) is not None and x.numel()), None)
         if some is None:
             return
-        carry = some.new_empty((spec.N, spec.HV, spec.K, spec.V), dtype=_float32()) if plan.carries else None
-        for kernel, launch in plan.kernels:
+        kernels = plan.using(spec, call)
+        carry = (
+            some.new_empty((spec.N, spec.HV, spec.K, spec.V), dtype=_float32()) if kernels.carries else None
+        )
+        for kernel, launch in kernels.all:
             arrays = []
             for name in launch.arrays:
                 x = carry if name == "carry" else getattr(call, name) if name else some
-                arrays.append(
-                    some if x is None or not x.numel() else x
-                )  # an absent array is bound, and not touched
+                # an absent array is bound, and not touched
+                arrays.append(some if x is None or not x.numel() else x)
             kernel(list(launch.params), *arrays, threads=launch.threads, group_size=launch.group_size)
 
 

@@ -82,8 +82,9 @@ def ops_command(
         if backend != "auto":
             get_backend(backend)
         chosen = case_list.presets() if list_ and not cases else case_list.select(cases or ["default"])
-        rivals = contenders.choose_peers(peer or []) if peers else []
-        counts = _threads(threads, ops.available_cpus())
+        device = contenders.tensors_on(backend)
+        rivals = contenders.choose_peers(peer or [], device) if peers else []
+        counts = _threads(threads, ops.available_cpus()) if device == "cpu" else [1]
     except ValueError as error:
         _fail(str(error))
     field: list[Contender] = [contenders.Anydelta(backend), *rivals]
@@ -95,6 +96,8 @@ def ops_command(
         return
     if why := field[0].missing():
         _fail(why)
+    if device != "cpu" and (reasons := get_backend(backend).available()):
+        _fail("; ".join(map(str, reasons)))
 
     with _progress() as tell:
         settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)

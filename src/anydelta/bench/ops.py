@@ -23,6 +23,7 @@ import numpy as np
 from .. import dispatch, reference
 from .cases import Case, Inputs, make_inputs, subnormals
 from .contender import Contender, Result, Runner
+from .peers import tensors_on
 
 NMSE = 1e-7
 """The contract's bound for float32 (DESIGN, conformance), on output, state and each snapshot separately."""
@@ -313,7 +314,7 @@ def measure(
                     progress(f"{case.name} on {n} threads: {text}", done)
 
                 report.records += _measure_case(
-                    case, inputs, oracle, present, n, settings, report.notes, tell
+                    case, inputs, oracle, present, n, settings, report.notes, tell, tensors_on(backend)
                 )
     finally:
         torch.set_num_threads(before)
@@ -330,6 +331,7 @@ def _measure_case(
     settings: Settings,
     notes: list[str],
     tell: Callable[[str], None],
+    on: str,
 ) -> list[Record]:
     entries: list[_Entry] = []
     records: list[Record] = []
@@ -343,7 +345,9 @@ def _measure_case(
             runner = _prepare(contender, case, inputs, threads, oracle, record)
             if runner is not None:
                 entries.append(_calibrate(runner, record, settings))
-        limits = Limits(case.limits, threads)
+        limits = Limits(case.limits if on == "cpu" else (), threads)
+        if on != "cpu":
+            limits.why_not = f"no limits: those that are measured are the CPU's, and the calls run on {on}"
         if limits.why_not and limits.why_not not in notes:
             notes.append(limits.why_not)
         others = Others()

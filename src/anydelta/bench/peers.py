@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from ..dispatch import get_backend
 from .cases import F32, Case, Inputs
 from .contender import Contender, Result, Runner, RunnerBase, faster, needs, package_version, quiet_stderr
 from .ggml import Ggml
+from .mac import mac_peers
 
 
 class Anydelta:
@@ -50,13 +52,27 @@ class Anydelta:
         return _AnydeltaRunner(case, inputs, self.backend)
 
 
+def tensors_on(backend: str) -> str:
+    """The device that a backend's tensors lie on: "cpu", or "mps"."""
+    return "cpu" if backend == "auto" else str(getattr(get_backend(backend), "tensors_on", "cpu"))
+
+
+def finish(device: str) -> None:
+    """Wait until the device has done what was queued."""
+    if device == "mps":
+        import torch
+
+        torch.mps.synchronize()
+
+
 class _AnydeltaRunner(RunnerBase):
     def __init__(self, case: Case, inputs: Inputs, backend: str):
         import torch
 
         import anydelta
 
-        self.x = x = {n: torch.from_numpy(v) for n, v in vars(inputs).items()}
+        self.device = tensors_on(backend)
+        self.x = x = {n: torch.from_numpy(v).to(self.device) for n, v in vars(inputs).items()}
         self.states = x["state"][None].repeat(case.states, 1, 1, 1, 1)
         kept = (case.states if case.snapshots else 0, case.snapshots)
         self.snaps = self.states.new_zeros(*kept, *x["state"].shape)
@@ -76,6 +92,10 @@ class _AnydeltaRunner(RunnerBase):
         super().__init__(case, keep if case.snapshots else advance, in_place=True)
         self.detail = f"backend {self.trace.chosen}"
 
+    def run(self, calls: int) -> None:
+        super().run(calls)
+        finish(self.device)
+
     def reset(self) -> None:
         if not self.case.snapshots:
             self.states.copy_(self.x["state"])
@@ -84,20 +104,28 @@ class _AnydeltaRunner(RunnerBase):
     def result(self) -> Result:
         self.reset()
         self.snaps.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
-        o = self.call(0).numpy().copy()
+        o = _copied(self.call(0))
         if self.case.snapshots:
-            return Result(o, self.snaps[0, 0].numpy().copy(), self.snaps[0].numpy().copy())
-        return Result(o, self.states[0].numpy().copy())
+            return Result(o, _copied(self.snaps[0, 0]), _copied(self.snaps[0]))
+        return Result(o, _copied(self.states[0]))
 
     def close(self) -> None:
         super().close()
         del self.states, self.snaps, self.x
 
 
+def _copied(x: Any) -> F32:
+    out: F32 = x.cpu().numpy().copy()
+    return out
+
+
 class Transformers:
     """The PyTorch path that Transformers falls back to without a GPU kernel."""
 
     name = "transformers"
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
 
     def missing(self) -> str | None:
         return needs("transformers", "transformers") or needs("torch", "torch")
@@ -118,14 +146,17 @@ class Transformers:
             else:
                 m = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
                 token, chunk = m.recurrent_kimi_delta_attention, m.chunk_kimi_delta_attention
-            return _TransformersRunner(case, inputs, token, chunk)
+            return _TransformersRunner(case, inputs, token, chunk, self.device)
 
 
 class _TransformersRunner(RunnerBase):
-    def __init__(self, case: Case, inputs: Inputs, token: Callable[..., Any], chunk: Callable[..., Any]):
+    def __init__(
+        self, case: Case, inputs: Inputs, token: Callable[..., Any], chunk: Callable[..., Any], device: str
+    ):
         import torch
 
-        x = {n: torch.from_numpy(v) for n, v in vars(inputs).items()}
+        self.device = device
+        x = {n: torch.from_numpy(v).to(device) for n, v in vars(inputs).items()}
         args = [x[n] for n in ("q", "k", "v", "g", "beta")]
         start = x["state"]
         self.states: list[Any] = [start.clone() for _ in range(case.states)]
@@ -136,6 +167,7 @@ class _TransformersRunner(RunnerBase):
             def call(i: int) -> None:
                 with torch.inference_mode():
                     self.out, self.kept[i] = fn(*args, initial_state=self.states[i], output_final_state=True)
+                finish(device)
 
             return call
 
@@ -171,10 +203,10 @@ class _TransformersRunner(RunnerBase):
         with quiet_stderr():  # it warns that this path is slow
             self.call(0)
         if self.case.snapshots:
-            o = np.concatenate([o.numpy() for o in self.out], axis=1)
-            snaps = np.stack([s.numpy() for s in reversed(self.kept[0])])
+            o = np.concatenate([_copied(o) for o in self.out], axis=1)
+            snaps = np.stack([_copied(s) for s in reversed(self.kept[0])])
             return Result(o, snaps[0], snaps)
-        return Result(self.out.numpy().copy(), self.kept[0].numpy().copy())
+        return Result(_copied(self.out), _copied(self.kept[0]))
 
     def close(self) -> None:
         super().close()
@@ -369,17 +401,20 @@ class _MlxRunner(RunnerBase):
         self.states, self.kept = [], []
 
 
-def every_peer() -> list[Contender]:
+def every_peer(device: str = "cpu") -> list[Contender]:
+    """Those that compute on the device of anydelta's tensors."""
+    if device == "mps":
+        return [*mac_peers(), Transformers(device)]
     return [Ggml(), ExecuTorch(), Mlx(), Transformers()]
 
 
-def choose_peers(names: Sequence[str]) -> list[Contender]:
-    """The peers of those names; all of them for an empty list.
+def choose_peers(names: Sequence[str], device: str = "cpu") -> list[Contender]:
+    """The peers of those names on a device; all of them for an empty list.
 
     Raises:
         ValueError: an unknown name, or a peer that was asked for and cannot run here.
     """
-    known = {p.name: p for p in every_peer()}
+    known = {p.name: p for p in every_peer(device)}
     for name in names:
         if name not in known:
             raise ValueError(f"peer must be one of {', '.join(known)}; got {name!r}")

@@ -90,12 +90,12 @@ def columns(K: int) -> int:
     return THREADS // lanes * 2
 
 
-def chunks_fit(spec: CallSpec) -> bool:
-    """Whether delta_chunk.metal can take a call, and its prompt is long enough to ask for it."""
+def chunks_fit(spec: CallSpec, least: int = CHUNK_MIN_TOKENS) -> bool:
+    """Whether delta_chunk.metal can take a call, and its prompt has `least` tokens per sequence on average."""
     rows = -(-spec.K // 32) * 32
     scratch = 4 * (8 * rows * (4 if spec.kda else 2) + 2 * 64 + 2 * 8 + 3 * 4 * 64)  # struct Scratch
     sequences = max(spec.N if spec.packed else 1, 1)
-    return spec.T - spec.snapshots >= CHUNK_MIN_TOKENS * sequences and scratch <= MAX_SCRATCH
+    return spec.T - spec.snapshots >= least * sequences and scratch <= MAX_SCRATCH
 
 
 class Launches:
