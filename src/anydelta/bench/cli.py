@@ -161,7 +161,9 @@ def threads_command(
 def rollback_command(
     layers: Annotated[int, typer.Option("--layers", help="Linear attention layers of the model.")] = 36,
     tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of a verification.")] = 4,
-    snapshots: Annotated[int, typer.Option("--snapshots", "-K", help="Entries of the log.")] = 16,
+    snapshots: Annotated[
+        int, typer.Option("--snapshots", "-K", help="States that a log may go back among.")
+    ] = 16,
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,

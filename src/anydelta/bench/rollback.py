@@ -119,7 +119,8 @@ def rollback(
     """Verify `tokens` tokens and commit every number of them, in every form.
 
     Args:
-        snapshots: entries of the log; slots get `tokens` + 1 states, the fewest that can take all tokens back.
+        snapshots: K of the log, which holds K - 1 entries; slots get `tokens` + 1 states, the fewest that
+            can take all tokens back.
 
     Raises:
         RuntimeError: a wrong result.
