@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import anydelta
-from anydelta.conformance import CASES, NOT_SUPPORTED, OK, Target
+from anydelta.conformance import CASES, NOT_SUPPORTED, OK, Case, Target
 from anydelta.conformance.run import run_one
 from conftest import CPU_REASONS, without
 
@@ -140,6 +143,70 @@ def test_mlxs_own_op_agrees(T: int) -> None:
     got = gated_delta_rule(**x, initial_state=state, state_layout="vk")
     for w, g in zip(want, got, strict=True):
         close(g, w)
+
+
+# ---- on a Mac's GPU, emulated
+
+METAL = (
+    "B=2 T=5 K=32 V=16 kda gate=mixed",
+    "B=2 T=34 H=1 HV=1 K=32 V=16 mask=left snapshots=3 state_dtype=bfloat16",
+    "T=34 H=1 HV=2 K=32 V=16 kda l2norm decay=raw dt_bias=flat lower_bound=-5.0 logit dtype=bfloat16",
+    "seqlens=33,0,70,1 K=32 V=16 snapshots=2 pool=6 indices=5,1,-1,0 strides=fused",
+    "B=2 T=2 K=32 V=16 snapshots=5 dtype=float16 layout=vk strides=strided",
+    "B=2 T=70 H=1 HV=2 K=32 V=16 heads=tiled mask=random",
+)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """mx.fast on the emulator of Metal."""
+    if sys.platform != "linux":
+        pytest.skip("the emulator is for Linux; a Mac runs: anydelta conform --backend metal --framework mlx")
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "metal"))
+    import emulator
+    import mlx_host
+
+    from anydelta.backends import metal_mlx
+
+    if emulator.compiler() is None:
+        without("there is no C++ compiler for the emulator of Metal")
+    out = mlx_host.MetalKernels(emulator.Emulator("check"))
+    monkeypatch.setattr(face, "_plans", {})
+    with metal_mlx.emulated(out):
+        yield out
+
+
+@pytest.mark.parametrize("chunks", ["0", "1"])
+def test_metal_through_mlx(host: Any, chunks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' text inside the function that MLX writes; every access is checked."""
+    monkeypatch.setenv("ANYDELTA_METAL_CHUNK", chunks)
+    cases = [Case.parse(line) for line in (METAL if chunks == "0" else METAL[-1:])]
+    bad = [r for c in cases if (r := run_one(c, Target("metal", framework="mlx"))).status != OK]
+    assert not bad, "\n".join(f"{r.status}: {r.case}: {r.reasons}" for r in bad)
+    assert len(host.emulator.launches) == len(cases)
+
+
+def test_metal_says_why_not() -> None:
+    x = arrays(values())
+    if not mx.metal.is_available():
+        with pytest.raises(
+            face.UnsupportedError, match=r"needs an Apple GPU through MLX; mx\.metal\.is_available"
+        ):
+            gated_delta_rule(**x, backend="metal")
+        return
+    with mx.stream(mx.cpu), pytest.raises(face.UnsupportedError, match="the stream runs on the CPU"):
+        gated_delta_rule(**x, backend="metal")
+
+
+def test_what_metal_does_not_take_runs_on_the_cpu(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anydelta.spec.device_name", lambda x: "mlx")
+    assert face.explain(**arrays(values())).chosen == "metal"
+    x = values(K=288)
+    trace = face.explain(**arrays(x))
+    assert trace.chosen == "cpu"
+    assert "takes K up to 256; got 288" in str(trace)
+    close(gated_delta_rule(**arrays(x))[0], anydelta.gated_delta_rule(**x)[0])
 
 
 # ---- values, lazily computed

@@ -16,13 +16,14 @@ from functools import cache
 from typing import Any, Protocol
 
 from .mixer.spec import MixerSpec
-from .spec import Call, CallSpec
+from .spec import MLX_GPU, Call, CallSpec
 
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "reference"),
     "xpu": ("triton", "reference"),
     "mps": ("metal", "reference"),
+    MLX_GPU: ("metal", "cpu", "reference"),
     "vulkan": ("vulkan", "reference"),
     "webgpu": ("webgpu", "reference"),
     "opencl": ("opencl", "reference"),
@@ -118,9 +119,12 @@ class Trace:
 
 
 def implementation(name: str, spec: CallSpec | MixerSpec) -> Any:
-    """What runs such calls on a backend: itself for the rule, its `mixer`, or None, for the mixer."""
+    """What runs such calls on a backend: itself for the rule, or its `mlx_host` for MLX arrays; its `mixer`, or None,
+    for the mixer."""
     backend = get_backend(name)
-    return getattr(backend, "mixer", None) if isinstance(spec, MixerSpec) else backend
+    if isinstance(spec, MixerSpec):
+        return getattr(backend, "mixer", None)
+    return getattr(backend, "mlx_host", backend) if spec.framework == "mlx" else backend
 
 
 def takes_rows(backend: Any) -> bool:
@@ -135,9 +139,9 @@ def without_rows(spec: CallSpec) -> CallSpec:
 
 
 def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ...]:
-    if reasons := tuple(get_backend(name).available()):
-        return reasons
     runs = implementation(name, spec)
+    if reasons := tuple((get_backend(name) if isinstance(spec, MixerSpec) else runs).available()):
+        return reasons
     if isinstance(spec, CallSpec) and spec.snapshot_rows and not takes_rows(runs):
         spec = without_rows(spec)
     return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))

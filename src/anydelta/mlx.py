@@ -107,15 +107,32 @@ def gated_delta_rule(
     )  # fmt: skip
     plan = _plan(call, options, backend, slots)
     _check_data(call, plan.spec)
+    if hasattr(plan.backend, "run_lazily"):
+        return _results(_lazily(plan, call), output_final_state, snapshots is not None)
     names = [name for name in _INPUTS if getattr(call, name) is not None]
     # A custom function, so that a gradient is refused and not silently zero.
     compute: Any = mx.custom_function(partial(_compute, plan, names))
     compute.vjp(_no_derivative)
     compute.jvp(_no_derivative)
-    out = iter(compute(*(getattr(call, name) for name in names)))
-    o = next(out)
-    state = next(out) if output_final_state else None
-    return (o, state) if snapshots is None else (o, state, next(out))
+    return _results(compute(*(getattr(call, n) for n in names)), output_final_state, snapshots is not None)
+
+
+def _results(out: Sequence[Any], state: bool, snapshots: bool) -> tuple[Any, ...]:
+    """(o, final state or None[, snapshots])."""
+    left = iter(out)
+    o, final = next(left), next(left) if state else None
+    return (o, final, next(left)) if snapshots else (o, final)
+
+
+def _lazily(plan: _Plan, call: Call) -> list[mx.array]:
+    """A call that becomes part of MLX's graph."""
+    spec = plan.spec
+    if spec.snapshots and call.snapshots is None:
+        dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+        call.snapshots = mx.zeros((spec.snapshots, spec.N, spec.HV, *dims), getattr(mx, spec.state_dtype))
+    if b"" not in plan.native:
+        plan.native[b""] = plan.backend.prepare(spec, call)
+    return plan.backend.run_lazily(plan.native[b""], spec, call)  # type: ignore[attr-defined, no-any-return]
 
 
 def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
@@ -192,8 +209,8 @@ def _values(spec: CallSpec, *arrays: mx.array) -> None:
         if "transformation" not in str(error):
             raise
         raise UnsupportedError(
-            f"{spec.options.op}: on MLX's CPU device requires arrays that have values; got arrays inside mx.compile or "
-            f"mx.vmap. Leave this call out of the compiled function"
+            f"{spec.options.op}: requires arrays that have values, for the CPU or to check indices; got arrays inside "
+            f"mx.compile or mx.vmap. Leave this call out of the compiled function"
         ) from error
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,13 @@ def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, fl
 class Metal:
     name = "metal"
     snapshot_rows = True
+
+    @cached_property
+    def mlx_host(self) -> Any:
+        """What runs calls on MLX arrays."""
+        from .metal_mlx import MetalForMlx
+
+        return MetalForMlx()
 
     def available(self) -> Sequence[Rejected]:
         if find_spec("torch") is None:

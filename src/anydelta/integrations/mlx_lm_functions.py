@@ -55,6 +55,7 @@ def update(
                     mask=mask,
                     snapshots=slots,
                     output_final_state=slots is None,
+                    backend="auto" if mx.default_device() == mx.cpu else "metal",
                 )  # fmt: skip
             except UnsupportedError as error:
                 why = str(error)
@@ -81,8 +82,6 @@ def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool) -> str | No
     """Why mlx-lm's function runs instead."""
     if not use_kernel:
         return "the model is in training mode"
-    if mx.default_device() != mx.cpu:
-        return "the stream runs on the GPU, for which anydelta.mlx has no kernel"
     if q.dtype != v.dtype or q.dtype not in (mx.float32, mx.bfloat16, mx.float16):
         return f"q is {q.dtype} and v is {v.dtype}"
     if state is not None and state.dtype not in (mx.float32, mx.bfloat16):

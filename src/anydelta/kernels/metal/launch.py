@@ -103,14 +103,23 @@ class Launches:
 
     Args:
         copies: arrays that are copied before the call, dense.
+        dense: whether all of them will be, as MLX makes them.
         chunked: whether the prompt runs in chunks (`chunks_fit`). The last tokens, whose states are asked for, then go
             one by one in a second launch, from the state that the first leaves in "carry" [N, HV, K, V] float32.
     """
 
-    def __init__(self, spec: CallSpec, call: Call, copies: tuple[str, ...] = (), *, chunked: bool = False):
+    def __init__(
+        self,
+        spec: CallSpec,
+        call: Call,
+        copies: tuple[str, ...] = (),
+        *,
+        dense: bool = False,
+        chunked: bool = False,
+    ):
         self.spec = spec
         opt = spec.options
-        tail = pack_params(spec, call, False, copies)
+        tail = pack_params(spec, call, dense, copies)
         rows: tuple[int, ...] = (0, 0)
         wide = False
         if spec.snapshot_rows:
