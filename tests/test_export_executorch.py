@@ -214,6 +214,19 @@ def test_mapping_comes_before_decomposition() -> None:
         use_anydelta(program)
 
 
+def test_the_benchmark_takes_turns_with_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta.bench import executorch as bench
+    from anydelta.bench import ops
+
+    monkeypatch.setattr(bench, "CALLS", {1: 3})
+    monkeypatch.setattr(bench, "HEADS", 2)
+    measured = bench.against_llama(ops.Settings(rounds=2, sample_seconds=1e-3))
+    by_call = {r.call: r for r in measured.records}
+    assert list(by_call) == [*bench.NAMES.values(), *bench.BARE.values()]
+    assert all(r.nmse < 1e-7 and r.rounds == 2 for r in measured.records)
+    assert by_call["llama::gated_delta_rule"].times == 1
+
+
 SMALL = Config(
     vocab_size=48, hidden_size=16, intermediate_size=16, layer_types=["linear_attention", "full_attention"],
     num_attention_heads=2, num_key_value_heads=1, head_dim=8, linear_num_key_heads=1, linear_num_value_heads=2,

@@ -135,6 +135,25 @@ def overhead_command(
     _small("overhead", run, rounds, sample_ms, json, csv, md, output)
 
 
+@bench.command("executorch")
+def executorch_command(
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime, on one thread."""
+    from . import executorch, ops
+    from .small_report import Measured
+
+    def run(tell: Callable[[str, float], None]) -> Measured:
+        return executorch.against_llama(ops.Settings(rounds, sample_ms / 1e3), tell)
+
+    _small("executorch", run, rounds, sample_ms, json, csv, md, output)
+
+
 @bench.command("threads")
 def threads_command(
     threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",

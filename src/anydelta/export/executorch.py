@@ -154,6 +154,7 @@ def lower(
                 )
     config = ExecutorchBackendConfig(
         passes=[] if share_states else [InitializedMutableBufferPass(initialized)],
-        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=share_states),
+        # 64: a state's vectors are then within cache lines, where the runtime's memory begins at one
+        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=share_states, alignment=64),
     )
     return edge.to_executorch(config)
