@@ -26,6 +26,9 @@ _TYPES = {
     mx.bool_: "bool", mx.uint8: "uchar",
 }  # fmt: skip
 
+_BFLOAT = "struct bfloat16_t { ushort bits; };\n"
+"""Memory only: the emulator has no arithmetic for it."""
+
 
 class MetalKernels:
     """`metal_kernel` as mx.fast has it, on an emulator."""
@@ -73,7 +76,7 @@ def _source(name: str, parameters: list[str], body: str, header: str, template: 
         else:
             fixed += f"typedef {_TYPES[value]} {key};\n"
     return (
-        f"#include <metal_stdlib>\nusing namespace metal;\n{header}\n{fixed}"
+        f"#include <metal_stdlib>\nusing namespace metal;\n{_BFLOAT}{header}\n{fixed}"
         f"kernel void {name}({', '.join(numbered)}) {{\n{body}\n}}\n"
     )
 
