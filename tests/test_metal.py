@@ -139,8 +139,8 @@ def test_a_write_out_of_bounds_is_found() -> None:
 
 
 def test_unwritten_threadgroup_memory_is_poison() -> None:
-    unwritten = "if (on) s.beta[i] = beta_of(P, a, w, now);"
-    text = planted("s.beta[i] = on ? beta_of(P, a, w, now) : 0.0f;", unwritten, "fast", T=5, chunks=True)
+    unwritten = "if (on) s.beta[i] = beta_of<Ref>(P, a, w, now);"
+    text = planted("s.beta[i] = on ? beta_of<Ref>(P, a, w, now) : 0.0f;", unwritten, "fast", T=5, chunks=True)
     assert "not finite" in text
 
 
@@ -275,3 +275,14 @@ def test_the_benchmark_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.returncode, done.stderr) == (
         2, "anydelta bench ops: needs an Apple GPU through torch.mps; this is Linux\n",
     )  # fmt: skip
+
+
+def test_torch_takes_the_text_as_it_is() -> None:
+    """compile_shader puts torch's own headers in the place of some #include lines; of ours it must leave all."""
+    from torch.utils._cpp_embed_headers import _embed_headers
+
+    include = Path(torch.__file__).parent / "include"
+    for algorithm in ("delta_rule", "delta_chunk"):
+        source = launch.source(algorithm, 128, True, 1, 0, 0, 0)
+        lines = [line + "\n" for line in source.split("\n")]
+        assert _embed_headers(lines, [include], set()).strip() == source.strip()

@@ -58,7 +58,7 @@ template <typename Ref>
 inline void load_chunk(Ref P, thread const Arrays& a, thread const Work& w, threadgroup Scratch& s, long t, long last, int simdgroup, int lane) {
     for (int i = simdgroup; i < C; i += SIMDGROUPS) {
         const long now = t + i;
-        const bool on = now < last && is_live(P, a, w, now);
+        const bool on = now < last && is_live<Ref>(P, a, w, now);
         float kk = 0.0f, qq = 0.0f;
         for (int row = 4 * lane; row < KP; row += 128) {
             float4 k = float4(0.0f), q = float4(0.0f), g = float4(0.0f);
@@ -67,7 +67,7 @@ inline void load_chunk(Ref P, thread const Arrays& a, thread const Work& w, thre
                 q = rows4(AD_QKV, a.q, w.b * P.q[0] + now * P.q[1] + w.hq * P.q[2], row);
                 if (KDA) {
                     g = rows4(AD_GATE, a.g, w.b * P.g[0] + now * P.g[1] + w.h * P.g[2], row);
-                    for (int x = 0; x < 4; ++x) g[x] = log_decay_of(P, g[x], bias_of(P, a, w, row + x), w.A);
+                    for (int x = 0; x < 4; ++x) g[x] = log_decay_of<Ref>(P, g[x], bias_of<Ref>(P, a, w, row + x), w.A);
                 }
             }
             kk += dot(k, k);
@@ -90,11 +90,11 @@ inline void load_chunk(Ref P, thread const Arrays& a, thread const Work& w, thre
                 }
         }
         if (lane == 0) {
-            s.beta[i] = on ? beta_of(P, a, w, now) : 0.0f;
+            s.beta[i] = on ? beta_of<Ref>(P, a, w, now) : 0.0f;
             float g = 0.0f;
             if (!KDA && on) {
                 g = load1(P.g_type, a.g, w.b * P.g[0] + now * P.g[1] + w.h * P.g[2]);
-                g = log_decay_of(P, g, bias_of(P, a, w, 0), w.A);
+                g = log_decay_of<Ref>(P, g, bias_of<Ref>(P, a, w, 0), w.A);
             }
             s.log_decay[i] = g;
         }
@@ -108,6 +108,7 @@ inline void pairs_by_product(Ref P, threadgroup Scratch& s, thread const float (
     threadgroup const float* x = simdgroup == 0 ? s.k : s.q;
     threadgroup float* out = simdgroup == 0 ? s.A : s.B;
     simdgroup_float8x8 sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f), left, right;
+    UNROLL
     for (int j = 0; j < TILES; ++j) {
         simdgroup_load(left, x + 8 * j, KP);
         simdgroup_load(right, s.k + 8 * j, KP, ulong2(0, 0), true);
@@ -148,13 +149,14 @@ template <typename Ref>
 inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 group, uint simdgroup_, uint lane_) {
     const int simdgroup = int(simdgroup_), lane = int(lane_), thread_ = 32 * simdgroup + lane;
     const int V = P.V, c = 8 * (int(group.x) * SIMDGROUPS + simdgroup);  // my columns: c .. c + 7
-    Work w = find_work(P, a, int(group.z), int(group.y));
+    Work w = find_work<Ref>(P, a, int(group.z), int(group.y));
     const long last = P.flags & HEAD ? max(w.start, w.end - P.Ks) : w.end;
     const long o_base = w.b * P.o[0] + w.h * P.o[2];
     const bool skipped = w.row_in < 0, any = (P.flags & HAS_STATE) && !skipped;
     threadgroup float *mine_w = s.w[simdgroup], *mine_o = s.o[simdgroup], *mine_u = s.u[simdgroup];
 
     simdgroup_float8x8 S[TILES];
+    UNROLL
     for (int j = 0; j < TILES; ++j)
         load_tile(S[j], mine_w, a.state_in, w.row_in * P.state_in[0] + w.h * P.state_in[1], P.state_in[2], P.state_in[3], 8 * j, c, V, any, lane);
     if (KDA)
@@ -165,7 +167,7 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
 
     for (long t = w.start; t < last && !skipped; t += C) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // nobody reads the chunk before any more
-        load_chunk(P, a, w, s, t, last, simdgroup, lane);
+        load_chunk<Ref>(P, a, w, s, t, last, simdgroup, lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         float G[C];  // GDA; KDA has them in s.g
@@ -173,10 +175,11 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
             for (int row = thread_; row < KP; row += 128)
                 for (int i = 1; i < C; ++i) s.g[i * KP + row] += s.g[(i - 1) * KP + row];
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            pairs_by_sums(P, s, simdgroup, lane);
+            pairs_by_sums<Ref>(P, s, simdgroup, lane);
             threadgroup_barrier(mem_flags::mem_threadgroup);
             for (int row = thread_; row < KP; row += 128) {
                 const float end = s.g[(C - 1) * KP + row];
+                UNROLL
                 for (int i = 0; i < C; ++i) {
                     const int e = i * KP + row;
                     const float g = s.g[e], k = s.k[e];
@@ -188,13 +191,15 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
             }
         } else {
             G[0] = s.log_decay[0];
+            UNROLL
             for (int i = 1; i < C; ++i) G[i] = G[i - 1] + s.log_decay[i];
-            pairs_by_product(P, s, G, simdgroup, lane);
+            pairs_by_product<Ref>(P, s, G, simdgroup, lane);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // w = k S,  o = q S  (of GDA without exp(G_i))
         simdgroup_float8x8 left, product = make_filled_simdgroup_matrix<float, 8, 8>(0.0f), output = product;
+        UNROLL
         for (int j = 0; j < TILES; ++j) {
             simdgroup_load(left, s.k + 8 * j, KP);
             simdgroup_multiply_accumulate(product, left, S[j], product);
@@ -208,12 +213,15 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
         // U, one lane per column: forward substitution. w then holds U, u holds exp(G_8 - G_i) U.
         if (lane < 8) {
             float u[C];
+            UNROLL
             for (int i = 0; i < C; ++i) {
-                const bool on = t + i < last && c + lane < V && is_live(P, a, w, t + i);
+                const bool on = t + i < last && c + lane < V && is_live<Ref>(P, a, w, t + i);
                 const float v = on ? load1(AD_QKV, a.v, w.b * P.v[0] + (t + i) * P.v[1] + w.h * P.v[2] + c + lane) : 0.0f;
                 u[i] = s.beta[i] * (v - (KDA ? 1.0f : exp(G[i])) * mine_w[8 * i + lane]);
+                UNROLL
                 for (int j = 0; j < i; ++j) u[i] -= s.A[i * C + j] * u[j];
             }
+            UNROLL
             for (int i = 0; i < C; ++i) {
                 mine_w[8 * i + lane] = u[i];
                 mine_u[8 * i + lane] = KDA ? u[i] : u[i] * exp(G[C - 1] - G[i]);
@@ -234,6 +242,7 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
         simdgroup_float8x8 U, decay, decayed;
         simdgroup_load(U, mine_u, 8);
         if (!KDA) decay = simdgroup_float8x8(exp(G[C - 1]));
+        UNROLL
         for (int j = 0; j < TILES; ++j) {
             if (KDA) simdgroup_load(decay, s.decays + 64 * j, 8);
             simdgroup_load(left, (KDA ? s.g : s.k) + 8 * j, KP, ulong2(0, 0), true);
@@ -244,6 +253,7 @@ inline void run(Ref P, thread const Arrays& a, threadgroup Scratch& s, uint3 gro
     }
 
     if ((P.flags & WRITES_STATE) && w.row_out >= 0)
+        UNROLL
         for (int j = 0; j < TILES; ++j)
             store_tile(S[j], mine_w, a.state_out, w.row_out * P.state_out[0] + w.h * P.state_out[1], P.state_out[2], P.state_out[3], 8 * j, c, V, lane);
 }

@@ -37,12 +37,15 @@ template <int TYPE>
 inline void read_state(thread float2 (&S)[GROUPS][4], device const uchar* base, long at, long sk, long sv, int r, int c, int V) {
     const bool both = c + 1 < V;
     at += c * sv;
+    UNROLL
     for (int j = 0; j < GROUPS; ++j) {
         const int row = 4 * (j * LANES + r);
         if (sk == 1 && both && K == KP) {  // [V, K]: 16 bytes of each column
             const float4 x = load4(TYPE, base, at + row), y = load4(TYPE, base, at + sv + row);
+            UNROLL
             for (int i = 0; i < 4; ++i) S[j][i] = float2(x[i], y[i]);
         } else {
+            UNROLL
             for (int i = 0; i < 4; ++i) {
                 S[j][i] = float2(0.0f);
                 if (row + i >= K || c >= V) continue;
@@ -60,12 +63,14 @@ template <int TYPE>
 inline void write_state(thread const float2 (&S)[GROUPS][4], device uchar* base, long at, long sk, long sv, int r, int c, int V) {
     const bool both = c + 1 < V;
     at += c * sv;
+    UNROLL
     for (int j = 0; j < GROUPS; ++j) {
         const int row = 4 * (j * LANES + r);
         if (sk == 1 && both && K == KP) {
             store4(TYPE, base, at + row, float4(S[j][0].x, S[j][1].x, S[j][2].x, S[j][3].x));
             store4(TYPE, base, at + sv + row, float4(S[j][0].y, S[j][1].y, S[j][2].y, S[j][3].y));
         } else {
+            UNROLL
             for (int i = 0; i < 4; ++i) {
                 if (row + i >= K || c >= V) continue;
                 const long to = at + (row + i) * sk;
@@ -88,14 +93,16 @@ inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int 
     const int r = lane % LANES, c = panel * WIDTH + lane / LANES * 2;
     const int mine = c + (r & 1);              // the column whose sums this lane finishes
     const bool gives = r < 2 && mine < V;      // and writes
-    Work w = find_work(P, a, n, h);
+    Work w = find_work<Ref>(P, a, n, h);
 
     const long o_base = w.b * P.o[0] + w.h * P.o[2] + mine;
     float2 S[GROUPS][4];
     if ((P.flags & HAS_STATE) && w.row_in >= 0)
         read_state<AD_STATE_IN>(S, a.state_in, w.row_in * P.state_in[0] + h * P.state_in[1], P.state_in[2], P.state_in[3], r, c, V);
     else
+        UNROLL
         for (int j = 0; j < GROUPS; ++j)
+            UNROLL
             for (int i = 0; i < 4; ++i) S[j][i] = float2(0.0f);
     if (w.row_in < 0) {  // a skipped sequence: zeros out
         if (gives)
@@ -106,23 +113,26 @@ inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int 
 
     for (long t = w.start; t < w.end; ++t) {
         float out = 0.0f;
-        if (is_live(P, a, w, t)) {
+        if (is_live<Ref>(P, a, w, t)) {
             const long at_k = w.b * P.k[0] + t * P.k[1] + w.hq * P.k[2];
             const long at_q = w.b * P.q[0] + t * P.q[1] + w.hq * P.q[2];
             const long at_g = w.b * P.g[0] + t * P.g[1] + w.h * P.g[2];
-            const float gate = KDA ? 0.0f : decay_of(P, load1(P.g_type, a.g, at_g), bias_of(P, a, w, 0), w.A);
+            const float gate = KDA ? 0.0f : decay_of<Ref>(P, load1(P.g_type, a.g, at_g), bias_of<Ref>(P, a, w, 0), w.A);
             float4 k[GROUPS];
             float2 p = float2(0.0f);
             float kk = 0.0f, qq = 0.0f;
             // S = diag(a) S,  p = S^T k
+            UNROLL
             for (int j = 0; j < GROUPS; ++j) {
                 const int row = 4 * (j * LANES + r);
                 k[j] = rows4(AD_QKV, a.k, at_k, row);
                 float4 decay = float4(gate);
                 if (KDA) {
                     const float4 x = rows4(AD_GATE, a.g, at_g, row);
-                    for (int i = 0; i < 4; ++i) decay[i] = decay_of(P, x[i], bias_of(P, a, w, row + i), w.A);
+                    UNROLL
+                    for (int i = 0; i < 4; ++i) decay[i] = decay_of<Ref>(P, x[i], bias_of<Ref>(P, a, w, row + i), w.A);
                 }
+                UNROLL
                 for (int i = 0; i < 4; ++i) {
                     S[j][i] *= decay[i];
                     p += S[j][i] * k[j][i];
@@ -132,13 +142,15 @@ inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int 
             // d = beta (v - p); with the norm, k / |k| where k stands
             const float length = P.l2norm ? rsqrt(over_lanes(kk) + P.eps) : 1.0f;
             const float v = mine < V ? load1(AD_QKV, a.v, w.b * P.v[0] + t * P.v[1] + w.h * P.v[2] + mine) : 0.0f;
-            const float delta = length * beta_of(P, a, w, t) * (v - length * finish(p, r));
+            const float delta = length * beta_of<Ref>(P, a, w, t) * (v - length * finish(p, r));
             const float other = simd_shuffle_xor(delta, ushort(1));
             const float2 d = r & 1 ? float2(other, delta) : float2(delta, other);
             // S = S + k d^T,  o = scale S^T q
             float2 y = float2(0.0f);
+            UNROLL
             for (int j = 0; j < GROUPS; ++j) {
                 const float4 q = rows4(AD_QKV, a.q, at_q, 4 * (j * LANES + r));
+                UNROLL
                 for (int i = 0; i < 4; ++i) {
                     S[j][i] += k[j][i] * d;
                     y += S[j][i] * q[i];

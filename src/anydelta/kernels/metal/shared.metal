@@ -16,6 +16,9 @@
 #include <metal_stdlib>
 using namespace metal;
 
+// Arrays that are indexed by a loop stay in registers only where the loop is unrolled.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 constant constexpr int F32 = 0, BF16 = 1, F16 = 2;  // types, as in backends/params.py
 constant constexpr int K = AD_K;
 constant constexpr int KP = (K + 31) / 32 * 32;  // rows in registers: those between K and KP hold zeros
@@ -141,7 +144,7 @@ inline bool vanishes(float log_decay) { return as_type<uint>(log_decay) > as_typ
 template <typename Ref>
 inline float decay_of(Ref P, float x, float bias, float A) {
     if (P.decay == DECAY_LINEAR) return x;
-    if (P.decay == DECAY_RAW) x = activated(P, x, bias, A);
+    if (P.decay == DECAY_RAW) x = activated<Ref>(P, x, bias, A);
     return vanishes(x) ? 0.0f : exp(x);
 }
 
@@ -149,7 +152,7 @@ inline float decay_of(Ref P, float x, float bias, float A) {
 template <typename Ref>
 inline float log_decay_of(Ref P, float x, float bias, float A) {
     if (P.decay == DECAY_LINEAR) return x < 3.8e-44f ? -100.0f : log(x);
-    if (P.decay == DECAY_RAW) x = activated(P, x, bias, A);
+    if (P.decay == DECAY_RAW) x = activated<Ref>(P, x, bias, A);
     return vanishes(x) ? -100.0f : x;
 }
 
