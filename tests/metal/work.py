@@ -63,7 +63,7 @@ def anydelta_run(emulator: Emulator, x: dict[str, torch.Tensor], chunks: bool) -
 def mlx_lm_run(emulator: Emulator, x: dict[str, torch.Tensor], packed: bool) -> Any:
     """mlx-lm's gated_delta_kernel as its models call it; linear decays."""
     import mlx.core as mx
-    from mlx_signature import MetalKernels
+    from mlx_host import MetalKernels
 
     host = MetalKernels(emulator)
     held = mx.metal.is_available, mx.fast.metal_kernel
