@@ -297,6 +297,43 @@ def test_the_mixer_takes_every_layer(model: Any, family: str) -> None:
                 assert float((a - b).abs().max()) < LIMIT
 
 
+def test_a_decode_step_is_planned_once(model: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on a layer's call is only compared with the last; what differs goes the long way."""
+    from anydelta import _core
+    from anydelta.integrations import transformers_layers as layers
+
+    short: list[bool] = []
+    takes = layers._Step.takes
+    monkeypatch.setattr(
+        layers._Step, "takes", lambda *a: (held := takes(*a), short.append(held is not None))[0]
+    )
+    ids = tokens(2, 8)
+    want = [model(ids[:, : i + 1]).logits[:, -1] for i in range(8)]
+
+    def steps(cache: Any, first: int, last: int, rows: int = 2) -> list[bool]:
+        short.clear()
+        for i in range(first, last):
+            got = model(ids[:rows, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+            assert float((got - want[i][:rows]).abs().max()) < LIMIT
+        return [all(short[i : i + 3]) for i in range(0, len(short), 3)]
+
+    with adt.enable():
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :2], past_key_values=cache, use_cache=True)
+        assert steps(cache, 2, 5) == [True, True]  # the first of the three planned it
+        other = transformers.DynamicCache(config=model.config)
+        model(ids[:1, :4], past_key_values=other, use_cache=True)
+        assert steps(other, 4, 6, rows=1) == [True, True]  # another batch: compared by the extension
+        handle = first_layer(model, family).conv1d.register_forward_hook(lambda *_: None)
+        assert steps(cache, 5, 6) == [False]
+        handle.remove()
+        assert steps(cache, 6, 7) == [True]
+        monkeypatch.setenv("ANYDELTA_BACKEND", "reference")
+        kernels = _core.calls()
+        assert steps(cache, 7, 8) == [True]
+        assert _core.calls() == kernels
+
+
 @pytest.mark.parametrize("switch", ["on after the prefill", "off after the prefill", "in turns"])
 def test_a_cache_goes_from_one_to_the_other(model: Any, switch: str) -> None:
     ids = tokens(2, 24)

@@ -54,10 +54,15 @@ _NEVER = ("gradients are wanted", "torch.export")
 """Reasons to leave a call of the rule to Transformers even where states are to be recorded."""
 _MAX_DECISIONS = 4096
 _decisions: dict[tuple[Any, ...], str | None] = {}
+TORCH_DEVICES = ("cpu", *((d.type,) if (d := torch.accelerator.current_accelerator()) is not None else ()))
+"""Where this torch has tensors; the other devices' backends are not even asked whether they can run."""
 NATIVE_DEVICES: frozenset[str] = frozenset(
     device
-    for device, names in dispatch.PRIORITY.items()
-    if any(n != "reference" and not dispatch.get_backend(n).available() for n in names)
+    for device in TORCH_DEVICES
+    if any(
+        n != "reference" and not dispatch.get_backend(n).available()
+        for n in dispatch.PRIORITY.get(device, ())
+    )
 )
 """Devices with a native backend: what code under torch.compile can ask."""
 

@@ -9,6 +9,7 @@ guarded on.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +17,19 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import dispatch
-from ..mixer.op import gated_delta_mixer_
+from ..mixer.op import gated_delta_mixer_, plan_step
+from ..mixer.spec import unpack_qkv
 from ..torch_op import watched
 from .transformers_cache import RollbackLayer
-from .transformers_functions import _CONV_OPTIONS, _DTYPES, _RULE_OPTIONS, _count, _cu_seqlens, advancing
+from .transformers_functions import (
+    _CONV_OPTIONS,
+    _DTYPES,
+    _RULE_OPTIONS,
+    TORCH_DEVICES,
+    _count,
+    _cu_seqlens,
+    advancing,
+)
 
 Forward = Callable[..., torch.Tensor]
 
@@ -47,11 +57,12 @@ class Parts(NamedTuple):
 
 
 def _qwen3_5(layer: Any, x: torch.Tensor) -> Projected:
+    m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
     return Projected(
-        layer.in_proj_qkv(x),
-        layer.in_proj_z(x),
-        layer.in_proj_a(x),
-        layer.in_proj_b(x),
+        m["in_proj_qkv"](x),
+        m["in_proj_z"](x),
+        m["in_proj_a"](x),
+        m["in_proj_b"](x),
         layer.A_log,
         layer.dt_bias,
     )
@@ -92,8 +103,8 @@ FAMILIES: dict[str, Parts] = {
 
 MIXER_DEVICES: frozenset[str] = frozenset(
     device
-    for device, names in dispatch.PRIORITY.items()
-    for n in names
+    for device in TORCH_DEVICES
+    for n in dispatch.PRIORITY.get(device, ())
     if n != "reference"
     and not dispatch.get_backend(n).available()
     and getattr(dispatch.get_backend(n), "mixer", None) is not None
@@ -105,6 +116,7 @@ def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[
     """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
     parts, name = FAMILIES[family], f"{family}.mixer"
     stock = advancing(theirs)
+    steps: dict[int, _Step] = {}
 
     @functools.wraps(theirs)
     def forward(
@@ -114,11 +126,19 @@ def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
+        if not _is_compiling():
+            step = steps.get(id(self))
+            if step is not None and attention_mask is None:
+                held = step.takes(hidden_states, cache_params, kwargs)
+                if held is not None:
+                    taken[name] += 1
+                    return step.run(self, hidden_states, held)
             why_not = _why_not(self, parts, hidden_states, cache_params, kwargs)
             if why_not is None:
                 taken[name] += 1
-                return _mix(self, parts, hidden_states, cache_params, attention_mask, _cu_seqlens(kwargs))
+                keep = functools.partial(_keep, steps, self)
+                cu_seqlens = _cu_seqlens(kwargs)
+                return _mix(self, parts, hidden_states, cache_params, attention_mask, cu_seqlens, keep)
             _count(name, why_not, taken, passed_on)
         return stock(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
@@ -133,6 +153,7 @@ def _mix(
     cache: Any,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    keep: Callable[[_Step], None],
 ) -> torch.Tensor:
     if attention_mask is not None:  # as Transformers does: padding is zero, and counts as a token
         x = (x * attention_mask[:, :, None]).to(x.dtype)
@@ -146,21 +167,119 @@ def _mix(
         )
     else:
         conv_state, state = _states(self, parts, x, held, cu_seqlens)
-    conv, norm = self.conv1d, getattr(self, parts.norm)
     p = parts.project(self, x)
-    out = gated_delta_mixer_(
-        p.qkv, conv_state, state, g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z,
-        conv_weight=conv.weight.squeeze(1), conv_bias=conv.bias,
-        norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
-        allow_neg_eigval=getattr(self, "allow_neg_eigval", False), cu_seqlens=cu_seqlens,
-        state_indices=read, snapshot_indices=written,
-    )  # fmt: skip
+    out = _call(
+        self, parts, p, conv_state, state, cu_seqlens=cu_seqlens, state_indices=read, snapshot_indices=written
+    )
     if recording is not None:
         recording.adopt()
     elif held is not None:
         held.has_previous_state[0] = True
+        if x.shape[1] == 1 and attention_mask is None:
+            native = plan_step(out, p.qkv, conv_state, state, **_arguments(self, parts, p))
+            if native is not None:
+                keep(_Step(self, parts, cache, native, out))
     result: torch.Tensor = getattr(self, parts.out)(out)
     return result
+
+
+def _call(
+    self: Any, parts: Parts, p: Projected, conv_state: torch.Tensor, state: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    arguments = _arguments(self, parts, p)
+    arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
+    out: torch.Tensor = gated_delta_mixer_(p.qkv, conv_state, state, **arguments, **more)
+    return out
+
+
+def _arguments(self: Any, parts: Parts, p: Projected) -> dict[str, Any]:
+    """Of the mixer; conv_weight still [C, 1, W]."""
+    conv, norm = self.conv1d, getattr(self, parts.norm)
+    return dict(
+        g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z, conv_weight=conv.weight, conv_bias=conv.bias,
+        norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
+        allow_neg_eigval=getattr(self, "allow_neg_eigval", False),
+    )  # fmt: skip
+
+
+class _Step:
+    """A decode step of a layer whose last one ran the mixer, with as little Python as can be.
+
+    Between two mixers the weights of a layer go through the caches, so that a step meets them cold, and most of its
+    time would go to the objects that the checks of a call touch. Here only what may have changed since the last step
+    is looked at; the extension compares dtypes, shapes and strides.
+    """
+
+    def __init__(self, layer: Any, parts: Parts, cache: Any, native: Any, out: torch.Tensor):
+        self.parts, self.layer_idx = parts, layer.layer_idx
+        self.plan = (native, out.shape)
+        self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
+        self.hooks = tuple(
+            h for m in (self.conv, self.norm) for h in (m._forward_hooks, m._forward_pre_hooks)
+        )
+        self.constants = (self.norm.variance_epsilon, self.norm.activation)
+        self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
+        self.device = out.device.type
+
+    def takes(self, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """The cache's layer if the call is one more step. Any doubt is a no: None."""
+        if (
+            type(x) is not torch.Tensor
+            or _is_grad_enabled()
+            or _is_autocast_enabled(self.device)
+            or _modes() > 0
+            or _transforms() is not None
+            or not _OPTIONS.isdisjoint(kwargs)
+        ):
+            return None
+        norm, conv = self.norm, self.conv
+        if (
+            self.modules[self.parts.norm] is not norm
+            or self.modules["conv1d"] is not conv
+            or any(self.hooks)
+            or "forward" in norm.__dict__
+            or "forward" in conv.__dict__
+            or (norm.variance_epsilon, norm.activation) != self.constants
+            or cache is None
+        ):
+            return None
+        held = cache.layers[self.layer_idx]
+        if (type(cache), type(held)) != self.kinds or held.record_past or not held.has_previous_state[0]:
+            return None
+        return held
+
+    def run(self, layer: Any, x: torch.Tensor, held: Any) -> torch.Tensor:
+        p = self.parts.project(layer, x)
+        conv_state, state = held.conv_states[0], held.recurrent_states[0]
+        q, k, v = (p.qkv, None, None) if type(p.qkv) is torch.Tensor else unpack_qkv("", p.qkv)
+        native, shape = self.plan
+        out = x.new_empty(shape)
+        weights, conv = self.norm._parameters, self.conv._parameters
+        if not native.run(
+            _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv["weight"], conv["bias"],
+            p.A_log, p.dt_bias, p.z, weights["weight"], None, None, None, None,
+        ):  # fmt: skip
+            out = _call(layer, self.parts, p, conv_state, state)
+            native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
+            if native is not None:
+                self.plan = (native, out.shape)
+        result: torch.Tensor = self.modules[self.parts.out](out)
+        return result
+
+
+def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
+    key = id(layer)
+    if key not in steps:
+        weakref.finalize(layer, steps.pop, key, None).atexit = False
+    steps[key] = step
+
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
+_threads = torch.get_num_threads
+_OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_idx"}
+"""Keywords that a plain step has not."""
 
 
 def _states(

@@ -113,21 +113,27 @@ class CpuMixer:
             native,
             threads,
             torch,
-            cpu.reads_arrays(spec.framework, _arrays(call)),
+            cpu.reads_arrays(spec.framework, arrays(call)),
             tuple(copies),
             tuple(written),
         )
+
+    def step(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> Any:
+        """An object of the extension that checks and runs calls like this one, or None: see `op.plan_step`."""
+        r = spec.rule
+        if not (plan.torch and plan.reads) or plan.copies or plan.written or r.packed or r.pooled:
+            return None
+        return _core.MixerStep(plan.native, *arrays(call))
 
     def run(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> None:
         inner = call
         if plan.copies or plan.written:
             names = (*plan.copies, *plan.written)
             inner = replace(call, **{name: cpu.contiguous(getattr(call, name)) for name in names})
-        arrays = _arrays(inner)
         if plan.reads:
-            _core.run_mixer_arrays(plan.native, plan.threads(), plan.torch, *arrays)
+            _core.run_mixer_arrays(plan.native, plan.threads(), plan.torch, *arrays(inner))
         else:
-            _core.run_mixer(plan.native, plan.threads(), plan.torch, *map(cpu.address, arrays))
+            _core.run_mixer(plan.native, plan.threads(), plan.torch, *map(cpu.address, arrays(inner)))
         if "state" in plan.written:
             rows: Any = slice(None)
             if call.state_indices is not None:
@@ -138,7 +144,7 @@ class CpuMixer:
             call.snapshots[...] = inner.snapshots
 
 
-def _arrays(call: MixerCall) -> tuple[Any, ...]:
+def arrays(call: MixerCall) -> tuple[Any, ...]:
     """In the order of the extension's MixerArray."""
     return (
         call.qkv, call.k, call.v, call.g, call.beta, call.o, call.conv_state, call.state, call.conv_snapshots,

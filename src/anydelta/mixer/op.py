@@ -289,8 +289,41 @@ def _torch_side() -> Any:
     return _side
 
 
+def plan_step(o: Array, qkv: Any, conv_state: Array, state: Array, **arguments: Any) -> Any:
+    """For a loop that makes the same call again and again, on torch tensors: an object of the extension, or None.
+
+    Its `run(threads, True, *arrays)` takes the arrays in the order of `cpu.arrays`, `o` among them, where conv_weight
+    may be the [C, 1, W] of a torch Conv1d. It returns False, and has done nothing, if their dtypes, shapes or strides,
+    or ANYDELTA_BACKEND, are not those of this call. What else makes a call invalid is not looked at again.
+    """
+    call, options, backend = _parse(
+        qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
+        arguments.pop("backend", "auto"), op="gated_delta_mixer_",
+    )  # fmt: skip
+    weight = call.conv_weight
+    call.conv_weight = weight.squeeze(1) if len(weight.shape) == 3 else weight
+    plan = _plan(call, tuple(getattr(options, n) for n in MixerOptions.__dataclass_fields__), backend)
+    call.o, call.conv_weight = o, weight
+    return plan.backend.step(plan.native, plan.spec, call) if hasattr(plan.backend, "step") else None
+
+
 def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
     """Run an in-place call on real arrays, without gradients."""
+    plan = _plan(call, options, backend)
+    if plan.like_z:
+        import torch
+
+        call.o = torch.empty_like(call.z)
+    elif plan.spec.framework == "torch":
+        call.o = call.qkv.new_empty(plan.shape)
+    else:
+        call.o = np.empty(plan.shape, call.qkv.dtype)
+    plan.backend.run(plan.native, plan.spec, call)
+    return call.o
+
+
+def _plan(call: MixerCall, options: tuple[Any, ...], backend: str) -> _Plan:
+    """The plan for a call, which is checked as far as its geometry does not tell that it was."""
     key: Any = None
     if _core is not None:
         geometry = _core.geometry(
@@ -320,13 +353,4 @@ def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
             _plans[key] = plan
     elif plan.spec.rule.packed or plan.spec.rule.pooled:
         check_mixer_values(call, plan.spec)
-    if plan.like_z:
-        import torch
-
-        call.o = torch.empty_like(call.z)
-    elif plan.spec.framework == "torch":
-        call.o = call.qkv.new_empty(plan.shape)
-    else:
-        call.o = np.empty(plan.shape, call.qkv.dtype)
-    plan.backend.run(plan.native, plan.spec, call)
-    return call.o
+    return plan

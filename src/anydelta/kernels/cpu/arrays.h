@@ -58,16 +58,8 @@ class ArrayReader {
         }
         if (is_tensor(x)) {
             dlpack::Tensor t;
-            if (api_->tensor_from_py_object(x, &t) != 0) {
-                PyErr_Clear();
-                return false;
-            }
-            if (t.ndim > 0 && t.strides && t.strides[t.ndim - 1] != 1 && t.shape[t.ndim - 1] > 1) return false;
-            const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8};
-            append(key, head, sizeof head);
-            append(key, t.shape, sizeof(int64_t) * static_cast<size_t>(t.ndim));
-            if (t.strides) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
-            return true;
+            uintptr_t address;
+            return read(x, t, key, address);
         }
         Py_buffer b;
         if (PyObject_GetBuffer(x, &b, PyBUF_RECORDS_RO) != 0) {
@@ -87,6 +79,17 @@ class ArrayReader {
         }
         PyBuffer_Release(&b);
         return aligned && plain;
+    }
+
+    // Both for a tensor or None, in one look; false for anything else too.
+    bool describe_tensor(PyObject* x, std::string& key, uintptr_t& address) const {
+        address = 0;
+        if (x == Py_None) {
+            key.push_back('-');
+            return true;
+        }
+        dlpack::Tensor t;
+        return is_tensor(x) && read(x, t, key, address);
     }
 
     // The address of an array's first element, 0 for None. False with a Python error set: not readable.
@@ -114,6 +117,19 @@ class ArrayReader {
         if (!api_) return false;
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
         return type == tensor_ || PyType_IsSubtype(Py_TYPE(x), reinterpret_cast<PyTypeObject*>(tensor_));
+    }
+    bool read(PyObject* x, dlpack::Tensor& t, std::string& key, uintptr_t& address) const {
+        if (api_->tensor_from_py_object(x, &t) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        if (t.ndim > 0 && t.strides && t.strides[t.ndim - 1] != 1 && t.shape[t.ndim - 1] > 1) return false;
+        const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8};
+        append(key, head, sizeof head);
+        append(key, t.shape, sizeof(int64_t) * static_cast<size_t>(t.ndim));
+        if (t.strides) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
+        address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+        return true;
     }
     static void append(std::string& key, const void* data, size_t bytes) {
         key.append(static_cast<const char*>(data), bytes);

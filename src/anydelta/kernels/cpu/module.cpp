@@ -301,6 +301,40 @@ void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::
     run_mixer_plan(plan, threads, share_openmp, a);
 }
 
+// A mixer call that is made again and again, as a decode loop does, on torch tensors: checked and run in one call, because
+// between two of them the weights of a layer push everything else out of the caches, and each further Python object that
+// is touched waits for memory.
+class MixerStep {
+  public:
+    MixerStep(const MixerPlan& plan, const nb::args& arrays) : plan_(plan) {
+        uintptr_t a[MIXER_ARRAYS];
+        if (!read(arrays, geometry_, a)) throw std::invalid_argument("MixerStep: requires torch tensors on a CPU");
+    }
+    // False: the arrays or the environment differ from those that it was made with; nothing was read or written.
+    bool run(int threads, bool share_openmp, const nb::args& arrays) const {
+        static thread_local std::string now;
+        uintptr_t a[MIXER_ARRAYS];
+        if (!read(arrays, now, a) || now != geometry_) return false;
+        run_mixer_plan(plan_, threads, share_openmp, a);
+        return true;
+    }
+
+  private:
+    MixerPlan plan_;
+    std::string geometry_;
+
+    static bool read(const nb::args& arrays, std::string& key, uintptr_t* a) {
+        if (arrays.size() != MIXER_ARRAYS) throw std::invalid_argument("MixerStep: wrong number of arrays");
+        key.clear();
+        if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+        for (size_t i = 0; i < MIXER_ARRAYS; ++i) {
+            key.push_back('|');
+            if (!reader.describe_tensor(arrays[i].ptr(), key, a[i])) return false;
+        }
+        return true;
+    }
+};
+
 // The log form (log.h): verify the tokens of a call, or fold entries into the states. `plan` describes the rule and
 // the states; `out` has the strides of `state`. Index arrays are int64.
 void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries, int64_t capacity, int key_dtype,
@@ -383,6 +417,10 @@ NB_MODULE(_core, m) {
     nb::class_<MixerPlan>(m, "MixerPlan").def("__init__", [](MixerPlan* self, const nb::dict& rule, const nb::dict& d) {
         new (self) MixerPlan(make_mixer_plan(rule, d));
     });
+    nb::class_<MixerStep>(m, "MixerStep")
+        .def("__init__",
+             [](MixerStep* self, const MixerPlan& plan, const nb::args& arrays) { new (self) MixerStep(plan, arrays); })
+        .def("run", &MixerStep::run);
     m.def("run_mixer", &run_mixer);
     m.def("run_mixer_arrays", &run_mixer_arrays);
     m.attr("max_taps") = MAX_TAPS;
