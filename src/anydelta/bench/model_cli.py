@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from typing import Annotated, Any, NoReturn
@@ -14,7 +15,8 @@ from .cli import _fail, _progress, _threads, bench
 from .outputs import Csv, Json, Md, Output, Plot, checked, show
 
 LLAMA = "llama.cpp"
-CONTENDERS = ("transformers", "anydelta", LLAMA)
+PACKED = "packed"
+CONTENDERS = ("transformers", "anydelta", PACKED, LLAMA)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -127,6 +129,8 @@ def _measure(
         if not asked or "anydelta" in asked:
             version = report.machine["anydelta"]
             runners.append(model.TransformersRunner("anydelta", version, built.model, enabled))
+        if PACKED in asked:
+            runners += _packed(built.model, report.machine["anydelta"], transformers.__version__, enabled)
         if (not asked or LLAMA in asked) and (
             rival := _llama(built, dtype, tests, report, LLAMA in asked, tell)
         ):
@@ -142,6 +146,28 @@ def _measure(
         for runner in runners:
             runner.close()
     return report
+
+
+def _packed(built: Any, version: str, transformers: str, enabled: Any) -> list[Any]:
+    """Both again on weights that are packed for oneDNN: what torch's own linear layers leave on the table."""
+    from ..integrations.transformers import pack
+
+    try:
+        packed = pack(built)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(str(error)) from error
+    packed.off()
+
+    def both(of: Any) -> Any:
+        stack = contextlib.ExitStack()
+        stack.enter_context(packed)
+        stack.enter_context(enabled(of))
+        return stack
+
+    return [
+        model.TransformersRunner("transformers, packed", transformers, built, lambda _: packed),
+        model.TransformersRunner("anydelta, packed", version, built, both),
+    ]
 
 
 def _llama(

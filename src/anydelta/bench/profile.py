@@ -1,4 +1,4 @@
-"""Where the time of a model goes: the own time of each part, from hooks around its modules and functions.
+"""Where the time of a model goes: the own time of each part, from timers around its modules and functions.
 
 A clock is read whenever a part begins or ends, and the time in between is charged to the innermost part that is open.
 Linear layers inside a linear attention layer are its projections; what remains of that layer is its mixer: convolution,
@@ -107,19 +107,31 @@ def _sample(model: Any, run: Prepared) -> dict[str, float]:
 
 @contextmanager
 def _watched(model: Any, clock: Clock) -> Iterator[None]:
-    """Hooks on every module that is a part, and timers around the functions that a mixer looks up."""
-    handles = []
-    for module, part in parts(model):
-        handles.append(module.register_forward_pre_hook(lambda m, a, part=part: clock.begin(part)))
-        handles.append(module.register_forward_hook(lambda m, a, o: clock.end(), always_call=True))
-    undo = (_time_functions(model, clock), _time_norms(model, clock))
+    """Timers around the forward of every module that is a part, and around the functions that a mixer looks up.
+
+    No hooks: they cost a module 20 us more in a decode step, of which half would be charged to the part around it.
+    """
+    undo = (_time_functions(model, clock), _time_norms(model, clock), _time_modules(model, clock))
     try:
         yield
     finally:
-        for one in undo:
+        for one in reversed(undo):
             one()
-        for handle in handles:
-            handle.remove()
+
+
+def _time_modules(model: Any, clock: Clock) -> Callable[[], None]:
+    own = [(module, module.__dict__.get("forward"), part) for module, part in parts(model)]
+    for module, _, part in own:
+        module.forward = clock.wrap(part, module.forward)
+
+    def restore() -> None:
+        for module, forward, _ in own:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+    return restore
 
 
 def parts(model: Any) -> list[tuple[Any, str]]:

@@ -31,6 +31,8 @@ from .. import dispatch
 if TYPE_CHECKING:
     from torch import nn
 
+    from .transformers_packed import Packed
+
 OLDEST, NEWEST = (5, 15), (5, 23)
 """The Transformers releases whose hooks are known. Before 5.15 each layer binds the functions when it is built."""
 SUPPORTED = "transformers 5.15 to 5.23"
@@ -158,6 +160,21 @@ def disable(model: nn.Module | None = None) -> Switch:
         ]
         _set_layers([(layer, b, False) for layer, b, _ in before])
         return Switch(_in_turn(lambda: _set_layers(before), _set_generating(model, bound, False)))
+
+
+def pack(model: nn.Module) -> Packed:
+    """Compute a model's matrices on a CPU with oneDNN, on a second copy of their weights in its layout.
+
+    This is not anydelta's: it is what torch has and F.linear does not use. `off()` of the result, or its end as a
+    block, puts back what was before. See .transformers_packed.
+
+    Raises:
+        TypeError, ValueError: `model` is no torch.nn.Module, or has no nn.Linear in float32 or bfloat16 on the CPU.
+        RuntimeError: this torch has no oneDNN.
+    """
+    from .transformers_packed import pack
+
+    return pack(model)
 
 
 def status(model: nn.Module | None = None) -> Status:
