@@ -18,6 +18,7 @@ import torch
 from anydelta import dispatch
 from anydelta.backends import triton as backend
 from anydelta.conformance import CASES, Case
+from anydelta.conformance.gradients import GRADIENT_CASES
 from anydelta.spec import Call, CallSpec, Options, check_call
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -105,6 +106,30 @@ def test_every_launch_gives_the_same_result() -> None:
     assert_ok([("T=5 K=20 V=31", {"BV": BV}) for BV in (1, 4, 32)] + [("T=20 K=20 V=31", {"short": 64})])
 
 
+def test_gradients() -> None:
+    """Against the float64 recurrence under autograd; through torch.autograd.grad, so the wiring too. Every other case;
+    all: TRITON_INTERPRET=1 python -m anydelta.conformance.gradients."""
+    for ran in assert_ok([(str(c), {"gradients": 1}) for c in GRADIENT_CASES[::2]]):
+        assert ran[-4:] == ["scan", "back", "pairs", "gradients"]
+
+
+def test_gradients_that_the_kernels_do_not_take() -> None:
+    """Linear gates: the recurrence in torch gives them, and says so once."""
+    code = """
+import warnings, torch, anydelta
+q, k, v = torch.randn(3, 1, 4, 1, 16).requires_grad_()
+g = torch.tensor([0.0, 0.5, 1.0, 0.0]).reshape(1, 4, 1).requires_grad_()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        o, _ = anydelta.gated_delta_rule(q, k, v, g=g, beta=torch.ones(1, 4, 1), decay="linear", backend="triton")
+        o.sum().backward()
+assert [w for w in seen if "linear" in str(w.message)] and len(seen) == 1, [str(w.message) for w in seen]
+assert g.grad.isfinite().all() and g.grad[0, 0].item() == 0 != g.grad[0, 3].item()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
 def test_a_pool_that_is_a_snapshot_slot() -> None:
     """The state is read before the slots are written, although other programs write them."""
     code = """
@@ -172,7 +197,9 @@ def test_arguments_come_from_shapes_alone() -> None:
     for shape in aot.shipped():
         for _, machine in aot.TARGETS.values():
             names = [c.kernel.fn.__name__ for c in aot.calls_of(shape, machine)]
-            if shape.T <= 16:
+            if shape.backward:
+                assert names[-4:] == ["scan", "back", "pairs", "gradients"]
+            elif shape.T <= 16:
                 assert names == ["recurrent"]
             else:
                 assert names[-1 - bool(shape.snapshots)] == "scan"

@@ -1,7 +1,8 @@
-"""Gradients of the functional operator: the recurrence run again in torch, under autograd.
+"""Gradients of the functional operator, by a backend's own backward pass or by the recurrence under torch's autograd.
 
-Nothing but the inputs is kept from the forward pass. The backward pass repeats the recurrence in blocks of tokens
-and keeps one state per block (see backends/reference.py), so memory does not grow with T times the state.
+Nothing but the inputs is kept from the forward pass. A backend with a backward pass (dispatch.with_gradients) runs its
+kernels. Elsewhere, and for gradients of gradients, the recurrence is repeated in torch in blocks of tokens, and one
+state per block is kept (see backends/reference.py), so memory does not grow with T times the state.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from . import dispatch
 from .backends.reference import torch_recurrence
 from .spec import Call, Options, check_call
 
@@ -21,6 +23,7 @@ def gradients(
     grad_o: torch.Tensor,
     grad_state: torch.Tensor,
     *,
+    backend: str = "auto",
     create_graph: bool = False,
 ) -> dict[str, torch.Tensor | None]:
     """d loss / d input for the inputs named in `wanted`, given d loss / d o and d loss / d final state.
@@ -28,6 +31,15 @@ def gradients(
     None for an input that nothing depends on (every token masked, T = 0, only skipped sequences). With
     `create_graph` the gradients can be differentiated in turn.
     """
+    if not create_graph:
+        spec = check_call(call, options, inplace=False)
+        native = dispatch.with_gradients(spec, backend)
+        if native is not None:
+            with torch.no_grad():
+                found = native.gradients(
+                    spec, call, grad_o, grad_state if options.output_final_state else None
+                )
+            return {name: found[name] for name in wanted}
     with torch.enable_grad():
         leaves = {}
         for name in wanted:

@@ -61,7 +61,8 @@ class Backend(Protocol):
     """What a module in `anydelta.backends` provides.
 
     A backend with a kernel for the mixer has an attribute `mixer`, an object with `supports`, `prepare` and `run` for
-    MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for.
+    MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with a backward
+    pass has `gradient_reasons(spec)`, why it does not take a call, and `gradients(spec, call, grad_o, grad_state)`.
     """
 
     name: str
@@ -147,6 +148,15 @@ def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ..
     return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
 
 
+def _candidates(spec: CallSpec | MixerSpec, backend: str) -> tuple[tuple[str, ...], str | None]:
+    """The backends to ask, and what forced the only one."""
+    if backend == "auto" and (name := forced_by_env()):
+        return (name,), f"{ENV}={name}"
+    if backend != "auto":
+        return (backend,), f"backend={backend!r}"
+    return PRIORITY.get(spec.device, ("reference",)), None
+
+
 def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
     """Walk the priority table for the device of the call; a named backend is the only candidate.
 
@@ -157,13 +167,7 @@ def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
         raise ValueError(
             f"{spec.options.op}: backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {backend!r}"
         )
-    forced = None
-    if backend == "auto" and (name := forced_by_env()):
-        backend = name
-        forced = f"{ENV}={backend}"
-    elif backend != "auto":
-        forced = f"backend={backend!r}"
-    candidates = PRIORITY.get(spec.device, ("reference",)) if backend == "auto" else (backend,)
+    candidates, forced = _candidates(spec, backend)
     rejected: dict[str, tuple[Rejected, ...]] = {}
     for name in candidates:
         reasons = reasons_against(name, spec)
@@ -173,7 +177,31 @@ def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
     return Trace(spec, None, rejected, forced)
 
 
+def with_gradients(spec: CallSpec, backend: str = "auto") -> Any | None:
+    """The backend with a backward pass of its own for the call, or None: then the reference is differentiated.
+
+    Warns once per process when a backend that has one does not take the call.
+    """
+    global _warned_of_gradients
+    for name in _candidates(spec, backend)[0]:
+        runs: Any = get_backend(name)
+        if hasattr(runs, "gradients") and not reasons_against(name, spec):
+            reasons = runs.gradient_reasons(spec)
+            if not reasons:
+                return runs
+            if not _warned_of_gradients:
+                _warned_of_gradients = True
+                warnings.warn(
+                    f"anydelta: no native backward pass takes this call, so the slow reference runs ({reasons[0]}). "
+                    "This warning appears once",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+    return None
+
+
 _warned = False
+_warned_of_gradients = False
 
 
 def pick(spec: CallSpec | MixerSpec, backend: str = "auto") -> Any:

@@ -77,7 +77,8 @@ _FLAGS = SCHEMAS["gated_delta_rule"].partition("*, ")[2].partition(", bool outpu
 _LIB.define(
     "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, "
     "Tensor? A_log, Tensor? dt_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? state_indices, "
-    f"Tensor grad_o, Tensor grad_state, int[] wanted, *, {_FLAGS}, bool output_final_state=True) -> Tensor[]"
+    f"Tensor grad_o, Tensor grad_state, int[] wanted, *, {_FLAGS}, bool output_final_state=True, "
+    'str backend="auto") -> Tensor[]'
 )
 
 _INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
@@ -210,7 +211,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, flags: dict[str, Any], *tensors: torch.Tensor | None) -> Any:
         ctx.save_for_backward(*tensors)
-        ctx.flags = {name: value for name, value in flags.items() if name != "backend"}
+        ctx.flags = flags
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anydelta.gated_delta_rule.default.redispatch(keys & _BELOW, *tensors, **flags)
 
@@ -220,7 +221,8 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient is itself to be differentiated
             call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
             names = [_INPUTS[i] for i in wanted]
-            found = gradients(call, Options(**ctx.flags), names, grad_o, grad_state, create_graph=True)
+            flags = {name: value for name, value in ctx.flags.items() if name != "backend"}
+            found = gradients(call, Options(**flags), names, grad_o, grad_state, create_graph=True)
             return (None, None, *(found.get(name) for name in _INPUTS))
         grads: list[torch.Tensor | None] = [None] * len(_INPUTS)
         results = torch.ops.anydelta.gated_delta_rule_backward(
@@ -263,8 +265,9 @@ def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
     *arrays, grad_o, grad_state, wanted = arguments
     call = Call(**dict(zip(_INPUTS, arrays, strict=True)))
     names = [_INPUTS[i] for i in wanted]
+    backend = flags.pop("backend", "auto")
     with _autograd_below():
-        found = gradients(call, Options(**flags), names, grad_o, grad_state)
+        found = gradients(call, Options(**flags), names, grad_o, grad_state, backend=backend)
     # An operator's results share memory neither with each other nor with its arguments.
     return [
         torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None

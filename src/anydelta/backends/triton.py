@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -109,17 +110,52 @@ class Triton:
             call.q.device,
         )
 
+    def gradient_reasons(self, spec: CallSpec) -> Sequence[Rejected]:
+        """Why the backward pass of a call that runs here has to be the reference's; empty where it need not."""
+        from ..kernels.triton.config import MAX_CHUNKED_K
+
+        no = []
+        if spec.K > MAX_CHUNKED_K:
+            no.append(f"takes K up to {MAX_CHUNKED_K} for gradients; got {spec.K}")
+        if (
+            spec.options.decay == "linear"
+        ):  # its kernels know d / d log(decay), which says nothing at a decay of 0
+            no.append("takes log and raw gates for gradients; got decay='linear'")
+        return tuple(Rejected(reason) for reason in no)
+
+    def gradients(
+        self, spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
+        from ..kernels.triton.backward import BackwardLaunches, of_inputs, room
+
+        plan = self.prepare(spec, call)
+        inner = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
+        launches = BackwardLaunches(spec, machine_of(plan.device), strides_of(spec, call, plan.copies))
+        do = grad_o if grad_o.shape[-1] == 1 or grad_o.stride(-1) == 1 else grad_o.contiguous()
+        found = room(spec, inner)
+        with _on(plan.device):
+            for kernel_call in launches.calls(inner, do, grad_state, found):
+                kernel_call.run()
+        return of_inputs(spec, call, found)
+
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies:
             call = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
         if plan.pooled_snapshots and _share_memory(call.state_in, call.snapshots):
             call = replace(call, state_in=call.state_in.clone())
-        if plan.device.type != "cuda":
-            return plan.launches.run(call)
-        import torch
-
-        with torch.cuda.device(plan.device):  # Triton launches on the current device
+        with _on(plan.device):
             plan.launches.run(call)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return nullcontext()
+    import torch
+
+    current: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return current
 
 
 def _needs_copy(name: str, x: Any, device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...spec import Call, CallSpec, Options, check_call
+from .backward import BackwardLaunches, room
 from .config import Machine
 from .launch import COMPILER, KernelCall, Launches
 
@@ -68,9 +69,11 @@ class Shape:
     packed: bool = False
     masked: bool = False
     snapshots: int = 0
+    backward: bool = False
 
     def __str__(self) -> str:
-        flags = [n for n in ("kda", "l2norm", "inplace", "pool", "packed", "masked") if getattr(self, n)]
+        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "backward")
+        flags = [n for n in names if getattr(self, n)]
         sizes = f"T={self.T} N={self.N} H={self.H} HV={self.HV} K={self.K} V={self.V}"
         more = f"snapshots={self.snapshots}" if self.snapshots else ""
         types = f"{self.dtype} state={self.state_dtype}/{self.layout} {self.decay}"
@@ -104,6 +107,11 @@ def shipped() -> Iterator[Shape]:
         snapshots=4,
     )
     yield replace(prefill, H=2, HV=4, T=32768)  # cut into segments
+    yield replace(prefill, backward=True)
+    yield replace(prefill, kda=True, H=32, decay="raw", backward=True)
+    yield replace(
+        prefill, K=96, V=192, dtype="float16", N=16, packed=True, masked=True, pool=True, backward=True
+    )
 
 
 def meta_call(shape: Shape) -> tuple[CallSpec, Call]:
@@ -144,12 +152,15 @@ def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
     from ...backends.triton import strides_of
 
     spec, call = meta_call(shape)
+    if shape.backward:
+        launches = BackwardLaunches(spec, machine, strides_of(spec, call))
+        return list(launches.calls(call, call.o, call.state_out, room(spec, call)))
     return list(Launches(spec, machine, strides_of(spec, call)).calls(call))
 
 
 def launch_of(call: KernelCall) -> dict[str, int]:
     """The sizes that a launch was chosen by."""
-    names = [name for name in ("BV", "C", "STAGES", "SEGMENTS") if name in call.args]
+    names = [name for name in ("BV", "C", "STAGES", "SEGMENTS", "SLICE") if name in call.args]
     return {**{name: int(call.args[name]) for name in names}, "warps": call.warps}
 
 
@@ -241,6 +252,7 @@ def record(path: str, targets: list[str]) -> None:
     """
     import json
 
+    knobs.compilation.always_compile = True  # the seconds are to be the compiler's
     file = Path(path)
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     rows = [row for row in old if row["target"] not in targets]

@@ -27,149 +27,22 @@ two (common.split), so tensor cores keep 16 bits of each.
 import triton
 import triton.language as tl
 
-from .common import log_decay, narrow, product, qk_head, split, tokens_of, widen, write_strength
-
-
-@triton.jit
-def _chunk_at(slot, cu_seqlens, N, T, Ks, C: tl.constexpr, TAIL: tl.constexpr):
-    """(sequence, row of the batch, first token of the chunk, end of the sequence) of a slot.
-
-    Row b has the slots from b * ceil(T / C). Packed sequence n has those from cu_seqlens[n] // C + n, which leaves
-    room for all its chunks and needs no table that the host would have to wait for.
-    """
-    if cu_seqlens is None:
-        per_row = tl.cdiv(T, C)
-        n = slot // per_row
-        first = n * per_row
-    else:
-        n = 0
-        last = N - 1
-        while n < last:
-            middle = (n + last + 1) // 2
-            if tl.load(cu_seqlens + middle).to(tl.int32) // C + middle <= slot:
-                n = middle
-            else:
-                last = middle - 1
-        first = tl.load(cu_seqlens + n).to(tl.int32) // C + n
-    row, start, end = tokens_of(n, cu_seqlens, T)
-    if TAIL:
-        end = tl.maximum(start, end - Ks)
-    return n, row, start + (slot - first) * C, end
-
-
-@triton.jit
-def _first_slot(n, cu_seqlens, T, C: tl.constexpr):
-    """The slot of the first chunk of sequence n."""
-    if cu_seqlens is None:
-        slot = n * tl.cdiv(T, C)
-    else:
-        slot = tl.load(cu_seqlens + n).to(tl.int32) // C + n
-    return slot
-
-
-@triton.jit
-def _alive(mask, mask_t, t, end):
-    """[C]: the tokens that count."""
-    live = t < end
-    if mask is not None:
-        live = tl.load(mask + t.to(tl.int64) * mask_t, mask=live, other=0) != 0
-    return live
-
-
-@triton.jit
-def _rows(x, x_t, t, live, i, inside):
-    """[C, BD] rows of x at tokens t; zeros where a token does not count."""
-    at = t.to(tl.int64)[:, None] * x_t + i[None, :]
-    return tl.load(x + at, mask=live[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def _inverse_length(x, live, eps):
-    """[C]: rsqrt(sum x^2 + eps)."""
-    x = widen(x)
-    return tl.rsqrt(tl.where(live, tl.sum(x * x, 1) + eps, 1.0))
-
-
-@triton.jit
-def _gate_row(g, g_t, t, live, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
-    """[C] log decays of GDA; 0 where a token does not count."""
-    gate = tl.load(g + t.to(tl.int64) * g_t, mask=live, other=0.0)
-    return tl.where(live, log_decay(gate, A, bias, lower_bound, DECAY, BOUNDED), 0.0)
-
-
-@triton.jit
-def _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
-    """[C, BK] log decays of KDA; 0 where a token does not count."""
-    gate = _rows(g, g_t, t, live, i_k, in_k)
-    gate = log_decay(gate, A, bias[None, :], lower_bound, DECAY, BOUNDED)
-    return tl.where(live[:, None] & in_k[None, :], gate, 0.0)
-
-
-@triton.jit
-def _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr):
-    """(exp(A_log), bias): scalars, but bias is [BK] for KDA."""
-    A = 1.0
-    bias = 0.0
-    if KDA:
-        bias = tl.zeros(i_k.shape, tl.float32)
-    if DECAY == "raw":
-        A = tl.exp(widen(tl.load(A_log + hv)))
-        if dt_bias is not None:
-            if KDA:
-                bias = widen(tl.load(dt_bias + hv * K + i_k, mask=in_k, other=0.0))
-            else:
-                bias = widen(tl.load(dt_bias + hv))
-    return A, bias
-
-
-@triton.jit
-def _parts(x, EXACT: tl.constexpr):
-    """x as (high, low) in bfloat16; the low part of an EXACT one is not used."""
-    if EXACT:
-        high = x
-        low = x
-    else:
-        high, low = split(widen(x))
-    return high, low
-
-
-@triton.jit
-def _multiply(a, b):
-    """a b for float32 matrices."""
-    a_high, a_low = split(a)
-    b_high, b_low = split(b)
-    zero = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
-    return product(a_high, a_low, b_high, b_low, zero, False, False)
-
-
-@triton.jit
-def inverse(A, C: tl.constexpr):
-    """(I + A)^-1 for A [C, C] strictly lower triangular, C = 16, 32 or 64.
-
-    The diagonal blocks of 16 by forward substitution, all at once: row s of the inverse is e_s - A[s, :] inverse.
-    Then with D their inverses and N = D (A - diagonal blocks), N^(C/16) = 0 and the rest is three products. (Squaring
-    all the way is shorter still, but powers of A grow like binomials and cancel.)
-    """
-    NB: tl.constexpr = C // 16
-    i = tl.arange(0, C)
-    r = tl.arange(0, 16)
-    same = (i[:, None] // 16) == (i[None, :] // 16)
-    inside = tl.reshape(tl.where(same, A, 0.0), [NB, 16, NB, 16])
-    X = -tl.sum(inside, 2)  # [NB, 16, 16]
-    for s in range(1, 16):
-        row = tl.sum(tl.where(r[None, :, None] == s, X, 0.0), 1)  # [NB, 16] = -A[s, :]
-        row += tl.sum(row[:, :, None] * X, 1)
-        X = tl.where(r[None, :, None] == s, row[:, None, :], X)
-    X += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
-    spread = tl.broadcast_to(tl.reshape(X, [NB, 16, 1, 16]), [NB, 16, NB, 16])
-    D = tl.where(same, tl.reshape(spread, [C, C]), 0.0)
-    if NB > 1:
-        N = _multiply(D, tl.where(same, 0.0, A))
-        # (I + N)^-1 D = (I - N)(I + N^2) D
-        if NB > 2:
-            D += _multiply(_multiply(N, N), D)
-        D -= _multiply(N, D)
-    return D
+from .chunk_parts import (
+    FACTORS,
+    alive,
+    chunk_decays,
+    chunk_of,
+    first_slot,
+    gate_parameters,
+    gate_rows,
+    inverse,
+    normed,
+    pair_decays,
+    parts,
+    rows,
+    store_split,
+)
+from .common import narrow, product, qk_head, split, tokens_of, widen, write_strength
 
 
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
@@ -189,15 +62,10 @@ def scores(
     NB: tl.constexpr = C // 16
     pid = tl.program_id(0)
     block = pid % NB
-    hv = pid // NB % HV
-    slot = pid // (NB * HV)
-    n, b, chunk, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    slot, hv, b, chunk, end = chunk_of(pid // NB, cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     start = chunk + block * 16
     if start >= end:
         return
-    if state_indices is not None:
-        if tl.load(state_indices + n) < 0:
-            return
 
     h = qk_head(hv, H, HV, TILED)
     i_k = tl.arange(0, BK)
@@ -208,17 +76,14 @@ def scores(
     g += b * g_b + hv * g_h
     if mask is not None:
         mask += b * mask_b
-    A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, True, DECAY)
+    A, bias = gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, True, DECAY)
     out += (slot.to(tl.int64) * HV + hv) * (2 * C * C) + (block * 16 + r)[:, None] * C
 
     t = start + r
-    live = _alive(mask, mask_t, t, end)
-    k_i = widen(_rows(k, k_t, t, live, i_k, in_k))
-    q_i = widen(_rows(q, q_t, t, live, i_k, in_k)) * scale
-    if L2NORM:
-        q_i *= _inverse_length(_rows(q, q_t, t, live, i_k, in_k), live, eps)[:, None]
-        k_i *= _inverse_length(k_i, live, eps)[:, None]
-    g_i = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+    live = alive(mask, mask_t, t, end)
+    k_i = normed(k, k_t, t, live, i_k, in_k, eps, L2NORM)
+    q_i = normed(q, q_t, t, live, i_k, in_k, eps, L2NORM) * scale
+    g_i = gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
 
     # Within the block: D_i = g_{j+1} + ... + g_i grows by one term as j goes down.
     D = tl.zeros([16, BK], tl.float32)
@@ -244,12 +109,10 @@ def scores(
     for step in range(0, block):
         J = block - 1 - step
         t = chunk + J * 16 + r
-        live = _alive(mask, mask_t, t, end)
-        k_j = widen(_rows(k, k_t, t, live, i_k, in_k))
-        if L2NORM:
-            k_j *= _inverse_length(k_j, live, eps)[:, None]
-        g_next = _gate_rows(
-            g, g_t, t + 1, _alive(mask, mask_t, t + 1, end) & (r < 15), i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED
+        live = alive(mask, mask_t, t, end)
+        k_j = normed(k, k_t, t, live, i_k, in_k, eps, L2NORM)
+        g_next = gate_rows(
+            g, g_t, t + 1, alive(mask, mask_t, t + 1, end) & (r < 15), i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED
         )  # fmt: skip
         to_block = between[None, :] + tl.cumsum(g_next, 0, reverse=True)
         j_high, j_low = split(k_j * tl.exp(to_block))
@@ -259,49 +122,45 @@ def scores(
         columns = (J * 16 + r)[None, :]
         tl.store(out + columns, product(k_high, k_low, j_high, j_low, zero, False, False))
         tl.store(out + C * C + columns, product(q_high, q_low, j_high, j_low, zero, False, False))
-        g_j = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
+        g_j = gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
         between += tl.sum(g_j, 0)
 
 
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
 def prepare(
     q, k, g, beta, A_log, dt_bias, mask, cu_seqlens, state_indices,
-    found,                            # KDA: what `scores` wrote
-    out,                              # [slots, HV, 4, C, C] bfloat16: T high, T low, P high, P low
-    factors,                          # [slots, HV, 4, C] float32: what rows of k, q and again k are multiplied with
+    found,                            # [slots, HV, 2, C, C] float32: A without beta, P; from `scores` for KDA
+    out,                              # [slots, HV, 4, C, C] bfloat16: T (or Y) high, low, P high, low
+    factors,                          # [slots, HV, FACTORS, C] float32: what rows of k, q, again k are multiplied with
     N, T, Ks, scale, eps, lower_bound,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
-    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, SLICE: tl.constexpr,
+    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
 
-    Factors, where EXACT: E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C.
+    Factors, where EXACT: E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y in place of T (see
+    chunk_backward.py), the factor beta, and for GDA `found` is written.
     """
-    pid = tl.program_id(0)
-    hv = pid % HV
-    slot = pid // HV
-    n, b, start, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
         return
-    if state_indices is not None:
-        if tl.load(state_indices + n) < 0:
-            return
 
     i = tl.arange(0, C)
     t = start + i
     if mask is not None:
         mask += b * mask_b
-    live = _alive(mask, mask_t, t, end)
+    live = alive(mask, mask_t, t, end)
     strength = tl.load(beta + b * beta_b + hv * beta_h + t.to(tl.int64) * beta_t, mask=live, other=0.0)
     strength = tl.where(live, write_strength(strength, LOGIT), 0.0)
     below = i[:, None] > i[None, :]
     upto = i[:, None] >= i[None, :]
+    at_factors = (slot.to(tl.int64) * HV + hv) * (FACTORS * C) + i
+    at_found = (slot.to(tl.int64) * HV + hv) * (2 * C * C) + i[:, None] * C + i[None, :]
     if KDA:
-        at = (slot.to(tl.int64) * HV + hv) * (2 * C * C) + i[:, None] * C + i[None, :]
-        A = tl.load(found + at, mask=below & (t < end)[:, None], other=0.0)
-        P = tl.load(found + at + C * C, mask=upto & (t < end)[:, None], other=0.0)
+        A = tl.load(found + at_found, mask=below & (t < end)[:, None], other=0.0)
+        P = tl.load(found + at_found + C * C, mask=upto & (t < end)[:, None], other=0.0)
     else:
         h = qk_head(hv, H, HV, TILED)
         q += b * q_b + h * q_h
@@ -313,10 +172,10 @@ def prepare(
         # 32 channels at a time: split rows of 128 would not fit the registers
         for first in range(0, BK, SLICE):
             i_k = first + tl.arange(0, SLICE)
-            rows_q = _rows(q, q_t, t, live, i_k, i_k < K)
-            rows_k = _rows(k, k_t, t, live, i_k, i_k < K)
-            k_high, k_low = _parts(rows_k, EXACT)
-            q_high, q_low = _parts(rows_q, EXACT)
+            rows_q = rows(q, q_t, t, live, i_k, i_k < K)
+            rows_k = rows(k, k_t, t, live, i_k, i_k < K)
+            k_high, k_low = parts(rows_k, EXACT)
+            q_high, q_low = parts(rows_q, EXACT)
             A = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), A, EXACT, EXACT)
             P = product(q_high, q_low, tl.trans(k_high), tl.trans(k_low), P, EXACT, EXACT)
             if L2NORM:
@@ -327,24 +186,28 @@ def prepare(
         if L2NORM:
             r_k = tl.rsqrt(tl.where(live, k_length + eps, 1.0))
             r_q = tl.rsqrt(tl.where(live, q_length + eps, 1.0))
-        A_gate, bias = _gate_parameters(A_log, dt_bias, hv, i, live, K, False, DECAY)
+        A_gate, bias = gate_parameters(A_log, dt_bias, hv, i, live, K, False, DECAY)
         g += b * g_b + hv * g_h
-        gate = _gate_row(g, g_t, t, live, A_gate, bias, lower_bound, DECAY, BOUNDED)
-        # log e(j, i) = sum of g_l over j < l <= i
-        decay = tl.exp(tl.cumsum(tl.where(below, gate[:, None], 0.0), 0))
+        gate, E, to_end, last = chunk_decays(
+            g, g_t, mask, mask_t, t, end, i, live, A_gate, bias, lower_bound, C, False, DECAY, BOUNDED
+        )
+        decay = pair_decays(gate, C)
         A = tl.where(below, A * decay * (r_k[:, None] * r_k[None, :]), 0.0)
         P = tl.where(upto, P * (scale * decay) * (r_q[:, None] * r_k[None, :]), 0.0)
+        if BACKWARD:
+            tl.store(found + at_found, A)
+            tl.store(found + at_found + C * C, P)
         if EXACT:
-            following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
-            after = _gate_row(g, g_t, t + 1, following, A_gate, bias, lower_bound, DECAY, BOUNDED)
-            E = tl.exp(tl.cumsum(gate, 0))
-            at = (slot.to(tl.int64) * HV + hv) * (4 * C) + i
-            tl.store(factors + at, E * r_k)
-            tl.store(factors + at + C, scale * E * r_q)
-            tl.store(factors + at + 2 * C, tl.exp(tl.cumsum(after, 0, reverse=True)) * r_k)
-            tl.store(factors + at + 3 * C, i * 0.0 + tl.exp(tl.sum(gate, 0)))
+            tl.store(factors + at_factors, E * r_k)
+            tl.store(factors + at_factors + C, scale * E * r_q)
+            tl.store(factors + at_factors + 2 * C, to_end * r_k)
+            tl.store(factors + at_factors + 3 * C, i * 0.0 + last)
 
-    solved = inverse(A * strength[:, None], C) * strength[None, :]
+    if BACKWARD:
+        tl.store(factors + at_factors + 4 * C, strength)
+        solved = inverse(A * strength[None, :], C)
+    else:
+        solved = inverse(A * strength[:, None], C) * strength[None, :]
     at = (slot.to(tl.int64) * HV + hv) * (4 * C * C) + i[:, None] * C + i[None, :]
     high, low = split(solved)
     tl.store(out + at, narrow(high, tl.bfloat16))
@@ -365,15 +228,9 @@ def operands(
     DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What the scan multiplies the state and U with, for one chunk and head. Grid: slots * HV."""
-    pid = tl.program_id(0)
-    hv = pid % HV
-    slot = pid // HV
-    n, b, start, end = _chunk_at(slot, cu_seqlens, N, T, Ks, C, TAIL)
+    slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
         return
-    if state_indices is not None:
-        if tl.load(state_indices + n) < 0:
-            return
 
     h = qk_head(hv, H, HV, TILED)
     i = tl.arange(0, C)
@@ -382,41 +239,23 @@ def operands(
     t = start + i
     if mask is not None:
         mask += b * mask_b
-    live = _alive(mask, mask_t, t, end)
-    following = _alive(mask, mask_t, t + 1, end) & (i < C - 1)
-    A, bias = _gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, KDA, DECAY)
+    live = alive(mask, mask_t, t, end)
+    A, bias = gate_parameters(A_log, dt_bias, hv, i_k, in_k, K, KDA, DECAY)
     g += b * g_b + hv * g_h
+    _, E, to_end, E_C = chunk_decays(
+        g, g_t, mask, mask_t, t, end, i_k, in_k, A, bias, lower_bound, C, KDA, DECAY, BOUNDED
+    )
+    if not KDA:
+        E = E[:, None]
+        to_end = to_end[:, None]
+        E_C = i_k * 0.0 + E_C
     at = (slot.to(tl.int64) * HV + hv) * (6 * C * K) + i[:, None] * K + i_k[None, :]
-    at_last = (slot.to(tl.int64) * HV + hv) * K + i_k
-    if KDA:
-        gate = _gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
-        tl.store(last + at_last, tl.exp(tl.sum(gate, 0)), mask=in_k)
-        E = tl.exp(tl.cumsum(gate, 0))
-        after = _gate_rows(g, g_t, t + 1, following, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
-        to_end = tl.exp(tl.cumsum(after, 0, reverse=True))
-    else:
-        gate = _gate_row(g, g_t, t, live, A, bias, lower_bound, DECAY, BOUNDED)
-        tl.store(last + at_last, i_k * 0.0 + tl.exp(tl.sum(gate, 0)), mask=in_k)
-        E = tl.exp(tl.cumsum(gate, 0))[:, None]
-        after = _gate_row(g, g_t, t + 1, following, A, bias, lower_bound, DECAY, BOUNDED)
-        to_end = tl.exp(tl.cumsum(after, 0, reverse=True))[:, None]
-    rows = widen(_rows(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k))
-    if L2NORM:
-        rows *= _inverse_length(rows, live, eps)[:, None]
-    _store_split(out + at, rows * E, C * K, in_k[None, :])
-    _store_split(out + at + 4 * C * K, rows * to_end, C * K, in_k[None, :])
-    rows = widen(_rows(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k))
-    if L2NORM:
-        rows *= _inverse_length(rows, live, eps)[:, None]
-    _store_split(out + at + 2 * C * K, rows * E * scale, C * K, in_k[None, :])
-
-
-@triton.jit
-def _store_split(at, x, distance: tl.constexpr, inside):
-    """The high part of x at `at`, the low one `distance` further."""
-    high, low = split(x)
-    tl.store(at, narrow(high, tl.bfloat16), mask=inside)
-    tl.store(at + distance, narrow(low, tl.bfloat16), mask=inside)
+    tl.store(last + (slot.to(tl.int64) * HV + hv) * K + i_k, E_C, mask=in_k)
+    row = normed(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k, eps, L2NORM)
+    store_split(out + at, row * E, C * K, in_k[None, :])
+    store_split(out + at + 4 * C * K, row * to_end, C * K, in_k[None, :])
+    row = normed(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k, eps, L2NORM)
+    store_split(out + at + 2 * C * K, row * E * scale, C * K, in_k[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "T", "Ks"])
@@ -425,7 +264,8 @@ def scan(
     solved, factors,                  # what `prepare` wrote
     ready, ready_last,                # what `operands` wrote, where not EXACT
     state, state_out,                 # [N or P, HV, K, V], may be None
-    parts,                            # [N * HV, SEGMENTS, K, V + K] float32, for more than one segment
+    pieces,                           # [N * HV, SEGMENTS, K, V + K] float32, for more than one segment
+    states,                           # [slots, HV, K, V] float32 for the backward pass, else None
     mask, cu_seqlens, state_indices,
     N, T, Ks,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mask_b, mask_t,
@@ -476,7 +316,7 @@ def scan(
     own = (n.to(tl.int64) * HV + hv) * SEGMENTS * (K * (V + K)) + i_k[:, None] * (V + K)
 
     if row < 0:  # skipped
-        if not TRANSITIONS:
+        if not TRANSITIONS and states is None:
             nothing = tl.zeros([C, BV], o.dtype.element_ty)
             for c in range(first, last):
                 t = start + c * C + i_c
@@ -500,7 +340,7 @@ def scan(
                     at = row * s_n + hv * s_h + at_state
                     S = widen(tl.load(state + at, mask=inside, other=0.0))
                 # Kept for segment 0 of the second launch: in place, another program overwrites the state then.
-                tl.store(parts + own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :], S, mask=inside)
+                tl.store(pieces + own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :], S, mask=inside)
         else:
             if segment == 0:  # its start is known
                 return
@@ -508,14 +348,14 @@ def scan(
     else:
         if segment == 0:
             at = own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :]
-            S = tl.load(parts + at, mask=inside, other=0.0)
+            S = tl.load(pieces + at, mask=inside, other=0.0)
         else:
-            S = tl.load(parts + own + i_v[None, :], mask=inside, other=0.0)
+            S = tl.load(pieces + own + i_v[None, :], mask=inside, other=0.0)
             for s in range(1, segment):
                 if s * each < chunks:
                     at = own + s * (K * (V + K))
-                    M = tl.load(parts + at + V + i_k[None, :], mask=in_k[:, None] & in_k[None, :], other=0.0)
-                    B = tl.load(parts + at + i_v[None, :], mask=inside, other=0.0)
+                    M = tl.load(pieces + at + V + i_k[None, :], mask=in_k[:, None] & in_k[None, :], other=0.0)
+                    B = tl.load(pieces + at + i_v[None, :], mask=inside, other=0.0)
                     m_high, m_low = split(M)
                     s_high, s_low = split(S)
                     S = product(m_high, m_low, s_high, s_low, B, False, False)
@@ -525,25 +365,25 @@ def scan(
     v += b * v_b + hv * v_h
     if mask is not None:
         mask += b * mask_b
-    slot = _first_slot(n, cu_seqlens, T, C).to(tl.int64)
+    slot = first_slot(n, cu_seqlens, T, C).to(tl.int64)
     i_cc = i_c[:, None] * C + i_c[None, :]
 
     for c in tl.range(first, last, num_stages=STAGES):
         t = start + c * C + i_c
-        live = _alive(mask, mask_t, t, end)
+        live = alive(mask, mask_t, t, end)
         at_o = t.to(tl.int64)[:, None] * (HV * V) + i_v[None, :]
         at_cc = ((slot + c) * HV + hv) * (4 * C * C) + i_cc
         T_high = tl.load(solved + at_cc)
         T_low = tl.load(solved + at_cc + C * C)
-        R = widen(_rows(v, v_t, t, live, i_v, i_v < tl.where(of_state, V, 0)))
+        R = widen(rows(v, v_t, t, live, i_v, i_v < tl.where(of_state, V, 0)))
         S_high, S_low = split(S)
         zero = tl.zeros([C, BV], tl.float32)
-        at_factors = ((slot + c) * HV + hv) * (4 * C) + i_c
+        at_factors = ((slot + c) * HV + hv) * (FACTORS * C) + i_c
         at_ready = ((slot + c) * HV + hv) * (6 * C * K) + i_c[:, None] * K + i_k[None, :]
 
         # R = v - (k * E) S,  U = T R
         if EXACT:
-            rows_k = _rows(k, k_t, t, live, i_k, in_k)
+            rows_k = rows(k, k_t, t, live, i_k, in_k)
             to_k = tl.load(factors + at_factors)
             R -= product(rows_k, rows_k, S_high, S_low, zero, True, False) * to_k[:, None]
         else:
@@ -552,14 +392,19 @@ def scan(
             R -= product(k_high, k_low, S_high, S_low, zero, False, False)
         R_high, R_low = split(R)
         U = product(T_high, T_low, R_high, R_low, zero, False, False)
+        if states is not None:  # T is Y here: keep what the chunk starts from and D = Y R; U = beta D
+            at_kept = ((slot + c) * HV + hv) * (K * V) + i_k[:, None] * V + i_v[None, :]
+            tl.store(states + at_kept, S, mask=inside)
+            tl.store(o + at_o, U, mask=(t < end)[:, None] & in_v[None, :])
+            U *= tl.load(factors + at_factors + 4 * C)[:, None]
         U_high, U_low = split(U)
 
         # o = scale (q * E) S + P U
-        if not TRANSITIONS:
+        if not TRANSITIONS and states is None:
             P_high = tl.load(solved + at_cc + 2 * C * C)
             P_low = tl.load(solved + at_cc + 3 * C * C)
             if EXACT:
-                rows_q = _rows(q, q_t, t, live, i_k, in_k)
+                rows_q = rows(q, q_t, t, live, i_k, in_k)
                 to_q = tl.load(factors + at_factors + C)
                 out = product(rows_q, rows_q, S_high, S_low, zero, True, False) * to_q[:, None]
             else:
@@ -574,7 +419,7 @@ def scan(
         # S = diag(E_C) S + (k * e(., C))^T U
         if EXACT:
             U_high, U_low = split(U * tl.load(factors + at_factors + 2 * C)[:, None])
-            faded = S * tl.load(factors + ((slot + c) * HV + hv) * (4 * C) + 3 * C)
+            faded = S * tl.load(factors + ((slot + c) * HV + hv) * (FACTORS * C) + 3 * C)
             new = product(tl.trans(rows_k), tl.trans(rows_k), U_high, U_low, faded, True, False)
         else:
             k_high = tl.load(ready + at_ready + 4 * C * K, mask=in_k[None, :], other=0.0)
@@ -589,7 +434,7 @@ def scan(
 
     if TRANSITIONS:
         at = own + segment * (K * (V + K)) + tl.where(of_state, i_v, i_v + V)[None, :]
-        tl.store(parts + at, S, mask=inside)
+        tl.store(pieces + at, S, mask=inside)
     elif state_out is not None:
         if segment == SEGMENTS - 1:
             tl.store(state_out + at_out, narrow(S, state_out.dtype.element_ty), mask=inside)

@@ -37,6 +37,14 @@ class Config:
     scan_stages: int = 1
     prepare_warps: int = 4
     scores_warps: int = 4
+    backward_chunk: int = 32
+    """For the backward pass: with 64, `gradients` puts 264 bytes of a thread on the stack (sm_90, K = V = 128)."""
+    back_warps: int = 8
+    pairs_warps: int = 4
+    gradients_warps: int = 8
+    gradients_BV: int = 32
+    gradients_slice: int = 16
+    """Channels of q and k that `gradients` takes at a time."""
     segments: int = 0
     """Pieces that a long sequence is cut into; 0 lets `segments()` choose."""
 

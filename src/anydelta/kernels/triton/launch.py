@@ -14,8 +14,10 @@ import torch
 
 from ...spec import Call, CallSpec
 from . import chunk, recurrent
+from .chunk_parts import FACTORS as _FACTORS
 from .config import MAX_CHUNKED_K, Config, Machine, choose, power_of_two, segments
 
+FACTORS = int(_FACTORS.value)
 COMPILER = {"enable_fp_fusion": True}
 """Said aloud, because Triton's default is about to change: products and sums become FMAs."""
 
@@ -101,62 +103,85 @@ class Launches:
         return KernelCall(recurrent.recurrent, grid, args, config.warps)
 
     def _chunks(self, call: Call, out: Any, strides: tuple[int, ...], *, pool: bool) -> Iterator[KernelCall]:
-        spec, config, opt, C = self.spec, self.config, self.spec.options, self.config.chunk
-        tail = spec.snapshots > 0
-        slots = spec.T // C + spec.N if spec.packed else spec.N * -(-spec.T // C)
-        heads = slots * spec.HV
-        exact = spec.dtype == "bfloat16" and not spec.kda
-        shared, inputs = _shared(call), self.inputs
-        norm = dict(L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", TAIL=tail)
-        found = ready = ready_last = None
-        rows = {n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "g_", "ma")}
-        args = dict(
-            q=call.q, k=call.k, g=call.g, **shared, **self.numbers, **rows, **self.sizes, C=C, **self.gates, **norm
-        )  # fmt: skip
-        if spec.kda:
-            found = call.q.new_empty((slots, spec.HV, 2, C, C), dtype=torch.float32)
-            yield KernelCall(chunk.scores, heads * (C // 16), {**args, "out": found}, config.scores_warps)
-        if not exact:
-            ready = call.q.new_empty((slots, spec.HV, 6, C, spec.K), dtype=torch.bfloat16)
-            ready_last = call.q.new_empty((slots, spec.HV, spec.K), dtype=torch.float32)
-            more = dict(out=ready, last=ready_last, KDA=spec.kda)
-            yield KernelCall(chunk.operands, heads, {**args, **more}, config.prepare_warps)
-        solved = call.q.new_empty((slots, spec.HV, 4, C, C), dtype=torch.bfloat16)
-        factors = call.q.new_empty((slots, spec.HV, 4, C), dtype=torch.float32)
-        args = dict(
-            q=call.q, k=call.k, g=call.g, beta=call.beta, **shared, found=found, out=solved, factors=factors,
-            **self.numbers,
-            **{n: s for n, s in inputs.items() if not n.startswith("v_")}, **self.sizes, C=C, KDA=spec.kda,
-            **self.gates, LOGIT=opt.beta_is_logit, **norm, EXACT=exact, SLICE=min(32, self.sizes["BK"]),
-        )  # fmt: skip
-        yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
-
-        BV = config.scan_BV
-        columns = -(-spec.V // BV)
+        spec, config = self.spec, self.config
+        scratch = Scratch(spec, call, config.chunk)
+        yield from self.prepare(call, scratch)
+        columns = -(-spec.V // config.scan_BV)
         # A mask takes one walk: a state without a live token must keep its bits, and products do not keep them.
         programs = spec.N * spec.HV * columns
         tokens = -(-spec.T // max(spec.N, 1)) if spec.packed else spec.T
         pieces = 1 if spec.masked else segments(config, self.machine, programs=programs, tokens=tokens)
-        parts = None
+        moved = None
         if pieces > 1:
-            parts = call.q.new_empty((spec.N * spec.HV, pieces, spec.K, spec.V + spec.K), dtype=torch.float32)
+            moved = call.q.new_empty((spec.N * spec.HV, pieces, spec.K, spec.V + spec.K), dtype=torch.float32)
         args = dict(
-            q=call.q, k=call.k, v=call.v, o=call.o, solved=solved, factors=factors, ready=ready,
-            ready_last=ready_last, state=call.state_in, state_out=out, parts=parts,
-            mask=shared["mask"], cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
-            N=spec.N, T=spec.T, Ks=spec.snapshots,
-            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "v_", "ma")},
-            **_named("s", "nhkv", self.strides["state"]), **_named("u", "nhkv", strides),
-            **self.sizes, V=spec.V, BV=BV, C=C, POOL_OUT=pool, EXACT=exact, TILED=opt.heads == "tiled", TAIL=tail,
-            SEGMENTS=pieces, STAGES=config.scan_stages,
+            **self.scan_args(call, scratch), state_out=out, pieces=moved, states=None,
+            **_named("u", "nhkv", strides), POOL_OUT=pool, SEGMENTS=pieces,
         )  # fmt: skip
         if pieces > 1:
-            grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // BV))
+            grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // config.scan_BV))
             yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": True}, config.scan_warps)
-        grid = spec.N * spec.HV * pieces * columns
         # The product with M [K, K] at the start of a segment takes as many registers again.
         warps = config.scan_warps if pieces == 1 else 8
-        yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": False}, warps)
+        yield KernelCall(chunk.scan, programs * pieces, {**args, "TRANSITIONS": False}, warps)
+
+    def prepare(self, call: Call, scratch: Scratch, *, backward: bool = False) -> Iterator[KernelCall]:
+        """What all chunks need before a walk through them."""
+        spec, config, opt, inputs = self.spec, self.config, self.spec.options, self.inputs
+        heads = scratch.slots * spec.HV
+        args = dict(
+            q=call.q, k=call.k, g=call.g, **_shared(call), **self.numbers,
+            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "g_", "ma")}, **self.sizes, C=scratch.C,
+            **self.gates, L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", TAIL=spec.snapshots > 0,
+        )  # fmt: skip
+        if spec.kda or backward:
+            scratch.found = call.q.new_empty(
+                (scratch.slots, spec.HV, 2, scratch.C, scratch.C), dtype=torch.float32
+            )
+        if spec.kda:
+            yield KernelCall(
+                chunk.scores, heads * (scratch.C // 16), {**args, "out": scratch.found}, config.scores_warps
+            )
+        if not scratch.exact:
+            more = dict(out=scratch.ready, last=scratch.ready_last, KDA=spec.kda)
+            yield KernelCall(chunk.operands, heads, {**args, **more}, config.prepare_warps)
+        args |= dict(
+            beta=call.beta, found=scratch.found, out=scratch.solved, factors=scratch.factors,
+            **{n: s for n, s in inputs.items() if n.startswith("beta_")}, KDA=spec.kda, LOGIT=opt.beta_is_logit,
+            EXACT=scratch.exact, BACKWARD=backward, SLICE=min(32, self.sizes["BK"]),
+        )  # fmt: skip
+        yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
+
+    def scan_args(self, call: Call, scratch: Scratch) -> dict[str, Any]:
+        """The arguments of `scan`, but for what it writes beside o."""
+        spec, config, inputs = self.spec, self.config, self.inputs
+        return dict(
+            q=call.q, k=call.k, v=call.v, o=call.o, solved=scratch.solved, factors=scratch.factors,
+            ready=scratch.ready, ready_last=scratch.ready_last, state=call.state_in, mask=_shared(call)["mask"],
+            cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+            N=spec.N, T=spec.T, Ks=spec.snapshots,
+            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "v_", "ma")},
+            **_named("s", "nhkv", self.strides["state"]), **self.sizes, V=spec.V, BV=config.scan_BV, C=scratch.C,
+            EXACT=scratch.exact, TILED=spec.options.heads == "tiled", TAIL=spec.snapshots > 0,
+            STAGES=config.scan_stages,
+        )  # fmt: skip
+
+
+class Scratch:
+    """Memory that the kernels of chunks hand on to each other: see their arguments for what it holds."""
+
+    def __init__(self, spec: CallSpec, call: Call, C: int):
+        self.C = C
+        self.slots = spec.T // C + spec.N if spec.packed else spec.N * -(-spec.T // C)
+        self.exact = spec.dtype == "bfloat16" and not spec.kda
+        heads = (self.slots, spec.HV)
+        self.found: Any = None
+        self.ready = self.ready_last = None
+        if not self.exact:
+            self.ready = call.q.new_empty((*heads, 6, C, spec.K), dtype=torch.bfloat16)
+            self.ready_last = call.q.new_empty((*heads, spec.K), dtype=torch.float32)
+        self.solved = call.q.new_empty((*heads, 4, C, C), dtype=torch.bfloat16)
+        self.factors = call.q.new_empty((*heads, FACTORS, C), dtype=torch.float32)
 
 
 def chunked(spec: CallSpec, config: Config) -> bool:

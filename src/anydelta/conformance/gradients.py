@@ -1,0 +1,105 @@
+"""Gradients of a case on a backend, compared with those of the float64 recurrence under torch's autograd.
+
+The case's values, with random gradients of the output and of the final state. Each gradient is judged on its own, as
+the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..spec import Call, Options
+from .cases import Case, Inputs, inputs
+from .compare import Target, Verdict, buffers, call, judge
+
+GRADIENT_CASES: tuple[Case, ...] = tuple(
+    Case.parse(line)
+    for line in (
+        "T=40 H=1 HV=1 K=16 V=16 gate=keep",
+        "T=40 H=1 HV=1 K=16 V=16 kda gate=keep",
+        "T=70 H=1 HV=2 K=20 V=31 gate=mixed heads=tiled layout=vk strides=permuted",
+        "T=70 H=1 HV=2 K=20 V=31 kda gate=mixed heads=tiled layout=vk strides=permuted",
+        "T=33 H=2 HV=4 K=32 V=16 gate=one l2norm",
+        "T=33 H=2 HV=4 K=32 V=16 kda gate=one l2norm",
+        "T=20 H=1 HV=1 K=16 V=16 gate=inf beta=ends",
+        "T=20 H=1 HV=1 K=16 V=16 kda gate=inf beta=ends",
+        "T=40 H=1 HV=1 K=16 V=16 gate=wipe",
+        "T=40 H=1 HV=1 K=16 V=16 kda gate=wipe",
+        "T=65 H=1 HV=1 K=64 V=16 gate=keep key=alike beta=one dtype=bfloat16",
+        "T=65 H=1 HV=1 K=64 V=16 kda gate=keep key=alike beta=one dtype=bfloat16",
+        "T=40 H=1 HV=2 K=16 V=16 l2norm decay=raw dt_bias=full logit dtype=bfloat16 gate_dtype=bfloat16",
+        "T=34 H=1 HV=2 K=16 V=16 kda l2norm decay=raw dt_bias=flat lower_bound=-5.0 logit dtype=float16",
+        "B=2 T=34 H=1 HV=1 K=16 V=16 mask=left gate=keep state_dtype=bfloat16",
+        "B=2 T=34 H=1 HV=1 K=16 V=16 kda mask=random l2norm decay=raw dt_bias=full logit",
+        "seqlens=33,0,70,1 H=1 HV=2 K=16 V=16 gate=keep pool=6 indices=5,1,-1,0 state_strides=padded",
+        "seqlens=33,0,70,1 H=1 HV=1 K=16 V=16 kda gate=keep fresh",
+        "T=5 H=1 HV=1 K=16 V=16 gate=keep nofinal",
+        "T=34 H=1 HV=1 K=140 V=8 kda gate=keep",
+    )
+)
+"""Small enough for an interpreter; the larger shapes are a GPU's (bench/gpu.py)."""
+
+_NAMES = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
+
+
+def check_gradients(case: Case, target: Target) -> Verdict:
+    """Run the case on the target's backend with every input requiring grad, and compare the gradients."""
+    import torch
+
+    values = inputs(case)
+    rng = np.random.default_rng(len(str(case)))
+    held = buffers(case, values, target)
+    leaves: dict[str, Any] = {n: b.array for n, b in held.items()}
+    leaves.update({n: x.detach().requires_grad_() for n, x in leaves.items() if n in ("state", *_NAMES)})
+    o, state = call(case, leaves, target.backend)
+    outputs: list[Any] = [o] if case.nofinal else [o, state]
+    grads = [torch.from_numpy(rng.standard_normal(x.shape)).to(x) for x in outputs]
+    wanted = [n for n in ("state", *_NAMES) if n in leaves]
+    got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
+    exact = _exact(case, values, [g.detach().cpu().double() for g in grads])
+    v = Verdict()
+    for name, x in zip(wanted, got, strict=True):
+        want = exact["state_in" if name == "state" else name]
+        if x is None or tuple(x.shape) != want.shape or x.dtype != leaves[name].dtype:
+            v.errors.append(f"gradient of {name}: is {x if x is None else (list(x.shape), x.dtype)}")
+            continue
+        judge(v, f"gradient of {name}", x.cpu().double().numpy(), want, held[name].dtype)
+    return v
+
+
+def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
+    """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
+    import torch
+
+    from ..autograd import gradients
+
+    def tensor(x: Any) -> Any:
+        return (
+            None
+            if x is None
+            else torch.from_numpy(np.where(np.isnan(x), 0.0, x) if x.dtype == np.float64 else x)
+        )
+
+    names = [n for n in _NAMES if n != "state_in"]
+    arrays = {n: tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
+    whole = Call(**arrays, state_in=tensor(values.state))
+    options = Options(
+        scale=case.scale, decay=case.decay, lower_bound=case.lower_bound, beta_is_logit=case.logit, heads=case.heads,
+        qk_l2norm=case.l2norm, qk_l2norm_eps=case.eps, state_layout=case.layout, output_final_state=not case.nofinal,
+    )  # fmt: skip
+    names = [n for n in _NAMES if getattr(whole, n) is not None]
+    found = gradients(whole, options, names, grads[0], grads[-1], backend="reference")
+    return {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}
+
+
+if __name__ == "__main__":
+    for case in GRADIENT_CASES:
+        verdict = check_gradients(case, Target("triton", framework="torch"))
+        print(
+            "FAIL" if verdict.errors else "OK",
+            f"{verdict.worst:.2g} of the error allowed:",
+            case,
+            *verdict.errors,
+        )
