@@ -17,8 +17,9 @@ import torch
 
 from anydelta import dispatch
 from anydelta.backends import triton as backend
-from anydelta.conformance import CASES, Case
+from anydelta.conformance import CASES
 from anydelta.conformance.gradients import GRADIENT_CASES
+from anydelta.conformance.run import parse
 from anydelta.spec import Call, CallSpec, Options, check_call
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -104,6 +105,25 @@ def test_every_launch_gives_the_same_result() -> None:
     ran = assert_ok(jobs)
     assert all(names.count("scan") == 2 for names in ran[3:])
     assert_ok([("T=5 K=20 V=31", {"BV": BV}) for BV in (1, 4, 32)] + [("T=20 K=20 V=31", {"short": 64})])
+
+
+MIXER = (
+    "mixer B=2 T=1 H=2 HV=4 K=16 V=64 split=grouped S=4",
+    "mixer T=3 H=1 HV=2 K=16 V=33 kda norm=sigmoid split=split snapshots=3 heads=tiled bias dtype=bfloat16",
+    "mixer B=2 T=5 H=1 HV=1 K=16 V=16 mask=random snapshots=3 norm=plain neg W=2 S=3 pool=4 indices=3,-1",
+    "mixer seqlens=2,0,1 H=2 HV=2 K=16 V=16 norm=none linear W=1 S=1 layout=vk inplace=False",
+    "mixer B=2 T=40 H=1 HV=2 K=16 V=24 mask=random snapshots=2 neg conv_float dtype=float16",
+    "mixer seqlens=20,0,50 H=1 HV=2 K=16 V=16 kda mask=random norm=sigmoid strides=strided W=5",
+)
+
+
+def test_mixer() -> None:
+    """A step is two launches; all: TRITON_INTERPRET=1 anydelta conform --require triton --framework torch."""
+    jobs: list[tuple[str, dict[str, int]]] = [(line, {"BV": 16}) for line in MIXER]
+    ran = assert_ok(jobs)
+    assert all(names == ["convolve", "recurrent"] for names in ran[:4])
+    assert ran[4] == ["convolve", "convolve", "operands", "prepare", "scan", "recurrent", "gated_norm"]
+    assert "scan" in ran[5]
 
 
 def test_gradients() -> None:
@@ -199,6 +219,10 @@ def test_arguments_come_from_shapes_alone() -> None:
             names = [c.kernel.fn.__name__ for c in aot.calls_of(shape, machine)]
             if shape.backward:
                 assert names[-4:] == ["scan", "back", "pairs", "gradients"]
+            elif shape.mixer and shape.T <= 16:
+                assert names == ["convolve", "recurrent"]
+            elif shape.mixer:
+                assert names == ["convolve", "convolve", "operands", "prepare", "scan", "gated_norm"]
             elif shape.T <= 16:
                 assert names == ["recurrent"]
             else:
@@ -278,4 +302,4 @@ def test_what_ships_compiles_without_spills(target: str, shape: aot.Shape) -> No
 
 
 def test_cases_name_the_launches_they_need() -> None:
-    assert all(Case.parse(line) for line in CHUNKED)
+    assert all(parse(line) for line in (*CHUNKED, *MIXER))

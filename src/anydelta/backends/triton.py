@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..dispatch import Rejected
@@ -51,6 +51,12 @@ class _Plan:
 class Triton:
     name = "triton"
     snapshot_rows = True
+
+    @cached_property
+    def mixer(self) -> Any:
+        from ..mixer.triton import TritonMixer
+
+        return TritonMixer(self)
 
     def available(self) -> Sequence[Rejected]:
         missing = [p for p in ("torch", "triton") if importlib.util.find_spec(p) is None]
@@ -102,7 +108,7 @@ class Triton:
             from ..kernels.triton.interpreter import quicken
 
             quicken()
-        copies = tuple(name for name in _INPUTS if _needs_copy(name, getattr(call, name), call.q.device))
+        copies = tuple(name for name in _INPUTS if needs_copy(name, getattr(call, name), call.q.device))
         return _Plan(
             Launches(spec, machine_of(call.q.device), strides_of(spec, call, copies)),
             copies,
@@ -130,25 +136,25 @@ class Triton:
         from ..kernels.triton.backward import BackwardLaunches, of_inputs, room
 
         plan = self.prepare(spec, call)
-        inner = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
+        inner = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
         launches = BackwardLaunches(spec, machine_of(plan.device), strides_of(spec, call, plan.copies))
         do = grad_o if grad_o.shape[-1] == 1 or grad_o.stride(-1) == 1 else grad_o.contiguous()
         found = room(spec, inner)
-        with _on(plan.device):
+        with on_device(plan.device):
             for kernel_call in launches.calls(inner, do, grad_state, found):
                 kernel_call.run()
         return of_inputs(spec, call, found)
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies:
-            call = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
-        if plan.pooled_snapshots and _share_memory(call.state_in, call.snapshots):
+            call = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
+        if plan.pooled_snapshots and share_memory(call.state_in, call.snapshots):
             call = replace(call, state_in=call.state_in.clone())
-        with _on(plan.device):
+        with on_device(plan.device):
             plan.launches.run(call)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type == "cpu":
         return nullcontext()
@@ -158,7 +164,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return current
 
 
-def _needs_copy(name: str, x: Any, device: torch.device) -> bool:
+def needs_copy(name: str, x: Any, device: torch.device) -> bool:
     if x is None:
         return False
     if name in ("q", "k", "v", "g", "beta"):
@@ -168,7 +174,7 @@ def _needs_copy(name: str, x: Any, device: torch.device) -> bool:
     return bool(not x.is_contiguous() or x.device != device or dtype_name(x) == "float64")
 
 
-def _copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Contiguous, on the device, float64 as float32. From the host without waiting for the device."""
     import torch
 
@@ -176,7 +182,7 @@ def _copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device, dtype, non_blocking=True).contiguous()
 
 
-def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
     return bool(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr())
 
 

@@ -21,6 +21,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...mixer.spec import MixerCall, MixerOptions, MixerSpec, check_mixer
+from ...mixer.triton import calls as mixer_calls
 from ...spec import Call, CallSpec, Options, check_call
 from .backward import BackwardLaunches, room
 from .config import Machine
@@ -70,9 +72,10 @@ class Shape:
     masked: bool = False
     snapshots: int = 0
     backward: bool = False
+    mixer: bool = False
 
     def __str__(self) -> str:
-        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "backward")
+        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "backward", "mixer")
         flags = [n for n in names if getattr(self, n)]
         sizes = f"T={self.T} N={self.N} H={self.H} HV={self.HV} K={self.K} V={self.V}"
         more = f"snapshots={self.snapshots}" if self.snapshots else ""
@@ -107,6 +110,9 @@ def shipped() -> Iterator[Shape]:
         snapshots=4,
     )
     yield replace(prefill, H=2, HV=4, T=32768)  # cut into segments
+    yield replace(decode, decay="raw", pool=True, mixer=True)
+    yield replace(decode, decay="raw", kda=True, H=32, T=4, snapshots=4, mixer=True)
+    yield replace(prefill, decay="raw", packed=True, N=4, masked=True, inplace=True, mixer=True)
     yield replace(prefill, backward=True)
     yield replace(prefill, kda=True, H=32, decay="raw", backward=True)
     yield replace(
@@ -147,10 +153,35 @@ def meta_call(shape: Shape) -> tuple[CallSpec, Call]:
     return spec, call
 
 
+def meta_mixer_call(shape: Shape) -> tuple[MixerSpec, MixerCall]:
+    """The mixer's call of a shape: four taps, a packed qkv, a gated norm."""
+    _, c = meta_call(shape)
+    s = shape
+
+    def new(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=c.q.dtype, device="meta")
+
+    B, T = c.q.shape[:2]
+    width = s.HV * s.V
+    channels = 2 * s.H * s.K + width
+    call = MixerCall(
+        new(B, T, channels), None, None, new(c.state_in.shape[0], channels, 4), c.state_in, c.g, c.beta,
+        new(channels, 4), A_log=c.A_log, dt_bias=c.dt_bias, z=new(B, T, width), norm_weight=new(s.V), mask=c.mask,
+        cu_seqlens=c.cu_seqlens, state_indices=c.state_indices, snapshots=c.snapshots,
+        conv_snapshots=None if c.snapshots is None else new(s.snapshots, s.N, channels, 4), o=new(B, T, width),
+    )  # fmt: skip
+    return check_mixer(
+        call, MixerOptions(state_layout=s.layout, norm_gate="sigmoid" if s.kda else "silu")
+    ), call
+
+
 def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
     """The launches that a call of this shape makes on a machine."""
     from ...backends.triton import strides_of
 
+    if shape.mixer:
+        mixer_spec, mixer_call = meta_mixer_call(shape)
+        return list(mixer_calls(mixer_spec, mixer_call, mixer_call.state, machine))
     spec, call = meta_call(shape)
     if shape.backward:
         launches = BackwardLaunches(spec, machine, strides_of(spec, call))
@@ -160,7 +191,7 @@ def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
 
 def launch_of(call: KernelCall) -> dict[str, int]:
     """The sizes that a launch was chosen by."""
-    names = [name for name in ("BV", "C", "STAGES", "SEGMENTS", "SLICE") if name in call.args]
+    names = [name for name in ("BV", "C", "STAGES", "SEGMENTS", "SLICE", "BT") if name in call.args]
     return {**{name: int(call.args[name]) for name in names}, "warps": call.warps}
 
 

@@ -93,6 +93,13 @@ def write_strength(beta, LOGIT: tl.constexpr):
 
 
 @triton.jit
+def gate_of(z, SIGMOID: tl.constexpr):
+    """silu(z) or sigmoid(z)."""
+    s = 1.0 / (1.0 + tl.exp(-z))
+    return s if SIGMOID else z * s
+
+
+@triton.jit
 def split(x):
     """x as high + low, two bfloat16 numbers: 16 bits of mantissa in all, and float32's exponents.
 

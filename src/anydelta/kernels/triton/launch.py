@@ -22,6 +22,13 @@ COMPILER = {"enable_fp_fusion": True}
 """Said aloud, because Triton's default is about to change: products and sums become FMAs."""
 
 
+NO_NORM: Mapping[str, Any] = dict(
+    z=None, norm_weight=None, plain=None, arrivals=None, norm_eps=0.0, z_b=0, z_t=0, z_g=0, DOUBLE=False, GATE="",
+    Z_GROUP=1,
+)  # fmt: skip
+"""The arguments of `recurrent` that only the mixer has."""
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """One launch: kernel[(grid,)](**args, num_warps=..., num_stages=...)."""
@@ -69,7 +76,7 @@ class Launches:
         """The launches in their order. Scratch memory is taken from torch as they are asked for."""
         spec = self.spec
         if not self.chunked:
-            yield self._recurrent(call, call.state_in, tail=False)
+            yield self.recurrent(call, call.state_in, tail=False)
             return
         # With rows of the pool as snapshots, these are all that is written of it.
         out = None if spec.snapshot_rows else call.state_out
@@ -81,10 +88,17 @@ class Launches:
         dense = carry is not out
         yield from self._chunks(call, carry, strides, pool=spec.inplace and spec.pooled and not dense)
         if spec.snapshots:
-            yield self._recurrent(call, carry, tail=True, carry=strides, dense=dense)
+            yield self.recurrent(call, carry, tail=True, carry=strides, dense=dense)
 
-    def _recurrent(
-        self, call: Call, state: Any, *, tail: bool, carry: tuple[int, ...] | None = None, dense: bool = False
+    def recurrent(
+        self,
+        call: Call,
+        state: Any,
+        *,
+        tail: bool,
+        norm: Mapping[str, Any] = NO_NORM,
+        carry: tuple[int, ...] | None = None,
+        dense: bool = False,
     ) -> KernelCall:
         spec, config, opt = self.spec, self.config, self.spec.options
         pool_out = spec.inplace and spec.pooled
@@ -97,7 +111,8 @@ class Launches:
             **_named("u", "nhkv", self.strides["state_out"]), **_named("w", "snhkv", self.strides["snapshots"]),
             **self.sizes, V=spec.V, BV=config.BV, KDA=spec.kda, **self.gates, LOGIT=opt.beta_is_logit,
             L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled",
-            POOL_IN=(pool_out and not dense) if tail else spec.pooled, POOL_OUT=pool_out, TAIL=tail, AHEAD=spec.T > 1,
+            POOL_IN=(pool_out and not dense) if tail else spec.pooled, POOL_OUT=pool_out, TAIL=tail,
+            AHEAD=spec.T > 1, VV=power_of_two(spec.V), **norm,
         )  # fmt: skip
         grid = spec.N * spec.HV * -(-spec.V // config.BV)
         return KernelCall(recurrent.recurrent, grid, args, config.warps)

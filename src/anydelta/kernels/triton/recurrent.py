@@ -13,7 +13,7 @@ not depend on how many run. The floor for T = 1 is the state read and written: 2
 import triton
 import triton.language as tl
 
-from .common import log_decay, narrow, qk_head, tokens_of, widen, write_strength
+from .common import gate_of, log_decay, narrow, qk_head, tokens_of, widen, write_strength
 
 
 @triton.jit
@@ -52,26 +52,51 @@ def _token(
     return row_q, row_k, row_v, decay, strength, live
 
 
-@triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
+@triton.jit
+def _normed(o, live, z, weight, eps, V: tl.constexpr, GATE: tl.constexpr):
+    """The norm of o [BV], all V columns of a token and head; z and weight [BV]. Zeros for a token that is not live."""
+    out = o * tl.rsqrt(tl.where(live, tl.sum(o * o) / V + eps, 1.0)) * weight
+    if GATE != "":
+        out *= gate_of(z, GATE == "sigmoid")
+    return tl.where(live, out, 0.0)
+
+
+@triton.jit
+def _beside(z, norm_weight, t, z_t, i_v, live, V: tl.constexpr, GATE: tl.constexpr):
+    """(z, weight of the norm) of token t, [BV] each; z stands at the head's token 0."""
+    in_v = i_v < tl.where(live, V, 0)
+    row_z = tl.zeros(i_v.shape, tl.float32)
+    if GATE != "":
+        row_z = widen(tl.load(z + t.to(tl.int64) * z_t + i_v, mask=in_v, other=0.0))
+    return row_z, widen(tl.load(norm_weight + i_v, mask=i_v < V, other=0.0))
+
+
+@triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound", "norm_eps"])
 def recurrent(
     q, k, v, g, beta, o,              # q, k [B, T, H, K]; v, o [B, T, HV, V]; g [B, T, HV(, K)]; beta [B, T, HV]
     state, state_out, snapshots,      # [N or P, HV, K, V]; [N or P, HV, K, V]; [Ks, N, HV, K, V]; each may be None
     A_log, dt_bias, mask,             # [HV]; [HV] or [HV, K]; [B, T] uint8; each may be None
     cu_seqlens, state_indices,        # [N + 1], [N]; may be None
     snapshot_indices,                 # [Ks, N] rows of snapshots, which is then the pool; may be None
-    N, T, Ks, scale, eps, lower_bound,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t,
+    z, norm_weight,                   # the mixer's: [B, T, groups, ..] or None; [V]; None without a norm
+    plain, arrivals,                  # [B, T, HV, V] float32, [N, HV] int32 zeros: for a norm over several programs
+    N, T, Ks, scale, eps, lower_bound, norm_eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t, z_b, z_t, z_g,
     s_n, s_h, s_k, s_v,               # strides of state, in elements, by axis and not by order in memory
     u_n, u_h, u_k, u_v,               # of state_out
     w_s, w_n, w_h, w_k, w_v,          # of snapshots
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
     TILED: tl.constexpr, POOL_IN: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, DOUBLE: tl.constexpr, GATE: tl.constexpr, Z_GROUP: tl.constexpr, VV: tl.constexpr,
 ):  # fmt: skip
     """Grid: N * HV * ceil(V / BV). POOL_IN, POOL_OUT: state, state_out are pools, with a row state_indices[n] for
     sequence n; else row n is its own. TAIL: only the last Ks tokens of a sequence; chunk.py has done the others.
-    AHEAD: there is more than one token, so the next one is loaded early.
+    AHEAD: there is more than one token, so the next one is loaded early. DOUBLE: beta counts twice (allow_neg_eigval).
+
+    With norm_weight o is normed over V and gated (GATE, by z), as kernels/triton/mixer.py has it. Where a head has
+    several programs, each leaves its columns in `plain`, and the one that arrives last norms them all: the sum is made
+    by one program in one order. VV is V as a power of two.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -90,12 +115,12 @@ def recurrent(
     if state_indices is not None:
         row = tl.load(state_indices + n).to(tl.int64)
 
-    o += (b * T * HV + hv) * V + i_v
+    o += (b * T * HV + hv) * V
     if row < 0:  # skipped: zeros out, nothing else read or written
         zero = tl.zeros([BV], o.dtype.element_ty)
         for i in range(start, end):
             t = i  # the interpreter's loop variable is an int, what is assigned is a tensor
-            tl.store(o + t.to(tl.int64) * (HV * V), zero, mask=in_v)
+            tl.store(o + t.to(tl.int64) * (HV * V) + i_v, zero, mask=in_v)
         if state_out is not None and not POOL_OUT:
             at = n.to(tl.int64) * u_n + hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
             nothing = tl.zeros([BK, BV], state_out.dtype.element_ty)
@@ -116,6 +141,11 @@ def recurrent(
     v += b * v_b + hv * v_h
     g += b * g_b + hv * g_h
     beta += b * beta_b + hv * beta_h
+    if norm_weight is not None:
+        if GATE != "":
+            z += b * z_b + hv // Z_GROUP * z_g + hv % Z_GROUP * V
+        if NV > 1:
+            plain += (b * T * HV + hv) * V
     if mask is not None:
         mask += b * mask_b
     A = 1.0
@@ -147,6 +177,8 @@ def recurrent(
                 q, k, v, g, beta, mask, t, end, q_t, k_t, v_t, g_t, beta_t, mask_t, A, bias, lower_bound, eps,
                 i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
             )  # fmt: skip
+        if DOUBLE:
+            strength *= 2.0
         # S' = decay S;  d = beta (v - S'^T k);  S = S' + k d^T
         if KDA:
             faded = S * decay[:, None]
@@ -161,7 +193,15 @@ def recurrent(
             out = tl.where(live, out, 0.0)
         else:
             S = fresh
-        tl.store(o + t.to(tl.int64) * (HV * V), narrow(out, o.dtype.element_ty), mask=in_v)
+        at_o = t.to(tl.int64) * (HV * V) + i_v
+        if norm_weight is None:
+            tl.store(o + at_o, narrow(out, o.dtype.element_ty), mask=in_v)
+        elif NV == 1:
+            row_z, weight = _beside(z, norm_weight, t, z_t, i_v, live, V, GATE)
+            out = _normed(out, live, row_z, weight, norm_eps, V, GATE)
+            tl.store(o + at_o, narrow(out, o.dtype.element_ty), mask=in_v)
+        else:
+            tl.store(plain + at_o, out, mask=in_v)
         if snapshots is not None:
             slot = end - 1 - t
             if slot < Ks:
@@ -180,3 +220,21 @@ def recurrent(
             at = n.to(tl.int64) * u_n
         at += hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
         tl.store(state_out + at, narrow(S, state_out.dtype.element_ty), mask=in_k[:, None] & in_v[None, :])
+
+    if norm_weight is not None and NV > 1:
+        tl.debug_barrier()  # all threads have stored their part of `plain`
+        if tl.atomic_add(arrivals + n * HV + hv, 1, sem="acq_rel", scope="gpu") == NV - 1:
+            every_v = tl.arange(0, VV)
+            for i in range(start, end):
+                t = i
+                live = t < end
+                if mask is not None:
+                    live = tl.load(mask + t.to(tl.int64) * mask_t) != 0
+                whole = tl.load(plain + t.to(tl.int64) * (HV * V) + every_v, mask=every_v < V, other=0.0)
+                z_whole, weight = _beside(z, norm_weight, t, z_t, every_v, live, V, GATE)
+                whole = _normed(whole, live, z_whole, weight, norm_eps, V, GATE)
+                tl.store(
+                    o + t.to(tl.int64) * (HV * V) + every_v,
+                    narrow(whole, o.dtype.element_ty),
+                    mask=every_v < V,
+                )
