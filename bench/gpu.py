@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -57,15 +58,26 @@ def environment(dry: bool) -> dict[str, Any]:
 
 
 def conform(dry: bool, sample: bool, seconds: float) -> dict[str, Any]:
-    """Cases from small to large until the time is up; a sample is every 40th small one."""
+    """Gradients, then cases of the rule and the mixer in a fixed random order, until the time is up, as each compiles
+    its own kernels. A sample is every 40th small one."""
     from anydelta.conformance import CASES, Target
+    from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients
+    from anydelta.conformance.mixer import MIXER_CASES
     from anydelta.conformance.run import run_one, summary
 
-    cases = sorted(CASES, key=lambda c: c.work)
+    cases = [*CASES, *(c for c in MIXER_CASES if c not in CASES)]
     if sample or dry:
         cases = [c for c in cases if c.work < (20_000 if dry else 200_000)][:: 100 if dry else 40]
+    random.Random(0).shuffle(cases)
     target = Target("triton", framework="torch", device=device(dry))
     start, results = time.monotonic(), []
+    wrong = []
+    for case in GRADIENT_CASES[:: 10 if dry or sample else 1]:
+        if time.monotonic() - start > seconds / 2:
+            break
+        verdict = check_gradients(case, target)
+        wrong += verdict.errors
+        print("gradients", "FAIL" if verdict.errors else "OK", f"{verdict.worst:.2f}", case, *verdict.errors)
     for case in cases:
         if time.monotonic() - start > seconds:
             break
@@ -76,7 +88,7 @@ def conform(dry: bool, sample: bool, seconds: float) -> dict[str, Any]:
     print(
         f"{len(results)} of {len(cases)} cases ran, {bad} not OK, worst {max(r.worst for r in results):.2f}"
     )
-    if bad:
+    if bad or wrong:
         raise SystemExit(1)
     return {"summary": summary(results), "results": [r.record() for r in results]}
 

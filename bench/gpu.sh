@@ -31,20 +31,20 @@ if [ -n "$dry" ]; then
   echo "DRY RUN: Triton's interpreter on the CPU. This shows that the script works. Its times mean nothing."
 fi
 step 60 environment "$python" bench/gpu.py environment $dry --out "$out/environment.json"
-step 200 conformance "$python" bench/gpu.py conform $dry --seconds 150 --out "$out/conformance.json"
+step 170 conformance "$python" bench/gpu.py conform $dry --seconds 120 --out "$out/conformance.json"
 if [ -n "$dry" ]; then
   echo "skipped sanitizer, graphs: they need a GPU"
 else
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that a stray access leaves its block
   if command -v compute-sanitizer >/dev/null; then
-    step 120 sanitizer compute-sanitizer --error-exitcode 9 "$python" bench/gpu.py conform --sample --out "$out/sanitized.json"
-    step 120 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$python" bench/gpu.py conform --sample --out "$out/races.json"
+    step 60 sanitizer compute-sanitizer --error-exitcode 9 "$python" bench/gpu.py conform --sample --seconds 40 --out "$out/sanitized.json"
+    step 60 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$python" bench/gpu.py conform --sample --seconds 40 --out "$out/races.json"
   else
     echo "skipped sanitizer: compute-sanitizer is not installed"
   fi
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
-  step 120 graphs "$python" -m pytest -q tests/test_gpu.py
+  step 90 graphs "$python" -m pytest -q tests/test_gpu.py
 fi
-step 240 bench "$python" bench/gpu.py bench $dry --out "$out/bench.json"
+step 180 bench "$python" bench/gpu.py bench $dry --out "$out/bench.json"
 grep '^|' "$out/bench.log"
 exit $failed

@@ -19,7 +19,7 @@ from anydelta import dispatch
 from anydelta.backends import triton as backend
 from anydelta.conformance import CASES
 from anydelta.conformance.gradients import GRADIENT_CASES
-from anydelta.conformance.run import parse
+from anydelta.conformance.run import parse, unavailable
 from anydelta.spec import Call, CallSpec, Options, check_call
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -169,6 +169,21 @@ assert torch.equal(o, o2) and torch.equal(s, s2) and torch.equal(apart, slots)
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
+def test_triton_is_imported_behind_a_driver_with_another_llvm() -> None:
+    """wgpu-native on lavapipe, then triton: two LLVMs, which ended the process before backends/llvm.py."""
+    if unavailable("webgpu"):
+        pytest.skip("webgpu does not run here")
+    code = """
+import numpy as np, anydelta
+x = np.ones((1, 2, 1, 16), np.float32)
+gates = dict(g=-np.ones((1, 2, 1), np.float32), beta=np.ones((1, 2, 1), np.float32))
+for _ in range(2):
+    anydelta.gated_delta_rule(x, x, x, **gates, backend="webgpu")
+    import triton
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # ---- dispatch
 # --------------------------------------------------------------------------------------------------
 
@@ -281,7 +296,7 @@ def test_the_record_is_of_what_ships_and_within_bounds(target: str) -> None:
     for row, (_, c) in zip(rows, ships, strict=True):
         assert row["launch"] == aot.launch_of(c), row
         assert row["shared"] <= machine.shared, row
-        assert row["spilled"] <= aot.SPILL_LIMIT, row
+        assert row["spilled"] <= aot.spill_limit(row["kernel"], target, row["shape"]), row
 
 
 SAMPLE = [("sm_90", aot.Shape()), ("gfx942", aot.Shape(kda=True, H=32))]
@@ -291,12 +306,12 @@ if os.environ.get("ANYDELTA_AOT") == "all":
 
 @pytest.mark.skipif(backend.interpreted(), reason="the interpreter does not compile")
 @pytest.mark.parametrize(("target", "shape"), SAMPLE, ids=str)
-def test_what_ships_compiles_without_spills(target: str, shape: aot.Shape) -> None:
+def test_what_ships_compiles(target: str, shape: aot.Shape) -> None:
     """A sample; with ANYDELTA_AOT=all every specialisation for every target."""
     machine = aot.TARGETS[target][1]
     for c in aot.calls_of(shape, machine):
         done = aot.compile_call(c, target)
-        assert done.spilled <= aot.SPILL_LIMIT, done
+        assert done.spilled <= aot.spill_limit(done.kernel, target, str(shape)), done
         assert 0 < done.registers <= 512
         assert done.shared <= machine.shared
 

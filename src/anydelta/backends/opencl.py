@@ -33,6 +33,7 @@ import numpy as np
 from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory, numpy_dtype
 from ..dispatch import Rejected, UnsupportedError
 from ..spec import Call, CallSpec, dtype_name
+from .llvm import load_triton_first
 from .params import (
     ABSENT,
     ARRAYS,
@@ -71,6 +72,7 @@ def _cl() -> Any:
 
     The loader looks for drivers once, in one folder. Unless OCL_ICD_VENDORS names it, that is one that we fill.
     """
+    load_triton_first()
     import pyopencl as cl
 
     library = intel_runtime()

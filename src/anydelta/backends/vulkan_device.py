@@ -23,6 +23,7 @@ import vulkan as vk
 import anydelta
 
 from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory
+from .llvm import load_triton_first
 from .staging import Launches
 
 BINDINGS = 5
@@ -71,6 +72,7 @@ def instance() -> Any:
     application = vk.VkApplicationInfo(
         pApplicationName="anydelta", apiVersion=min(version, vk.VK_MAKE_VERSION(1, 3, 0))
     )
+    load_triton_first()
     made = vk.vkCreateInstance(
         vk.VkInstanceCreateInfo(
             flags=1 if portable else 0,  # VK_INSTANCE_CREATE_ENUMERATE_PORTABILITY_BIT_KHR

@@ -22,6 +22,7 @@ from wgpu.backends.wgpu_native import ffi, lib
 import anydelta
 
 from ..devices import Bytes, Device, DeviceArray, DeviceError, Memory
+from .llvm import load_triton_first
 from .staging import WORKGROUP, Launches
 
 UNIFORM_BYTES = 256
@@ -48,6 +49,7 @@ def source(name: str) -> str:
 @cache
 def adapters() -> list[Any]:
     """GPUs before CPU drivers; OpenGL, which shows the same hardware again with fewer features, is left out."""
+    load_triton_first()
     order = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
     found = [
         a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] not in ("OpenGL", "OpenGLES")

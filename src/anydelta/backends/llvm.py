@@ -1,0 +1,28 @@
+"""Keeps two copies of LLVM in one process apart: Triton's, and that of CPU drivers such as Mesa's lavapipe or pocl."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def load_triton_first() -> None:
+    """To be called before a driver is loaded that may bring an LLVM of its own. Takes 0.2 s where triton is installed.
+
+    libtriton.so holds an LLVM and exports its symbols. Loaded behind Mesa's libLLVM by way of wgpu-native, its start-up
+    code binds to that one, of another version, and the process dies with SIGSEGV in `import triton`. In this order
+    each keeps its own.
+    """
+    if "triton" in sys.modules or sys.platform != "linux":
+        return
+    found = importlib.util.find_spec("triton")  # does not import it
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        library = Path(folder) / "_C" / "libtriton.so"
+        if library.is_file():
+            with contextlib.suppress(OSError):  # a Triton that does not load harms nobody
+                ctypes.CDLL(str(library))
