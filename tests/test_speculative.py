@@ -79,6 +79,9 @@ def noisy(model: Any, noise: float = 0.15) -> Any:
     return other
 
 
+drafts = pytest.mark.skipif(
+    plain_tests.VERSION < (5, 20), reason="drafting with hybrid models takes transformers 5.20 or later"
+)
 _models: dict[str, tuple[Any, Any]] = {}
 
 
@@ -184,6 +187,7 @@ _plain: dict[tuple[str, int], torch.Tensor] = {}
 
 
 @pytest.mark.parametrize("mode", MODES)
+@drafts
 def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], family: str, mode: str) -> None:
     model, assistant = pair
     with adt.enable():
@@ -191,6 +195,7 @@ def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], family: str, 
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "assistant"])
+@drafts
 def test_greedy_text_of_a_trained_model(tiny: Any, mode: str) -> None:
     """Where drafts are good: the repository's model, on prompts of its own vocabulary."""
     with adt.enable(tiny):
@@ -198,6 +203,7 @@ def test_greedy_text_of_a_trained_model(tiny: Any, mode: str) -> None:
         tiny.generation_config.num_assistant_tokens = None
 
 
+@drafts
 def test_draft_lengths_that_change(pair: tuple[Any, Any]) -> None:
     """Transformers' own schedule: two more drafts after a round that was right, one fewer after another."""
     model, assistant = pair
@@ -210,6 +216,7 @@ def test_draft_lengths_that_change(pair: tuple[Any, Any]) -> None:
             )
 
 
+@drafts
 def test_prompts_of_one_token(pair: tuple[Any, Any]) -> None:
     model, assistant = pair
     with adt.enable():
@@ -219,6 +226,7 @@ def test_prompts_of_one_token(pair: tuple[Any, Any]) -> None:
             same_text(model, got, want, mode)
 
 
+@drafts
 def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
     """Only what the cache does not hold is run, whether all tokens are given or the new ones alone."""
     model, assistant = pair
@@ -233,6 +241,7 @@ def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
             assert STEPS + 28 <= cache.get_seq_length() <= STEPS + 30
 
 
+@drafts
 def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Our loop over the MTP layers, and the hidden state that it starts from, give the tokens and logits of theirs."""
     from anydelta.integrations import transformers_generate as generating
@@ -285,6 +294,7 @@ def test_lookup_finds_the_latest_place_and_repeats_repetitions() -> None:
 # ---- Only where it was asked for
 
 
+@drafts
 def test_enable_for_one_model(pair: tuple[Any, Any]) -> None:
     model, _ = pair
     other = copy.deepcopy(model)
@@ -317,6 +327,7 @@ def test_nothing_changes_for_other_models() -> None:
             greedy(mamba, tokens(9), 4, prompt_lookup_num_tokens=2)
 
 
+@drafts
 def test_a_cache_that_cannot_drop_tokens_is_refused(pair: tuple[Any, Any]) -> None:
     model, _ = pair
     with adt.enable():
@@ -331,6 +342,7 @@ def test_a_cache_that_cannot_drop_tokens_is_refused(pair: tuple[Any, Any]) -> No
         model.config.num_mtp_layers = 2
 
 
+@drafts
 def test_plain_generation_stops_recording(pair: tuple[Any, Any]) -> None:
     model, _ = pair
     with adt.enable():
@@ -339,6 +351,16 @@ def test_plain_generation_stops_recording(pair: tuple[Any, Any]) -> None:
         assert cache.is_recording_past(0) if hasattr(cache, "is_recording_past") else True
         more = greedy(model, tokens(30), 8, past_key_values=RollbackCache(config=model.config))
         assert torch.equal(more, greedy(model, tokens(30), 8))
+
+
+def test_an_older_transformers_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with adt.enable():
+        monkeypatch.setattr(transformers, "__version__", "5.19.0")
+        with pytest.raises(
+            ValueError, match=r"requires transformers 5\.20 to 5\.23 to draft .* got 5\.19\.0"
+        ):
+            greedy(tiny, tokens(9), 4, prompt_lookup_num_tokens=2)
+        assert greedy(tiny, tokens(9), 4).shape[1] == 13
 
 
 # ---- Exact rollback
@@ -503,6 +525,7 @@ def chi_square(places: list[float]) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.8, 20)])
+@drafts
 def test_samples_follow_the_distribution(tiny: Any, mode: str, temperature: float, top_k: int) -> None:
     places: list[float] = []
     with adt.enable():
@@ -534,6 +557,7 @@ def test_the_test_of_samples_finds_wrong_ones(tiny: Any) -> None:
 # ---- Prefix checkpoints
 
 
+@drafts
 def test_a_chat_goes_on_from_checkpoints(pair: tuple[Any, Any], tmp_path: Path) -> None:
     """The second turn, an edited one, and a checkpoint from a file: the logits and text of computing all anew."""
     from anydelta.integrations.transformers_prefix import Checkpoint, PrefixStore
@@ -579,6 +603,7 @@ def test_a_chat_goes_on_from_checkpoints(pair: tuple[Any, Any], tmp_path: Path) 
     hook.remove()
 
 
+@drafts
 def test_a_checkpoint_is_not_changed_by_what_follows(pair: tuple[Any, Any]) -> None:
     from anydelta.integrations.transformers_prefix import PrefixStore
 

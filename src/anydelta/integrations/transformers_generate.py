@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, MtpCache
 from transformers.generation.candidate_generator import CandidateGenerator, EarlyExitCandidateGenerator
@@ -26,6 +27,9 @@ from .transformers_cache import RollbackCache, with_rollback
 
 Method = Callable[..., Any]
 
+SINCE = (5, 20)
+"""The first Transformers whose `generate` drafts as the methods here expect; earlier ones cannot read the MTP layers of
+these families, and crop caches otherwise."""
 _DRAFTS = GenerationConfig._get_default_generation_params().get("num_assistant_tokens")
 
 
@@ -75,10 +79,20 @@ def validate_mode(theirs: Method) -> Method:
     """All of Transformers' checks but the one that the model is not stateful."""
 
     @functools.wraps(theirs)
-    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return theirs(_As(self, _is_stateful=False), *args, **kwargs)
+    def ours(self: Any, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and _version() < SINCE:
+            raise ValueError(
+                f"generate: requires transformers {SINCE[0]}.{SINCE[1]} to 5.23 to draft tokens with "
+                f"{type(self).__name__}; got {transformers.__version__}. pip install 'transformers>=5.20,<5.24', or "
+                "leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+            )
+        return theirs(_As(self, _is_stateful=False), generation_mode, *args, **kwargs)
 
     return ours
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def prepare_cache(theirs: Method) -> Method:
