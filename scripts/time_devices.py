@@ -28,7 +28,7 @@ CALLS = 25
 """Per round."""
 
 
-def tokens(T: int, H: int, HV: int, K: int, kda: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def tokens(T: int, H: int, HV: int, K: int, kda: bool = False) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
     """q, k, v and the gates of one sequence."""
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 1, T, H, K), np.float32) / K**0.5
