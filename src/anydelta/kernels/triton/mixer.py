@@ -214,7 +214,7 @@ def gated_norm(
     written = t < end
     live = written
     if state_indices is not None:
-        live = live & (tl.load(state_indices + n) >= 0)
+        live = t < tl.where(tl.load(state_indices + n) < 0, first, end)
     if mask is not None:
         live = live & (tl.load(mask + b * mask_b + t.to(tl.int64) * mask_t, mask=written, other=0) != 0)
     i_v = tl.arange(0, BV)
