@@ -37,11 +37,10 @@ def tokens(B: int, T: int, H: int, HV: int, K: int) -> tuple[list[Any], dict[str
 def contenders(backend: str) -> dict[str, tuple[Any, str, str, bool]]:
     """name -> (device, cut, way to memory, whether the state is resident)."""
     module = importlib.import_module(f"anydelta.backends.{backend}")
-    device = module.default_device()
-    ways = module.MEMORIES[module.MEMORIES.index(device.memory) :]
+    device = module.roster.default()
     return {
         f"{backend} {cut} {way}{' resident' * resident}": (device, cut, way, resident)
-        for cut, way, resident in itertools.product(device.kernels(), ways, (False, True))
+        for cut, way, resident in itertools.product(device.kernels(), device.memories, (False, True))
         if cut == device.kernels()[0] or (way == device.memory and not resident)
     }
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,30 @@ import torch
 
 import anydelta
 from anydelta import op
-from anydelta.backends import opencl
-from anydelta.conformance import CASES, OK, Case, Target
-from anydelta.conformance.run import run_one, unavailable
+from anydelta.backends import opencl, opencl_device
+from anydelta.backends.opencl_device import MEMORIES, OpenclDevice, roster
+from anydelta.conformance import CASES
+from anydelta.conformance.run import unavailable
+from device_checks import (
+    check_nothing_leaks,
+    check_only_tokens_are_staged,
+    check_resident_pools_and_snapshots,
+    check_threads_take_turns,
+    failures,
+    tokens,
+)
 
 REASONS = unavailable("opencl")
 if REASONS:
     pytest.skip("; ".join(REASONS), allow_module_level=True)
 
-DEVICES = range(len(opencl._found()))
+DEVICES = range(len(opencl_device.found()))
+WAYS = [(i, memory) for i in DEVICES for memory in roster.open(i).memories]
 BATCH = 110
+
+
+def label(index: int) -> str:
+    return opencl_device.label_of(opencl_device.found()[index])[-30:]
 
 
 @pytest.fixture(autouse=True)
@@ -36,108 +48,76 @@ def fresh_plans() -> Iterator[None]:
     op._plans.clear()
 
 
-@pytest.fixture(params=DEVICES, ids=lambda i: opencl._label(opencl._found()[i])[-30:])
-def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> opencl.OpenclDevice:
+@pytest.fixture(params=DEVICES, ids=label)
+def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> OpenclDevice:
     """Each device in turn, as the one where host arrays run."""
-    monkeypatch.setenv(opencl.DEVICE_ENV, str(request.param))
-    return opencl.open_device(request.param)
-
-
-def failures(cases: tuple[Case, ...], kernel: str | None = None, framework: str = "numpy") -> str:
-    results = [run_one(c, Target("opencl", kernel, framework)) for c in cases]
-    return "\n".join(f"{r.status}: {r.case}: {'; '.join(r.reasons)}" for r in results if r.status != OK)
+    monkeypatch.setenv("ANYDELTA_OPENCL_DEVICE", str(request.param))
+    return roster.open(request.param)
 
 
 @pytest.mark.parametrize("start", range(0, len(CASES), BATCH))
 def test_every_case(start: int) -> None:
-    assert not failures(CASES[start : start + BATCH])
-
-
-@pytest.mark.parametrize("memory", opencl.MEMORIES)
-def test_every_cut_and_memory(
-    device: opencl.OpenclDevice, memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if memory == "address" and device.memory != "address":
-        pytest.skip(f"{device.description} does not see the host's memory as it is")
-    monkeypatch.setattr(device, "memory", memory)
-    few = [c for c in CASES if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
-    for i, kernel in enumerate(device.kernels()):
-        cases = tuple(few[3 * i + opencl.MEMORIES.index(memory) :: 40])
-        assert not failures(cases, kernel, "torch" if i % 2 else "numpy")
+    assert not failures("opencl", CASES[start : start + BATCH])
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(4, 4), (8, 8), (32, 8), (64, 16)])
 def test_any_subgroup_size(size: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = opencl.default_device()
+    device = roster.default()
     if "subgroups" not in device.kernels():
         pytest.skip(f"{device.description} has no sub-groups whose size can be pinned")
-    usual = opencl.OpenclDevice.variant
-    monkeypatch.setattr(
-        opencl.OpenclDevice, "variant", lambda self, spec: replace(usual(self, spec), SG=size, LANES=lanes)
-    )
+    usual = OpenclDevice.variant
+
+    def other(self: OpenclDevice, spec: Any) -> Any:
+        cut = replace(usual(self, spec)[0], SG=size, LANES=lanes)
+        return cut, -(-spec.V // cut.columns) * spec.HV * spec.N
+
+    monkeypatch.setattr(OpenclDevice, "variant", other)
     rule = replace(CASES[0], H=2, HV=4, K=32, V=24, T=9, kda=True, snapshots=3, l2norm=True)
-    assert not failures((rule, replace(rule, mask="random", B=2, dtype="bfloat16")), "subgroups")
+    assert not failures("opencl", (rule, replace(rule, mask="random", B=2, dtype="bfloat16")), "subgroups")
 
 
-def tokens(T: int, seed: int = 0, B: int = 1, H: int = 2, HV: int = 4, K: int = 32, V: int = 16) -> Any:
-    rng = np.random.default_rng(seed)
-    q, k = 0.2 * rng.standard_normal((2, B, T, H, K), np.float32)
-    v = rng.standard_normal((B, T, HV, V), np.float32)
-    g, beta = rng.random((2, B, T, HV), np.float32)
-    return (q, k, v), {"g": -g, "beta": beta}
+@pytest.fixture(params=WAYS, ids=lambda way: f"{label(way[0])} {way[1]}")
+def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> OpenclDevice:
+    """Each way to reach the memory of each device."""
+    index, memory = request.param
+    monkeypatch.setenv("ANYDELTA_OPENCL_DEVICE", str(index))
+    monkeypatch.setattr(roster.open(index), "memory", memory)
+    return roster.open(index)
 
 
-@pytest.mark.parametrize("memory", opencl.MEMORIES)
-def test_a_resident_state_stages_the_token_only(
-    device: opencl.OpenclDevice, memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if memory == "address" and device.memory != "address":
-        pytest.skip(f"{device.description} does not see the host's memory as it is")
-    monkeypatch.setattr(device, "memory", memory)
-    there = anydelta.device(device.name)
-    assert there is device
-    rng = np.random.default_rng(1)
-    host = rng.standard_normal((5, 4, 32, 16), np.float32)
-    state, snapshots = there.array(host), there.zeros((2, 1, 4, 32, 16))
-    indices = np.array([3], np.int32)
-    before = replace(there.staged)
-    for step in range(3):
-        (q, k, v), gates = tokens(1 + step, step)
-        o = anydelta.gated_delta_rule_(q, k, v, state, **gates, state_indices=indices, snapshots=snapshots)
-        want = anydelta.gated_delta_rule_(q, k, v, host, **gates, state_indices=indices, backend="reference")
-        assert np.allclose(o, want, atol=1e-5)
-        crossed = there.staged.to_device - before.to_device, there.staged.from_device - before.from_device
-        inputs = sum(x.nbytes for x in (q, k, v, gates["g"], gates["beta"], indices))
-        assert crossed == ((inputs, o.nbytes) if memory == "copy" else (0, 0))
-        before = replace(there.staged)
-    assert np.allclose(state.numpy(), host, atol=1e-5)
-    assert np.allclose(snapshots[0].numpy()[0], host[3], atol=1e-5)
-    assert np.allclose(there.empty((2, 3)).copy().shape, (2, 3))
+def test_every_cut_and_memory(way: OpenclDevice) -> None:
+    few = [c for c in CASES if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
+    for i, kernel in enumerate(way.kernels()):
+        cases = few[3 * i + MEMORIES.index(way.memory) :: 40]
+        assert not failures("opencl", cases, kernel, "torch" if i % 2 else "numpy")
 
 
-@pytest.mark.parametrize("memory", opencl.MEMORIES)
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_resident_pools_and_snapshots(way: OpenclDevice, framework: str) -> None:
+    check_resident_pools_and_snapshots(way, framework)
+
+
+def test_a_resident_state_stages_the_token_only(way: OpenclDevice) -> None:
+    check_only_tokens_are_staged(way, crosses=way.memory == "copy")
+
+
+@pytest.mark.parametrize("memory", roster.open(0).memories)
 def test_ten_thousand_calls_leak_nothing(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = opencl.default_device()
-    if memory == "address" and device.memory != "address":
-        pytest.skip(f"{device.description} does not see the host's memory as it is")
-    monkeypatch.setattr(device, "memory", memory)
-    (q, k, v), gates = tokens(
-        1, B=8
-    )  # 64 KiB of state and more of the rest: 10,000 lost ones would be 640 MiB
-    state = np.zeros((8, 4, 32, 16), np.float32)
-
-    def resident() -> int:
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    for call in range(11_000):
-        if call == 1_000:
-            before = resident()
-        anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="opencl")
-    assert resident() - before < 32 << 20
+    monkeypatch.setattr(roster.default(), "memory", memory)
+    (q, k, v), gates = tokens(B=8, HV=4, K=32)
+    state = np.zeros(
+        (8, 4, 32, 16), np.float32
+    )  # 64 KiB, and more of the rest: 10,000 lost ones would be 640 MiB
+    check_nothing_leaks(
+        lambda i: anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="opencl"), most=32 << 20
+    )
 
 
-def test_pyopencl_arrays_are_states(device: opencl.OpenclDevice) -> None:
+def test_threads_take_turns() -> None:
+    check_threads_take_turns("opencl")
+
+
+def test_pyopencl_arrays_are_states(device: OpenclDevice) -> None:
     cl = pytest.importorskip("pyopencl")
     from pyopencl import array
 
@@ -145,7 +125,7 @@ def test_pyopencl_arrays_are_states(device: opencl.OpenclDevice) -> None:
     queue = cl.CommandQueue(context)
     host = np.random.default_rng(2).standard_normal((2, 4, 32, 16), np.float32)
     mine = array.to_device(queue, np.concatenate([np.zeros_like(host), host]))[2:]  # an offset
-    (q, k, v), gates = tokens(3, B=2)
+    (q, k, v), gates = tokens(3, B=2, H=2, HV=4, K=32)
     o = anydelta.gated_delta_rule_(q, k, v, opencl.from_pyopencl(mine), **gates)
     want = anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="reference")
     assert np.allclose(o, want, atol=1e-5)
@@ -163,23 +143,23 @@ def test_pyopencl_arrays_are_states(device: opencl.OpenclDevice) -> None:
 def test_a_missing_device_lists_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(anydelta.UnsupportedError, match="no such OpenCL device; there are opencl:0 "):
         anydelta.device("opencl:99")
-    monkeypatch.setenv(opencl.DEVICE_ENV, "abacus")
-    (q, k, v), gates = tokens(1)
+    monkeypatch.setenv("ANYDELTA_OPENCL_DEVICE", "abacus")
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     with pytest.raises(anydelta.UnsupportedError, match=r"ANYDELTA_OPENCL_DEVICE must be .*; got 'abacus'"):
         anydelta.gated_delta_rule(q, k, v, **gates, backend="opencl")
 
 
 def test_without_pyopencl_or_a_driver_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    opencl._cl.cache_clear()
+    opencl_device.api.cache_clear()
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "pyopencl", None)
         assert "pip install pyopencl" in str(opencl.BACKEND.available()[0])
-    opencl._cl.cache_clear()
-    monkeypatch.setattr(opencl, "_found", lambda: ())
+    opencl_device.api.cache_clear()
+    monkeypatch.setattr(opencl, "found", lambda: ())
     assert "pip install intel-opencl-rt" in str(opencl.BACKEND.available()[0])
 
 
-def test_memory_beyond_the_limit_is_one_sentence(device: opencl.OpenclDevice) -> None:
+def test_memory_beyond_the_limit_is_one_sentence(device: OpenclDevice) -> None:
     limit = device.cl_device.max_mem_alloc_size
     with pytest.raises(
         anydelta.DeviceError, match=f"arrays of at most {limit} bytes, the driver's limit; got"
@@ -188,12 +168,12 @@ def test_memory_beyond_the_limit_is_one_sentence(device: opencl.OpenclDevice) ->
 
 
 def test_a_kernel_that_does_not_build_is_one_sentence(
-    device: opencl.OpenclDevice, monkeypatch: pytest.MonkeyPatch
+    device: OpenclDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opencl, "_source", lambda: "kernel void by_address(nonsense x) {}")
+    monkeypatch.setattr(opencl_device, "_source", lambda: "kernel void by_address(nonsense x) {}")
     monkeypatch.setattr(device, "programs", {})
     state = np.ones((1, 4, 32, 16), np.float32)
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     with pytest.raises(
         anydelta.DeviceError, match=r"requires a driver that compiles delta_rule.cl; got .*BUILD"
     ):
@@ -201,16 +181,14 @@ def test_a_kernel_that_does_not_build_is_one_sentence(
     assert (state == 1).all()
 
 
-def test_a_lost_device_refuses_from_then_on(
-    device: opencl.OpenclDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cl = opencl._cl()
+def test_a_lost_device_refuses_from_then_on(device: OpenclDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    cl = opencl_device.api()
 
     def dies(*args: Any) -> None:
         raise cl.RuntimeError("clEnqueueNDRangeKernel", cl.status_code.INVALID_COMMAND_QUEUE, "gone")
 
     monkeypatch.setattr(opencl, "_launch", dies)
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     try:
         for _ in range(2):
             with pytest.raises(
@@ -222,13 +200,13 @@ def test_a_lost_device_refuses_from_then_on(
 
 
 def test_the_host_is_preferred_on_the_host() -> None:
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     assert anydelta.explain(q, k, v, **gates).chosen != "opencl"
     assert anydelta.explain(q, k, v, **gates, backend="opencl").chosen == "opencl"
 
 
 def test_float64_is_refused_with_the_reason() -> None:
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     with pytest.raises(anydelta.UnsupportedError, match="takes float32, bfloat16 and float16; got float64"):
         anydelta.gated_delta_rule(q, k, v, **gates, backend="opencl")
@@ -239,8 +217,8 @@ def test_float64_is_refused_with_the_reason() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("pyopencl") is None, reason="pyopencl is not installed")
 def test_intels_runtime_is_found_without_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = opencl.intel_runtime()
+    library = opencl_device.intel_runtime()
     if library is None:
         pytest.skip("intel-opencl-rt is not installed")
     assert library.name.startswith("libintelocl.so")
-    assert any("Intel" in d.platform.name for d in opencl._found())
+    assert any("Intel" in d.platform.name for d in opencl_device.found())

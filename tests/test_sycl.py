@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,17 @@ import pytest
 
 import anydelta
 from anydelta import op
-from anydelta.backends import params, sycl
-from anydelta.conformance import CASES, OK, Case, Target
-from anydelta.conformance.run import run_one, unavailable
+from anydelta.backends import params, sycl, sycl_device
+from anydelta.conformance import CASES, Case
+from anydelta.conformance.run import unavailable
+from device_checks import (
+    check_nothing_leaks,
+    check_only_tokens_are_staged,
+    check_resident_pools_and_snapshots,
+    check_threads_take_turns,
+    failures,
+    tokens,
+)
 
 REASONS = unavailable("sycl")
 if REASONS:
@@ -33,86 +39,59 @@ def fresh_plans() -> Iterator[None]:
     op._plans.clear()
 
 
-@pytest.fixture(params=sycl.MEMORIES)
+@pytest.fixture(params=sycl_device.MEMORIES)
 def memory(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sycl.default_device(), "memory", request.param)
+    monkeypatch.setattr(sycl.roster.default(), "memory", request.param)
     return str(request.param)
-
-
-def failures(cases: tuple[Case, ...], kernel: str | None = None, framework: str = "numpy") -> str:
-    results = [run_one(c, Target("sycl", kernel, framework)) for c in cases]
-    return "\n".join(f"{r.status}: {r.case}: {'; '.join(r.reasons)}" for r in results if r.status != OK)
 
 
 @pytest.mark.parametrize("start", range(0, len(CASES), BATCH))
 def test_every_case(start: int) -> None:
-    assert not failures(CASES[start : start + BATCH])
+    assert not failures("sycl", CASES[start : start + BATCH])
 
 
 def test_every_cut_and_memory(memory: str) -> None:
     few = [c for c in CASES if c.K <= 32]  # one build per cut, for GDA and for KDA
-    for i, kernel in enumerate(sycl.default_device().kernels()):
+    for i, kernel in enumerate(sycl.roster.default().kernels()):
         cases = tuple(few[3 * i + len(memory) :: 30])
-        assert not failures(cases, kernel, "torch" if i % 2 else "numpy")
+        assert not failures("sycl", cases, kernel, "torch" if i % 2 else "numpy")
 
 
 @pytest.mark.parametrize("size", [8, 32])
 def test_any_subgroup_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = sycl.SyclDevice.variant
+    usual = sycl.SyclDevice._cut
     monkeypatch.setattr(
-        sycl.SyclDevice, "variant", lambda self, spec: replace(usual(self, spec), SG=size, group=64)
+        sycl.SyclDevice, "_cut", lambda self, spec: replace(usual(self, spec), SG=size, group=64)
     )
     assert not failures(
-        (Case(B=2, T=9, H=2, HV=4, K=32, V=24, kda=True, snapshots=3, mask="random"),), "subgroups"
+        "sycl", (Case(B=2, T=9, H=2, HV=4, K=32, V=24, kda=True, snapshots=3, mask="random"),), "subgroups"
     )
 
 
 def test_the_record_is_the_kernels() -> None:
-    text = sycl._text("params.hpp")
+    text = sycl_device._text("params.hpp")
     assert f"sizeof(Params) == {params._PARAMS.size + 8 * len(params.ARRAYS)}" in text
 
 
-def tokens(T: int, seed: int = 0, B: int = 1, H: int = 2, HV: int = 4, K: int = 32, V: int = 16) -> Any:
-    rng = np.random.default_rng(seed)
-    q, k = 0.2 * rng.standard_normal((2, B, T, H, K), np.float32)
-    v = rng.standard_normal((B, T, HV, V), np.float32)
-    g, beta = rng.random((2, B, T, HV), np.float32)
-    return (q, k, v), {"g": -g, "beta": beta}
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_resident_pools_and_snapshots(memory: str, framework: str) -> None:
+    check_resident_pools_and_snapshots(anydelta.device("sycl:0"), framework)
 
 
 def test_a_resident_state_stages_the_token_only(memory: str) -> None:
-    there = anydelta.device("sycl:0")
-    rng = np.random.default_rng(1)
-    host = rng.standard_normal((5, 4, 32, 16), np.float32)
-    state, snapshots = there.array(host), there.zeros((2, 1, 4, 32, 16))
-    indices = np.array([3], np.int32)
-    before = replace(there.staged)
-    for step in range(3):
-        (q, k, v), gates = tokens(1 + step, step)
-        o = anydelta.gated_delta_rule_(q, k, v, state, **gates, state_indices=indices, snapshots=snapshots)
-        want = anydelta.gated_delta_rule_(q, k, v, host, **gates, state_indices=indices, backend="reference")
-        assert np.allclose(o, want, atol=1e-5)
-        crossed = there.staged.to_device - before.to_device, there.staged.from_device - before.from_device
-        inputs = sum(x.nbytes for x in (q, k, v, gates["g"], gates["beta"], indices))
-        assert crossed == ((inputs, o.nbytes) if memory == "copy" else (0, 0))
-        before = replace(there.staged)
-    assert np.allclose(state.numpy(), host, atol=1e-5)
-    assert np.allclose(snapshots[0].numpy()[0], host[3], atol=1e-5)
+    check_only_tokens_are_staged(anydelta.device("sycl:0"), crosses=memory == "copy")
 
 
 def test_ten_thousand_calls_leak_nothing(memory: str) -> None:
-    (q, k, v), gates = tokens(1, B=8)  # 64 KiB of state: 10,000 lost ones would be 640 MiB
-    state = np.zeros((8, 4, 32, 16), np.float32)
+    (q, k, v), gates = tokens(B=8, HV=4, K=32)
+    state = np.zeros((8, 4, 32, 16), np.float32)  # 64 KiB: 10,000 lost ones would be 640 MiB
+    check_nothing_leaks(
+        lambda i: anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="sycl"), most=32 << 20
+    )
 
-    def resident() -> int:
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    for call in range(11_000):
-        if call == 1_000:
-            before = resident()
-        anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="sycl")
-    assert resident() - before < 32 << 20
+def test_threads_take_turns() -> None:
+    check_threads_take_turns("sycl")
 
 
 def test_usm_of_another_library_is_a_state() -> None:
@@ -122,7 +101,7 @@ def test_usm_of_another_library_is_a_state() -> None:
     host = np.random.default_rng(2).standard_normal((2, 4, 32, 16), np.float32)
     theirs = memory.MemoryUSMDevice(host.nbytes, queue=queue)
     theirs.copy_from_host(host.reshape(-1).view(np.uint8))
-    (q, k, v), gates = tokens(3, B=2)
+    (q, k, v), gates = tokens(3, B=2, H=2, HV=4, K=32)
     o = anydelta.gated_delta_rule_(q, k, v, sycl.from_usm(theirs, host.shape, "float32"), **gates)
     want = anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="reference")
     assert np.allclose(o, want, atol=1e-5)
@@ -138,8 +117,8 @@ def test_usm_of_another_library_is_a_state() -> None:
 
 def test_dlpack_is_read_without_being_consumed() -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert sycl._dlpack(x[1:].__dlpack__()) == (x[1:].__array_interface__["data"][0], (1, 3), True, 4)
-    assert not sycl._dlpack(x.T.__dlpack__())[2]
+    assert sycl_device._dlpack(x[1:].__dlpack__()) == (x[1:].__array_interface__["data"][0], (1, 3), True, 4)
+    assert not sycl_device._dlpack(x.T.__dlpack__())[2]
 
 
 # ---- what goes wrong
@@ -151,17 +130,17 @@ def test_a_missing_device_lists_those_that_exist() -> None:
 
 
 def test_without_the_extension_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    sycl._host.cache_clear()
+    sycl_device.host.cache_clear()
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "anydelta._sycl", None)
         assert "pip install intel-sycl-rt" in str(sycl.BACKEND.available()[0])
-    sycl._host.cache_clear()
-    monkeypatch.setattr(sycl, "_found", lambda: ())
+    sycl_device.host.cache_clear()
+    monkeypatch.setattr(sycl, "found", lambda: ())
     assert "no SYCL device has a driver" in str(sycl.BACKEND.available()[0])
 
 
 def test_memory_beyond_the_limit_is_one_sentence() -> None:
-    device = sycl.default_device()
+    device = sycl.roster.default()
     limit = device.facts["allocation"]
     with pytest.raises(
         anydelta.DeviceError, match=f"arrays of at most {limit} bytes, the driver's limit; got"
@@ -170,11 +149,11 @@ def test_memory_beyond_the_limit_is_one_sentence() -> None:
 
 
 def test_a_kernel_that_does_not_build_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = sycl.default_device()
-    monkeypatch.setattr(sycl, "_text", lambda name: "nonsense")
+    device = sycl.roster.default()
+    monkeypatch.setattr(sycl_device, "_text", lambda name: "nonsense")
     monkeypatch.setattr(device, "built", set())
     state = np.ones((1, 4, 32, 16), np.float32)
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     with pytest.raises(
         anydelta.DeviceError, match=r"requires a run-time compiler that builds delta_rule.hpp; got"
     ):
@@ -184,6 +163,6 @@ def test_a_kernel_that_does_not_build_is_one_sentence(monkeypatch: pytest.Monkey
 
 
 def test_the_host_is_preferred_on_the_host() -> None:
-    (q, k, v), gates = tokens(1)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
     assert anydelta.explain(q, k, v, **gates).chosen != "sycl"
     assert anydelta.explain(q, k, v, **gates, backend="sycl").chosen == "sycl"
