@@ -20,7 +20,7 @@
 //
 // What all columns need (k, q, a, beta, and v in float32) is staged in local memory for BLOCK tokens at a time.
 //
-// The host sets (backends/opencl.py gives the reasons for its choices):
+// The host sets (backends/opencl_device.py gives the reasons for its choices):
 //     KP     rows of the kernel, a multiple of 16; those above K hold zeros
 //     KDA    0 or 1          VEC    1, 2, 4, 8 or 16        NVEC   vectors of columns per work-item
 //     LANES  a power of two  WG     work-items per group     BLOCK  tokens per stage
@@ -89,7 +89,7 @@ enum { F32, BF16, F16 };                       // Params.*_type
 enum { DECAY_LOG, DECAY_LINEAR, DECAY_RAW };   // Params.decay
 enum { Q, K, V, G, BETA, STATE_IN, A_LOG, DT_BIAS, MASK, CU, INDICES, O, STATE_OUT, SNAPSHOTS, ARRAYS };
 
-// What the host packs, field by field, in the order of opencl._PARAMS. Strides in elements, outermost axis first.
+// What the host packs, field by field, in the order of params._PARAMS. Strides in elements, outermost axis first.
 typedef struct {
   ulong at[ARRAYS];  // address (entry by_address) or byte offset in its buffer (by_buffer); ~0 for an absent array
   long q[4], k[4], v[4], g[4], beta[3], o[4];
