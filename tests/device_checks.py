@@ -95,6 +95,24 @@ def check_only_tokens_are_staged(dev: Any, *, crosses: bool = True) -> None:
     assert inputs + o.nbytes < state.nbytes / 20
 
 
+def check_a_call_on_the_device_stages_nothing(dev: Any, there: Callable[[Any], Any]) -> Any:
+    """`there` puts a host array on the device. Returns o, there, and what it must hold."""
+    qkv, gates = tokens(5, B=2, H=2, HV=4, K=32)
+    host = np.random.default_rng(1).standard_normal((2, 4, 32, 16), np.float32)
+    state, q_k_v = there(host), [there(x) for x in qkv]
+    gates_there = {n: there(x) for n, x in gates.items()}
+    before = (dev.staged.to_device, dev.staged.from_device)
+    o = anydelta.gated_delta_rule_(*q_k_v, state, **gates_there)
+    _, final = anydelta.gated_delta_rule(*q_k_v, **gates_there, initial_state=state)
+    assert (dev.staged.to_device, dev.staged.from_device) == before
+    want = anydelta.gated_delta_rule_(*qkv, host, **gates, backend="reference")
+    assert np.allclose(o.numpy(), want, atol=1e-5)
+    assert np.allclose(state.numpy(), host, atol=1e-5)
+    _, more = anydelta.gated_delta_rule(*qkv, **gates, initial_state=host, backend="reference")
+    assert np.allclose(final.numpy(), more, atol=1e-5)
+    return o, want
+
+
 def check_nothing_leaks(run: Callable[[int], Any], most: int) -> None:
     """10,000 calls `run(i)` after a first thousand let the process grow by less than `most` bytes."""
 

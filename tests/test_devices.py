@@ -17,7 +17,7 @@ import anydelta
 from anydelta import devices, dispatch, op
 from anydelta.backends.reference import Reference
 from anydelta.devices import Device, DeviceArray, Memory
-from anydelta.spec import CallSpec
+from anydelta.spec import Call, CallSpec
 
 
 class ToyMemory(Memory):
@@ -58,14 +58,14 @@ class Toy(Reference):
         return [] if spec.resident.startswith("toy") else [dispatch.Rejected("takes states on a toy")]
 
     def run(self, plan: None, spec: CallSpec, call: Any) -> None:
-        held = {n: getattr(call, n) for n in ("state_in", "state_out", "snapshots")}
-        host = {n: getattr(x, spec.framework)() for n, x in held.items() if x is not None}
+        held = {n: x for n in Call.__slots__ if type(x := getattr(call, n)) is DeviceArray}
+        host = {n: x.torch() if spec.framework == "torch" else x.numpy() for n, x in held.items()}
         if spec.inplace:
             host["state_out"] = host["state_in"]
         super().run(plan, spec, replace(call, **host))
-        for name, values in host.items():
-            if name != "state_in":
-                held[name].write(values)
+        for name in ("o", "state_out", "snapshots"):
+            if name in held:
+                held[name].write(host[name])
 
 
 @pytest.fixture
@@ -166,6 +166,42 @@ def test_a_resident_state_is_advanced_where_it_lies(toy: Device, framework: str)
     assert isinstance(fresh, DeviceArray)
 
 
+def test_all_of_a_call_may_be_on_the_device(toy: Device) -> None:
+    qkv, gates = tokens()
+    there, gates_there = [toy.array(x) for x in qkv], {n: toy.array(x) for n, x in gates.items()}
+    want, final = anydelta.gated_delta_rule(*qkv, **gates, backend="reference")
+    assert anydelta.explain(*there, **gates_there).chosen == "toy"
+    state = toy.zeros((1, 2, 8, 4))
+    for _ in range(2):  # the second time by the remembered plan
+        o, s = anydelta.gated_delta_rule(*there, **gates_there)
+        state.zero()
+        o_ = anydelta.gated_delta_rule_(*there, state, **gates_there)
+        for a, b in ((o, want), (s, final), (o_, want), (state, final)):
+            assert isinstance(a, DeviceArray)
+            assert np.allclose(a.numpy(), b, atol=1e-6)
+    assert len({key for key in op._plans if key[0] is not None}) >= 2
+    mask = np.array([[True, False, True]])
+    o = anydelta.gated_delta_rule_(*there, state, **gates_there, mask=mask)
+    assert not o.numpy()[0, 1].any()
+
+
+def test_a_call_on_a_device_is_on_one_device(toy: Device) -> None:
+    (q, k, v), gates = tokens()
+    there, other = toy.array, anydelta.device("toy:1").array
+    gates_there = {n: there(x) for n, x in gates.items()}
+    run = anydelta.gated_delta_rule
+    with pytest.raises(TypeError, match="k must be on toy:0 as q is; got ndarray on the host"):
+        run(there(q), k, there(v), **gates_there)
+    with pytest.raises(TypeError, match="v must be on toy:0 as q is; got an array on toy:1"):
+        run(there(q), there(k), other(v), **gates_there)
+    with pytest.raises(TypeError, match="initial_state must be on toy:0 as q is; got ndarray on the host"):
+        run(there(q), there(k), there(v), **gates_there, initial_state=np.zeros((1, 2, 8, 4), np.float32))
+    with pytest.raises(TypeError, match=r"mask must be a numpy.ndarray where q is on toy:0; got Tensor"):
+        run(there(q), there(k), there(v), **gates_there, mask=torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(anydelta.UnsupportedError, match="cpu"):
+        run(there(q), there(k), there(v), **gates_there, backend="cpu")
+
+
 def test_a_resident_state_is_checked_like_any_other(toy: Device) -> None:
     qkv, gates = tokens()
     state, host = toy.zeros((1, 2, 8, 4)), np.zeros((1, 2, 8, 4), np.float32)
@@ -179,7 +215,7 @@ def test_a_resident_state_is_checked_like_any_other(toy: Device) -> None:
         run(*qkv, host, **gates, snapshots=snapshots)
     with pytest.raises(ValueError, match="snapshots must be where state is, toy:0; got the host"):
         run(*qkv, state, **gates, snapshots=np.zeros(snapshots.shape, np.float32))
-    with pytest.raises(TypeError, match="v must be an array on the host; got one on toy:0"):
+    with pytest.raises(TypeError, match="v must be on the host as q is; got an array on toy:0"):
         run(*qkv[:2], toy.array(qkv[2]), state, **gates)
     with pytest.raises(anydelta.UnsupportedError, match=r"cpu.*got device toy:0"):
         run(*qkv, state, **gates, backend="cpu")

@@ -19,6 +19,7 @@ from anydelta.backends.opencl_device import MEMORIES, OpenclDevice, roster
 from anydelta.conformance import CASES
 from anydelta.conformance.run import unavailable
 from device_checks import (
+    check_a_call_on_the_device_stages_nothing,
     check_nothing_leaks,
     check_only_tokens_are_staged,
     check_resident_pools_and_snapshots,
@@ -113,6 +114,10 @@ def test_ten_thousand_calls_leak_nothing(memory: str, monkeypatch: pytest.Monkey
     )
 
 
+def test_a_call_on_the_device_stages_nothing(way: OpenclDevice) -> None:
+    check_a_call_on_the_device_stages_nothing(way, way.array)
+
+
 def test_threads_take_turns() -> None:
     check_threads_take_turns("opencl")
 
@@ -133,6 +138,11 @@ def test_pyopencl_arrays_are_states(device: OpenclDevice) -> None:
     _, final = anydelta.gated_delta_rule(q, k, v, initial_state=opencl.from_pyopencl(mine), **gates)
     assert np.array_equal(opencl.to_pyopencl(final).get(), final.numpy())
     assert np.array_equal(opencl.to_pyopencl(device.array(host)).get(), host)
+    there = opencl.from_pyopencl(mine).device
+    o, want = check_a_call_on_the_device_stages_nothing(
+        there, lambda x: opencl.from_pyopencl(array.to_device(queue, x))
+    )
+    assert np.allclose(opencl.to_pyopencl(o).get(), want, atol=1e-5)
     with pytest.raises(ValueError, match="from_pyopencl requires a C-contiguous array"):
         opencl.from_pyopencl(mine[:, ::2])
 

@@ -16,6 +16,7 @@ from anydelta.backends import params, sycl, sycl_device
 from anydelta.conformance import CASES, Case
 from anydelta.conformance.run import unavailable
 from device_checks import (
+    check_a_call_on_the_device_stages_nothing,
     check_nothing_leaks,
     check_only_tokens_are_staged,
     check_resident_pools_and_snapshots,
@@ -90,6 +91,11 @@ def test_ten_thousand_calls_leak_nothing(memory: str) -> None:
     )
 
 
+def test_a_call_on_the_device_stages_nothing(memory: str) -> None:
+    there = anydelta.device("sycl:0")
+    check_a_call_on_the_device_stages_nothing(there, there.array)
+
+
 def test_threads_take_turns() -> None:
     check_threads_take_turns("sycl")
 
@@ -108,6 +114,20 @@ def test_usm_of_another_library_is_a_state() -> None:
     got = np.empty(host.nbytes, np.uint8)
     theirs.copy_to_host(got)
     assert np.allclose(got.view(np.float32).reshape(host.shape), host, atol=1e-5)
+    kept = []
+
+    def there(x: Any) -> Any:
+        usm = memory.MemoryUSMDevice(x.nbytes, queue=queue)
+        usm.copy_from_host(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        kept.append(usm)
+        return sycl.from_usm(usm, x.shape, "float32")
+
+    o, want = check_a_call_on_the_device_stages_nothing(anydelta.device("sycl:0"), there)
+    got = np.empty(want.nbytes, np.uint8)
+    memory.as_usm_memory(sycl.to_usm(o)).copy_to_host(got)
+    assert np.allclose(got.view(np.float32).reshape(want.shape), want, atol=1e-5)
+    with pytest.raises(ValueError, match="to_usm requires a float32 or float16 array on a SYCL device"):
+        sycl.to_usm(anydelta.device("sycl:0").zeros((2,), "bfloat16"))
     for bad in (host, object()):
         with pytest.raises(ValueError, match="from_usm requires"):
             sycl.from_usm(bad)

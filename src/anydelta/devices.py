@@ -5,8 +5,10 @@
     o = anydelta.gated_delta_rule_(q, k, v, state, g=g, beta=beta)      # q ... o stay host arrays
 
 A `DeviceArray` goes wherever the operator takes a state or snapshots. The other arrays of the call are NumPy arrays
-or torch tensors on the CPU; the backend stages them, and `Device.staged` counts every byte that crosses. A backend
-offers devices through a function `open_device(index)` in its module, and subclasses `Device` and `Memory`.
+or torch tensors on the CPU; the backend stages them, and `Device.staged` counts every byte that crosses. On OpenCL and
+SYCL devices q, k, v, g and beta (and A_log, dt_bias) may be `DeviceArray`s too, all of them, and o is then one.
+
+A backend offers devices through a function `open_device(index)` in its module, and subclasses `Device` and `Memory`.
 """
 
 from __future__ import annotations

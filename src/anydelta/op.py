@@ -25,7 +25,8 @@ except ImportError:  # not built: the cpu backend gives the reason
     _core = None  # type: ignore[assignment]
 
 Array = Any
-"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead."""
+"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead, and
+all of a call may where the backend takes that (OpenCL, SYCL), but for masks and indices, which are NumPy's then."""
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class _Plan:
     backend: dispatch.Backend
     native: Any
     empty_like: Any
-    """torch's allocator for contiguous outputs (three times as quick as by shape); None for NumPy."""
+    """torch's allocator for contiguous outputs (three times as quick as by shape), or a device's; None for NumPy."""
     state_like: bool
     """Whether a new final state looks like the initial one."""
 
@@ -108,7 +109,8 @@ def gated_delta_rule(
         backend: "auto", or a name, which then runs or raises.
 
     Returns:
-        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] (zeros for skipped sequences) or None.
+        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] (zeros for skipped sequences) or None. They are
+        arrays of q's kind; a final state is where the initial one, the snapshots or q are on a device.
 
     Raises:
         ValueError, TypeError: an invalid call; nothing was read or written.
@@ -204,15 +206,19 @@ def _geometry(call: Call) -> Any:
     The extension answers in a microsecond; this code stands in where it is not built or cannot read an array.
     """
     state, snapshots = call.state_in, call.snapshots
+    floats = (call.q, call.k, call.v, call.g, call.beta, state, call.A_log, call.dt_bias, snapshots)
+    q, k, v, g, beta, state, A_log, dt_bias, snapshots = floats
     resident = None
-    if type(state) is DeviceArray or type(snapshots) is DeviceArray:
-        resident = tuple((x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None
-                         for x in (state, snapshots))  # fmt: skip
-        state = None if type(state) is DeviceArray else state
-        snapshots = None if type(snapshots) is DeviceArray else snapshots
+    if DeviceArray in (type(q), type(state), type(snapshots)):
+        resident = tuple(
+            (x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None for x in floats
+        )
+        q, k, v, g, beta, state, A_log, dt_bias, snapshots = (
+            None if type(x) is DeviceArray else x for x in floats
+        )
     arrays = (
-        call.q, call.k, call.v, call.g, call.beta, state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
-        call.state_indices, snapshots, call.snapshot_indices,
+        q, k, v, g, beta, state, A_log, dt_bias, call.mask, call.cu_seqlens, call.state_indices, snapshots,
+        call.snapshot_indices,
     )  # fmt: skip
     geometry = None if _core is None else _core.geometry(*arrays)
     return geometry if resident is None or geometry is None else (geometry, resident)
@@ -297,9 +303,8 @@ def _by_dense_snapshots(
         dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
     lowered = dispatch.without_rows(spec)
     chosen = dispatch.pick(lowered, backend)
-    dense.o = (
-        call.v.new_empty(call.v.shape) if spec.framework == "torch" else np.empty(call.v.shape, call.v.dtype)
-    )
+    empty_like, _ = _allocation(spec, call)
+    dense.o = empty_like(call.v) if empty_like else np.empty(call.v.shape, call.v.dtype)
     chosen.run(chosen.prepare(lowered, dense), lowered, dense)
     lengths = [spec.T] * spec.N
     if call.cu_seqlens is not None:
@@ -320,6 +325,8 @@ def _by_dense_snapshots(
 
 def _allocation(spec: CallSpec, call: Call) -> tuple[Any, bool]:
     """(empty_like, state_like) of a plan."""
+    if spec.framework == "device":
+        return _empty_like_on_device, False
     if spec.framework != "torch":
         return None, False
     import torch
@@ -330,12 +337,17 @@ def _allocation(spec: CallSpec, call: Call) -> tuple[Any, bool]:
     return partial(torch.empty_like, memory_format=torch.contiguous_format), same
 
 
+def _empty_like_on_device(x: DeviceArray) -> DeviceArray:
+    return x.device.empty(x.shape, x.dtype)
+
+
 def _new_state(call: Call, spec: CallSpec) -> Array:
     dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
     shape = (spec.N, spec.HV, *dims)
     like = call.state_in if call.state_in is not None else call.snapshots
-    if type(like) is DeviceArray:
-        return like.device.empty(shape, like.dtype)
+    if spec.framework == "device" or type(like) is DeviceArray:
+        there = call.q.device if like is None else like.device
+        return there.empty(shape, spec.state_dtype)
     if spec.framework == "torch":
         import torch
 

@@ -101,11 +101,12 @@ class CallSpec:
     inplace: bool
     requires_grad: bool
     framework: str
+    """"torch" or "numpy", or "device" where q, k, v, g, beta and o are `DeviceArray`s too."""
     device: str
     """Where the call runs, a key of dispatch.PRIORITY: the device type of q, or the kind of `resident`."""
     options: Options = field(default_factory=Options)
     resident: str = ""
-    """The device ("vulkan:0") that holds the state and the snapshots, where they are `DeviceArray`s."""
+    """The device ("vulkan:0") that holds the state and the snapshots, and all of the call where q is there."""
     snapshot_rows: bool = False
     """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that set
     `snapshot_rows` are shown such a spec; others run on dense snapshots, which op.py then moves."""
@@ -194,11 +195,15 @@ def overlaps(x: Any) -> bool:
 class _Checker:
     """Raises errors of one form: `[op] NAME must be X; got Y`."""
 
-    def __init__(self, op: str, first: str = "q", kinds: Sequence[str] = ("torch", "numpy")):
+    def __init__(
+        self, op: str, first: str = "q", kinds: Sequence[str] = ("torch", "numpy"), *, devices: bool = False
+    ):
         self.op = op
         self.first = first
         self.kinds = kinds
         """The frameworks whose arrays are taken."""
+        self.devices = devices
+        """Whether `first`, and all with it, may be a `DeviceArray`."""
 
     def fail(self, text: str) -> None:
         raise ValueError(f"{self.op}: {text}")
@@ -206,9 +211,17 @@ class _Checker:
     def array(self, name: str, x: Any, like: tuple[str, str] | None) -> tuple[str, str]:
         framework = framework_of(x)
         if framework == "device":
+            if like is None and not (self.devices and name == self.first):
+                raise TypeError(f"{self.op}: {name} must be an array on the host; got one on {x.device.name}")
+            if like is not None and like != (framework, x.device.name):
+                where = like[1] if like[0] == "device" else "the host"
+                raise TypeError(
+                    f"{self.op}: {name} must be on {where} as {self.first} is; got an array on {x.device.name}"
+                )
+            return framework, x.device.name
+        if like is not None and like[0] == "device":
             raise TypeError(
-                f"{self.op}: {name} must be an array on the host; got one on {x.device.name}. Only states and "
-                f"snapshots live on a device"
+                f"{self.op}: {name} must be on {like[1]} as {self.first} is; got {type(x).__name__} on the host"
             )
         if framework is None or framework not in self.kinds:
             hint = ". For MLX arrays there is anydelta.mlx.gated_delta_rule" if framework == "mlx" else ""
@@ -239,12 +252,19 @@ class _Checker:
 
     def held(self, name: str, x: Any, here: tuple[str, str]) -> str:
         """A state or snapshots: an array like q, or one on a device, whose name is returned ("" for the former)."""
-        if type(x) is not DeviceArray:
+        if type(x) is not DeviceArray or here[0] == "device":
             self.array(name, x, here)
-            return ""
+            return here[1] if here[0] == "device" else ""
         if here[1] != "cpu":
             self.fail(f"q must be on the CPU when {name} is on {x.device.name}; got {here[1]}")
         return x.device.name
+
+    def host(self, name: str, x: Any, here: tuple[str, str]) -> None:
+        """Small arrays beside arrays on a device are NumPy's."""
+        if here[0] == "device" and framework_of(x) != "numpy":
+            raise TypeError(
+                f"{self.op}: {name} must be a numpy.ndarray where q is on {here[1]}; got {type(x).__name__}"
+            )
 
     def dtype(self, name: str, x: Any, allowed: Sequence[str]) -> str:
         got = dtype_name(x)
@@ -269,9 +289,10 @@ class _Checker:
         return float(value)
 
     def index(self, name: str, x: Any, here: tuple[str, str]) -> None:
-        """Index arrays may stay on the host when q is elsewhere."""
+        """Index arrays may stay on the host when q is elsewhere, and must where q is a `DeviceArray`."""
+        self.host(name, x, here)
         framework, device = self.array(name, x, None)
-        if framework != here[0]:
+        if here[0] != "device" and framework != here[0]:
             raise TypeError(f"{self.op}: {name} must be a {here[0]} array as q is; got {framework}")
         if device not in (here[1], "cpu"):
             self.fail(f"{name} must be on the CPU or on q's device {here[1]}; got {device}")
@@ -313,7 +334,7 @@ def check_call(
         TypeError: an argument of the wrong kind (not an array, not a number, mixed frameworks).
         ValueError: a wrong shape, dtype, device, stride, choice or combination; names the argument.
     """
-    c = _Checker(options.op, kinds=kinds)
+    c = _Checker(options.op, kinds=kinds, devices="numpy" in kinds)
     c.choice("decay", options.decay, DECAYS)
     c.choice("heads", options.heads, HEADS)
     c.choice("state_layout", options.state_layout, LAYOUTS)
@@ -372,7 +393,8 @@ def check_call(
         Ks = _check_snapshot_indices(c, call, here, inplace=inplace, N=N)
 
     if call.mask is not None:
-        c.array("mask", call.mask, here)
+        c.host("mask", call.mask, here)
+        c.array("mask", call.mask, here if here[0] != "device" else None)
         c.dtype("mask", call.mask, ("bool",))
         c.shape("mask", call.mask, (B, T), "[B, T]")
 
@@ -481,7 +503,7 @@ def _check_state(
 
     Returns (P, state dtype, the device that holds them or "").
     """
-    resident = ""
+    resident = here[1] if here[0] == "device" else ""
     layout = "K, V" if options.state_layout == "kv" else "V, K"
     tail = (HV, K, V) if options.state_layout == "kv" else (HV, V, K)
     name = "state" if inplace else "initial_state"

@@ -324,7 +324,7 @@ _sharing = threading.Lock()
 
 
 def from_pyopencl(x: Any) -> DeviceArray:
-    """A pyopencl array as a state or snapshots, without a copy: what the operator writes, `x` shows.
+    """A pyopencl array as an array of a call (q ... beta, states, snapshots), without a copy: what is written, x shows.
 
     Args:
         x: a C-contiguous pyopencl.array.Array of float32 or float16 (bfloat16 as ml_dtypes.bfloat16), in any context.

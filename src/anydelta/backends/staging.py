@@ -302,6 +302,10 @@ class StagedBackend(ABC):
             no.append(
                 f"takes host arrays, and states on the host or on {self.name}; got {spec.resident or spec.device}"
             )
+        if spec.framework == "device":
+            no.append(
+                "takes q, k, v, g and beta on the host, from where it stages them; got them on the device"
+            )
         if spec.dtype == "float64":
             no.append("takes float32, bfloat16 and float16; got float64")
         if spec.K > MAX_K:

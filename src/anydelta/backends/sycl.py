@@ -20,9 +20,9 @@ from ..dispatch import Rejected
 from ..spec import Call, CallSpec
 from .cuts import CutBackend, Packing, Plan, absent, sentence
 from .params import ARRAYS, address
-from .sycl_device import SyclDevice, Variant, found, from_usm, host, roster
+from .sycl_device import SyclDevice, Variant, found, from_usm, host, roster, to_usm
 
-__all__ = ["BACKEND", "forced_isa", "from_usm", "isas", "open_device"]
+__all__ = ["BACKEND", "forced_isa", "from_usm", "isas", "open_device", "to_usm"]
 
 open_device, isas, forced_isa = roster.open, roster.isas, roster.forced_isa
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..devices import Bytes, DeviceArray, DeviceError, Memory
+from ..devices import Bytes, DeviceArray, DeviceError, Memory, numpy_dtype
 from ..spec import CallSpec, dtype_name
 from .cuts import CutDevice, Roster, sentence
 from .opencl_device import intel_runtime
@@ -225,7 +225,7 @@ class _Foreign(Memory):
 def from_usm(
     x: Any, shape: Sequence[int] | None = None, dtype: str | None = None, device: str = "sycl:0"
 ) -> DeviceArray:
-    """USM of another library as a state or snapshots, without a copy.
+    """USM of another library as an array of a call (q, k, v, g, beta, states, snapshots), without a copy.
 
     Args:
         x: C-contiguous; anything with `__sycl_usm_array_interface__` (dpctl memory, dpnp arrays), or with DLPack on a
@@ -263,6 +263,36 @@ def from_usm(
             f"{'' if dense else ' with strides'}"
         )
     return DeviceArray(there, _Foreign(there, pointer, nbytes, x), dims, name)
+
+
+class UsmView:
+    """A device array as other libraries take USM: `dpctl.memory.as_usm_memory(view)`, `dpctl.tensor.asarray(view)`."""
+
+    def __init__(self, x: DeviceArray):
+        self.array = x
+
+    @property
+    def __sycl_usm_array_interface__(self) -> dict[str, Any]:
+        x = self.array
+        assert isinstance(x.device, SyclDevice)
+        return {
+            "data": (x.memory.address + x.offset, False),  # type: ignore[attr-defined]
+            "shape": x.shape, "strides": None, "typestr": numpy_dtype(x.dtype).str, "version": 1, "offset": 0,
+            "syclobj": x.device.queue.capsule(),
+        }  # fmt: skip
+
+
+def to_usm(x: DeviceArray) -> UsmView:
+    """A device array for libraries that know `__sycl_usm_array_interface__` (dpctl, dpnp), without a copy.
+
+    Raises:
+        ValueError: the array is on a device of another kind, or bfloat16, which that interface does not know.
+    """
+    if not isinstance(x.device, SyclDevice) or x.dtype == "bfloat16":
+        raise ValueError(
+            f"to_usm requires a float32 or float16 array on a SYCL device; got {x.dtype} on {x.device.name}"
+        )
+    return UsmView(x)
 
 
 class _DLTensor(ctypes.Structure):

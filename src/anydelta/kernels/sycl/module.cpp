@@ -103,6 +103,12 @@ class Queue {
     void fill(std::uintptr_t to, std::size_t bytes) { queue_.memset(reinterpret_cast<void*>(to), 0, bytes); }
     nb::dict describe() const { return ::describe(device_); }
 
+    // The queue as other libraries take it (dpctl's convention for "syclobj").
+    nb::capsule capsule() const {
+        return nb::capsule(new sycl::queue(queue_), "SyclQueueRef",
+                           [](void* queue) noexcept { delete static_cast<sycl::queue*>(queue); });
+    }
+
   private:
     sycl::device device_;
     sycl::queue queue_;
@@ -126,5 +132,6 @@ NB_MODULE(_sycl, m) {
         .def("release", &Queue::release)
         .def("copy", &Queue::copy)
         .def("fill", &Queue::fill)
+        .def("capsule", &Queue::capsule)
         .def("describe", &Queue::describe);
 }

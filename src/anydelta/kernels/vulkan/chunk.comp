@@ -124,16 +124,21 @@ void main() {
     if (skipped) {
         for (uint t = 0; t < len && mine; ++t) store_o(base + t, col, 0);
         if (has(ZERO_SKIPPED) && mine)
-            for (uint row = 0; row < call.K; ++row) store_state(row, col, 0);
+            for (uint row = 0; row < call.K; ++row) store_state(column_of(row_out, col) + row * row_step(), 0);
         return;
     }
 
     vec4 S[ROWS4];
-    [[unroll]] for (uint r = 0; r < ROWS4; ++r)
-        [[unroll]] for (uint c = 0; c < 4; ++c) {
-            const uint row = 4 * r + c;
-            S[r][c] = has(HAS_STATE) && mine && row < call.K ? load_state(row, col) : 0.0;
-        }
+    const uint step = row_step();
+    [[unroll]] for (uint r = 0; r < ROWS4; ++r) S[r] = vec4(0);
+    if (has(HAS_STATE) && mine) {
+        const uint at = column_of(row_in, col);
+        [[unroll]] for (uint r = 0; r < ROWS4; ++r)
+            [[unroll]] for (uint c = 0; c < 4; ++c) {
+                const uint row = 4 * r + c;
+                if (exists(r, row)) S[r][c] = load_state(at + row * step);
+            }
+    }
 
     const uint VP = (call.V + 1) & ~1u, last = chunked_tokens();
     const float A = A_of_head();
@@ -173,10 +178,12 @@ void main() {
         barrier();  // the next chunk overwrites what others may still read
     }
 
-    if (has(WRITE_STATE) && mine)
+    if (has(WRITE_STATE) && mine) {
+        const uint at = column_of(row_out, col);
         [[unroll]] for (uint r = 0; r < ROWS4; ++r)
             [[unroll]] for (uint c = 0; c < 4; ++c) {
                 const uint row = 4 * r + c;
-                if (row < call.K) store_state(row, col, S[r][c]);
+                if (exists(r, row)) store_state(at + row * step, S[r][c]);
             }
+    }
 }

@@ -47,16 +47,22 @@ void main() {
     if (skipped) {
         for (uint t = lane; t < len && mine; t += LANES) store_o(base + t, col, 0);
         if (has(ZERO_SKIPPED) && mine)
-            for (uint row = lane; row < call.K; row += LANES) store_state(row, col, 0);
+            for (uint row = lane; row < call.K; row += LANES)
+                store_state(column_of(row_out, col) + row * row_step(), 0);
         return;
     }
 
     vec4 S[ROWS4];
-    [[unroll]] for (uint r = 0; r < ROWS4; ++r)
-        [[unroll]] for (uint c = 0; c < 4; ++c) {
-            const uint row = 4 * (r * LANES + lane) + c;
-            S[r][c] = has(HAS_STATE) && mine && row < call.K ? load_state(row, col) : 0.0;
-        }
+    const uint step = row_step();
+    [[unroll]] for (uint r = 0; r < ROWS4; ++r) S[r] = vec4(0);
+    if (has(HAS_STATE) && mine) {
+        const uint at = column_of(row_in, col);
+        [[unroll]] for (uint r = 0; r < ROWS4; ++r)
+            [[unroll]] for (uint c = 0; c < 4; ++c) {
+                const uint row = 4 * (r * LANES + lane) + c;
+                if (exists(r, row)) S[r][c] = load_state(at + row * step);
+            }
+    }
 
     const float A = A_of_head();
     for (uint t = chunked_tokens(); t < len; ++t) {
@@ -108,18 +114,22 @@ void main() {
             if (mine && lane == 0) store_o(token, col, o);
         }
         const uint slot = len - 1 - t;
-        if (slot < call.Ks && mine)
+        if (slot < call.Ks && mine) {
+            const uint at = snapshot_column(slot, col);
             [[unroll]] for (uint r = 0; r < ROWS4; ++r)
                 [[unroll]] for (uint c = 0; c < 4; ++c) {
                     const uint row = 4 * (r * LANES + lane) + c;
-                    if (row < call.K) store_snapshot(slot, row, col, S[r][c]);
+                    if (exists(r, row)) store_snapshot(at + row * step, S[r][c]);
                 }
+        }
     }
 
-    if (has(WRITE_STATE) && mine)
+    if (has(WRITE_STATE) && mine) {
+        const uint at = column_of(row_out, col);
         [[unroll]] for (uint r = 0; r < ROWS4; ++r)
             [[unroll]] for (uint c = 0; c < 4; ++c) {
                 const uint row = 4 * (r * LANES + lane) + c;
-                if (row < call.K) store_state(row, col, S[r][c]);
+                if (exists(r, row)) store_state(at + row * step, S[r][c]);
             }
+    }
 }

@@ -142,39 +142,45 @@ void store_o(uint token, uint col, float x) {  // o [tokens, HV, V]
 
 // ---- the state -----------------------------------------------------------------------------------------------------
 
-uint state_at(uint row, uint k, uint col) {  // S [rows, HV, K, V], or [rows, HV, V, K]
-    return (row * call.HV + hv) * call.K * call.V + (has(VK) ? col * call.K + k : k * call.V + col);
+// S [rows, HV, K, V], or [rows, HV, V, K]: a column begins here, and its rows are this far apart
+uint column_of(uint row, uint col) {
+    return (row * call.HV + hv) * call.K * call.V + (has(VK) ? col * call.K : col);
 }
+uint row_step() { return has(VK) ? 1 : call.V; }
 
-float load_state(uint k, uint col) {
-    const uint at = call.s_in + state_at(row_in, k, col);
+// Only the last group of a lane can have rows that do not exist; the others need no branch.
+bool exists(uint r, uint row) { return r + 1 < ROWS4 || row < call.K; }
+
+float load_state(uint at) {
 #ifdef HALF
-    if ((STATES & 1) != 0) return from_bf16(uint(s16_in[at]));
+    if ((STATES & 1) != 0) return from_bf16(uint(s16_in[call.s_in + at]));
 #endif
-    return s32_in[at];
+    return s32_in[call.s_in + at];
 }
 
-void store_state(uint k, uint col, float x) {
-    const uint at = call.s_out + state_at(row_out, k, col);
+void store_state(uint at, float x) {
 #ifdef HALF
     if ((STATES & 2) != 0) {
-        s16_out[at] = uint16_t(to_bf16(x));
+        s16_out[call.s_out + at] = uint16_t(to_bf16(x));
         return;
     }
 #endif
-    s32_out[at] = x;
+    s32_out[call.s_out + at] = x;
 }
 
-void store_snapshot(uint slot, uint k, uint col, float x) {  // [Ks, N, HV, ...], or a row of the pool
+uint snapshot_column(uint slot, uint col) {  // [Ks, N, HV, ...], or a row of the pool
     const uint row = slot * call.N + n;
-    const uint at = call.snap + state_at(has(SNAPSHOT_ROWS) ? uint(ints[call.rows + row]) : row, k, col);
+    return column_of(has(SNAPSHOT_ROWS) ? uint(ints[call.rows + row]) : row, col);
+}
+
+void store_snapshot(uint at, float x) {
 #ifdef HALF
     if ((STATES & 2) != 0) {
-        snap16[at] = uint16_t(to_bf16(x));
+        snap16[call.snap + at] = uint16_t(to_bf16(x));
         return;
     }
 #endif
-    snap32[at] = x;
+    snap32[call.snap + at] = x;
 }
 
 // ---- the gates -----------------------------------------------------------------------------------------------------
