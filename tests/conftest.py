@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import NoReturn
 
@@ -10,9 +9,6 @@ import pytest
 
 from anydelta.conformance import Target, targets
 from anydelta.conformance.run import unavailable
-
-if importlib.util.find_spec("triton"):
-    import triton  # noqa: F401  # its LLVM crashes if Mesa's lavapipe, which some tests load, has brought another before
 
 REQUIRED = tuple(filter(None, os.environ.get("ANYDELTA_REQUIRE", "").split(",")))
 """Backends without which the tests must fail instead of skipping; CI names them."""
