@@ -97,7 +97,7 @@ def test_filter_by_text_or_regex(program: Any) -> None:
         (("--case", "T=x"), "T cannot be 'x'"),
         (("--case", CASE, "--filter", "T"), "exclude each other"),
         (("--isa", "z80"), "isa must be one that runs on this machine"),
-        (("--framework", "jax"), "must be numpy or torch"),
+        (("--framework", "jax"), "must be numpy, torch or mlx"),
         (("--json", "--csv"), "exclude each other"),
     ],
 )

@@ -354,8 +354,12 @@ def test_plain_generation_stops_recording(pair: tuple[Any, Any]) -> None:
 
 
 def test_an_older_transformers_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with adt.enable():
-        monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    from anydelta.integrations import transformers_generate
+
+    with (
+        adt.enable()
+    ):  # the module that it asks: `import transformers` may have put another into its place since
+        monkeypatch.setattr(transformers_generate.transformers, "__version__", "5.19.0")
         with pytest.raises(
             ValueError, match=r"requires transformers 5\.20 to 5\.23 to draft .* got 5\.19\.0"
         ):

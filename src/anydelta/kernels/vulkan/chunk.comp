@@ -129,14 +129,14 @@ void main() {
     }
 
     vec4 S[ROWS4];
-    const uint step = row_step();
+    const uint step = row_step();  // K may be far below 4 ROWS4 here, unlike in recurrent.comp
     [[unroll]] for (uint r = 0; r < ROWS4; ++r) S[r] = vec4(0);
     if (has(HAS_STATE) && mine) {
         const uint at = column_of(row_in, col);
         [[unroll]] for (uint r = 0; r < ROWS4; ++r)
             [[unroll]] for (uint c = 0; c < 4; ++c) {
                 const uint row = 4 * r + c;
-                if (exists(r, row)) S[r][c] = load_state(at + row * step);
+                if (row < call.K) S[r][c] = load_state(at + row * step);
             }
     }
 
@@ -183,7 +183,7 @@ void main() {
         [[unroll]] for (uint r = 0; r < ROWS4; ++r)
             [[unroll]] for (uint c = 0; c < 4; ++c) {
                 const uint row = 4 * r + c;
-                if (exists(r, row)) store_state(at + row * step, S[r][c]);
+                if (row < call.K) store_state(at + row * step, S[r][c]);
             }
     }
 }
