@@ -18,41 +18,19 @@ HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit
 
 
 def to_text(report: Report, form: str) -> str:
-    return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
-
-
-to_json = outputs.to_json
-
-
-def to_csv(report: Report) -> str:
-    return outputs.to_csv(Record, report.records)
-
-
-def to_markdown(report: Report) -> str:
-    lines = [f"- {line}" for line in header(report)]
-    for title, records in groups(report):
-        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, map(row, records))]
-    for title, head, rows in part_tables(report):
-        lines += ["", f"**{title}**", "", *outputs.markdown_table(head, rows)]
-    return "\n".join(lines) + "\n"
+    return outputs.to_text(report, form, Record, header(report), tables(report))
 
 
 def to_table(report: Report) -> Group:
-    """For a terminal."""
-    from rich.console import Group
-    from rich.text import Text
+    return outputs.to_table(header(report), tables(report))
 
-    parts: list[Any] = [Text(line, style="dim") for line in header(report)]
 
-    def add(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], bold: str) -> None:
-        table = outputs.rich_table(title, head, rows, lambda cells: "bold" if bold in cells else "")
-        parts.extend([Text(""), table])
-
+def tables(report: Report) -> Iterator[outputs.Table]:
     for title, records in groups(report):
-        add(title, HEAD, [row(r) for r in records], "anydelta")
-    for title, head, rows in part_tables(report):
-        add(title, head, rows, "total")
-    return Group(*parts)
+        rows = [row(r) for r in records]
+        yield outputs.Table(title, HEAD, rows, lambda cells: "bold" if "anydelta" in cells else "")
+    for title, head, parts in part_tables(report):
+        yield outputs.Table(title, head, parts, lambda cells: "bold" if "total" in cells else "")
 
 
 def header(report: Report) -> list[str]:

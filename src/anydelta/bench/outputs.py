@@ -13,12 +13,13 @@ import io
 import json as json_lib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
+    from rich.table import Table as RichTable
 
 FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
 PLOTS = (".svg", ".png", ".pdf")
@@ -105,14 +106,49 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 def rich_table(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], style: Callable[[Sequence[str]], str]
-) -> Table:
+) -> RichTable:
     """For a terminal; style(cells) of a row."""
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = RichTable(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(head):
         table.add_column(name, justify="left" if i == 0 or name == "contender" else "right")
     for cells in rows:
         table.add_row(*map(Text, cells), style=style(cells))
     return table
+
+
+# ---- a report: lines, then tables
+# ------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    title: str
+    head: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    style: Callable[[Sequence[str]], str] = lambda cells: ""
+    """Of a row on a terminal."""
+
+
+def to_text(report: Any, form: str, kind: Any, header: Iterable[str], tables: Iterable[Table]) -> str:
+    """The report as "json", its records, of dataclass `kind`, as "csv", or what it shows as "md"."""
+    if form == "json":
+        return to_json(report)
+    if form == "csv":
+        return to_csv(kind, report.records)
+    lines = [f"- {line}" for line in header]
+    for table in tables:
+        lines += ["", f"**{table.title}**", "", *markdown_table(table.head, table.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def to_table(header: Iterable[str], tables: Iterable[Table]) -> Group:
+    """For a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(line, style="dim") for line in header]
+    for table in tables:
+        parts += [Text(""), rich_table(*table)]
+    return Group(*parts)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import outputs
 from .spec import FLAG, Record, Report
@@ -25,33 +25,16 @@ COLOURS = {
 
 
 def to_text(report: Report, form: str) -> str:
-    return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
-
-
-to_json = outputs.to_json
-
-
-def to_csv(report: Report) -> str:
-    return outputs.to_csv(Record, report.records)
-
-
-def to_markdown(report: Report) -> str:
-    lines = [f"- {line}" for line in header(report)]
-    for title, rows in groups(report):
-        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, rows)]
-    return "\n".join(lines) + "\n"
+    return outputs.to_text(report, form, Record, header(report), tables(report))
 
 
 def to_table(report: Report) -> Group:
-    """For a terminal."""
-    from rich.console import Group
-    from rich.text import Text
+    return outputs.to_table(header(report), tables(report))
 
-    parts: list[Any] = [Text(line, style="dim") for line in header(report)]
+
+def tables(report: Report) -> Iterator[outputs.Table]:
     for title, rows in groups(report):
-        table = outputs.rich_table(title, HEAD, rows, lambda cells: "bold" if cells[0] == "median" else "")
-        parts += [Text(""), table]
-    return Group(*parts)
+        yield outputs.Table(title, HEAD, rows, lambda cells: "bold" if cells[0] == "median" else "")
 
 
 def header(report: Report) -> list[str]:
