@@ -144,3 +144,18 @@ def check_threads_take_turns(backend: str) -> None:
     for t in threads:
         t.join()
     assert not bad
+
+
+def check_resident_calls_leak_nothing(dev: Any, backend: str) -> None:
+    """Ten thousand calls on a state of the device, some with a state that is new each time or on the host."""
+    (q, k, v), gates = tokens()
+    state, host = dev.zeros((1, 2, 16, 16)), np.zeros((1, 2, 16, 16), np.float32)
+
+    def run(i: int) -> None:
+        anydelta.gated_delta_rule_(q, k, v, state, **gates)
+        if i % 10 == 0:
+            anydelta.gated_delta_rule(q, k, v, **gates, initial_state=state)
+            anydelta.gated_delta_rule_(q, k, v, host, **gates, backend=backend)
+
+    check_nothing_leaks(run, most=8 << 20)
+    assert len(dev.launches) < 300

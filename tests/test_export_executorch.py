@@ -15,6 +15,7 @@ from torch import Tensor
 
 import anydelta
 from conftest import without
+from export_inputs import HV, B, K, T, V, call, randn
 
 if importlib.util.find_spec("executorch") is None:
     without("the executorch package is not installed")
@@ -29,23 +30,6 @@ except RuntimeError as error:
     without(str(error))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # executorch's own, dozens
-
-B, T, H, HV, K, V = 2, 5, 2, 4, 8, 16
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def call(kda: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    gates = (B, T, HV, K) if kda else (B, T, HV)
-    return dict(
-        q=randn(B, T, H, K).to(dtype),
-        k=(randn(B, T, H, K) / 3).to(dtype),
-        v=randn(B, T, HV, V).to(dtype),
-        g=-randn(*gates).abs(),
-        beta=randn(B, T, HV).sigmoid(),
-    )
 
 
 class Operator(torch.nn.Module):

@@ -19,8 +19,8 @@ from anydelta import StatePool, devices, op
 from anydelta.conformance import CASES, OK, Target
 from anydelta.conformance.run import run_one, unavailable
 from device_checks import (
-    check_nothing_leaks,
     check_only_tokens_are_staged,
+    check_resident_calls_leak_nothing,
     check_resident_pools_and_snapshots,
     check_threads_take_turns,
     failures,
@@ -166,18 +166,7 @@ def test_a_resident_decode_stages_only_its_tokens() -> None:
 
 
 def test_nothing_leaks_over_ten_thousand_calls() -> None:
-    dev: Any = anydelta.device("vulkan:0")
-    (q, k, v), gates = tokens()
-    state, host = dev.zeros((1, 2, 16, 16)), np.zeros((1, 2, 16, 16), np.float32)
-
-    def run(i: int) -> None:
-        anydelta.gated_delta_rule_(q, k, v, state, **gates)
-        if i % 10 == 0:  # a state that is new each time, and one on the host
-            anydelta.gated_delta_rule(q, k, v, **gates, initial_state=state)
-            anydelta.gated_delta_rule_(q, k, v, host, **gates, backend="vulkan")
-
-    check_nothing_leaks(run, most=8 << 20)
-    assert len(dev.launches) < 300
+    check_resident_calls_leak_nothing(anydelta.device("vulkan:0"), "vulkan")
 
 
 def test_threads_take_turns() -> None:
