@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ class Verdict:
 
     errors: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
-    """Per part ("o", "state", "snapshot 0", ...): error divided by the error allowed."""
+    """Per part ("o", "state", "snapshots 0", ...): error divided by the error allowed."""
 
     @property
     def worst(self) -> float:
@@ -333,7 +333,7 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
         held = buffers(case, values, target)
         verdict = Verdict()
         if exact is None:
-            _check_refused(verdict, case, held, target)
+            refused(verdict, lambda: _call(case, held, target), held)
             return verdict
         with dirty_memory(case, target):
             try:
@@ -343,13 +343,23 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
             except Exception as error:  # a backend that took the case must run it
                 verdict.errors.append(f"raised {type(error).__name__}: {error}")
                 return verdict
-        _check_result(verdict, case, values, exact, held, o, state, target)
+        kept = Kept(
+            "state",
+            "snapshots",
+            case.state_dtype,
+            exact.state,
+            exact.snapshots,
+            state,
+            wanted=not case.nofinal,
+        )
+        judge_result(verdict, case, values, (o, exact.o), [kept], exact, held, target)
     return verdict
 
 
-def _check_refused(v: Verdict, case: Case, held: dict[str, Buffer], target: Target) -> None:
+def refused(v: Verdict, call: Callable[[], Any], held: dict[str, Buffer]) -> None:
+    """The call names a row twice: it must say so, and leave every bit as it was."""
     try:
-        _call(case, held, target)
+        call()
     except ValueError as error:
         if "state_indices" not in str(error):
             v.errors.append(f"refused, but not for its state_indices: {error}")
@@ -360,77 +370,97 @@ def _check_refused(v: Verdict, case: Case, held: dict[str, Buffer], target: Targ
             v.errors.append(f"{name}: {stray}, in a refused call")
 
 
-def _check_result(
-    v: Verdict, case: Case, values: Inputs, exact: reference.Expected, held: dict[str, Buffer], o: Any,
-    state: Any, target: Target,
+@dataclass
+class Kept:
+    """A state that a call carries on, and what it must be afterwards."""
+
+    name: str
+    snapshots_name: str
+    dtype: str
+    state: F64
+    """[N, ...] of each sequence."""
+    snapshots: F64 | None
+    """[Ks, N, ...]."""
+    returned: Any
+    """By the functional op; None where it must return none."""
+    wanted: bool = True
+    """Whether it must be returned."""
+
+
+def judge_result(
+    v: Verdict, case: Case, values: Inputs, o: tuple[Any, F64], kept: Sequence[Kept], exact: reference.Expected,
+    held: dict[str, Buffer], target: Target,
 ) -> None:  # fmt: skip
+    """The output (`o`: got and exact), the states and their snapshots; everything else must keep its bits."""
     live = values.live(case)
-    got_o = fetch(v, "o", o, exact.o.shape, case.dtype, target)
+    got_o = fetch(v, "o", o[0], o[1].shape, case.dtype, target)
     if got_o is not None:
-        judge(v, "o", got_o, exact.o, case.dtype)
-        dead = np.ones(exact.o.shape[:2], bool)
+        judge(v, "o", got_o, o[1], case.dtype)
+        dead = np.ones(o[1].shape[:2], bool)
         if live:
             dead = ~(np.stack(live) if case.seqlens is None else np.concatenate(live)[None])
         if np.any(got_o[dead] != 0):
             v.errors.append("o: not zero at masked tokens or in skipped sequences")
 
     moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose state changes at all
-    written = held.get("state")
-    if case.scattered:
-        assert written is not None
-        _judge_rows(v, case, values, exact, written)
-    elif case.inplace:
-        assert written is not None
-        index = np.arange(case.N) if values.state_indices is None else values.state_indices
-        rows = index[~exact.skipped]
-        judge(v, "state", written.values()[rows], exact.state[~exact.skipped], case.state_dtype)
-        allowed = np.zeros(case.P, bool)
-        allowed[index[moved]] = True
-        if stray := written.stray(allowed):
-            v.errors.append(f"state: {stray}")
-    elif case.nofinal:
-        if state is not None:
-            v.errors.append("state: returned, although output_final_state=False")
-    else:
-        got = fetch(v, "state", state, exact.state.shape, case.state_dtype, target)
-        if got is not None:
-            judge(v, "state", got, exact.state, case.state_dtype)
-            if np.any(got[~moved] != exact.state[~moved]):
-                v.errors.append("state: not the initial one in a sequence without live tokens")
-
+    checked = set()
+    for part in kept:
+        if case.scattered:
+            _judge_rows(v, case, values, exact, part, held[part.name])
+        elif case.inplace:
+            index = np.arange(case.N) if values.state_indices is None else values.state_indices
+            now = held[part.name].values()[index[~exact.skipped]]
+            judge(v, part.name, now, part.state[~exact.skipped], part.dtype)
+            allowed = np.zeros(case.P, bool)
+            allowed[index[moved]] = True
+            if stray := held[part.name].stray(allowed):
+                v.errors.append(f"{part.name}: {stray}")
+        elif not part.wanted:
+            if part.returned is not None:
+                v.errors.append(f"{part.name}: returned, although output_final_state=False")
+        else:
+            got = fetch(v, part.name, part.returned, part.state.shape, part.dtype, target)
+            if got is not None:
+                judge(v, part.name, got, part.state, part.dtype)
+                if np.any(got[~moved] != part.state[~moved]):
+                    v.errors.append(f"{part.name}: not the initial one in a sequence without live tokens")
+        if case.inplace:
+            checked.add(part.name)
+        if part.snapshots_name in held:
+            _judge_snapshots(v, exact, part, held[part.snapshots_name])
+            checked.add(part.snapshots_name)
     for name, b in held.items():
-        if name == "snapshots":
-            assert exact.snapshots is not None
-            assert exact.snapshot_written is not None
-            got = b.values()
-            for slot, rows in enumerate(exact.snapshot_written):
-                if rows.any():
-                    judge(
-                        v,
-                        f"snapshot {slot}",
-                        got[slot][rows],
-                        exact.snapshots[slot][rows],
-                        case.state_dtype,
-                    )
-            if stray := b.stray(exact.snapshot_written):
-                v.errors.append(f"snapshots: {stray}")
-        elif not (case.inplace and name == "state") and (stray := b.stray()):
+        if name not in checked and (stray := b.stray()):
             v.errors.append(f"{name}: {stray}; it is an input")
 
 
-def _judge_rows(v: Verdict, case: Case, values: Inputs, exact: reference.Expected, pool: Buffer) -> None:
+def _judge_snapshots(v: Verdict, exact: reference.Expected, part: Kept, dense: Buffer) -> None:
+    assert part.snapshots is not None
+    assert exact.snapshot_written is not None
+    got = dense.values()
+    for slot, rows in enumerate(exact.snapshot_written):
+        if rows.any():
+            judge(v, f"{part.snapshots_name} {slot}", got[slot][rows], part.snapshots[slot][rows], part.dtype)
+    if stray := dense.stray(exact.snapshot_written):
+        v.errors.append(f"{part.snapshots_name}: {stray}")
+
+
+def _judge_rows(
+    v: Verdict, case: Case, values: Inputs, exact: reference.Expected, part: Kept, pool: Buffer
+) -> None:
     """The snapshots in the rows of the pool that name them; every other row keeps its bits."""
-    assert exact.snapshots is not None
+    assert part.snapshots is not None
     assert exact.snapshot_written is not None
     assert values.snapshot_indices is not None
     got = pool.values()
     allowed = np.zeros(case.P, bool)
     for slot, (written, rows) in enumerate(zip(exact.snapshot_written, values.snapshot_indices, strict=True)):
         if written.any():
-            judge(v, f"snapshot {slot}", got[rows[written]], exact.snapshots[slot][written], case.state_dtype)
+            name = f"{part.snapshots_name} {slot}"
+            judge(v, name, got[rows[written]], part.snapshots[slot][written], part.dtype)
         allowed[rows[written]] = True
     if stray := pool.stray(allowed):
-        v.errors.append(f"state: {stray}")
+        v.errors.append(f"{part.name}: {stray}")
 
 
 def judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:

@@ -18,7 +18,7 @@ import anydelta
 from .. import dispatch
 from ..mixer import reference
 from .cases import STATE_STRIDES, Case, Inputs, inputs
-from .compare import Buffer, NotRunnable, Target, Verdict, dirty_memory, fetch, judge
+from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused
 from .values import F64, round_to
 
 WORD = "mixer "
@@ -244,13 +244,7 @@ def check_mixer_case(case: MixerCase | MixerPrepared, target: Target) -> Verdict
     with target.active(), np.errstate(all="ignore"):
         held = mixer_buffers(c, values, target)
         if exact is None:
-            try:
-                mixer_call(c, held, target.backend)
-            except ValueError:
-                pass
-            else:
-                v.errors.append("an index named twice was not refused")
-            v.errors += [f"{n}: {stray}, in a refused call" for n, b in held.items() if (stray := b.stray())]
+            refused(v, lambda: mixer_call(c, held, target.backend), held)
             return v
         with dirty_memory(c, target):
             try:
@@ -260,79 +254,20 @@ def check_mixer_case(case: MixerCase | MixerPrepared, target: Target) -> Verdict
             except Exception as error:  # a backend that took the case must run it
                 v.errors.append(f"raised {type(error).__name__}: {error}")
                 return v
-        _compare(v, c, values.rule, exact, held, o, conv_state, state, target)
+        rule = exact.rule
+        kept = (
+            Kept("state", "snapshots", c.state_dtype, rule.state, rule.snapshots, state),
+            Kept(
+                "conv_state",
+                "conv_snapshots",
+                c.conv_dtype,
+                exact.conv_state,
+                exact.conv_snapshots,
+                conv_state,
+            ),
+        )
+        judge_result(v, c, values.rule, (o, exact.o), kept, rule, held, target)
     return v
-
-
-def _compare(
-    v: Verdict, c: MixerCase, values: Inputs, exact: reference.MixerExpected, held: dict[str, Buffer], o: Any,
-    conv_state: Any, state: Any, target: Target,
-) -> None:  # fmt: skip
-    live = values.live(c)
-    got = fetch(v, "o", o, exact.o.shape, c.dtype, target)
-    if got is not None:
-        judge(v, "o", got, exact.o, c.dtype)
-        dead = np.ones(exact.o.shape[:2], bool)
-        if live:
-            dead = ~(np.stack(live) if c.seqlens is None else np.concatenate(live)[None])
-        if np.any(got[dead] != 0):
-            v.errors.append("o: not zero at masked tokens or in skipped sequences")
-
-    if c.scattered:
-        _judge_rows(v, c, values, exact, held)
-        return
-    skipped = exact.rule.skipped
-    moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose states change at all
-    index = np.arange(c.N) if values.state_indices is None else values.state_indices
-    for name, want, dtype, out in (
-        ("state", exact.rule.state, c.state_dtype, state), ("conv_state", exact.conv_state, c.conv_dtype, conv_state),
-    ):  # fmt: skip
-        if c.inplace:
-            judge(v, name, held[name].values()[index[~skipped]], want[~skipped], dtype)
-            allowed = np.zeros(c.P, bool)
-            allowed[index[moved]] = True
-            if stray := held[name].stray(allowed):
-                v.errors.append(f"{name}: {stray}")
-        elif (array := fetch(v, name, out, want.shape, dtype, target)) is not None:
-            judge(v, name, array, want, dtype)
-    written = exact.rule.snapshot_written
-    for name, b in held.items():
-        if name in ("snapshots", "conv_snapshots"):
-            wanted = exact.rule.snapshots if name == "snapshots" else exact.conv_snapshots
-            assert wanted is not None
-            assert written is not None
-            values_now, dtype = b.values(), c.state_dtype if name == "snapshots" else c.conv_dtype
-            for slot, rows in enumerate(written):
-                if rows.any():
-                    judge(v, f"{name} {slot}", values_now[slot][rows], wanted[slot][rows], dtype)
-            if stray := b.stray(written):
-                v.errors.append(f"{name}: {stray}")
-        elif not (c.inplace and name in ("state", "conv_state")) and (stray := b.stray()):
-            v.errors.append(f"{name}: {stray}; it is an input")
-
-
-def _judge_rows(
-    v: Verdict, c: MixerCase, values: Inputs, exact: reference.MixerExpected, held: dict[str, Buffer]
-) -> None:
-    """The snapshots in the rows of both pools that name them; every other row keeps its bits."""
-    written, rows = exact.rule.snapshot_written, values.snapshot_indices
-    assert written is not None
-    assert rows is not None
-    allowed = np.zeros(c.P, bool)
-    allowed[rows[written]] = True
-    for name, wanted, dtype in (
-        ("state", exact.rule.snapshots, c.state_dtype), ("conv_state", exact.conv_snapshots, c.conv_dtype),
-    ):  # fmt: skip
-        assert wanted is not None
-        got = held[name].values()
-        for slot, which in enumerate(written):
-            if which.any():
-                judge(v, f"{name} {slot}", got[rows[slot][which]], wanted[slot][which], dtype)
-        if stray := held[name].stray(allowed):
-            v.errors.append(f"{name}: {stray}")
-    for name, b in held.items():
-        if name not in ("state", "conv_state") and (stray := b.stray()):
-            v.errors.append(f"{name}: {stray}; it is an input")
 
 
 # ---- the list
