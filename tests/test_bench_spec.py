@@ -140,7 +140,7 @@ def test_checkpoints_run_only_what_is_new(tmp_path: Path) -> None:
         assert r["plain_s"] > 0
         assert r["low_s"] <= r["median_s"] <= r["high_s"]
     records = [prefix.Record(**r) for r in data["records"]]
-    report = prefix.Report(data["machine"], data["model"], prefix.Settings(), [], records)
+    report = spec.Report(data["machine"], data["model"], prefix.Settings(), [], records)
     assert prefix_report.to_text(report, "md").count("| next turn |") == 2
     bad = replace(records[0], status="wrong", reason="another", plain_s=None)
     assert "wrong: another" in prefix_report.row(bad)[3]

@@ -12,12 +12,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ops import Others
-from .spec import TIE
+from .spec import Report, difference, observed
 
 SITUATIONS = {
     "new question": "the prefix is known, another question follows",
@@ -66,17 +65,6 @@ class Record:
     """Plain time over that with checkpoints, median of the rounds."""
 
 
-@dataclass
-class Report:
-    """What was measured, and on what."""
-
-    machine: dict[str, Any]
-    model: str
-    settings: Settings
-    notes: list[str] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-
-
 def measure(
     model: Any,
     text: Sequence[int],
@@ -85,20 +73,10 @@ def measure(
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> None:
     """Add the records to the report. `text` are tokens to take prefixes and questions from; anydelta is enabled."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    others = Others()
-    try:
+    with observed(report):
         for i, prefix in enumerate(settings.prefixes):
             progress(f"a prefix of {prefix} tokens", i / len(settings.prefixes))
             _measure_one(model, text, prefix, settings, report)
-    finally:
-        torch.set_num_threads(before)
-    busy = others.percent()
-    if busy is not None and busy >= 10:
-        report.notes.append(f"other work took {busy:.0f} % of the CPUs")
 
 
 def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Settings, report: Report) -> None:
@@ -155,8 +133,10 @@ def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Setting
             report.records.append(record)
             want = _write(model, ids, settings.tokens)
             got = _write(model, ids, settings.tokens, store().cache_for(ids))
-            _compare(model, ids, got, want, record)
-            if record.status == "ok":
+            record.reason = difference(model, ids, got, want)
+            if record.reason:
+                record.status = "wrong"
+            else:
                 _time(model, ids, store, settings, record)
 
 
@@ -168,17 +148,6 @@ def _write(model: Any, ids: Any, tokens: int, cache: Any = None) -> Any:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None,
         pad_token_id=0, **more,
     )  # fmt: skip
-
-
-def _compare(model: Any, ids: Any, got: Any, want: Any, record: Record) -> None:
-    import torch
-
-    if torch.equal(got, want):
-        return
-    at = int((got != want)[0].nonzero()[0])
-    top = model(want[:, :at]).logits[0, -1].float()
-    if abs(float(top[got[0, at]] - top[want[0, at]])) > TIE:
-        record.status, record.reason = "wrong", f"the text is another from new token {at - ids.shape[1]} on"
 
 
 def _time(model: Any, ids: Any, store: Callable[[], Any], settings: Settings, record: Record) -> None:

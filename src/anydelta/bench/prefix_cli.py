@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
-from . import prefix, prefix_report
+from . import prefix, prefix_report, spec
 from .cli import _fail, _progress, bench
 from .outputs import Csv, Json, Md, Output, checked, show
 from .spec_prompts import PROMPTS
@@ -70,7 +70,7 @@ def prefix_command(
         raise typer.Exit(1)
 
 
-def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> prefix.Report:
+def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> spec.Report:
     from ..generate.write import with_anydelta
     from . import ops
 
@@ -79,7 +79,7 @@ def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> prefix.R
     tell("loading the model", 0.0)
     opened = open_checkpoint(name or default_model(), "auto")
     text = opened.tokenizer("\n".join(PROMPTS.values()))["input_ids"]
-    report = prefix.Report(ops.describe_machine(), Path(opened.name).name, settings)
+    report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
     with enabled(opened.model):
         prefix.measure(opened.model, text, settings, report, tell)
     return report

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from . import outputs
-from .prefix import SITUATIONS, Record, Report
+from .prefix import SITUATIONS, Record
+from .spec import Report
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from .ops import Others
+from .report import BUSY_PCT
 from .spec_prompts import PROMPTS
+from .turns import torch_threads
 
 TIE = 1e-5
 FLAG = 0.05
@@ -66,13 +69,13 @@ class Record:
 
 @dataclass
 class Report:
-    """What was measured, and on what."""
+    """What was measured, and on what; prefix.py's report too, with settings and records of its own."""
 
     machine: dict[str, Any]
     model: str
-    settings: Settings
+    settings: Any
     notes: list[str] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
+    records: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,7 @@ def measure(
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> None:
     """Add the records of all prompts to the report. `encode` turns a text into ids [1, T]; anydelta is enabled."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    others = Others()
-    try:
+    with observed(report):
         for i, (name, text) in enumerate(prompts.items()):
             ids = encode(text)
             records = {w.name: Record(name, w.name, w.detail, prompt_tokens=ids.shape[1]) for w in ways}
@@ -139,11 +137,31 @@ def measure(
                     seconds[way.name].append(time.perf_counter() - start)
             for way in good:
                 _speeds(records[way.name], seconds[way.name], seconds["plain"])
-    finally:
-        torch.set_num_threads(before)
+
+
+@contextmanager
+def observed(report: Report) -> Iterator[None]:
+    """Inside, torch has the threads of the report's settings; a note says so if other work disturbed."""
+    others = Others()
+    with torch_threads(report.settings.threads):
+        yield
     busy = others.percent()
-    if busy is not None and busy >= 10:
+    if busy is not None and busy >= BUSY_PCT:
         report.notes.append(f"other work took {busy:.0f} % of the CPUs")
+
+
+def difference(model: Any, ids: Any, got: Any, want: Any) -> str:
+    """Where two continuations of `ids` differ, in words; empty if they do not, or only from a tie on."""
+    import torch
+
+    if torch.equal(got, want):
+        return ""
+    at = int((got != want)[0].nonzero()[0])
+    with torch.no_grad():
+        top = model(want[:, :at]).logits[0, -1].float()
+    if abs(float(top[got[0, at]] - top[want[0, at]])) <= TIE:
+        return ""
+    return f"the text is another from new token {at - ids.shape[1]} on"
 
 
 def _write(model: Any, ids: Any, way: Mode, settings: Settings) -> Any:
@@ -160,8 +178,6 @@ def _check(
     model: Any, ids: Any, ways: Sequence[Mode], settings: Settings, records: dict[str, Record]
 ) -> None:
     """Count the drafts of each mode, and compare its text with that of plain decoding. Warms up, too."""
-    import torch
-
     from ..integrations.transformers_generate import counting
 
     want = None
@@ -182,15 +198,8 @@ def _check(
         record.tokens_per_verification = record.tokens / record.verifications
         if want is None:
             want = got
-        elif not torch.equal(got, want):
-            at = int((got != want)[0].nonzero()[0])
-            with torch.no_grad():
-                top = model(want[:, :at]).logits[0, -1].float()
-            if abs(float(top[got[0, at]] - top[want[0, at]])) > TIE:
-                record.status, record.reason = (
-                    "wrong",
-                    f"the text is another from new token {at - ids.shape[1]} on",
-                )
+        elif reason := difference(model, ids, got, want):
+            record.status, record.reason = "wrong", reason
 
 
 def _speeds(record: Record, seconds: list[float], plain: list[float]) -> None:
