@@ -2,7 +2,7 @@
 
     python scripts/time_devices.py            # both
     python scripts/time_devices.py calls      # Vulkan and WebGPU, whole calls with a resident state
-    python scripts/time_devices.py chunks     # Vulkan's prefill, by chunk length (0: token by token)
+    python scripts/time_devices.py chunks     # Vulkan's prefill, token by token and in chunks
 
 Medians with quartiles, in microseconds. What is compared takes turns within one process: rounds of a few calls for the
 decode steps (a lone call finds the caches full of another's), single calls for the prefill. The smallest call
@@ -11,6 +11,7 @@ decode steps (a lone call finds the caches full of another's), single calls for 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -88,14 +89,18 @@ def calls(rounds: int = 60) -> None:
 
 
 def chunks() -> None:
-    for T, H, HV, K in ((256, 2, 4, 32), (256, 1, 2, 128)):
-        for kda in (False, True):
-            qkv, gates = tokens(T, H, HV, K, kda)
-            call = Call(*qkv, gates["g"], gates["beta"], np.zeros((1, HV, K, K), np.float32))
-            spec = check_call(call, Options(), inplace=False)
-            taken = vulkan.measure_chunks(anydelta.device("vulkan"), spec, call, 16, rounds=9)
-            each = ", ".join(f"{c}: {t * 1e6:.0f}" for c, t in taken.items())
-            print(f"vulkan: prefill T={T} H={H} HV={HV} K=V={K} kda={kda}, us by chunk length: {each}")
+    print("| Vulkan, H=1 HV=2, K = V | T | gates | token by token, us | chunks, us | ratio of the medians |")
+    print("|---|---|---|---|---|---|")
+    for K, T, kda in itertools.product((64, 128), (512, 1024, 4096), (False, True)):
+        qkv, gates = tokens(T, 1, 2, K, kda)
+        call = Call(*qkv, gates["g"], gates["beta"], np.zeros((1, 2, K, K), np.float32))
+        spec = check_call(call, Options(), inplace=False)
+        taken = vulkan.measure_chunks(anydelta.device("vulkan"), spec, call, 16, rounds=5)
+        each = [statistics.quantiles([1e6 * x for x in times], n=4) for times in taken.values()]
+        cells = " | ".join(f"{mid:.0f} ({low:.0f} to {high:.0f})" for low, mid, high in each)
+        print(
+            f"| {K} | {T} | {'KDA' if kda else 'GDA'} | {cells} | {each[0][1] / each[1][1]:.2f} |", flush=True
+        )
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -14,15 +12,13 @@ import numpy as np
 import pytest
 
 import anydelta
-import test_state
-from anydelta import StatePool, devices, op
+from anydelta import devices, op
 from anydelta.conformance import CASES, OK, Target
 from anydelta.conformance.run import run_one, unavailable
 from device_checks import (
     check_only_tokens_are_staged,
     check_resident_calls_leak_nothing,
     check_resident_pools_and_snapshots,
-    check_threads_take_turns,
     failures,
     tokens,
 )
@@ -106,11 +102,17 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
     op._plans.clear()
-    long = tuple(
-        c for c in CASES if c.K <= 32 and not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
-    )  # fmt: skip
-    assert len(long) > 300
-    assert not failures("vulkan", long[::2])
+    long = [c for c in CASES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))]
+    large = [c for c in long if c.K > 32]
+    assert {64, 80, 128, 192, 256} <= {c.K for c in large}
+    ran = []
+    record = vulkan._record
+    monkeypatch.setattr(
+        vulkan, "_record", lambda plan, *a: (ran.append((plan.KP, plan.chunk)), record(plan, *a))[1]
+    )
+    assert not failures("vulkan", [*large, *[c for c in long if c.K <= 32][::4]])
+    assert {64, 96, 128, 192, 256} <= {KP for KP, chunk in ran if chunk}
+    assert {8, 16} <= {chunk for _, chunk in ran}
     op._plans.clear()
 
 
@@ -123,7 +125,7 @@ def test_the_way_of_a_long_prompt_is_measured() -> None:
     spec = check_call(call, Options(), inplace=False)
     times = vulkan.measure_chunks(anydelta.device("vulkan:0"), spec, call, 16, rounds=1)
     assert set(times) == {0, 16}
-    assert all(t > 0 for t in times.values())
+    assert all(t > 0 for each in times.values() for t in each)
 
 
 def test_without_subgroups(other_device: Any) -> None:
@@ -167,10 +169,6 @@ def test_a_resident_decode_stages_only_its_tokens() -> None:
 
 def test_nothing_leaks_over_ten_thousand_calls() -> None:
     check_resident_calls_leak_nothing(anydelta.device("vulkan:0"), "vulkan")
-
-
-def test_threads_take_turns() -> None:
-    check_threads_take_turns("vulkan")
 
 
 # ---- errors
@@ -231,50 +229,9 @@ def test_a_lost_device_voids_its_states(other_device: Any, monkeypatch: pytest.M
         state.numpy()
 
 
-def test_an_unknown_device_lists_those_there_are() -> None:
-    with pytest.raises(
-        anydelta.UnsupportedError, match=r"device vulkan:99: the Vulkan drivers here offer vulkan:0 \("
-    ):
-        anydelta.device("vulkan:99")
-
-
 def test_no_driver_is_one_reason() -> None:
     code = "import anydelta; anydelta.device('vulkan:0')"
     env = os.environ | {"VK_ICD_FILENAMES": os.devnull, "VK_DRIVER_FILES": os.devnull}
     done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
     assert "UnsupportedError: device vulkan:0: " in done.stderr
     assert "driver" in done.stderr.splitlines()[-1]
-
-
-def test_info_lists_the_limits() -> None:
-    command = [sys.executable, "-m", "anydelta.cli", "info", "--json"]
-    facts = json.loads(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
-    first = facts["backends"]["vulkan"]["vulkan:0"]
-    assert {"name", "type", "memory", "max_array", "shared_memory", "subgroup"} <= set(first)
-
-
-def test_the_states_of_a_pool_stay_on_the_device() -> None:
-    """Steps, commits, forks and rollbacks by index: no state crosses to the host."""
-    test_state.soak(3, 120, "slots", device="vulkan:0")
-    H, HV, D = test_state.H, test_state.HV, 128
-    pool = StatePool(2, H=H, HV=HV, K=D, V=D, layers=2, snapshots=5, device=anydelta.device("vulkan:0"))
-    assert pool.resident is not None
-    state = 2 * HV * D * D * 4
-    s = pool.new()
-    rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((2, 1, 4, H, D), dtype=np.float32)
-    v = rng.standard_normal((1, 4, HV, D), dtype=np.float32)
-    gates = rng.random((2, 1, 4, HV), dtype=np.float32)
-    before = dataclasses.replace(pool.resident.staged)
-    for accepted in (0, 3, 4, 1):
-        pool.begin(4)
-        for layer in range(2):
-            pool.run(q, k, v, g=-gates[0], beta=gates[1], layer=layer)
-        pool.commit(accepted)
-    child = pool.fork(s)
-    pool.rollback(1, [child])
-    staged = pool.resident.staged
-    assert staged.to_device + staged.from_device - before.to_device - before.from_device < state
-    assert pool.nbytes()["states"] == 2 * 5 * state
-    with pytest.raises(ValueError, match="form must be 'slots' on a device of anydelta"):
-        StatePool(1, HV=1, K=4, V=4, form="log", device="vulkan:0")

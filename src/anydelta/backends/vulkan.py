@@ -24,8 +24,12 @@ from .staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_
 
 CHUNK_MIN_TOKENS = 64
 """Per sequence on average. Four chunks: below, the two ways are hardly apart."""
-MAX_CHUNK_GROUPS = 32
-"""chunk.comp keeps a whole column per invocation: 128 registers for K = 128, and no driver gives more than 255."""
+CHUNK_COLUMNS = 64
+"""Of a workgroup of chunk.comp: what its invocations compute together of k and q serves them all."""
+CHUNK_GROUPS = 16
+"""Groups of four rows that a lane of chunk.comp holds: 64 registers."""
+CPU_CHUNK_MIN_K = 64
+"""Of KDA, whose K exponentials per token a chunk computes once for all columns. GDA is no faster in chunks."""
 CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
 """1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
 FLAGS = (
@@ -63,10 +67,12 @@ class _Plan:
         groups = -(-spec.K // 4)
         self.lanes = lanes_of(groups, facts.subgroup or 32, facts.type == "CPU")
         self.subgroup = bool(facts.subgroup) and self.lanes > 1
-        self.columns = max(WORKGROUP // self.lanes, 1)
-        self.rows4 = -(-groups // self.lanes)
-        self.KP = 4 * self.lanes * self.rows4
-        self.chunk = _chosen_chunk(device, spec, call, self.KP // 4) if chunk is None else chunk
+        groups = -(-groups // self.lanes) * self.lanes
+        self.KP = 4 * groups
+        self.chunk_lanes = 1
+        while self.chunk_lanes < self.lanes and groups > CHUNK_GROUPS * self.chunk_lanes:
+            self.chunk_lanes *= 2
+        self.chunk = _chosen_chunk(self, spec, call) if chunk is None else chunk
         self.layout = Layout(spec, call, self.KP)
         self.variant = "_half" if facts.half_storage else ""
         self.views: Any = None
@@ -76,26 +82,31 @@ class _Plan:
         self.scratch: DeviceArray | None = None
 
 
-def _chosen_chunk(device: Any, spec: CallSpec, call: Call, groups: int) -> int:
+def _chosen_chunk(plan: _Plan, spec: CallSpec, call: Call) -> int:
     """Tokens per chunk, or 0 for token by token. On a GPU the first call of a shape times both, once per process."""
-    tokens = _chunk(device.facts, spec, groups)
+    device = plan.device
+    tokens = _chunk(plan, spec)
     forced = os.environ.get(CHUNK_ENV)
     if not tokens or forced == "0":
         return 0
     if forced == "1":
         return tokens
-    if device.facts.type == "CPU":
-        return 0  # measured in docs/backends/vulkan.md: slower there, and its code takes seconds to compile
+    if (
+        device.facts.type == "CPU"
+    ):  # no trial: it would compile both. Measured on lavapipe, in docs/backends/vulkan.md
+        return tokens if spec.kda and spec.K >= CPU_CHUNK_MIN_K else 0
     key = (spec.K, spec.V, spec.kda, spec.dtype)
     if key not in device.best_chunk:
         times = measure_chunks(device, spec, call, tokens)
-        device.best_chunk[key] = min(times, key=lambda c: times[c])
+        device.best_chunk[key] = min(times, key=lambda c: median(times[c]))
     best: int = device.best_chunk[key]
     return best and tokens
 
 
-def measure_chunks(device: Any, spec: CallSpec, call: Call, tokens: int, rounds: int = 5) -> dict[int, float]:
-    """Median seconds of a call token by token (0) and in chunks (`tokens`), in turns, on states of its own."""
+def measure_chunks(
+    device: Any, spec: CallSpec, call: Call, tokens: int, rounds: int = 5
+) -> dict[int, list[float]]:
+    """Seconds of calls token by token (0) and in chunks (`tokens`), in turns, on states of their own."""
     plain = replace(spec, resident="", pooled=False, snapshots=0, snapshot_rows=False)
     state = device.zeros((spec.N, spec.HV, spec.K, spec.V), spec.state_dtype)
     call = replace(call, state_indices=None, snapshots=None, snapshot_indices=None)
@@ -109,19 +120,20 @@ def measure_chunks(device: Any, spec: CallSpec, call: Call, tokens: int, rounds:
                 start = time.perf_counter()
                 device.submit(launch.submit, "measuring")
                 times[c].append(time.perf_counter() - start)
-    return {c: median(t[1:]) for c, t in times.items()}  # the first round compiles
+    return {c: t[1:] for c, t in times.items()}  # the first round compiles
 
 
-def _chunk(facts: Any, spec: CallSpec, groups: int) -> int:
+def _chunk(plan: _Plan, spec: CallSpec) -> int:
     """Tokens per chunk of chunk.comp for a long prompt whose k, q and gates fit into shared memory; else 0."""
+    facts, invocations = plan.device.facts, CHUNK_COLUMNS * plan.chunk_lanes
     if (
         spec.T - spec.snapshots < CHUNK_MIN_TOKENS * max(spec.N if spec.packed else 1, 1)
-        or groups > MAX_CHUNK_GROUPS
+        or invocations > facts.max_invocations
     ):
         return 0
     for tokens in (16, 8):
-        rows = 16 * groups * ((3 * tokens + 1) if spec.kda else 2 * tokens)
-        if rows + 4 * tokens * (2 * tokens + 2 + WORKGROUP) + 32 <= facts.max_shared:
+        rows = 4 * plan.KP * ((3 * tokens + 1) if spec.kda else 2 * tokens)
+        if rows + 4 * (tokens * (2 * tokens + 2 + CHUNK_COLUMNS) + invocations) + 32 <= facts.max_shared:
             return tokens
     return 0
 
@@ -240,16 +252,17 @@ def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
         halves = first_bf16 + 2 * (
             spec.state_dtype == "bfloat16" and (target is None or target is not plan.scratch)
         )
-        lanes, rows4 = (plan.lanes, plan.rows4) if name == "recurrent" else (1, plan.KP // 4)
-        constants = (lanes, rows4, int(spec.kda), DTYPES.index(spec.dtype), plan.chunk or 16, halves)
-        columns = plan.columns if name == "recurrent" else WORKGROUP
+        lanes = plan.chunk_lanes if name == "chunk" else plan.lanes
+        columns = CHUNK_COLUMNS if name == "chunk" else max(WORKGROUP // lanes, 1)
+        constants = (
+            lanes, plan.KP // 4 // lanes, int(spec.kda), DTYPES.index(spec.dtype), plan.chunk or 16, halves,
+        )  # fmt: skip
         grids.append((-(-spec.V // columns), spec.HV, spec.N))
-        subgroup = plan.subgroup and name == "recurrent"
         pipelines.append(
             device.pipeline(
-                f"{name}{plan.variant}{'_subgroup' if subgroup else ''}",
-                columns * constants[0],
-                subgroup,
+                f"{name}{plan.variant}{'_subgroup' if plan.subgroup else ''}",
+                columns * lanes,
+                plan.subgroup,
                 constants,
             )
         )

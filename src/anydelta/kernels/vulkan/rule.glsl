@@ -148,9 +148,6 @@ uint column_of(uint row, uint col) {
 }
 uint row_step() { return has(VK) ? 1 : call.V; }
 
-// Only the last group of a lane can have rows that do not exist; the others need no branch.
-bool exists(uint r, uint row) { return r + 1 < ROWS4 || row < call.K; }
-
 float load_state(uint at) {
 #ifdef HALF
     if ((STATES & 1) != 0) return from_bf16(uint(s16_in[call.s_in + at]));
@@ -219,4 +216,82 @@ float log_decay1(float x, float A, uint bias) {
 float beta_of(uint token) {
     const float x = in1[call.beta + token * call.HV + hv];
     return has(LOGIT) ? sigmoid(x) : x;
+}
+
+// ---- the column of an invocation -----------------------------------------------------------------------------------
+
+// A workgroup owns some columns (the axis V) of one head of one sequence. LANES invocations share a column: lane l holds
+// the rows 4 (r LANES + l) .. + 3 for r < ROWS4, so that neighbours read neighbouring 16 bytes of k and q. Columns never
+// meet; the only sums across invocations are the LANES partial sums of S^T k and S^T q.
+const uint KP = 4 * LANES * ROWS4;
+
+uint id;      // of this invocation in the workgroup, so that the lanes of a column lie in one subgroup
+uint lane;    // of the column
+uint col;
+bool mine;    // the last workgroup may have more columns than are left
+vec4 S[ROWS4];
+
+#ifndef SUBGROUP
+shared float partial[gl_WorkGroupSize.x];
+#endif
+
+// The sum of x over the lanes of the column, in every one of them.
+float over_lanes(float x) {
+    if (LANES == 1) return x;
+#ifdef SUBGROUP
+    if (LANES == gl_SubgroupSize) return subgroupAdd(x);
+    for (uint step = 1; step < LANES; step *= 2) x += subgroupShuffleXor(x, step);
+    return x;
+#else
+    partial[id] = x;
+    barrier();
+    x = 0;
+    for (uint l = 0; l < LANES; ++l) x += partial[id - lane + l];
+    barrier();
+    return x;
+#endif
+}
+
+void find_column() {
+#ifdef SUBGROUP
+    id = gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
+#else
+    id = gl_LocalInvocationIndex;
+#endif
+    lane = id % LANES;
+    col = gl_WorkGroupID.x * (gl_WorkGroupSize.x / LANES) + id / LANES;
+    mine = col < call.V;
+}
+
+float load_v(uint token) {
+    return mine ? load1(call.v, (token * call.HV + hv) * ((call.V + 1) & ~1u) + col) : 0.0;
+}
+
+// What a sequence without a state gets: zeros.
+void skip() {
+    for (uint t = lane; t < len && mine; t += LANES) store_o(base + t, col, 0);
+    if (has(ZERO_SKIPPED) && mine)
+        for (uint row = lane; row < call.K; row += LANES) store_state(column_of(row_out, col) + row * row_step(), 0);
+}
+
+void load_column() {
+    const uint step = row_step();
+    [[unroll]] for (uint r = 0; r < ROWS4; ++r) S[r] = vec4(0);
+    if (!has(HAS_STATE) || !mine) return;
+    const uint at = column_of(row_in, col);
+    [[unroll]] for (uint r = 0; r < ROWS4; ++r)
+        [[unroll]] for (uint c = 0; c < 4; ++c) {
+            const uint row = 4 * (r * LANES + lane) + c;
+            if (row < call.K) S[r][c] = load_state(at + row * step);
+        }
+}
+
+void store_column() {
+    if (!has(WRITE_STATE) || !mine) return;
+    const uint at = column_of(row_out, col), step = row_step();
+    [[unroll]] for (uint r = 0; r < ROWS4; ++r)
+        [[unroll]] for (uint c = 0; c < 4; ++c) {
+            const uint row = 4 * (r * LANES + lane) + c;
+            if (row < call.K) store_state(at + row * step, S[r][c]);
+        }
 }
