@@ -1,6 +1,7 @@
 """Every cut of the OpenCL and SYCL kernels, and every way to memory, against each other on this machine.
 
     python scripts/compare_cuts.py opencl sycl
+    python scripts/compare_cuts.py sycl --prompts 512 4096 --cuts chunks columns    # each prompt at K = V = 64 and 128
 
 Calls take turns within one process; the figures are medians in us, with the quartiles. A tiny call (one head of 16) is
 dispatch and waiting alone; a decode step with the state on the device stages q, k, v, g, beta and o only.
@@ -26,21 +27,22 @@ SHAPES = {  # B, T, H, HV, K and V
 }
 
 
-def tokens(B: int, T: int, H: int, HV: int, K: int) -> tuple[list[Any], dict[str, Any]]:
+def tokens(B: int, T: int, H: int, HV: int, K: int, kda: bool) -> tuple[list[Any], dict[str, Any]]:
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, B, T, H, K), np.float32) / K**0.5
     v = rng.standard_normal((B, T, HV, K), np.float32)
-    g, beta = rng.random((2, B, T, HV), np.float32)
-    return [q, k, v], {"g": -g, "beta": beta}
+    g = rng.random((B, T, HV, K) if kda else (B, T, HV), np.float32)
+    return [q, k, v], {"g": -g, "beta": rng.random((B, T, HV), np.float32)}
 
 
-def contenders(backend: str) -> dict[str, tuple[Any, str, str, bool]]:
+def contenders(backend: str, cuts: list[str]) -> dict[str, tuple[Any, str, str, bool]]:
     """name -> (device, cut, way to memory, whether the state is resident)."""
     module = importlib.import_module(f"anydelta.backends.{backend}")
     device = module.roster.default()
     return {
         f"{backend} {cut} {way}{' resident' * resident}": (device, cut, way, resident)
         for cut, way, resident in itertools.product(device.kernels(), device.memories, (False, True))
+        if cut in cuts or not cuts
         if cut == device.kernels()[0] or (way == device.memory and not resident)
     }
 
@@ -51,19 +53,25 @@ def main() -> None:
     )
     parser.add_argument("backends", nargs="+", choices=("opencl", "sycl"))
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--kda", action="store_true")
+    parser.add_argument("--cuts", nargs="+", default=[])
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, default=[], help="lengths, instead of the three calls"
+    )
     args = parser.parse_args()
-    for label, (B, T, H, HV, K) in SHAPES.items():
-        (q, k, v), gates = tokens(B, T, H, HV, K)
+    prompts = {f"prompt of {T}, {K}": (1, T, 2, 4, K) for T in args.prompts for K in (64, 128)}
+    for label, (B, T, H, HV, K) in (prompts or SHAPES).items():
+        (q, k, v), gates = tokens(B, T, H, HV, K, args.kda)
         runs: dict[str, Any] = {}
         for name, (device, cut, way, resident) in {
-            n: c for b in args.backends for n, c in contenders(b).items()
+            n: c for b in args.backends for n, c in contenders(b, args.cuts).items()
         }.items():
             state = device.zeros((B, HV, K, K)) if resident else np.zeros((B, HV, K, K), np.float32)
             runs[name] = (device, cut, way, state, {})
         runs["cpu"] = (None, "", "", np.zeros((B, HV, K, K), np.float32), {})
         times: dict[str, list[float]] = {name: [] for name in runs}
         staged: dict[str, int] = {}
-        for turn in range(args.rounds // min(T, 4) + 2):
+        for turn in range(args.rounds // min(T, 4 if T < 100 else 10) + 2):
             for name, (device, cut, way, state, plans) in runs.items():
                 op._plans = plans  # each keeps the plans that were made for its way to memory
                 if device is not None:
@@ -76,9 +84,8 @@ def main() -> None:
                     times[name].append(time.perf_counter() - start)
                 if device is not None:
                     staged[name] = device.staged.to_device + device.staged.from_device - before
-        print(
-            f"\n| {label}: T={T} H={H} HV={HV} K=V={K} | us | quartiles | bytes staged |\n|---|---|---|---|"
-        )
+        shape = f"{label.partition(',')[0]}: T={T} H={H} HV={HV} K=V={K} {'KDA' if args.kda else 'GDA'}"
+        print(f"\n| {shape} | us | quartiles | bytes staged |\n|---|---|---|---|")
         for name, seconds in times.items():
             low, mid, high = (1e6 * float(np.percentile(seconds, p)) for p in (25, 50, 75))
             print(f"| {name} | {mid:.0f} | {low:.0f} to {high:.0f} | {staged.get(name, 0)} |")

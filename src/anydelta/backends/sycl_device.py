@@ -180,7 +180,7 @@ class SyclDevice(CutDevice):
             return Variant(kp, spec.kda, 1, 1, 1, 1, 0, 64)
         vec = min(max(self.facts["vector"], 4), 16)
         # On a CPU: vectors as wide as its registers, and so many that a k or q serves several FMAs, while the panel (at
-        # most 32 KiB) stays close. Of 1, 2, 4 tokens at a time two were the fastest (docs/backends/sycl.md).
+        # most 32 KiB) stays close. Two tokens at a time are faster than one where T > 1: docs/backends/sycl.md.
         nvec = max(1, min(4, 8192 // (kp * vec)))
         return Variant(kp, spec.kda, 1, vec, nvec, 2 if self.kernel == "chunks" and spec.T > 1 else 1, 0, 1)
 
