@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
 
+from anydelta import op
 from anydelta.conformance import Target, targets
 from anydelta.conformance.run import unavailable
 
@@ -23,3 +25,11 @@ def without(why: str) -> NoReturn:
     if REQUIRED:
         pytest.fail(f"CI must have this: {why}")
     pytest.skip(why, allow_module_level=True)
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """Plans remember the device and how its kernel was cut: none from before, none left."""
+    op._plans.clear()
+    yield
+    op._plans.clear()

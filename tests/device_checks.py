@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import anydelta
@@ -125,6 +126,65 @@ def check_nothing_leaks(run: Callable[[int], Any], most: int) -> None:
             before = held()
         run(i)
     assert held() - before < most
+
+
+def check_host_calls_leak_nothing(backend: str) -> None:
+    """Ten thousand calls on arrays of the host: 64 KiB of state, so that as many lost ones would be 640 MiB."""
+    (q, k, v), gates = tokens(B=8, HV=4, K=32)
+    state = np.zeros((8, 4, 32, 16), np.float32)
+    check_nothing_leaks(
+        lambda i: anydelta.gated_delta_rule_(q, k, v, state, **gates, backend=backend), most=32 << 20
+    )
+
+
+def check_a_large_array_is_refused(dev: Any, limit: int) -> None:
+    with pytest.raises(
+        anydelta.DeviceError, match=f"arrays of at most {limit} bytes, the driver's limit; got"
+    ):
+        dev.empty((limit // 4 + 1,))
+
+
+def check_a_kernel_that_does_not_build(backend: str, dev: Any, compiler: str) -> None:
+    """The caller has made the kernel's text nonsense."""
+    state = np.ones((1, 4, 32, 16), np.float32)
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
+    with pytest.raises(anydelta.DeviceError, match=f"requires a {compiler}; got .*"):
+        anydelta.gated_delta_rule_(q, k, v, state, **gates, backend=backend)
+    assert (state == 1).all()
+    assert not dev.lost
+
+
+def check_driver_errors(
+    backend: Any, dev: Any, monkeypatch: pytest.MonkeyPatch, full: Exception, gone: Exception
+) -> None:
+    """A launch for which the driver has no memory, and one that loses the device: the errors are the driver's."""
+    (q, k, v), gates = tokens(H=2, HV=4, K=32)
+
+    def run() -> Any:
+        return anydelta.gated_delta_rule(q, k, v, **gates, backend=backend.name)[0]
+
+    def fail(error: Exception) -> Any:
+        def launch(*args: Any) -> None:
+            raise error
+
+        return launch
+
+    with monkeypatch.context() as m:
+        m.setattr(backend, "launch", fail(full))
+        with pytest.raises(anydelta.DeviceError, match=r"requires more memory than the driver has .*restore"):
+            run()
+    assert np.isfinite(run()).all()
+    held = dev.zeros((4,))
+    try:
+        with monkeypatch.context() as m:
+            m.setattr(backend, "launch", fail(gone))
+            for _ in range(2):
+                with pytest.raises(anydelta.DeviceError, match=r"lost \(.*\)\. Its states are invalid"):
+                    run()
+        with pytest.raises(anydelta.DeviceError, match="is lost"):
+            held.numpy()
+    finally:
+        dev.lost = ""
 
 
 def check_threads_take_turns(backend: str) -> None:

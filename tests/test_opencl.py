@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +12,18 @@ import pytest
 import torch
 
 import anydelta
-from anydelta import op
 from anydelta.backends import opencl, opencl_device
 from anydelta.backends.opencl_device import MEMORIES, OpenclDevice, roster
 from anydelta.conformance import CASES
 from anydelta.conformance.run import unavailable
 from device_checks import (
     check_a_call_on_the_device_stages_nothing,
-    check_nothing_leaks,
+    check_a_kernel_that_does_not_build,
+    check_a_large_array_is_refused,
+    check_driver_errors,
+    check_host_calls_leak_nothing,
     check_only_tokens_are_staged,
     check_resident_pools_and_snapshots,
-    check_threads_take_turns,
     failures,
     tokens,
 )
@@ -32,6 +32,7 @@ REASONS = unavailable("opencl")
 if REASONS:
     pytest.skip("; ".join(REASONS), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("fresh_plans")
 DEVICES = range(len(opencl_device.found()))
 WAYS = [(i, memory) for i in DEVICES for memory in roster.open(i).memories]
 BATCH = 110
@@ -39,14 +40,6 @@ BATCH = 110
 
 def label(index: int) -> str:
     return opencl_device.label_of(opencl_device.found()[index])[-30:]
-
-
-@pytest.fixture(autouse=True)
-def fresh_plans() -> Iterator[None]:
-    """Plans remember the device and the cut."""
-    op._plans.clear()
-    yield
-    op._plans.clear()
 
 
 @pytest.fixture(params=DEVICES, ids=label)
@@ -105,21 +98,11 @@ def test_a_resident_state_stages_the_token_only(way: OpenclDevice) -> None:
 @pytest.mark.parametrize("memory", roster.open(0).memories)
 def test_ten_thousand_calls_leak_nothing(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roster.default(), "memory", memory)
-    (q, k, v), gates = tokens(B=8, HV=4, K=32)
-    state = np.zeros(
-        (8, 4, 32, 16), np.float32
-    )  # 64 KiB, and more of the rest: 10,000 lost ones would be 640 MiB
-    check_nothing_leaks(
-        lambda i: anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="opencl"), most=32 << 20
-    )
+    check_host_calls_leak_nothing("opencl")
 
 
 def test_a_call_on_the_device_stages_nothing(way: OpenclDevice) -> None:
     check_a_call_on_the_device_stages_nothing(way, way.array)
-
-
-def test_threads_take_turns() -> None:
-    check_threads_take_turns("opencl")
 
 
 def test_pyopencl_arrays_are_states(device: OpenclDevice) -> None:
@@ -150,9 +133,7 @@ def test_pyopencl_arrays_are_states(device: OpenclDevice) -> None:
 # ---- what goes wrong
 
 
-def test_a_missing_device_lists_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(anydelta.UnsupportedError, match="no such OpenCL device; there are opencl:0 "):
-        anydelta.device("opencl:99")
+def test_an_unknown_default_lists_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYDELTA_OPENCL_DEVICE", "abacus")
     (q, k, v), gates = tokens(H=2, HV=4, K=32)
     with pytest.raises(anydelta.UnsupportedError, match=r"ANYDELTA_OPENCL_DEVICE must be .*; got 'abacus'"):
@@ -170,11 +151,7 @@ def test_without_pyopencl_or_a_driver_there_is_a_reason(monkeypatch: pytest.Monk
 
 
 def test_memory_beyond_the_limit_is_one_sentence(device: OpenclDevice) -> None:
-    limit = device.cl_device.max_mem_alloc_size
-    with pytest.raises(
-        anydelta.DeviceError, match=f"arrays of at most {limit} bytes, the driver's limit; got"
-    ):
-        device.empty((limit // 4 + 1,))
+    check_a_large_array_is_refused(device, device.cl_device.max_mem_alloc_size)
 
 
 def test_a_kernel_that_does_not_build_is_one_sentence(
@@ -182,37 +159,16 @@ def test_a_kernel_that_does_not_build_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(opencl_device, "_source", lambda: "kernel void by_address(nonsense x) {}")
     monkeypatch.setattr(device, "programs", {})
-    state = np.ones((1, 4, 32, 16), np.float32)
-    (q, k, v), gates = tokens(H=2, HV=4, K=32)
-    with pytest.raises(
-        anydelta.DeviceError, match=r"requires a driver that compiles delta_rule.cl; got .*BUILD"
-    ):
-        anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="opencl")
-    assert (state == 1).all()
+    check_a_kernel_that_does_not_build("opencl", device, "driver that compiles delta_rule.cl")
 
 
-def test_a_lost_device_refuses_from_then_on(device: OpenclDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_driver_reports_is_one_sentence(
+    device: OpenclDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cl = opencl_device.api()
-
-    def dies(*args: Any) -> None:
-        raise cl.RuntimeError("clEnqueueNDRangeKernel", cl.status_code.INVALID_COMMAND_QUEUE, "gone")
-
-    monkeypatch.setattr(opencl, "_launch", dies)
-    (q, k, v), gates = tokens(H=2, HV=4, K=32)
-    try:
-        for _ in range(2):
-            with pytest.raises(
-                anydelta.DeviceError, match=r"got one that is lost \(.*\)\. Its states are invalid"
-            ):
-                anydelta.gated_delta_rule(q, k, v, **gates, backend="opencl")
-    finally:
-        device.lost = ""
-
-
-def test_the_host_is_preferred_on_the_host() -> None:
-    (q, k, v), gates = tokens(H=2, HV=4, K=32)
-    assert anydelta.explain(q, k, v, **gates).chosen != "opencl"
-    assert anydelta.explain(q, k, v, **gates, backend="opencl").chosen == "opencl"
+    full = cl.MemoryError("clEnqueueNDRangeKernel failed: OUT_OF_RESOURCES")
+    gone = cl.RuntimeError("clEnqueueNDRangeKernel failed: INVALID_COMMAND_QUEUE")
+    check_driver_errors(opencl.BACKEND, device, monkeypatch, full, gone)
 
 
 def test_float64_is_refused_with_the_reason() -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import anydelta
-from anydelta import op
 from anydelta.backends import params, sycl, sycl_device
 from anydelta.conformance import CASES, Case
 from anydelta.conformance.run import unavailable
+from anydelta.spec import Call, Options, check_call
 from device_checks import (
     check_a_call_on_the_device_stages_nothing,
-    check_nothing_leaks,
+    check_a_kernel_that_does_not_build,
+    check_a_large_array_is_refused,
+    check_driver_errors,
+    check_host_calls_leak_nothing,
     check_only_tokens_are_staged,
     check_resident_pools_and_snapshots,
-    check_threads_take_turns,
     failures,
     tokens,
 )
@@ -29,15 +31,8 @@ REASONS = unavailable("sycl")
 if REASONS:
     pytest.skip("; ".join(REASONS), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("fresh_plans")
 BATCH = 110
-
-
-@pytest.fixture(autouse=True)
-def fresh_plans() -> Iterator[None]:
-    """Plans remember the device and the cut."""
-    op._plans.clear()
-    yield
-    op._plans.clear()
 
 
 @pytest.fixture(params=sycl_device.MEMORIES)
@@ -84,20 +79,12 @@ def test_a_resident_state_stages_the_token_only(memory: str) -> None:
 
 
 def test_ten_thousand_calls_leak_nothing(memory: str) -> None:
-    (q, k, v), gates = tokens(B=8, HV=4, K=32)
-    state = np.zeros((8, 4, 32, 16), np.float32)  # 64 KiB: 10,000 lost ones would be 640 MiB
-    check_nothing_leaks(
-        lambda i: anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="sycl"), most=32 << 20
-    )
+    check_host_calls_leak_nothing("sycl")
 
 
 def test_a_call_on_the_device_stages_nothing(memory: str) -> None:
     there = anydelta.device("sycl:0")
     check_a_call_on_the_device_stages_nothing(there, there.array)
-
-
-def test_threads_take_turns() -> None:
-    check_threads_take_turns("sycl")
 
 
 def test_usm_of_another_library_is_a_state() -> None:
@@ -141,12 +128,54 @@ def test_dlpack_is_read_without_being_consumed() -> None:
     assert not sycl_device._dlpack(x.T.__dlpack__())[2]
 
 
+class LikeXpu:
+    """Host memory, which the CPU device reaches, that says of itself what a tensor of torch.xpu does."""
+
+    def __init__(self, x: Any):
+        self.x, self.dtype = x, x.dtype
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 14, 0  # kDLOneAPI
+
+    def __dlpack__(self, **how: Any) -> Any:
+        return self.x.__dlpack__()
+
+
+def test_dlpack_of_a_oneapi_device_is_a_state() -> None:
+    (q, k, v), gates = tokens(3, B=2, H=2, HV=4, K=32)
+    want = np.random.default_rng(2).standard_normal((2, 4, 32, 16), np.float32)
+    theirs = want.copy()
+    anydelta.gated_delta_rule_(q, k, v, want, **gates, backend="reference")
+    anydelta.gated_delta_rule_(q, k, v, sycl.from_usm(LikeXpu(theirs)), **gates)
+    assert np.allclose(theirs, want, atol=1e-5)
+    with pytest.raises(ValueError, match="requires C-contiguous"):
+        sycl.from_usm(LikeXpu(theirs.swapaxes(2, 3)))
+    with pytest.raises(ValueError, match=r"a oneAPI device \(DLPack 14\); got device type 1"):
+        sycl.from_usm(theirs)
+
+
+def test_tensors_of_torch_xpu_are_taken_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors of the CPU in their place, which the CPU device also reaches by address: torch.xpu is not here."""
+    waited = []
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda: waited.append(True))
+    (q, k, v), gates = tokens(3, B=2, H=2, HV=4, K=32)
+    want = np.zeros((2, 4, 32, 16), np.float32)
+    state = torch.from_numpy(want.copy())
+    o = torch.empty(v.shape)
+    call = Call(
+        *map(torch.from_numpy, (q, k, v, gates["g"], gates["beta"])), state_in=state, state_out=state, o=o
+    )
+    spec = replace(check_call(call, Options(), inplace=True), device="xpu")
+    assert not sycl.BACKEND.supports(spec)
+    monkeypatch.setattr(sycl.roster.default(), "memory", "copy")  # of no use to them
+    sycl.BACKEND.run(sycl.BACKEND.prepare(spec, call), spec, call)
+    assert waited
+    expected = anydelta.gated_delta_rule_(q, k, v, want, **gates, backend="reference")
+    assert np.allclose(o, expected, atol=1e-5)
+    assert np.allclose(state, want, atol=1e-5)
+
+
 # ---- what goes wrong
-
-
-def test_a_missing_device_lists_those_that_exist() -> None:
-    with pytest.raises(anydelta.UnsupportedError, match="no such SYCL device; there are sycl:0 "):
-        anydelta.device("sycl:99")
 
 
 def test_without_the_extension_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,28 +190,16 @@ def test_without_the_extension_there_is_a_reason(monkeypatch: pytest.MonkeyPatch
 
 def test_memory_beyond_the_limit_is_one_sentence() -> None:
     device = sycl.roster.default()
-    limit = device.facts["allocation"]
-    with pytest.raises(
-        anydelta.DeviceError, match=f"arrays of at most {limit} bytes, the driver's limit; got"
-    ):
-        device.empty((limit // 4 + 1,))
+    check_a_large_array_is_refused(device, device.facts["allocation"])
 
 
 def test_a_kernel_that_does_not_build_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     device = sycl.roster.default()
     monkeypatch.setattr(sycl_device, "_text", lambda name: "nonsense")
     monkeypatch.setattr(device, "built", set())
-    state = np.ones((1, 4, 32, 16), np.float32)
-    (q, k, v), gates = tokens(H=2, HV=4, K=32)
-    with pytest.raises(
-        anydelta.DeviceError, match=r"requires a run-time compiler that builds delta_rule.hpp; got"
-    ):
-        anydelta.gated_delta_rule_(q, k, v, state, **gates, backend="sycl")
-    assert (state == 1).all()
-    assert not device.lost
+    check_a_kernel_that_does_not_build("sycl", device, "run-time compiler that builds delta_rule.hpp")
 
 
-def test_the_host_is_preferred_on_the_host() -> None:
-    (q, k, v), gates = tokens(H=2, HV=4, K=32)
-    assert anydelta.explain(q, k, v, **gates).chosen != "sycl"
-    assert anydelta.explain(q, k, v, **gates, backend="sycl").chosen == "sycl"
+def test_what_the_driver_reports_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, gone = (RuntimeError(f"UR_RESULT_ERROR_{x}") for x in ("OUT_OF_DEVICE_MEMORY", "DEVICE_LOST"))
+    check_driver_errors(sycl.BACKEND, sycl.roster.default(), monkeypatch, full, gone)
