@@ -146,8 +146,9 @@ def translate(source: str) -> tuple[str, dict[str, list[str]]]:
         wrappers.append(
             f'extern "C" void emu_{name}(void* const* arguments) {{ {name}({", ".join(passed)}); }}'
         )
-    text = _THREADGROUP.sub(r"static \1 \2\3; emu::threadgroup_memory((void*)&\2, sizeof \2);", source)
-    text = re.sub(r"\bthreadgroup\s+", " ", text)
+    text = _THREADGROUP.sub(
+        r"static threadgroup \1 \2\3; emu::threadgroup_memory((void*)&\2, sizeof \2);", source
+    )
     return text + "\n" + "\n".join(wrappers) + "\n", kinds
 
 
@@ -171,6 +172,20 @@ class Counts:
     matrix_multiplies: int
     simd_barriers: int
     barriers: int
+
+
+def parse(source: str, clang: str) -> str:
+    """What clang says of a text as C++14, which is what Metal 3 is, with address spaces: "" if nothing."""
+    text = _THREADGROUP.sub(r"extern threadgroup \1 \2\3;", source)
+    flags = [
+        "-std=c++14",
+        "-DADDRESS_SPACES",
+        "-Wall",
+        "-Wno-unknown-attributes",
+        "-Wno-unused-const-variable",
+    ]
+    command = [clang, *flags, f"-I{HERE}", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True).stderr
 
 
 class Kernel:

@@ -2,7 +2,7 @@
 //
 // A lane runs until it needs others: at a simdgroup operation (all 32 lanes must come to it) or a threadgroup barrier.
 // Lanes that leave others waiting for ever are an error, which a GPU would not report. ANYDELTA_EMULATOR_ORDER=backward
-// starts the lanes from the last.
+// starts the lanes from the last. Subnormal floats are zero, as on Apple's GPUs.
 //
 // Code that is compiled with -fsanitize=thread calls __tsan_read4 and so on for every access to memory that is not its
 // own stack. Here these calls are answered by the checker below, not by ThreadSanitizer: it knows the buffers of the
@@ -10,17 +10,21 @@
 // writing, without a barrier between; and it counts.
 #include "runtime.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
 #include <ucontext.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #define ASAN 1
@@ -164,27 +168,48 @@ void restart(Fiber* f) {
 
 // ---- the checker
 
+// Who touched two bytes of memory last.
+struct Touch {
+    unsigned group = 0, epoch = 0, simdgroup = 0, simd_epoch = 0, lane = 0;
+};
+struct Cell {
+    Touch write, read, other_read;  // other_read: by another lane than `read`, of another simdgroup if there was one
+};
+
 struct Range {
     std::uintptr_t from, to;
     bool threadgroup, writable, counted;
+    std::vector<Cell> cells;  // of a writable one; nobody races in memory that is only read
 };
-std::vector<Range> ranges;
-const Range* last_range;
-
-// Who touched two bytes of memory last.
-struct Touch {
-    unsigned group = ~0u, epoch = 0, simdgroup = 0, simd_epoch = 0, lane = 0;
-};
-struct Cell {
-    Touch write, read, other_read;  // other_read: by another lane than `read`
-};
-std::unordered_map<std::uintptr_t, Cell> cells;
-unsigned group_number;
+std::vector<Range> ranges;  // writable ones first: a buffer that is also bound for writing counts as that one
+unsigned group_number;  // from 1, over all launches
 bool checking;
+
+// While it lives, subnormal operands and results are zero. Lanes inherit it: makecontext keeps the mode.
+struct NoSubnormals {
+#if defined(__SSE__)
+    unsigned before = _mm_getcsr();
+    NoSubnormals() { _mm_setcsr(before | 0x8040); }
+    ~NoSubnormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    unsigned long before;
+    NoSubnormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | 1ul << 24));
+    }
+    ~NoSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+void add_range(std::uintptr_t from, std::uintptr_t size, bool threadgroup, bool writable, bool counted) {
+    Range r{from, from + size, threadgroup, writable, counted, {}};
+    if (checking && writable) r.cells.resize((from + size + 1) / 2 - from / 2);
+    ranges.insert(writable ? ranges.begin() : ranges.end(), std::move(r));
+}
 
 // Threadgroup memory is new for each threadgroup; accesses of two threadgroups to a buffer are in no order.
 bool ordered(const Touch& before, const Touch& now, bool threadgroup) {
-    if (before.group == ~0u) return true;
+    if (!before.group) return true;
     if (before.group != now.group) return threadgroup;
     return before.lane == now.lane || before.epoch < now.epoch ||
            (before.simdgroup == now.simdgroup && before.simd_epoch < now.simd_epoch);
@@ -192,38 +217,27 @@ bool ordered(const Touch& before, const Touch& now, bool threadgroup) {
 
 void touch(const void* at, unsigned size, bool write) {
     const auto address = reinterpret_cast<std::uintptr_t>(at);
-    // A buffer that is also bound for writing counts as that one.
-    const auto inside = [&](const Range& r) { return r.from <= address && address + size <= r.to; };
-    if (!last_range || !inside(*last_range) || (write && !last_range->writable)) {
-        last_range = nullptr;
-        for (const Range& r : ranges)
-            if (inside(r) && (!last_range || r.writable)) last_range = &r;
-        if (!last_range) {
-            for (unsigned i = 0; i < lanes; ++i) {
-                const auto stack = reinterpret_cast<std::uintptr_t>(fibers[i]->stack);
-                if (stack <= address && address < stack + STACK) return;
-            }
-            const auto slots = reinterpret_cast<std::uintptr_t>(simdgroups.data());
-            if (slots <= address && address < slots + simdgroups.size() * sizeof(Simdgroup)) return;
-            if (at == &me ||
-                (address >= reinterpret_cast<std::uintptr_t>(me) && address < reinterpret_cast<std::uintptr_t>(me + 1)))
-                return;
-            stop("lane %u of threadgroup (%u, %u, %u) %s %u bytes in no buffer", self()->lane.lane, me->group[0],
-                 me->group[1], me->group[2], write ? "writes" : "reads", size);
-            return;
-        }
+    if (address - reinterpret_cast<std::uintptr_t>(self()->stack) < STACK) return;
+    const auto inside = [=](const Range& r) { return r.from <= address && address + size <= r.to; };
+    const auto found = std::find_if(ranges.begin(), ranges.end(), inside);
+    if (found == ranges.end()) {
+        const auto slots = reinterpret_cast<std::uintptr_t>(simdgroups.data());
+        if (address - slots < simdgroups.size() * sizeof(Simdgroup)) return;
+        if (at == &me || address - reinterpret_cast<std::uintptr_t>(me) < sizeof *me) return;
+        stop("lane %u of threadgroup (%u, %u, %u) %s %u bytes in no buffer", self()->lane.lane, me->group[0],
+             me->group[1], me->group[2], write ? "writes" : "reads", size);
     }
-    const Range& range = *last_range;
+    Range& range = *found;
     if (range.counted) {
         ++counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0)];
         counts[(range.threadgroup ? 4 : 0) + (write ? 2 : 0) + 1] += size;
     }
     if (write && !range.writable) stop("lane %u writes %u bytes of a buffer that is only read", me->lane, size);
-    if (!checking) return;
+    if (range.cells.empty()) return;
     const Simdgroup& simd = simdgroups[me->simdgroup];
     const Touch now{group_number, epoch, me->simdgroup, simd.epoch, me->simdgroup * SIMD + me->lane};
     for (std::uintptr_t word = address / 2; word <= (address + size - 1) / 2; ++word) {
-        Cell& cell = cells[word];
+        Cell& cell = range.cells[word - range.from / 2];
         const Touch* before = nullptr;
         const char* what = "";
         if (!ordered(cell.write, now, range.threadgroup)) {
@@ -243,7 +257,11 @@ void touch(const void* at, unsigned size, bool write) {
         if (write) {
             cell.write = now;
         } else {
-            if (cell.read.group != now.group || cell.read.lane != now.lane) cell.other_read = cell.read;
+            // Of reads by two simdgroups since a barrier, one of each is kept: a later write by either is then found.
+            const Touch &last = cell.read, &other = cell.other_read;
+            const bool another = last.group != now.group || last.lane != now.lane;
+            const bool apart = other.group == now.group && other.epoch == epoch && other.simdgroup != now.simdgroup;
+            if (another && (last.simdgroup != now.simdgroup || !apart)) cell.other_read = last;
             cell.read = now;
         }
     }
@@ -297,8 +315,7 @@ void threadgroup_memory(void* at, unsigned long size) {
         }
     poisoned.push_back({at, group_number});
     const auto from = reinterpret_cast<std::uintptr_t>(at);
-    ranges.push_back({from, from + size, true, true, true});
-    last_range = nullptr;
+    add_range(from, size, true, true, true);
     memset(at, 0xff, size);
 }
 
@@ -312,10 +329,8 @@ extern "C" {
 void emu_buffers(const std::uintptr_t* list, unsigned n) {
     ranges.clear();
     poisoned.clear();
-    last_range = nullptr;
     for (unsigned i = 0; i < n; ++i)
-        ranges.push_back(
-            {list[3 * i], list[3 * i] + list[3 * i + 1], false, list[3 * i + 2] == 2, list[3 * i + 2] > 0});
+        add_range(list[3 * i], list[3 * i + 1], false, list[3 * i + 2] == 2, list[3 * i + 2] > 0);
 }
 
 void emu_check(int on) { checking = on; }
@@ -329,6 +344,7 @@ void emu_counts(unsigned long* out) {
 
 // Runs a kernel over groups[3] threadgroups of size[3] threads. Returns an error, or null.
 const char* emu_run(void (*entry)(void* const*), void* const* args, const unsigned* groups, const unsigned* size) {
+    const NoSubnormals mode;
     static const char* order = getenv("ANYDELTA_EMULATOR_ORDER");
     const bool backward = order && !strcmp(order, "backward");
     kernel = entry;
@@ -339,7 +355,6 @@ const char* emu_run(void (*entry)(void* const*), void* const* args, const unsign
     while (fibers.size() < lanes) fibers.push_back(make_fiber());
     simdgroups.assign(lanes / SIMD, Simdgroup());
     for (unsigned i = 0; i < lanes; ++i) restart(fibers[i]);
-    cells.clear();
     const unsigned long total = 1ul * groups[0] * groups[1] * groups[2];
     for (unsigned long number = 0; number < total && !failed; ++number) {
         ++group_number;

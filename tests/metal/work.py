@@ -1,6 +1,7 @@
 """Counts the work of the Metal kernels per token and column of the state, and that of mlx-lm's kernels beside it.
 
-    python tests/metal/work.py            K = V = 128, float32, state [V, K], H = HV = 1
+    python tests/metal/work.py                  K = V = 128, float32, state [V, K], H = HV = 1
+    python tests/metal/work.py --ggml FOLDER    and ggml's kernel: ggml.py says where to get it
 
 All of them run in the emulator, which counts what reaches memory (as g++ -O2 leaves the loads) and what needs the
 simdgroup. A count is the difference between two prompts, so that reading and writing the state once does not enter.
@@ -9,11 +10,14 @@ mlx-lm's kernels come from the installed package and are given the signature tha
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import ggml
 import numpy as np
 import torch
 from emulator import Counts, Emulator
@@ -81,6 +85,10 @@ def mlx_lm_run(emulator: Emulator, x: dict[str, torch.Tensor], packed: bool) -> 
         importlib.reload(module)
 
 
+def ggml_run(emulator: Emulator, x: dict[str, torch.Tensor], folder: Path) -> Any:
+    return ggml.run(emulator, folder, {**x, "q": x["q"] * D**0.5})  # its scale is D^-0.5
+
+
 def work(name: str, run: Callable[[Emulator, dict[str, torch.Tensor]], Any], kda: bool) -> Work:
     counts = []
     for T in (SHORT, LONG):
@@ -113,7 +121,7 @@ def lanes(name: str) -> int:
     return D // 32 * 128 if "chunks" in name else 1
 
 
-def table() -> list[Work]:
+def table(ggml_folder: Path | None = None) -> list[Work]:
     out = []
     for gate, kda in (("GDA", False), ("KDA", True)):
         out.append(work(f"anydelta {gate}", lambda e, x: anydelta_run(e, x, False), kda))
@@ -121,12 +129,19 @@ def table() -> list[Work]:
         if not kda:
             out.append(work(f"mlx-lm {gate}, packed", lambda e, x: mlx_lm_run(e, x, True), kda))
         out.append(work(f"mlx-lm {gate}, generic", lambda e, x: mlx_lm_run(e, x, False), kda))
+        if ggml_folder:
+            out.append(work(f"ggml {gate}", lambda e, x: ggml_run(e, x, ggml_folder), kda))
     return out
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="ggml/src/ggml-metal")
+    folder = parser.parse_args().ggml
     print("| kernel | loads | bytes | exchanges | barriers per token |\n|---|---:|---:|---:|---:|")
-    for w in table():
+    for w in table(folder):
         print(f"| {w.name} | {w.loads:.1f} | {w.bytes:.0f} | {w.exchanges:.2f} | {w.barriers:.3f} |")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,8 +147,18 @@ def _chosen(spec: CallSpec, call: Call) -> bool:
         return False  # its times say nothing
     key = (call.q.device, spec.K, spec.V, spec.kda, spec.dtype)
     if key not in _best:
-        times = measure_chunks(spec, call)
-        _best[key] = times[True] < times[False]
+        try:
+            times = measure_chunks(spec, call)
+            _best[key] = times[True] < times[False]
+        except (RuntimeError, SyntaxError) as error:  # of Metal's compiler
+            _best[key] = False
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"anydelta: Metal: the kernel for long prompts does not run on this device, so prompts go token by "
+                f"token: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return _best[key]
 
 

@@ -117,7 +117,7 @@ inline long index_at(device const uchar* base, bool wide, long at) {
 }
 
 // ---- the gates -----------------------------------------------------------------------------------------------------
-// exp only of numbers <= 0, and no arithmetic on infinities: the hosts compile with fast math.
+// exp only of numbers <= 0, and no arithmetic on infinities: with PYTORCH_MPS_FAST_MATH=1 torch compiles with fast math.
 
 inline float sigmoid(float x) {
     const float e = exp(-abs(x));
@@ -148,10 +148,13 @@ inline float decay_of(Ref P, float x, float bias, float A) {
     return vanishes(x) ? 0.0f : exp(x);
 }
 
+// The smallest normal number. Below it there are only zeros on Apple's GPUs, literals included.
+constant constexpr float SMALLEST = 1.17549435e-38f;
+
 // In [-100, 0]: sums of these stay precise enough for their differences.
 template <typename Ref>
 inline float log_decay_of(Ref P, float x, float bias, float A) {
-    if (P.decay == DECAY_LINEAR) return x < 3.8e-44f ? -100.0f : log(x);
+    if (P.decay == DECAY_LINEAR) return x < SMALLEST ? -100.0f : log(x);
     if (P.decay == DECAY_RAW) x = activated<Ref>(P, x, bias, A);
     return vanishes(x) ? -100.0f : x;
 }
