@@ -187,6 +187,14 @@ def test_metal_through_mlx(host: Any, chunks: str, monkeypatch: pytest.MonkeyPat
     assert len(host.emulator.launches) == len(cases)
 
 
+def test_conform_forces_both_kernels_through_mlx(host: Any) -> None:
+    from anydelta.backends import metal
+
+    for number, isa in enumerate(metal.isas(), 1):
+        assert run_one(Case.parse("T=20 H=1 HV=1 K=32 V=16"), Target("metal", isa, "mlx")).status == OK
+        assert len(host.made) == number
+
+
 def test_metal_says_why_not() -> None:
     x = arrays(values())
     if not mx.metal.is_available():

@@ -19,7 +19,7 @@ import numpy as np
 from ..dispatch import Rejected
 from ..kernels.metal.launch import ARRAYS, MAX_K, Launch, Launches, chunks_fit, text
 from ..spec import MLX_GPU, Call, CallSpec
-from .metal import CHUNK_ENV
+from . import metal
 from .params import TYPE
 
 _OUTPUTS = ("o", "state_out", "snapshots")
@@ -78,28 +78,20 @@ class MetalForMlx:
             no.append(f"takes at least one token and one sequence; got B={spec.B} T={spec.T} N={spec.N}")
         return tuple(Rejected(reason) for reason in no)
 
-    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        # With snapshots the last tokens would take a second launch, whose outputs would have to be merged.
-        chunked = os.environ.get(CHUNK_ENV) == "1" and not spec.snapshots and chunks_fit(spec)
-        (launch,) = Launches(spec, call, ARRAYS, dense=True, chunked=chunked).all
-        present = dict(zip(ARRAYS, launch.arrays, strict=True))
-        inputs = tuple(n for n in ARRAYS if n not in _OUTPUTS and present[n])
-        outputs = tuple(n for n in _OUTPUTS if present[n])
-        import mlx.core as mx
+    def prepare(self, spec: CallSpec, call: Call) -> dict[bool, _Plan]:
+        return {}  # by whether the prompt runs in chunks, made when first needed
 
-        host = mx.fast if _emulator is None else _emulator
-        key = (host, launch.source, inputs, outputs)
-        if key not in _kernels:
-            _kernels[key] = _kernel(host, launch.source, inputs, outputs)
-        return _Plan(launch, _kernels[key], mx.array(np.array(launch.params, np.int64)), inputs, outputs)
-
-    def run_lazily(self, plan: _Plan, spec: CallSpec, call: Call) -> list[Any]:
+    def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[Any]:
         """o, then the final state and the snapshots where the call has them: arrays yet to be computed.
 
         `call.snapshots` holds what slots that are not written keep.
         """
         import mlx.core as mx
 
+        chunked = _chunked(spec)
+        if chunked not in plans:
+            plans[chunked] = _plan(spec, call, chunked)
+        plan = plans[chunked]
         dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
         state = (spec.N, spec.HV, *dims)
         shapes = {"o": call.v.shape, "state_out": state, "snapshots": (spec.snapshots, *state)}
@@ -114,6 +106,30 @@ class MetalForMlx:
         if spec.snapshots:
             out[-1] = _written(spec, call, out[-1])
         return list(out)
+
+
+def _chunked(spec: CallSpec) -> bool:
+    """Where it is forced. With snapshots the last tokens would take a second launch, whose outputs would have to be
+    merged."""
+    if spec.snapshots:
+        return False
+    if metal._forced:
+        return metal._forced == "chunks" and chunks_fit(spec, 1)
+    return os.environ.get(metal.CHUNK_ENV) == "1" and chunks_fit(spec)
+
+
+def _plan(spec: CallSpec, call: Call, chunked: bool) -> _Plan:
+    import mlx.core as mx
+
+    (launch,) = Launches(spec, call, ARRAYS, dense=True, chunked=chunked).all
+    present = dict(zip(ARRAYS, launch.arrays, strict=True))
+    inputs = tuple(n for n in ARRAYS if n not in _OUTPUTS and present[n])
+    outputs = tuple(n for n in _OUTPUTS if present[n])
+    host = mx.fast if _emulator is None else _emulator
+    key = (host, launch.source, inputs, outputs)
+    if key not in _kernels:
+        _kernels[key] = _kernel(host, launch.source, inputs, outputs)
+    return _Plan(launch, _kernels[key], mx.array(np.array(launch.params, np.int64)), inputs, outputs)
 
 
 def _kernel(host: Any, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
