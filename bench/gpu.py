@@ -1,4 +1,4 @@
-"""The steps of bench/gpu.sh: environment, conform, bench. Needs torch, Triton and NumPy only.
+"""The steps of bench/gpu.sh: environment, first, conform, bench, tune. Needs torch, Triton and NumPy only.
 
 With --dry-run on the CPU, in Triton's interpreter, on shapes that are too small to mean anything.
 """
@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,83 @@ def conform(dry: bool, sample: bool, seconds: float) -> dict[str, Any]:
     if bad or wrong:
         raise SystemExit(1)
     return {"summary": summary(results), "results": [r.record() for r in results]}
+
+
+def first_calls(dry: bool) -> dict[str, Any]:
+    """Seconds of the first call of each kind, compilation included; TRITON_CACHE_DIR must be an empty folder."""
+    from anydelta.kernels.triton import aot
+    from anydelta.tune.problems import Problem
+    from anydelta.tune.search import Contest
+
+    size = dict(H=1, HV=1, K=16, V=16) if dry else {}
+    decode, prefill = (
+        aot.Shape(**size),
+        aot.Shape(**{**size, "T": 17 if dry else 4096, "N": 1, "inplace": False}),
+    )
+    kda = {} if dry else {"H": 32}
+    calls = {
+        "decode": decode,
+        "decode KDA": replace(decode, kda=True, **kda),
+        "prefill": prefill,
+        "prefill KDA": replace(prefill, kda=True, **kda),
+        "backward": replace(prefill, backward=True),
+    }
+    rows = {}
+    print("| first call | s |")
+    print("|---|---:|")
+    for name, shape in calls.items():
+        contest = Contest(Problem("backward" if shape.backward else "", name, shape), device(dry))
+        run = contest.run(contest.problem.heuristic(contest.machine))
+        wait(dry)
+        start = time.perf_counter()
+        run()
+        wait(dry)
+        rows[name] = time.perf_counter() - start
+        print(f"| {name} | {rows[name]:.1f} |", flush=True)
+    return {"first_call_seconds": rows}
+
+
+def tune(dry: bool, seconds: float, folder: Path) -> dict[str, Any]:
+    """What `anydelta tune --seconds` does for the calls of SHAPES, into a table in `folder`."""
+    from anydelta.bench.cases import select
+    from anydelta.kernels.triton import tables
+    from anydelta.tune import problems
+    from anydelta.tune.search import Contest, gpu_times
+    from anydelta.tune.search import tune as search
+
+    def walls(runs: Any, rounds: int) -> list[list[float]]:
+        spent = measured([Contender(str(i), run) for i, run in enumerate(runs)], True, rounds)
+        return [[1e6 * x for x in spent[str(i)]] for i in range(len(runs))]
+
+    start, outcomes = time.monotonic(), []
+    chosen = problems.problems(
+        select(["gda-t1-h1x1-d16-b1"] if dry else problems.DEFAULT), ["bfloat16"], gradients=False
+    )
+
+    def in_time() -> bool:
+        return time.monotonic() - start < seconds
+
+    wrong = []
+    for problem in chosen:
+        if not in_time():
+            break
+        contest = Contest(problem, device(dry))
+        outcome = search(
+            contest, walls if dry else gpu_times, rounds=5, in_time=in_time, tell=lambda text: None
+        )
+        tables.merge(
+            folder / f"{contest.machine.arch}.json", {outcome.key: outcome.row(environment(dry)["device"])}
+        )
+        print(
+            f"{outcome.key}: {outcome.heuristic_us:.1f} us, {outcome.us:.1f} us with {outcome.launch}",
+            flush=True,
+        )
+        wrong += [f"{outcome.key} {t.change}: {t.why_not}" for t in outcome.trials if t.wrong]
+        outcomes.append(outcome)
+    print(*wrong, f"{len(outcomes)} of {len(chosen)} rows tuned, {len(wrong)} launches wrong", sep="\n")
+    if wrong:
+        raise SystemExit(1)
+    return {"rows": [asdict(outcome) for outcome in outcomes]}
 
 
 @dataclass
@@ -227,7 +304,9 @@ def measured(runs: list[Contender], dry: bool, rounds: int) -> dict[str, list[fl
     return times
 
 
-def bench(dry: bool) -> dict[str, Any]:
+def bench(dry: bool, seconds: float) -> dict[str, Any]:
+    """Contenders in turns, shape after shape until the time is up."""
+    begin = time.monotonic()
     dev, rounds = device(dry), 1 if dry else 15
     if dry:
         print("DRY RUN: these times are those of an interpreter and mean nothing.")
@@ -244,6 +323,9 @@ def bench(dry: bool) -> dict[str, Any]:
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     rows = []
     for name, tokens, n, H, HV, kda in DRY if dry else SHAPES:
+        if time.monotonic() - begin > seconds:
+            print(f"{name}: no time left")
+            continue
         packed = name.startswith("packed")
         runs, state = contenders(tokens, n, H, HV, kda, packed, dev)
         if not runs:
@@ -267,7 +349,7 @@ def bench(dry: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=("environment", "conform", "bench"))
+    parser.add_argument("step", choices=("environment", "first", "conform", "bench", "tune"))
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--seconds", type=float, default=100)
@@ -281,7 +363,11 @@ def main() -> None:
     if args.step == "conform":
         result = conform(args.dry_run, args.sample, args.seconds)
     elif args.step == "bench":
-        result = bench(args.dry_run)
+        result = bench(args.dry_run, args.seconds)
+    elif args.step == "first":
+        result = first_calls(args.dry_run)
+    elif args.step == "tune":
+        result = tune(args.dry_run, args.seconds, args.out.parent)
     else:
         result = {}
         print(", ".join(f"{name} {value}" for name, value in facts.items()))

@@ -1,4 +1,4 @@
-"""The program `anydelta`: info | conform | generate | bench. Needs the extra "cli" (typer and rich).
+"""The program `anydelta`: info | conform | generate | bench | tune. Needs the extra "cli" (typer and rich).
 
 Exit codes: 0 all well, 1 something failed, 2 bad input or a missing package.
 """
@@ -35,6 +35,7 @@ def build_app() -> typer.Typer:
 
     from .conformance.cli import register as register_conform
     from .generate.cli import register as register_generate
+    from .tune.cli import register as register_tune
 
     app = typer.Typer(
         name="anydelta",
@@ -63,6 +64,7 @@ def build_app() -> typer.Typer:
         from .bench.cli import register as register_bench
 
         register_bench(app)
+    register_tune(app)
     return app
 
 

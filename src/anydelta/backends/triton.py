@@ -89,7 +89,11 @@ class Triton:
         return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
+        from ..kernels.triton import tables
+
         facts: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
+        if found := sorted(folder.glob("*.json")) if (folder := tables.user_folder()) else []:
+            facts["tables"] = [str(path) for path in found]
         if interpreted():
             return {**facts, "devices": "none: the interpreter, on the CPU"}
         import torch

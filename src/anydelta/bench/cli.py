@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,7 +12,7 @@ import typer
 from . import cases as case_list
 from . import report as printers
 from .contender import Contender
-from .outputs import Csv, Fail, Json, Md, Output, Plot, checked, show
+from .outputs import Csv, Fail, Json, Md, Output, Plot, checked, progress, show
 
 bench = typer.Typer(
     help="Measure the operator against other implementations and the machine's limits.", no_args_is_help=True
@@ -99,7 +98,7 @@ def ops_command(
     if device != "cpu" and (reasons := get_backend(backend).available()):
         _fail("; ".join(map(str, reasons)))
 
-    with _progress() as tell:
+    with progress() as tell:
         settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)
         report = ops.measure(chosen, field, threads=counts, settings=settings, backend=backend, progress=tell)
 
@@ -230,7 +229,7 @@ def _small(
     if not 0 < sample_ms <= 10000:
         fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
     try:
-        with _progress() as tell:
+        with progress() as tell:
             measured = run(tell)
     except ValueError as error:
         fail(str(error))
@@ -250,24 +249,3 @@ def _threads(text: str | None, available: int) -> list[int]:
     if min(counts) < 1 or max(counts) > 1024:
         raise ValueError(f"-t must be numbers from 1 to 1024 such as 1,2; got {text!r}")
     return list(dict.fromkeys(counts))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr that is redrawn between measurements only: a drawing thread would disturb them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn(),
-        console=console, transient=True, auto_refresh=False, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def tell(text: str, done: float) -> None:
-            bar.update(task, description=text, completed=done)
-            bar.refresh()
-
-        yield tell

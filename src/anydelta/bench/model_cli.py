@@ -11,8 +11,8 @@ import typer
 
 from ..generate.checkpoint import CheckpointError, need_packages, quiet
 from . import model, model_report, presets
-from .cli import _fail, _progress, _threads, bench
-from .outputs import Csv, Json, Md, Output, Plot, checked, show
+from .cli import _fail, _threads, bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, progress, show
 
 LLAMA = "llama.cpp"
 PACKED = "packed"
@@ -89,7 +89,7 @@ def model_command(
         if list_:
             _list()
             return
-        with _progress() as tell:
+        with progress() as tell:
             report = _measure(
                 names, dtypes, counts, layers, tests, rounds, profile, contender or [], tell
             )  # fmt: skip

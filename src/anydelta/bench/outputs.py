@@ -11,7 +11,8 @@ import dataclasses
 import importlib.util
 import io
 import json as json_lib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
@@ -80,6 +81,27 @@ def show(
             printers.plot(report, plot)
         except ValueError as error:  # nothing was timed
             fail(f"no figure: {error}")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr that is redrawn between measurements only: a drawing thread would disturb them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn(),
+        console=console, transient=True, auto_refresh=False, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def tell(text: str, done: float) -> None:
+            bar.update(task, description=text, completed=done)
+            bar.refresh()
+
+        yield tell
 
 
 # ---- forms

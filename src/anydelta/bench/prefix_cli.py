@@ -10,8 +10,8 @@ import typer
 
 from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
 from . import prefix, prefix_report, spec
-from .cli import _fail, _progress, bench
-from .outputs import Csv, Json, Md, Output, checked, show
+from .cli import _fail, bench
+from .outputs import Csv, Json, Md, Output, checked, progress, show
 from .spec_prompts import PROMPTS
 
 
@@ -60,7 +60,7 @@ def prefix_command(
                 raise CheckpointError(f"requires {name} from {least} to {most}; got {got}")
         need_packages()
         settings = prefix.Settings(lengths, turn, tokens, rounds, threads)
-        with _progress() as tell:
+        with progress() as tell:
             report = _measure(model, settings, tell)
     except (CheckpointError, ValueError) as error:
         fail(str(error))

@@ -11,8 +11,8 @@ import typer
 
 from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
 from . import spec, spec_report
-from .cli import _fail, _progress, bench
-from .outputs import Csv, Json, Md, Output, Plot, checked, show
+from .cli import _fail, bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, progress, show
 from .spec_prompts import PROMPTS
 
 
@@ -74,7 +74,7 @@ def spec_command(
         need_packages()
         chosen = {name: text for name, text in PROMPTS.items() if not prompt or name in prompt}
         settings = spec.Settings(tokens, rounds, threads, lookup, drafts)
-        with _progress() as tell:
+        with progress() as tell:
             report = _measure(model, assistant, chosen, settings, tell)
     except (CheckpointError, ValueError) as error:
         fail(str(error))

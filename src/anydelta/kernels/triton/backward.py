@@ -41,7 +41,9 @@ class BackwardLaunches:
         self.spec = spec
         self.forward = Launches(spec, machine, strides)
         config = self.forward.config
-        self.config = self.forward.config = replace(config, chunk=config.backward_chunk)
+        self.config = self.forward.config = replace(
+            config, chunk=config.backward_chunk, prepare_warps=config.back_prepare_warps
+        )
 
     def calls(
         self, call: Call, do: torch.Tensor, d_state: torch.Tensor | None, found: Found

@@ -1,23 +1,18 @@
 """How the kernels are launched: block sizes, warps, pipeline stages, segments.
 
-A table per architecture (configs/ARCH.json, written by `anydelta tune`) comes first, then the heuristic below. Nothing
-is timed behind the user's back: a shape always gets the same launch on the same machine.
+A table per architecture (tables.py, written by `anydelta tune`) comes first, then the heuristic below. Nothing is timed
+behind the user's back: a shape always gets the same launch on the same machine.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-TABLE_ENV = "ANYDELTA_TRITON_CONFIGS"
-"""A folder of tables that are read before the shipped ones."""
-SHIPPED = Path(__file__).parent / "configs"
+from . import tables
+
 MAX_CHUNKED_K = 256
 """Wider keys run token by token: a [K, 16] state and a [64, K] chunk no longer fit the registers and shared memory."""
 
@@ -39,6 +34,7 @@ class Config:
     scores_warps: int = 4
     backward_chunk: int = 32
     """For the backward pass: with 64, `gradients` puts 264 bytes of a thread on the stack (sm_90, K = V = 128)."""
+    back_prepare_warps: int = 4
     back_warps: int = 8
     pairs_warps: int = 4
     gradients_warps: int = 8
@@ -75,23 +71,25 @@ def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, progra
     while BV > 1 and 32 * machine.warp * 8 < BK * BV:
         BV //= 2
     warps = min(8, max(1, BK * BV // (32 * machine.warp)))
-    # Prefill: 16 columns where 32 would leave half of the processors without a program.
+    # Prefill. All but GDA in bfloat16 multiplies split rows, high and low. What follows, with configs/ over it, keeps
+    # every kernel that ships off the stack (docs/measurements/triton-aot.json): chunks of 64, 32 columns and loads that
+    # run ahead take registers, and compilers differ in how many.
+    split = BK > 64 and (dtype != "bfloat16" or kda)
     scan_BV = 32 if BK <= 128 else 16
+    # 16 columns too where 32 would leave half of the processors without a program.
     if 2 * programs * -(-V // scan_BV) <= machine.processors:
         scan_BV = 16
-    # All but GDA in bfloat16 multiplies split rows, high and low. With chunks of 64, or loads that run ahead, the
-    # compiler then puts 16 to 100 bytes of a thread on the stack (sm_90, K = V = 128).
-    split = dtype != "bfloat16" or kda
-    narrow = machine.shared < 128 * 1024 or BK > 128 or (split and BK > 64)
+    small = machine.shared < 128 * 1024 or BK > 128 or split
+    narrow = small or (BK > 64 and machine.shared < 200 * 1024)
     return Config(
         BV=BV,
         warps=warps,
         chunk=32 if narrow else 64,
         scan_BV=scan_BV,
-        scan_warps=8 if split and BK > 64 else 4,
+        scan_warps=8 if machine.warp == 32 and (split or (narrow and 64 < BK <= 128)) else 4,
         prepare_warps=8 if BK > 64 else 4,
-        scan_stages=1 if narrow else 2,
-        scores_warps=1 if BK <= 64 else 2 if BK <= 128 else 4,
+        scan_stages=1 if small else 2,
+        scores_warps=1 if BK <= 64 else 4,
     )
 
 
@@ -105,32 +103,6 @@ def segments(config: Config, machine: Machine, *, programs: int, tokens: int) ->
     chunks = tokens // config.chunk
     pieces = min(machine.processors // max(programs, 1), chunks // 8, 16)
     return pieces if pieces >= 4 else 1
-
-
-def key(kernel: str, *, K: int, V: int, kda: bool, dtype: str) -> str:
-    """The name of a row of a table."""
-    return f"{kernel} K={K} V={V} {'kda' if kda else 'gda'} {dtype}"
-
-
-@cache
-def table(arch: str) -> Mapping[str, Mapping[str, int]]:
-    """What was tuned for an architecture; empty if nothing was.
-
-    Raises:
-        ValueError: a table that is not one; the text names the file.
-    """
-    for folder in (os.environ.get(TABLE_ENV), SHIPPED):
-        path = Path(folder) / f"{arch}.json" if folder else None
-        if path is not None and path.is_file():
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            known = {f.name for f in fields(Config)}
-            for name, row in rows.items():
-                if strange := set(row) - known:
-                    raise ValueError(
-                        f"{path}: {name!r} must have the fields of Config; got {sorted(strange)}"
-                    )
-            return dict(rows)
-    return {}
 
 
 _forced: dict[str, int] = {}
@@ -148,15 +120,20 @@ def forced(**changes: int) -> Iterator[None]:
         _forced = before
 
 
-def choose(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int) -> Config:
-    """The launch for a shape: the heuristic, the row of the table over it, and what `forced` says over both."""
+def choose(
+    machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int, tokens: float = 1
+) -> Config:
+    """The launch for a shape: the heuristic, the rows of the tables over it, and what `forced` says over both.
+
+    Raises:
+        ValueError: a table that is not one (tables.read).
+    """
     config = heuristic(machine, K=K, V=V, kda=kda, dtype=dtype, programs=programs)
-    row: dict[str, Any] = {}
-    for kernel in ("recurrent", "prefill"):
-        row |= table(machine.arch).get(key(kernel, K=K, V=V, kda=kda, dtype=dtype), {})
-    return replace(config, **{**row, **_forced})
-
-
-def as_row(config: Config) -> dict[str, int]:
-    """A row for a table."""
-    return asdict(config)
+    known = tables.rows(machine.arch)
+    launch: dict[str, Any] = {}
+    if known:
+        for kernel in tables.FIELDS:
+            names = tables.keys(kernel, tokens=tokens, heads=programs, K=K, V=V, kda=kda, dtype=dtype)
+            row = next((known[name] for name in names if name in known), None)
+            launch |= row["launch"] if row else {}
+    return replace(config, **{**launch, **_forced})

@@ -53,8 +53,10 @@ class Launches:
 
     def __init__(self, spec: CallSpec, machine: Machine, strides: Mapping[str, tuple[int, ...]]):
         self.spec, self.machine, self.strides = spec, machine, strides
-        heads = spec.N * spec.HV
-        self.config = choose(machine, K=spec.K, V=spec.V, kda=spec.kda, dtype=spec.dtype, programs=heads)
+        self.config = choose(
+            machine, K=spec.K, V=spec.V, kda=spec.kda, dtype=spec.dtype, programs=spec.N * spec.HV,
+            tokens=spec.T / max(spec.N, 1) if spec.packed else spec.T,
+        )  # fmt: skip
         opt = spec.options
         self.sizes = dict(HV=spec.HV, K=spec.K, BK=power_of_two(spec.K, 16), H=spec.H)
         self.gates = dict(DECAY=opt.decay, BOUNDED=opt.lower_bound is not None)

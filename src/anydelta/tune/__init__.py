@@ -1,0 +1,1 @@
+"""`anydelta tune`: launches of the Triton kernels, timed on this machine's GPU, kept in a table."""

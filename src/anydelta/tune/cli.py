@@ -1,0 +1,238 @@
+"""`anydelta tune`: the command line. Progress goes to stderr, the results to stdout, the rows to a table."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from ..backends import triton as backend
+from ..bench.outputs import progress, rich_table
+
+if TYPE_CHECKING:
+    from .compiling import Trial
+    from .problems import Problem
+    from .search import Outcome
+
+
+def _fail(sentence: str) -> NoReturn:
+    typer.echo(f"anydelta tune: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `tune` to the command line."""
+    app.command("tune")(tune_command)
+
+
+def tune_command(
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cases",
+            help="As of `anydelta bench ops`: groups, names, globs, regular expressions; commas and repeats allowed.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of q, k, v, with commas; the mixer's rule runs in float32.")
+    ] = "bfloat16,float32",
+    gradients: Annotated[bool, typer.Option("--gradients", help="The backward pass too.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, xpu, ...")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Rounds in which launches take turns.")] = 7,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Try nothing new after so long; what was found is kept.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of tables. Default: the user's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time nothing: compile all that would be tried, and list it.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="With --dry-run: compile for it, as sm_90; no GPU is needed."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """Time launches of the Triton kernels on this GPU, and keep what beats the heuristic.
+
+    Nothing is tuned but by this command. It writes rows into ARCH.json of the user's folder (ANYDELTA_TRITON_CONFIGS,
+    or anydelta/triton in the user's cache), beside those that are there; processes started later take them. A folder
+    that -o names can be handed on, and is read where ANYDELTA_TRITON_CONFIGS names it.
+
+    Examples:
+      anydelta tune
+      anydelta tune --cases gda-t1-h16x32-d128-b64,gda-t4096-h16x32-d128-b1 --dtype bfloat16 -o tables
+      anydelta tune --dry-run --target sm_90 --cases gda-t1-h16x32-d128-b1
+    """
+    if target is not None and not dry_run:
+        _fail("--target goes with --dry-run: launches are timed on the GPU that is here, and nowhere else")
+    if rounds < 1:
+        _fail(f"--rounds must be at least 1; got {rounds}")
+    if seconds is not None and not seconds > 0:
+        _fail(f"--seconds must be above 0; got {seconds:g}")
+    reasons = [] if target is not None else [str(r) for r in backend.BACKEND.available()]
+    if backend.interpreted():
+        reasons = [
+            f"{backend.INTERPRETER_ENV} is set, and times and compilers need Triton without its interpreter"
+        ]
+    if reasons:
+        why = reasons[0].partition(";")[0]
+        _fail(
+            f"requires a GPU that Triton knows; got none ({why}). "
+            f"Without one, --dry-run --target sm_90 compiles what would be tried"
+        )
+    try:
+        chosen = _problems(cases, dtype, gradients)
+        if dry_run:
+            _dry_run(chosen, target or _here(device)[1], as_json)
+        else:
+            _tune(chosen, device, rounds, seconds, output, as_json)
+    except (ValueError, ImportError, OSError) as error:
+        _fail(str(error))
+    except RuntimeError as error:  # the device's: what was found before is in the table
+        typer.echo(f"anydelta tune: the GPU stopped with {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[Problem]:
+    from ..bench.cases import select
+    from .problems import DEFAULT, DTYPES, problems
+
+    dtypes = [name.strip() for name in dtype.split(",")]
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ValueError(f"--dtype must name some of {', '.join(DTYPES)}; got {name!r}")
+    return problems(select(cases or DEFAULT), dtypes, gradients=gradients)
+
+
+def _here(device: str | None) -> tuple[str, str]:
+    """(device, architecture) that is asked for, or the first."""
+    import torch
+
+    found = device or ("cuda" if torch.cuda.is_available() else "xpu")
+    if found.partition(":")[0] not in backend.DEVICES:
+        raise ValueError(f"--device must be on {' or '.join(backend.DEVICES)}; got {found!r}")
+    try:
+        return found, backend.machine_of(torch.device(found)).arch
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be a GPU that is here; got {found!r} ({error})") from None
+
+
+def _dry_run(problems: list[Problem], target: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ..kernels.triton.aot import TARGETS
+    from .compiling import compile_all
+
+    if target not in TARGETS:
+        raise ValueError(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
+    with progress() as tell:
+        trials = compile_all(problems, target, tell)
+    if as_json:
+        typer.echo(json.dumps({"target": target, "trials": [asdict(t) for t in trials]}, indent=1))
+    else:
+        head = ("launch", "kernels", "registers", "spilled", "shared", "s", "")
+        for key, mine in itertools.groupby(trials, lambda t: t.key):
+            table = rich_table(f"{target}: {key}", head, map(_cells, mine), lambda row: "")
+            Console().print(table)
+        compiled = sum(len(t.kernels) for t in trials)
+        broken, large = sum(bool(t.error) for t in trials), sum(not t.fits for t in trials)
+        typer.echo(
+            f"{len(trials)} launches for {len(problems)} rows, {compiled} kernels compiled for {target}; "
+            f"{broken} launches do not compile, {large} take too much shared memory"
+        )
+    if any(t.error for t in trials):
+        raise typer.Exit(1)
+
+
+def _cells(trial: Trial) -> list[str]:
+    """A row of the table; numbers are the largest of its kernels."""
+    most = [
+        str(max((getattr(k, name) for k in trial.kernels), default=""))
+        for name in ("registers", "spilled", "shared")
+    ]
+    why = trial.error or ("" if trial.fits else "more shared memory than there is")
+    return [
+        _text(trial.change), str(len(trial.kernels)), *most, f"{sum(k.seconds for k in trial.kernels):.1f}", why,
+    ]  # fmt: skip
+
+
+def _tune(
+    problems: list[Problem],
+    device: str | None,
+    rounds: int,
+    seconds: float | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from ..kernels.triton import tables
+    from .search import Contest, gpu_times, tune
+
+    where, arch = _here(device)
+    folder = output or tables.user_folder()
+    if folder is None:
+        raise ValueError(f"requires a folder to write to; got {tables.ENV}='' and no -o")
+    path = folder / f"{arch}.json"
+    # What cannot be merged with or written to is found before the minutes, not after.
+    tables.read(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"requires a folder that can be written to; got {folder}")
+    name = getattr(torch, torch.device(where).type).get_device_name(torch.device(where))
+    start = time.monotonic()
+    outcomes: list[Outcome] = []
+
+    def in_time() -> bool:
+        return seconds is None or time.monotonic() - start < seconds
+
+    with progress() as tell, backend.on_device(torch.device(where)):
+
+        def say(text: str) -> None:
+            tell(text, len(outcomes) / len(problems))
+
+        for problem in problems:
+            if not in_time():
+                break
+            outcome = tune(Contest(problem, where), gpu_times, rounds=rounds, in_time=in_time, tell=say)
+            outcomes.append(outcome)
+            tables.merge(path, {outcome.key: outcome.row(name)})
+    left = [p.key for p in problems[len(outcomes) :]]
+    if as_json:
+        record: dict[str, Any] = {"device": name, "arch": arch, "table": str(path), "left": left}
+        typer.echo(json.dumps({**record, "rows": [asdict(o) for o in outcomes]}, indent=1))
+    else:
+        cells = [
+            (
+                o.key,
+                f"{o.heuristic_us:.1f}",
+                f"{o.us:.1f}",
+                f"{o.heuristic_us / o.us:.2f}",
+                _text(o.launch) or "as it is",
+            )
+            for o in outcomes
+        ]
+        head = ("row", "heuristic us", "best us", "x", "launch")
+        Console().print(rich_table(f"{name}, {arch}: medians", head, cells, lambda row: ""))
+        for o in outcomes:
+            for t in o.trials:
+                if t.wrong:
+                    typer.echo(f"WRONG {o.key} {_text(t.change)}: {t.why_not}")
+        if left:
+            typer.echo(f"--seconds {seconds:g} were over before {len(left)} of {len(problems)} rows")
+        typer.echo(f"written to {path}")
+    if any(t.wrong for o in outcomes for t in o.trials):
+        raise typer.Exit(1)
+
+
+def _text(change: dict[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in change.items())

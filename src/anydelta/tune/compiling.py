@@ -1,0 +1,52 @@
+"""`anydelta tune --dry-run`: compiles every launch that would be tried, for a GPU that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+from ..kernels.triton.aot import TARGETS, Compiled, calls_of, compile_call, source_of
+from ..kernels.triton.config import forced
+from .problems import Change, Problem, groups
+
+
+@dataclass
+class Trial:
+    """One launch as compiled."""
+
+    key: str
+    change: Change
+    kernels: list[Compiled] = field(default_factory=list)
+    """Those of the call that no earlier trial has compiled."""
+    fits: bool = True
+    """Whether all its kernels, those compiled earlier too, find room in shared memory."""
+    error: str = ""
+
+
+def compile_all(problems: Iterable[Problem], target: str, tell: Callable[[str, float], None]) -> list[Trial]:
+    """Compile all launches of all problems for one of aot.TARGETS; a kernel that several share once."""
+    machine = TARGETS[target][1]
+    plan = [(p, change) for p in problems for group in groups(p, machine) for change in group]
+    seen: dict[str, Compiled] = {}
+    trials = []
+    for i, (problem, change) in enumerate(plan):
+        tell(f"{problem.key} {_text(change)}", i / len(plan))
+        trial = Trial(problem.key, change)
+        trials.append(trial)
+        try:
+            with forced(**{**asdict(problem.heuristic(machine)), **change}):
+                calls = calls_of(problem.shape, machine)
+            for call in calls:
+                source = source_of(call)
+                name = f"{call.kernel.fn.__name__} {source.signature} {source.constants} {source.attrs} {call.warps}"
+                if name not in seen:
+                    seen[name] = compile_call(call, target)
+                    trial.kernels.append(seen[name])
+                trial.fits &= seen[name].shared <= machine.shared
+        except Exception as error:  # the compilers raise what they like: the trial says so, the others go on
+            trial.error = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return trials
+
+
+def _text(change: Change) -> str:
+    return " ".join(f"{name}={value}" for name, value in change.items())
