@@ -334,6 +334,30 @@ def test_a_decode_step_is_planned_once(model: Any, family: str, monkeypatch: pyt
         assert _core.calls() == kernels
 
 
+def test_what_a_projection_gave_to_a_hook_stays_as_it_was(model: Any, family: str) -> None:
+    """A planned step writes its output over z, unless somebody else has z."""
+    from anydelta.integrations.transformers_layers import FAMILIES
+
+    projection = FAMILIES[family].z
+    if not projection:
+        pytest.skip("its z is a part of a wider projection, and no output is written over it")
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    ids = tokens(1, 8)
+    want = [model(ids[:, : i + 1]).logits[:, -1] for i in range(8)]
+    with adt.enable():
+        cache = transformers.DynamicCache(config=model.config)
+        for i in range(8):
+            if i == 4:
+                handle = getattr(first_layer(model, family), projection).register_forward_hook(
+                    lambda m, a, z: seen.append((z, z.clone()))
+                )
+            got = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+            assert float((got - want[i]).abs().max()) < LIMIT
+        handle.remove()
+    assert len(seen) == 4
+    assert all(torch.equal(z, copy) for z, copy in seen)
+
+
 @pytest.mark.parametrize("switch", ["on after the prefill", "off after the prefill", "in turns"])
 def test_a_cache_goes_from_one_to_the_other(model: Any, switch: str) -> None:
     ids = tokens(2, 24)

@@ -54,6 +54,8 @@ class Parts(NamedTuple):
     out: str
     heads: tuple[str, str, str]
     """Attributes with HV, K and V."""
+    z: str = ""
+    """The projection whose whole output is z; where there is none, z is a part of another."""
 
 
 def _qwen3_5(layer: Any, x: torch.Tensor) -> Projected:
@@ -95,10 +97,10 @@ def _kimi_linear(layer: Any, x: torch.Tensor) -> Projected:
 _QWEN_HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
 FAMILIES: dict[str, Parts] = {
     "qwen3_next": Parts(_qwen3_next, "norm", "out_proj", _QWEN_HEADS),
-    "qwen3_5": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS),
-    "qwen3_5_moe": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS),
-    "olmo_hybrid": Parts(_olmo_hybrid, "o_norm", "o_proj", _QWEN_HEADS),
-    "kimi_linear": Parts(_kimi_linear, "o_norm", "o_proj", ("num_heads", "head_dim", "head_dim")),
+    "qwen3_5": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
+    "qwen3_5_moe": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
+    "olmo_hybrid": Parts(_olmo_hybrid, "o_norm", "o_proj", _QWEN_HEADS, "g_proj"),
+    "kimi_linear": Parts(_kimi_linear, "o_norm", "o_proj", ("num_heads", "head_dim", "head_dim"), "g_b_proj"),
 }
 
 MIXER_DEVICES: frozenset[str] = frozenset(
@@ -168,17 +170,27 @@ def _mix(
     else:
         conv_state, state = _states(self, parts, x, held, cu_seqlens)
     p = parts.project(self, x)
-    out = _call(
-        self, parts, p, conv_state, state, cu_seqlens=cu_seqlens, state_indices=read, snapshot_indices=written
-    )
+    out = None
+    if held is not None and recording is None:
+        step = _Step(self, parts, cache)
+        out = step.mix(self, p, conv_state, state)
+        if out is not None and x.shape[1] == 1 and attention_mask is None:
+            keep(step)
+    if out is None:
+        out = _call(
+            self,
+            parts,
+            p,
+            conv_state,
+            state,
+            cu_seqlens=cu_seqlens,
+            state_indices=read,
+            snapshot_indices=written,
+        )
     if recording is not None:
         recording.adopt()
     elif held is not None:
         held.has_previous_state[0] = True
-        if x.shape[1] == 1 and attention_mask is None:
-            native = plan_step(out, p.qkv, conv_state, state, **_arguments(self, parts, p))
-            if native is not None:
-                keep(_Step(self, parts, cache, native, out))
     result: torch.Tensor = getattr(self, parts.out)(out)
     return result
 
@@ -203,40 +215,73 @@ def _arguments(self: Any, parts: Parts, p: Projected) -> dict[str, Any]:
 
 
 class _Step:
-    """A decode step of a layer whose last one ran the mixer, with as little Python as can be.
+    """A call of a layer's mixer, and the next ones like it with as little Python as can be: a decode loop's.
 
     Between two mixers the weights of a layer go through the caches, so that a step meets them cold, and most of its
     time would go to the objects that the checks of a call touch. Here only what may have changed since the last step
     is looked at; the extension compares dtypes, shapes and strides.
     """
 
-    def __init__(self, layer: Any, parts: Parts, cache: Any, native: Any, out: torch.Tensor):
+    def __init__(self, layer: Any, parts: Parts, cache: Any):
         self.parts, self.layer_idx = parts, layer.layer_idx
-        self.plan = (native, out.shape)
         self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
-        self.hooks = tuple(
+        self.hooks: tuple[Any, ...] = tuple(
             h for m in (self.conv, self.norm) for h in (m._forward_hooks, m._forward_pre_hooks)
         )
         self.constants = (self.norm.variance_epsilon, self.norm.activation)
         self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
-        self.device = out.device.type
+        # A linear layer that nobody watches gives a z that nobody else has: the output takes its place, without the
+        # 20 us that a new tensor costs between two layers.
+        self.z = layer._modules.get(parts.z)
+        self.in_place = _is_linear(self.z)
+        if self.in_place:
+            self.hooks += (self.z._forward_hooks,)
+
+        self.native: Any = None
+
+    def mix(
+        self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Run the mixer on what `plan` knows, or on a new plan. None: the backend runs no such plans."""
+        q, k, v = (p.qkv, None, None) if type(p.qkv) is _Tensor else unpack_qkv("", p.qkv)
+        weights, conv = self.norm._parameters, self.conv._parameters
+        for planned in (self.native is not None, False):
+            if not planned and not self._plan(layer, p, conv_state, state):
+                return None
+            out = p.z if self.in_place else p.z.new_empty(self.shape)
+            if self.native.run(
+                _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv["weight"],
+                conv["bias"], p.A_log, p.dt_bias, p.z, weights["weight"], None, None, None, None,
+            ):  # fmt: skip
+                return out
+        return None
+
+    def _plan(self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
+        HV, _, V = (getattr(layer, n) for n in self.parts.heads)
+        self.device, self.shape = p.z.device.type, torch.Size((*p.b.shape[:2], HV * V))
+        self.in_place = self.in_place and p.z.shape == self.shape and p.z.is_contiguous()
+        out = p.z if self.in_place else p.z.new_empty(self.shape)
+        self.native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
+        return self.native is not None
 
     def takes(self, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
         """The cache's layer if the call is one more step. Any doubt is a no: None."""
         if (
-            type(x) is not torch.Tensor
+            type(x) is not _Tensor
             or _is_grad_enabled()
             or _is_autocast_enabled(self.device)
             or _modes() > 0
             or _transforms() is not None
             or not _OPTIONS.isdisjoint(kwargs)
+            or _global_hooks
         ):
             return None
-        norm, conv = self.norm, self.conv
+        norm, conv, modules = self.norm, self.conv, self.modules
         if (
-            self.modules[self.parts.norm] is not norm
-            or self.modules["conv1d"] is not conv
+            modules[self.parts.norm] is not norm
+            or modules["conv1d"] is not conv
             or any(self.hooks)
+            or (self.in_place and (modules[self.parts.z] is not self.z or "forward" in self.z.__dict__))
             or "forward" in norm.__dict__
             or "forward" in conv.__dict__
             or (norm.variance_epsilon, norm.activation) != self.constants
@@ -251,18 +296,9 @@ class _Step:
     def run(self, layer: Any, x: torch.Tensor, held: Any) -> torch.Tensor:
         p = self.parts.project(layer, x)
         conv_state, state = held.conv_states[0], held.recurrent_states[0]
-        q, k, v = (p.qkv, None, None) if type(p.qkv) is torch.Tensor else unpack_qkv("", p.qkv)
-        native, shape = self.plan
-        out = x.new_empty(shape)
-        weights, conv = self.norm._parameters, self.conv._parameters
-        if not native.run(
-            _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv["weight"], conv["bias"],
-            p.A_log, p.dt_bias, p.z, weights["weight"], None, None, None, None,
-        ):  # fmt: skip
+        out = self.mix(layer, p, conv_state, state)
+        if out is None:
             out = _call(layer, self.parts, p, conv_state, state)
-            native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
-            if native is not None:
-                self.plan = (native, out.shape)
         result: torch.Tensor = self.modules[self.parts.out](out)
         return result
 
@@ -274,6 +310,19 @@ def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
     steps[key] = step
 
 
+def _is_linear(module: Any) -> bool:
+    """Whether it is torch's own linear layer, or pack()'s, and nobody gets to see what it returns."""
+    from .transformers_packed import PackedLinear
+
+    return (
+        type(module) in (torch.nn.Linear, PackedLinear)
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+    )
+
+
+_Tensor = torch.Tensor
+_global_hooks = torch.nn.modules.module._global_forward_hooks
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
