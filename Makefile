@@ -19,6 +19,8 @@ DEMO_CONFORM := T=17
 EXPORT_RUNTIMES := aoti executorch onnx
 EXPORT_RUNNERS := aoti executorch
 EXPORT_PROMPT := In the beginning God created
+# Transformers that `make test-transformers` tests beside the newest, which `make test` has: the oldest and one between.
+TRANSFORMERS := 5.15.0 5.17.0
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
@@ -26,11 +28,11 @@ BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-t
 BACKENDS_PIP := vulkan webgpu opencl sycl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup backends test lint format demo demo-export wheel readme clean distclean
+.PHONY: help setup backends test test-transformers lint format demo demo-export wheel readme clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## Set up .venv and build the package in place
 
@@ -43,6 +45,12 @@ backends: $(VENV)/.installed ## Install the runtimes of the GPU backends, with d
 
 test: $(VENV)/.built lint ## Check style and types, then run all tests
 	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-transformers: $(VENV)/.built ## Test the plug on older Transformers, installed below build/: TRANSFORMERS="5.15.0 5.17.0"
+	for version in $(TRANSFORMERS); do \
+	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \
+	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -c 'import transformers; print(transformers.__version__)' && \
+	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest tests/test_transformers.py tests/test_speculative.py $(PYTEST_ARGS) || exit 1; done
 
 demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measure it: out/model.svg, out/ops.svg
 	mkdir -p out

@@ -6,6 +6,7 @@ No test asserts a time. The models are the repository's, and presets cut to almo
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -107,6 +108,26 @@ def test_anydelta_runs_in_its_turn_only(tiny: presets.Built) -> None:
     model.prepare(TESTS[0], [fast], tiny)
     assert adt.status().taken != before
     assert not adt.status(tiny.model).layers
+
+
+def test_a_compiled_step_goes_back_to_its_context(
+    tiny: presets.Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = functools.partial(
+        torch.compile, backend="eager"
+    )  # the graph is what is tested, not inductor's minutes
+    monkeypatch.setattr(torch, "compile", made)
+    runners = contenders(tiny)
+    runners += [model.CompiledRunner(f"{r.name}, compiled", "1", tiny.model, 64, r.enabled) for r in runners]
+    report = run(tiny, runners, profile=True)
+    assert {r.status for r in report.records} == {"ok"}, [r.reason for r in report.records]
+    assert {who for p in report.parts for who in p.ms} == {"transformers", "anydelta"}
+    step = runners[-1]
+    with step.running():
+        kept = step.context([5, 6, 7])
+        first = step.prompt([8])
+        step.restore(kept)
+        assert np.array_equal(step.prompt([8]), first)
 
 
 class Bent(model.TransformersRunner):

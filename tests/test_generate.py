@@ -68,6 +68,26 @@ def test_both_ways_write_the_same_and_say_how_fast(program: Any) -> None:
 
 
 @native
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_packed_matrices_write_the_same(program: Any) -> None:
+    code, out, err = program("--pack", "--compare", "-n", "12", "-t", "1", PROMPT)
+    assert code == 0, err
+    assert "--- anydelta, packed\n" in out
+    assert "the same, token for token (12 tokens)" in err
+
+
+@native
+def test_a_compiled_step_writes_the_same(opened: checkpoint.Opened) -> None:
+    way = write.compiled(write.with_anydelta())
+    way.options["compile_config"].backend = "eager"  # the graph is what is tested, not inductor's minutes
+    want = write.write(opened, PROMPT, write.PLAIN, {"max_new_tokens": 8})
+    got = write.write(opened, PROMPT, way, {"max_new_tokens": 8})
+    assert got.tokens == want.tokens
+    assert got.way == "anydelta, compiled"
+    assert got.compile_s > 0
+
+
+@native
 def test_a_difference_exits_1(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bent = write.Way("anydelta", options={"repetition_penalty": 2.0})
     monkeypatch.setattr(write, "with_anydelta", lambda: bent)
@@ -197,6 +217,8 @@ def fails(program: Any, text: str, *args: str) -> None:
         (("-n", "0", "x"), "requires --max-new-tokens of at least 1; got 0"),
         (("-t", "0", "x"), "requires --threads from 1 to 1024; got 0"),
         (("--plain", "--compare", "x"), "requires one of --plain and --compare; got both"),
+        (("--pack", "--compile", "x"), "requires one of --compile and --pack; got both"),
+        (("--compile", "--lookup", "4", "x"), "got --compile, whose cache is static"),
         (("--do-sample", "--temperature", "0", "x"), "requires a --temperature above 0; got 0. --greedy"),
         (("--top-p", "0.9", "x"), "requires --do-sample with --top-p; got greedy decoding"),
         (("--plain", "--do-sample", "--top-p", "7", "x"), "requires --top-p above 0 and at most 1; got 7"),

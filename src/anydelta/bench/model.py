@@ -209,6 +209,63 @@ class TransformersRunner:
         self._cache = None
 
 
+class CompiledRunner(TransformersRunner):
+    """The same with the decode step under torch.compile, on one StaticCache; prompts run as they are.
+
+    That is how `generate` compiles. The profile cannot look into it.
+    """
+
+    def __init__(self, name: str, version: str, model: Any, room: int, enabled: Any = nullcontext):
+        import torch
+        import transformers
+
+        super().__init__(name, version, model, enabled)
+        self._step: Any = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        self._cache = transformers.StaticCache(config=model.config, max_cache_len=room)
+
+    def context(self, ids: Sequence[int]) -> Any:
+        self.restore(None)
+        self.prompt(ids)
+        return copy.deepcopy(self._cache)
+
+    def restore(self, kept: Any) -> None:
+        if kept is None:
+            self._cache.reset()
+            return
+        for to, source in zip(self._cache.layers, kept.layers, strict=True):  # a graph knows the tensors
+            for name, value in vars(source).items():
+                vars(to)[name] = _written(vars(to).get(name), value)
+
+    def prompt(self, ids: Sequence[int]) -> F32:
+        if len(ids) > 1:
+            return super().prompt(ids)
+        import torch
+
+        out = self._step(input_ids=torch.tensor([ids]), past_key_values=self._cache, use_cache=True)
+        return np.asarray(out.logits[0, -1].float().numpy())
+
+    def decode(self, token: int, n: int) -> None:
+        import torch
+
+        ids = torch.tensor([[token]])
+        for _ in range(n):
+            out = self._step(input_ids=ids, past_key_values=self._cache, use_cache=True)
+            ids = out.logits[:, -1:].argmax(-1)
+
+
+def _written(to: Any, value: Any) -> Any:
+    """`value` in the tensors that `to` holds, where it holds any."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and isinstance(to, torch.Tensor):
+        return to.copy_(value)
+    if isinstance(value, (list, dict)) and isinstance(to, type(value)):
+        for key in range(len(value)) if isinstance(value, list) else value:
+            to[key] = _written(to[key], value[key])
+        return to
+    return copy.deepcopy(value)
+
+
 def measure(
     built: Built,
     runners: Sequence[Runner],

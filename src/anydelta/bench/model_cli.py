@@ -16,7 +16,8 @@ from .outputs import Csv, Json, Md, Output, Plot, checked, progress, show
 
 LLAMA = "llama.cpp"
 PACKED = "packed"
-CONTENDERS = ("transformers", "anydelta", PACKED, LLAMA)
+COMPILED = "compiled"
+CONTENDERS = ("transformers", "anydelta", PACKED, COMPILED, LLAMA)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -131,6 +132,14 @@ def _measure(
             runners.append(model.TransformersRunner("anydelta", version, built.model, enabled))
         if PACKED in asked:
             runners += _packed(built.model, report.machine["anydelta"], transformers.__version__, enabled)
+        if COMPILED in asked:
+            room = _room(tests)
+            for runner in runners[: 1 + ("anydelta" in asked)]:
+                runners.append(
+                    model.CompiledRunner(
+                        f"{runner.name}, compiled", runner.version, built.model, room, runner.enabled
+                    )
+                )
         if (not asked or LLAMA in asked) and (
             rival := _llama(built, dtype, tests, report, LLAMA in asked, tell)
         ):
@@ -187,13 +196,17 @@ def _llama(
             raise CheckpointError(f"requires that {LLAMA} can run {built.name} here; got: {why}")
     else:
         tell(f"{built.name} {dtype}: writing the GGUF", 0.0)
-        room = max(t.depth + t.n for t in tests) + model.CHECK_PROMPT + model.CHECK_STEPS
         try:
-            return llama.LlamaRunner(built, dtype, room)
+            return llama.LlamaRunner(built, dtype, _room(tests))
         except RuntimeError as error:
             why = str(error)
     report.absent[name] = why
     return None
+
+
+def _room(tests: tuple[model.Test, ...]) -> int:
+    """Tokens that a cache must hold."""
+    return max(t.depth + t.n for t in tests) + model.CHECK_PROMPT + model.CHECK_STEPS
 
 
 def _tests(prompts: list[int], gens: list[int], depths: list[int]) -> tuple[model.Test, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .model import Part, Prepared, TransformersRunner, interleave
+from .model import CompiledRunner, Part, Prepared, TransformersRunner, interleave
 from .presets import Built
 
 CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
@@ -72,8 +72,12 @@ def measure(
     threads: int,
     tell: Callable[[str, float], None],
 ) -> list[Part]:
-    """The parts of the Transformers contenders, in rounds of their own; llama.cpp cannot be looked into."""
-    chosen = [run for run in runs if isinstance(run.runner, TransformersRunner)]
+    """The parts of the Transformers contenders, in rounds of their own; llama.cpp and graphs cannot be looked into."""
+    chosen = [
+        run
+        for run in runs
+        if isinstance(run.runner, TransformersRunner) and not isinstance(run.runner, CompiledRunner)
+    ]
     samples = interleave(
         [functools.partial(_sample, built.model, run) for run in chosen],
         rounds,

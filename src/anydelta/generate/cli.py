@@ -73,6 +73,12 @@ def generate_command(
         int | None,
         _option("--drafts", "How many tokens --mtp or --draft drafts at a time. Default: their own."),
     ] = None,
+    pack: Annotated[
+        bool, _option("--pack", "Compute the matrices by oneDNN, on a second copy of their weights (CPU).")
+    ] = False,
+    compile_: Annotated[
+        bool, _option("--compile", "Compile the decode step (torch.compile: minutes), on a static cache.")
+    ] = False,
     plain: Annotated[bool, _option("--plain", "Transformers alone, without anydelta.")] = False,
     compare: Annotated[
         bool,
@@ -101,7 +107,10 @@ def generate_command(
     try:
         _check(max_new_tokens, threads, given, plain and compare)
         _check_drafting(mtp, draft, lookup, drafts, plain)
+        _check_compile(compile_, pack, mtp or draft is not None or lookup is not None)
         need_packages()
+        from . import write
+
         name = default_model() if model is None else model
         text = _prompt(prompt)
         opened = open_checkpoint(name, dtype)
@@ -110,6 +119,10 @@ def generate_command(
             given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
         options = {"max_new_tokens": max_new_tokens, **given}
         way = _way(plain, mtp, None if draft is None else open_checkpoint(draft, dtype), lookup, drafts)
+        if pack:
+            way = write.packed(way)
+        if compile_:
+            way = write.compiled(way)
         runs = _run(opened, text, options, threads, seed, chat, echo, way, compare, as_json)
     except CheckpointError as error:
         _fail(str(error))
@@ -210,6 +223,17 @@ def _check_drafting(
         raise CheckpointError("requires --mtp or --draft with --drafts; got neither")
 
 
+def _check_compile(compile_: bool, pack: bool, drafts: bool) -> None:
+    if compile_ and drafts:
+        raise CheckpointError(
+            "requires a cache that can roll back for drafts; got --compile, whose cache is static"
+        )
+    if compile_ and pack:
+        raise CheckpointError(
+            "requires one of --compile and --pack; got both. Compiled graphs take the weights as they were"
+        )
+
+
 def _prompt(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
@@ -254,6 +278,8 @@ def _figures(run: Any) -> str:
     speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.1f} tokens/s"
     if run.drafted:
         speed += f"; {run.accepted} of {run.drafted} drafts accepted in {run.verifications} verifications"
+    if run.compile_s:
+        speed += f"; compiled before that in {run.compile_s:.1f} s"
     return (
         f"{run.way}: {len(run.tokens)} tokens in {run.seconds:.2f} s: the first after {run.first_token_s:.3f} s "
         f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} threads"

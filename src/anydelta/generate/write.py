@@ -31,6 +31,8 @@ class Way:
     """Called as generate(model, **inputs and options) in place of model.generate."""
     drafts: bool = False
     """Whether it drafts tokens, so that drafts are counted."""
+    compiles: bool = False
+    """Whether its first tokens wait for torch.compile: some are written beforehand, and not timed."""
 
 
 PLAIN = Way("transformers")
@@ -81,6 +83,32 @@ def drafting(
     return Way(f"anydelta, draft by {draft.name}", both, {"assistant_model": helper}, drafts=True)
 
 
+def packed(way: Way) -> Way:
+    """The same with the model's matrices packed for oneDNN (`pack()`)."""
+    from ..integrations.transformers import pack
+
+    @contextmanager
+    def both(model: Any) -> Iterator[None]:
+        try:
+            kept = pack(model)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(str(error)) from error
+        with way.context(model), kept:
+            yield
+
+    return replace(way, name=f"{way.name}, packed", context=both)
+
+
+def compiled(way: Way) -> Way:
+    """The same with generate()'s decode step compiled, on a static cache."""
+    from transformers.generation import CompileConfig
+
+    config = CompileConfig(fullgraph=True, mode="default")
+    config._compile_all_devices = True  # on a CPU too, where Transformers does not of itself
+    options = {**way.options, "cache_implementation": "static", "compile_config": config}
+    return replace(way, name=f"{way.name}, compiled", options=options, compiles=True)
+
+
 @dataclass
 class Written:
     """What was written, and how fast."""
@@ -95,6 +123,8 @@ class Written:
     tokens: list[int] = field(default_factory=list)
     stop: str = "length"
     """Why it ended: length, end (an end-of-text token) or other (a stop string, a time limit)."""
+    compile_s: float = 0.0
+    """Before all that: torch.compile, and the three tokens that make it work."""
     first_token_s: float = 0.0
     """From the call to the first token: the prompt, and what generate() does before it."""
     seconds: float = 0.0
@@ -139,6 +169,18 @@ def write(
     try:
         with way.context(opened.model), _counting(way) as rounds:
             begin = time.perf_counter()
+            if way.compiles:
+                # as long a cache as the run's own, so that the graph serves it
+                run(
+                    **inputs,
+                    **{**(options or {}), **way.options},
+                    stopping_criteria=[
+                        lambda ids, _, **__: ids.new_full(ids.shape[:1], ids.shape[1] >= n + 3) > 0
+                    ],
+                )
+                done.compile_s, begin = time.perf_counter() - begin, time.perf_counter()
+                if seed is not None:
+                    torch.manual_seed(seed)
             ids = run(**inputs, **{**(options or {}), **way.options}, streamer=stream)
             done.seconds = time.perf_counter() - begin
     # What enable() and generate() refuse: no layer is anydelta's, options that contradict, a way that this class
