@@ -389,7 +389,10 @@ def test_list_measures_nothing() -> None:
         (("-d", "-3"), "requires -d of numbers from 0"),
         (("-t", "0"), "-t must be numbers from 1 to 1024"),
         (("--dtype", "int8"), "requires --dtype of float32, bfloat16, float16; got 'int8'"),
-        (("-c", "vllm"), "requires --contender of transformers, anydelta, packed, llama.cpp; got 'vllm'"),
+        (
+            ("-c", "vllm"),
+            "requires --contender of transformers, anydelta, packed, compiled, llama.cpp; got 'vllm'",
+        ),
         (("-m", "./nowhere"), "got ./nowhere, which does not exist"),
         (("-m", "qwen3.5-0.8b", "--layers", "99"), "requires --layers from 1 to 24"),
         (("--plot", "x.gif"), "requires --plot to end in .svg, .png, .pdf; got 'x.gif'"),
