@@ -154,6 +154,20 @@ def llama_inputs(Hq: int, Hkv: int, kda: bool) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("share", [False, True])
+def test_tensors_begin_with_cache_lines_where_malloc_gives_the_memory(share: bool) -> None:
+    program = torch.export.export(Operator(torch.zeros(B, HV, K, V)), (), call())
+    (plan,) = export.lower(program, share_states=share).executorch_program.execution_plan
+    infos = [getattr(value.val, "allocation_info", None) for value in plan.values]
+    places = [(i.memory_id, i.memory_offset_low) for i in infos if i is not None]
+    assert {memory for memory, _ in places} == ({1, 2} if share else {1})
+    assert all((export.AFTER_LINE + offset) % export.LINE == 0 for _, offset in places)
+    state = 4 * B * HV * K * V
+    last = max(offset for memory, offset in places if memory == 2 or not share)
+    assert plan.non_const_buffer_sizes[-1] >= last + (state if share else 4)
+
+
 def test_their_operators_become_ours() -> None:
     """In torch and in .pte, to within some roundings of O(1) numbers: float32 sums are taken in another order."""
     from executorch.backends.apple.metal.ops import gated_delta_rule  # noqa: F401  (defines metal::)
