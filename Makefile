@@ -86,7 +86,7 @@ format: $(VENV)/.installed ## Format Python and C++
 	$(BIN)/clang-format -i $(CPP)
 
 readme: $(VENV)/.built ## Write the generated table of README.md anew
-	$(BIN)/python scripts/support_table.py --write README.md
+	$(ISOLATE) $(BIN)/anydelta conform --support --json | $(ISOLATE) $(BIN)/python scripts/support_table.py --from - --write README.md
 
 # The core without Python; the recipes are in tests/cpp.
 -include tests/cpp/targets.mk

@@ -81,6 +81,34 @@ def test_conform_as_markdown_is_alone_on_stdout(program: Any) -> None:
     assert len(lines) == 3
 
 
+def test_conform_support_as_json(program: Any) -> None:
+    code, out, _ = program("conform", "--support", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["version"] == __version__
+    assert list(found["backends"]) == list(dispatch.NAMES)
+    for backend in found["backends"].values():
+        assert list(backend["features"]) == list(found["cases"])
+    assert found["backends"]["triton"]["devices"] == ["cuda", "xpu"]
+    assert found["backends"]["triton"]["features"]["torch tensors"] == []
+    assert found["backends"]["triton"]["features"]["NumPy arrays"] == [
+        "takes torch tensors; got numpy arrays"
+    ]
+
+
+def test_conform_support_shows_a_table_and_the_reasons(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = program("conform", "--support")
+    assert code == 0
+    table, _, reasons = out.partition("no (")
+    assert all(name in table for name in dispatch.NAMES)
+    assert "triton, metal): NumPy arrays: takes torch tensors; got numpy arrays" in reasons
+    code, out, _ = program("conform", "--support", "--backend", "reference")
+    assert code == 0
+    assert "triton" not in out
+    assert "no (" not in out
+
+
 def test_filter_by_text_or_regex(program: Any) -> None:
     for text in ("T=1000 H=1 HV=2 K=64 V=64 gate=keep", r"T=1000 .*V=64 gate=k\w+$"):
         _, out, _ = program(*REFERENCE, "--filter", text, "--json")
@@ -99,6 +127,11 @@ def test_filter_by_text_or_regex(program: Any) -> None:
         (("--isa", "z80"), "isa must be one that runs on this machine"),
         (("--framework", "jax"), "must be numpy, torch or mlx"),
         (("--json", "--csv"), "exclude each other"),
+        (
+            ("--support", "--filter", "T", "--md"),
+            "--support goes with --backend and --json only; got --filter, --md",
+        ),
+        (("--support", "--backend", "cuda"), "there is no backend 'cuda'"),
     ],
 )
 def test_bad_input_is_one_sentence(program: Any, args: tuple[str, ...], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import run_examples  # noqa: E402
 import support_table  # noqa: E402
 
-from anydelta.conformance.cases import CASES, FLOAT64_CASES  # noqa: E402
+from anydelta.conformance.support import support  # noqa: E402
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "HACKING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
@@ -51,12 +52,26 @@ def test_a_broken_example_is_found(tmp_path: Path) -> None:
 
 def test_the_support_table_is_the_one_of_today() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == support_table.replaced(text, ROOT / "README.md"), "run: make readme"
+    assert text == support_table.replaced(text, ROOT / "README.md", support()), "run: make readme"
 
 
-@pytest.mark.parametrize("feature", support_table.FEATURES, ids=lambda f: f.name)
-def test_every_row_of_the_table_is_in_the_conformance_list(feature: support_table.Feature) -> None:
-    assert any(feature.used_by(case) for case in (*CASES, *FLOAT64_CASES))
+def test_the_support_table_is_made_from_the_json_of_the_command(tmp_path: Path) -> None:
+    found = {
+        "cases": {"a": 1, "b": 2},
+        "backends": {"x": {"devices": ["d"], "features": {"a": [], "b": ["r"]}}},
+    }
+    (tmp_path / "support.json").write_text(json.dumps(found))
+    found = support_table.read(str(tmp_path / "support.json"))
+    assert support_table.table(found).splitlines() == [
+        "| | `x` |", "|---|---|", "| devices | d |", "| a | yes |", "| b | no: r |",
+    ]  # fmt: skip
+    (tmp_path / "support.json").write_text('{"results": []}')
+    with pytest.raises(SystemExit, match="requires the output of"):
+        support_table.read(str(tmp_path / "support.json"))
+
+
+def test_every_row_of_the_table_is_in_the_conformance_list() -> None:
+    assert [feature for feature, cases in support()["cases"].items() if not cases] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))

@@ -5,6 +5,7 @@ mixer.py     the same for the mixer: MixerCase, its list and its comparison
 log.py       the same for the log form of StatePool: LogCase
 compare.py   check(case, target): runs one case and compares it with the float64 oracle
 run.py       run(cases, targets): results as records
+support.py   support(backends): what each backend says it accepts, feature by feature
 cli.py       `anydelta conform`
 """
 

@@ -1,4 +1,7 @@
-"""`anydelta conform`: run the cases, show a summary and every failure with the line that repeats it."""
+"""`anydelta conform`: run the cases, show a summary and every failure with the line that repeats it.
+
+`--support` runs nothing: it asks the backends what they accept.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -32,6 +36,7 @@ from .run import (
     targets,
     unavailable,
 )
+from .support import support
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
@@ -71,9 +76,22 @@ def register(app: typer.Typer) -> None:
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
         as_md: Annotated[bool, _option("--md", "The summary as a Markdown table on stdout.")] = False,
         verbose: Annotated[bool, _option("--verbose", "-v", "List every result that is not OK.")] = False,
+        asks: Annotated[
+            bool, _option("--support", "Run nothing: show what each backend says it accepts.")
+        ] = False,
     ) -> None:
         """Compare backends with the float64 oracle, over every case that the project knows."""
         try:
+            if asks:
+                _only_beside_support(
+                    {
+                        "--require": require, "--filter": pattern, "--case": case, "--isa": isa,
+                        "--framework": framework, "--device": device != "cpu", "--csv": as_csv, "--md": as_md,
+                        "--verbose": verbose,
+                    }
+                )  # fmt: skip
+                _print_support(support(_backends(backend or [], [])), as_json)
+                return
             chosen = _select(pattern, case or [])
             names = _backends(backend or [], require or [])
             _one_format(as_json, as_csv, as_md)
@@ -137,6 +155,12 @@ def _backends(named: list[str], required: list[str]) -> list[str]:
 def _one_format(*flags: bool) -> None:
     if sum(flags) > 1:
         raise Usage("--json, --csv and --md exclude each other")
+
+
+def _only_beside_support(others: dict[str, Any]) -> None:
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise Usage(f"--support goes with --backend and --json only; got {', '.join(given)}")
 
 
 def _run(cases: list[Case], on: list[Any]) -> list[Result]:
@@ -243,3 +267,31 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
             print(f"... and {n - MAX_LISTED} more on {' '.join(filter(None, target))}; --verbose lists all")
     for text in broken:
         print(f"FAIL {text}")
+
+
+def _print_support(found: dict[str, Any], as_json: bool) -> None:
+    """The answers of the backends: JSON, or a table with the reasons below it."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    backends = found["backends"]
+    title = f"anydelta {__version__}: what the backends accept"
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))  # all backends in 80 columns
+    table.add_column("feature")
+    for name in backends:
+        table.add_column(name, no_wrap=True)
+    every = set(dispatch.PRIORITY)
+    on = ("any" if set(b["devices"]) == every else "\n".join(b["devices"]) for b in backends.values())
+    table.add_row("devices", *on)
+    refusals: dict[str, list[str]] = {}
+    for feature in found["cases"]:
+        answers = {name: b["features"][feature] for name, b in backends.items()}
+        table.add_row(
+            escape(feature), *("[yellow]no[/]" if reasons else "yes" for reasons in answers.values())
+        )
+        for name, reasons in answers.items():
+            if reasons:
+                refusals.setdefault(f"{feature}: {'; '.join(reasons)}", []).append(name)
+    Console().print(table)
+    for text, names in refusals.items():
+        print(f"no ({', '.join(names)}): {text}")

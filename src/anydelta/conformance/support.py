@@ -1,0 +1,96 @@
+"""What each backend says it accepts (`Backend.supports`), feature by feature: `anydelta conform --support`.
+
+A yes says that the backend takes such a call; that it then computes the right thing is what `anydelta conform`
+proves. Nothing here depends on the machine: a backend answers without its hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, dispatch
+from ..spec import Call, CallSpec, Options, check_call
+from .cases import CASES, FLOAT64_CASES, Case
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row: how a plain call must change to ask for it, and which conformance cases use it."""
+
+    name: str
+    change: Callable[[CallSpec], CallSpec]
+    used_by: Callable[[Case], bool]
+
+    @property
+    def cases(self) -> int:
+        """How many cases of the rule use it, the float64 ones that only the reference runs included."""
+        return sum(self.used_by(case) for case in (*CASES, *FLOAT64_CASES))
+
+
+def _with(spec: CallSpec, **options: object) -> CallSpec:
+    return replace(spec, options=replace(spec.options, **options))  # type: ignore[arg-type]
+
+
+def _float64(spec: CallSpec) -> CallSpec:
+    return replace(spec, dtype="float64", state_dtype="float64", g_dtype="float64", beta_dtype="float64")
+
+
+FEATURES = (
+    Feature("GDA: one decay per head", lambda s: s, lambda c: not c.kda),
+    Feature("KDA: one decay per key channel", lambda s: replace(s, kda=True), lambda c: c.kda),
+    Feature("linear decays", lambda s: _with(s, decay="linear"), lambda c: c.decay == "linear"),
+    Feature("raw gates (`A_log`, `dt_bias`)", lambda s: _with(s, decay="raw"), lambda c: c.decay == "raw"),
+    Feature("beta as a logit", lambda s: _with(s, beta_is_logit=True), lambda c: c.logit),
+    Feature("q/k L2 norm in the kernel", lambda s: _with(s, qk_l2norm=True), lambda c: c.l2norm),
+    Feature("tiled heads (GGUF)", lambda s: _with(s, heads="tiled"), lambda c: c.heads == "tiled"),
+    Feature("state as [V, K]", lambda s: _with(s, state_layout="vk"), lambda c: c.layout == "vk"),
+    Feature("any head size, K != V", lambda s: replace(s, K=7, V=33), lambda c: (c.K, c.V) == (7, 33)),
+    Feature("q k v in bfloat16", lambda s: replace(s, dtype="bfloat16"), lambda c: c.dtype == "bfloat16"),
+    Feature("q k v in float16", lambda s: replace(s, dtype="float16"), lambda c: c.dtype == "float16"),
+    Feature("everything in float64", _float64, lambda c: c.dtype == "float64"),
+    Feature("state in bfloat16", lambda s: replace(s, state_dtype="bfloat16"), lambda c: c.state_dtype == "bfloat16"),
+    Feature("in place", lambda s: replace(s, inplace=True, has_state=True), lambda c: c.inplace),
+    Feature("packed sequences", lambda s: replace(s, packed=True), lambda c: c.seqlens is not None),
+    Feature("state pool", lambda s: replace(s, pooled=True, P=8, has_state=True), lambda c: c.indices is not None),
+    Feature("mask", lambda s: replace(s, masked=True), lambda c: bool(c.mask)),
+    Feature("last-K snapshots", lambda s: replace(s, snapshots=4), lambda c: c.snapshots > 0),
+    Feature("NumPy arrays", lambda s: replace(s, framework="numpy"), lambda c: True),
+    Feature("torch tensors", lambda s: replace(s, framework="torch"), lambda c: True),
+)  # fmt: skip
+
+
+def devices(backend: str) -> list[str]:
+    """The devices whose list in `dispatch.PRIORITY` has the backend."""
+    return [device for device, names in dispatch.PRIORITY.items() if backend in names]
+
+
+def plain(backend: str) -> CallSpec:
+    """A small call that uses nothing special, on a device and with arrays that the backend is meant for."""
+    x, gate = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
+    spec = check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
+    on = [replace(spec, device=d, framework=f) for d in devices(backend) for f in ("numpy", "torch")]
+    return next((s for s in on if not dispatch.get_backend(backend).supports(s)), spec)
+
+
+def answers(backend: str) -> dict[str, list[str]]:
+    """Per feature, the backend's reasons against it; none is a yes."""
+    spec, supports = plain(backend), dispatch.get_backend(backend).supports
+    return {f.name: [str(reason) for reason in supports(f.change(spec))] for f in FEATURES}
+
+
+def support(backends: Iterable[str] = dispatch.NAMES) -> dict[str, Any]:
+    """Everything, as `anydelta conform --support --json` prints it.
+
+    Returns:
+        version: of anydelta. cases: per feature, the number of conformance cases that use it.
+        backends: per backend its devices, and its features as `answers` gives them.
+    """
+    return {
+        "version": __version__,
+        "cases": {f.name: f.cases for f in FEATURES},
+        "backends": {name: {"devices": devices(name), "features": answers(name)} for name in backends},
+    }
