@@ -122,8 +122,10 @@ MIXER = (
     "mixer T=3 H=1 HV=2 K=16 V=33 kda norm=sigmoid split=split snapshots=3 heads=tiled bias dtype=bfloat16",
     "mixer B=2 T=5 H=1 HV=1 K=16 V=16 mask=random snapshots=3 norm=plain neg W=2 S=3 pool=4 indices=3,-1",
     "mixer seqlens=2,0,1 H=2 HV=2 K=16 V=16 norm=none linear W=1 S=1 layout=vk inplace=False",
+    "mixer B=4 T=3 H=1 HV=2 K=16 V=32 pool=32 indices=2,-1,2,6 int64 snapshots=3 scattered W=3 S=4",
     "mixer B=2 T=40 H=1 HV=2 K=16 V=24 mask=random snapshots=2 neg conv_float dtype=float16",
     "mixer B=3 T=20 H=2 HV=2 K=16 V=16 pool=6 indices=4,-1,0 snapshots=2",
+    "mixer B=3 T=20 H=2 HV=2 K=16 V=16 pool=16 indices=4,-1,0 snapshots=3 scattered kda mask=random",
     "mixer seqlens=20,0,50 H=1 HV=2 K=16 V=16 kda mask=random norm=sigmoid strides=strided W=5",
 )
 
@@ -132,9 +134,9 @@ def test_mixer() -> None:
     """A step is two launches; all: TRITON_INTERPRET=1 anydelta conform --require triton --framework torch."""
     jobs: list[tuple[str, dict[str, int]]] = [(line, {"BV": 16}) for line in MIXER]
     ran = assert_ok(jobs)
-    assert all(names == ["convolve", "recurrent"] for names in ran[:4])
-    assert ran[4] == ["convolve", "convolve", "operands", "prepare", "scan", "recurrent", "gated_norm"]
-    assert all("scan" in names for names in ran[5:])
+    assert all(names == ["convolve", "recurrent"] for names in ran[:5])
+    assert ran[5] == ["convolve", "convolve", "operands", "prepare", "scan", "recurrent", "gated_norm"]
+    assert all("scan" in names for names in ran[6:])
 
 
 def test_gradients() -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from ..kernels.triton.launch import KernelCall
 
-_SMALL = ("g", "beta", "A_log", "dt_bias", "cu_seqlens", "state_indices", "conv_bias", "norm_weight")
+_SMALL = (
+    "g", "beta", "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices", "conv_bias", "norm_weight",
+)  # fmt: skip
 TILE = 16
 """Tokens of one program of the convolution and the norm."""
 CHANNELS = 128
@@ -83,7 +85,7 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
     inner = Call(
         y[..., :key].unflatten(-1, (r.H, r.K)), y[..., key : 2 * key].unflatten(-1, (r.H, r.K)),
         y[..., 2 * key :].unflatten(-1, (r.HV, r.V)), call.g, beta, state_in, call.A_log, call.dt_bias, call.mask,
-        call.cu_seqlens, call.state_indices, call.snapshots, state_out=call.state,
+        call.cu_seqlens, call.state_indices, call.snapshots, call.snapshot_indices, state_out=call.state,
         o=call.o.view(r.B, r.T, r.HV, r.V),
     )  # fmt: skip
     rule = replace(r, dtype="float32")
@@ -153,7 +155,8 @@ def _convolutions(
     snapshots = call.conv_snapshots
     args |= dict(
         conv_state=call.conv_state, conv_snapshots=snapshots, weight=call.conv_weight, bias=call.conv_bias, rank=rank,
-        order=order, cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, N=r.N, T=r.T, Ks=r.snapshots,
+        order=order, cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+        snapshot_indices=call.snapshot_indices, N=r.N, T=r.T, Ks=r.snapshots,
         **dict(zip(("c_n", "c_c", "c_s"), call.conv_state.stride(), strict=True)),
         **dict(zip(("n_s", "n_n", "n_c", "n_w"), (0,) * 4 if snapshots is None else snapshots.stride(), strict=True)),
         w_c=call.conv_weight.stride(0), w_w=call.conv_weight.stride(1), HV=r.HV, BH=power_of_two(r.HV), KEYS=key,

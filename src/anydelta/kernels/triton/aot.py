@@ -83,11 +83,13 @@ class Shape:
     packed: bool = False
     masked: bool = False
     snapshots: int = 0
+    rows: bool = False
+    """The snapshots are rows of the pool."""
     backward: bool = False
     mixer: bool = False
 
     def __str__(self) -> str:
-        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "backward", "mixer")
+        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "rows", "backward", "mixer")
         flags = [n for n in names if getattr(self, n)]
         sizes = f"T={self.T} N={self.N} H={self.H} HV={self.HV} K={self.K} V={self.V}"
         more = f"snapshots={self.snapshots}" if self.snapshots else ""
@@ -124,6 +126,7 @@ def shipped() -> Iterator[Shape]:
     yield replace(prefill, H=2, HV=4, T=32768)  # cut into segments
     yield replace(decode, decay="raw", pool=True, mixer=True)
     yield replace(decode, decay="raw", kda=True, H=32, T=4, snapshots=4, mixer=True)
+    yield replace(decode, decay="raw", T=4, snapshots=4, pool=True, rows=True, mixer=True)
     yield replace(prefill, decay="raw", packed=True, N=4, masked=True, inplace=True, mixer=True)
     yield replace(prefill, backward=True)
     yield replace(prefill, kda=True, H=32, decay="raw", backward=True)
@@ -153,7 +156,8 @@ def call_of(shape: Shape, device: str = "meta") -> tuple[CallSpec, Call]:
         mask=new(B, T, dtype="bool") if s.masked else None,
         cu_seqlens=new(s.N + 1, dtype="int32") if s.packed else None,
         state_indices=new(s.N, dtype="int32") if s.pool else None,
-        snapshots=new(s.snapshots, s.N, s.HV, *tail, dtype=s.state_dtype) if s.snapshots else None,
+        snapshots=new(s.snapshots, s.N, s.HV, *tail, dtype=s.state_dtype) if s.snapshots and not s.rows else None,
+        snapshot_indices=new(s.snapshots, s.N, dtype="int32") if s.rows else None,
     )  # fmt: skip
     options = Options(
         decay=s.decay, qk_l2norm=s.l2norm, state_layout=s.layout, beta_is_logit=raw,
@@ -180,7 +184,8 @@ def meta_mixer_call(shape: Shape) -> tuple[MixerSpec, MixerCall]:
         new(B, T, channels), None, None, new(c.state_in.shape[0], channels, 4), c.state_in, c.g, c.beta,
         new(channels, 4), A_log=c.A_log, dt_bias=c.dt_bias, z=new(B, T, width), norm_weight=new(s.V), mask=c.mask,
         cu_seqlens=c.cu_seqlens, state_indices=c.state_indices, snapshots=c.snapshots,
-        conv_snapshots=None if c.snapshots is None else new(s.snapshots, s.N, channels, 4), o=new(B, T, width),
+        conv_snapshots=None if c.snapshots is None else new(s.snapshots, s.N, channels, 4),
+        snapshot_indices=c.snapshot_indices, o=new(B, T, width),
     )  # fmt: skip
     return check_mixer(
         call, MixerOptions(state_layout=s.layout, norm_gate="sigmoid" if s.kda else "silu")

@@ -112,6 +112,7 @@ def convolve(
     conv_state, conv_snapshots,       # [N or P, C, S]; [Ks, N, C, S] or None
     weight, bias,                     # [C, W]; [C] or None
     rank, order, cu_seqlens, state_indices,
+    snapshot_indices,                 # [Ks, N] rows of conv_state, in place of conv_snapshots; may be None
     arrivals,                         # [N, HV] int32, set to 0 for `recurrent`; may be None
     N, T, Ks,
     q_b, q_t, q_g, k_b, k_t, k_g, v_b, v_t, v_g,
@@ -189,13 +190,29 @@ def convolve(
                 )
                 at = slot * n_s + n.to(tl.int64) * n_n + i_c.to(tl.int64)[:, None] * n_c + i_s[None, :] * n_w
                 tl.store(conv_snapshots + at, narrow(value, conv_snapshots.dtype.element_ty), mask=inside)
+        own, named = final, row < 0
+        if snapshot_indices is not None:
+            # The row that is read may be any slot's: it is written last.
+            for slot in range(0, tl.minimum(Ks, end - start)):
+                earlier = _count(rank, b, T, start, end, slot)
+                value = _window(
+                    x, x_t, at_x, conv_state, order, b, T, start, earlier, at_state, c_s, in_c, S, BS
+                )
+                to = tl.load(snapshot_indices + slot * N + n).to(tl.int64)
+                at = to * c_n + i_c.to(tl.int64)[:, None] * c_c + i_s[None, :] * c_s
+                elsewhere = in_c[:, None] & (i_s < tl.where(to == row, 0, S))[None, :]
+                tl.store(conv_state + at, narrow(value, conv_state.dtype.element_ty), mask=elsewhere)
+                own, named = tl.where(to == row, value, own), named | (to == row)
         tl.debug_barrier()  # other threads of this program have read what is now written
-        result = narrow(final, conv_state.dtype.element_ty)
+        result = narrow(own, conv_state.dtype.element_ty)
         if conv_snapshots is not None:
             if end > start:
                 at = n.to(tl.int64) * n_n + i_c.to(tl.int64)[:, None] * n_c + i_s[None, :] * n_w
                 tl.store(conv_snapshots + at, result, mask=inside)
-        if count > 0:
+        written = count > 0
+        if snapshot_indices is not None:
+            written = named
+        if written:
             tl.store(conv_state + at_state[:, None] + i_s[None, :] * c_s, result, mask=inside)
 
 
