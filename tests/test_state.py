@@ -185,11 +185,12 @@ def test_soak(form: str, device: str | None) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_soak_in_eight_threads(form: str) -> None:
+    """10,000 operations on eight pools."""
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
         try:
-            soak(100 + seed, 60, form, device="cpu" if seed % 2 else None)
+            soak(100 + seed, 1250, form, device="cpu" if seed % 2 else None)
         except BaseException as error:
             failures.append(error)
 
