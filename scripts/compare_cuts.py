@@ -59,6 +59,8 @@ def main() -> None:
         "--prompts", nargs="+", type=int, default=[], help="lengths, instead of the three calls"
     )
     args = parser.parse_args()
+    if args.rounds < 20:
+        parser.error(f"--rounds must be at least 20; got {args.rounds}")
     prompts = {f"prompt of {T}, {K}": (1, T, 2, 4, K) for T in args.prompts for K in (64, 128)}
     for label, (B, T, H, HV, K) in (prompts or SHAPES).items():
         (q, k, v), gates = tokens(B, T, H, HV, K, args.kda)
