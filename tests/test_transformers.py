@@ -354,7 +354,14 @@ def test_what_a_projection_gave_to_a_hook_stays_as_it_was(model: Any, family: st
             got = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
             assert float((got - want[i]).abs().max()) < LIMIT
         handle.remove()
-    assert len(seen) == 4
+        of_all = torch.nn.modules.module.register_module_forward_hook(
+            lambda m, a, z: (
+                seen.append((z, z.clone())) if m is getattr(first_layer(model, family), projection) else None
+            )
+        )
+        model(ids, past_key_values=transformers.DynamicCache(config=model.config), use_cache=True)
+        of_all.remove()
+    assert len(seen) == 5
     assert all(torch.equal(z, copy) for z, copy in seen)
 
 

@@ -318,6 +318,7 @@ def _is_linear(module: Any) -> bool:
         type(module) in (torch.nn.Linear, PackedLinear)
         and "forward" not in module.__dict__
         and not module._forward_hooks
+        and not _global_hooks
     )
 
 
