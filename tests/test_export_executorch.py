@@ -50,6 +50,10 @@ class Operator(torch.nn.Module):
 
 CASES: dict[str, tuple[Callable[[], Operator], dict[str, Tensor]]] = {
     "functional": (Operator, {**call(), "initial_state": randn(B, HV, K, V)}),
+    "subnormal": (  # comes out as zero
+        Operator,
+        {**call(), "beta": torch.zeros(B, T, HV), "initial_state": torch.full((B, HV, K, V), 1e-39)},
+    ),
     "no_final_state": (lambda: Operator(output_final_state=False), call()),
     "kda_bf16_tiled": (lambda: Operator(heads="tiled", scale=0.5), call(kda=True, dtype=torch.bfloat16)),
     "raw": (

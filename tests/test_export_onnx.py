@@ -61,6 +61,10 @@ def run(model: Any, inputs: dict[str, Tensor], run: Any = None) -> list[Tensor]:
     return [torch.from_numpy(x) for x in run(None, arrays)]
 
 
+FADED = {
+    "beta": torch.zeros(B, T, HV),
+    "initial_state": torch.full((B, HV, K, V), 1e-39),
+}  # comes out as zero
 RAW = {"A_log": randn(HV), "dt_bias": randn(HV)}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "plain": ({}, {**call(), "initial_state": randn(B, HV, K, V)}),
@@ -69,6 +73,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
         dict(decay="raw", lower_bound=-3.0, beta_is_logit=True, qk_l2norm=True, state_layout="vk"),
         {**call(), "initial_state": randn(B, HV, V, K), **RAW},
     ),
+    "subnormal": ({}, {**call(), **FADED}),
     "mask": ({"decay": "linear"}, {**call(), "mask": torch.arange(10).view(B, T) > 2}),
     "pool": ({}, {**call(), "initial_state": randn(3, HV, K, V), "state_indices": torch.tensor([2, -1])}),
 }

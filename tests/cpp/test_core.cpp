@@ -22,14 +22,21 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "flush.h"
 #include "host.h"
+#include "mixer.h"
 #include "probe.h"
+#include "threads.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EXACT_HEAP 1
@@ -329,7 +336,8 @@ struct Case {
     int64_t pool = 0;    // extra rows of a state pool, 0: no pool
     int64_t Ks = 0;
     bool in_place = true, no_state_in = false, no_state_out = false, strided = false;
-    double g_low = -1, g_high = -0.001, key_size = 1, beta_high = 1;
+    double g_low = -1, g_high = -0.001, key_size = 1, beta_high = 1, state_size = 1;
+    bool initialised = false;  // raw gates as models begin with: A in U(0.01, 16), dt_bias 1
     uint64_t seed = 0;
 
     std::string text() const {
@@ -339,13 +347,13 @@ struct Case {
         std::snprintf(s, sizeof s,
                       "B %" PRId64 " T %" PRId64 " H %" PRId64 " HV %" PRId64 " K %" PRId64 " V %" PRId64
                       " %s %s %s decay=%s%s%s%s%s dtype=%s gates=%s state=%s mask=%s packed=%" PRId64 " pool=%" PRId64
-                      " Ks=%" PRId64 " %s%s%s%s g=[%g, %g] key=%g beta<%g seed=%" PRIu64,
+                      " Ks=%" PRId64 " %s%s%s%s g=[%g, %g]%s key=%g beta<%g state=%g seed=%" PRIu64,
                       B, T, H, HV, K, V, kda ? "kda" : "gda", tiled ? "tiled" : "interleaved", vk ? "vk" : "kv",
                       decays[static_cast<int>(decay)], lower_bound ? " lower_bound" : "", dt_bias ? "" : " no-dt_bias",
                       logit ? " logit" : "", l2norm ? " l2norm" : "", name_of(dtype), name_of(gates), name_of(state),
                       masks[static_cast<int>(mask)], packed, pool, Ks, in_place ? "in place" : "functional",
                       no_state_in ? " no-state-in" : "", no_state_out ? " no-state-out" : "", strided ? " strided" : "",
-                      g_low, g_high, key_size, beta_high, seed);
+                      g_low, g_high, initialised ? " initialised" : "", key_size, beta_high, state_size, seed);
         return s;
     }
 };
@@ -456,11 +464,12 @@ std::unique_ptr<Call> make_call(const Case& c) {
         }
     if (c.decay == Decay::raw) {
         x.A_log = Array({c.HV}, c.gates, false, 1, r);
-        for (int64_t h = 0; h < c.HV; ++h) x.A_log.set(r.uniform(-3, 0.5), h);
+        for (int64_t h = 0; h < c.HV; ++h)
+            x.A_log.set(c.initialised ? std::log(r.uniform(0.01, 16)) : r.uniform(-3, 0.5), h);
         if (c.dt_bias) {
             const int64_t n = c.kda ? c.HV * c.K : c.HV;
             x.dt_bias = Array({n}, c.gates, false, 1, r);
-            for (int64_t i = 0; i < n; ++i) x.dt_bias.set(r.normal(), i);
+            for (int64_t i = 0; i < n; ++i) x.dt_bias.set(c.initialised ? 1 : r.normal(), i);
         }
         p.A_log = x.A_log.data();
         p.dt_bias = x.dt_bias.data();
@@ -524,7 +533,7 @@ std::unique_ptr<Call> make_call(const Case& c) {
             if (n >= 0)  // the pool's other rows stay NaN
                 for (int64_t h = 0; h < c.HV; ++h)
                     for (int64_t i = 0; i < rows; ++i)
-                        for (int64_t j = 0; j < columns; ++j) x.state_in.set(r.normal(), n, h, i, j);
+                        for (int64_t j = 0; j < columns; ++j) x.state_in.set(r.normal() * c.state_size, n, h, i, j);
         p.in = states_of(x.state_in);
     }
     if (c.in_place) {
@@ -778,6 +787,7 @@ void run_tasks(const Problem& p, const Kernels& kernels, int64_t heads, int64_t 
     heads = std::min({heads, MAX_HEADS, p.HV});
     const int64_t width = panels * kernels.panel;
     const Memory workspace(kernels.workspace(p, heads));  // 64-byte aligned: so is its size
+    const FlushSubnormals flushed;
     for (int64_t n = 0; n < p.N; ++n)
         for (int64_t hv = 0; hv < p.HV; hv += heads)
             for (int64_t col = 0; col < p.V; col += width)
@@ -1345,6 +1355,7 @@ void test_out_of_memory(const std::vector<Isa>& all) {
         const std::unique_ptr<Call> call = make_call(busy_cases()[1]);
         bool thrown = false, unchanged = false, recovered = true;
         std::thread([&] {  // its own thread: the scratch memory is kept per thread
+            const uint64_t control = float_control();
             allocations_fail = true;
             try {
                 run(call->p, *isa.kernels, 1, false);
@@ -1352,7 +1363,7 @@ void test_out_of_memory(const std::vector<Isa>& all) {
                 thrown = true;
             }
             allocations_fail = false;
-            unchanged = true;
+            unchanged = float_control() == control;
             for (Array* a : call->arrays())
                 if (*a) unchanged &= a->stray({}) == 0;
             run(call->p, *isa.kernels, 1, false);
@@ -1370,6 +1381,268 @@ void test_out_of_memory(const std::vector<Isa>& all) {
         check(unchanged, "run() wrote before it threw");
         check(recovered, "the call after it is wrong");
         compare(*call, e);
+    }
+}
+
+// ---- subnormal numbers ----
+
+// Kernels that note, task by task, the control register of their thread and what the real ones did to it.
+struct Spy {
+    const Kernels* real = nullptr;
+    int threads = 1;      // each waits in its first task until so many have begun one
+    bool throws = false;  // after the task
+    std::mutex lock;
+    std::set<std::thread::id> seen;
+    long tasks = 0, unflushed = 0, subnormal_operands = 0;
+
+    void expect(const Kernels* kernels, int thread_count) {
+        real = kernels;
+        threads = thread_count;
+        seen.clear();
+        tasks = unflushed = subnormal_operands = 0;
+    }
+    size_t begun() {
+        const std::lock_guard<std::mutex> guard(lock);
+        seen.insert(std::this_thread::get_id());
+        return seen.size();
+    }
+    template <class F>
+    const char* watch(F&& task) {
+        for (int ms = 0; begun() < static_cast<size_t>(threads) && ms < 20000; ++ms)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        const uint64_t before = float_control();
+#if defined(__x86_64__)
+        set_float_control(before & ~uint64_t{0x3f});  // the sticky flags; bit 1 is "an operand was subnormal"
+        const char* name = task();
+        const bool subnormal = float_control() & 2;
+        set_float_control(before);
+#else
+        const char* name = task();
+        const bool subnormal = false;
+#endif
+        const std::lock_guard<std::mutex> guard(lock);
+        ++tasks;
+        unflushed += (before & FLUSH_BITS) != FLUSH_BITS;
+        subnormal_operands += subnormal;
+        if (throws) throw std::runtime_error("a task failed");
+        return name;
+    }
+} spy;
+
+Kernels spying_on(const Kernels& real) {
+    Kernels k = real;
+    k.run = [](const Problem& p, const Task& t, char* m) { return spy.watch([&] { return spy.real->run(p, t, m); }); };
+    k.mix = [](const Mixer& x, const MixerTask& t, char* m) {
+        return spy.watch([&] { return spy.real->mix(x, t, m); });
+    };
+    k.verify = [](const Log& g, const Task& t, char* m) {
+        return spy.watch([&] { return spy.real->verify(g, t, m); });
+    };
+    k.fold = [](const Log& g, const Task& t, char* m) { return spy.watch([&] { return spy.real->fold(g, t, m); }); };
+    return k;
+}
+
+int64_t subnormals_in(const char* data, size_t bytes, DType t) {
+    int64_t count = 0;
+    for (size_t i = 0; i < bytes; i += static_cast<size_t>(size_of(t)))
+        if (t != DType::f16) {  // whose subnormal numbers are normal ones of float32
+            const double x = std::fabs(load(data + i, t));
+            count += x > 0 && x < static_cast<double>(std::numeric_limits<float>::min());
+        }
+    return count;
+}
+int64_t subnormals_in(const std::vector<float>& x) {
+    return subnormals_in(reinterpret_cast<const char*>(x.data()), x.size() * 4, DType::f32);
+}
+
+// A call on `kernels`, whose tasks the spy has seen, in a thread whose register must come out as it went in.
+template <class F>
+void watched(const Kernels& real, int threads, F&& call) {
+    spy.expect(&real, threads);
+    const uint64_t before = float_control();
+    call();
+    check(float_control() == before, "the caller's control register changed from %" PRIx64 " to %" PRIx64, before,
+          float_control());
+    check(spy.tasks > 0 && spy.seen.size() == static_cast<size_t>(threads), "%zu threads ran, not %d", spy.seen.size(),
+          threads);
+    check(spy.unflushed == 0, "%ld of %ld tasks ran without flushing", spy.unflushed, spy.tasks);
+    check(spy.subnormal_operands == 0, "%ld of %ld tasks met a subnormal operand", spy.subnormal_operands, spy.tasks);
+}
+
+// Decays as models begin with them and stronger, faded states and tiny keys.
+std::vector<Case> strong_cases() {
+    std::vector<Case> cases;
+    for (const int64_t T : {1, 2, 4, 6, 16, 64, 1024})
+        for (const bool kda : {false, true}) {
+            const auto add = [&](auto change) {
+                Case c;
+                c.T = T, c.H = 2, c.HV = 4, c.K = c.V = 32, c.kda = kda, c.l2norm = true;
+                change(c);
+                c.seed = 2000 + cases.size();
+                cases.push_back(c);
+            };
+            add([](Case& c) { c.decay = Decay::raw, c.initialised = true; });
+            for (const double g : {-8, -16, -20, -40}) add([&](Case& c) { c.g_low = c.g_high = g; });
+            add([](Case& c) { c.g_low = -1e-4, c.state_size = 1e-39; });
+            add([](Case& c) { c.key_size = 1e-20; });
+            if (T == 4 || T == 64) {  // the other ways through the kernels
+                add([](Case& c) { c.g_low = c.g_high = -16, c.vk = true, c.V = 64; });
+                add([](Case& c) { c.g_low = c.g_high = -16, c.state = DType::bf16, c.dtype = DType::f16; });
+                add([](Case& c) { c.g_low = c.g_high = -16, c.Ks = 4; });
+            }
+        }
+    return cases;
+}
+
+// One sequence of a mixer, and of a log whose every entry is then folded, both of strong decays.
+struct Strong {
+    int64_t T, H = 4, HV = 16, D = 128, C, capacity;
+    bool kda;
+    std::vector<float> qkv, z, g, beta, o, weight, window, state, deltas, decays, keys, factors;
+    std::vector<int64_t> parents, row{0}, used{0};
+
+    std::vector<float> normal(int64_t n, double size, Random& r) {
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& e : x) e = static_cast<float>(size * r.normal());
+        return x;
+    }
+    Strong(int64_t tokens, bool vector_gates, double state_size, double decay)
+        : T(tokens), C((2 * H + HV) * D), capacity(T), kda(vector_gates) {
+        Random r{77};
+        const int64_t gates = T * HV * (kda ? D : 1);
+        qkv = normal(T * C, 1, r), z = normal(T * HV * D, 1, r), weight = normal(C * 4, 0.5, r);
+        g.assign(static_cast<size_t>(gates), static_cast<float>(decay));
+        beta.assign(static_cast<size_t>(T * HV), 0.5f);
+        o.assign(static_cast<size_t>(T * HV * D), NAN);
+        window = normal(C * 3, 1, r), state = normal(HV * D * D, state_size, r);
+        keys.assign(static_cast<size_t>(H * capacity * D), 0);
+        factors.assign(static_cast<size_t>(H * capacity), 0);
+        deltas.assign(static_cast<size_t>(HV * capacity * D), 0);
+        decays.assign(static_cast<size_t>(HV * capacity * (kda ? D : 1)), 0);
+        for (int64_t e = 0; e < capacity; ++e) parents.push_back(e - 1);
+    }
+    static Tokens dense(std::vector<float>& x, int64_t heads, int64_t width, int64_t token, int64_t first = 0) {
+        Tokens t;
+        t.data = x.data() + first;
+        t.t = token ? token : heads * width;
+        t.h = width;
+        return t;
+    }
+    Problem rule() {
+        Problem p{};
+        p.B = p.N = 1, p.T = T, p.H = H, p.HV = HV, p.K = p.V = D, p.kda = kda, p.l2norm = true;
+        p.decay = Decay::log, p.scale = 0.1f, p.l2norm_eps = 1e-6f;
+        p.q = dense(qkv, H, D, C), p.k = dense(qkv, H, D, C, H * D), p.v = dense(qkv, HV, D, C, 2 * H * D);
+        p.g = dense(g, HV, kda ? D : 1, 0), p.beta = dense(beta, HV, 1, 0), p.o = dense(o, HV, D, 0);
+        p.in.data = state.data(), p.in.n = HV * D * D, p.in.h = D * D, p.in.row = D;
+        p.out = p.in;
+        return p;
+    }
+    void mix(const Kernels& kernels, int threads) {
+        Mixer m;
+        m.rule = rule();
+        const auto grouped = [&](const void* data, int64_t token) {
+            GroupedTokens x;
+            x.data = data, x.t = token, x.g = D;
+            return x;
+        };
+        m.q = grouped(qkv.data(), C), m.k = grouped(qkv.data() + H * D, C), m.v = grouped(qkv.data() + 2 * H * D, C);
+        m.z = grouped(z.data(), HV * D), m.o = grouped(o.data(), HV * D);
+        m.W = 4, m.S = 3, m.weight = weight.data(), m.weight_c = 4, m.weight_w = 1;
+        m.conv.data = window.data(), m.conv.n = C * 3, m.conv.c = 3, m.conv.s = 1;
+        m.norm = true, m.gate = NormGate::silu, m.norm_eps = 1e-6f;
+        run(m, kernels, threads, false);
+    }
+    Log log() {
+        Log g;
+        g.rule = rule();
+        g.rule.state_indices = row.data();
+        g.capacity = capacity;
+        g.keys = keys.data(), g.factors = factors.data(), g.deltas = deltas.data(), g.decays = decays.data();
+        g.parents = parents.data(), g.rows = row.data(), g.used = used.data(), g.out_rows = row.data();
+        return g;
+    }
+    void verify_and_fold(const Kernels& kernels, int threads) {
+        verify(log(), kernels, threads, false);
+        used[0] = T;
+        Log g = log();
+        g.rule.T = 0;
+        fold(g, kernels, threads, false);
+    }
+    int64_t subnormals() const {
+        return subnormals_in(o) + subnormals_in(state) + subnormals_in(deltas) + subnormals_in(decays);
+    }
+};
+
+void test_subnormal_numbers(const std::vector<Isa>& all) {
+    if (FLUSH_BITS == 0) return;
+    for (const Isa& isa : all) {
+        const Kernels watching = spying_on(*isa.kernels);
+        for (const Case& c : strong_cases()) {
+            std::snprintf(context, sizeof context, "%s: subnormals: %s", isa.kernels->name, c.text().c_str());
+            const std::unique_ptr<Call> call = make_call(c);
+            Call& x = *call;
+            const Expected e = expect(x);
+            watched(*isa.kernels, 1, [&] { run(x.p, watching, 1, false); });
+            compare(x, e);
+            int64_t found = subnormals_in(x.o.data(), x.o.memory->size(), c.dtype) +
+                            subnormals_in(x.state_in.data(), x.state_in.memory->size(), c.state);
+            if (c.Ks) found += subnormals_in(x.snapshots.data(), x.snapshots.memory->size(), c.state);
+            check(found == 0, "%" PRId64 " subnormal numbers came out", found);
+            const Results one = results_of(x);
+            spy.expect(isa.kernels, 1);
+            x.restore();
+            run(x.p, watching, 2, false);
+            check(results_of(x) == one, "two threads gave other results");
+            check(spy.unflushed == 0, "%ld of %ld tasks ran without flushing", spy.unflushed, spy.tasks);
+        }
+        for (const bool kda : {false, true})
+            for (const int64_t T : {1, 2, 4, 6, 16, 64})
+                for (const double decay : {-1e-4, -8.0, -16.0, -40.0}) {
+                    const auto both = [&](const char* what, auto call) {
+                        Strong one(T, kda, decay > -1 ? 1e-39 : 1, decay), two = one;
+                        std::snprintf(context, sizeof context, "%s: subnormals: %s T %" PRId64 " %s g %g",
+                                      isa.kernels->name, what, T, kda ? "kda" : "gda", decay);
+                        watched(*isa.kernels, 1, [&] { call(one, watching, 1); });
+                        watched(*isa.kernels, 2, [&] { call(two, watching, 2); });
+                        check(one.subnormals() == 0, "%" PRId64 " subnormal numbers came out", one.subnormals());
+                        check(one.o == two.o && one.state == two.state, "two threads gave other results");
+                    };
+                    both("rule", [](Strong& s, const Kernels& k, int n) { run(s.rule(), k, n, false); });
+                    both("mixer", [](Strong& s, const Kernels& k, int n) { s.mix(k, n); });
+                    if (T <= 16) both("log", [](Strong& s, const Kernels& k, int n) { s.verify_and_fold(k, n); });
+                }
+
+        // threads of the host, and a task that throws
+        std::snprintf(context, sizeof context, "%s: subnormals: threads of the host", isa.kernels->name);
+        static std::atomic<int> changed{0};
+        changed = 0;
+        share_threads_of([](int threads, void (*work)(void*), void* data) {
+            std::vector<std::thread> workers;
+            for (int i = 0; i < threads; ++i)
+                workers.emplace_back([&] {
+                    const uint64_t before = float_control();
+                    work(data);
+                    changed += float_control() != before;
+                });
+            for (std::thread& t : workers) t.join();
+        });
+        Strong host(64, false, 1, -16);
+        watched(*isa.kernels, 2, [&] { run(host.rule(), watching, 2, true); });
+        check(changed == 0, "the control registers of %d threads changed", changed.load());
+        share_threads_of(nullptr);
+        std::snprintf(context, sizeof context, "%s: subnormals: a task throws", isa.kernels->name);
+        spy.throws = true;
+        bool thrown = false;
+        watched(*isa.kernels, 1, [&] {
+            try {
+                run(host.rule(), watching, 1, false);
+            } catch (const std::runtime_error&) {
+                thrown = true;
+            }
+        });
+        spy.throws = false;
+        check(thrown, "run() swallowed an exception");
     }
 }
 
@@ -1402,6 +1675,7 @@ int main(int argc, char** argv) {
         {"NaN stays", test_nan_stays},
         {"chosen cases", test_chosen_cases},
         {"random cases", test_random_cases},
+        {"subnormal numbers", test_subnormal_numbers},
         {"out of memory", test_out_of_memory},
         {"callers side by side", test_callers_side_by_side},
         {"fork", test_fork},

@@ -267,7 +267,7 @@ class OpenclDevice(CutDevice):
             options = [f"-D{name}={value}" for name, value in vars(cut).items()]
             options.append(f"-DENTRY={int(entry == 'by_buffer')}")
             if self.is_cpu:
-                options.append("-DCALLS")
+                options += ["-DCALLS", "-cl-denorms-are-zero"]  # subnormal numbers cost a CPU, not a GPU
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", cl.CompilerWarning)

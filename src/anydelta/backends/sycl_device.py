@@ -24,6 +24,8 @@ MEMORIES = ("address", "copy")
 _ROWS = (32, 64, 128, 256)
 """Head sizes K that the kernel is built for, beyond them multiples of 64; the rows between K and the next are zeros."""
 _OPTIONS = ["-O3", "-DANYDELTA_FREE_FUNCTIONS"]
+_FLUSH = ["-Xs", "-cl-denorms-are-zero"]
+"""Subnormal numbers cost a CPU, not a GPU."""
 
 
 @cache
@@ -190,7 +192,8 @@ class SyclDevice(CutDevice):
             return
         headers = [(name, _text(name)) for name in ("params.hpp", "delta_rule.hpp")]
         try:
-            self.queue.build('#include "delta_rule.hpp"\n', headers, [cut.symbol], _OPTIONS)
+            options = _OPTIONS + _FLUSH if self.is_cpu else _OPTIONS
+            self.queue.build('#include "delta_rule.hpp"\n', headers, [cut.symbol], options)
         except RuntimeError as error:
             raise DeviceError(
                 f"{self.name} requires a run-time compiler that builds delta_rule.hpp; got {sentence(error)} from "

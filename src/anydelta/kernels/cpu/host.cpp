@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "flush.h"
 #include "mixer.h"
 #include "threads.h"
 
@@ -134,6 +135,7 @@ int Work::claim() {
 void Work::work() {
     const int mine = claim();
     if (mine < 0) return;
+    const FlushSubnormals flushed;
     char* memory = workspaces_ + static_cast<size_t>(mine) * workspace_;
     for (int s = 0; s < threads_; ++s) {
         Share& share = shares_[(mine + s) % threads_];
