@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from anydelta import reference
 from anydelta.bench import cli, ops, peers, report
-from anydelta.bench.cases import Case, make_inputs, presets, select, subnormals
+from anydelta.bench.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
 from anydelta.bench.contender import Result, Runner, RunnerBase
 from conftest import without
 
@@ -90,7 +90,42 @@ def by_name(found, case, contender):
 
 @pytest.mark.parametrize("case", presets(), ids=lambda c: c.name)
 def test_a_case_is_its_name(case):
-    assert Case.parse(case.name) == case
+    for one in with_decays([case], ",".join(DECAYS)):
+        assert Case.parse(one.name) == one
+
+
+def test_each_case_is_measured_with_each_kind_of_decays():
+    names = [c.name for c in with_decays(select(["gda-t1-h1x1-d16-b1"]), "mild,initialised")]
+    assert names == ["gda-t1-h1x1-d16-b1", "gda-t1-h1x1-d16-b1-initialised"]
+    named = select(["kda-t4-h1x1-d16-b1-s4-cold-trained"])
+    assert with_decays(named, "mild,initialised") == named
+    with pytest.raises(ValueError, match="--decays must be of mild, initialised, trained; got 'strong'"):
+        with_decays(named, "strong")
+
+
+@pytest.mark.parametrize("gate", ["gda", "kda"])
+def test_decays_are_as_models_have_them(gate):
+    size = {"T": 300, "H": 8, "HV": 8, "D": 16}
+    initialised = make_inputs(Case(gate, **size, decay="initialised")).g
+    trained = make_inputs(Case(gate, **size, decay="trained")).g
+    assert (initialised < -8).mean() > 0.3
+    assert 0 < (trained < -8).mean() < 0.2
+    assert np.median(trained) > -0.5
+
+
+def test_strong_decays_are_reported_beside_mild_ones(monkeypatch):
+    from anydelta.bench import decays
+
+    monkeypatch.setattr(decays, "HEADS", 2)
+    monkeypatch.setattr(decays, "D", 16)
+    measured = decays.strong_decays([1, 9], [1], ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert [(r.call, r.tokens) for r in measured.records] == [
+        (f"{op}, {gate}", T) for op in ("rule", "mixer") for gate in ("GDA", "KDA") for T in (1, 9)
+    ]
+    for r in measured.records:
+        assert r.nmse < 1e-7
+        assert min(r.mild_us, *(getattr(r, name) for name in decays.STRONG)) > 0
+        assert list(r.columns())[4:] == list(decays.STRONG.values())
 
 
 def test_selection_takes_groups_names_globs_and_expressions():
@@ -354,9 +389,13 @@ def test_command_writes_results_and_figure(tmp_path: Path):
         "--sample-ms", "0.1", "-o", str(out), "--plot", str(figure),
     )  # fmt: skip
     assert got.exit_code == 0, got.output
-    assert [r["threads"] for r in json.loads(out.read_text())["records"]] == [1, 2]
-    assert figure.exists()
-    assert "gda-t1-h1x2-d8-b1" in got.output
+    records = json.loads(out.read_text())["records"]
+    name = "gda-t1-h1x2-d8-b1"
+    assert [(r["case"], r["threads"]) for r in records] == [
+        (case, n) for case in (name, f"{name}-initialised") for n in (1, 2)
+    ]
+    assert all(f"{name}-initialised, {n} thread" in figure.read_text() for n in (1, 2))
+    assert f"{name}-initialised" in got.output
 
 
 def test_command_prints_csv_on_stdout():
@@ -379,6 +418,7 @@ def test_list_measures_nothing():
     ("args", "sentence"),
     [
         (["--cases", "nothing"], "no case matches 'nothing'"),
+        (["--decays", "strong"], "--decays must be of mild, initialised, trained; got 'strong'"),
         (["-t", "0"], "-t must be numbers from 1 to 1024"),
         (["-t", "two"], "-t must be numbers from 1 to 1024"),
         (["-r", "0"], "--rounds must be at least 1"),
@@ -404,7 +444,13 @@ def test_rollback_reports_every_form() -> None:
     from anydelta.bench import rollback
 
     measured = rollback.rollback(
-        layers=2, heads=(1, 2), size=16, tokens=2, snapshots=3, settings=ops.Settings(rounds=2)
+        layers=2,
+        heads=(1, 2),
+        size=16,
+        tokens=2,
+        snapshots=3,
+        decay="initialised",
+        settings=ops.Settings(rounds=2),
     )
     calls = [r.call for r in measured.records]
     assert calls[0] == "decode step"

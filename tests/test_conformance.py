@@ -17,14 +17,29 @@ import torch
 
 from anydelta import dispatch
 from anydelta.backends.reference import Reference
-from anydelta.conformance import CASES, FAIL, NOT_SUPPORTED, OK, SKIPPED, Case, Target, check, run, targets
-from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, STRIDES, random_case
+from anydelta.conformance import (
+    CASES,
+    FAIL,
+    LOG_CASES,
+    MIXER_CASES,
+    NOT_SUPPORTED,
+    OK,
+    SKIPPED,
+    Case,
+    Target,
+    check,
+    run,
+    targets,
+)
+from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, STRIDES, STRONG, random_case
 from anydelta.conformance.compare import Prepared
 from anydelta.conformance.run import run_one, summary
 from anydelta.spec import Call, CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS
 
 BATCH = 60
+TESTED = tuple(c for c in CASES if c.work <= 40e6)
+"""`anydelta conform` runs the rest too, on which the oracle alone takes a minute."""
 SMALL = tuple(c for c in CASES if c.work <= 20_000)[::3]
 """For the reference, which takes some 50 us a token."""
 
@@ -45,7 +60,7 @@ def batches(cases: tuple[Case, ...]) -> list[Any]:
 
 
 @pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
-@pytest.mark.parametrize("cases", batches(CASES))
+@pytest.mark.parametrize("cases", batches(TESTED))
 def test_cpu(cases: tuple[Case, ...]) -> None:
     for target in CPU_TARGETS:
         bad = failures(cases, target)
@@ -67,7 +82,7 @@ def test_float64_runs_on_the_reference(framework: str) -> None:
 @pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_cpu_with_threads(threads: int) -> None:
-    cases = tuple(c for c in CASES if c.work > 200_000 or c.seqlens or c.indices)[::7]
+    cases = tuple(c for c in TESTED if c.work > 200_000 or c.seqlens or c.indices)[::7]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -98,22 +113,44 @@ def test_a_wrong_line_says_what_is_wrong(line: str, text: str) -> None:
         Case.parse(line)
 
 
+# (heads, size, T, sequences, HV/H, permuted, KDA, K): ggml's tests/test-backend-ops.cpp, correctness and speed.
+GGML = (
+    (32, 128, 1, 1, 1, False, False, 1), (32, 16, 1, 1, 1, False, False, 1), (32, 16, 1, 1, 1, True, True, 1),
+    (32, 16, 1, 1, 1, False, True, 1), (16, 64, 1, 2, 1, False, False, 1), (4, 64, 4, 1, 1, False, False, 1),
+    (4, 64, 4, 2, 1, False, False, 1), (8, 32, 4, 2, 2, False, False, 1), (4, 64, 4, 2, 1, True, False, 1),
+    (4, 64, 4, 1, 1, True, False, 1), (4, 64, 1, 1, 1, False, True, 1), (4, 64, 1, 2, 1, False, True, 1),
+    (4, 16, 1, 2, 1, False, True, 1), (4, 32, 4, 1, 1, False, True, 1), (4, 64, 4, 2, 1, False, True, 1),
+    (8, 32, 4, 2, 2, False, True, 1), (4, 64, 4, 2, 1, True, True, 1), (4, 16, 4, 2, 1, True, True, 1),
+    *((4, 64, T, 1, 1, False, False, 1) for T in (64, 127, 256, 65, 100, 200)), (4, 64, 127, 2, 1, False, False, 1),
+    (16, 128, 128, 1, 3, False, False, 1), (16, 128, 300, 2, 3, False, False, 1), (16, 128, 100, 1, 3, False, False, 1),
+    (32, 128, 512, 1, 1, False, False, 1), (32, 128, 2048, 1, 1, False, False, 1),
+    *((4, 64, T, 1, 1, False, True, 1) for T in (64, 33, 100)),
+    (4, 16, 2, 1, 1, False, False, 2), (4, 32, 4, 1, 1, False, False, 4), (4, 64, 4, 2, 1, False, False, 4),
+    (8, 128, 4, 1, 1, False, False, 4), (4, 64, 4, 2, 1, False, True, 4), (8, 32, 4, 2, 2, False, True, 4),
+    (4, 32, 8, 1, 1, False, False, 3), (4, 64, 16, 2, 1, False, False, 4),
+    (16, 64, 1, 1, 1, False, False, 1), (32, 128, 1, 1, 1, False, True, 1), (32, 128, 64, 1, 1, False, True, 1),
+    *((heads, 128, T, 1, 1, False, False, 1) for heads in (4, 32) for T in (64, 256, 512, 1024)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kda", [False, True])
+def test_the_list_has_ggmls(kda: bool) -> None:
+    for heads, size, T, B, rep, permuted, vector, K in GGML:
+        if vector != kda:
+            continue
+        twin = Case(
+            B=B, T=T, H=heads, HV=heads * rep, K=size, V=size, kda=kda, strides="permuted" if permuted else "dense",
+            snapshots=K, heads="tiled", layout="vk", gate="ggml", inplace=permuted,
+        )  # fmt: skip
+        assert twin in CASES, twin
+
+
 def test_the_list_covers_the_contract() -> None:
     """DESIGN.md, section 7, item by item."""
 
     def some(**fields: Any) -> bool:
         return any(all(getattr(c, k) == v for k, v in fields.items()) for c in CASES)
 
-    for heads, size, T, B in (
-        (32, 128, 1, 1),
-        (32, 16, 1, 1),
-        (16, 64, 1, 2),
-        (4, 64, 4, 1),
-        (4, 64, 4, 2),
-    ):
-        for kda, strides in itertools.product((False, True), ("dense", "permuted")):
-            assert some(H=heads, HV=heads, K=size, V=size, T=T, B=B, kda=kda, strides=strides)
-    assert some(H=8, HV=16, K=32, T=4, B=2, strides="permuted", kda=True)
     for T in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 200, 256, 1000):
         assert some(T=T, kda=False)
         assert some(T=T, kda=True)
@@ -136,6 +173,16 @@ def test_the_list_covers_the_contract() -> None:
     assert any(c.refused for c in CASES)
     assert {c.mask for c in CASES} == {"", *MASKS}
     assert {c.key for c in CASES} == set(KEYS)
+    for kind in (CASES, MIXER_CASES, LOG_CASES):
+        for gate, kda in itertools.product(STRONG, (False, True)):
+            assert {c.T for c in kind if c.gate == gate and c.kda == kda} >= (
+                {20} if kind is LOG_CASES else {1, 4, 64}
+            )
+        assert (
+            {c.kda for c in kind if c.state == "faded"}
+            == {c.kda for c in kind if c.key == "faint"}
+            == {False, True}
+        )
     assert {c.strides for c in CASES} == set(STRIDES)
     for gate, beta in itertools.product(
         ("keep", "one", "twenty", "wipe", "inf", "mixed"), ("zero", "one", "mid")

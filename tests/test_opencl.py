@@ -14,7 +14,7 @@ import torch
 import anydelta
 from anydelta.backends import opencl, opencl_device
 from anydelta.backends.opencl_device import MEMORIES, OpenclDevice, roster
-from anydelta.conformance import CASES
+from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
 from device_checks import (
     check_a_call_on_the_device_stages_nothing,
@@ -49,9 +49,9 @@ def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> OpenclDevice:
     return roster.open(request.param)
 
 
-@pytest.mark.parametrize("start", range(0, len(CASES), BATCH))
+@pytest.mark.parametrize("start", range(0, len(SHORT_CASES), BATCH))
 def test_every_case(start: int) -> None:
-    assert not failures("opencl", CASES[start : start + BATCH])
+    assert not failures("opencl", SHORT_CASES[start : start + BATCH])
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(4, 4), (8, 8), (32, 8), (64, 16)])
@@ -66,7 +66,7 @@ def test_any_subgroup_size(size: int, lanes: int, monkeypatch: pytest.MonkeyPatc
         return cut, -(-spec.V // cut.columns) * spec.HV * spec.N
 
     monkeypatch.setattr(OpenclDevice, "variant", other)
-    rule = replace(CASES[0], H=2, HV=4, K=32, V=24, T=9, kda=True, snapshots=3, l2norm=True)
+    rule = replace(SHORT_CASES[0], H=2, HV=4, K=32, V=24, T=9, kda=True, snapshots=3, l2norm=True)
     assert not failures("opencl", (rule, replace(rule, mask="random", B=2, dtype="bfloat16")), "subgroups")
 
 
@@ -80,7 +80,7 @@ def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> OpenclDevice:
 
 
 def test_every_cut_and_memory(way: OpenclDevice) -> None:
-    few = [c for c in CASES if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
+    few = [c for c in SHORT_CASES if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
     for i, kernel in enumerate(way.kernels()):
         cases = few[3 * i + MEMORIES.index(way.memory) :: 40]
         assert not failures("opencl", cases, kernel, "torch" if i % 2 else "numpy")

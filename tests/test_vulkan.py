@@ -13,7 +13,7 @@ import pytest
 
 import anydelta
 from anydelta import devices, op
-from anydelta.conformance import CASES, OK, Target
+from anydelta.conformance import OK, SHORT_CASES, Target
 from anydelta.conformance.run import run_one, unavailable
 from conftest import without
 from device_checks import (
@@ -26,7 +26,7 @@ from device_checks import (
 
 REASONS = unavailable("vulkan")
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS) or "runs")
-SOME = tuple(c for c in CASES if c.work < 100_000 and c.K <= 32)[::4]
+SOME = tuple(c for c in SHORT_CASES if c.work < 100_000 and c.K <= 32)[::4]
 """Cases for the ways that this machine's driver does not need."""
 
 
@@ -98,7 +98,7 @@ vk.vkCreateBuffer(d.handle, vk.VkBufferCreateInfo(size=0, usage=32, sharingMode=
 
 
 def test_torch_tensors() -> None:
-    bad = [r for c in CASES[::9] if (r := run_one(c, Target("vulkan", framework="torch"))).status != OK]
+    bad = [r for c in SHORT_CASES[::9] if (r := run_one(c, Target("vulkan", framework="torch"))).status != OK]
     assert not bad, [(r.case, r.reasons) for r in bad]
 
 
@@ -108,7 +108,9 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
     op._plans.clear()
-    long = [c for c in CASES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))]
+    long = [
+        c for c in SHORT_CASES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
+    ]
     large = [c for c in long if c.K > 32]
     assert {64, 80, 128, 192, 256} <= {c.K for c in large}
     ran = []

@@ -13,7 +13,7 @@ import pytest
 
 import anydelta
 from anydelta import devices, op
-from anydelta.conformance import CASES
+from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
 from device_checks import (
     check_only_tokens_are_staged,
@@ -25,7 +25,7 @@ from device_checks import (
 
 REASONS = unavailable("webgpu")
 pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS) or "runs")
-SOME = tuple(c for c in CASES if c.K in (32, 64) and c.work < 200_000)[::6]
+SOME = tuple(c for c in SHORT_CASES if c.K in (32, 64) and c.work < 200_000)[::6]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("part", range(4))
 def test_the_whole_list(part: int) -> None:
-    assert not failures("webgpu", CASES[part::4], framework="torch" if part == 3 else "numpy")
+    assert not failures("webgpu", SHORT_CASES[part::4], framework="torch" if part == 3 else "numpy")
 
 
 def test_without_subgroups(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:

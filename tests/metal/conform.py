@@ -25,7 +25,7 @@ from typing import Any
 from emulator import MODES, Emulator, asan_environment
 
 from anydelta.backends import metal
-from anydelta.conformance import CASES, Case
+from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.compare import Target
 from anydelta.conformance.run import FAIL, OK, Result, run_one
 from anydelta.kernels.metal import launch
@@ -119,7 +119,7 @@ def main() -> int:
         "--change", nargs=2, metavar=("OLD", "NEW"), help="change the kernels' text, to plant an error"
     )
     args = parser.parse_args()
-    cases = [Case.parse(line) for line in args.case or ()] or list(CASES)[args.offset :: args.every]
+    cases = [Case.parse(line) for line in args.case or ()] or list(SHORT_CASES)[args.offset :: args.every]
     if args.mode == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **asan_environment()})
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Does a backend compute the gated delta rule? One list of cases, one way to compare, one way to run them.
 
-cases.py     Case: a call described in one line, and the list that tests, CLI and benchmarks share
+cases.py     Case: a call described in one line, and the list that tests and CLI share
+gates.py     decays as models have them, for the cases and for the benchmarks
 mixer.py     the same for the mixer: MixerCase, its list and its comparison
 log.py       the same for the log form of StatePool: LogCase
 compare.py   check(case, target): runs one case and compares it with the float64 oracle
@@ -9,13 +10,14 @@ support.py   support(backends): what each backend says it accepts, feature by fe
 cli.py       `anydelta conform`
 """
 
-from .cases import CASES, Case
+from .cases import CASES, SHORT_CASES, Case
 from .compare import Target, Verdict, check
 from .log import LOG_CASES, LogCase
 from .mixer import MIXER_CASES, MixerCase
 from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, Result, run, targets
 
 __all__ = [
-    "CASES", "FAIL", "LOG_CASES", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SKIPPED", "Case", "LogCase", "MixerCase",
+    "CASES", "FAIL", "LOG_CASES", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SHORT_CASES",
+    "SKIPPED", "Case", "LogCase", "MixerCase",
     "Result", "Target", "Verdict", "check", "run", "targets",
 ]  # fmt: skip

@@ -11,15 +11,20 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .gates import KINDS, model_gates
 from .values import F64, round_to
 
-GATES = ("keep", "one", "twenty", "wipe", "inf", "mixed", "model", "ggml")
-KEYS = ("unit", "alike", "tiny", "huge", "zero", "gaps")
+STRONG = (*KINDS, "-8", "-16", "-20", "-40")
+"""Gates whose products within a few tokens are below float32's normal numbers."""
+GATES = ("keep", "one", "twenty", "wipe", "inf", "mixed", "model", "ggml", *STRONG)
+KEYS = ("unit", "alike", "tiny", "huge", "zero", "gaps", "faint")
+STATES = ("normal", "faded")
 BETAS = ("mid", "zero", "one", "ends", "weak")
 MASKS = ("left", "right", "random", "none", "all")
 STRIDES = ("dense", "permuted", "fused", "strided", "expanded")
@@ -75,10 +80,13 @@ class Case:
     gate: str = "model"
     """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of
     them,
-    "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4)."""
+    "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4), "initialised" and "trained" as gates.py says, a
+    number: that everywhere."""
     key: str = "unit"
     """Keys: "unit" of norm 1, "alike" norm 1 and almost parallel, "tiny" 1e-3, "huge" 1e4 (64 in half types),
-    "zero", "gaps": every third one zero."""
+    "zero", "gaps": every third one zero, "faint" 1e-20 (1e-7 in float16)."""
+    state: str = "normal"
+    """Initial states: "normal", "faded": 1e-39, below float32's normal numbers."""
     beta: str = "mid"
     """Write strength: "mid" U(0, 1), "zero", "one", "ends" 0 or 1, "weak" about 1e-6."""
 
@@ -87,7 +95,7 @@ class Case:
             object.__setattr__(self, "T", sum(self.seqlens))
         for name, known in (
             ("gate", GATES), ("key", KEYS), ("beta", BETAS), ("mask", ("", *MASKS)), ("strides", STRIDES),
-            ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")),
+            ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")), ("state", STATES),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
@@ -237,7 +245,7 @@ def inputs(case: Case) -> Inputs:
     state = None
     if not c.fresh:
         tail = (c.K, c.V) if c.layout == "kv" else (c.V, c.K)
-        state = 0.5 * rng.standard_normal((c.P, c.HV, *tail))
+        state = (0.5 if c.state == "normal" else 1e-39) * rng.standard_normal((c.P, c.HV, *tail))
     if c.strides == "expanded":  # what compare.Buffer stores once must hold the same values everywhere
         for x in (q, k, v, g, beta):
             x[:] = x[:1]
@@ -303,7 +311,10 @@ def _keys(c: Case, rng: np.random.Generator) -> F64:
     k = _unit(k)
     if c.key == "gaps":
         k[:, ::3] = 0.0
-    size = {"tiny": 1e-3, "huge": 1e4 if c.dtype in ("float32", "float64") else 64.0, "zero": 0.0}
+    size = {
+        "tiny": 1e-3, "huge": 1e4 if c.dtype in ("float32", "float64") else 64.0, "zero": 0.0,
+        "faint": 1e-7 if c.dtype == "float16" else 1e-20,
+    }  # fmt: skip
     k = k * size.get(c.key, 1.0)
     if c.l2norm and c.key in ("unit", "alike"):
         k *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1))
@@ -313,6 +324,14 @@ def _keys(c: Case, rng: np.random.Generator) -> F64:
 def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | None]:
     """g in the form that `decay` says, A_log and dt_bias."""
     shape = (c.B, c.T, c.HV, c.K) if c.kda else (c.B, c.T, c.HV)
+    if c.gate in KINDS:
+        gates = model_gates(c.gate, shape, rng)
+        if c.decay != "raw":
+            g = gates.log()
+            return np.exp(g) if c.decay == "linear" else g, None, None
+        if c.dt_bias == "none":
+            return gates.x + gates.dt_bias, np.log(gates.A), None
+        return gates.x, np.log(gates.A), gates.dt_bias.reshape(-1) if c.dt_bias == "flat" else gates.dt_bias
     log: dict[str, Callable[[], F64]] = {
         "keep": lambda: -rng.choice([0.0, 1.0], shape) * rng.uniform(0, 1e-3, shape),
         "one": lambda: rng.uniform(-1.5, -0.5, shape),
@@ -321,6 +340,7 @@ def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | No
         "inf": lambda: np.full(shape, -np.inf),
         "model": lambda: -np.exp(rng.uniform(np.log(1e-3), np.log(8), shape)),
         "ggml": lambda: rng.uniform(-20, -1e-4, shape),
+        **{number: partial(np.full, shape, float(number)) for number in STRONG if number not in KINDS},
     }
     # Long memory is the common part of a mixture: a wipe at every other token would leave nothing to test.
     names = ("keep", "one", "twenty", "wipe", "inf")
@@ -380,20 +400,32 @@ elsewhere."""
 
 
 def _ggml() -> Iterator[Case]:
-    """ggml's GATED_DELTA_NET list: (heads, size, T, sequences, HV/H, Ks), permuted and KDA twins."""
-    for heads, size, T, B, rep, Ks in (
-        (32, 128, 1, 1, 1, 1), (32, 16, 1, 1, 1, 1), (16, 64, 1, 2, 1, 1), (4, 64, 4, 1, 1, 1),
-        (4, 64, 4, 2, 1, 1), (8, 32, 4, 2, 2, 1), (4, 64, 33, 1, 1, 1), (4, 64, 100, 1, 1, 1),
-        (4, 64, 127, 2, 1, 1), (4, 16, 2, 1, 1, 2), (4, 32, 4, 1, 1, 4), (4, 64, 4, 2, 1, 4),
-        (8, 128, 4, 1, 1, 4), (8, 32, 4, 2, 2, 4), (4, 32, 8, 1, 1, 3), (4, 64, 16, 2, 1, 4),
+    """ggml's GATED_DELTA_NET lists, for tests and for speed: (heads, size, T, sequences, HV/H, Ks). The short ones have
+    permuted and KDA twins."""
+
+    def case(heads: int, size: int, T: int, B: int, rep: int, Ks: int, kda: bool, strides: str) -> Case:
+        return Case(
+            B=B, T=T, H=heads, HV=heads * rep, K=size, V=size, kda=kda, strides=strides, snapshots=Ks,
+            heads="tiled", layout="vk", gate="ggml", inplace=strides == "permuted",
+        )  # fmt: skip
+
+    for sizes in (
+        (32, 128, 1, 1, 1, 1), (32, 16, 1, 1, 1, 1), (16, 64, 1, 1, 1, 1), (16, 64, 1, 2, 1, 1), (4, 64, 1, 1, 1, 1),
+        (4, 64, 1, 2, 1, 1), (4, 16, 1, 2, 1, 1), (4, 32, 4, 1, 1, 1), (4, 64, 4, 1, 1, 1), (4, 64, 4, 2, 1, 1),
+        (4, 16, 4, 2, 1, 1), (8, 32, 4, 2, 2, 1), (4, 64, 33, 1, 1, 1), (4, 64, 64, 1, 1, 1), (4, 64, 65, 1, 1, 1),
+        (4, 64, 100, 1, 1, 1), (4, 64, 127, 1, 1, 1), (4, 64, 127, 2, 1, 1), (4, 16, 2, 1, 1, 2), (4, 32, 4, 1, 1, 4),
+        (4, 64, 4, 2, 1, 4), (8, 128, 4, 1, 1, 4), (8, 32, 4, 2, 2, 4), (4, 32, 8, 1, 1, 3), (4, 64, 16, 2, 1, 4),
         (4, 16, 2, 1, 1, 5), (8, 32, 4, 2, 2, 7),
     ):  # fmt: skip
         for kda in (False, True):
             for strides in ("dense", "permuted"):
-                yield Case(
-                    B=B, T=T, H=heads, HV=heads * rep, K=size, V=size, kda=kda, strides=strides, snapshots=Ks,
-                    heads="tiled", layout="vk", gate="ggml", inplace=strides == "permuted",
-                )  # fmt: skip
+                yield case(*sizes, kda, strides)
+    yield case(32, 128, 64, 1, 1, 1, True, "dense")
+    for heads, size, T, B, rep in (
+        (4, 64, 200, 1, 1), (4, 64, 256, 1, 1), (16, 128, 100, 1, 3), (16, 128, 128, 1, 3), (16, 128, 300, 2, 3),
+        (32, 128, 2048, 1, 1), *((heads, 128, T, 1, 1) for heads in (4, 32) for T in (64, 256, 512, 1024)),
+    ):  # fmt: skip
+        yield case(heads, size, T, B, rep, 1, False, "dense")
 
 
 def _chunks() -> Iterator[Case]:
@@ -484,7 +516,11 @@ def _forms() -> Iterator[Case]:
                 yield Case(T=65, K=32, V=16, kda=kda, beta=beta, logit=logit, gate="keep")
     for key in KEYS:
         for eps in (1e-6, 1e-3, 0.0):
-            if eps == 0.0 and key in ("zero", "gaps"):  # 0 / 0
+            if eps == 0.0 and key in (
+                "zero",
+                "gaps",
+                "faint",
+            ):  # 0 / 0; "faint": the squares are zero in float32
                 continue
             for T in (1, 24):
                 yield Case(T=T, K=32, V=32, key=key, l2norm=True, eps=eps, fresh=key == "tiny", kda=T == 24)
@@ -495,8 +531,8 @@ def _forms() -> Iterator[Case]:
 
 def _regimes() -> Iterator[Case]:
     """Gates x keys x strengths, at one token, inside a chunk and beyond one."""
-    for gate in GATES:
-        for key in KEYS:
+    for gate in (gate for gate in GATES if gate not in STRONG):
+        for key in (key for key in KEYS if key != "faint"):
             for T in (1, 17, 67):
                 # Unnormalised huge keys make the recurrence explode: a few tokens are enough.
                 steps = min(T, 3) if key == "huge" else T
@@ -507,6 +543,28 @@ def _regimes() -> Iterator[Case]:
                     dtype="bfloat16" if T == 67 and gate == "one" else "float32",
                     fresh=key == "tiny" and T == 67,
                 )  # fmt: skip
+
+
+def _subnormal() -> Iterator[Case]:
+    """Decays as models have them and stronger, faded states, faint keys: products below float32's normal numbers."""
+    for kda in (False, True):
+        for T in (1, 2, 4, 6, 16, 64):
+            base = Case(
+                T=T, H=1, HV=2, K=32, V=32, kda=kda, layout="vk" if T in (2, 16) else "kv", inplace=T != 6
+            )
+            for gate in STRONG:
+                yield replace(base, gate=gate, l2norm=T % 4 != 0, snapshots=T if T == 4 else 0)
+                if gate in KINDS:
+                    yield replace(base, gate=gate, decay="raw", dt_bias="full", logit=True, l2norm=True)
+            for state_dtype in ("float32", "bfloat16"):
+                faded = replace(base, state="faded", state_dtype=state_dtype, inplace=T < 6)
+                yield replace(faded, gate="keep")
+                yield replace(faded, gate="one", beta="zero")
+            yield replace(base, key="faint", gate="one", l2norm=T == 4)
+            yield replace(base, key="faint", gate="-16", dtype="bfloat16" if T == 6 else "float32")
+        for gate in ("initialised", "trained", "-16"):
+            yield Case(T=1024, H=1, HV=2, K=32, V=32, kda=kda, gate=gate)
+        yield Case(T=48, H=4, HV=8, K=128, V=128, kda=kda, gate="initialised", l2norm=True)
 
 
 def _strides() -> Iterator[Case]:
@@ -676,14 +734,17 @@ def _random(count: int) -> Iterator[Case]:
 
 def _all() -> Iterator[Case]:
     for group in (
-        _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _strides(), _packed(),
-        _pools(), _scattered(), _masks(), _snapshots(), _random(150),
+        _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _subnormal(), _strides(),
+        _packed(), _pools(), _scattered(), _masks(), _snapshots(), _random(150),
     ):  # fmt: skip
         yield from group
 
 
 CASES: tuple[Case, ...] = tuple(dict.fromkeys(_all()))
 """Every case that a backend must pass."""
+
+SHORT_CASES = tuple(c for c in CASES if c.work <= 20e6)
+"""All but those that take seconds on a slow device: most of the tests run these."""
 
 FLOAT64_CASES: tuple[Case, ...] = tuple(
     Case(

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import dispatch
 from ..state import Snapshot, StatePool
-from .cases import Case, Inputs
+from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
 
 WORD = "log "
@@ -169,6 +169,13 @@ def _cases() -> Iterator[LogCase]:
         )
         for gate in ("keep", "wipe", "inf"):
             yield LogCase(B=1, T=16, H=1, HV=2, K=140, V=70, kda=kda, gate=gate, entries=5)
+        for step in (1, 2, 4, 6, 16):  # as the rule's strong decays: cases.py
+            strong = LogCase(B=1, T=20, H=1, HV=2, K=32, V=32, kda=kda, step=step, entries=16, l2norm=True)
+            for gate in STRONG:
+                yield replace(strong, gate=gate, layout="vk" if step == 2 else "kv")
+            yield replace(strong, gate="keep", state="faded")
+            yield replace(strong, gate="one", state="faded", beta="zero", state_dtype="bfloat16")
+            yield replace(strong, gate="one", key="faint", l2norm=False)
         for dtype in ("bfloat16", "float16"):
             base = LogCase(
                 B=2, T=20, H=2, HV=4, K=32, V=32, kda=kda, dtype=dtype, gate_dtype=dtype, l2norm=True

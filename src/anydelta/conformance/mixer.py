@@ -17,7 +17,7 @@ import anydelta
 
 from .. import dispatch
 from ..mixer import reference
-from .cases import STATE_STRIDES, Case, Inputs, inputs
+from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs
 from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused
 from .values import F64, round_to
 
@@ -329,6 +329,20 @@ def _forms() -> Iterator[MixerCase]:
         yield MixerCase(T=T, H=1, HV=1, K=300, V=520, l2norm=False)
 
 
+def _subnormal() -> Iterator[MixerCase]:
+    """As the rule's: cases.py."""
+    for kda in (False, True):
+        for T in (1, 2, 4, 6, 16, 64):
+            base = MixerCase(T=T, H=1, HV=2, K=32, V=32, kda=kda, layout="vk" if T == 2 else "kv")
+            for gate in STRONG:
+                yield replace(base, gate=gate, snapshots=T if T == 4 else 0)
+            yield replace(base, gate="keep", state="faded")
+            yield replace(base, gate="one", state="faded", beta="zero", state_dtype="bfloat16")
+            yield replace(base, gate="one", key="faint")
+        for gate in ("initialised", "trained", "-16"):
+            yield MixerCase(T=1024, H=1, HV=2, K=32, V=32, kda=kda, gate=gate)
+
+
 def _sequences() -> Iterator[MixerCase]:
     for seqlens in ((5,), (0, 3, 0, 50, 1), (1, 1, 1, 1), (48, 49, 2), ()):
         for kda in (False, True):
@@ -410,7 +424,9 @@ def _random(count: int) -> Iterator[MixerCase]:
 
 
 def _all() -> Iterator[MixerCase]:
-    for group in (_models(), _lengths(), _forms(), _sequences(), _scattered(), _random(60)):
+    for group in (
+        _models(), _lengths(), _forms(), _subnormal(), _sequences(), _scattered(), _random(60)
+    ):  # fmt: skip
         yield from group
 
 
