@@ -58,7 +58,7 @@ demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measu
 	$(ISOLATE) $(BIN)/anydelta conform --backend cpu --require cpu --filter $(DEMO_CONFORM)
 	$(ISOLATE) $(BIN)/anydelta generate --compare --echo -n 200 $(DEMO_PROMPT)
 	$(ISOLATE) $(BIN)/anydelta bench model -c anydelta -p 512 -n 64 --profile --plot out/model.svg -o out/model.json
-	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --plot out/ops.svg -o out/ops.json
+	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --decays mild --plot out/ops.svg -o out/ops.json
 	@echo "The figures are out/model.svg and out/ops.svg, their numbers out/model.json and out/ops.json."
 
 demo-export: $(VENV)/.built ## Export the tiny model to each runtime, generate with it in Python and in C++: out/export

@@ -3,6 +3,7 @@
     gda-t1-h16x32-d128-b1          one decode token, 16 q/k heads, 32 value heads, K = V = 128, batch 1
     kda-t4-h32x32-d128-b1-s4       four tokens, and the state after each of them is kept (4 snapshots)
     gda-t1-h16x32-d128-b1-cold     as the first, over so many states that each call streams one from memory
+    gda-t1-h16x32-d128-b1-initialised   as the first, with the decays that layers begin with instead of mild ones
 
 Head counts follow the models: Qwen3.5 has 16 q/k heads and 16, 32, 48 or 64 value heads; KDA (Kimi Linear)
 has as many q/k heads as value heads.
@@ -14,17 +15,24 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..conformance.gates import KINDS, model_gates
 
 F32 = NDArray[np.float32]
 
 COLD_MIB = 384
 """States of a cold case: an order of magnitude above the last-level cache of a desktop or a server slice."""
 
-_NAME = re.compile(r"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?")
+DECAYS = ("mild", *KINDS)
+"""0.61 to 0.95 per token, or as a model has them: conformance/gates.py."""
+
+_NAME = re.compile(
+    rf"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?(?:-({'|'.join(KINDS)}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Case:
     B: int = 1
     snapshots: int = 0
     cold: bool = False
+    decay: str = "mild"
+    """One of DECAYS."""
 
     def __post_init__(self) -> None:
         if min(self.T, self.H, self.HV, self.D, self.B) < 1:
@@ -51,6 +61,7 @@ class Case:
     @property
     def name(self) -> str:
         tail = (f"-s{self.snapshots}" if self.snapshots else "") + ("-cold" if self.cold else "")
+        tail += "" if self.decay == "mild" else f"-{self.decay}"
         return f"{self.gate}-t{self.T}-h{self.H}x{self.HV}-d{self.D}-b{self.B}{tail}"
 
     @classmethod
@@ -60,7 +71,7 @@ class Case:
         if m is None:
             return None
         T, H, HV, D, B = (int(m[i]) for i in range(2, 7))
-        return cls(m[1], T, H, HV, D, B, int(m[7] or 0), m[8] is not None)
+        return cls(m[1], T, H, HV, D, B, int(m[7] or 0), m[8] is not None, m[9] or "mild")
 
     @property
     def kind(self) -> str:
@@ -114,9 +125,10 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Inputs that stay normal numbers: unit keys, beta in (0.1, 0.9), decays of 0.61 to 0.95 per token.
+    """Unit keys, beta in (0.1, 0.9), decays as the case says.
 
-    Stronger decays would drive old state into denormals, and time the slow path of the floating-point unit.
+    Mild decays keep old state normal. Others drive it into subnormal numbers, where a contender that computes those
+    takes the slow path of the CPU: docs/performance.md.
     """
     r = np.random.default_rng(seed)
 
@@ -130,10 +142,28 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         q=unit(B, T, H, D),
         k=unit(B, T, H, D),
         v=r.standard_normal((B, T, HV, D), dtype=np.float32),
-        g=r.uniform(-0.5, -0.05, g_shape).astype(np.float32),
+        g=_log_decays(case, g_shape, r).astype(np.float32),
         beta=r.uniform(0.1, 0.9, (B, T, HV)).astype(np.float32),
         state=r.standard_normal((B, HV, D, D), dtype=np.float32),
     )
+
+
+def _log_decays(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> NDArray[np.float64]:
+    return r.uniform(-0.5, -0.05, shape) if case.decay == "mild" else model_gates(case.decay, shape, r).log()
+
+
+def with_decays(cases: Sequence[Case], kinds: str) -> list[Case]:
+    """Each case with each kind of decays, in that order; a case whose name says its kind stays as it is.
+
+    Raises:
+        ValueError: a kind that is not one of DECAYS.
+    """
+    wanted = list(dict.fromkeys(kind.strip() for kind in kinds.split(",")))
+    for kind in wanted:
+        if kind not in DECAYS:
+            raise ValueError(f"--decays must be of {', '.join(DECAYS)}; got {kind!r}")
+    found = [c if c.decay != "mild" else replace(c, decay=kind) for c in cases for kind in wanted]
+    return list(dict.fromkeys(found))
 
 
 def subnormals(x: F32) -> int:

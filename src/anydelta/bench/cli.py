@@ -39,6 +39,9 @@ def ops_command(
             "--cases", help="Groups, names, globs, regular expressions; commas and repeats allowed."
         ),
     ] = None,
+    decays: Annotated[
+        str, typer.Option("--decays", help="Measure each case with these: mild, initialised, trained.")
+    ] = "mild,initialised",
     threads: Annotated[
         str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
     ] = None,
@@ -81,6 +84,7 @@ def ops_command(
         if backend != "auto":
             get_backend(backend)
         chosen = case_list.presets() if list_ and not cases else case_list.select(cases or ["default"])
+        chosen = case_list.with_decays(chosen, decays)
         device = contenders.tensors_on(backend)
         rivals = contenders.choose_peers(peer or [], device) if peers else []
         counts = _threads(threads, ops.available_cpus()) if device == "cpu" else [1]
@@ -175,6 +179,30 @@ def threads_command(
     _small("threads", run, rounds, sample_ms, json, csv, md, output)
 
 
+@bench.command("decays")
+def decays_command(
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-T", help="Tokens of a call, as 1,4,64.")
+    ] = "1,2,4,6,16,64,1024",
+    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time strong decays and faded states against mild ones: rule and mixer, GDA and KDA."""
+    from . import decays, ops
+    from .small_report import Measured
+
+    def run(tell: Callable[[str, float], None]) -> Measured:
+        settings = ops.Settings(rounds, sample_ms / 1e3)
+        return decays.strong_decays(_numbers("-T", tokens, 65536), _threads(threads, 1), settings, tell)
+
+    _small("decays", run, rounds, sample_ms, json, csv, md, output)
+
+
 @bench.command("rollback")
 def rollback_command(
     layers: Annotated[int, typer.Option("--layers", help="Linear attention layers of the model.")] = 36,
@@ -183,6 +211,7 @@ def rollback_command(
         int, typer.Option("--snapshots", "-K", help="States that a log may go back among.")
     ] = 16,
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
+    decay: Annotated[str, typer.Option("--decay", help="mild, initialised or trained.")] = "mild",
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
     json: Json = False,
@@ -197,12 +226,14 @@ def rollback_command(
     for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
         if not 1 <= value <= 1024:
             _fail(f"{name} must be from 1 to 1024; got {value}", "rollback")
+    if decay not in case_list.DECAYS:
+        _fail(f"--decay must be one of {', '.join(case_list.DECAYS)}; got {decay!r}", "rollback")
     if snapshots < tokens:
         _fail(f"-K must be at least -T = {tokens}; got {snapshots}", "rollback")
 
     def run(tell: Callable[[str, float], None]) -> Measured:
         return rollback.rollback(
-            layers=layers, tokens=tokens, snapshots=snapshots, kda=kda, threads=threads,
+            layers=layers, tokens=tokens, snapshots=snapshots, kda=kda, decay=decay, threads=threads,
             settings=ops.Settings(rounds), progress=tell,
         )  # fmt: skip
 
@@ -240,12 +271,14 @@ def _small(
 
 
 def _threads(text: str | None, available: int) -> list[int]:
-    if text is None:
-        return [available]
+    return [available] if text is None else _numbers("-t", text, 1024)
+
+
+def _numbers(option: str, text: str, most: int) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = [0]
-    if min(counts) < 1 or max(counts) > 1024:
-        raise ValueError(f"-t must be numbers from 1 to 1024 such as 1,2; got {text!r}")
+    if min(counts) < 1 or max(counts) > most:
+        raise ValueError(f"{option} must be numbers from 1 to {most} such as 1,2; got {text!r}")
     return list(dict.fromkeys(counts))

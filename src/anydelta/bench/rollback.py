@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import reference
+from ..conformance.gates import model_gates
 from ..state import StatePool
 from .ops import NMSE, Others, Settings, describe_machine, nmse
 from .report import time as in_words
@@ -57,16 +58,17 @@ class RollbackRecord:
 class _Model:
     """The rule in all layers of a pool, with one set of inputs for each T."""
 
-    def __init__(self, layers: int, H: int, HV: int, D: int, kda: bool, tokens: int):
+    def __init__(self, layers: int, H: int, HV: int, D: int, kda: bool, tokens: int, decay: str):
         import torch
 
         rng = np.random.default_rng(0)
+        gates = (1, tokens, HV, D) if kda else (1, tokens, HV)
         self.sizes: dict[str, Any] = dict(H=H, HV=HV, K=D, V=D, layers=layers)
         self.layers, self.kda = layers, kda
         self.inputs: dict[str, Any] = {
             "q": rng.standard_normal((1, tokens, H, D)), "k": rng.standard_normal((1, tokens, H, D)),
             "v": rng.standard_normal((1, tokens, HV, D)), "beta": rng.random((1, tokens, HV)),
-            "g": -rng.exponential(0.1, (1, tokens, HV, D) if kda else (1, tokens, HV)),
+            "g": -rng.exponential(0.1, gates) if decay == "mild" else model_gates(decay, gates, rng).log(),
         }  # fmt: skip
         for name in ("q", "k"):
             x = self.inputs[name]
@@ -110,6 +112,7 @@ def rollback(
     heads: tuple[int, int] = (16, 32),
     size: int = 128,
     kda: bool = False,
+    decay: str = "mild",
     tokens: int = 4,
     snapshots: int = 16,
     threads: int = 1,
@@ -121,6 +124,7 @@ def rollback(
     Args:
         snapshots: K of the log, which holds K - 1 entries; slots get `tokens` + 1 states, the fewest that
             can take all tokens back.
+        decay: "mild", exponential of mean 0.1, or a kind of conformance/gates.py.
 
     Raises:
         RuntimeError: a wrong result.
@@ -128,7 +132,7 @@ def rollback(
     import torch
 
     settings = settings or Settings()
-    model = _Model(layers, *heads, size, kda, tokens)
+    model = _Model(layers, *heads, size, kda, tokens, decay)
     samples: dict[str, list[float]] = {}
     errors: dict[str, float] = {}
     memory: dict[str, float] = {}
@@ -224,7 +228,8 @@ def rollback(
     gate = "KDA" if kda else "GDA"
     total = layers * model.state_bytes / 2**20
     return Measured(
-        title=f"Rollback: {layers} layers of {heads[0]}x{heads[1]} heads, {size}x{size}, {gate}, {threads} threads",
+        title=f"Rollback: {layers} layers of {heads[0]}x{heads[1]} heads, {size}x{size}, {gate}, {decay} decays, "
+        f"{threads} threads",
         machine=describe_machine(),
         settings=settings,
         notes=[
