@@ -138,6 +138,10 @@ class Device(ABC):
         out.write(values)
         return out
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is the same device, opened in its process."""
+        return device, (self.name,)
+
     def __repr__(self) -> str:
         return f"<anydelta device {self.name}: {self.description}>"
 
@@ -216,6 +220,10 @@ class DeviceArray:
         self._read(host_bytes(out))
         return out
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (`copy.deepcopy`, `pickle`) goes through the host to the same device."""
+        return _on, (self.device, self.numpy())
+
     def torch(self) -> torch.Tensor:
         """A copy as a torch tensor on the CPU."""
         import torch
@@ -232,6 +240,10 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         return f"<anydelta array {list(self.shape)} {self.dtype} on {self.device.name}>"
+
+
+def _on(device: Device, values: NDArray[Any]) -> DeviceArray:
+    return device.array(values)
 
 
 def _dtype_name(x: Any) -> str:

@@ -13,7 +13,10 @@ what is committed into the state on its way through it. The kernels are kernels/
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +25,15 @@ from .. import dispatch, reference
 from ..backends import cpu
 from ..op import _core, _grad_enabled, gated_delta_rule_
 from ..spec import Call, CallSpec, Options, check_call
-from .sequence import LiveSequence, nbytes
+from .sequence import LiveSequence, Saved, Sequences, Step, nbytes
 
 if TYPE_CHECKING:
     from .pool import StatePool
 
 Array = Any
 F64 = reference.F64
+Fold = tuple[int, int, int, int]
+"""(sequence, row of its state, row that receives the folded one, entries)"""
 
 
 def fold(S: F64, k: F64, d: F64, a: F64) -> F64:
@@ -68,6 +73,26 @@ def verify(
     return o
 
 
+@dataclass
+class _Plan:
+    straight: list[int]
+    """Per sequence: how many of the first tokens run on the state itself."""
+    folds: list[Fold]
+    """What is folded before a layer runs: first those whose state goes to another row, which others fold in place."""
+    late: list[Fold]
+    """What the kernel folds on its way through the state."""
+    index: tuple[Any, Any, Any, Any]
+    """[N] each: rows of the states, sequences, entries before the step, and whether the kernel folds them."""
+    after: tuple[Any, Any, Any, Any]
+    """The same when `late` has been folded."""
+    order: str | None
+    """The log's before the step."""
+    overwritten: list[tuple[Any, list[int]]]
+    """(array, its rows) that `folds` and the straight tokens change."""
+    folded: dict[int, None] = field(default_factory=dict)
+    """Layers in which `late` has been folded."""
+
+
 class Log:
     """What StatePool asks of its form, by a log of C = `snapshots` - 1 entries per sequence.
 
@@ -75,12 +100,13 @@ class Log:
         states: [layers, capacity, HV, K, V] base states, rows that forks share until one of them folds.
         keys: [layers, capacity, H, C, K] as the caller gave them, `key_dtype`; factors [.., H, C] of their norm.
         deltas, decays: [.., HV, C, V], and [.., HV, C] or [.., HV, C, K].
-        used: entries of each sequence. parents: [capacity, C] the entry before each; a chain.
+        parents: [capacity, C] the entry before each; a chain.
     """
 
     def __init__(self, pool: StatePool, tail: tuple[int, ...]):
         self.pool = pool
         self.C = C = pool.snapshots - 1
+        self.P = pool.capacity
         n, N, H, HV, K, V = pool.layers, pool.capacity, pool.H, pool.HV, pool.K, pool.V
         self.states = pool._zeros((n, N, *tail))
         self.keys = pool._zeros((n, N, H, C, K), pool.key_dtype)
@@ -89,140 +115,179 @@ class Log:
         self.decays = pool._zeros((n, N, HV, C, K) if pool.kda else (n, N, HV, C), "float32")
         self.arrays = (self.keys, self.factors, self.deltas, self.decays)
         self.parents = np.ascontiguousarray(np.broadcast_to(np.arange(C) - 1, (N, C)), np.int64)
-        self.used = [0] * N
         self.order: str | None = None  # which q/k head serves a value head: the `heads` of the first run
-        self.refs = [0] * N
-        self.unused = list(range(N - 1, -1, -1))
+        self.saved = Saved()
+        self.connect()
+
+    def connect(self) -> None:
+        """What belongs to this process and to these arrays, which stay where they are; a copy has its own."""
+        pool = self.pool
         self.plans: dict[Any, tuple[Any, CallSpec, list[str]]] = {}
         on_cpu = pool.device is None or str(pool.device).partition(":")[0] == "cpu"
         forced = pool.backend if pool.backend != "auto" else dispatch.forced_by_env() or "cpu"
-        # Addresses of each layer's arrays, which stay where they are: reading them costs more than a small head.
+        # Addresses of each layer's arrays: reading them costs more than a small head.
         self.at = [
-            (
-                cpu.address(self.states[i]),
-                tuple(cpu.address(x[i]) for x in self.arrays),
-            )
-            for i in range(n if on_cpu else 0)
+            (cpu.address(self.states[i]), tuple(cpu.address(x[i]) for x in self.arrays))
+            for i in range(pool.layers if on_cpu else 0)
         ]
         self.native = _core is not None and on_cpu and forced == "cpu"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name not in ("plans", "at", "native")}
+
     # ---- rows
 
-    def _take(self) -> int:
-        row = self.unused.pop()
-        self.refs[row] = 1
-        return row
-
-    def _drop(self, row: int) -> None:
-        self.refs[row] -= 1
-        if not self.refs[row]:
-            self.unused.append(row)
-
-    def fresh(self, place: int) -> int:
-        row = self._take()
-        self.states[:, row] = 0
-        self.used[place] = 0
-        return row
-
-    def share(self, source: int, place: int, child: LiveSequence) -> None:
-        self.refs[child.rows[0]] += 1
-        n = self.used[place] = self.used[source]
-        for x in self.arrays:
-            x[:, place, :, :n] = x[:, source, :, :n]
-
-    def release(self, place: int, s: LiveSequence) -> None:
-        self._drop(s.rows[0])
-        self.used[place] = 0
-
-    def select(self, sources: list[int], targets: list[int], children: list[LiveSequence]) -> None:
-        copies = [x[:, sources] for x in self.arrays]
-        used = [self.used[p] for p in sources]
-        for child in children:
-            self.refs[child.rows[0]] += 1
-        for target in targets:
-            self.release(target, self.pool._get("select", target))
-        for x, copied in zip(self.arrays, copies, strict=True):
-            x[:, targets] = copied
-        for target, n in zip(targets, used, strict=True):
-            self.used[target] = n
+    def write(self, row: int, states: Array) -> None:
+        self.states[:, row] = states
 
     # ---- going back
 
-    def recorded(self, place: int, s: LiveSequence) -> int:
-        return self.used[place]
+    def recorded(self, s: LiveSequence) -> int:
+        return s.used
 
-    def take_back(self, place: int, s: LiveSequence, n: int) -> None:
-        self.used[place] -= n
+    def take_back(self, s: LiveSequence, n: int) -> LiveSequence:
+        return s._replace(used=s.used - n)
 
     # ---- a step
 
-    def check(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
-        for place, s, n in zip(batch, found, lengths, strict=True):
-            if s.pending and n and (not record or s.pending + n > self.C):
+    def begin(self, step: Step, sequences: Sequences) -> None:
+        """Decide where the step finds room: by folding what is committed, or on the state itself if it is longer than
+        the log or certain. The layers do so as they run; here no array is touched."""
+        logged = self.C if step.record else 0
+        straight = [max(0, n - logged) for n in step.lengths]
+        full = []
+        for place, n in zip(step.batch, step.lengths, strict=True):
+            s = _get(sequences, place)
+            if n and s.pending and (not step.record or s.pending + n > self.C):
                 self.pool._fail(
                     "begin",
                     f"requires room for {n} more tokens of sequence {place} in its log; got {s.pending} pending of "
                     f"{self.C}. Commit first",
                 )
+            full.append(bool(n and (n > logged or s.used + n > self.C)))
+        wanted = [place for place, yes in zip(step.batch, full, strict=True) if yes]
+        alone = [place for place, n in zip(step.batch, straight, strict=True) if n]
+        folds = self._folds(sequences, wanted, alone)
+        # The kernel folds on its way where all of the log is committed and the state is this sequence's alone.
+        late = []
+        if self.native and not alone:
+            holders = Counter(s.rows[0] for s in step.before if s)
+            late = [f for f in folds if holders[f[1]] == 1 and not _get(sequences, f[0]).pending]
+        folds = [f for f in folds if f not in late]
+        before = [_get(sequences, place) for place in step.batch]
+        used = {place: s.used for place, s in zip(step.batch, before, strict=True)}
+        used |= {place: used[place] - n for place, _, _, n in folds}
+        later = [place for place, *_ in late]
 
-    def room(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
-        """Make room by folding what is committed; the step itself does so where the kernels can. A step that does not
-        fit will run on the state itself."""
-        logged = self.C if record else 0
-        step = list(zip(batch, found, lengths, strict=True))
-        full = [(place, s) for place, s, n in step if n and (n > logged or self.used[place] + n > self.C)]
-        straight = [s for _, s, n in step if n > logged]
-        self.fold([(place, s) for place, s in full if self.refs[s.rows[0]] > 1], straight)
-        rest = [(place, s) for place, s in full if self.used[place] > s.pending]
-        self.folds = [0] * self.pool.capacity
-        if self.native and not straight:
-            for place, s in rest:
-                self.folds[place] = int(s.pending == 0)
-        self.fold([(place, s) for place, s in rest if not self.folds[place]])
+        def index(folding: bool) -> tuple[Any, Any, Any, Any]:
+            at = [0 if p in later and not folding else used[p] for p in step.batch]
+            flags = [int(folding and p in later) for p in step.batch]
+            return (
+                np.array([s.rows[0] for s in before], np.int64), np.array(step.batch, np.int64),
+                np.array(at, np.int64), np.array(flags, np.int64),
+            )  # fmt: skip
 
-    def begin(self, batch: list[int], found: list[LiveSequence], lengths: list[int], keep: int) -> Any:
-        logged = 0 if self.pool._certain else self.C
-        self.direct = [max(0, n - logged) for n in lengths]
-        self.before = [self.used[place] for place in batch]
-        folds = [self.folds[place] for place in batch]
-        for place, n, straight, folded in zip(batch, lengths, self.direct, folds, strict=True):
-            self.used[place] = n - straight + (0 if folded else self.used[place])
-        self.index = (
-            np.array([s.rows[0] for s in found], np.int64), np.array(batch, np.int64), np.array(self.before, np.int64),
-            np.array(folds, np.int64),
-        )  # fmt: skip
-        return None
+        moved = [place for place, row, to, _ in folds if row != to]
+        changed = list(dict.fromkeys([place for place, *_ in folds] + alone))
+        states = [_get(sequences, place).rows[0] for place in changed if place not in moved]
+        logs = [place for place in changed if _get(step.before, place).used]
+        overwritten = [(self.states, states)] if states else []
+        overwritten += [(x, logs) for x in self.arrays if logs]
+        step.plan = _Plan(straight, folds, late, index(True), index(False), self.order, overwritten)
+        for place, n, direct in zip(step.batch, step.lengths, straight, strict=True):
+            room = 0 if place in later else used[place]
+            sequences[place] = _get(sequences, place)._replace(used=room + n - direct)
+        if not (step.undo and overwritten):
+            self.saved = Saved()
 
-    def cancel(self, undo: Any) -> None:
-        for place, n in zip(self.pool._batch, self.before, strict=True):
-            self.used[place] = n
+    def _folds(self, sequences: Sequences, places: list[int], alone: list[int]) -> list[Fold]:
+        """How to fold all committed entries of these sequences. A state that is shared goes to a row of its own first:
+        for it, the fold is the copy. Those in `alone` need a row of their own even with nothing to fold."""
+        holders = Counter(s.rows[0] for s in sequences if s)
+        unused = [row for row in range(self.P) if row not in holders]
+        moved, own = [], []
+        for place in places:
+            s = _get(sequences, place)
+            n = max(0, s.used - s.pending)  # pending ones may have run on the state itself
+            row = s.rows[0]
+            if holders[row] > 1 and (n or place in alone):
+                holders[row] -= 1
+                sequences[place] = s._replace(rows=(unused.pop(),))
+                moved.append((place, row, _get(sequences, place).rows[0], n))
+            elif n:
+                own.append((place, row, row, n))
+        return moved + own  # the second write what the first read
+
+    def cancel(self, step: Step, sequences: Sequences) -> list[int]:
+        """Put states and logs back; `sequences` are those before the step. Returns those that are lost.
+
+        Layers in which the kernel has folded stay folded, and the others follow: no token is lost, but the way back."""
+        plan: _Plan = step.plan
+        for layer in step.saved:
+            self.saved.restore(layer, plan.overwritten)
+        self.order = plan.order
+        for layer in range(self.pool.layers if plan.folded else 0):
+            self._fold_late(plan, layer)
+        for place, *_ in plan.late if plan.folded else []:
+            sequences[place] = _get(sequences, place)._replace(used=0)
+        if step.undo or not step.touched:
+            return []
+        return [
+            p for p, n in zip(step.batch, plan.straight, strict=True) if n or p in [f[0] for f in plan.folds]
+        ]
 
     def run(
-        self, layer: int, q: Array, k: Array, v: Array, *, g: Array, beta: Array, scale: float | None = None,
-        decay: str = "log", A_log: Array = None, dt_bias: Array = None, lower_bound: float | None = None,
-        beta_is_logit: bool = False, heads: str = "interleaved", qk_l2norm: bool = False,
-        qk_l2norm_eps: float = 1e-6, mask: Array = None,
+        self, step: Step, layer: int, q: Array, k: Array, v: Array, *, g: Array, beta: Array,
+        scale: float | None = None, decay: str = "log", A_log: Array = None, dt_bias: Array = None,
+        lower_bound: float | None = None, beta_is_logit: bool = False, heads: str = "interleaved",
+        qk_l2norm: bool = False, qk_l2norm_eps: float = 1e-6, mask: Array = None,
     ) -> Array:  # fmt: skip
-        pool = self.pool
+        pool, plan = self.pool, step.plan
         options = Options(
             "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
             pool.state_layout, True,
         )  # fmt: skip
-        call = Call(q, k, v, g, beta, None, A_log, dt_bias, mask, pool._cu)
-        if any(self.direct):
-            self._checked(layer, call, options, self.index[0])
-            return self._by_parts(layer, call, options)
-        return self._verify(layer, call, options, *self.index)
+        call = Call(q, k, v, g, beta, None, A_log, dt_bias, mask, step.cu)
+        if self.order not in (None, heads):
+            pool._fail("run", f"requires heads={self.order!r} as in the pool's log; got heads={heads!r}")
+        straight = any(plan.straight)
+        if straight:
+            self._checked(layer, call, options, plan.index[0])
+        else:
+            prepared = self._plan(layer, call, options, plan.index[0])
+        step.touched.add(layer)
+        try:
+            if plan.folds or plan.overwritten:
+                self._make_room(step, layer)
+            if straight:
+                o = self._by_parts(step, layer, call, options)
+            else:
+                if plan.late and prepared[0] is None:
+                    self._fold_late(plan, layer)
+                folded = layer in plan.folded
+                index, folding = (
+                    (plan.after, None) if folded else (plan.index, plan.folded if plan.late else None)
+                )
+                o = self._verify(layer, call, prepared, index, folding)
+        except BaseException:
+            if layer in step.saved:
+                self.saved.restore(layer, plan.overwritten)
+            raise
+        self.order = heads
+        return o
+
+    def _make_room(self, step: Step, layer: int) -> None:
+        if layer in step.saved:  # a second attempt
+            self.saved.restore(layer, step.plan.overwritten)
+        elif step.undo:
+            self.saved.save(layer, step.plan.overwritten)
+            step.saved.add(layer)
+        self._fold_and_move(step.plan.folds, layer, step.before)
 
     def _checked(self, layer: int, call: Call, options: Options, base: Any) -> CallSpec:
         call.state_in, call.state_indices = self.states[layer], self.pool._index(base)
         spec = check_call(call, options, inplace=True, grad_enabled=_grad_enabled(call.q))
         pool = self.pool
-        if self.order not in (None, options.heads):
-            pool._fail(
-                "run", f"requires heads={self.order!r} as in the pool's log; got heads={options.heads!r}"
-            )
-        self.order = options.heads
         want = (pool.H, pool.HV, pool.K, pool.V, pool.kda)
         got = (spec.H, spec.HV, spec.K, spec.V, spec.kda)
         if got != want:
@@ -231,53 +296,50 @@ class Log:
             pool._fail("run", f"requires k in {pool.key_dtype}, the pool's key_dtype; got {spec.dtype}")
         return spec
 
-    def _by_parts(self, layer: int, call: Call, options: Options) -> Array:
+    def _by_parts(self, step: Step, layer: int, call: Call, options: Options) -> Array:
         """Steps longer than the log, or certain ones: the first tokens run on the state, sequence by sequence."""
-        pool = self.pool
-        o = (
-            call.v.new_empty(call.v.shape)
-            if pool.device is not None
-            else np.empty(call.v.shape, call.v.dtype)
-        )
+        pool, plan = self.pool, step.plan
+        o = _like_v(call)
         flags = {n: getattr(options, n) for n in ("scale", "decay", "lower_bound", "beta_is_logit", "heads",
                                                   "qk_l2norm", "qk_l2norm_eps", "state_layout")}  # fmt: skip
         start = 0
-        for i, (n, straight) in enumerate(zip(pool._lengths, self.direct, strict=True)):
-            at = (slice(0, 1), start, start + n) if pool._cu is not None else (slice(i, i + 1), 0, n)
+        for i, (n, straight) in enumerate(zip(step.lengths, plan.straight, strict=True)):
+            at = (slice(0, 1), start, start + n) if step.cu is not None else (slice(i, i + 1), 0, n)
             start += n
             middle = at[1] + straight
 
             inputs = (call.q, call.k, call.v, call.g, call.beta, call.mask)
-            rows = pool._index(self.index[0][i : i + 1])
             if straight:
                 q, k, v, g, beta, mask = (None if x is None else x[at[0], at[1] : middle] for x in inputs)
                 o[at[0], at[1] : middle] = gated_delta_rule_(
                     q, k, v, call.state_in, g=g, beta=beta, mask=mask, A_log=call.A_log, dt_bias=call.dt_bias,
-                    state_indices=rows, backend=pool.backend, **flags,
+                    state_indices=pool._index(plan.index[0][i : i + 1]), backend=pool.backend, **flags,
                 )  # fmt: skip
             if middle < at[2]:
                 q, k, v, g, beta, mask = (None if x is None else x[at[0], middle : at[2]] for x in inputs)
                 one = Call(q, k, v, g, beta, None, call.A_log, call.dt_bias, mask)
-                own = tuple(x[i : i + 1] for x in self.index)
-                o[at[0], middle : at[2]] = self._verify(layer, one, options, *own)
+                own = tuple(x[i : i + 1] for x in plan.index)
+                o[at[0], middle : at[2]] = self._verify(
+                    layer, one, self._plan(layer, one, options, own[0]), own
+                )
         return o
 
     def _verify(
-        self, layer: int, call: Call, options: Options, base: Any, rows: Any, used: Any, folds: Any
-    ) -> Array:
-        plan, spec, copies = self._plan(layer, call, options, base)
+        self, layer: int, call: Call, prepared: tuple[Any, CallSpec, list[str]], index: Any,
+        folded: dict[int, None] | None = None,
+    ) -> Array:  # fmt: skip
+        """Run tokens that the log takes; `folded` learns of the layer if entries are folded on the way."""
+        plan, spec, copies = prepared
+        base, rows, used, folds = index
         if plan is None:
-            return self._verify_in_float64(layer, call, spec, base, rows, used, folds)
+            return self._verify_in_float64(layer, call, spec, base, rows, used)
         for name in copies:
             setattr(call, name, cpu.contiguous(getattr(call, name)))
-        o = (
-            call.v.new_empty(call.v.shape)
-            if spec.framework == "torch"
-            else np.empty(call.v.shape, call.v.dtype)
-        )
+        o = _like_v(call)
         self._native(
-            plan, False, call.q, call.k, call.v, call.g, call.beta, o, self.at[layer][0], None, call.A_log,
-            call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used, folds, None,
+            plan, False, layer, folded, call.q, call.k, call.v, call.g, call.beta, o, self.at[layer][0], None,
+            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used,
+            folds, None,
         )  # fmt: skip
         return o
 
@@ -302,51 +364,67 @@ class Log:
                 self.plans[key] = found
         return found  # type: ignore[no-any-return]
 
-    def _native(self, plan: Any, folding: bool, *arrays: Any) -> None:
+    def _native(
+        self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Any
+    ) -> None:
         torch = sys.modules.get("torch") if self.pool.device is not None else None
         threads = torch.get_num_threads() if torch is not None else cpu.default_threads()
         if not cpu.reads_arrays(
             "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
         ):
             arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
-        _core.run_log(
-            plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype], *arrays
+        call = partial(
+            _core.run_log, plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype]
         )
+        if folded is None:
+            call(*arrays)
+        else:  # the call and its mark without a step of the interpreter between them, where Ctrl-C would come
+            folded.update(zip((layer,), map(partial(call, *arrays[:-1]), arrays[-1:]), strict=True))
 
     # ---- folding
 
-    def fold(self, those: list[tuple[int, LiveSequence]], exclusive: list[LiveSequence] = []) -> None:  # noqa: B006
-        """Fold all committed entries of these sequences into their states; pending ones move to the front of the log.
+    def fold(self, sequences: Sequences, batch: list[int]) -> None:
+        """Fold all committed entries of these sequences into their states; pending ones move to the log's front."""
+        before = list(sequences)
+        folds = self._folds(sequences, batch, [])
+        places = [place for place, *_ in folds]
+        overwritten = [(self.states, [row for _, row, to, _ in folds if row == to])]
+        overwritten += [(x, places) for x in self.arrays if any(_get(before, p).pending for p in places)]
+        for place, _, _, n in folds:
+            s = _get(sequences, place)
+            sequences[place] = s._replace(used=s.used - n)
+        done: list[int] = []
+        try:
+            for layer in range(self.pool.layers if folds else 0):
+                self.saved.save(layer, overwritten)
+                done.append(layer)
+                self._fold_and_move(folds, layer, before)
+            self.pool._sequences, self.pool._step = sequences, None
+        except BaseException:
+            for layer in done:
+                self.saved.restore(layer, overwritten)
+            raise
 
-        A state that is shared goes to a row of its own first: for it, the fold is the copy.
-        """
-        moved, own = [], []
-        for place, s in those:
-            n = max(0, self.used[place] - s.pending)  # pending ones may have run on the state itself
-            if n == 0 and not any(s is e for e in exclusive):
-                continue
-            row = s.rows[0]
-            if self.refs[row] > 1:
-                self.refs[row] -= 1
-                s.rows = [self._take()]
-                moved.append((place, row, s.rows[0], n))
-            elif n:
-                own.append((place, row, row, n))
-        for group in (moved, own):  # the second writes what the first reads
+    def _fold_and_move(self, folds: list[Fold], layer: int, before: Sequences) -> None:
+        moved = [f for f in folds if f[1] != f[2]]
+        for group in (moved, [f for f in folds if f[1] == f[2]]):  # the second writes what the first reads
             if group:
-                self._fold(group)
-        for place, _, _, n in (*moved, *own):
-            left = self.used[place] - n
-            for x in self.arrays:
-                if left:
-                    x[:, place, :, :left] = self.pool._copy(x[:, place, :, n : n + left])
-            self.used[place] = left
+                self._fold(group, layer)
+        for place, _, _, n in folds:
+            for x in self.arrays if (left := _get(before, place).used - n) else ():
+                x[layer, place, :, :left] = self.pool._copy(x[layer, place, :, n : n + left])
 
-    def _fold(self, group: list[tuple[int, int, int, int]], out: Array = None) -> None:
-        """(place, row of the state, row that receives it, entries) of different sequences."""
-        places, rows, to, counts = (np.array(x, np.int64) for x in zip(*group, strict=True))
+    def _fold_late(self, plan: _Plan, layer: int) -> None:
+        if layer not in plan.folded:
+            self._fold(plan.late, layer, folded=plan.folded)
+
+    def _fold(
+        self, group: list[Fold], layer: int, out: Array = None, folded: dict[int, None] | None = None
+    ) -> None:
+        """Folds of different sequences in one layer, into `out` if it is given; `folded` learns of the layer."""
         if not self.native:
-            return self._fold_in_float64(group, out)
+            return self._fold_in_float64(group, layer, out)
+        places, rows, to, counts = (np.array(x, np.int64) for x in zip(*group, strict=True))
         spec_key = ("fold", len(group), self.order)
         found: Any = self.plans.get(spec_key)
         if found is None:
@@ -361,13 +439,12 @@ class Log:
             nothing = Call(None, None, None, None, None, self.states[0])
             none: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
             found = self.plans[spec_key] = (_core.Plan(cpu.rule_fields(spec, nothing, none)[0]), spec, [])
-        for layer in range(self.pool.layers):
-            states, entries = self.at[layer]
-            target = states if out is None else cpu.address(out[layer])
-            self._native(
-                found[0], True, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents, places, counts,
-                None, to,
-            )  # fmt: skip
+        states, entries = self.at[layer]
+        target = states if out is None else cpu.address(out)
+        self._native(
+            found[0], True, layer, folded, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents,
+            places, counts, None, to,
+        )  # fmt: skip
 
     # ---- the same in float64
 
@@ -376,34 +453,28 @@ class Log:
         k, factors, d, a = (
             np.asarray(_host(x[layer, place, :, :n])).astype(np.float64).swapaxes(0, 1) for x in self.arrays
         )
-        k = (factors[..., None] * k)[:, self._heads()]
+        k = (factors[..., None] * k)[:, self._heads(self.order)]
         a = a if self.pool.kda else a[..., None]
         return list(zip(k, d, a, strict=True))
 
-    def _heads(self) -> Any:
-        return reference.head_map(self.pool.H, self.pool.HV, self.order or "interleaved")
+    def _heads(self, order: str | None) -> Any:
+        return reference.head_map(self.pool.H, self.pool.HV, order or "interleaved")
 
-    def _fold_in_float64(
-        self, group: list[tuple[int, int, int, int]], out: Array, layer: int | None = None
-    ) -> None:
-        target = self.states if out is None else out
-        for i in range(self.pool.layers) if layer is None else (layer,):
-            for place, row, to, n in group:
-                S = self._state64(i, row)
-                for k, d, a in self._entries(i, place, n):
-                    S = fold(S, k[None], d[None], a[None])
-                self._put64(target, i, to, S)
+    def _fold_in_float64(self, group: list[Fold], layer: int, out: Array) -> None:
+        target = self.states[layer] if out is None else out
+        for place, row, to, n in group:
+            S = self._state64(layer, row)
+            for k, d, a in self._entries(layer, place, n):
+                S = fold(S, k[None], d[None], a[None])
+            S = S if self.pool.state_layout == "kv" else S.swapaxes(-1, -2)
+            target[to] = self.pool._like(np.ascontiguousarray(S))
 
     def _state64(self, layer: int, row: int) -> F64:
         S = np.asarray(_host(self.states[layer, row])).astype(np.float64)
         return S if self.pool.state_layout == "kv" else S.swapaxes(-1, -2)
 
-    def _put64(self, target: Array, layer: int, row: int, S: F64) -> None:
-        S = S if self.pool.state_layout == "kv" else S.swapaxes(-1, -2)
-        target[layer, row] = self.pool._like(np.ascontiguousarray(S))
-
     def _verify_in_float64(
-        self, layer: int, call: Call, spec: CallSpec, base: Any, rows: Any, used: Any, folds: Any
+        self, layer: int, call: Call, spec: CallSpec, base: Any, rows: Any, used: Any
     ) -> Array:
         opt = spec.options
         names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
@@ -427,15 +498,12 @@ class Log:
         v = np.where(live[..., None, None], v, 0.0)
         a = np.where(live[..., None, None], a, 1.0)
         beta = np.where(live[..., None], beta, 0.0)
-        head = self._heads()
+        head = self._heads(opt.heads)
         keys = factors[..., None] * k
         o = np.zeros(v.shape)
         cu = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
-        counts = (x.tolist() for x in (base, rows, used, folds))
-        for n, (row, place, m, folded) in enumerate(zip(*counts, strict=True)):
-            if folded:
-                self._fold_in_float64([(place, row, row, m)], None, layer)
-                m = 0
+        counts = (x.tolist() for x in (base, rows, used))
+        for n, (row, place, m) in enumerate(zip(*counts, strict=True)):
             b, first, last = (n, 0, spec.T) if cu is None else (0, cu[n], cu[n + 1])
             here = (b, slice(first, last))
             entries = self._entries(layer, place, m)
@@ -456,15 +524,24 @@ class Log:
 
     def state(self, place: int, s: LiveSequence) -> Array:
         out = self.pool._copy(self.states[:, s.rows[0] : s.rows[0] + 1])
-        if self.used[place]:
-            self._fold([(place, s.rows[0], 0, self.used[place])], out)
+        for layer in range(self.pool.layers if s.used else 0):
+            self._fold([(place, s.rows[0], 0, s.used)], layer, out[layer])
         return out[:, 0]
 
-    def put(self, place: int, s: LiveSequence, states: Array) -> None:
-        self.states[:, s.rows[0]] = states
-
     def nbytes(self) -> Mapping[str, int]:
-        return {"states": nbytes(self.states), "log": sum(map(nbytes, self.arrays))}
+        return {"states": nbytes(self.states) + self.saved.nbytes(), "log": sum(map(nbytes, self.arrays))}
+
+
+def _get(sequences: Sequences, place: int) -> LiveSequence:
+    found = sequences[place]
+    assert found is not None
+    return found
+
+
+def _like_v(call: Call) -> Array:
+    """Room for o."""
+    v = call.v
+    return np.empty(v.shape, v.dtype) if isinstance(v, np.ndarray) else v.new_empty(v.shape)
 
 
 def _host(x: Array) -> Array:

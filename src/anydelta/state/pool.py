@@ -8,34 +8,42 @@
         o = pool.run(q, k, v, g=g, beta=beta, layer=layer)               # [N, T, HV, V]
     pool.commit(3)                                 # keep the first three; the last two never happened
 
+If something fails between `begin` and `commit`, `cancel()` puts every sequence of the step back; `with pool.step(5):`
+does so by itself.
+
 A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back in one of two forms:
 
     slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
     log     one state, and per token since k, the delta d and the decay (log.py); a rollback shortens the log
 
 Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
-same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing. A pool is
-used by one thread at a time; different pools know nothing of each other.
+same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing: what a pool knows
+of its sequences is one list, and a call that went well replaces it at its end. A pool is used by one thread at a time;
+different pools know nothing of each other. A copy (`copy.deepcopy`, `pickle`, `torch.save`), which may be taken in the
+middle of a step too, is a pool of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
 
-from ..devices import KINDS, Device
+from ..devices import KINDS, Device, numpy_dtype
 from ..devices import device as open_device
 from ..spec import LAYOUTS
 from .log import Log
-from .sequence import LiveSequence, nbytes
+from .sequence import LiveSequence, Sequences, Step, nbytes
 from .slots import Slots
 from .snapshots import Snapshot
 
 Array = Any
 FORMS = ("slots", "log")
 KEY_DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = (*KEY_DTYPES, "float64")
 
 
 class StatePool:
@@ -120,13 +128,9 @@ class StatePool:
                     f"StatePool: form must be 'slots' on a device of anydelta; got {form!r} on {self.resident.name}"
                 )
         self.dtype = str(dtype)
-        self._sequences: list[LiveSequence | None] = [None] * capacity
-        self._batch: list[int] = []
-        self._lengths: list[int] = []
-        self._todo: set[int] = set()  # layers whose rule has yet to run
-        self._conv_todo: set[int] = set()
-        self._certain = False  # the tokens of this begin are committed as they run
-        self._undo: Any = None  # how `cancel` restores the book-keeping
+        self._sequences: Sequences = [None] * capacity
+        self._batch: list[int] | None = None  # of the last begin
+        self._step: Step | None = None  # what cancel takes back
         tail = (HV, K, V) if state_layout == "kv" else (HV, V, K)
         self._form: Any
         if form == "slots":
@@ -139,7 +143,13 @@ class StatePool:
         if conv_width:
             shape = (layers, capacity, 2 * self._kept + 1, conv_channels)
             self._conv = self._zeros(shape, conv_dtype or "float32")
-        self._conv_at: list[tuple[int, int]] = []  # per sequence of the batch: (read up to, write from)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._form.connect()
+
+    def __copy__(self) -> StatePool:
+        return copy.deepcopy(self)
 
     # ---- arrays of either kind
 
@@ -149,11 +159,7 @@ class StatePool:
             import torch
 
             return torch.zeros(shape, dtype=getattr(torch, name), device=self.device)
-        if name == "bfloat16":
-            import ml_dtypes
-
-            return np.zeros(shape, ml_dtypes.bfloat16)
-        return np.zeros(shape, name)
+        return np.zeros(shape, numpy_dtype(name))
 
     def _index(self, values: Any) -> Array:
         if self.device is not None:
@@ -175,9 +181,9 @@ class StatePool:
         """The sequences that live, in ascending order."""
         return [i for i, s in enumerate(self._sequences) if s is not None]
 
-    def _get(self, method: str, sequence: int) -> LiveSequence:
-        found = None
-        if isinstance(sequence, (int, np.integer)) and 0 <= sequence < self.capacity:
+    def _get(self, method: str, sequence: Any) -> LiveSequence:
+        found: LiveSequence | None = None
+        if _is_int(sequence) and 0 <= sequence < self.capacity:
             found = self._sequences[sequence]
         if found is None:
             self._fail(method, f"requires a living sequence; got {sequence!r}. Living: {self.sequences}")
@@ -193,16 +199,20 @@ class StatePool:
         )
 
     def _not_running(self, method: str) -> None:
-        if self._todo or self._conv_todo:
-            self._fail(method, f"requires that all layers have run since begin; {self._missing()}")
+        if self._step is not None and (self._step.todo or self._step.conv_todo):
+            self._fail(method, f"requires that all layers have run since begin; {self._missing(self._step)}")
 
-    def _missing(self) -> str:
+    def _missing(self, step: Step) -> str:
         parts = [
             f"{len(left)} of {self.layers} {what} are missing"
-            for left, what in ((self._todo, "calls of run"), (self._conv_todo, "calls of conv_inputs"))
+            for left, what in ((step.todo, "calls of run"), (step.conv_todo, "calls of conv_inputs"))
             if left
         ]
         return "got a step of which " + " and ".join(parts) + ". Run them, or cancel()"
+
+    def _accept(self, sequences: Sequences) -> None:
+        """The end of every call that changes the pool. What the last step was cannot be cancelled any more."""
+        self._sequences, self._step = sequences, None
 
     def new(self) -> int:
         """A sequence that has seen nothing: states and convolution inputs of zeros.
@@ -211,12 +221,20 @@ class StatePool:
             ValueError: every place is taken.
         """
         self._not_running("new")
-        place = self._vacancy("new")
-        s = LiveSequence([self._form.fresh(place)])
+        return self._start("new", 0, 0, 0)
+
+    def _start(self, method: str, states: Array, conv: Array, length: int) -> int:
+        place = self._vacancy(method)
+        held = {row for s in self._sequences if s for row in s.rows}
+        row = next(row for row in range(self._form.P) if row not in held)
+        self._form.write(row, states)
+        conv_end = 0
         if self._conv is not None:
-            s.conv_end = self.conv_width - 1
-            self._conv[:, place, : s.conv_end] = 0
-        self._sequences[place] = s
+            conv_end = self.conv_width - 1
+            self._conv[:, place, :conv_end] = conv
+        sequences = list(self._sequences)
+        sequences[place] = LiveSequence((row,), length=length, conv_end=conv_end)
+        self._accept(sequences)
         return place
 
     def fork(self, sequence: int) -> int:
@@ -231,10 +249,11 @@ class StatePool:
         self._not_running("fork")
         parent = self._get("fork", sequence)
         place = self._vacancy("fork")
-        self._sequences[place] = child = parent.copy()
-        self._form.share(sequence, place, child)
-        if self._conv is not None:
-            self._conv[:, place] = self._conv[:, sequence]
+        for x in self._own():
+            x[:, place] = x[:, sequence]
+        sequences = list(self._sequences)
+        sequences[place] = parent
+        self._accept(sequences)
         return place
 
     def free(self, sequence: int) -> None:
@@ -244,9 +263,11 @@ class StatePool:
             ValueError: no such sequence.
         """
         self._not_running("free")
-        s = self._get("free", sequence)
-        self._form.release(sequence, s)
-        self._sequences[sequence] = None
+        self._get("free", sequence)
+        sequences = list(self._sequences)
+        sequences[sequence] = None
+        batch = self._batch and [s for s in self._batch if s != sequence]  # its number may be given out again
+        self._sequences, self._step, self._batch = sequences, None, batch
 
     def select(self, parents: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """Beam search's step: sequence i of `sequences` (all if None) goes on from the past of parents[i].
@@ -255,24 +276,45 @@ class StatePool:
             ValueError: lists of different lengths, or no such sequence.
         """
         self._not_running("select")
-        targets = self.sequences if sequences is None else [int(s) for s in sequences]
-        sources = [int(p) for p in parents]
+        targets = self._numbers("select", sequences, self.sequences)
+        sources = self._numbers("select", parents, [])
         if len(targets) != len(sources) or len(set(targets)) != len(targets):
             self._fail(
                 "select",
                 f"requires one parent for each of {len(targets)} different sequences; got {len(sources)}",
             )
-        for s in (*targets, *sources):
-            self._get("select", s)
-        children = [self._get("select", p).copy() for p in sources]
-        conv = None
-        if self._conv is not None:
-            conv = self._copy(self._conv[:, sources])
-        self._form.select(sources, targets, children)
-        for i, (target, child) in enumerate(zip(targets, children, strict=True)):
-            self._sequences[target] = child
-            if conv is not None:
-                self._conv[:, target] = conv[:, i]  # type: ignore[index]
+        children = [self._get("select", p) for p in sources]
+        if not targets:
+            return
+        chosen = list(self._sequences)
+        for target, child in zip(targets, children, strict=True):
+            chosen[target] = child
+        arrays = self._own()
+        before, copies = ([x[:, those] for x in arrays] for those in (targets, sources))
+        try:
+            for x, copied in zip(arrays, copies, strict=True):
+                x[:, targets] = copied
+            self._sequences, self._step = chosen, None
+        except BaseException:
+            for x, old in zip(arrays, before, strict=True):
+                x[:, targets] = old
+            raise
+
+    def _own(self) -> list[Array]:
+        """The arrays [layers, capacity, ...] of which each sequence has its own part."""
+        return [*self._form.arrays, *([] if self._conv is None else [self._conv])]
+
+    def _numbers(self, method: str, sequences: Any, default: list[int]) -> list[int]:
+        """The numbers of living sequences."""
+        if sequences is None:
+            return default
+        numbers = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+        if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+            self._fail(method, f"requires a list of sequences; got {sequences!r}")
+        found = list(numbers)
+        for s in found:
+            self._get(method, s)
+        return [int(s) for s in found]
 
     def length(self, sequence: int) -> int:
         """Tokens that the sequence has seen, those not yet committed included."""
@@ -280,12 +322,17 @@ class StatePool:
 
     def recorded(self, sequence: int) -> int:
         """How many tokens the sequence could be taken back by now."""
-        return int(self._form.recorded(sequence, self._get("recorded", sequence)))
+        return int(self._form.recorded(self._get("recorded", sequence)))
 
     # ---- steps
 
     def begin(
-        self, tokens: int | Sequence[int], sequences: Sequence[int] | None = None, *, record: bool = True
+        self,
+        tokens: int | Sequence[int],
+        sequences: Sequence[int] | None = None,
+        *,
+        record: bool = True,
+        undo: bool = True,
     ) -> None:
         """Announce that the next `tokens` tokens of each sequence will run, in every layer.
 
@@ -294,54 +341,93 @@ class StatePool:
             sequences: the batch, in its order; all that live if None.
             record: False for tokens that are certain (a prefill, plain decoding): they are committed as they run, the
                 states advance in place, and nothing before or among them can be rolled back.
+            undo: whether `cancel` can put the sequences back once layers have run. Where a step overwrites the states
+                that it began with (certain tokens, or more than the record holds), each layer copies them first,
+                about as long as decoding a token takes. False saves that; `cancel` then ends such sequences.
 
         Raises:
             ValueError: no tokens, no such sequence, one named twice, or layers of the last step that have not run.
         """
         self._not_running("begin")
-        batch = self.sequences if sequences is None else [int(s) for s in sequences]
-        if not batch or len(set(batch)) != len(batch):
-            self._fail("begin", f"requires at least one sequence, each once; got {batch}")
-        found = [self._get("begin", s) for s in batch]
-        packed = not isinstance(tokens, (int, np.integer))
+        batch, found = self._chosen("begin", sequences, self.sequences)
         lengths = self._counts("begin", "tokens", tokens, len(batch))
         if min(lengths) < 0 or max(lengths) < 1:
             self._fail("begin", f"tokens must be >= 1; got {tokens}")
-        self._form.check(batch, found, lengths, record)
-        self._form.room(batch, found, lengths, record)
-        before = [s.copy() for s in found]
-        self._batch, self._lengths, self._certain = batch, lengths, not record
-        self._undo = (before, self._form.begin(batch, found, lengths, 1 if not record else self.snapshots))
-        self._cu = None
-        if packed:
-            self._cu = self._index([0, *np.cumsum(lengths).tolist()])
-        self._todo = set(range(self.layers))
-        if self._conv is not None:
-            self._conv_todo = set(range(self.layers))
-            self._conv_at = [
-                self._conv_room(place, s, n) for place, s, n in zip(batch, found, lengths, strict=True)
-            ]
-        for s, n in zip(found, lengths, strict=True):
-            s.length += n
-            s.pending = s.pending + n if record else 0
+        step = Step(
+            batch,
+            lengths,
+            bool(record),
+            bool(undo),
+            before=self._sequences,
+            batch_before=self._batch,
+            cu=None if _is_int(tokens) else self._index([0, *np.cumsum(lengths).tolist()]),
+            todo=set(range(self.layers)),
+            conv_todo=set(range(self.layers if self._conv is not None else 0)),
+        )
+        after = list(self._sequences)
+        self._form.begin(step, after)
+        for place, s, n in zip(batch, found, lengths, strict=True):
+            end = self._conv_room(step, s.conv_end, n) if self._conv is not None else 0
+            if n:
+                pending = s.pending + n if record else 0
+                after[place] = after[place]._replace(pending=pending, length=s.length + n, conv_end=end)  # type: ignore[union-attr]
+        self._sequences, self._step, self._batch = after, step, batch
 
-    def cancel(self) -> None:
-        """Take back a `begin` of which no layer has run yet.
+    def cancel(self) -> list[int]:
+        """Take back the last `begin`, whatever has happened since: layers that have run, or failed in the middle.
+
+        Every sequence of the step is where it was, to the bit. Its way back is complete if no layer has run;
+        otherwise what the step has overwritten of it is gone, and `recorded` says what is left. A step can be
+        cancelled until the next call that changes the pool, such as `commit`.
+
+        Returns:
+            The sequences that could not be put back, and were ended: only ever after `begin(..., undo=False)`.
 
         Raises:
-            ValueError: there is none, or a layer has run.
+            ValueError: there is no step to take back.
         """
-        started = len(self._todo) < self.layers or (
-            self._conv is not None and len(self._conv_todo) < self.layers
-        )
-        if self._undo is None or started:
-            self._fail("cancel", "requires a begin of which no layer has run; got none")
-        before, token = self._undo
-        for place, s in zip(self._batch, before, strict=True):
-            self._sequences[place] = s
-        self._form.cancel(token)
-        self._undo = None
-        self._todo, self._conv_todo = set(), set()
+        step = self._step
+        if step is None:
+            self._fail(
+                "cancel", "requires a begin that no commit or other change has followed; got none. Call begin"
+            )
+        for layer in step.conv_saved:
+            self._conv_back(step, layer)
+        sequences = list(step.before)
+        lost: list[int] = self._form.cancel(step, sequences)
+        for place in lost:
+            sequences[place] = None
+        batch = step.batch_before
+        self._batch = batch if batch is None else [s for s in batch if s not in lost]
+        self._accept(sequences)
+        return lost
+
+    @contextmanager
+    def step(
+        self,
+        tokens: int | Sequence[int],
+        sequences: Sequence[int] | None = None,
+        *,
+        record: bool = True,
+        undo: bool = True,
+    ) -> Iterator[StatePool]:
+        """`begin`, and `cancel` if the block raises before it commits:
+
+        with pool.step(5):
+            ...                                    # the layers, and whatever may fail
+            pool.commit(3)
+
+        Raises:
+            ValueError: as `begin`.
+        """
+        before = self._step
+        try:
+            self.begin(tokens, sequences, record=record, undo=undo)
+            yield self
+        except BaseException:
+            if self._step is not None and self._step is not before:
+                self.cancel()
+            raise
 
     def run(
         self, q: Array, k: Array, v: Array, *, g: Array, beta: Array, layer: int = 0, **options: Any
@@ -360,13 +446,13 @@ class StatePool:
             ValueError, TypeError: no begin, a layer that has run already, other token counts than announced, or an
                 invalid call. The layer then still has to run.
         """
-        self._check_layer("run", layer, self._todo)
-        rows = 1 if self._cu is not None else len(self._batch)
-        T = sum(self._lengths) if self._cu is not None else self._lengths[0]
-        if tuple(q.shape[:2]) != (rows, T):
-            self._fail("run", f"q must be [{rows}, {T}, H, K] as begin announced; got {list(q.shape)}")
-        o = self._form.run(layer, q, k, v, g=g, beta=beta, **options)
-        self._todo.discard(layer)
+        step = self._running("run", layer)
+        if _shape(q)[:2] != (want := self._lead(step)):
+            self._fail(
+                "run", f"q must be [{want[0]}, {want[1]}, H, K] as begin announced; got {list(_shape(q))}"
+            )
+        o = self._form.run(step, layer, q, k, v, g=g, beta=beta, **options)
+        step.todo.discard(layer)
         return o
 
     def arguments(self, layer: int = 0) -> dict[str, Array]:
@@ -378,15 +464,27 @@ class StatePool:
         """
         if self.form != "slots":
             self._fail("arguments", "requires slots; got a log, whose states only run() can advance")
-        self._check_layer("arguments", layer, self._todo)
-        self._todo.discard(layer)
-        return self._form.arguments(layer)  # type: ignore[no-any-return]
+        step = self._running("arguments", layer)
+        found: dict[str, Array] = self._form.arguments(step, layer)
+        step.todo.discard(layer)
+        return found
 
-    def _check_layer(self, method: str, layer: int, todo: set[int]) -> None:
-        if not isinstance(layer, int) or not 0 <= layer < self.layers:
+    def _running(self, method: str, layer: int, conv: bool = False) -> Step:
+        """The step, of which this layer has yet to run."""
+        if not _is_int(layer) or not 0 <= layer < self.layers:
             self._fail(method, f"layer must be in [0, {self.layers}); got {layer!r}")
-        if layer not in todo:
+        step = self._step
+        if step is None or layer not in (step.conv_todo if conv else step.todo):
             self._fail(method, f"requires begin, once for each step; got layer {layer} without one")
+        if not conv and not step.undo and layer in step.touched:
+            self._fail(
+                method, f"requires cancel(); got layer {layer}, which failed in the middle, and no undo"
+            )
+        return step
+
+    def _lead(self, step: Step) -> tuple[int, int]:
+        """The first two axes of this step's arrays."""
+        return (len(step.batch), step.lengths[0]) if step.cu is None else (1, sum(step.lengths))
 
     def commit(self, accepted: int | Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """Keep the first `accepted` tokens of those run since the last commit; the rest never happened.
@@ -402,7 +500,7 @@ class StatePool:
                 record allows, or layers that have not run.
         """
         self._not_running("commit")
-        batch, found = self._chosen("commit", sequences, self._batch)
+        batch, found = self._chosen("commit", sequences, self._batch or [])
         counts = self._counts("commit", "accepted", accepted, len(batch))
         back = []
         for place, s, n in zip(batch, found, counts, strict=True):
@@ -418,11 +516,17 @@ class StatePool:
 
         Tokens that were committed before can be taken back as well, as far as `recorded` says.
 
+        Args:
+            tokens: one number for all sequences, or one each.
+            sequences: those of the last `begin` if None; all that live if there was none.
+
         Raises:
             ValueError: further back than is recorded, a negative number, or layers that have not run.
         """
         self._not_running("rollback")
-        batch, found = self._chosen("rollback", sequences, self._batch or self.sequences)
+        batch, found = self._chosen(
+            "rollback", sequences, self.sequences if self._batch is None else self._batch
+        )
         counts = self._counts("rollback", "tokens", tokens, len(batch))
         if min(counts, default=0) < 0:
             self._fail("rollback", f"tokens must be >= 0; got {tokens}")
@@ -436,57 +540,54 @@ class StatePool:
             ValueError: no such sequence, or layers that have not run.
         """
         self._not_running("fold")
-        batch, found = self._chosen("fold", sequences, self.sequences)
-        self._form.fold(list(zip(batch, found, strict=True)))
+        batch, _ = self._chosen("fold", sequences, self.sequences)
+        self._form.fold(list(self._sequences), batch)
 
     def _chosen(
-        self, method: str, sequences: Sequence[int] | None, default: list[int]
+        self, method: str, sequences: Any, default: list[int]
     ) -> tuple[list[int], list[LiveSequence]]:
-        batch = default if sequences is None else [int(s) for s in sequences]
+        batch = self._numbers(method, sequences, default)
         if not batch or len(set(batch)) != len(batch):
             self._fail(method, f"requires at least one sequence, each once; got {batch}")
         return batch, [self._get(method, s) for s in batch]
 
     def _counts(self, method: str, name: str, value: Any, n: int) -> list[int]:
-        if isinstance(value, (int, np.integer)):
-            return [int(value)] * n
-        counts = value.tolist() if hasattr(value, "tolist") else list(value)
-        if len(counts) != n or not all(isinstance(x, (int, np.integer)) for x in counts):
+        counts = value.tolist() if hasattr(value, "tolist") else value
+        if _is_int(counts):
+            return [int(counts)] * n
+        counts = list(counts) if isinstance(counts, Iterable) else [counts]
+        if len(counts) != n or not all(map(_is_int, counts)):
             self._fail(method, f"{name} must be an int or one per sequence, {n} ints; got {value!r}")
-        return counts
+        return [int(x) for x in counts]
 
     def _take_back(self, method: str, batch: list[int], found: list[LiveSequence], back: list[int]) -> None:
         for place, s, n in zip(batch, found, back, strict=True):
-            if n and n > self._form.recorded(place, s):
+            if n > (recorded := self._form.recorded(s)):
                 self._fail(
                     method,
                     f"requires a way back of {n} tokens for sequence {place}; "
-                    f"{self._form.recorded(place, s)} are recorded (snapshots={self.snapshots})",
+                    f"{recorded} are recorded (snapshots={self.snapshots})",
                 )
+        after = list(self._sequences)
         for place, s, n in zip(batch, found, back, strict=True):
-            s.pending = 0
-            if n:
-                self._form.take_back(place, s, n)
-                s.length -= n
-                s.conv_end -= n
-        self._undo = None
+            s = self._form.take_back(s, n) if n else s
+            after[place] = s._replace(pending=0, length=s.length - n, conv_end=max(0, s.conv_end - n))
+        self._accept(after)
 
     # ---- the convolution
 
-    def _conv_room(self, place: int, s: LiveSequence, tokens: int) -> tuple[int, int]:
-        """Where to read and write this step's inputs; moves those that must survive to the front if they do not fit."""
-        size = 2 * self._kept + 1
-        assert self._conv is not None
-        if s.conv_end + tokens > size and tokens <= size - self._kept:
-            start = max(0, s.conv_end - self._kept)
-            self._conv[:, place, : s.conv_end - start] = self._copy(self._conv[:, place, start : s.conv_end])
-            s.conv_end -= start
-        read = s.conv_end
-        if read + tokens > size:  # a long prefill: only its end stays
-            s.conv_end = self._kept
-            return read, -1
-        s.conv_end = read + tokens
-        return read, read
+    def _conv_room(self, step: Step, end: int, tokens: int) -> int:
+        """Note where this step's inputs go behind those that end at `end`, and return where they end then. What must
+        survive moves to the front if they do not fit."""
+        size, start = 2 * self._kept + 1, max(0, end - self._kept)
+        if end + tokens <= size:
+            step.conv.append((start, end, end))
+            return end + tokens
+        if end - start + tokens <= size:
+            step.conv.append((start, end, end - start))
+            return end - start + tokens
+        step.conv.append((start, end, -1))  # a long prefill: only its end stays
+        return self._kept
 
     def conv_inputs(self, x: Array, *, layer: int = 0) -> Array:
         """Record the convolution's inputs of this step and return them behind the W-1 before them.
@@ -504,25 +605,57 @@ class StatePool:
             self._fail(
                 "conv_inputs", "requires conv_channels and conv_width; got a pool without a convolution"
             )
-        self._check_layer("conv_inputs", layer, self._conv_todo)
-        rows = 1 if self._cu is not None else len(self._batch)
-        T = sum(self._lengths) if self._cu is not None else self._lengths[0]
-        if tuple(x.shape) != (rows, T, self.conv_channels):
-            want = [rows, T, self.conv_channels]
-            self._fail("conv_inputs", f"x must be [N, T, C] = {want} as begin announced; got {list(x.shape)}")
-        pieces, start = [], 0
-        for i, (place, n) in enumerate(zip(self._batch, self._lengths, strict=True)):
-            own = x[i] if self._cu is None else x[0, start : start + n]
-            start += n
-            buffer, (read, write) = self._conv[layer, place], self._conv_at[i]
-            pieces.append(self._join(buffer[read - self.conv_width + 1 : read], own))
-            if write >= 0:
-                buffer[write : write + n] = own
-            elif n >= self._kept:
-                buffer[: self._kept] = own[n - self._kept :]
-        self._conv_todo.discard(layer)
-        if self._cu is not None:
-            return pieces
+        step = self._running("conv_inputs", layer, conv=True)
+        want = [*self._lead(step), self.conv_channels]
+        if _shape(x) != tuple(want):
+            self._fail(
+                "conv_inputs", f"x must be [N, T, C] = {want} as begin announced; got {list(_shape(x))}"
+            )
+        if self.device is None and not isinstance(x, np.ndarray):
+            raise TypeError(
+                f"StatePool.conv_inputs: x must be a NumPy array, as the pool's are; got {type(x).__name__}"
+            )
+        if self.device is not None and isinstance(x, np.ndarray):
+            raise TypeError("StatePool.conv_inputs: x must be a tensor, as the pool's are; got a NumPy array")
+        own = x if self.device is None else x.detach()  # the record has no gradient
+        taps, buffers = self.conv_width - 1, self._conv[layer]
+        self._conv_back(step, layer)
+        pieces, news, saved, at = [], [], [], 0
+        for i, (place, n, (start, end, to)) in enumerate(
+            zip(step.batch, step.lengths, step.conv, strict=True)
+        ):
+            rows = (i,) if step.cu is None else (0, slice(at, at + n))
+            at += n
+            pieces.append(self._join(buffers[place, end - taps : end], x[rows]))
+            news.append(own[rows])
+            saved.append(None if to == end else self._copy(buffers[place, start:end]))
+        windows = pieces if step.cu is not None else self._stack(pieces)
+        step.conv_saved[layer] = saved
+        try:
+            for place, n, (start, end, to), new, old in zip(
+                step.batch, step.lengths, step.conv, news, saved, strict=True
+            ):
+                if to < 0:
+                    buffers[place, : self._kept] = new[n - self._kept :]
+                    continue
+                if to < end:
+                    buffers[place, : end - start] = old
+                buffers[place, to : to + n] = new
+        except BaseException:
+            self._conv_back(step, layer)
+            raise
+        step.conv_todo.discard(layer)
+        return windows
+
+    def _conv_back(self, step: Step, layer: int) -> None:
+        """Put back what conv_inputs has moved or overwritten in a layer."""
+        for place, (start, end, _), old in zip(
+            step.batch, step.conv, step.conv_saved.get(layer, []), strict=False
+        ):
+            if old is not None:
+                self._conv[layer, place, start:end] = old  # type: ignore[index]
+
+    def _stack(self, pieces: list[Array]) -> Array:
         if self.device is not None:
             import torch
 
@@ -566,31 +699,43 @@ class StatePool:
             ValueError: the checkpoint is of another kind of pool, or every place is taken.
         """
         self._not_running("restore")
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(
+                f"StatePool.restore: requires a Snapshot, as save returns; got {type(snapshot).__name__}"
+            )
         tail = (self.HV, self.K, self.V) if self.state_layout == "kv" else (self.HV, self.V, self.K)
-        want: list[Any] = [(self.layers, *tail), self.state_layout]
-        got: list[Any] = [tuple(snapshot.states.shape), snapshot.state_layout]
+        want: list[Any] = [(self.layers, *tail), self.state_layout, None]
         if self._conv is not None:
-            want.append((self.layers, self.conv_width - 1, self.conv_channels))
-            got.append(None if snapshot.conv is None else tuple(snapshot.conv.shape))
-        elif snapshot.conv is not None:
-            want.append(None)
-            got.append(tuple(snapshot.conv.shape))
+            want[2] = (self.layers, self.conv_width - 1, self.conv_channels)
+        got = [
+            _shape(snapshot.states),
+            snapshot.state_layout,
+            None if snapshot.conv is None else _shape(snapshot.conv),
+        ]
         if want != got:
             self._fail("restore", f"requires states, layout and convolution inputs {want}; got {got}")
-        place = self.new()
-        s = self._get("restore", place)
-        self._form.put(place, s, self._like(snapshot.states))
-        s.length = snapshot.length
-        if self._conv is not None:
-            self._conv[:, place, : s.conv_end] = self._like(snapshot.conv)
-        return place
+        for name in ("states", "conv") if snapshot.conv is not None else ("states",):
+            if (dtype := str(getattr(snapshot, name).dtype).removeprefix("torch.")) not in FLOATS:
+                self._fail("restore", f"requires {name} in one of {', '.join(FLOATS)}; got {dtype}")
+        if not _is_int(snapshot.length) or snapshot.length < 0:
+            self._fail("restore", f"requires a length >= 0 in tokens; got {snapshot.length!r}")
+        states = self._like(snapshot.states)
+        conv = 0 if snapshot.conv is None else self._like(snapshot.conv)
+        if self.resident is not None:
+            states = states.astype(numpy_dtype(self.dtype), copy=False)
+        return self._start("restore", states, conv, int(snapshot.length))
 
     def _like(self, x: Array) -> Array:
         """x as this pool's kind of array."""
         if self.device is None:
-            return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+            if isinstance(x, np.ndarray):
+                return x
+            x = x.detach().cpu()
+            return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()  # NumPy has no bfloat16
         import torch
 
+        if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16":
+            x = x.astype(np.float32)
         return torch.as_tensor(x, device=self.device)
 
     def nbytes(self) -> dict[str, int]:
@@ -607,3 +752,11 @@ def _resident(device: Any) -> Device | None:
     if isinstance(device, str) and device.partition(":")[0] in KINDS:
         return open_device(device)
     return device if isinstance(device, Device) else None
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(getattr(x, "shape", ()))

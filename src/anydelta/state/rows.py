@@ -21,18 +21,13 @@ class HostRows:
     def __getitem__(self, layer: int) -> Array:
         return self.states[layer]
 
-    def zero(self, row: int) -> None:
-        self.states[:, row] = 0
-
-    def copy(self, to: int, source: int) -> None:
-        self.states[:, to] = self.states[:, source]
-
     def read(self, row: int) -> Array:
         """A copy, [layers, HV, K, V]."""
         found = self.states[:, row]
         return found.clone() if hasattr(found, "clone") else found.copy()
 
     def write(self, row: int, states: Array) -> None:
+        """States of that shape, or 0."""
         self.states[:, row] = states
 
     def nbytes(self) -> int:
@@ -48,21 +43,17 @@ class DeviceRows:
     def __getitem__(self, layer: int) -> DeviceArray:
         return self.layers[layer]
 
-    def zero(self, row: int) -> None:
-        for x in self.layers:
-            x[row].zero()
-
-    def copy(self, to: int, source: int) -> None:
-        for x in self.layers:
-            x[to].write(x[source])
-
     def read(self, row: int) -> Array:
         """A copy on the host, [layers, HV, K, V]."""
         return np.stack([x[row].numpy() for x in self.layers])
 
     def write(self, row: int, states: Array) -> None:
-        for x, state in zip(self.layers, states, strict=True):
-            x[row].write(state)
+        """Host states of that shape, or 0."""
+        for i, x in enumerate(self.layers):
+            if isinstance(states, int):
+                x[row].zero()
+            else:
+                x[row].write(states[i])
 
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.layers)

@@ -1,26 +1,102 @@
-"""What a pool and its form know of one living sequence."""
+"""What a pool and its form know of one living sequence, and of the step that runs."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..devices import DeviceArray
 
-class LiveSequence:
-    __slots__ = ("conv_end", "length", "pending", "rows")
+Array = Any
 
-    def __init__(self, rows: list[int]):
-        self.rows = rows  # slots: newest first. log: the one row of the base state
-        self.pending = 0  # tokens run since the last commit
-        self.length = 0
-        self.conv_end = 0  # where the convolution's last input ends in its buffer
 
-    def copy(self) -> LiveSequence:
-        other = LiveSequence(list(self.rows))
-        other.pending, other.length, other.conv_end = self.pending, self.length, self.conv_end
-        return other
+class LiveSequence(NamedTuple):
+    """Never changed in place: a pool replaces its list of sequences at the end of a call that went well."""
+
+    rows: tuple[int, ...]
+    """Of the states. Slots: newest first. Log: the one row of the base state."""
+    used: int = 0
+    """Entries in the log."""
+    pending: int = 0
+    """Tokens run since the last commit."""
+    length: int = 0
+    conv_end: int = 0
+    """Where the convolution's last input ends in its buffer."""
+
+
+Sequences = list[LiveSequence | None]
+
+
+@dataclass
+class Step:
+    """From `begin` to the next call that changes the pool; `cancel` needs all of it."""
+
+    batch: list[int]
+    lengths: list[int]
+    record: bool
+    undo: bool
+    """Whether `saved` keeps what the layers overwrite."""
+    before: Sequences
+    """The pool's sequences before `begin`."""
+    batch_before: list[int] | None
+    cu: Array
+    todo: set[int]
+    """Layers whose rule has yet to run."""
+    conv_todo: set[int]
+    conv: list[tuple[int, int, int]] = field(default_factory=list)
+    """Per sequence: where the inputs that survive lie in the buffer, from and to, and where this step's go: behind them
+    (to), behind them once they are moved to the front (less), or over them (-1)."""
+    conv_saved: dict[int, list[Array]] = field(default_factory=dict)
+    """By layer: the inputs that the step moved or overwrote, None where it did not."""
+    touched: set[int] = field(default_factory=set)
+    """Layers whose rule has run, or began to."""
+    saved: set[int] = field(default_factory=set)
+    """Layers of which `Saved` holds what they overwrote."""
+    plan: Any = None
+    """What the form has decided."""
+
+
+class Saved:
+    """Copies of what the running step overwrites, layer by layer. The memory serves the next step again."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, list[Array]] = {}
+
+    def save(self, layer: int, what: list[tuple[Any, list[int]]]) -> None:
+        """Copy the rows x[layer][i] of each (x, rows i)."""
+        copies = self.copies.get(layer, [])
+        if [len(c) for c in copies] != [len(rows) for _, rows in what]:
+            copies = [_empty(x[layer], len(rows)) for x, rows in what]
+        for copy, (x, rows) in zip(copies, what, strict=True):
+            for i, row in enumerate(rows):
+                put(copy, i, x[layer][row])
+        self.copies[layer] = copies
+
+    def restore(self, layer: int, what: list[tuple[Any, list[int]]]) -> None:
+        for copy, (x, rows) in zip(self.copies[layer], what, strict=True):
+            for i, row in enumerate(rows):
+                put(x[layer], row, copy[i])
+
+    def nbytes(self) -> int:
+        return sum(nbytes(copy) for copies in self.copies.values() for copy in copies)
+
+
+def put(x: Array, row: int, value: Array) -> None:
+    """x[row] = value, on a device of anydelta too."""
+    if isinstance(x, DeviceArray):
+        x[row].write(value)
+    else:
+        x[row] = value
+
+
+def _empty(x: Array, rows: int) -> Array:
+    shape = (rows, *x.shape[1:])
+    if isinstance(x, DeviceArray):
+        return x.device.empty(shape, x.dtype)
+    return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
 
 
 def nbytes(x: Any) -> int:
-    return int(x.nbytes) if isinstance(x, np.ndarray) else x.element_size() * x.numel()
+    return int(x.nbytes) if isinstance(x, (np.ndarray, DeviceArray)) else x.element_size() * x.numel()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
+from ..dispatch import UnsupportedError
 from ..op import gated_delta_rule_
 from .rows import DeviceRows, HostRows
-from .sequence import LiveSequence
+from .sequence import LiveSequence, Saved, Sequences, Step, put
 
 if TYPE_CHECKING:
     from .pool import StatePool
@@ -15,161 +18,163 @@ if TYPE_CHECKING:
 Array = Any
 
 
+@dataclass
+class _Plan:
+    read: Array
+    """[N] the rows that the step reads."""
+    write: Array
+    """[n, N] the rows that it writes, newest first, -1 for none; None where they are those it reads."""
+    written: set[int]
+    overwritten: list[int]
+    """Rows written that `cancel` needs as they were."""
+    copies: list[tuple[int, int]]
+    """(row, row of which it becomes a copy before the step reads it)."""
+
+
 class Slots:
-    """The last states of each sequence, as rows [layers, P, HV, K, V] that are counted and shared.
+    """The last states of each sequence, as rows [layers, P, HV, K, V], which forks share.
 
     P = capacity * snapshots rows always suffice: a sequence holds at most `snapshots` of them.
     """
 
+    arrays = ()
+
     def __init__(self, pool: StatePool, tail: tuple[int, ...]):
         self.pool = pool
-        P = pool.capacity * pool.snapshots
+        self.P = P = pool.capacity * pool.snapshots
         self.rows: HostRows | DeviceRows
         if pool.resident is None:
             self.rows = HostRows(pool._zeros((pool.layers, P, *tail)))
         else:
             self.rows = DeviceRows(pool.resident, pool.layers, (P, *tail), pool.dtype)
-        self.refs = [0] * P
-        self.unused = list(range(P - 1, -1, -1))
-        self.later: list[int] = []  # rows that the running step still reads: free when it is done
-        self.read: Array = None
-        self.write: Array = None
+        self.saved = Saved()
 
-    def fresh(self, place: int) -> int:
-        row = self._take()
-        self.rows.zero(row)
-        return row
+    def connect(self) -> None:
+        pass
 
-    def _take(self) -> int:
-        if not self.unused:
-            self._settle()
-        row = self.unused.pop()
-        self.refs[row] = 1
-        return row
+    def write(self, row: int, states: Array) -> None:
+        self.rows.write(row, states)
 
-    def _settle(self) -> None:
-        self.unused += self.later
-        self.later = []
-
-    def _drop(self, row: int) -> None:
-        self.refs[row] -= 1
-        if not self.refs[row]:
-            self.unused.append(row)
-
-    def share(self, source: int, place: int, child: LiveSequence) -> None:
-        for row in child.rows:
-            self.refs[row] += 1
-
-    def release(self, place: int, s: LiveSequence) -> None:
-        for row in s.rows:
-            self._drop(row)
-
-    def select(self, sources: list[int], targets: list[int], children: list[LiveSequence]) -> None:
-        for child in children:
-            self.share(0, 0, child)
-        for target in targets:
-            self.release(target, self.pool._get("select", target))
-
-    def recorded(self, place: int, s: LiveSequence) -> int:
+    def recorded(self, s: LiveSequence) -> int:
         return len(s.rows) - 1
 
-    def take_back(self, place: int, s: LiveSequence, n: int) -> None:
-        for row in s.rows[:n]:
-            self._drop(row)
-        del s.rows[:n]
+    def take_back(self, s: LiveSequence, n: int) -> LiveSequence:
+        return s._replace(rows=s.rows[n:])
 
-    def fold(self, those: list[tuple[int, LiveSequence]]) -> None:
-        pass
+    def fold(self, sequences: Sequences, batch: list[int]) -> None:
+        self.pool._accept(sequences)
 
-    def check(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
-        pass
-
-    def room(self, batch: list[int], found: list[LiveSequence], lengths: list[int], record: bool) -> None:
-        pass
-
-    def begin(self, batch: list[int], found: list[LiveSequence], lengths: list[int], keep: int) -> Any:
+    def begin(self, step: Step, sequences: Sequences) -> None:
         """Choose the rows that this step writes: none that stays in a history, none that another sequence reads."""
-        self._settle()
-        undo = (list(self.refs), list(self.unused))
+        keep = self.pool.snapshots if step.record else 1
+        found = [s for place in step.batch if (s := sequences[place]) is not None]
         heads = [s.rows[0] for s in found]
-        readers: dict[int, int] = {}
-        for row in heads:
-            readers[row] = readers.get(row, 0) + 1
-        own: list[int | None] = [None] * len(batch)  # the row it reads, if nobody else needs it
-        stuck: dict[int, list[int]] = {}  # rows that only this step's readers still need, by reader
-        kept = []
-        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
-            stay = s.rows[: keep - min(n, keep)] if n else s.rows
-            kept.append(list(stay))
-            for row in s.rows[len(stay) :]:
-                self.refs[row] -= 1
-                if self.refs[row]:
-                    continue
-                if readers.get(row, 0) == 0:
-                    self.unused.append(row)
-                elif readers[row] == 1 and row == heads[i]:
-                    own[i] = row
-                else:
-                    stuck[row] = [j for j, head in enumerate(heads) if head == row]
-        need = sum(min(n, keep) for n in lengths) - sum(row is not None for row in own)
-        copy: list[tuple[int, int]] = []
-        if need > len(self.unused):
+        counts = [min(n, keep) for n in step.lengths]
+        kept = [s.rows[: keep - n] if n else s.rows for s, n in zip(found, counts, strict=True)]
+
+        others = {row for i, s in enumerate(sequences) if s and i not in step.batch for row in s.rows}
+        busy = others.union(*kept)
+        past = {row for s in found for row in s.rows}
+        spare = [row for row in range(self.P) if row not in busy and row not in past]
+        spare += sorted(past - busy - set(heads))  # what cancel would like to find again goes last
+        given_up: dict[
+            int, list[int]
+        ] = {}  # states that this step alone reads and nobody keeps: by row, who reads them
+        for i, head in enumerate(heads):
+            if head not in busy:
+                given_up.setdefault(head, []).append(i)
+        own = {readers[0]: row for row, readers in given_up.items() if len(readers) == 1}
+        missing = max(0, sum(counts) - len(spare))
+        mine = (
+            dict(list(own.items())[:missing]) if step.undo else own
+        )  # in place is faster, elsewhere can be undone
+        copies = []
+        for row, readers in given_up.items():
             # Sequences that share their state all give it up at once, and there is no room but in that row: the last
             # of them writes there, and the others read copies that lie where they will write.
-            for row, those in stuck.items():
-                own[those[-1]] = row
-                copy += [(i, row) for i in those[:-1]]
-        else:
-            self.later = list(stuck)
-        copies = dict(copy)
-        rows = []
-        for i, (s, n) in enumerate(zip(found, lengths, strict=True)):
-            fresh: list[int] = []
-            if (mine := own[i]) is not None:
-                self.refs[mine] = 1
-                fresh.append(mine)
-            fresh += [self._take() for _ in range(min(n, keep) - len(fresh))]
-            if i in copies:
-                self.rows.copy(fresh[0], copies[i])
-                heads[i] = fresh[0]
-            s.rows = fresh + kept[i]
-            rows.append(fresh)
-        self.read = self.pool._index(heads)
-        self.write = None
+            if len(readers) > 1 and missing > len(mine):
+                mine[readers[-1]] = row
+                copies += [(i, row) for i in readers[:-1]]
+
+        rows, take = [], iter(spare)
+        for i, n in enumerate(counts):
+            fresh = [mine[i]] if i in mine else []
+            rows.append(fresh + list(islice(take, n - len(fresh))))
+        for i, _ in copies:
+            heads[i] = rows[i][0]
+        for i, (place, s) in enumerate(zip(step.batch, found, strict=True)):
+            sequences[place] = s._replace(rows=(*rows[i], *kept[i]))
+
+        write = None
         if (
-            any(n and fresh != [head] for n, fresh, head in zip(lengths, rows, heads, strict=True))
-            or 0 in lengths
+            any(n and fresh != [head] for n, fresh, head in zip(counts, rows, heads, strict=True))
+            or 0 in counts
         ):
             depth = max(map(len, rows))
-            self.write = self.pool._index(
+            write = self.pool._index(
                 [[fresh[i] if i < len(fresh) else -1 for fresh in rows] for i in range(depth)]
             )
-        return undo
+        step.plan = _Plan(
+            self.pool._index(heads), write, {row for fresh in rows for row in fresh}, list(mine.values()),
+            [(rows[i][0], row) for i, row in copies],
+        )  # fmt: skip
+        step.plan.overwritten += [to for to, _ in step.plan.copies]
+        if not (step.undo and step.plan.overwritten):
+            self.saved = Saved()
 
-    def cancel(self, undo: Any) -> None:
-        self.refs, self.unused = undo
-        self.later = []
+    def cancel(self, step: Step, sequences: Sequences) -> list[int]:
+        """Put the states back; `sequences` are those before the step. Returns those that are lost."""
+        for layer in step.saved:
+            self._put_back(step, layer)
+        lost = []
+        for place in step.batch if step.touched else []:
+            s = sequences[place]
+            assert s is not None
+            if not step.undo and s.rows[0] in step.plan.written:
+                lost.append(place)
+            older = takewhile(lambda row: row not in step.plan.written, s.rows[1:])
+            sequences[place] = s._replace(rows=(s.rows[0], *older))
+        return lost
 
-    def arguments(self, layer: int) -> dict[str, Array]:
-        out = {
-            "state": self.rows[layer],
-            "state_indices": self.read,
-            "state_layout": self.pool.state_layout,
-        }
-        if self.write is not None:
-            out["snapshot_indices"] = self.write
-        if self.pool._cu is not None:
-            out["cu_seqlens"] = self.pool._cu
+    def _overwritten(self, step: Step) -> list[tuple[Any, list[int]]]:
+        return [(self.rows, step.plan.overwritten)]
+
+    def _put_back(self, step: Step, layer: int) -> None:
+        self.saved.restore(layer, self._overwritten(step))
+
+    def arguments(self, step: Step, layer: int) -> dict[str, Array]:
+        """After this call the layer may write its rows."""
+        plan = step.plan
+        if plan.overwritten and step.undo:
+            if layer in step.saved:  # a second attempt
+                self._put_back(step, layer)
+            else:
+                self.saved.save(layer, self._overwritten(step))
+                step.saved.add(layer)
+        step.touched.add(layer)
+        for to, source in plan.copies:
+            put(self.rows[layer], to, self.rows[layer][source])
+        out = {"state": self.rows[layer], "state_indices": plan.read, "state_layout": self.pool.state_layout}
+        if plan.write is not None:
+            out["snapshot_indices"] = plan.write
+        if step.cu is not None:
+            out["cu_seqlens"] = step.cu
         return out
 
-    def run(self, layer: int, q: Array, k: Array, v: Array, **options: Any) -> Array:
-        return gated_delta_rule_(q, k, v, backend=self.pool.backend, **self.arguments(layer), **options)
+    def run(self, step: Step, layer: int, q: Array, k: Array, v: Array, **options: Any) -> Array:
+        try:
+            return gated_delta_rule_(
+                q, k, v, backend=self.pool.backend, **self.arguments(step, layer), **options
+            )
+        except BaseException as error:
+            if layer in step.saved:
+                self._put_back(step, layer)
+            if isinstance(error, (ValueError, TypeError, UnsupportedError)):  # refused: nothing was written
+                step.touched.discard(layer)
+            raise
 
     def state(self, place: int, s: LiveSequence) -> Array:
         return self.rows.read(s.rows[0])
 
-    def put(self, place: int, s: LiveSequence, states: Array) -> None:
-        self.rows.write(s.rows[0], states)
-
     def nbytes(self) -> Mapping[str, int]:
-        return {"states": self.rows.nbytes(), "log": 0}
+        return {"states": self.rows.nbytes() + self.saved.nbytes(), "log": 0}
