@@ -12,6 +12,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -439,6 +440,63 @@ def test_someone_elses_function_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert module.gated_delta_update is other
     module.gated_delta_update = original
+
+
+def test_blocks_that_overlap() -> None:
+    def steps() -> Iterator[None]:
+        with adm.enable():
+            yield
+
+    a, b = steps(), steps()
+    next(a)
+    next(b)
+    a.close()
+    assert adm.status().enabled
+    with adm.disable():
+        assert not adm.status().enabled
+        b.close()
+    assert not adm.status().enabled
+    with adm.enable():
+        adm.enable()
+    assert adm.status().enabled
+    adm.disable()
+
+
+def test_what_others_wrapped_follows_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function, the layer's call, and a generator that begins when it is first asked."""
+    module = importlib.import_module("mlx_lm.models.qwen3_5")
+    model, prompt = build("qwen3_5"), tokens(5)
+    want = model(prompt[None])
+    places = [(module, "gated_delta_update"), (module.GatedDeltaNet, "__call__")]
+    for owner, name in places:  # put back at the end of the test
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    adm.enable()
+    for owner, name in places:
+        ours = getattr(owner, name)
+        setattr(owner, name, lambda *args, _ours=ours, **how: _ours(*args, **how))
+    taken = adm.status().taken
+    same(model(prompt[None]), want)
+    assert adm.status().taken > taken
+    late = generate.speculative_generate_step(prompt, model, model, max_tokens=2)
+    with pytest.warns(RuntimeWarning, match="was replaced by someone else"):
+        adm.disable()
+    before = adm.status()
+    assert mx.array_equal(model(prompt[None]), want)
+    with pytest.raises(ValueError, match="requires a trimmable prompt cache"):
+        next(late)
+    assert adm.status() == before
+
+
+def test_a_saved_cache_is_loaded_as_a_plain_one(model: Any, tmp_path: Path) -> None:
+    x = tokens(1, 9)
+    with adm.enable():
+        caches = adm.make_prompt_cache(model, 4)
+        model(x[:, :6], cache=caches)
+        assert copy.deepcopy(caches[0]).recorded == 4
+        theirs.save_prompt_cache(str(tmp_path / "a.safetensors"), caches)
+        again = theirs.load_prompt_cache(str(tmp_path / "a.safetensors"))
+        assert theirs.ArraysCache in {type(c) for c in again}
+        same(model(x[:, 6:], cache=again), model(x[:, 6:], cache=caches))
 
 
 def test_versions_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:

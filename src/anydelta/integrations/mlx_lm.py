@@ -20,13 +20,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import threading
 import types
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from .switch import LOCK, Patch, Place, Switch, guarded
 
 OLDEST, NEWEST = (0, 32), (0, 32)
 SUPPORTED = "mlx-lm 0.32"
@@ -81,38 +81,29 @@ class Status:
         return "\n".join(lines)
 
 
-class Switch:
-    """What `enable` and `disable` return: as a context manager, it puts back what was before, at the end."""
-
-    def __init__(self, before: bool):
-        self._before: bool | None = before
-
-    def __enter__(self) -> Switch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            before, self._before = self._before, None
-            _set(before)
-
-
 def enable() -> Switch:
     """Run the linear attention of mlx-lm's models on anydelta. Enabling twice is enabling once.
+
+    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
+    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
 
     Raises:
         ImportError: mlx or mlx-lm is missing, or its version is not one of those supported.
         RuntimeError: the version is right but its functions are not those it is known for.
     """
-    return Switch(_set(True))
+    return _switch(True)
 
 
 def disable() -> Switch:
     """Undo `enable()`: mlx-lm gets back what it had. Nothing happens if it was not enabled.
 
+    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
+    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+
     Raises:
         ImportError, RuntimeError: as `enable`.
     """
-    return Switch(_set(False))
+    return _switch(False)
 
 
 def status() -> Status:
@@ -120,7 +111,7 @@ def status() -> Status:
     _hooks()
     return Status(
         importlib.import_module("mlx_lm").__version__,
-        _enabled,
+        _everywhere.on,
         tuple(f.name for f in FAMILIES),
         _taken["gated_delta_update"],
         dict(_passed_on),
@@ -153,47 +144,35 @@ def make_prompt_cache(model: Any, rollback: int) -> list[Any]:
 
 # ---- What is replaced
 
-_lock = threading.RLock()
-_enabled = False
 _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
-@dataclass
-class _Hook:
-    """An attribute of a module or class of mlx-lm: theirs, and what we put there."""
+def _switch(on: bool) -> Switch:
+    with LOCK:
+        _hooks()
+        return Switch(on, [_everywhere])
 
-    owner: Any
-    name: str
-    theirs: Any
-    ours: Any
 
-    def set(self, on: bool) -> None:
-        here = self.owner.__dict__[self.name]
-        if here is (self.theirs if on else self.ours):
-            setattr(self.owner, self.name, self.ours if on else self.theirs)
+def _set_everywhere(on: bool) -> list[str]:
+    warnings: list[str] = []
+    for patch in _hooks():
+        if on:
+            patch.put()
         else:
-            warnings.warn(
-                f"anydelta: {self.owner.__name__}.{self.name} was replaced by someone else, and stays as it is",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            warnings += patch.take()
+    return warnings
 
 
-def _set(on: bool) -> bool:
-    """Returns what was before."""
-    global _enabled
-    with _lock:
-        hooks = _hooks()
-        before, _enabled = _enabled, on
-        if before != on:
-            for hook in hooks:
-                hook.set(on)
-        return before
+_everywhere = Place(_set_everywhere)
+
+
+def _guarded(make: Callable[..., Any], *more: Any) -> Callable[[Any], Any]:
+    return lambda theirs: guarded(theirs, make(theirs, *more), _everywhere)
 
 
 @functools.cache
-def _hooks() -> tuple[_Hook, ...]:
+def _hooks() -> tuple[Patch, ...]:
     """All of them, after a check that they are the known ones."""
     _check_version()
     functions = importlib.import_module("anydelta.integrations.mlx_lm_functions")
@@ -205,11 +184,8 @@ def _hooks() -> tuple[_Hook, ...]:
         if layer is None or update is None or list(inspect.signature(update).parameters) != _PARAMETERS:
             problems.append(family.module)
             continue
-        hooks.append(
-            _Hook(module, "gated_delta_update", update, functions.update(update, _taken, _passed_on))
-        )
-        theirs = layer.__dict__["__call__"]
-        hooks.append(_Hook(layer, "__call__", theirs, functions.layer(theirs, family.convolutions)))
+        hooks.append(Patch(module, "gated_delta_update", _guarded(functions.update, _taken, _passed_on)))
+        hooks.append(Patch(layer, "__call__", _guarded(functions.layer, family.convolutions)))
     generate = importlib.import_module("mlx_lm.generate")
     name = "speculative_generate_step"
     if not {"model", "draft_model", "num_draft_tokens", "prompt_cache"} <= set(_parameters(generate, name)):
@@ -219,7 +195,7 @@ def _hooks() -> tuple[_Hook, ...]:
             f"anydelta.integrations.mlx_lm: requires the hooks of {SUPPORTED}; got other ones in "
             f"{', '.join(problems)}. Install a supported version, or report this one"
         )
-    hooks.append(_Hook(generate, name, getattr(generate, name), _drafting(getattr(generate, name))))
+    hooks.append(Patch(generate, name, _drafting))
     return tuple(hooks)
 
 
@@ -253,6 +229,9 @@ def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
 
     @functools.wraps(theirs)
     def speculative_generate_step(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        if not _everywhere.on:  # now that it begins
+            yield from theirs(*args, **kwargs)
+            return
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         models = [call.arguments["model"], call.arguments["draft_model"]]

@@ -130,6 +130,10 @@ class RollbackCache(ArraysCache):
         return int(super().nbytes) + sum(x.nbytes for x in held)
 
 
+# mlx-lm's prompt cache files name the class of each cache, and only its own can be loaded: a plain one, there.
+RollbackCache.__name__ = ArraysCache.__name__
+
+
 class Step:
     """A RollbackCache as a layer sees it while it runs some tokens; also the `state` that the layer hands to
     gated_delta_update and gets back from it.

@@ -16,17 +16,18 @@ many calls were taken, and why the others were not.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-import threading
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import dispatch
+from .switch import LOCK, Patch, Place, Switch, guarded, stock, warn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,63 +104,47 @@ class Status:
         return "\n".join(lines)
 
 
-class Switch:
-    """What `enable` and `disable` return: as a context manager, it puts back what was before, at the end."""
-
-    def __init__(self, restore: Callable[[], None]):
-        self._restore: Callable[[], None] | None = restore
-
-    def __enter__(self) -> Switch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._restore is not None:
-            restore, self._restore = self._restore, None
-            restore()
-
-
 def enable(model: nn.Module | None = None) -> Switch:
     """Run the linear attention of all models, or of one, on anydelta. Enabling twice is enabling once.
+
+    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
+    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
 
     Raises:
         ImportError: Transformers or torch is missing, or its version is not one of those supported.
         RuntimeError: the version is right but its functions are not those it is known for.
         TypeError, ValueError: `model` is no torch.nn.Module, or has no layer that anydelta knows.
     """
-    with _lock:
+    with LOCK:
         bound = _families()
         _warn_without_backend()
         if model is None:
-            was = _everywhere
-            _set_everywhere(bound, True)
-            return Switch(lambda: _set_everywhere(bound, was))
-        before = [(layer, b, _own_slot(layer) is not None) for _, layer, b in _layers(model, bound, "enable")]
-        _set_layers([(layer, b, True) for layer, b, _ in before])
-        return Switch(_in_turn(lambda: _set_layers(before), _set_generating(model, bound, True)))
+            return Switch(True, [_everywhere])
+        layers = _layers(model, bound, "enable")
+        switch = Switch(True, _places(model, layers, bound))
+        _warn_of_strangers(layers)
+        return switch
 
 
 def disable(model: nn.Module | None = None) -> Switch:
     """Undo `enable()`, or `enable(model)`: Transformers gets back what it had. Nothing happens if it was not enabled.
 
+    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
+    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+
     Raises:
         ValueError: `disable(model)` while all models are enabled, which a single model cannot escape.
     """
-    with _lock:
+    with LOCK:
         bound = _families()
         if model is None:
-            was = _everywhere
-            _set_everywhere(bound, False)
-            return Switch(lambda: _set_everywhere(bound, was))
-        if _everywhere:
+            return Switch(False, [_everywhere])
+        if _everywhere.on:
             raise ValueError(
                 "disable: requires that anydelta is not enabled for all models; got disable(model) under enable(). "
                 "Call disable(), then enable(other_model) for each model that is to keep it"
             )
-        before = [
-            (layer, b, _own_slot(layer) is not None) for _, layer, b in _layers(model, bound, "disable")
-        ]
-        _set_layers([(layer, b, False) for layer, b, _ in before])
-        return Switch(_in_turn(lambda: _set_layers(before), _set_generating(model, bound, False)))
+        return Switch(False, _places(model, _layers(model, bound, "disable"), bound))
 
 
 def pack(model: nn.Module) -> Packed:
@@ -179,18 +164,16 @@ def pack(model: nn.Module) -> Packed:
 
 def status(model: nn.Module | None = None) -> Status:
     """What is replaced, in all models and in the given one, and how many calls went where."""
-    with _lock:
+    from .transformers_classes import runs_ours
+
+    with LOCK:
         bound = _families()
-        names: list[str] = []
-        if model is not None:
-            names = [
-                name for name, layer, _ in _layers(model, bound, "status") if _everywhere or _own_slot(layer)
-            ]
+        layers = [] if model is None else _layers(model, bound, "status")
         return Status(
             transformers=importlib.import_module("transformers").__version__,
-            everywhere=_everywhere,
+            everywhere=_everywhere.on,
             families=tuple(b.family.name for b in bound),
-            layers=tuple(names),
+            layers=tuple(name for name, layer, _ in layers if runs_ours(layer)),
             taken=dict(_taken),
             passed_on=dict(_passed_on),
         )
@@ -198,83 +181,113 @@ def status(model: nn.Module | None = None) -> Status:
 
 # ---- What is replaced
 
-_lock = threading.RLock()
-_everywhere = False
 _bound: list[_Bound] | None = None
 _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
+def _set_everywhere(on: bool) -> list[str]:
+    warnings: list[str] = []
+    for b in _families():
+        for patch in b.patches():
+            if on:
+                patch.put()
+            else:
+                warnings += patch.take()
+    return warnings
+
+
+_everywhere = Place(_set_everywhere)
+
+
 @dataclass
 class _Bound:
-    """A family in the running Transformers: what its module holds, and what we put there."""
+    """A family in the running Transformers: what is put into its module and classes."""
 
     family: Family
     module: types.ModuleType
     layer: type[nn.Module]
-    functions: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Name in the module: (theirs, ours)."""
-    forward: tuple[Any, Any] | None = None
-    """The layer's (theirs, ours) while all models are enabled."""
-    own_forward: Any = None
-    hooks: dict[tuple[type, str], Any] = field(default_factory=dict)
-    """By a class that generates and the name of its method: ours, where it stands in the class."""
+    functions: dict[str, Patch] = field(default_factory=dict)
+    """By the name in the module."""
+    dressed: dict[type, type] = field(default_factory=dict)
+    """Classes for single modules, by those that they stand for."""
 
-    @property
-    def generating(self) -> list[type]:
-        """The family's models that have `generate`."""
+    def __post_init__(self) -> None:
+        from . import transformers_functions
+        from .transformers_classes import KEPT, Rewired
+
+        for name, maker in self.family.functions.items():
+            make = getattr(transformers_functions, maker)
+            self.functions[name] = Patch(self.module, name, functools.partial(self._function, make, name))
         classes = [c for c in vars(self.module).values() if isinstance(c, type) and hasattr(c, "generate")]
-        return [c for c in classes if c.__module__ == self.module.__name__]
+        self.generating = tuple(c for c in classes if c.__module__ == self.module.__name__)
+        """The family's models that have `generate`."""
+        self.forward = Patch(self.layer, "forward", self._forward)
+        self.kept = Patch(self.layer, KEPT, lambda _: Rewired())
+        self.hooks = [
+            Patch(owner, name, functools.partial(_hook, name))
+            for owner in self.generating
+            for name in _hooks()
+        ]
+        self.learn()
 
-    def set_hooks(self, on: bool) -> None:
-        """Put our methods of `generate` into the classes, or take them out."""
-        from .transformers_generate import HOOKS
-
-        for owner in self.generating:
-            for name, maker in HOOKS.items():
-                if on:
-                    self.hooks[owner, name] = maker(getattr(owner, name))
-                    setattr(owner, name, self.hooks[owner, name])
-                elif owner.__dict__.get(name) is self.hooks.pop((owner, name)):
-                    delattr(owner, name)
+    def patches(self) -> Iterator[Patch]:
+        """All that `enable()` puts in place."""
+        self.learn()
+        yield from (*self.functions.values(), self.forward, self.kept, *self.hooks)
 
     def learn(self) -> None:
         """Look at what is there now, unless that is ours or already known."""
-        from . import transformers_functions as _functions
+        news = [patch.learn() for patch in (*self.functions.values(), self.forward)]
+        if any(news):
+            self.dressed = {}
+
+    def _function(self, make: Callable[..., Any], name: str, theirs: Any) -> Any:
+        ours = make(theirs, f"{self.family.name}.{name}", _taken, _passed_on)
+        return guarded(theirs, ours, _everywhere)
+
+    def _forward(self, theirs: Any) -> Any:
+        return guarded(theirs, self._fused(theirs), _everywhere, name="forward")
+
+    def _fused(self, theirs: Any) -> Any:
         from .transformers_layers import fused
 
-        for name, maker in self.family.functions.items():
-            here = getattr(self.module, name)
-            if name not in self.functions or not any(here is known for known in self.functions[name]):
-                ours = getattr(_functions, maker)(here, f"{self.family.name}.{name}", _taken, _passed_on)
-                self.functions[name] = (here, ours)
-                self.own_forward = None
-        here = self.layer.__dict__["forward"]
-        if self.forward is None or not any(here is known for known in self.forward):
-            self.forward = (here, fused(here, self.family.name, _taken, _passed_on))
-            self.own_forward = None
+        return fused(theirs, self.family.name, _taken, _passed_on)
 
-    def forward_for_one(self) -> Any:
-        """The forward that `enable(model)` gives a layer."""
-        from .transformers_layers import fused
+    def dress(self, base: type) -> type:
+        """The class that `enable(model)` gives a layer, or a part that generates, in the place of `base`."""
+        from .transformers_classes import dressed, is_dressed
 
+        if is_dressed(base):
+            return base
         self.learn()
-        if self.own_forward is None:
-            assert self.forward is not None
-            ours = {name: ours for name, (_, ours) in self.functions.items()}
-            own = _with_globals(self.forward[0], self.module, ours)
-            if own is None:
-                raise RuntimeError(
-                    f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
-                    f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
-                )
-            self.own_forward = fused(own, self.family.name, _taken, _passed_on)
-            _own_forwards.append(self.own_forward)
-        return self.own_forward
+        if base not in self.dressed:
+            self.dressed[base] = dressed(base, self._methods(base), _everywhere)
+        return self.dressed[base]
+
+    def _methods(self, base: type) -> dict[str, Any]:
+        if not issubclass(base, self.layer):
+            return {name: make(stock(getattr(base, name))) for name, make in _hooks().items()}
+        if stock(base.forward) is not self.forward.theirs:
+            return {}  # a subclass with a forward of its own
+        ours = {name: patch.ours.anydelta.ours for name, patch in self.functions.items()}
+        own = _with_globals(self.forward.theirs, self.module, ours)
+        if own is None:
+            raise RuntimeError(
+                f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
+                f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
+            )
+        return {"forward": self._fused(own)}
 
 
-_own_forwards: list[Any] = []
-"""Every forward we ever gave to a single layer; a copied or loaded model may still hold an old one."""
+def _hooks() -> dict[str, Any]:
+    from .transformers_generate import HOOKS
+
+    return HOOKS
+
+
+def _hook(name: str, theirs: Any) -> Any:
+    return guarded(stock(theirs), _hooks()[name](stock(theirs)), _everywhere, name=name)
 
 
 def _families() -> list[_Bound]:
@@ -312,20 +325,23 @@ def _bind(family: Family) -> _Bound:
     Raises:
         RuntimeError: a name is missing, or takes other parameters than the function we would put in its place.
     """
+    from .transformers_classes import LAYERS
+
     module = importlib.import_module(family.module)
     problems = [n for n in (*family.functions, family.layer) if not hasattr(module, n)]
     if not problems:
         bound = _Bound(family, module, getattr(module, family.layer))
-        bound.learn()
-        for name, (theirs, ours) in bound.functions.items():
+        for name, patch in bound.functions.items():
+            theirs = patch.theirs
             if not inspect.isroutine(
                 theirs
             ):  # a module that the kernels library put there: it takes anything
                 continue
-            want, got = _parameters(ours), _parameters(inspect.unwrap(theirs))
+            want, got = _parameters(patch.ours.anydelta.ours), _parameters(inspect.unwrap(theirs))
             if got[: len(want)] != want:
                 problems.append(f"{name}({', '.join(got)})")
         if not problems:
+            LAYERS.add(bound.layer)
             return bound
     raise RuntimeError(
         f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got {family.module} with other or "
@@ -339,40 +355,7 @@ def _parameters(f: Callable[..., Any]) -> list[str]:
     return [p.name for p in signature.parameters.values() if p.kind not in kinds]
 
 
-def _set_everywhere(bound: list[_Bound], on: bool) -> None:
-    global _everywhere
-    with _lock:
-        if on == _everywhere:
-            return
-        _everywhere = on
-        for b in bound:
-            if on:
-                b.learn()
-            for name, pair in b.functions.items():
-                _swap(b.module, name, pair, on)
-            assert b.forward is not None
-            _swap(b.layer, "forward", b.forward, on)
-            b.set_hooks(on)
-
-
-def _swap(owner: Any, name: str, pair: tuple[Any, Any], on: bool) -> None:
-    theirs, ours = pair
-    if on:
-        setattr(owner, name, ours)
-    elif owner.__dict__[name] is ours:
-        setattr(owner, name, theirs)
-    else:
-        warnings.warn(
-            f"anydelta: {owner.__name__}.{name} was replaced by someone else since enable(), and stays as it is",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
 # ---- One model
-
-_SLOTS = ("forward", "_old_forward")
-"""Where an instance may carry a forward of its own; accelerate's hooks move it to the second."""
 
 
 def _layers(model: Any, bound: list[_Bound], op: str) -> list[tuple[str, nn.Module, _Bound]]:
@@ -398,74 +381,24 @@ def _layers(model: Any, bound: list[_Bound], op: str) -> list[tuple[str, nn.Modu
     return found
 
 
-def _own_slot(layer: nn.Module) -> str | None:
-    """Where the layer keeps a forward of ours, if it has one."""
-    for slot in _SLOTS:
-        function = getattr(layer.__dict__.get(slot), "__func__", None)
-        if function is not None and any(function is f for f in _own_forwards):
-            return slot
-    return None
+def _places(
+    model: nn.Module, layers: list[tuple[str, nn.Module, _Bound]], bound: list[_Bound]
+) -> list[Place]:
+    """The model's layers and the parts of it that generate. Raises before anything is changed."""
+    from .transformers_classes import place
+
+    modules = [(layer, b) for _, layer, b in layers]
+    modules += [(m, b) for m in model.modules() for b in bound if isinstance(m, b.generating)]
+    for module, b in modules:
+        b.dress(type(module))
+    return [place(module, b.dress) for module, b in modules]
 
 
-def _set_layer(layer: nn.Module, b: _Bound, on: bool) -> None:
-    slot = _own_slot(layer)
-    if on == (slot is not None):
-        return
-    if slot is not None:
-        if slot == "forward":
-            del layer.__dict__[slot]
-        else:
-            layer.__dict__[slot] = types.MethodType(type(layer).forward, layer)
-        return
-    hooked = "_old_forward" in layer.__dict__  # accelerate's hook runs first and calls this one
-    if not hooked and "forward" in layer.__dict__:
-        warnings.warn(
-            f"anydelta: a {type(layer).__name__} already has a forward of its own (a kernel?), which stays",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return
-    layer.__dict__["_old_forward" if hooked else "forward"] = types.MethodType(b.forward_for_one(), layer)
+def _warn_of_strangers(layers: list[tuple[str, nn.Module, _Bound]]) -> None:
+    from .transformers_classes import runs_ours
 
-
-def _set_generating(model: nn.Module, bound: list[_Bound], on: bool) -> Callable[[], None]:
-    """Give the parts of a model that generate our methods, or take them away; returns what undoes that."""
-    from .transformers_generate import HOOKS
-
-    classes = tuple(c for b in bound for c in b.generating)
-    parts = [m for m in model.modules() if isinstance(m, classes)]
-    before = [(part, {name: part.__dict__.get(name) for name in HOOKS}) for part in parts]
-    for part in parts:
-        for name, maker in HOOKS.items():
-            part.__dict__.pop(name, None)
-            if on:
-                theirs = getattr(type(part), name)
-                if any(theirs is ours for b in bound for ours in b.hooks.values()):
-                    theirs = theirs.__wrapped__
-                part.__dict__[name] = types.MethodType(maker(theirs), part)
-
-    def undo() -> None:
-        for part, methods in before:
-            for name, method in methods.items():
-                part.__dict__.pop(name, None)
-                if method is not None:
-                    part.__dict__[name] = method
-
-    return undo
-
-
-def _in_turn(*steps: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run
-
-
-def _set_layers(wanted: list[tuple[nn.Module, _Bound, bool]]) -> None:
-    with _lock:
-        for layer, b, on in wanted:
-            _set_layer(layer, b, on)
+    for kind in {type(layer).__name__ for _, layer, _ in layers if not runs_ours(layer)}:
+        warn(f"anydelta: a {kind} already has a forward of its own (a kernel?), which stays")
 
 
 def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, Any]) -> Any:

@@ -35,6 +35,7 @@ class RollbackCache(DynamicCache):
     def __init__(self, *args: Any, config: Any = None, rollback: int = ROLLBACK, **kwargs: Any):
         super().__init__(*args, config=config, **kwargs)
         with_rollback(self)
+        self.config = config
         self.rollback = rollback
         self.is_assistants = False
         """Whether it belongs to a model that drafts, in `generate`."""

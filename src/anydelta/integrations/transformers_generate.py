@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from transformers.modeling_layers import MtpModel
 
 from .transformers_cache import RollbackCache, with_rollback
+from .transformers_classes import require_ours
 
 Method = Callable[..., Any]
 
@@ -104,6 +105,8 @@ def prepare_cache(theirs: Method) -> Method:
     ) -> Any:
         cache = model_kwargs.get("past_key_values")
         assistant = bool(generation_config.is_assistant)
+        if assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            require_ours(self)
         if not assistant and generation_mode != GenerationMode.ASSISTED_GENERATION:
             if isinstance(cache, RollbackCache):
                 cache.stop_recording()

@@ -380,7 +380,7 @@ def _why_not(self: Any, parts: Parts, x: torch.Tensor, cache: Any, kwargs: dict[
         return f"the activation {self.activation}"
     for module in (conv, norm):
         own = module.__dict__
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        if _wrapped(module, x) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return f"hooks on its {type(module).__name__}"
     if getattr(norm, "activation", None) not in ("silu", "sigmoid"):
         return f"the norm {type(norm).__name__}"
@@ -399,6 +399,25 @@ def _why_not(self: Any, parts: Parts, x: torch.Tensor, cache: Any, kwargs: dict[
     if packed:
         return "packed rows with a cache"
     return _why_not_cache(self, parts, x, cache)
+
+
+def _wrapped(module: Any, x: torch.Tensor) -> bool:
+    """Whether its forward is not that of its class alone. A hook of accelerate whose module has its weights where x is
+    has nothing to do."""
+    own = module.__dict__
+    if "forward" not in own:
+        return False
+    hook = own.get("_hf_hook")
+    return (
+        getattr(getattr(own["forward"], "func", None), "__module__", None) != "accelerate.hooks"
+        or f"{type(hook).__module__}.{type(hook).__name__}" not in _IDLE_HOOKS
+        or getattr(hook, "offload", False)
+        or getattr(own.get("_old_forward"), "__func__", None) is not type(module).forward
+        or any(p.device != x.device for p in module.parameters())
+    )
+
+
+_IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook")
 
 
 @functools.cache

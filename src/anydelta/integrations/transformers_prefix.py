@@ -11,18 +11,36 @@ have been kept. A checkpoint holds it, with the convolution windows and the atte
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from ..state.files import File, safetensors
 from .transformers_cache import ROLLBACK, RollbackCache
 
 FORMAT = "anydelta prefix 1"
+_NAME = re.compile(r"[0-9]{1,6}\.(?:(?P<kind>keys|values)|(?P<state>conv|recurrent)\.[0-9])")
+_AXES = {"keys": 4, "values": 4, "conv": 3, "recurrent": 4}
+_PARTNER = {"keys": "values", "values": "keys", "conv": "recurrent", "recurrent": "conv"}
+_FACTS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim", "linear_allow_neg_eigval",
+    "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+)  # fmt: skip
+"""Of a config: what tells one model from another."""
+_lock = threading.Lock()
+"""Of all stores' books; models run without it. (A lock in a store would keep it from being copied.)"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,10 @@ class Checkpoint:
     tokens: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
     """By "layer.keys", "layer.values", "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
+    model: str | None = None
+    """`fingerprint` of the config of the model that it is of; None: not known."""
+    file: str | None = None
+    """Where it was loaded from."""
 
     @classmethod
     def take(cls, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
@@ -62,14 +84,21 @@ class Checkpoint:
                     f"Checkpoint: requires attention layers that keep all tokens; got a {type(layer).__name__}. "
                     "Sliding windows are not supported"
                 )
-        return cls(tuple(input_ids[0, :held].tolist()), tensors)
+        config = getattr(cache, "config", None)
+        model = None if config is None else fingerprint(config)
+        return cls(tuple(input_ids[0, :held].tolist()), tensors, model)
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors.values())
 
     def cache(self, config: Any, rollback: int = ROLLBACK) -> RollbackCache:
-        """A new cache that goes on from here; `config` is the model's."""
+        """A new cache that goes on from here; `config` is the model's.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        self.check(config)
         cache = RollbackCache(config=config, rollback=rollback)
         for name, x in self.tensors.items():
             index, kind, *state = name.split(".")
@@ -88,37 +117,116 @@ class Checkpoint:
                 layer.is_recurrent_states_initialized[i] = True
         return cache
 
-    def save(self, path: str | Path) -> None:
-        """To a safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
-        save_file(tensors, path, metadata={"format": FORMAT, "tokens": json.dumps(self.tokens)})
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-        """From a file that `save` wrote.
+    def check(self, config: Any, dtype: torch.dtype | None = None) -> None:
+        """Whether a model with this config, and of this dtype, can go on from here.
 
         Raises:
-            ValueError: it is a safetensors file of something else.
+            ValueError: it cannot.
         """
-        from safetensors import safe_open
+        text = config.get_text_config(decoder=True)
+        if self.model is not None and self.model != fingerprint(config):
+            self._refuse(text, "another config")
+        if max(self.tokens, default=0) >= text.vocab_size:
+            self._refuse(text, f"token {max(self.tokens)} of a vocabulary of {text.vocab_size}")
+        want = _shapes(text, len(self.tokens))
+        if missing := sorted(set(want) ^ set(self.tensors)):
+            self._refuse(text, f"other layers: {missing[0]} is in one of them only")
+        for name, x in self.tensors.items():
+            if tuple(x.shape) not in want[name]:
+                self._refuse(text, f"{name} of {list(x.shape)} instead of {list(want[name][0])}")
+            if dtype is not None and ".recurrent." not in name and x.dtype != dtype:
+                self._refuse(text, f"{name} of {x.dtype} instead of {dtype}")
 
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != FORMAT:
-                raise ValueError(
-                    f"Checkpoint.load: requires a file that Checkpoint.save wrote ({FORMAT!r}); got {path} with "
-                    f"{facts.get('format')!r}"
-                )
-            return cls(
-                tuple(json.loads(facts["tokens"])),
-                {name: file.get_tensor(name) for name in list(file.keys())},
-            )
+    def _refuse(self, text: Any, got: str) -> NoReturn:
+        where = "" if self.file is None else f"{self.file}, "
+        raise ValueError(
+            f"Checkpoint: requires the states of a {text.model_type} model with this very config; got {where}{got}. "
+            "Take the checkpoint anew with this model"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """To a safetensors file."""
+        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
+        facts = {"format": FORMAT, "tokens": json.dumps(self.tokens)}
+        if self.model is not None:
+            facts["model"] = self.model
+        safetensors("Checkpoint.save", "torch").save_file(tensors, path, metadata=facts)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", config: Any = None) -> Checkpoint:
+        """From a file that `save` wrote, for the model with this config; without one, `cache` compares it.
+
+        Raises:
+            ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers; or it
+                is of another model.
+        """
+        file = File("Checkpoint.load", path, FORMAT, "torch")
+        tokens = file.tokens("tokens", file.parsed("tokens"))
+        if not tokens:
+            file.refuse("no tokens")
+        dtypes = set()
+        for name in file.arrays:
+            match = _NAME.fullmatch(name)
+            if match is None:
+                file.refuse(f"an array {name!r}, which is of no layer")
+            kind = match["kind"] or match["state"]
+            x = file.check(name, _AXES[kind])
+            if name.replace(kind, _PARTNER[kind]) not in file.arrays:
+                file.refuse(f"{name!r} without its {_PARTNER[kind]}")
+            if x.shape[0] != 1 or (kind in ("keys", "values") and x.shape[2] != len(tokens)):
+                file.refuse(f"{name!r} of {list(x.shape)} for one row of {len(tokens)} tokens")
+            if kind != "recurrent":
+                dtypes.add(x.dtype)
+        if len(dtypes) != 1:
+            file.refuse(f"arrays of {', '.join(map(str, dtypes)) or 'no type'}, where a model has one type")
+        tensors = {name: x.to(device) for name, x in file.arrays.items()}
+        out = cls(tokens, tensors, file.metadata.get("model"), file.path)
+        if config is not None:
+            out.check(config)
+        return out
+
+
+def fingerprint(config: Any) -> str:
+    """A digest of what a model's config says about its layers, the same in all releases of Transformers."""
+    text = config.get_text_config(decoder=True)
+    facts = {name: getattr(text, name, None) for name in _FACTS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _shapes(config: Any, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """By the names of a checkpoint's tensors: the shapes that they may have."""
+    W = config.linear_conv_kernel_dim
+    if hasattr(config, "linear_num_heads"):
+        HV, K, V = config.linear_num_heads, config.linear_head_dim, config.linear_head_dim
+        C = 3 * HV * K
+    else:
+        HV, K, V = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+        C = 2 * config.linear_num_key_heads * K + HV * V
+    heads = config.num_key_value_heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = values = [(heads, D)]
+    if (
+        rank := getattr(config, "kv_lora_rank", None)
+    ) is not None:  # latent attention: as it is, or spread out
+        rope = config.qk_rope_head_dim
+        keys = [(1, rank), (heads, config.qk_nope_head_dim + rope)]
+        values = [(1, rope), (heads, config.v_head_dim)]
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for i, layer in enumerate(RollbackCache(config=config).layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for j in range(layer.number_of_states):
+                found[f"{i}.conv.{j}"] = ((1, C, W), (1, C, W - 1))
+                found[f"{i}.recurrent.{j}"] = ((1, HV, K, V),)
+        else:
+            found[f"{i}.keys"] = tuple((1, h, tokens, d) for h, d in keys)
+            found[f"{i}.values"] = tuple((1, h, tokens, d) for h, d in values)
+    return found
 
 
 class PrefixStore:
     """Checkpoints of one model, found by the tokens that a prompt begins with; the least recently used go first.
+
+    Threads may share one.
 
     Args:
         model: one that generates, of a family that anydelta knows.
@@ -138,29 +246,39 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Of all checkpoints; keys and values that several share are counted for each."""
-        return sum(c.nbytes for c in self._kept.values())
+        with _lock:
+            return sum(c.nbytes for c in self._kept.values())
 
     def add(self, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
         """Keep the cache as it is now; `input_ids` [1, T] begins with the tokens that it holds."""
         return self.put(Checkpoint.take(input_ids, cache))
 
     def put(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Keep a checkpoint, such as a loaded one."""
-        self._kept[checkpoint.tokens] = checkpoint
-        self._kept.move_to_end(checkpoint.tokens)
-        while self.max_bytes is not None and self.nbytes > self.max_bytes and len(self._kept) > 1:
-            self._kept.popitem(last=False)
+        """Keep a checkpoint, such as a loaded one.
+
+        Raises:
+            ValueError: it was loaded, and is of another model.
+        """
+        if checkpoint.file is not None:
+            checkpoint.check(self.model.config, self.model.dtype)
+        with _lock:
+            self._kept[checkpoint.tokens] = checkpoint
+            self._kept.move_to_end(checkpoint.tokens)
+            held = 0 if self.max_bytes is None else sum(c.nbytes for c in self._kept.values())
+            while self.max_bytes is not None and held > self.max_bytes and len(self._kept) > 1:
+                held -= self._kept.popitem(last=False)[1].nbytes
         return checkpoint
 
     def find(self, input_ids: torch.Tensor) -> Checkpoint | None:
         """The longest checkpoint that these tokens [1, T] begin with, and that leaves one of them to run."""
         tokens = tuple(input_ids[0].tolist())
-        fits = [t for t in self._kept if len(t) < len(tokens) and tokens[: len(t)] == t]
-        if not fits:
-            return None
-        best = max(fits, key=len)
-        self._kept.move_to_end(best)
-        return self._kept[best]
+        with _lock:
+            fits = [t for t in self._kept if len(t) < len(tokens) and tokens[: len(t)] == t]
+            if not fits:
+                return None
+            best = max(fits, key=len)
+            self._kept.move_to_end(best)
+            return self._kept[best]
 
     def cache_for(self, input_ids: torch.Tensor) -> RollbackCache:
         """A cache that holds all of these tokens [1, T] but the last, for `generate` to go on from.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .files import File, safetensors
+
 Array = Any
+FORMAT = "anydelta.snapshots.1"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Snapshot:
 
 
 class Snapshots(MutableMapping[str, Snapshot]):
-    """Named checkpoints, in memory and in a file: a shared prefix is computed once.
+    """Named checkpoints, in memory and in a file: a shared prefix is computed once. Threads may share one.
 
     snapshots["system prompt"] = pool.save(s, tokens=prompt)
     name, start = snapshots.nearest(tokens)         # the longest checkpoint that is a prefix of these tokens
@@ -43,7 +45,7 @@ class Snapshots(MutableMapping[str, Snapshot]):
         return self._items[name]
 
     def __setitem__(self, name: str, snapshot: Snapshot) -> None:
-        if not isinstance(name, str) or not name or "/" in name:
+        if not _is_name(name):
             raise ValueError(f"Snapshots: a name must be a string without '/'; got {name!r}")
         if not isinstance(snapshot, Snapshot):
             raise TypeError(
@@ -54,17 +56,37 @@ class Snapshots(MutableMapping[str, Snapshot]):
     def __delitem__(self, name: str) -> None:
         del self._items[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
     def __len__(self) -> int:
         return len(self._items)
+
+    # Each of these is one step of the dictionary, or goes over a copy of it: other threads come before or after it.
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items.copy())
+
+    def values(self) -> ValuesView[Snapshot]:
+        return self._items.copy().values()
+
+    def items(self) -> ItemsView[str, Snapshot]:
+        return self._items.copy().items()
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return self._items.pop(name, *default)
+
+    def popitem(self) -> tuple[str, Snapshot]:
+        for name, item in self.items():
+            if self._items.pop(name, None) is not None:
+                return name, item
+        raise KeyError("popitem: requires a checkpoint; got none")
+
+    def clear(self) -> None:
+        self._items.clear()
 
     def nearest(self, tokens: Iterable[int]) -> tuple[str, int] | None:
         """(name, number of its tokens) of the longest checkpoint whose tokens begin `tokens`; None if none does."""
         want = tuple(int(t) for t in tokens)
         best = None
-        for name, item in self._items.items():
+        for name, item in self.items():
             seen = item.tokens
             if seen is not None and seen == want[: len(seen)] and (best is None or len(seen) > best[1]):
                 best = (name, len(seen))
@@ -78,16 +100,19 @@ class Snapshots(MutableMapping[str, Snapshot]):
         """
         arrays: dict[str, Any] = {}
         about = {}
-        for name, item in self._items.items():
+        for name, item in self.items():
             arrays[f"{name}/states"] = item.states
             if item.conv is not None:
                 arrays[f"{name}/conv"] = item.conv
-            about[name] = {"state_layout": item.state_layout, "length": item.length, "tokens": item.tokens}
-        metadata = {"format": "anydelta.snapshots.1", "snapshots": json.dumps(about)}
+            about[name] = {
+                "state_layout": item.state_layout, "length": item.length, "tokens": item.tokens,
+                "conv": item.conv is not None,
+            }  # fmt: skip
+        metadata = {"format": FORMAT, "snapshots": json.dumps(about)}
         torch_ones = [not isinstance(x, np.ndarray) for x in arrays.values()]
         if any(torch_ones) and not all(torch_ones):
             raise ValueError("Snapshots.save: requires arrays of one kind; got both NumPy's and torch's")
-        module = _safetensors("torch" if any(torch_ones) else "numpy")
+        module = safetensors("Snapshots.save", "torch" if any(torch_ones) else "numpy")
         dense = {n: x.contiguous() if any(torch_ones) else np.ascontiguousarray(x) for n, x in arrays.items()}
         module.save_file(dense, str(path), metadata=metadata)
 
@@ -97,37 +122,44 @@ class Snapshots(MutableMapping[str, Snapshot]):
 
         Raises:
             ImportError: safetensors is missing.
-            ValueError: the file holds something else.
+            ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers.
         """
-        module = _safetensors("numpy" if device is None else "torch")
-        with module.safe_open(str(path), framework="np" if device is None else "pt") as f:
-            metadata = f.metadata() or {}
-            if metadata.get("format") != "anydelta.snapshots.1":
-                raise ValueError(
-                    f"Snapshots.load: requires a file that Snapshots.save wrote; got format {metadata.get('format')!r}"
-                )
-            names = set(f.keys())
-            arrays = {n: f.get_tensor(n) for n in names}
-        if device is not None:
-            arrays = {n: x.to(device) for n, x in arrays.items()}
-        out = cls()
-        for name, about in json.loads(metadata["snapshots"]).items():
-            tokens = None if about["tokens"] is None else tuple(about["tokens"])
-            out[name] = Snapshot(
-                arrays[f"{name}/states"],
-                arrays.get(f"{name}/conv"),
-                about["state_layout"],
-                about["length"],
-                tokens,
-            )
-        return out
+        file = File("Snapshots.load", path, FORMAT, "numpy" if device is None else "torch")
+        about = file.parsed("snapshots")
+        if not isinstance(about, dict) or not all(map(_is_name, about)):
+            file.refuse("no names of snapshots in its metadata")
+        out = cls({name: _snapshot(file, name, facts) for name, facts in about.items()})
+        file.only(
+            f"{n}/{part}"
+            for n, x in out.items()
+            for part in ("states", *(["conv"] if x.conv is not None else []))
+        )
+        if device is None:
+            return out
+        return cls({name: replace(item, **_on(device, item)) for name, item in out.items()})
 
 
-def _safetensors(framework: str) -> Any:
-    try:
-        return importlib.import_module(f"safetensors.{framework}")
-    except ImportError as error:
-        raise ImportError(
-            "Snapshots: saving and loading requires the package safetensors; got none. "
-            "pip install 'anydelta[safetensors]'"
-        ) from error
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and "/" not in name
+
+
+def _snapshot(file: File, name: str, facts: Any) -> Snapshot:
+    if not isinstance(facts, dict) or facts.get("state_layout") not in ("kv", "vk"):
+        file.refuse(f"no state_layout of {name!r}")
+    states = file.check(f"{name}/states", 4)
+    with_conv = facts.get("conv", f"{name}/conv" in file.arrays)  # earlier files do not say it
+    conv = file.check(f"{name}/conv", 3) if with_conv else None
+    if conv is not None and conv.shape[0] != states.shape[0]:
+        file.refuse(f"{states.shape[0]} layers of states and {conv.shape[0]} of convolutions in {name!r}")
+    length = file.count("a length", facts.get("length"))
+    tokens = facts.get("tokens")
+    return Snapshot(
+        states, conv, facts["state_layout"], length, None if tokens is None else file.tokens("tokens", tokens)
+    )
+
+
+def _on(device: Any, item: Snapshot) -> dict[str, Array]:
+    return {
+        "states": item.states.to(device),
+        "conv": None if item.conv is None else item.conv.to(device),
+    }

@@ -1,0 +1,214 @@
+"""enable() and disable() of every program: which call counts, and what is put where.
+
+A `Place` is where something is switched on: all models, or one module. Of the calls of enable() and disable() in force
+there, the one that began last decides. A block's call is in force to the end of the block, in whatever order blocks
+end; any other call for good. A `Patch` is one attribute that holds ours while the place is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+LOCK = threading.RLock()
+"""Whoever changes what is switched on holds it."""
+MISSING: Any = object()
+
+
+class Switch:
+    """What `enable` and `disable` return. As a context manager, the call ends with the block."""
+
+    def __init__(self, on: bool, places: Sequence[Place]):
+        self._on, self._places = on, places
+        self._calls: list[_Call] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        with LOCK:
+            self._calls.append(_Call(self._on, self))
+            for place in self._places:
+                place.begin(self._calls[-1])
+
+    def __enter__(self) -> Switch:
+        with LOCK:
+            if not self._calls or self._calls[-1].is_block:  # entered before: a block of its own
+                self._begin()
+            self._calls[-1].is_block = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with LOCK:
+            if self._calls:
+                call = self._calls.pop()
+                for place in self._places:
+                    place.end(call)
+
+
+class _Call:
+    """A call of enable() or disable()."""
+
+    def __init__(self, on: bool, switch: Switch | None = None):
+        self.on, self.is_block = on, False
+        self._switch = None if switch is None else weakref.ref(switch)
+
+    @property
+    def is_for_good(self) -> bool:
+        """Whether nobody can make a block of it, or end it, any more."""
+        return not self.is_block and (self._switch is None or self._switch() is None)
+
+
+class Place:
+    """Where something is switched on; `change` is told when that turns, and returns what to warn of.
+
+    Attributes:
+        on: whether it is.
+    """
+
+    def __init__(self, change: Callable[[bool], Sequence[str]], on: bool = False):
+        self.on = on
+        self._change = change
+        self._calls = [_Call(True)] if on else []
+        """Those in force, in the order of their beginning."""
+
+    def begin(self, call: _Call) -> None:
+        self._calls.append(call)
+        last = max((i for i, c in enumerate(self._calls) if c.is_for_good), default=0)
+        # Calls for good before another one for good will never decide again.
+        self._calls = [c for i, c in enumerate(self._calls) if i >= last or not c.is_for_good]
+        self._settle()
+
+    def end(self, call: _Call) -> None:
+        self._calls = [c for c in self._calls if c is not call]
+        self._settle()
+
+    def _settle(self) -> None:
+        on = bool(self._calls) and self._calls[-1].on
+        if on != self.on:
+            self.on = on
+            for message in self._change(on):
+                warn(message)
+
+
+class Ours(NamedTuple):
+    """What one of our functions carries as its attribute `anydelta`."""
+
+    function: Any
+    """Which one: wrappers made by functools.wraps have the attribute as well."""
+    theirs: Any
+    """What runs instead while it is off."""
+    ours: Any
+    place: Place
+    also: Callable[..., bool] | None
+
+    def is_on(self, owner: Any) -> bool:
+        """Whether ours runs as a method of this object."""
+        return self.place.on or (self.also is not None and self.also(owner))
+
+
+def guarded(
+    theirs: Any, ours: Any, place: Place, also: Callable[..., bool] | None = None, name: str = ""
+) -> Any:
+    """`ours` while the place is on, or `also` says so of the arguments; else `theirs`.
+
+    Whoever took hold of the function, or wrapped it, may call it at any time.
+    """
+
+    @functools.wraps(theirs, updated=())
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if place.on or (also is not None and also(*args)):
+            return ours(*args, **kwargs)
+        return theirs(*args, **kwargs)
+
+    if name:
+        either.__name__ = name
+    either.anydelta = Ours(either, theirs, ours, place, also)  # type: ignore[attr-defined]
+    return either
+
+
+def mark(function: Any) -> Ours | None:
+    """Of one of our functions; None for all others."""
+    found = getattr(function, "anydelta", None)
+    return found if isinstance(found, Ours) and found.function is function else None
+
+
+def stock(function: Any) -> Any:
+    """What was there before ours."""
+    while (found := mark(function)) is not None:
+        function = found.theirs
+    return function
+
+
+def held(function: Any, owner: Any) -> Iterator[Any]:
+    """What a callable of `owner` may run: itself, and what its methods, partials, closures and attributes hold."""
+    seen: set[int] = set()
+    rest = [function]
+    while rest:
+        function = rest.pop()
+        if id(function) in seen or isinstance(function, type) or not callable(function):
+            continue
+        seen.add(id(function))
+        yield function
+        if isinstance(function, MethodType) and function.__self__ is owner:
+            rest.append(function.__func__)
+        elif isinstance(function, functools.partial):
+            rest += [function.func, *function.args, *function.keywords.values()]
+        elif isinstance(function, FunctionType):
+            rest += [getattr(function, "__wrapped__", None), *_cells(function)]
+        elif not hasattr(keeper := getattr(function, "__self__", function), "named_modules"):
+            rest += list(getattr(keeper, "__dict__", {}).values())
+
+
+def _cells(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # empty
+            yield cell.cell_contents
+
+
+class Patch:
+    """An attribute of a module or class: theirs, and ours, which `make` makes of it."""
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]):
+        self.owner, self.name, self._make = owner, name, make
+        self.theirs = self.ours = MISSING
+        self._inherited = False
+
+    def learn(self) -> bool:
+        """Look at what is there now. Returns whether that was unknown."""
+        here = getattr(self.owner, self.name, MISSING)
+        if self.ours is not MISSING and (here is self.theirs or here is self.ours):
+            return False
+        self.theirs, self.ours = here, self._make(here)
+        self._inherited = self.name not in vars(self.owner)
+        return True
+
+    def put(self) -> None:
+        self.learn()
+        setattr(self.owner, self.name, self.ours)
+
+    def take(self) -> list[str]:
+        """Put back what was there, unless ours is not. Returns what to warn of."""
+        if vars(self.owner).get(self.name) is not self.ours:
+            return [
+                f"anydelta: {self.owner.__name__}.{self.name} was replaced by someone else since enable(), and stays "
+                "as it is"
+            ]
+        if self._inherited:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.theirs)
+        return []
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning at the line outside of this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("anydelta."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
