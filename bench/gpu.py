@@ -359,6 +359,7 @@ def main() -> None:
         sys.exit(
             "bench/gpu.py: no GPU is here; --dry-run shows that the script works, its times mean nothing."
         )
+    args.out.touch()  # what cannot be written is found before the minutes, not after
     facts = environment(args.dry_run)
     if args.step == "conform":
         result = conform(args.dry_run, args.sample, args.seconds)

@@ -28,7 +28,10 @@ def main(paths: list[str]) -> None:
     ours, reason = torch_library.find()
     if ours is None:
         sys.exit(f"other_torch requires anydelta_torch; there is none: {reason}")
-    torch = [c.CDLL(path, mode=c.RTLD_GLOBAL) for path in paths][-1]
+    try:
+        torch = [c.CDLL(path, mode=c.RTLD_GLOBAL) for path in paths][-1]
+    except OSError as error:
+        sys.exit(f"other_torch requires shared libraries that load; got {error}")
     call = c.CDLL(str(ours), mode=c.RTLD_GLOBAL).aoti_torch_cpu_gated_delta_rule_
     assert "torch" not in sys.modules
 
@@ -67,4 +70,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or sys.exit(__doc__))

@@ -11,9 +11,9 @@ decode steps (a lone call finds the caches full of another's), single calls for 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -104,15 +104,19 @@ def chunks() -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["calls", "chunks"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=("calls", "chunks"))
+    part = parser.parse_args().part
     for kind in ("vulkan", "webgpu"):
         if reasons := unavailable(kind):
             print(f"{kind}: {'; '.join(reasons)}")
         else:
             print(anydelta.device(kind))
-    if "calls" in wanted:
+    if part != "chunks":
         calls()
-    if "chunks" in wanted and not unavailable("vulkan"):
+    if part != "calls" and not unavailable("vulkan"):
         chunks()
 
 

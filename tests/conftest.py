@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
-from typing import NoReturn
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple, NoReturn
 
 import pytest
 
@@ -25,6 +27,29 @@ def without(why: str) -> NoReturn:
     if REQUIRED:
         pytest.fail(f"CI must have this: {why}")
     pytest.skip(why, allow_module_level=True)
+
+
+class Ran(NamedTuple):
+    """What a run of the program left."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def run_program(*args: str) -> Ran:
+    """`anydelta ARGS` in this process."""
+    from anydelta import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        cli.main(list(args))
+    assert isinstance(stop.value.code, int)
+    return Ran(stop.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -8,19 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from anydelta import reference
-from anydelta.bench import cli, ops, peers, report
+from anydelta.bench import ops, peers, report
 from anydelta.bench.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
-from anydelta.bench.contender import Result, Runner, RunnerBase
-from conftest import without
+from anydelta.bench.contender import Result, Runner, RunnerBase, _fails_to_import
+from conftest import run_program, without
 
 QUICK = ops.Settings(rounds=2, sample_seconds=1e-4)
 TINY = ["gda-t1-h1x2-d8-b2", "kda-t4-h2x2-d8-b1-s4", "gda-t3-h2x4-d8-b1"]
@@ -325,14 +324,73 @@ def test_unknown_and_absent_peers(monkeypatch):
         peers.choose_peers(["mlx"])
 
 
+BROKEN = {
+    "raise ValueError('[red]no')": "ValueError: [red]no",
+    "raise SystemExit(3)": "exit status 3",
+    "import sys; sys.exit('good bye')": "good bye",
+    "raise KeyboardInterrupt": "KeyboardInterrupt",
+    "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",
+    "1 +": "SyntaxError: invalid syntax",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+def test_a_peer_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("")
+    (tmp_path / "mlx" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "mlx"]:
+        monkeypatch.delitem(sys.modules, name)
+    _fails_to_import.cache_clear()
+    why = peers.Mlx().missing()
+    assert why == f"mlx.core is installed and does not import: {BROKEN[code]}"
+    got = invoke("--peer", "mlx")
+    assert got.exit_code == 2
+    assert got.stderr == f"anydelta bench ops: peer 'mlx' cannot run here: {why.rstrip('.')}.\n"
+    _fails_to_import.cache_clear()
+
+
+def test_a_peer_that_ends_the_process_is_a_row() -> None:
+    leaving = Fake("leaving")
+
+    def leave(case, inputs, threads):
+        raise SystemExit("good bye")
+
+    leaving.prepare = leave
+    found = run([TINY[0]], [peers.Anydelta("reference"), leaving])
+    assert [(r.status, r.reason) for r in found.records[1:]] == [("failed", "SystemExit: good bye")]
+
+
+def test_what_cannot_be_written_is_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: pytest.fail("it was measured"))
+    (tmp_path / "folder.json").mkdir()
+    kept = tmp_path / "kept.json"
+    kept.write_text("before")
+    paths = [tmp_path / "folder.json", tmp_path / ("x" * 300 + ".json"), tmp_path / "nul\0.json"]
+    paths += [Path("/proc/x.json"), Path("/dev/full/x.json")] if sys.platform == "linux" else []
+    for option in ("-o", "--plot"):
+        for path in paths:
+            got = invoke("--cases", TINY[0], "--no-peers", option, str(path))
+            assert (got.exit_code, got.stdout) == (2, ""), got
+            assert got.stderr.count("\n") == 1
+    got = invoke("--cases", "nothing", "--no-peers", "-o", str(kept))
+    assert got.exit_code == 2
+    assert kept.read_text() == "before"
+    assert invoke("--cases", "nothing", "--no-peers", "-o", str(tmp_path / "new.json")).exit_code == 2
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_printers_show_every_record(measured):
-    data = json.loads(report.to_json(measured))
+    data = json.loads(report.to_text(measured, "json"))
     assert [r["case"] for r in data["records"]] == [r.case for r in measured.records]
     assert data["machine"]["cpus"] >= 1
-    rows = list(csv.DictReader(io.StringIO(report.to_csv(measured))))
+    rows = list(csv.DictReader(io.StringIO(report.to_text(measured, "csv"))))
     assert len(rows) == len(measured.records)
     assert float(rows[0]["median_us"]) == measured.records[0].median_us
-    text = report.to_markdown(measured)
+    text = report.to_text(measured, "md")
     for name in TINY:
         assert f"**{name}, 1 thread" in text
     assert text.count("| wrong: NMSE must be at most 1e-07; got state") == len(TINY)
@@ -367,8 +425,8 @@ def test_nothing_timed_is_nothing_to_plot(measured, tmp_path):
 def test_a_disturbed_case_says_so(measured):
     quiet, noisy = (replace(r, others_pct=p) for r, p in zip(measured.records[:2], (2.0, 60.0), strict=True))
     title = "other work took 60 %"
-    assert title in report.to_markdown(ops.Report(measured.machine, QUICK, records=[noisy]))
-    assert "other work" not in report.to_markdown(ops.Report(measured.machine, QUICK, records=[quiet]))
+    assert title in report.to_text(ops.Report(measured.machine, QUICK, records=[noisy]), "md")
+    assert "other work" not in report.to_text(ops.Report(measured.machine, QUICK, records=[quiet]), "md")
 
 
 def test_times_read_well():
@@ -376,9 +434,7 @@ def test_times_read_well():
 
 
 def invoke(*args: str):
-    app = typer.Typer()
-    cli.register(app)
-    return CliRunner().invoke(app, ["bench", "ops", *args])
+    return run_program("bench", "ops", *args)
 
 
 def test_command_writes_results_and_figure(tmp_path: Path):
@@ -419,6 +475,9 @@ def test_list_measures_nothing():
     [
         (["--cases", "nothing"], "no case matches 'nothing'"),
         (["--decays", "strong"], "--decays must be of mild, initialised, trained; got 'strong'"),
+        (["--cases", "gda-t99999999999-h1x1-d8-b1"], "at most 256 GiB of values and states"),
+        (["--cases", "gda-t\N{ARABIC-INDIC DIGIT THREE}-h1x1-d8-b1"], "no case matches"),
+        (["--cases", "gda-t1-h1x1-d99999999999-b1"], "at most 256 GiB of values and states"),
         (["-t", "0"], "-t must be numbers from 1 to 1024"),
         (["-t", "two"], "-t must be numbers from 1 to 1024"),
         (["-r", "0"], "--rounds must be at least 1"),

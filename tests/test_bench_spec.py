@@ -15,12 +15,10 @@ for _package in ("torch", "transformers", "typer"):
     pytest.importorskip(_package)
 
 import transformers  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 
 from anydelta.bench import prefix, prefix_report, spec, spec_report  # noqa: E402
-from anydelta.cli import build_app  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL as MODEL  # noqa: E402
-from conftest import CPU_REASONS, without  # noqa: E402
+from conftest import CPU_REASONS, run_program, without  # noqa: E402
 
 if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 20):
     pytest.skip("drafting with hybrid models takes transformers 5.20 or later", allow_module_level=True)
@@ -31,7 +29,7 @@ if not MODEL.is_dir():
 
 
 def run(*args: str) -> Any:
-    return CliRunner().invoke(build_app(), ["bench", *args, "-r", "2"])
+    return run_program("bench", *args, "-r", "2")
 
 
 SMALL = ("spec", "-n", "12", "--prompt", "song", "--prompt", "list")

@@ -7,29 +7,29 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from anydelta import __version__, cli, dispatch
-from anydelta.conformance import Case
-from conftest import CPU_REASONS
+from anydelta import __version__, dispatch
+from anydelta.conformance import Case, Target
+from anydelta.conformance.cases import DECAYS, DTYPES, GATES, MASKS, MOST_ELEMENTS, STATE_STRIDES, STRIDES
+from anydelta.conformance.log import LogCase
+from anydelta.conformance.mixer import MixerCase
+from anydelta.conformance.run import STATUSES, parse, run_one
+from conftest import CPU_REASONS, run_program
 
 CASE = "B=1 T=3 H=2 HV=2 K=8 V=8"
 REFERENCE = ("conform", "--backend", "reference", "--framework", "numpy")
 
 
 @pytest.fixture
-def program(capsys: pytest.CaptureFixture[str]) -> Any:
+def program() -> Any:
     """program(*args) -> (exit code, stdout, stderr)"""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(list(args))
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err  # type: ignore[return-value]
-
-    return run
+    return run_program
 
 
 def test_info(program: Any) -> None:
@@ -141,6 +141,96 @@ def test_bad_input_is_one_sentence(program: Any, args: tuple[str, ...], text: st
     assert text in err
     assert len(err.strip().splitlines()) == 1
     assert err.startswith("anydelta conform: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("", "a line has at least one field"), ("mixer", "a line has at least one field"),
+        ("K=0", "K must be at least 1; got 0"), ("B=-1", "B must be at least 0; got -1"),
+        ("H=0", "H must be at least 1"), ("HV=3 H=2", "HV is a multiple of H"), ("T=1 T=2", "T must be given once"),
+        ("T=1.5", "T cannot be '1.5'"), ("T=\N{ARABIC-INDIC DIGIT THREE}", "T cannot be"),
+        ("T=1_0", "T cannot be '1_0'"),
+        ("T", "T cannot be ''"), ("nothing=1", "no field is called 'nothing'"), ("kda=1", "kda cannot be '1'"),
+        ("dtype=bf16", "dtype must be one of"), ("gate_dtype=int8", "gate_dtype must be one of"),
+        ("state_dtype=float16", "state_dtype must be one of"), ("decay=exp", "decay must be one of"),
+        ("heads=two", "heads must be one of"), ("layout=kk", "layout must be one of"),
+        ("gate=x", "gate must be one of"),
+        ("eps=nan", "eps cannot be 'nan'"), ("eps=-1", "eps is a number from 0"), ("scale=1e999", "scale is a number"),
+        ("lower_bound=1 decay=raw", "lower_bound is a number up to 0"), ("seqlens=1,,2", "seqlens cannot be '1,,2'"),
+        ("seqlens=5,-1", "seqlens must be at least 0; got -1"), ("T=5 seqlens=1,2", "T must be the sum of seqlens, 3"),
+        ("pool=1 indices=1", "indices are -1 or rows of the pool, not [1]"), ("snapshots=-1", "snapshots must be"),
+        ("scattered inplace pool=1 indices=0 snapshots=5 T=9", "scattered needs a row of the pool for each"),
+        ("T=99999999999", "its arrays must have at most"), ("snapshots=9999999", "its arrays must have at most"),
+        (f"T={'9' * 5000}", "T cannot be '999"), (f"seqlens={'999999999,' * 999}1", "its arrays must have at most"),
+        ("mixer W=0", "W must be at least 1"), ("mixer W=4 S=1", "the conv state has at least W - 1 = 3 columns"),
+        ("mixer W=999999999", "its arrays must have at most"), ("log step=0", "step must be at least 1"),
+        ("log entries=0", "entries must be at least 1"), ("log blocks=99", "steps between two commits must fit"),
+        ("log entries=999999999", "its arrays must have at most"), ("mixer log T=1", "no field is called 'log'"),
+        ("T=\0", "T cannot be '\\x00'"), ("[red]T=1[/]", "no field is called '[red]T'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_one_sentence(program: Any, line: str, text: str) -> None:
+    code, out, err = program("conform", "--case", line)
+    assert (code, out) == (2, "")
+    assert err.startswith("anydelta conform: case: ")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+FIELDS = sorted({f.name for kind in (Case, MixerCase, LogCase) for f in fields(kind)})
+VALUES = st.one_of(
+    st.sampled_from(["", "0", "1", "-1", "2", "None", "True", "raw", "nan", "inf", "1e400", "float64", "kv", "1,2"]),
+    st.integers().map(str), st.floats().map(str), st.lists(st.integers(-2, 9)).map(lambda x: ",".join(map(str, x))),
+    st.text(max_size=20),
+)  # fmt: skip
+WORDS = st.one_of(
+    st.builds("{}={}".format, st.sampled_from(FIELDS), VALUES), st.sampled_from(FIELDS), st.text(max_size=8)
+)
+
+
+@settings(derandomize=True, max_examples=1000, deadline=None)
+@given(st.sampled_from(["", "mixer ", "log ", "mixer\t", "mixer log "]), st.lists(WORDS, max_size=8))
+def test_any_line_is_a_case_or_one_sentence(kind: str, words: list[str]) -> None:
+    line = kind + " ".join(words)
+    try:
+        case = parse(line)
+    except ValueError as error:
+        said = str(error).splitlines()
+    else:
+        said = [str(case)]
+    assert len(said) == 1, said
+    if said[0].startswith("case: "):
+        return
+    assert parse(str(case)) == case
+    assert case.elements <= MOST_ELEMENTS
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["", "mixer ", "log "]),
+    st.fixed_dictionaries(
+        {name: st.integers(1, 3) for name in ("B", "T", "H", "K", "V")},
+        optional={
+            "HV": st.sampled_from([2, 3, 6]), "kda": st.none(), "dtype": st.sampled_from(DTYPES),
+            "mask": st.sampled_from(MASKS), "strides": st.sampled_from(STRIDES), "gate": st.sampled_from(GATES),
+            "state_strides": st.sampled_from(STATE_STRIDES), "snapshots": st.integers(0, 4), "pool": st.integers(0, 4),
+            "indices": st.lists(st.integers(-1, 3), max_size=3).map(lambda x: ",".join(map(str, x))),
+            "seqlens": st.lists(st.integers(0, 3), max_size=3).map(lambda x: ",".join(map(str, x))),
+            "inplace": st.none(), "fresh": st.none(), "nofinal": st.none(), "scattered": st.none(), "int64": st.none(),
+            "decay": st.sampled_from(DECAYS), "dt_bias": st.sampled_from(["none", "full", "flat"]), "logit": st.none(),
+            "l2norm": st.none(), "eps": st.sampled_from(["0", "1e-300"]), "scale": st.sampled_from(["0", "1e30"]),
+        },
+    ),
+)  # fmt: skip
+def test_a_case_that_parses_runs(kind: str, words: dict[str, Any]) -> None:
+    line = kind + " ".join(name if value is None else f"{name}={value}" for name, value in words.items())
+    try:
+        case = parse(line)
+    except ValueError:
+        return
+    result = run_one(case, Target("reference", None, "numpy"))
+    assert result.status in STATUSES
 
 
 def test_unknown_options_exit_2(program: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from anydelta import cli  # noqa: E402
+import anydelta  # noqa: E402
 from anydelta.generate import checkpoint, write  # noqa: E402
-from conftest import CPU_REASONS  # noqa: E402
+from conftest import CPU_REASONS, run_program  # noqa: E402
 
 MODEL = checkpoint.REPOSITORY_MODEL
 if not MODEL.is_dir():
@@ -29,16 +32,9 @@ PROMPT = "In the beginning"
 
 
 @pytest.fixture
-def program(capsys: pytest.CaptureFixture[str]) -> Any:
+def program() -> Any:
     """program(*args) -> (exit code, stdout, stderr) of `anydelta generate`"""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["generate", *args])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err  # type: ignore[return-value]
-
-    return run
+    return partial(run_program, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +222,15 @@ def fails(program: Any, text: str, *args: str) -> None:
         (("--dtype", "float64", "x"), "requires a dtype of auto, float32, bfloat16, float16; got 'float64'"),
         (("--plain", "--chat", "x"), "--chat requires a chat template"),
         (("-m", "no/such/folder", "x"), "got no/such/folder, which does not exist"),
+        (("-m", "a\0b", "x"), "got a\\x00b, which does not exist"),
+        (("-m", "\ud8ff", "x"), "got \\ud8ff, which does not exist"),
+        (("-m", "x" * 5000, "x"), "xxx…: File name too long"),
+        (
+            ("-m", "~nobody-of-that-name/x", "x"),
+            "got ~nobody-of-that-name/x: Could not determine home directory",
+        ),
+        (("-m", "[red]x[/]", "x"), "got [red]x[/], which does not exist"),
+        (("-m", "\x1b[31mx", "x"), "got \\x1b[31mx, which does not exist"),
         (("-m", "./nowhere", "x"), "got ./nowhere, which does not exist"),
         (
             ("-m", __file__, "x"),
@@ -268,6 +273,49 @@ def lost_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+Damage = Callable[[Path], Any]
+
+
+def written(name: str, content: str | bytes) -> Damage:
+    return lambda f: (f / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def generates(**values: Any) -> Damage:
+    return written("generation_config.json", json.dumps(values))
+
+
+def index(name: Any) -> Damage:
+    return written("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}}))
+
+
+def piped(name: str) -> Damage:
+    """A pipe, on which a reader would wait for ever."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def reweighted(folder: Path, change: Callable[[Any], Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    save_file({k: change(v) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def as_integers(folder: Path) -> None:
+    reweighted(folder, lambda x: x.to(torch.int32))
+
+
+def beyond_the_vocabulary(folder: Path) -> None:
+    found = json.loads((folder / "tokenizer.json").read_text())
+    found["model"]["vocab"] = {k: i + 100_000 * (len(k) == 1) for k, i in found["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -282,11 +330,70 @@ def lost_shard(folder: Path) -> None:
         (lambda f: changed(f, hidden_size=96), "its tensors have other shapes than its config.json says"),
         (lambda f: changed(f, num_hidden_layers=9, layer_types=None), "requires every tensor of Qwen3_5ForCausalLM"),
         (lambda f: (f / "tokenizer.json").unlink(), "requires a tokenizer beside the model"),
+        (lambda f: [x.unlink() for x in f.iterdir()], "without a config.json"),
+        (written("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
+        (piped("model.safetensors"), "which is none"),
+        (piped("config.json"), "without a config.json"),
+        (piped("generation_config.json"), "generation_config.json: there is no such file"),
+        (as_integers, "requires weights of a floating-point type"),
+        (written("config.json", f'{{"a": {DEEP}}}'), "config.json: it is nested too deeply"),
+        (written("config.json", '{"a": ' + "[" * 900 + "]" * 900 + "}"), "config.json: it is nested too deeply"),
+        (written("config.json", b'{"a": "\xff"}'), "can't decode byte 0xff"),
+        (written("config.json", "[]"), "config.json: it holds a list, not an object"),
+        (written("tokenizer_config.json", f'{{"a": {DEEP}}}'), "tokenizer_config.json: it is nested too deeply"),
+        (written("tokenizer.json", DEEP), "tokenizer.json: it is nested too deeply"),
+        (written("generation_config.json", "{"), "requires a readable generation_config.json"),
+        (written("generation_config.json", b"\xff"), "requires a readable generation_config.json"),
+        (generates(temperature="hot"), "requires temperature to be a number"),
+        (written("generation_config.json", '{"temperature": NaN}'), "requires temperature to be a number"),
+        (generates(eos_token_id=1.5), "requires eos_token_id to be a whole number"),
+        (generates(eos_token_id=["x"]), "requires eos_token_id to be a whole number"),
+        (generates(min_new_tokens="5"), "requires min_new_tokens to be a whole number"),
+        (generates(top_k=10**30), "requires top_k to be a whole number"),
+        (generates(do_sample="maybe"), "requires do_sample to be true or false"),
+        (written("model.safetensors.index.json", DEEP), "requires a readable model.safetensors.index.json"),
+        (index(5), "got none named 5"), (index("../../etc/passwd"), "got the file name '../../etc/passwd'"),
+        (index("x\0.safetensors"), "got the file name 'x\\x00.safetensors'"), (index("x" * 5000), "got the file name"),
+        (beyond_the_vocabulary, "requires a tokenizer of the model's 1024 tokens; got token 1000"),
+        (generates(guidance_scale=2.0, negative_prompt_ids=5), "requires a model and a generation_config.json that"),
     ],
 )  # fmt: skip
 def test_a_damaged_or_wrong_checkpoint(program: Any, copied: Path, damage: Any, text: str) -> None:
     damage(copied)
     fails(program, text, "-m", str(copied), "x")
+
+
+@pytest.mark.parametrize("options", [(), ("--do-sample",), ("--plain",), ("--json",), ("--lookup", "4")])
+def test_logits_that_are_nan_exit_1(program: Any, copied: Path, options: tuple[str, ...]) -> None:
+    if CPU_REASONS and "--plain" not in options:
+        pytest.skip("; ".join(CPU_REASONS))
+    reweighted(copied, lambda x: x * float("nan"))
+    code, out, err = program("-m", str(copied), *options, "x")
+    assert (code, out) == (1, "")
+    assert err.startswith("anydelta generate: requires logits that are numbers; got NaN for new token 1.")
+    assert err.count("\n") == 1
+
+
+def test_what_a_model_is_asked_to_return_does_not_count(program: Any, copied: Path) -> None:
+    generates(return_dict_in_generate=True)(copied)
+    code, out, _ = program("-m", str(copied), "--plain", "-n", "2", PROMPT)
+    assert code == 0
+    assert out
+
+
+def test_a_fault_is_blamed_on_whoever_has_it(opened: checkpoint.Opened) -> None:
+    def theirs(model: Any, **_: Any) -> Any:
+        raise IndexError("index out of range")
+
+    def ours(model: Any, **_: Any) -> Any:
+        return anydelta.gated_delta_rule(None, None, None, g=None, beta=None)
+
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"that Transformers runs; got .*: IndexError: index out"
+    ):
+        write.write(opened, PROMPT, write.Way("theirs", generate=theirs))
+    with pytest.raises(TypeError):
+        write.write(opened, PROMPT, write.Way("ours", generate=ours))
 
 
 @native

@@ -11,11 +11,9 @@ for _package in ("torch", "transformers", "typer"):
     pytest.importorskip(_package)
 
 import transformers  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 
-from anydelta.cli import build_app  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL as MODEL  # noqa: E402
-from conftest import CPU_REASONS  # noqa: E402
+from conftest import CPU_REASONS, run_program  # noqa: E402
 
 if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 20):
     pytest.skip("drafting with hybrid models takes transformers 5.20 or later", allow_module_level=True)
@@ -24,7 +22,7 @@ if CPU_REASONS or not MODEL.is_dir():
 
 
 def run(*args: str) -> Any:
-    return CliRunner().invoke(build_app(), ["generate", "-t", "1", *args])
+    return run_program("generate", "-t", "1", *args)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from anydelta import cli
 from anydelta.backends import triton as backend
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from anydelta.bench.cases import select
 from anydelta.kernels.triton import aot, config, tables
+from anydelta.terminal import Refused
 from anydelta.tune import cli as tune_cli
 from anydelta.tune.problems import DEFAULT, groups, problems
+from conftest import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 SM_90 = aot.TARGETS["sm_90"][1]
@@ -101,7 +102,18 @@ def test_a_process_reads_its_tables_once(user: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{", "be JSON with rows"), ("[]", "be JSON with rows"),
+        ("{", "be JSON with rows"), ("[]", "be JSON with rows"), ("", "be JSON with rows"),
+        ("[" * 100_000, "be JSON with rows; got 'it is nested too deeply"),
+        ('{"version": 1, "rows": {"a": ' + "[" * 900 + "]" * 900 + "}}", "got 'it is nested too deeply"),
+        ('{"version": NaN, "arch": "sm_90", "rows": {}}', "got 'it holds NaN"),
+        ('{"version": ' + "9" * 5000 + ', "arch": "sm_90", "rows": {}}', "be JSON with rows; got 'Exceeds the limit"),
+        ('{"version": 1, "arch": "sm_90", "rows": []}', "be JSON with rows"),
+        ('{"version": 1, "arch": ["sm_90"], "rows": {}}', "be for sm_90"),
+        (json.dumps({"version": 1, "arch": "sm_90", "rows": {ALL: 5}}), "have a launch in"),
+        (json.dumps({"version": 1, "arch": "sm_90", "rows": {ALL: {"launch": []}}}), "have a launch in"),
+        (json.dumps({"version": 1, "arch": "sm_90", "rows": {ALL: {"launch": {"BV": [8]}}}}), "a BV that is possible"),
+        (json.dumps({"version": 1, "arch": "sm_90", "rows": {ALL: {"launch": {"BV": 8.0}}}}), "a BV that is possible"),
+        (json.dumps({"version": 1, "arch": "sm_90", "rows": {ALL.replace("1", "\u0663"): {}}}), "have rows named"),
         ('{"version": 2, "arch": "sm_90", "rows": {}}', "have version 1; got '2'"),
         ('{"version": 1, "arch": "sm_80", "rows": {}}', "be for sm_90; got 'sm_80'"),
         ('{"version": 1, "arch": "sm_90", "rows": {"scan K=64": {"launch": {}}}}', "have rows named like .*'scan"),
@@ -218,20 +230,13 @@ def test_chunks_and_the_backward_pass_are_searched_group_by_group() -> None:
 # -----------------------------------------------------------------------------------------------
 
 
-def program(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["tune", *args])
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err  # type: ignore[return-value]
-
-
 @pytest.mark.skipif(not NO_GPU or backend.interpreted(), reason="Triton runs here")
-def test_without_a_gpu_it_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str], user: Path) -> None:
+def test_without_a_gpu_it_refuses_in_one_sentence(user: Path) -> None:
     for args in ((), ("--dry-run",)):
-        code, out, err = program(capsys, *args)
+        code, out, err = run_program("tune", *args)
         assert (code, out) == (2, "")
         assert err.startswith("anydelta tune: requires a GPU that Triton knows; got none (")
-        assert err.endswith("--dry-run --target sm_90 compiles what would be tried\n")
+        assert err.endswith("--dry-run --target sm_90 compiles what would be tried.\n")
         assert err.count("\n") == 1
     assert not list(user.iterdir())
 
@@ -250,8 +255,8 @@ def test_without_a_gpu_it_refuses_in_one_sentence(capsys: pytest.CaptureFixture[
         (["--seconds", "0"], "--seconds must be above 0; got 0"),
     ],
 )
-def test_bad_options_are_named(capsys: pytest.CaptureFixture[str], args: list[str], why: str) -> None:
-    code, out, err = program(capsys, *args)
+def test_bad_options_are_named(args: list[str], why: str) -> None:
+    code, out, err = run_program("tune", *args)
     assert (code, out) == (2, "")
     assert err.startswith(f"anydelta tune: {why}")
 
@@ -261,17 +266,17 @@ def test_a_table_that_cannot_be_merged_with_is_found_before_anything_is_timed(
 ) -> None:
     monkeypatch.setattr(tune_cli, "_here", lambda device: ("cuda", "sm_90"))
     (user / "sm_90.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be JSON with rows"):
+    with pytest.raises(Refused, match="must be JSON with rows"):
         tune_cli._tune([], None, 1, None, None, False)
     monkeypatch.setenv(tables.ENV, "")
-    with pytest.raises(ValueError, match="requires a folder"):
+    with pytest.raises(Refused, match="requires a folder"):
         tune_cli._tune([], None, 1, None, None, False)
 
 
 @pytest.mark.skipif(backend.interpreted(), reason="the interpreter does not compile")
-def test_a_dry_run_compiles_what_would_be_tried(capsys: pytest.CaptureFixture[str], user: Path) -> None:
+def test_a_dry_run_compiles_what_would_be_tried(user: Path) -> None:
     args = ("--dry-run", "--target", "sm_90", "--cases", TINY, "--dtype", "bfloat16")
-    code, out, _ = program(capsys, *args, "--json")
+    code, out, _ = run_program("tune", *args, "--json")
     found = json.loads(out)
     assert code == 0
     assert found["target"] == "sm_90"
@@ -279,19 +284,19 @@ def test_a_dry_run_compiles_what_would_be_tried(capsys: pytest.CaptureFixture[st
     (problem,) = problems(select([TINY]), ["bfloat16"], gradients=False)
     assert tried == [change for group in groups(problem, SM_90) for change in group]
     assert all(t["kernels"] and t["fits"] and not t["error"] for t in found["trials"])
-    code, out, _ = program(capsys, *args)
+    code, out, _ = run_program("tune", *args)
     assert code == 0
     assert out.splitlines()[-1].startswith(f"{len(tried)} launches for 1 rows, {len(tried)} kernels compiled")
 
 
-def test_a_launch_that_does_not_compile_fails_the_dry_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_that_does_not_compile_fails_the_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("ptxas says no\nat length")
 
     monkeypatch.setattr("anydelta.tune.compiling.compile_call", fail)
-    code, out, _ = program(capsys, "--dry-run", "--target", "sm_90", "--cases", TINY, "--dtype", "bfloat16")
+    code, out, _ = run_program(
+        "tune", "--dry-run", "--target", "sm_90", "--cases", TINY, "--dtype", "bfloat16"
+    )
     assert code == 1
     assert "ptxas says no" in out
     assert "at length" not in out

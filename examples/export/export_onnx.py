@@ -8,7 +8,7 @@ or onnx. `run_python.py` generates text with them.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -40,4 +40,10 @@ def main(source: Path, target: Path, operator: str = "anydelta") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("operator", nargs="?", default="anydelta")
+    main(**vars(parser.parse_args()))

@@ -7,6 +7,7 @@ RUNTIME is aoti, executorch or onnx. Exits with 1 where a token differs.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,4 +88,13 @@ def main(runtime: str, source: Path, folder: Path, new: int, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), " ".join(sys.argv[5:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runtime", choices=RUNTIMES)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("new", type=int)
+    parser.add_argument("text", nargs="+")
+    given = parser.parse_args()
+    main(given.runtime, given.source, given.folder, given.new, " ".join(given.text))

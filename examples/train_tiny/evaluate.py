@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from network import Network
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
@@ -147,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # texts are not ours
     network, tokenizer = load(args.model)
     split = corpus.load(args.data)
 
@@ -171,7 +172,7 @@ def main() -> None:
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = network.main.generate(ids, max_new_tokens=120, do_sample=True, temperature=0.7, top_p=0.95)
-        console.print(f"[bold]{prompt}[/bold]{tokenizer.decode(out[0, ids.shape[1] :])}\n")
+        console.print(Text.assemble((prompt, "bold"), tokenizer.decode(out[0, ids.shape[1] :]), "\n"))
 
 
 if __name__ == "__main__":

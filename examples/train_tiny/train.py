@@ -130,7 +130,7 @@ def main() -> None:
         args.pid_file.write_text(str(os.getpid()))
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    console = Console()
+    console = Console(markup=False, emoji=False)
 
     split = corpus.load(args.data)
     tokenizer = bpe.train_tokenizer(split.train, args.vocab)
@@ -199,7 +199,7 @@ def main() -> None:
                 position = f"step {step:5d}  {clock.seconds / 60:5.1f} min  pass {stream.passes}"
                 console.print(f"{position}  losses {show(smooth.tolist())}  {speed:.0f} tokens/s")
             if clock.seconds - last_save > 60 * args.save_every:
-                console.print(f"[bold]validation[/bold]  {show(valid_loss(network, valid))}")
+                console.print(f"validation  {show(valid_loss(network, valid))}")
                 checkpoint()
                 last_save = clock.seconds
     checkpoint()

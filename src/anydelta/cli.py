@@ -1,17 +1,15 @@
 """The program `anydelta`: info | conform | generate | bench | tune. Needs the extra "cli" (typer and rich).
 
-Exit codes: 0 all well, 1 something failed, 2 bad input or a missing package.
+How it prints and ends: terminal.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
-import sys
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, dispatch
+from . import __version__, dispatch, terminal
 
 if TYPE_CHECKING:
     import typer
@@ -21,12 +19,10 @@ def main(args: list[str] | None = None) -> None:
     """Run the program; `args` as in sys.argv[1:]."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"anydelta: the command line requires {' and '.join(missing)}; run: pip install 'anydelta[cli]'",
-            file=sys.stderr,
-        )
+        needed = " and ".join(missing)
+        terminal.tell(f"anydelta: the command line requires {needed}; run: pip install 'anydelta[cli]'")
         raise SystemExit(2)
-    build_app()(args=args)
+    terminal.run(build_app, args)
 
 
 def build_app() -> typer.Typer:
@@ -54,7 +50,7 @@ def build_app() -> typer.Typer:
         """Show the version, this machine, and which backends run here or why not."""
         facts = gather()
         if as_json:
-            print(json.dumps(facts, indent=1))
+            terminal.say(terminal.to_json(facts))
         else:
             _print_info(facts)
 
@@ -106,28 +102,24 @@ def _version(package: str) -> str | None:
 
 
 def _print_info(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    top = Table(show_header=False, box=None)
-    for key in ("anydelta", "python", "platform"):
-        top.add_row(key, facts[key])
-    for name, found in facts["packages"].items():
-        top.add_row(name, found or "not installed")
+    top = [(key, facts[key]) for key in ("anydelta", "python", "platform")]
+    top += [(name, found or "not installed") for name, found in facts["packages"].items()]
     library = facts["torch_library"]
-    top.add_row("anydelta_torch", "yes" if library["available"] else f"no: {library['reason']}")
-    for device, names in facts["priority"].items():
-        top.add_row(f"order on {device}", ", ".join(names))
+    top.append(("anydelta_torch", "yes" if library["available"] else f"no: {library['reason']}"))
+    top += [(f"order on {device}", ", ".join(names)) for device, names in facts["priority"].items()]
     if facts["forced"]:
-        top.add_row("forced", f"{dispatch.ENV}={facts['forced']}")
-    console.print(top)
+        top.append(("forced", f"{dispatch.ENV}={facts['forced']}"))
 
-    table = Table("backend", "available", "details")
+    rows = []
     for name, backend in facts["backends"].items():
         details = [f"{k}: {_text(v)}" for k, v in backend.items() if k not in ("available", "reasons")]
-        table.add_row(name, "yes" if backend["available"] else "no", "\n".join(backend["reasons"] or details))
-    console.print(table)
+        rows.append((name, "yes" if backend["available"] else "no", "\n".join(backend["reasons"] or details)))
+    terminal.show(
+        terminal.Table("", ("", ""), top, left=("",)),
+        terminal.Table(
+            "", ("backend", "available", "details"), rows, left=("available", "details"), boxed=True
+        ),
+    )
 
 
 def _text(value: Any) -> str:

@@ -18,14 +18,10 @@ from typing import Any, Generic, TypeVar
 from ..devices import Bytes, Device, DeviceArray, DeviceError
 from ..dispatch import Rejected, UnsupportedError
 from ..spec import Call, CallSpec, dtype_name
+from ..terminal import first_line
 from .params import ABSENT, ARRAYS, GATES, ITEMSIZE, TYPE, WRITTEN, as_bits, as_float32, pack, pack_params
 
 _OUT_OF_MEMORY = ("OUT_OF", "ALLOCATION")
-
-
-def sentence(error: Exception) -> str:
-    """The first line of a driver's error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class CutDevice(Device):
@@ -80,7 +76,7 @@ class CutDevice(Device):
         except DeviceError:
             raise
         except self.errors as error:
-            text = sentence(error)
+            text = first_line(error)
             if isinstance(error, MemoryError) or any(word in text for word in _OUT_OF_MEMORY):
                 raise DeviceError(
                     f"{self.name} requires more memory than the driver has for this call; got {text}. A state that the "

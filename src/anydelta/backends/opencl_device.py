@@ -16,7 +16,8 @@ import numpy as np
 
 from ..devices import Bytes, DeviceArray, DeviceError, Memory, numpy_dtype
 from ..spec import CallSpec
-from .cuts import CutDevice, Roster, sentence
+from ..terminal import first_line
+from .cuts import CutDevice, Roster
 from .llvm import load_triton_first
 from .params import TYPE
 
@@ -176,7 +177,7 @@ class OpenclDevice(CutDevice):
             self.queue = queue or cl.CommandQueue(self.context, device)
         except cl.Error as error:
             raise DeviceError(
-                f"{name} requires a driver that starts; got {sentence(error)} from {self.description}"
+                f"{name} requires a driver that starts; got {first_line(error)} from {self.description}"
             ) from None
         self.errors = (cl.Error, MemoryError)
         self.is_cpu = bool(device.type & cl.device_type.CPU)
@@ -231,7 +232,7 @@ class OpenclDevice(CutDevice):
             return _Buffer(self, nbytes, cl.Buffer(self.context, cl.mem_flags.READ_WRITE, size=nbytes))
         except (cl.Error, MemoryError) as error:
             raise DeviceError(
-                f"{self.name} requires {nbytes} bytes for an array; got {sentence(error)}. Free some states"
+                f"{self.name} requires {nbytes} bytes for an array; got {first_line(error)}. Free some states"
             ) from None
 
     def variant(self, spec: CallSpec) -> tuple[Variant, int]:
@@ -274,7 +275,7 @@ class OpenclDevice(CutDevice):
                     built = cl.Kernel(cl.Program(self.context, _source()).build(options), entry)
             except cl.Error as error:
                 raise DeviceError(
-                    f"{self.name} requires a driver that compiles delta_rule.cl; got {sentence(error)} from "
+                    f"{self.name} requires a driver that compiles delta_rule.cl; got {first_line(error)} from "
                     f"{self.description}. Report it with the output of: anydelta info"
                 ) from error
             self.programs[cut, entry] = built

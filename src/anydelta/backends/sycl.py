@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from ..devices import DeviceArray
 from ..dispatch import Rejected
 from ..spec import Call, CallSpec
-from .cuts import CutBackend, Packing, Plan, absent, sentence
+from ..terminal import first_line
+from .cuts import CutBackend, Packing, Plan, absent
 from .params import ARRAYS, address
 from .sycl_device import SyclDevice, Variant, found, from_usm, host, roster, to_usm
 
@@ -53,7 +54,7 @@ class Sycl(CutBackend[SyclDevice]):
                 )
             roster.default()
         except (RuntimeError, ValueError) as error:
-            return (Rejected(sentence(error)),)
+            return (Rejected(first_line(error)),)
         return ()
 
     def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Variant, groups: int) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..devices import Bytes, DeviceArray, DeviceError, Memory, numpy_dtype
 from ..spec import CallSpec, dtype_name
-from .cuts import CutDevice, Roster, sentence
+from ..terminal import first_line
+from .cuts import CutDevice, Roster
 from .opencl_device import intel_runtime
 from .params import ITEMSIZE, TYPE, dense_strides
 
@@ -196,7 +197,7 @@ class SyclDevice(CutDevice):
             self.queue.build('#include "delta_rule.hpp"\n', headers, [cut.symbol], options)
         except RuntimeError as error:
             raise DeviceError(
-                f"{self.name} requires a run-time compiler that builds delta_rule.hpp; got {sentence(error)} from "
+                f"{self.name} requires a run-time compiler that builds delta_rule.hpp; got {first_line(error)} from "
                 f"{self.description}. Report it with the output of: anydelta info"
             ) from error
         self.built.add(cut)

@@ -26,7 +26,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     """One decode step of 32 heads of 128 x 128, in place, on one thread.
 
     Raises:
-        ValueError: the extension is not built.
+        Refused: the extension is not built.
         RuntimeError: anydelta_torch is not in use, or a result is wrong.
     """
     import torch

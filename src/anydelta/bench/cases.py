@@ -29,9 +29,11 @@ COLD_MIB = 384
 
 DECAYS = ("mild", *KINDS)
 """0.61 to 0.95 per token, or as a model has them: conformance/gates.py."""
+MOST_BYTES = 2**38
+"""More than any machine that this is measured on has to give."""
 
 _NAME = re.compile(
-    rf"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?(?:-({'|'.join(KINDS)}))?"
+    rf"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?(?:-({'|'.join(KINDS)}))?", re.ASCII
 )
 
 
@@ -55,6 +57,8 @@ class Case:
             raise ValueError(f"a case needs sizes of at least 1; got {self.name}")
         if self.HV % self.H:
             raise ValueError(f"a case needs a multiple of its q/k heads as value heads; got {self.name}")
+        if 4 * self.B * self.HV * self.D * (self.T + self.D * (1 + self.snapshots)) > MOST_BYTES:
+            raise ValueError(f"a case needs at most 256 GiB of values and states; got {self.name}")
         if self.snapshots not in (0, self.T):
             raise ValueError(f"a case keeps no snapshots or one per token (s = t); got {self.name}")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from ..terminal import Refused, progress, refusing, say
 from . import cases as case_list
 from . import report as printers
 from .contender import Contender
-from .outputs import Csv, Fail, Json, Md, Output, Plot, checked, progress, show
+from .outputs import Csv, Json, Md, Output, Plot, checked, show
 
 bench = typer.Typer(
     help="Measure the operator against other implementations and the machine's limits.", no_args_is_help=True
@@ -24,11 +24,6 @@ def register(app: typer.Typer) -> None:
     from . import model_cli, prefix_cli, spec_cli  # noqa: F401  they add `bench model`, `prefix` and `spec`
 
     app.add_typer(bench, name="bench")
-
-
-def _fail(sentence: str, command: str = "ops") -> NoReturn:
-    typer.echo(f"anydelta bench {command}: {sentence}", err=True)
-    raise typer.Exit(2)
 
 
 @bench.command("ops")
@@ -69,14 +64,11 @@ def ops_command(
       anydelta bench ops --cases decode -t 1 --no-peers
       anydelta bench ops --cases 'gda-t512-*,gda-t4-h16x32-d128-b1-s4' --peer ggml --plot ops.svg
     """
-    form = checked(_fail, json, csv, md, output, plot)
-    if rounds < 1:
-        _fail(f"--rounds must be at least 1; got {rounds}")
-    if not 0 < sample_ms <= 10000:
-        _fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
+    form = checked(json, csv, md, output, plot)
+    _check(rounds, sample_ms)
     if peer and not peers:
-        _fail("--peer and --no-peers contradict each other; give one of them")
-    try:
+        raise Refused("--peer and --no-peers contradict each other; give one of them")
+    with refusing(ValueError):
         from ..dispatch import get_backend
         from . import ops
         from . import peers as contenders
@@ -88,25 +80,23 @@ def ops_command(
         device = contenders.tensors_on(backend)
         rivals = contenders.choose_peers(peer or [], device) if peers else []
         counts = _threads(threads, ops.available_cpus()) if device == "cpu" else [1]
-    except ValueError as error:
-        _fail(str(error))
     field: list[Contender] = [contenders.Anydelta(backend), *rivals]
     if list_:
         for c in chosen:
-            typer.echo(c.name)
+            say(c.name)
         for one in field:
-            typer.echo(f"{one.name}: {one.missing() or one.version()}")
+            say(f"{one.name}: {one.missing() or one.version()}")
         return
     if why := field[0].missing():
-        _fail(why)
+        raise Refused(why)
     if device != "cpu" and (reasons := get_backend(backend).available()):
-        _fail("; ".join(map(str, reasons)))
+        raise Refused("; ".join(map(str, reasons)))
 
     with progress() as tell:
         settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)
         report = ops.measure(chosen, field, threads=counts, settings=settings, backend=backend, progress=tell)
 
-    show(printers, report, form, output, _fail, plot)
+    show(printers, report, form, output, plot)
     if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
         raise typer.Exit(1)
 
@@ -135,7 +125,7 @@ def overhead_command(
             return call_overhead(settings, tell)
         return overhead.call_overhead(settings, tell)
 
-    _small("overhead", run, rounds, sample_ms, json, csv, md, output)
+    _small(run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("executorch")
@@ -154,7 +144,7 @@ def executorch_command(
     def run(tell: Callable[[str, float], None]) -> Measured:
         return executorch.against_llama(ops.Settings(rounds, sample_ms / 1e3), tell)
 
-    _small("executorch", run, rounds, sample_ms, json, csv, md, output)
+    _small(run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("threads")
@@ -172,11 +162,12 @@ def threads_command(
     from . import threads as pairs
     from .small_report import Measured
 
+    counts = _threads(threads, 1)
+
     def run(tell: Callable[[str, float], None]) -> Measured:
-        counts = _threads(threads, 1)
         return pairs.shared_threads(counts, ops.Settings(rounds, sample_ms / 1e3), tell)
 
-    _small("threads", run, rounds, sample_ms, json, csv, md, output)
+    _small(run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("decays")
@@ -200,7 +191,7 @@ def decays_command(
         settings = ops.Settings(rounds, sample_ms / 1e3)
         return decays.strong_decays(_numbers("-T", tokens, 65536), _threads(threads, 1), settings, tell)
 
-    _small("decays", run, rounds, sample_ms, json, csv, md, output)
+    _small(run, rounds, sample_ms, json, csv, md, output)
 
 
 @bench.command("rollback")
@@ -225,11 +216,11 @@ def rollback_command(
 
     for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
         if not 1 <= value <= 1024:
-            _fail(f"{name} must be from 1 to 1024; got {value}", "rollback")
+            raise Refused(f"{name} must be from 1 to 1024; got {value}")
     if decay not in case_list.DECAYS:
-        _fail(f"--decay must be one of {', '.join(case_list.DECAYS)}; got {decay!r}", "rollback")
+        raise Refused(f"--decay must be one of {', '.join(case_list.DECAYS)}; got {decay!r}")
     if snapshots < tokens:
-        _fail(f"-K must be at least -T = {tokens}; got {snapshots}", "rollback")
+        raise Refused(f"-K must be at least -T = {tokens}; got {snapshots}")
 
     def run(tell: Callable[[str, float], None]) -> Measured:
         return rollback.rollback(
@@ -237,11 +228,10 @@ def rollback_command(
             settings=ops.Settings(rounds), progress=tell,
         )  # fmt: skip
 
-    _small("rollback", run, rounds, 15.0, json, csv, md, output)
+    _small(run, rounds, 15.0, json, csv, md, output)
 
 
 def _small(
-    command: str,
     run: Callable[[Any], Any],
     rounds: int,
     sample_ms: float,
@@ -253,21 +243,18 @@ def _small(
     """Run one of the small measurements and show it."""
     from . import small_report
 
-    fail: Fail = partial(_fail, command=command)
-    form = checked(fail, json, csv, md, output)
+    form = checked(json, csv, md, output)
+    _check(rounds, sample_ms)
+    with progress() as tell:
+        measured = run(tell)
+    show(small_report, measured, form, output)
+
+
+def _check(rounds: int, sample_ms: float) -> None:
     if rounds < 1:
-        fail(f"--rounds must be at least 1; got {rounds}")
+        raise Refused(f"--rounds must be at least 1; got {rounds}")
     if not 0 < sample_ms <= 10000:
-        fail(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
-    try:
-        with progress() as tell:
-            measured = run(tell)
-    except ValueError as error:
-        fail(str(error))
-    except RuntimeError as error:  # a wrong result: no time is worth showing
-        typer.echo(f"anydelta bench {command}: {error}", err=True)
-        raise typer.Exit(1) from None
-    show(small_report, measured, form, output, fail)
+        raise Refused(f"--sample-ms must be above 0 and at most 10000; got {sample_ms:g}")
 
 
 def _threads(text: str | None, available: int) -> list[int]:
@@ -280,5 +267,5 @@ def _numbers(option: str, text: str, most: int) -> list[int]:
     except ValueError:
         counts = [0]
     if min(counts) < 1 or max(counts) > most:
-        raise ValueError(f"{option} must be numbers from 1 to {most} such as 1,2; got {text!r}")
+        raise Refused(f"{option} must be numbers from 1 to {most} such as 1,2; got {text!r}")
     return list(dict.fromkeys(counts))

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from .cases import F32, Case, Inputs
@@ -118,12 +121,28 @@ def package_version(name: str) -> str:
 
 
 def needs(module: str, package: str) -> str | None:
-    """Why a module is not there, without importing all of it."""
+    """Why a module is not there or does not import, without importing it here."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"{package.strip(chr(39))} is not installed (pip install {package})"
+    return None if module in sys.modules else _fails_to_import(module)
+
+
+@cache
+def _fails_to_import(module: str) -> str | None:
+    """Tried in a process of its own: a package may raise anything, or crash, as one built for another CPU does."""
+    paths = os.pathsep.join(filter(None, sys.path))
     try:
-        found = importlib.util.find_spec(module)
-    except ImportError:  # the parent package is absent or broken
-        found = None
-    return None if found else f"{package.strip(chr(39))} is not installed (pip install {package})"
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+            text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"{module} is installed and does not import within 5 minutes"
+    if done.returncode == 0:
+        return None
+    ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+    said = (done.stderr.strip().splitlines() or [ended])[-1]
+    return f"{module} is installed and does not import: {said}"
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from .. import gated_delta_rule, gated_delta_rule_
+from ..terminal import Refused, refusing
+from .contender import needs
 from .ops import Settings, describe_machine
 from .report import time as in_words
 from .small_report import Measured
@@ -60,16 +62,21 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
     """Decode and prefill of 32 heads of 128 x 128 in float32.
 
     Raises:
-        RuntimeError: there is no anydelta_executorch, or a result is wrong.
+        Refused: there is no ExecuTorch, or no anydelta_executorch that goes with it.
+        Failed: a result is wrong.
     """
     import torch
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (defines llama::)
-    from executorch.runtime import Runtime
 
     from ..export import executorch
 
+    if why := needs("executorch", "executorch"):
+        raise Refused(why)
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (defines llama::)
+    from executorch.runtime import Runtime
+
     settings = settings or Settings()
-    executorch.load()
+    with refusing(RuntimeError):
+        executorch.load()
     records: list[ExecuTorchRecord] = []
     with torch.no_grad(), _one_thread():
         for T, longer in CALLS.items():

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..terminal import Failed, first_line
 from .cases import F32
 from .ops import SETTLE_SECONDS, Others
 from .presets import Built
@@ -342,9 +343,9 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
     forced: list[int] = []
     try:
         want = _walk(base, prompt, forced)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"requires that {base.name} runs the model; got {why}") from error
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise Failed(f"requires that {base.name} runs the model; got {why}") from error
     exact = want if dtype == "float32" or not isinstance(base, TransformersRunner) else None
     if exact is None:
         with _upcast(base.model):  # type: ignore[attr-defined]
@@ -356,9 +357,9 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
         verdict = verdicts[runner.name] = _Verdict()
         try:
             got = want if runner is base else _walk(runner, prompt, forced)
-        except Exception as error:  # a contender's failure is a row of the result
+        except (Exception, SystemExit) as error:  # a contender's failure is a row of the result
             verdict.status = "failed"
-            verdict.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            verdict.reason = f"{type(error).__name__}: {first_line(error)}"
             continue
         same = np.argmax(got, -1) == np.argmax(want, -1)
         verdict.same_tokens = f"{int(same.sum())}/{len(same)}"

@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ..generate.checkpoint import CheckpointError, need_packages, quiet
+from ..generate.checkpoint import need_packages, quiet
+from ..terminal import Refused, progress, say
 from . import model, model_report, presets
-from .cli import _fail, _threads, bench
-from .outputs import Csv, Json, Md, Output, Plot, checked, progress, show
+from .cli import _threads, bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, show
 
 LLAMA = "llama.cpp"
 PACKED = "packed"
 COMPILED = "compiled"
 CONTENDERS = ("transformers", "anydelta", PACKED, COMPILED, LLAMA)
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def fail(sentence: str) -> NoReturn:
-    _fail(sentence.rstrip(".") + ".", "model")
 
 
 @bench.command("model")
@@ -70,34 +67,29 @@ def model_command(
       anydelta bench model -m qwen3.5-0.8b -p 512 -n 64 -t 2 --profile --plot model.svg
       anydelta bench model -m qwen3.5-4b --layers 8 --dtype bfloat16 -d 0,4096
     """
-    form = checked(fail, json, csv, md, output, plot)
-    try:
-        if rounds < 1:
-            raise CheckpointError(f"requires --rounds of at least 1; got {rounds}")
-        tests = _tests(_numbers("-p", prompt), _numbers("-n", gen), _numbers("-d", depth))
-        names = _names(models, "tiny")
-        dtypes = _names([dtype], "float32")
-        for one in dtypes:
-            if one not in DTYPES:
-                raise CheckpointError(f"requires --dtype of {', '.join(DTYPES)}; got {one!r}")
-        for one in contender or ():
-            if one not in CONTENDERS:
-                raise CheckpointError(f"requires --contender of {', '.join(CONTENDERS)}; got {one!r}")
-        from . import ops
+    form = checked(json, csv, md, output, plot)
+    if rounds < 1:
+        raise Refused(f"requires --rounds of at least 1; got {rounds}")
+    tests = _tests(_numbers("-p", prompt), _numbers("-n", gen), _numbers("-d", depth))
+    names = _names(models, "tiny")
+    dtypes = _names([dtype], "float32")
+    for one in dtypes:
+        if one not in DTYPES:
+            raise Refused(f"requires --dtype of {', '.join(DTYPES)}; got {one!r}")
+    for one in contender or ():
+        if one not in CONTENDERS:
+            raise Refused(f"requires --contender of {', '.join(CONTENDERS)}; got {one!r}")
+    from . import ops
 
-        counts = _threads(threads, ops.available_cpus())
-        need_packages()
-        if list_:
-            _list()
-            return
-        with progress() as tell:
-            report = _measure(
-                names, dtypes, counts, layers, tests, rounds, profile, contender or [], tell
-            )  # fmt: skip
-    except (CheckpointError, ValueError) as error:
-        fail(str(error))
+    counts = _threads(threads, ops.available_cpus())
+    need_packages()
+    if list_:
+        _list()
+        return
+    with progress() as tell:
+        report = _measure(names, dtypes, counts, layers, tests, rounds, profile, contender or [], tell)
 
-    show(model_report, report, form, output, fail, plot)
+    show(model_report, report, form, output, plot)
     if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
         raise typer.Exit(1)
 
@@ -164,7 +156,7 @@ def _packed(built: Any, version: str, transformers: str, enabled: Any) -> list[A
     try:
         packed = pack(built)
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(str(error)) from error
+        raise Refused(str(error)) from error
     packed.off()
 
     def both(of: Any) -> Any:
@@ -193,7 +185,7 @@ def _llama(
     name = f"{LLAMA}, {built.name} {dtype}"
     if why := llama.missing(built):
         if asked:
-            raise CheckpointError(f"requires that {LLAMA} can run {built.name} here; got: {why}")
+            raise Refused(f"requires that {LLAMA} can run {built.name} here; got: {why}")
     else:
         tell(f"{built.name} {dtype}: writing the GGUF", 0.0)
         try:
@@ -218,7 +210,7 @@ def _tests(prompts: list[int], gens: list[int], depths: list[int]) -> tuple[mode
         if n
     ]
     if not tests:
-        raise CheckpointError("requires -p or -n above 0; got nothing to measure")
+        raise Refused("requires -p or -n above 0; got nothing to measure")
     return tuple(dict.fromkeys(tests))
 
 
@@ -228,18 +220,18 @@ def _numbers(option: str, text: str) -> list[int]:
     except ValueError:
         found = [-1]
     if min(found) < 0 or max(found) > 1 << 20:
-        raise CheckpointError(f"requires {option} of numbers from 0 to 1048576 such as 128,512; got {text!r}")
+        raise Refused(f"requires {option} of numbers from 0 to 1048576 such as 128,512; got {text!r}")
     return found
 
 
 def _names(items: list[str] | None, default: str) -> list[str]:
     found = [p.strip() for item in items or [default] for p in item.split(",") if p.strip()]
     if not found:
-        raise CheckpointError("requires a name; got an empty list")
+        raise Refused("requires a name; got an empty list")
     return list(dict.fromkeys(found))
 
 
 def _list() -> None:
     for preset in presets.PRESETS:
-        typer.echo(f"{preset.name}{f' ({preset.cut})' if preset.cut else ''}")
-    typer.echo(f"{presets.REPOSITORY} (the repository's model, trained weights)")
+        say(f"{preset.name}{f' ({preset.cut})' if preset.cut else ''}")
+    say(f"{presets.REPOSITORY} (the repository's model, trained weights)")

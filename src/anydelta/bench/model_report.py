@@ -124,7 +124,7 @@ def plot(report: Report, path: Path) -> None:
 
     tests = list(dict.fromkeys(label(r) for r in timed))
     names = list(dict.fromkeys(r.contender for r in timed))
-    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none"})
+    plt.rcParams.update(outputs.FIGURE)
     panels = 2 if report.parts else 1
     height = 1.6 + 0.24 * len(names) * len(tests)
     fig, axes = plt.subplots(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import dispatch, reference
+from ..terminal import first_line
 from .cases import Case, Inputs, make_inputs, subnormals
 from .contender import Contender, Result, Runner
 from .peers import tensors_on
@@ -382,8 +383,11 @@ def _prepare(
         got = runner.result()
     except dispatch.UnsupportedError as error:
         record.status, record.reason = "refused", str(error)
-    except Exception as error:  # a peer's failure must not end the run: it is a row of the result
-        record.status, record.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a peer's failure must not end the run: it is a row of the result
+        record.status, record.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     else:
         why = oracle.check(got, record)
         if not why:

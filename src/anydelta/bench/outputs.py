@@ -6,24 +6,24 @@ of a kind of report (report.py, model_report.py, spec_report.py, overhead.py) sa
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import importlib.util
-import io
-import json as json_lib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from .. import terminal
+from ..terminal import Failed, Refused, refusing
+from .contender import needs
+
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table as RichTable
 
 FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
 PLOTS = (".svg", ".png", ".pdf")
+FIGURE: Any = {"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}
+"""matplotlib's rcParams: a "$" in a name is a dollar."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
@@ -31,77 +31,75 @@ Md = Annotated[bool, typer.Option("--md", help="Print Markdown.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, .png or .pdf.")]
 
-Fail = Callable[[str], NoReturn]
-"""Says one sentence and ends the command."""
-
 
 # ---- options
 # ------------------------------------------------------------------------------------------------
 
 
-def checked(
-    fail: Fail, json: bool, csv: bool, md: bool, output: Path | None, plot: Path | None = None
-) -> str | None:
-    """The form asked for ("json", "csv", "md"), None for a table; fails on what could not be written afterwards."""
+def checked(json: bool, csv: bool, md: bool, output: Path | None, plot: Path | None = None) -> str | None:
+    """The form asked for ("json", "csv", "md"), None for a table.
+
+    Raises:
+        Refused: what could not be written afterwards.
+    """
     for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            fail(f"requires a folder that exists; got {path}, whose folder does not exist")
+        if path is not None:
+            check_writable(path)
     if plot is not None:
         if plot.suffix not in PLOTS:
-            fail(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
-        if importlib.util.find_spec("matplotlib") is None:
-            fail("requires matplotlib for --plot; got none. Run: pip install 'anydelta[plot]'")
+            raise Refused(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
+        if why := needs("matplotlib", "'anydelta[plot]'"):
+            raise Refused(f"requires matplotlib for --plot; got: {why}")
     asked = [name for name, on in (("json", json), ("csv", csv), ("md", md)) if on]
     if len(asked) > 1:
-        fail(f"one output form at a time; got {' and '.join('--' + a for a in asked)}")
+        raise Refused(f"one output form at a time; got {' and '.join('--' + a for a in asked)}")
     if asked or output is None:
         return asked[0] if asked else None
     for name, suffix in FORMATS.items():
         if output.suffix == suffix:
             return name
-    fail(f"-o must end in {', '.join(FORMATS.values())}, or give --json, --csv or --md; got {output.name!r}")
+    raise Refused(
+        f"-o must end in {', '.join(FORMATS.values())}, or give --json, --csv or --md; got {output.name!r}"
+    )
 
 
-def show(
-    printers: Any, report: Any, form: str | None, output: Path | None, fail: Fail, plot: Path | None = None
-) -> None:
-    """Print the report, or write it and print the table; then draw it."""
-    from rich.console import Console
+def check_writable(path: Path) -> None:
+    """Check, before the minutes that it takes to measure, that the file can be written. It stays as it is.
 
+    Raises:
+        Refused: it cannot.
+    """
+    with refusing(OSError, ValueError):  # a name too long, a NUL in it
+        if not path.parent.is_dir():
+            raise Refused(f"requires a folder that exists; got {path}, whose folder does not exist")
+        if path.is_dir():
+            raise Refused(f"requires a file to write; got the folder {path}")
+        existed = path.exists()
+        with path.open("ab"):  # the only sure way to know
+            pass
+        if not existed:
+            path.unlink()
+
+
+def show(printers: Any, report: Any, form: str | None, output: Path | None, plot: Path | None = None) -> None:
+    """Print the report, or write it and print the table; then draw it.
+
+    Raises:
+        Failed: a file cannot be written, or nothing was timed that could be drawn.
+    """
     if form is not None:
         text = printers.to_text(report, form)
         if output is None:
-            typer.echo(text, nl=False)
+            terminal.say(text, end="")
         else:
             output.write_text(text, encoding="utf-8")
     if form is None or output is not None:
-        Console().print(printers.to_table(report))
+        terminal.show(printers.to_table(report))
     if plot is not None:
         try:
             printers.plot(report, plot)
         except ValueError as error:  # nothing was timed
-            fail(f"no figure: {error}")
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr that is redrawn between measurements only: a drawing thread would disturb them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn(),
-        console=console, transient=True, auto_refresh=False, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("starting", total=1.0)
-
-        def tell(text: str, done: float) -> None:
-            bar.update(task, description=text, completed=done)
-            bar.refresh()
-
-        yield tell
+            raise Failed(f"no figure: {error}") from error
 
 
 # ---- forms
@@ -109,36 +107,13 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 
 
 def to_json(report: Any) -> str:
-    return json_lib.dumps(dataclasses.asdict(report), indent=2) + "\n"
+    return terminal.to_json(dataclasses.asdict(report), indent=2) + "\n"
 
 
 def to_csv(kind: Any, records: Iterable[Any]) -> str:
     """One line per record of dataclass `kind`; what is common to all stands in the JSON and Markdown forms."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in dataclasses.fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(r) for r in records)
-    return out.getvalue()
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
-
-
-def rich_table(
-    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], style: Callable[[Sequence[str]], str]
-) -> RichTable:
-    """For a terminal; style(cells) of a row."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i == 0 or name == "contender" else "right")
-    for cells in rows:
-        table.add_row(*map(Text, cells), style=style(cells))
-    return table
+    names = [f.name for f in dataclasses.fields(kind)]
+    return terminal.csv_table(names, [[getattr(r, name) for name in names] for r in records])
 
 
 # ---- a report: lines, then tables
@@ -159,18 +134,22 @@ def to_text(report: Any, form: str, kind: Any, header: Iterable[str], tables: It
         return to_json(report)
     if form == "csv":
         return to_csv(kind, report.records)
-    lines = [f"- {line}" for line in header]
+    lines = [f"- {terminal.one_line(line)}" for line in header]
     for table in tables:
-        lines += ["", f"**{table.title}**", "", *markdown_table(table.head, table.rows)]
+        lines += [
+            "",
+            f"**{terminal.one_line(table.title)}**",
+            "",
+            *terminal.markdown_table(table.head, table.rows),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def to_table(header: Iterable[str], tables: Iterable[Table]) -> Group:
     """For a terminal."""
     from rich.console import Group
-    from rich.text import Text
 
-    parts: list[Any] = [Text(line, style="dim") for line in header]
-    for table in tables:
-        parts += [Text(""), rich_table(*table)]
+    parts: list[Any] = [terminal.lines(header, "dim")]
+    for title, head, rows, style in tables:
+        parts += ["", terminal.Table(title, head, list(rows), style, left=("contender",))]
     return Group(*parts)

@@ -52,7 +52,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     """Every way to call one small decode step, beside the kernel that all of them run.
 
     Raises:
-        ValueError: the extension is not built, so there is no bare kernel to compare with.
+        Refused: the extension is not built, so there is no bare kernel to compare with.
         RuntimeError: a call gave a wrong result.
     """
     import torch

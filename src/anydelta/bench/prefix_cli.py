@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
+from ..generate.checkpoint import default_model, need_packages, open_checkpoint
+from ..terminal import Refused, progress, refusing
 from . import prefix, prefix_report, spec
-from .cli import _fail, bench
-from .outputs import Csv, Json, Md, Output, checked, progress, show
+from .cli import bench
+from .outputs import Csv, Json, Md, Output, checked, show
 from .spec_prompts import PROMPTS
-
-
-def fail(sentence: str) -> NoReturn:
-    _fail(sentence.rstrip(".") + ".", "prefix")
 
 
 @bench.command("prefix")
@@ -47,25 +45,22 @@ def prefix_command(
       anydelta bench prefix
       anydelta bench prefix -m Qwen/Qwen3.5-0.8B -p 1024,8192 -t 8 --md -o prefix.md
     """
-    form = checked(fail, json, csv, md, output)
-    try:
-        lengths = tuple(int(n) if n.strip().isdigit() else 0 for n in prefixes.split(","))
-        for name, value, most in (
-            *(("--prefixes", n, 1 << 20) for n in lengths), ("--turn", turn, 1 << 16), ("--n-gen", tokens, 1 << 16),
-            ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
-        ):  # fmt: skip
-            least = 2 if name == "--turn" else 1
-            if not least <= value <= most:
-                got = prefixes if name == "--prefixes" else value
-                raise CheckpointError(f"requires {name} from {least} to {most}; got {got}")
-        need_packages()
-        settings = prefix.Settings(lengths, turn, tokens, rounds, threads)
-        with progress() as tell:
-            report = _measure(model, settings, tell)
-    except (CheckpointError, ValueError) as error:
-        fail(str(error))
+    form = checked(json, csv, md, output)
+    lengths = tuple(int(n) if re.fullmatch(" *[0-9]{1,9} *", n) else 0 for n in prefixes.split(","))
+    for name, value, most in (
+        *(("--prefixes", n, 1 << 20) for n in lengths), ("--turn", turn, 1 << 16), ("--n-gen", tokens, 1 << 16),
+        ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
+    ):  # fmt: skip
+        least = 2 if name == "--turn" else 1
+        if not least <= value <= most:
+            got = prefixes if name == "--prefixes" else value
+            raise Refused(f"requires {name} from {least} to {most}; got {got}")
+    need_packages()
+    settings = prefix.Settings(lengths, turn, tokens, rounds, threads)
+    with progress() as tell:
+        report = _measure(model, settings, tell)
 
-    show(prefix_report, report, form, output, fail)
+    show(prefix_report, report, form, output)
     if any(r.status == "wrong" for r in report.records):
         raise typer.Exit(1)
 
@@ -80,6 +75,8 @@ def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> spec.Rep
     opened = open_checkpoint(name or default_model(), "auto")
     text = opened.tokenizer("\n".join(PROMPTS.values()))["input_ids"]
     report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
-    with enabled(opened.model):
+    with refusing(ValueError):  # a model without such layers
+        on = enabled(opened.model)
+    with on:
         prefix.measure(opened.model, text, settings, report, tell)
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,40 +26,20 @@ COLOURS = {
 }
 
 
-to_json = outputs.to_json
-
-
-def to_csv(report: Report) -> str:
-    return outputs.to_csv(Record, report.records)
-
-
-def to_markdown(report: Report) -> str:
-    lines = [f"- {line}" for line in header(report)]
-    for title, records in groups(report):
-        lines += ["", f"**{title}**", "", *outputs.markdown_table(HEAD, map(row, records))]
-    return "\n".join(lines) + "\n"
-
-
 def to_text(report: Report, form: str) -> str:
-    return {"json": to_json, "csv": to_csv, "md": to_markdown}[form](report)
+    return outputs.to_text(report, form, Record, header(report), tables(report))
 
 
 def to_table(report: Report) -> Group:
-    """For a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+    return outputs.to_table(header(report), tables(report))
 
-    parts: list[Any] = [Text(line, style="dim") for line in header(report)]
+
+def tables(report: Report) -> Iterator[outputs.Table]:
+    def style(cells: Sequence[str]) -> str:
+        return "bold" if cells[0].partition(" (")[0] == "anydelta" else "" if cells[2] else "dim"
+
     for title, records in groups(report):
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for i, name in enumerate(HEAD):
-            table.add_column(name, justify="left" if i == 0 else "right")
-        for r in records:
-            style = "bold" if r.contender == "anydelta" else "" if r.status == "ok" else "dim"
-            table.add_row(*(Text(cell) for cell in row(r)), style=style)
-        parts += [Text(""), table]
-    return Group(*parts)
+        yield outputs.Table(title, HEAD, map(row, records), style)
 
 
 def header(report: Report) -> list[str]:
@@ -157,7 +137,7 @@ def plot(report: Report, path: Path) -> None:
     colours = {n: COLOURS.get(n, spare(i % 10)) for i, n in enumerate(names)}
     bar = 0.8 / len(names)
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 7}
-    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none"})
+    plt.rcParams.update(outputs.FIGURE)
     fig, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(11, 1.6 + 0.14 * len(names) * len(cases) + 0.12 * len(cases)),
         gridspec_kw={"width_ratios": (3, 2)}, layout="constrained",

@@ -18,6 +18,7 @@ import numpy as np
 from .. import reference
 from ..conformance.gates import model_gates
 from ..state import StatePool
+from ..terminal import Failed
 from .ops import NMSE, Others, Settings, describe_machine, nmse
 from .report import time as in_words
 from .small_report import Measured
@@ -102,7 +103,7 @@ class _Model:
         s = pool.sequences[0]
         worst = max(nmse(o.numpy(), exact(T).o), nmse(pool.state(s)[-1].numpy(), exact(accepted).state[0]))
         if not worst <= NMSE:
-            raise RuntimeError(f"{pool.form}: NMSE {worst:.1e} against the oracle; nothing was timed")
+            raise Failed(f"{pool.form}: NMSE {worst:.1e} against the oracle; nothing was timed")
         return worst
 
 
@@ -127,7 +128,7 @@ def rollback(
         decay: "mild", exponential of mean 0.1, or a kind of conformance/gates.py.
 
     Raises:
-        RuntimeError: a wrong result.
+        Failed: a wrong result.
     """
     import torch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import terminal
 from . import outputs
 from .ops import Settings
 from .report import BUSY_PCT
@@ -34,18 +35,18 @@ def to_text(measured: Measured, form: str) -> str:
     if form == "csv":
         return outputs.to_csv(type(measured.records[0]), measured.records)
     head, rows = _cells(measured)
-    lines = [f"**{measured.title}**", "", *(f"- {line}" for line in _header(measured)), ""]
-    return "\n".join(lines + outputs.markdown_table(head, rows)) + "\n"
+    title, *header = map(terminal.one_line, (measured.title, *_header(measured)))
+    lines = [f"**{title}**", "", *(f"- {line}" for line in header), ""]
+    return "\n".join(lines + terminal.markdown_table(head, rows)) + "\n"
 
 
 def to_table(measured: Measured) -> Group:
     """For a terminal."""
     from rich.console import Group
-    from rich.text import Text
 
     head, rows = _cells(measured)
-    table = outputs.rich_table(measured.title, head, rows, lambda cells: "")
-    return Group(table, Text("\n".join(_header(measured)), style="dim"))
+    table = terminal.Table(measured.title, head, rows, left=("contender",))
+    return Group(table, terminal.lines(_header(measured), "dim"))
 
 
 def _cells(measured: Measured) -> tuple[list[str], list[list[str]]]:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ..generate.checkpoint import CheckpointError, default_model, need_packages, open_checkpoint
+from ..generate.checkpoint import default_model, need_packages, open_checkpoint
+from ..terminal import Refused, progress, refusing
 from . import spec, spec_report
-from .cli import _fail, bench
-from .outputs import Csv, Json, Md, Output, Plot, checked, progress, show
+from .cli import bench
+from .outputs import Csv, Json, Md, Output, Plot, checked, show
 from .spec_prompts import PROMPTS
-
-
-def fail(sentence: str) -> NoReturn:
-    _fail(sentence.rstrip(".") + ".", "spec")
 
 
 @bench.command("spec")
@@ -60,26 +57,23 @@ def spec_command(
       anydelta bench spec -r 5 --lookup 4 --md -o spec.md --plot spec.svg
       anydelta bench spec -m Qwen/Qwen3.5-4B -a Qwen/Qwen3.5-0.8B -t 8
     """
-    form = checked(fail, json, csv, md, output, plot)
-    try:
-        for name, value, most in (
-            ("--n-gen", tokens, 1 << 20), ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
-            ("--lookup", lookup, 1024), ("--drafts", 1 if drafts is None else drafts, 1024),
-        ):  # fmt: skip
-            if not 1 <= value <= most:
-                raise CheckpointError(f"requires {name} from 1 to {most}; got {value}")
-        for one in prompt or ():
-            if one not in PROMPTS:
-                raise CheckpointError(f"requires --prompt of {', '.join(PROMPTS)}; got {one!r}")
-        need_packages()
-        chosen = {name: text for name, text in PROMPTS.items() if not prompt or name in prompt}
-        settings = spec.Settings(tokens, rounds, threads, lookup, drafts)
-        with progress() as tell:
-            report = _measure(model, assistant, chosen, settings, tell)
-    except (CheckpointError, ValueError) as error:
-        fail(str(error))
+    form = checked(json, csv, md, output, plot)
+    for name, value, most in (
+        ("--n-gen", tokens, 1 << 20), ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
+        ("--lookup", lookup, 1024), ("--drafts", 1 if drafts is None else drafts, 1024),
+    ):  # fmt: skip
+        if not 1 <= value <= most:
+            raise Refused(f"requires {name} from 1 to {most}; got {value}")
+    for one in prompt or ():
+        if one not in PROMPTS:
+            raise Refused(f"requires --prompt of {', '.join(PROMPTS)}; got {one!r}")
+    need_packages()
+    chosen = {name: text for name, text in PROMPTS.items() if not prompt or name in prompt}
+    settings = spec.Settings(tokens, rounds, threads, lookup, drafts)
+    with progress() as tell:
+        report = _measure(model, assistant, chosen, settings, tell)
 
-    show(spec_report, report, form, output, fail, plot)
+    show(spec_report, report, form, output, plot)
     if any(r.status == "wrong" for r in report.records):
         raise typer.Exit(1)
 
@@ -100,7 +94,9 @@ def _measure(
         return opened.tokenizer(text, return_tensors="pt")["input_ids"].long()
 
     report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
-    with enabled(opened.model):
+    with refusing(ValueError):  # a model without such layers
+        on = enabled(opened.model)
+    with on:
         if other is None:
             ways = spec.modes(opened.model, settings)
             spec.measure(opened.model, encode, ways, settings, report, prompts, tell)

@@ -102,7 +102,7 @@ def plot(report: Report, path: Path) -> None:
     timed = [r for r in report.records if r.ratio is not None and r.accepted_share is not None]
     if not timed:
         raise ValueError("no drafts were timed, so there is nothing to plot")
-    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none"})
+    plt.rcParams.update(outputs.FIGURE)
     fig, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     for mode in dict.fromkeys(r.mode for r in timed):
         mine = [r for r in timed if r.mode == mode]

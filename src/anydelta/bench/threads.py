@@ -79,7 +79,7 @@ def shared_threads(
     """The operator in turns with torch's matmuls, on torch's OpenMP threads and on a pool of its own.
 
     Raises:
-        ValueError: the extension is not built.
+        Refused: the extension is not built.
         RuntimeError: a result is wrong.
     """
     import torch

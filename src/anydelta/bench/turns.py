@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import reference
+from ..terminal import Failed, Refused
 from .ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
 
 Progress = Callable[[str, float], None]
@@ -24,7 +25,7 @@ def extension() -> Any:
     try:
         from .. import _core
     except ImportError as error:
-        raise ValueError(f"the extension anydelta._core is not built or does not load ({error})") from None
+        raise Refused(f"the extension anydelta._core is not built or does not load ({error})") from None
     return _core
 
 
@@ -62,7 +63,7 @@ def oracle(x: dict[str, Any]) -> tuple[Any, Any]:
 def check(name: str, got: tuple[Any, Any], want: tuple[Any, Any]) -> float:
     error = max(nmse(np.asarray(a), b) for a, b in zip(got, want, strict=True))
     if not error <= NMSE:
-        raise RuntimeError(f"{name}: NMSE must be at most {NMSE:.0e}; got {error:.1e}")
+        raise Failed(f"{name}: NMSE must be at most {NMSE:.0e}; got {error:.1e}")
     return error
 
 

@@ -8,6 +8,8 @@ failure. `CASES` is the list; DESIGN.md, section 7, says what it must cover.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
@@ -28,6 +30,9 @@ STATES = ("normal", "faded")
 BETAS = ("mid", "zero", "one", "ends", "weak")
 MASKS = ("left", "right", "random", "none", "all")
 STRIDES = ("dense", "permuted", "fused", "strided", "expanded")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DECAYS = ("log", "linear", "raw")
+HEADS = ("interleaved", "tiled")
 STATE_STRIDES = ("dense", "padded", "transposed", "expanded")
 
 
@@ -96,10 +101,25 @@ class Case:
         for name, known in (
             ("gate", GATES), ("key", KEYS), ("beta", BETAS), ("mask", ("", *MASKS)), ("strides", STRIDES),
             ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")), ("state", STATES),
+            ("dtype", DTYPES), ("gate_dtype", DTYPES), ("state_dtype", ("float32", "bfloat16", "float64")), ("decay", DECAYS),
+            ("heads", HEADS), ("layout", ("kv", "vk")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
+        for name, least, value in self._counts():
+            if value < least:
+                raise ValueError(f"case: {name} must be at least {least}; got {value}")
+        if self.elements > MOST_ELEMENTS:
+            raise ValueError(
+                f"case: its arrays must have at most {MOST_ELEMENTS} elements; got {self.elements}"
+            )
+        spare = [i for i in self.indices or () if not -1 <= i < self.pool]
         for bad, text in (
+            (self.HV % self.H != 0, "HV is a multiple of H"),
+            (bool(spare), f"indices are -1 or rows of the pool, not {spare[:1]}"),
+            (not 0 <= self.eps < math.inf, "eps is a number from 0"),
+            (not math.isfinite(self.scale or 0.0), "scale is a number"),
+            (not -math.inf < (self.lower_bound or 0.0) <= 0, "lower_bound is a number up to 0"),
             (self.seqlens is not None and self.B != 1, "seqlens go with B=1"),
             (
                 self.fresh and (self.inplace or self.indices is not None),
@@ -110,6 +130,7 @@ class Case:
                 self.scattered and not (self.inplace and self.snapshots and self.indices is not None),
                 "scattered goes with inplace, indices and snapshots",
             ),
+            (self.scattered and self._rows_left() < 0, "scattered needs a row of the pool for each snapshot"),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),
             (
                 self.state_strides == "expanded" and (self.inplace or self.snapshots),
@@ -124,6 +145,41 @@ class Case:
         ):
             if bad:
                 raise ValueError(f"case: {text}; got {self}")
+
+    def _counts(self) -> Iterator[tuple[str, int, int]]:
+        """Sizes by name, each with the least that it may be."""
+        for name, least in (
+            ("B", 0),
+            ("T", 0),
+            ("H", 1),
+            ("HV", 1),
+            ("K", 1),
+            ("V", 1),
+            ("pool", 0),
+            ("snapshots", 0),
+        ):
+            yield name, least, getattr(self, name)
+        for length in self.seqlens or ():
+            yield "seqlens", 0, length
+
+    def _rows_left(self) -> int:
+        """Rows of the pool that stay free when every snapshot has one: see _snapshot_rows."""
+        live = [
+            (i, n)
+            for i, n in zip(self.indices or (), self.seqlens or (self.T,) * self.N, strict=True)
+            if i >= 0
+        ]
+        read = [i for i, _ in live]
+        own = sum(read.count(i) == 1 and min(n, self.snapshots) > 0 for i, n in live)
+        return self.pool - len(set(read)) + own - sum(min(n, self.snapshots) for _, n in live)
+
+    @property
+    def elements(self) -> int:
+        """Of all arrays, and of what the oracle keeps."""
+        tokens, states = self.B * self.T, self.P + self.N * (1 + self.snapshots)
+        return (
+            tokens * (self.H * self.K + self.HV * (self.K + self.V)) * 2 + states * self.HV * self.K * self.V
+        )
 
     @property
     def N(self) -> int:
@@ -176,28 +232,64 @@ class Case:
         for word in line.split():
             name, eq, text = word.partition("=")
             if name not in readers:
-                raise ValueError(f"case: no field is called {name!r}; the fields are {', '.join(readers)}")
+                raise ValueError(
+                    f"case: no field is called {_short(name)}; the fields are {', '.join(readers)}"
+                )
+            if name in values:
+                raise ValueError(f"case: {name} must be given once; got it twice")
             try:
                 values[name] = readers[name](text) if eq else _bare(name, readers[name])
             except ValueError:
-                raise ValueError(f"case: {name} cannot be {text!r}") from None
-        return cls(**values)
+                raise ValueError(f"case: {name} cannot be {_short(text)}") from None
+        if not values:
+            raise ValueError("case: a line has at least one field; got none")
+        case = cls(**values)
+        if values.get("T", case.T) != case.T:
+            raise ValueError(f"case: T must be the sum of seqlens, {case.T}, or left out; got {values['T']}")
+        return case
 
 
 _SIZES = ("B", "T", "H", "HV", "K", "V")
+MOST_ELEMENTS = 2**26
+"""512 MiB in float64; the arrays and the oracle hold a few copies. The largest case of the list has 4 million."""
+
+
+def _int(text: str) -> int:
+    """As it prints: int() would take "1_0", "+1" and digits of every script, and numbers of any length."""
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if not re.fullmatch("[-+.0-9e]{1,40}", text):
+        raise ValueError(text)
+    return float(text)
+
+
+def _bool(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
 _READERS: dict[str, Any] = {
-    "int": int,
+    "int": _int,
     "str": str,
-    "bool": lambda text: {"True": True, "False": False}[text] if text in ("True", "False") else int("x"),
-    "float | None": lambda text: None if text == "None" else float(text),
-    "float": float,
-    "tuple[int, ...] | None": lambda text: tuple(int(n) for n in text.split(",") if n),
+    "bool": _bool,
+    "float | None": lambda text: None if text == "None" else _float(text),
+    "float": _float,
+    "tuple[int, ...] | None": lambda text: tuple(_int(n) for n in text.split(",")) if text else (),
 }
 
 
 def _bare(name: str, reader: Any) -> bool:
     """A word without "=" is a flag."""
-    if reader is not _READERS["bool"]:
+    if reader is not _bool:
         raise ValueError(name)
     return True
 

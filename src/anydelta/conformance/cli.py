@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import json
 import re
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .. import __version__, dispatch
+from ..terminal import (
+    Refused,
+    Table,
+    csv_table,
+    markdown_table,
+    one_line,
+    progress,
+    refusing,
+    say,
+    show,
+    to_json,
+)
 from .cases import CASES, Case
 from .log import LOG_CASES
 from .mixer import MIXER_CASES
@@ -40,10 +45,6 @@ from .support import support
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
-
-
-class Usage(Exception):
-    """Bad input. The text is one sentence; the exit code is 2."""
 
 
 def _option(*names_and_help: str) -> Any:
@@ -81,33 +82,28 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> None:
         """Compare backends with the float64 oracle, over every case that the project knows."""
-        try:
-            if asks:
-                _only_beside_support(
-                    {
-                        "--require": require, "--filter": pattern, "--case": case, "--isa": isa,
-                        "--framework": framework, "--device": device != "cpu", "--csv": as_csv, "--md": as_md,
-                        "--verbose": verbose,
-                    }
-                )  # fmt: skip
-                _print_support(support(_backends(backend or [], [])), as_json)
-                return
+        if asks:
+            _only_beside_support(
+                {
+                    "--require": require, "--filter": pattern, "--case": case, "--isa": isa,
+                    "--framework": framework, "--device": device != "cpu", "--csv": as_csv, "--md": as_md,
+                    "--verbose": verbose,
+                }
+            )  # fmt: skip
+            _print_support(support(_backends(backend or [], [])), as_json)
+            return
+        names = _backends(backend or [], require or [])
+        _one_format(as_json, as_csv, as_md)
+        for name in framework or ():
+            if name not in FRAMEWORKS:
+                raise Refused(f"--framework must be numpy, torch or mlx; got {name!r}")
+            if importlib.util.find_spec(name) is None:
+                raise Refused(f"--framework {name} requires the package {name}; got none")
+        if device != "cpu" and (framework or ["torch"]) != ["torch"]:
+            raise Refused(f"--device {device} goes with --framework torch; got {', '.join(framework or ())}")
+        with refusing(ValueError):
             chosen = _select(pattern, case or [])
-            names = _backends(backend or [], require or [])
-            _one_format(as_json, as_csv, as_md)
-            for name in framework or ():
-                if name not in FRAMEWORKS:
-                    raise Usage(f"--framework must be numpy, torch or mlx; got {name!r}")
-                if importlib.util.find_spec(name) is None:
-                    raise Usage(f"--framework {name} requires the package {name}; got none")
-            if device != "cpu" and (framework or ["torch"]) != ["torch"]:
-                raise Usage(
-                    f"--device {device} goes with --framework torch; got {', '.join(framework or ())}"
-                )
             on = targets(names, isa or (), framework or (), device)
-        except (Usage, ValueError) as error:
-            print(f"anydelta conform: {error}.", file=sys.stderr)
-            raise typer.Exit(2) from None
 
         results = _run(chosen, on)
         broken = _broken_promises(results, require or [])
@@ -127,7 +123,7 @@ def _select(pattern: str, lines: list[str]) -> list[Case]:
     """The cases to run."""
     if lines:
         if pattern:
-            raise Usage("--case and --filter exclude each other")
+            raise Refused("--case and --filter exclude each other")
         return [parse(line) for line in lines]
     every: list[Case] = [*CASES, *MIXER_CASES, *LOG_CASES]
     if not pattern:
@@ -137,46 +133,44 @@ def _select(pattern: str, lines: list[str]) -> list[Case]:
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise Usage(f"--filter {pattern!r} is in no case, and as a regex it is wrong: {error}") from None
+            raise Refused(
+                f"--filter {pattern!r} is in no case, and as a regex it is wrong: {error}"
+            ) from None
         found = [c for c in every if regex.search(str(c))]
     if not found:
-        raise Usage(f"--filter {pattern!r} matches none of the {len(every)} cases")
+        raise Refused(f"--filter {pattern!r} matches none of the {len(every)} cases")
     return found
 
 
 def _backends(named: list[str], required: list[str]) -> list[str]:
     for name in (*named, *required):
         if name not in dispatch.NAMES:
-            raise Usage(f"there is no backend {name!r}; the known ones are {', '.join(dispatch.NAMES)}")
+            raise Refused(f"there is no backend {name!r}; the known ones are {', '.join(dispatch.NAMES)}")
     wanted = set(named or dispatch.NAMES) | set(required)
     return [name for name in dispatch.NAMES if name in wanted]
 
 
 def _one_format(*flags: bool) -> None:
     if sum(flags) > 1:
-        raise Usage("--json, --csv and --md exclude each other")
+        raise Refused("--json, --csv and --md exclude each other")
 
 
 def _only_beside_support(others: dict[str, Any]) -> None:
     given = [name for name, value in others.items() if value]
     if given:
-        raise Usage(f"--support goes with --backend and --json only; got {', '.join(given)}")
+        raise Refused(f"--support goes with --backend and --json only; got {', '.join(given)}")
 
 
 def _run(cases: list[Case], on: list[Any]) -> list[Result]:
-    results = []
-    ready = [t for t in on if not unavailable(t.backend)]
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]}"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("conform", total=len(cases) * len(ready), failed="")
-        failed = 0
+    results: list[Result] = []
+    whole = len(cases) * sum(not unavailable(t.backend) for t in on)
+    done = failed = 0
+    with progress() as tell:
         for result in run(cases, on):
             results.append(result)
             failed += result.status == FAIL
-            bar.update(task, advance=result.case != "*", failed=f"{failed} failed" if failed else "")
+            done += result.case != "*"
+            tell(f"{done}/{whole}{f', {failed} failed' if failed else ''}", done / max(1, whole))
     return results
 
 
@@ -199,32 +193,37 @@ def _print_json(results: list[Result], broken: list[str]) -> None:
         "version": __version__, "summary": summary(results), "broken": broken,
         "results": [r.record() for r in results],
     }  # fmt: skip
-    print(json.dumps(text, indent=1).replace("Infinity", "1e999"))  # JSON has no infinity; 1e999 reads as one
+    say(to_json(text))
 
 
 def _print_csv(results: list[Result]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(("backend", "isa", "framework", "status", "worst", "seconds", "case", "reasons"))
-    for r in results:
-        writer.writerow(
-            (r.backend, r.isa or "", r.framework, r.status, f"{r.worst:.4g}", f"{r.seconds:.6f}", r.case,
-             "; ".join(r.reasons)),
-        )  # fmt: skip
+    head = ("backend", "isa", "framework", "status", "worst", "seconds", "case", "reasons")
+    rows = [
+        (
+            r.backend,
+            r.isa,
+            r.framework,
+            r.status,
+            f"{r.worst:.4g}",
+            f"{r.seconds:.6f}",
+            r.case,
+            "; ".join(r.reasons),
+        )
+        for r in results
+    ]
+    say(csv_table(head, rows), end="")
 
 
 def _print_md(results: list[Result], broken: list[str]) -> None:
-    print("| backend | ISA | arrays | " + " | ".join(STATUSES) + " | worst error / allowed |")
-    print("|---|---|---|" + "---:|" * (len(STATUSES) + 1))
-    for row in summary(results):
-        counts = " | ".join(str(row[s]) for s in STATUSES)
-        print(f"| {row['backend']} | {row['isa'] or ''} | {_arrays(row)} | {counts} | {row['worst']:.2f} |")
+    rows = [
+        (row["backend"], row["isa"] or "", _arrays(row), *(row[s] for s in STATUSES), f"{row['worst']:.2f}")
+        for row in summary(results)
+    ]
+    lines = markdown_table(("backend", "ISA", "arrays", *STATUSES, "worst error / allowed"), rows, left=3)
     bad = [r for r in results if r.status == FAIL]
-    if bad or broken:
-        print()
-    for text in broken:
-        print(f"- {text}")
-    for r in bad:
-        print(f"- FAIL `{r.reproduce()}`: {'; '.join(r.reasons)}")
+    lines += [""] * bool(bad or broken) + [f"- {one_line(text)}" for text in broken]
+    lines += [f"- FAIL `{r.reproduce()}`: {one_line('; '.join(r.reasons))}" for r in bad]
+    say("\n".join(lines))
 
 
 def _arrays(row: dict[str, Any]) -> str:
@@ -233,21 +232,25 @@ def _arrays(row: dict[str, Any]) -> str:
 
 
 def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> None:
-    console = Console()
-    table = Table(title=f"anydelta {__version__}: conformance")
-    for heading in ("backend", "ISA", "arrays"):
-        table.add_column(heading, no_wrap=True)
-    # STATUSES, the worst error divided by the allowed one, and seconds: short, to fit 80 columns
-    for heading in ("OK", "FAIL", "NOT S.", "SKIP", "worst", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in summary(results):
-        style = "red" if row[FAIL] else "yellow" if not row[OK] else ""
-        counts = [str(row[s]) for s in STATUSES]
-        table.add_row(
-            row["backend"], row["isa"] or "", _arrays(row), *counts, f"{row['worst']:.2f}",
-            f"{row['seconds']:.1f}", style=style,
-        )  # fmt: skip
-    console.print(table)
+    head = (
+        "backend",
+        "ISA",
+        "arrays",
+        "OK",
+        "FAIL",
+        "NOT S.",
+        "SKIP",
+        "worst",
+        "s",
+    )  # short, to fit 80 columns
+    rows = [
+        (row["backend"], row["isa"] or "", _arrays(row), *(row[s] for s in STATUSES), f"{row['worst']:.2f}",
+         f"{row['seconds']:.1f}")
+        for row in summary(results)
+    ]  # fmt: skip
+    title = f"anydelta {__version__}: conformance"
+    style = lambda cells: "red" if cells[4] else "yellow" if not cells[3] else ""  # noqa: E731
+    show(Table(title, head, rows, style, left=("ISA", "arrays"), boxed=True))
 
     shown = [r for r in results if r.status == FAIL or (verbose and r.status != OK) or r.case == "*"]
     listed: dict[Any, int] = {}
@@ -255,43 +258,43 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
         listed[r.target] = listed.get(r.target, 0) + 1
         if listed[r.target] > MAX_LISTED and not verbose:
             continue
-        # Plain print: these lines are to be copied, so rich must neither wrap nor colour them.
+        # Lines that are to be copied: nothing wraps or colours them.
         if r.case == "*":
-            print(f"{r.status} {r.backend}: {'; '.join(r.reasons)}")
+            say(f"{r.status} {r.backend}: {'; '.join(r.reasons)}")
             continue
-        print(f"{r.status} {r.reproduce()}")
+        say(f"{r.status} {r.reproduce()}")
         for reason in r.reasons:
-            print(f"     {reason}")
+            say(f"     {reason}")
     for target, n in listed.items():
         if n > MAX_LISTED and not verbose:
-            print(f"... and {n - MAX_LISTED} more on {' '.join(filter(None, target))}; --verbose lists all")
+            say(f"... and {n - MAX_LISTED} more on {' '.join(filter(None, target))}; --verbose lists all")
     for text in broken:
-        print(f"FAIL {text}")
+        say(f"FAIL {text}")
 
 
 def _print_support(found: dict[str, Any], as_json: bool) -> None:
     """The answers of the backends: JSON, or a table with the reasons below it."""
     if as_json:
-        print(json.dumps(found, indent=1))
+        say(to_json(found))
         return
     backends = found["backends"]
-    title = f"anydelta {__version__}: what the backends accept"
-    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))  # all backends in 80 columns
-    table.add_column("feature")
-    for name in backends:
-        table.add_column(name, no_wrap=True)
     every = set(dispatch.PRIORITY)
     on = ("any" if set(b["devices"]) == every else "\n".join(b["devices"]) for b in backends.values())
-    table.add_row("devices", *on)
+    rows = [("devices", *on)]
     refusals: dict[str, list[str]] = {}
     for feature in found["cases"]:
         answers = {name: b["features"][feature] for name, b in backends.items()}
-        table.add_row(
-            escape(feature), *("[yellow]no[/]" if reasons else "yes" for reasons in answers.values())
-        )
+        rows.append((feature, *("no" if reasons else "yes" for reasons in answers.values())))
         for name, reasons in answers.items():
             if reasons:
                 refusals.setdefault(f"{feature}: {'; '.join(reasons)}", []).append(name)
-    Console().print(table)
+    show(
+        Table(
+            f"anydelta {__version__}: what the backends accept",
+            ("feature", *backends),
+            rows,
+            left=tuple(backends),
+        )
+    )
     for text, names in refusals.items():
-        print(f"no ({', '.join(names)}): {text}")
+        say(f"no ({', '.join(names)}): {text}")

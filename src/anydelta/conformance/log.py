@@ -44,6 +44,15 @@ class LogCase(Case):
         if self.blocks > 1 and self.blocks * self.step > self.entries:
             raise ValueError(f"case: steps between two commits must fit into the log; got {self}")
 
+    def _counts(self) -> Iterator[tuple[str, int, int]]:
+        yield from super()._counts()
+        yield from (("entries", 1, self.entries), ("step", 1, self.step), ("blocks", 1, self.blocks))
+
+    @property
+    def elements(self) -> int:
+        rows = (self.B + 2) * (self.entries + 1)
+        return super().elements + rows * self.HV * (2 * self.K + self.V)
+
     def __str__(self) -> str:
         return WORD + super().__str__()
 

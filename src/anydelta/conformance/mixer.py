@@ -56,12 +56,25 @@ class MixerCase(Case):
         for name, known in (("split", SPLITS), ("norm", NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
+        if self.columns < self.W - 1:
+            raise ValueError(
+                f"case: the conv state has at least W - 1 = {self.W - 1} columns; got S={self.S}"
+            )
         if self.fresh or self.nofinal or self.strides == "expanded" or self.state_strides == "expanded":
             raise ValueError(
                 f"case: the mixer has both states, and expanded arrays go with the rule; got {self}"
             )
         if self.split == "grouped" and self.heads == "tiled":
             raise ValueError("case: grouped goes with interleaved heads")
+
+    def _counts(self) -> Iterator[tuple[str, int, int]]:
+        yield from super()._counts()
+        yield from (("W", 1, self.W), ("S", 0, self.S))
+
+    @property
+    def elements(self) -> int:
+        states = self.P + self.N * (1 + self.snapshots)
+        return super().elements + self.C * (self.W + states * self.columns)
 
     def __str__(self) -> str:
         return WORD + super().__str__()

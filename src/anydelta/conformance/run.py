@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import dispatch
+from ..terminal import first_line, one_line
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, check
 from .log import WORD as LOG_WORD
@@ -66,6 +67,8 @@ def unavailable(name: str) -> tuple[str, ...]:
         return tuple(str(r) for r in backend_of(name).available())
     except (ImportError, ValueError) as error:
         return (str(error),)
+    except (Exception, SystemExit) as error:  # what a package raises that is installed and does not import
+        return (f"{type(error).__name__}: {one_line(error)}",)
 
 
 def isas(name: str) -> list[str]:
@@ -96,13 +99,22 @@ def targets(
     tensors lie (`tensors_on`), which counts where `device` is the CPU.
 
     Raises:
-        ValueError: an ISA that none of the backends offers; the text lists those on offer.
+        ValueError: an ISA that none of the backends offers, or a device that is not here.
     """
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.empty(1, device=device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"device must be one of torch's that is here; got {device!r}: {first_line(error)}"
+            ) from None
     offered = {name: isas(name) for name in backends}
     known = [isa for names in offered.values() for isa in names]
     for isa in only_isas:
         if isa not in known:
-            names = ", ".join(known) or "of which there is none"
+            names = ", ".join(dict.fromkeys(known)) or "of which there is none"
             raise ValueError(f"isa must be one that runs on this machine, {names}; got {isa!r}")
     out = []
     for name in backends:
@@ -145,8 +157,10 @@ def parse(line: str) -> Case:
     Raises:
         ValueError: an unknown field, or a value that does not fit it.
     """
-    kind = MixerCase if line.startswith(WORD) else LogCase if line.startswith(LOG_WORD) else Case
-    return kind.parse(line)
+    first, *others = line.split(maxsplit=1) or [""]
+    if first == WORD.strip():
+        return MixerCase.parse("".join(others))
+    return LogCase.parse("".join(others)) if first == LOG_WORD.strip() else Case.parse(line)
 
 
 def prepare(case: Case) -> Prepared | MixerPrepared:

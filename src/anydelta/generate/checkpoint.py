@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import logging
+import math
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..json_file import read_json
+from ..terminal import Refused
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What `dtype` may be; "auto" is what the checkpoint says."""
@@ -23,10 +28,31 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 REPOSITORY_MODEL = Path(__file__).resolve().parents[3] / "examples" / "tiny_model"
 """Where the repository keeps its model, if this file lies in a checkout."""
 
+_HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+
+_GENERATION: dict[str, Any] = {
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "use_mtp"), bool),
+    **dict.fromkeys(
+        ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "num_beams",
+         "num_return_sequences", "prompt_lookup_num_tokens", "num_assistant_tokens", "assistant_early_exit",
+         "bos_token_id", "eos_token_id", "pad_token_id"),
+        int,
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+         "length_penalty", "guidance_scale", "max_time"),
+        float,
+    ),
+}  # fmt: skip
+"""Fields of generation_config.json that are checked, and their types; an id may be a list of ids."""
+
+_LFS = b"version https://git-lfs"
+"""What stands in place of a large file in a clone that was made without Git LFS."""
+
 INSTALL = "pip install 'anydelta[transformers]'"
 
 
-class CheckpointError(Exception):
+class CheckpointError(Refused):
     """A model that cannot be opened. The text is one sentence, and what to do."""
 
 
@@ -73,17 +99,23 @@ def open_checkpoint(name: str, dtype: str = "auto") -> Opened:
     need_packages()
     if dtype not in DTYPES:
         raise CheckpointError(f"requires a dtype of {', '.join(DTYPES)}; got {dtype!r}")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such user
+        raise CheckpointError(
+            f"requires a folder, or a hub name; got {_shown(name)}: {getattr(error, 'strerror', None) or _line(error)}"
+        ) from None
+    if is_folder:
         name = str(folder)
         _check_folder(folder)
-    elif folder.exists():
+    elif is_file:
         raise CheckpointError(
             f"requires a folder with config.json and safetensors, or a hub name; got the file {name}"
         )
-    elif name.count("/") > 1 or not name or name.startswith((".", "~", "/")) or name.endswith("/"):
+    elif name.count("/") > 1 or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
-            f"requires a folder, or a hub name such as Qwen/Qwen3.5-0.8B; got {name}, which does not exist"
+            f"requires a folder, or a hub name such as Qwen/Qwen3.5-0.8B; got {_shown(name)}, which does not exist"
         )
     else:
         _check_hub(name)
@@ -95,30 +127,61 @@ def open_checkpoint(name: str, dtype: str = "auto") -> Opened:
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder must have a config.json, and weight files that are whole."""
-    config = folder / "config.json"
-    if not config.is_file():
+    """A folder must have a config.json, weight files that are whole, and what stands beside them must be readable."""
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"requires a checkpoint folder; got {folder} without a config.json. Give the folder that "
             "save_pretrained or the hub wrote"
         )
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"requires a readable config.json; got {config}: {_line(error)}") from None
+    config = _read(folder / "config.json")
+    for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).exists():  # Transformers passes over a generation_config.json that it cannot read
+            found = _read(folder / name)
+            if name == "generation_config.json":
+                _check_generation(folder / name, found)
     for file in _weight_files(folder):
-        _check_whole(file)
+        _check_whole(file, quantised=bool(config.get("quantization_config")))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file with an object."""
+    try:
+        found = read_json(path, infinities=True)
+        if isinstance(found, dict):
+            return found
+        why = f"it holds a {type(found).__name__}, not an object"
+    except ValueError as error:
+        why = str(error)
+    raise CheckpointError(f"requires a readable {path.name}; got {path}: {why}")
+
+
+def _check_generation(path: Path, found: dict[str, Any]) -> None:
+    """What generate() takes of it must have the right type: Transformers looks when it is too late, or never."""
+    for name, value in found.items():
+        kind = _GENERATION.get(name)
+        if kind is None or value is None:
+            continue
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            right = all(type(i) is int and abs(i) < 2**31 for i in ids)
+        elif kind is float:
+            right = type(value) in (int, float) and math.isfinite(value)
+        else:
+            right = type(value) is kind and -(2**31) < value < 2**31
+        if not right:
+            what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+            raise CheckpointError(f"requires {name} to be {what} in {path}; got {_shown(repr(value))}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"requires an index with a weight_map; got {index}: {type(error).__name__} {_line(error)}"
-            ) from None
+    if index.exists():
+        files = _read(index).get("weight_map")
+        names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+        wrong = [n for n in names if not re.fullmatch(r"[^/\\\x00]{1,255}", n)]
+        if not names or wrong:
+            got = f"the file name {_shown(repr(wrong[0]))}" if wrong else "none"
+            raise CheckpointError(f"requires a weight_map with the names of files in {index}; got {got}")
         absent = [n for n in names if not (folder / n).is_file()]
         if absent:
             raise CheckpointError(
@@ -135,13 +198,26 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_whole(file: Path) -> None:
-    """A safetensors file says in its header how long it must be."""
+def _check_whole(file: Path, quantised: bool) -> None:
+    """A safetensors file says in its header how long it must be, and what it holds."""
     from safetensors import SafetensorError, safe_open
 
+    if not file.is_file():
+        raise CheckpointError(f"requires weight files; got {file}, which is none")
+    with file.open("rb") as raw:
+        if raw.read(len(_LFS)) == _LFS:
+            raise CheckpointError(
+                f"requires the weights; got {file}, a pointer of Git LFS. Run: git lfs pull"
+            )
     try:
-        with safe_open(file, framework="pt"):
-            pass
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  it is no dict
+                kind = opened.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind[0] in "IUB" and kind != "BF16" and not quantised:
+                    raise CheckpointError(
+                        "requires weights of a floating-point type, or a quantization_config in config.json; got "
+                        f"{name} of type {kind} in {file}"
+                    )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"requires whole weight files; got {file} of {file.stat().st_size} bytes, truncated or damaged "
@@ -213,7 +289,10 @@ def _load_model(name: str, dtype: str) -> Any:
 def _load_tokenizer(name: str) -> Any:
     transformers = importlib.import_module("transformers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if len(tokenizer):
+            return tokenizer
+        raise ValueError("it has no tokens. Is tokenizer.json missing?")
     except Exception as error:
         raise CheckpointError(
             f"requires a tokenizer beside the model; got {name} without one that loads: {_line(error)}"
@@ -231,7 +310,9 @@ def quiet() -> Iterator[None]:
     if not sys.stderr.isatty():
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(disabled)
         log.set_verbosity(before)
@@ -241,6 +322,16 @@ def quiet() -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     """The first sentence of an error that may go on for pages."""
-    text = str(error).strip().split("\n", 1)[0].strip() or type(error).__name__
+    first, _, others = str(error).strip().partition("\n")
+    text = first.strip() or type(error).__name__
+    if text.endswith(":") and others:  # what it announces
+        text += " " + others.strip().partition("\n")[0].strip()
+    elif isinstance(error, KeyError):  # its text is the key alone
+        text = f"no {text}"
     text = text.split(". ", 1)[0].rstrip(".")
     return text if len(text) <= 300 else text[:300] + "…"
+
+
+def _shown(text: str) -> str:
+    """Of a text that may be long."""
+    return text if len(text) <= 100 else text[:100] + "…"

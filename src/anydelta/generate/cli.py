@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint
+from ..terminal import Failed, say, tell, to_json
+from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint, quiet
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Options that only count when tokens are drawn."""
@@ -104,44 +103,40 @@ def generate_command(
         ).items()
         if value is not None
     }  # fmt: skip
-    try:
-        _check(max_new_tokens, threads, given, plain and compare)
-        _check_drafting(mtp, draft, lookup, drafts, plain)
-        _check_compile(compile_, pack, mtp or draft is not None or lookup is not None)
-        need_packages()
-        from . import write
+    _check(max_new_tokens, threads, given, plain and compare)
+    _check_drafting(mtp, draft, lookup, drafts, plain)
+    _check_compile(compile_, pack, mtp or draft is not None or lookup is not None)
+    need_packages()
+    from . import write
 
-        name = default_model() if model is None else model
-        text = _prompt(prompt)
-        opened = open_checkpoint(name, dtype)
-        _check_sampling(opened, given)
-        if "stop_strings" in given:
-            given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
-        options = {"max_new_tokens": max_new_tokens, **given}
-        way = _way(plain, mtp, None if draft is None else open_checkpoint(draft, dtype), lookup, drafts)
-        if pack:
-            way = write.packed(way)
-        if compile_:
-            way = write.compiled(way)
-        runs = _run(opened, text, options, threads, seed, chat, echo, way, compare, as_json)
-    except CheckpointError as error:
-        _fail(str(error))
+    name = default_model() if model is None else model
+    text = _prompt(prompt)
+    opened = open_checkpoint(name, dtype)
+    _check_sampling(opened, given)
+    if "stop_strings" in given:
+        given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
+    options = {"max_new_tokens": max_new_tokens, **given}
+    way = _way(plain, mtp, None if draft is None else open_checkpoint(draft, dtype), lookup, drafts)
+    if pack:
+        way = write.packed(way)
+    if compile_:
+        way = write.compiled(way)
+    runs = _run(opened, text, options, threads, seed, chat, echo, way, compare, as_json)
     same = len(runs) < 2 or runs[0].tokens == runs[1].tokens
     if as_json:
         records = [dataclasses.asdict(r) for r in runs]
-        typer.echo(json.dumps({"runs": records, "identical": same} if compare else records[0], indent=1))
+        say(to_json({"runs": records, "identical": same} if compare else records[0]))
     else:
         for run in runs:
-            typer.echo(_figures(run), err=True)
+            tell(_figures(run))
     if compare and not same:
         first = next(
             (i for i, pair in enumerate(zip(*(r.tokens for r in runs), strict=False)) if len(set(pair)) > 1),
             min(len(r.tokens) for r in runs),
         )
-        typer.echo(f"anydelta generate: the two texts differ from new token {first} on.", err=True)
-        raise typer.Exit(1)
+        raise Failed(f"the two texts differ from new token {first} on")
     if compare and not as_json:
-        typer.echo(f"The two texts are the same, token for token ({len(runs[0].tokens)} tokens).", err=True)
+        tell(f"The two texts are the same, token for token ({len(runs[0].tokens)} tokens).")
 
 
 def _run(
@@ -160,31 +155,31 @@ def _run(
 
     from . import write
 
-    # What Transformers would say here is checked before, or is that its reference code is slow.
-    importlib.import_module("transformers.utils.logging").set_verbosity_error()
     ways = [write.PLAIN, way] if compare else [way]
 
     def show(piece: str) -> None:
-        typer.echo(piece, nl=False)
+        say(piece, end="")
 
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     runs = []
     try:
-        for way in ways:
-            if not as_json:
-                if compare:
-                    typer.echo(f"--- {way.name}")
-                if echo:
-                    show(prompt)
-            runs.append(
-                write.write(
-                    opened, prompt, way, options, seed=seed, chat=chat, show=(lambda piece: None) if as_json else show
-                )
-            )  # fmt: skip
-            if not as_json:
-                typer.echo()
+        with quiet():  # what Transformers would say is checked before, or is that its reference code is slow
+            for way in ways:
+                if not as_json:
+                    if compare:
+                        say(f"--- {way.name}")
+                    if echo:
+                        show(prompt)
+                runs.append(
+                    write.write(
+                        opened, prompt, way, options, seed=seed, chat=chat,
+                        show=(lambda piece: None) if as_json else show,
+                    )
+                )  # fmt: skip
+                if not as_json:
+                    say()
     finally:
         torch.set_num_threads(before)
     return runs
@@ -284,8 +279,3 @@ def _figures(run: Any) -> str:
         f"{run.way}: {len(run.tokens)} tokens in {run.seconds:.2f} s: the first after {run.first_token_s:.3f} s "
         f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} threads"
     )
-
-
-def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"anydelta generate: {sentence.rstrip('.')}.", err=True)
-    raise typer.Exit(2)

@@ -7,13 +7,18 @@ in, and more keyword arguments for `model.generate`, or a function to call in it
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from ..terminal import Failed, Refused, first_line
 from .checkpoint import CheckpointError, Opened
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 Context = Callable[[Any], AbstractContextManager[Any]]
 
@@ -181,13 +186,21 @@ def write(
                 done.compile_s, begin = time.perf_counter() - begin, time.perf_counter()
                 if seed is not None:
                     torch.manual_seed(seed)
-            ids = run(**inputs, **{**(options or {}), **way.options}, streamer=stream)
+            given = {**(options or {}), **way.options, "return_dict_in_generate": False}
+            ids = run(**inputs, **given, streamer=stream, logits_processor=[_finite(n)])
             done.seconds = time.perf_counter() - begin
     # What enable() and generate() refuse: no layer is anydelta's, options that contradict, a way that this class
     # of Transformers has not (NotImplementedError). The cause stays attached, should the fault be ours.
     except (ValueError, NotImplementedError) as error:
         hint = ". --plain runs it without anydelta" if "gated delta rule layers" in str(error) else ""
         raise CheckpointError((" ".join(str(error).split()) or type(error).__name__) + hint) from error
+    except Exception as error:
+        if isinstance(error, Refused) or _through_ours(error):
+            raise
+        raise CheckpointError(
+            f"requires a model and a generation_config.json that Transformers runs; got {opened.name}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     done.tokens = ids[0, n:].tolist()
     done.drafted, done.accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
     done.verifications = len(rounds)
@@ -222,6 +235,10 @@ def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
         except (ValueError, AttributeError):
             raise CheckpointError(f"--chat requires a chat template; got {opened.name} without one") from None
     ids = opened.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
+    if prompt and ids.shape[1] == 0:
+        raise CheckpointError(
+            f"requires a tokenizer that knows the prompt; got no token of it from {opened.name}'s"
+        )
     if ids.shape[1] == 0:
         bos = opened.tokenizer.bos_token_id
         if bos is None:
@@ -229,7 +246,34 @@ def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
                 "requires a prompt: this model has no token to begin with; got an empty one"
             )
         ids = torch.tensor([[bos]])
+    most = opened.model.get_input_embeddings().weight.shape[0]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < most:
+        raise CheckpointError(
+            f"requires a tokenizer of the model's {most} tokens; got token {int(ids.max())} from that of "
+            f"{opened.name}. Are tokenizer.json and config.json of two models?"
+        )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _finite(n: int) -> Callable[[Any, Any], Any]:
+    """A logits processor that ends the run, after a prompt of n tokens, where a logit is NaN."""
+
+    def check(ids: Any, scores: Any) -> Any:
+        if bool(scores.amax().isnan()):  # the largest of numbers with a NaN among them is NaN
+            raise Failed(
+                f"requires logits that are numbers; got NaN for new token {ids.shape[1] - n + 1}. The weights hold "
+                "NaN, or their type overflows: try --dtype float32"
+            )
+        return scores
+
+    return check
+
+
+def _through_ours(error: BaseException) -> bool:
+    """Whether code of anydelta was running where it was raised, on top of what runs the model."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    outside = [i for i, name in enumerate(frames) if not name.startswith(_PACKAGE)]
+    return not outside or any(name.startswith(_PACKAGE) for name in frames[outside[0] :])
 
 
 def _why_it_ended(model: Any, tokens: list[int], limit: int | None) -> str:

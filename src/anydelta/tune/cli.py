@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..backends import triton as backend
-from ..bench.outputs import progress, rich_table
+from ..terminal import Failed, Refused, Table, first_line, progress, refusing, say, show, to_json
 
 if TYPE_CHECKING:
     from .compiling import Trial
     from .problems import Problem
     from .search import Outcome
-
-
-def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"anydelta tune: {sentence}", err=True)
-    raise typer.Exit(2)
 
 
 def register(app: typer.Typer) -> None:
@@ -72,11 +66,13 @@ def tune_command(
       anydelta tune --dry-run --target sm_90 --cases gda-t1-h16x32-d128-b1
     """
     if target is not None and not dry_run:
-        _fail("--target goes with --dry-run: launches are timed on the GPU that is here, and nowhere else")
+        raise Refused(
+            "--target goes with --dry-run: launches are timed on the GPU that is here, and nowhere else"
+        )
     if rounds < 1:
-        _fail(f"--rounds must be at least 1; got {rounds}")
+        raise Refused(f"--rounds must be at least 1; got {rounds}")
     if seconds is not None and not seconds > 0:
-        _fail(f"--seconds must be above 0; got {seconds:g}")
+        raise Refused(f"--seconds must be above 0; got {seconds:g}")
     reasons = [] if target is not None else [str(r) for r in backend.BACKEND.available()]
     if backend.interpreted():
         reasons = [
@@ -84,21 +80,17 @@ def tune_command(
         ]
     if reasons:
         why = reasons[0].partition(";")[0]
-        _fail(
+        raise Refused(
             f"requires a GPU that Triton knows; got none ({why}). "
             f"Without one, --dry-run --target sm_90 compiles what would be tried"
         )
-    try:
+    with refusing(ValueError):
         chosen = _problems(cases, dtype, gradients)
-        if dry_run:
-            _dry_run(chosen, target or _here(device)[1], as_json)
-        else:
-            _tune(chosen, device, rounds, seconds, output, as_json)
-    except (ValueError, ImportError, OSError) as error:
-        _fail(str(error))
-    except RuntimeError as error:  # the device's: what was found before is in the table
-        typer.echo(f"anydelta tune: the GPU stopped with {str(error).splitlines()[0]}", err=True)
-        raise typer.Exit(1) from None
+        arch = target or _here(device)[1]
+    if dry_run:
+        _dry_run(chosen, arch, as_json)
+    else:
+        _tune(chosen, device, rounds, seconds, output, as_json)
 
 
 def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[Problem]:
@@ -126,25 +118,22 @@ def _here(device: str | None) -> tuple[str, str]:
 
 
 def _dry_run(problems: list[Problem], target: str, as_json: bool) -> None:
-    from rich.console import Console
-
     from ..kernels.triton.aot import TARGETS
     from .compiling import compile_all
 
     if target not in TARGETS:
-        raise ValueError(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
+        raise Refused(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
     with progress() as tell:
         trials = compile_all(problems, target, tell)
     if as_json:
-        typer.echo(json.dumps({"target": target, "trials": [asdict(t) for t in trials]}, indent=1))
+        say(to_json({"target": target, "trials": [asdict(t) for t in trials]}))
     else:
         head = ("launch", "kernels", "registers", "spilled", "shared", "s", "")
         for key, mine in itertools.groupby(trials, lambda t: t.key):
-            table = rich_table(f"{target}: {key}", head, map(_cells, mine), lambda row: "")
-            Console().print(table)
+            show(Table(f"{target}: {key}", head, list(map(_cells, mine)), left=("",)))
         compiled = sum(len(t.kernels) for t in trials)
         broken, large = sum(bool(t.error) for t in trials), sum(not t.fits for t in trials)
-        typer.echo(
+        say(
             f"{len(trials)} launches for {len(problems)} rows, {compiled} kernels compiled for {target}; "
             f"{broken} launches do not compile, {large} take too much shared memory"
         )
@@ -173,7 +162,6 @@ def _tune(
     as_json: bool,
 ) -> None:
     import torch
-    from rich.console import Console
 
     from ..kernels.triton import tables
     from .search import Contest, gpu_times, tune
@@ -181,13 +169,14 @@ def _tune(
     where, arch = _here(device)
     folder = output or tables.user_folder()
     if folder is None:
-        raise ValueError(f"requires a folder to write to; got {tables.ENV}='' and no -o")
+        raise Refused(f"requires a folder to write to; got {tables.ENV}='' and no -o")
     path = folder / f"{arch}.json"
     # What cannot be merged with or written to is found before the minutes, not after.
-    tables.read(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    with refusing(ValueError, OSError):
+        tables.read(path)
+        folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"requires a folder that can be written to; got {folder}")
+        raise Refused(f"requires a folder that can be written to; got {folder}")
     name = getattr(torch, torch.device(where).type).get_device_name(torch.device(where))
     start = time.monotonic()
     outcomes: list[Outcome] = []
@@ -197,19 +186,22 @@ def _tune(
 
     with progress() as tell, backend.on_device(torch.device(where)):
 
-        def say(text: str) -> None:
+        def on(text: str) -> None:
             tell(text, len(outcomes) / len(problems))
 
         for problem in problems:
             if not in_time():
                 break
-            outcome = tune(Contest(problem, where), gpu_times, rounds=rounds, in_time=in_time, tell=say)
+            try:
+                outcome = tune(Contest(problem, where), gpu_times, rounds=rounds, in_time=in_time, tell=on)
+            except RuntimeError as error:  # the device's: what was found before is in the table
+                raise Failed(f"the GPU stopped with {first_line(error)}") from error
             outcomes.append(outcome)
             tables.merge(path, {outcome.key: outcome.row(name)})
     left = [p.key for p in problems[len(outcomes) :]]
     if as_json:
         record: dict[str, Any] = {"device": name, "arch": arch, "table": str(path), "left": left}
-        typer.echo(json.dumps({**record, "rows": [asdict(o) for o in outcomes]}, indent=1))
+        say(to_json({**record, "rows": [asdict(o) for o in outcomes]}))
     else:
         cells = [
             (
@@ -222,14 +214,14 @@ def _tune(
             for o in outcomes
         ]
         head = ("row", "heuristic us", "best us", "x", "launch")
-        Console().print(rich_table(f"{name}, {arch}: medians", head, cells, lambda row: ""))
+        show(Table(f"{name}, {arch}: medians", head, cells, left=("launch",)))
         for o in outcomes:
             for t in o.trials:
                 if t.wrong:
-                    typer.echo(f"WRONG {o.key} {_text(t.change)}: {t.why_not}")
+                    say(f"WRONG {o.key} {_text(t.change)}: {t.why_not}")
         if left:
-            typer.echo(f"--seconds {seconds:g} were over before {len(left)} of {len(problems)} rows")
-        typer.echo(f"written to {path}")
+            say(f"--seconds {seconds:g} were over before {len(left)} of {len(problems)} rows")
+        say(f"written to {path}")
     if any(t.wrong for o in outcomes for t in o.trials):
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..kernels.triton.aot import TARGETS, Compiled, calls_of, compile_call, source_of
 from ..kernels.triton.config import forced
+from ..terminal import first_line
 from .problems import Change, Problem, groups
 
 
@@ -44,7 +45,7 @@ def compile_all(problems: Iterable[Problem], target: str, tell: Callable[[str, f
                     trial.kernels.append(seen[name])
                 trial.fits &= seen[name].shared <= machine.shared
         except Exception as error:  # the compilers raise what they like: the trial says so, the others go on
-            trial.error = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            trial.error = first_line(error)
     return trials
 
 

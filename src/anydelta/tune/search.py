@@ -21,6 +21,7 @@ from ..kernels.triton.aot import call_of
 from ..kernels.triton.backward import BackwardLaunches, of_inputs, room
 from ..kernels.triton.config import Config, Machine, forced
 from ..kernels.triton.launch import KernelCall, Launches
+from ..terminal import first_line
 from .problems import Change, Problem, groups
 
 MARGIN = 0.98
@@ -171,7 +172,7 @@ def tune(
             except (
                 Exception
             ) as error:  # a compiler's or a driver's: too many registers, no room in shared memory
-                trial.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                trial.why_not = first_line(error)
             if not trial.why_not:
                 runs.append(run)
                 entered.append(trial)

@@ -23,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...json_file import read_json
+
 VERSION = 1
 ENV = "ANYDELTA_TRITON_CONFIGS"
 """The user's folder of tables; empty: none."""
@@ -43,7 +45,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 """By kernel, what a row may set, and to what."""
 
 _NAME = re.compile(
-    rf"({'|'.join(FIELDS)})( T<=\d+ heads<=\d+)? K=\d+ V=\d+ (gda|kda) (bfloat16|float16|float32)"
+    rf"({'|'.join(FIELDS)})( T<=[0-9]+ heads<=[0-9]+)? K=[0-9]+ V=[0-9]+ (gda|kda) (bfloat16|float16|float32)"
 )
 Row = Mapping[str, Any]
 
@@ -92,8 +94,8 @@ def read(path: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        table = read_json(path)
+    except ValueError as error:
         table = error
     require(isinstance(table, dict) and isinstance(table.get("rows"), dict), "be JSON with rows", table)
     require(table.get("version") == VERSION, f"have version {VERSION}", table.get("version"))

@@ -1,0 +1,293 @@
+"""How the programs print and how they end: text from data is printed literally, and a wrong input is one sentence.
+
+A command raises `Refused` for what its user can put right and `Failed` for a result that is wrong or missing. `run`
+alone turns them, and whatever else ends a program, into a line on stderr and an exit status:
+
+    0 all well   1 failed   2 refused   70 a fault of anydelta   130 interrupted   141 nobody reads stdout any more
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console, ConsoleOptions
+
+FAULT, INTERRUPTED, CLOSED = 70, 130, 141
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: what begins an ANSI escape, too
+    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"  # what ends a line or turns its direction
+    "\ud800-\udfff]"  # bytes of a file name that are no UTF-8
+)
+
+
+class Refused(Exception):
+    """Bad input, or a package that is not here. The text is one sentence."""
+
+    status = 2
+
+
+class Failed(Refused):
+    """The work was begun, and its result is wrong or missing. The text is one sentence."""
+
+    status = 1
+
+
+@contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds are about what the user gave: each becomes Refused, with its text."""
+    try:
+        yield
+    except kinds as error:
+        raise Refused(str(error) or type(error).__name__) from error
+
+
+# ---- Text
+
+
+def literal(text: object) -> str:
+    """The text with unseen characters as escapes: nothing in it moves the cursor, colours or turns what follows."""
+    return _UNSEEN.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(text: object) -> str:
+    """`literal`, with one space for each run of white space."""
+    return " ".join(literal(str(text).replace("\r\n", "\n")).split())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that may go on for pages; its type, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def say(text: object = "", end: str = "\n") -> None:
+    """Text on stdout: on a terminal `literal`, into a file or a pipe as it is."""
+    print(literal(text) if sys.stdout.isatty() else text, end=end, flush=not end)
+
+
+def tell(text: object) -> None:
+    """A line on stderr."""
+    print(literal(text), file=sys.stderr)
+
+
+def to_json(value: Any, indent: int | None = 1) -> str:
+    """The value as JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def csv_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The text of a CSV file. Control characters are escapes there too: not every reader keeps them in their cell."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(
+        [literal(cell) if isinstance(cell, str) else cell for cell in cells] for cells in (head, *rows)
+    )
+    return out.getvalue()
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table: `left` columns of text, the others of numbers."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    top, *others = (f"| {' | '.join(map(_cell, cells))} |" for cells in (head, *rows))
+    return [top, rule, *others]
+
+
+def _cell(text: object) -> str:
+    """With what would end the cell or begin a tag escaped."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def console(*, err: bool = False) -> Console:
+    """Where rich prints: strings have no markup, no emoji codes and no colours of their own."""
+    from rich.console import Console
+
+    return Console(stderr=err, markup=False, emoji=False, highlight=False)
+
+
+def show(*shown: Any) -> None:
+    """Tables and the like on stdout."""
+    console().print(*shown, sep="\n")
+
+
+@dataclass(frozen=True)
+class Table:
+    """For `show`: numbers to the right but for the first column and those of `left`; style(cells) of a row.
+
+    Nothing is cut off: where a word has no room in its column, each row is printed as lines `heading: cell`.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    style: Callable[[Sequence[Any]], str] = lambda cells: ""
+    left: Sequence[str] = ()
+    boxed: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.measure import Measurement
+        from rich.table import Table
+        from rich.text import Text
+
+        title = Text(literal(self.title), style="bold") if self.title else None
+        look: dict[str, Any] = {} if self.boxed else {"box": None, "pad_edge": False}
+        found = Table(title=title, title_justify="left", show_header=any(self.head), **look)
+        for i, name in enumerate(self.head):
+            side: Any = "left" if i == 0 or name in self.left else "right"
+            found.add_column(Text(literal(name)), justify=side, overflow="fold")
+        for cells in self.rows:
+            found.add_row(*(Text(literal(cell)) for cell in cells), style=self.style(cells))
+        needed = Measurement.get(console, options.update(max_width=10**6), found).minimum
+        if needed <= options.max_width:
+            yield found
+            return
+        if title is not None:
+            yield title
+        for cells in self.rows:
+            named = [(name, cell) for name, cell in zip(self.head, cells, strict=True) if cell != ""]
+            if any(self.head):
+                yield lines((*(f"{name}: {cell}" for name, cell in named), ""), self.style(cells))
+            else:
+                yield lines([": ".join(str(cell) for _, cell in named)], self.style(cells))
+
+
+def lines(texts: Iterable[object], style: str = "") -> Any:
+    """For `show`: one line or more of each text."""
+    from rich.text import Text
+
+    return Text("\n".join(map(literal, texts)), style=style, overflow="fold")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """tell(text, share done): a bar on stderr, if that is a terminal.
+
+    It is drawn by `tell` alone, at most ten times a second: a thread that draws would disturb measurements.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    where = console(err=True)
+    bar = Progress(
+        BarColumn(20), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
+        console=where, transient=True, auto_refresh=False, disable=not where.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task, drawn = bar.add_task("starting", total=1.0), 0.0
+
+        def tell(text: str, done: float) -> None:
+            nonlocal drawn
+            if not bar.disable and time.monotonic() - drawn >= 0.1:
+                bar.update(task, description=literal(text), completed=done)
+                bar.refresh()
+                drawn = time.monotonic()
+
+        yield tell
+
+
+# ---- The end
+
+
+def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
+    """Run the program that `build` makes and exit as the list at the top of this file says."""
+    _open_streams()
+    args = list(sys.argv[1:] if args is None else args)
+    name = "anydelta"
+    try:
+        import typer.main
+
+        command = typer.main.get_command(build())
+        name = _called(command, args)
+        raise SystemExit(_invoke(command, args))
+    except Refused as error:
+        _end(name, error, error.status)
+    except KeyboardInterrupt:
+        _end(name, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _leave_stdout()
+        raise SystemExit(CLOSED) from None
+    except OSError as error:
+        _end(name, f"requires a file that can be read or written; got {error}", 1)
+    except MemoryError as error:
+        _end(name, f"requires more memory than there is; got {str(error) or 'no more'}", 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {error}"
+            _end(name, f"this is a fault of anydelta, please report it with the lines above: {said}", FAULT)
+        message = error.format_message()  # typer's: a wrong option or command
+        if type(error).__name__ == "NoArgsIsHelpError":  # its help, or "" where typer has printed it
+            say(message)
+            raise SystemExit(2) from None
+        _end(name, f"{message.rstrip('.')}. See {name} --help", 2)
+
+
+def _invoke(command: Any, args: list[str]) -> int:
+    """The exit status, once all that was printed has been written."""
+    import typer
+
+    status = 0
+    try:
+        with command.make_context("anydelta", args) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        status = stop.exit_code
+    sys.stdout.flush()
+    return status
+
+
+def _end(name: str, sentence: object, status: int) -> NoReturn:
+    """Say one sentence, on one line, and exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _leave_stdout()
+    said = one_line(sentence).rstrip(".:")
+    tell(f"{name}: {said}{'' if said.endswith('?') else '.'}")
+    raise SystemExit(status)
+
+
+def _called(command: Any, args: Sequence[str]) -> str:
+    """The words that name a command, as "anydelta bench ops"."""
+    words = ["anydelta"]
+    for word in args:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+def _open_streams() -> None:
+    """A character that a stream's encoding lacks is written as an escape; a closed stream takes what it gets."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_stdout() -> None:
+    """Nothing more goes there, not even what Python would flush at its end."""
+    with suppress(OSError, ValueError):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
