@@ -68,7 +68,7 @@ def with_mtp(model: Any, folder: Path, layers: int = 2) -> Any:
     from safetensors.torch import load_file, save_file
     from transformers.modeling_layers import MtpModel
 
-    config = model.config
+    config = model.config.get_text_config()
     config.num_mtp_layers, config.mtp_layer_types = layers, ["full_attention"] * layers
     if getattr(config, "mlp_layer_types", None) is not None:
         config.mtp_mlp_layer_types = ["sparse"] * layers
@@ -98,11 +98,13 @@ def noisy(model: Any, noise: float = 0.15) -> Any:
 @contextmanager
 def guesses(text: torch.Tensor, share: float = 0.8) -> Iterator[None]:
     """MTP layers at random weights guess nothing: inside, so often they guess what comes next in `text`."""
-    from anydelta.integrations import transformers_generate as generating
+    from anydelta.integrations import transformers_mtp as generating
 
     ours = generating._MtpModel.draft
 
-    def draft(self: Any, ids: Any, hidden: Any, positions: Any, cache: Any, sample: Any, some: Any) -> Any:
+    def draft(
+        self: Any, ids: Any, embeds: Any, hidden: Any, positions: Any, cache: Any, sample: Any, some: Any
+    ) -> Any:
         def hint(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
             at = ids.shape[1]
             if at < text.shape[1] and random.Random(at).random() < share:
@@ -110,7 +112,7 @@ def guesses(text: torch.Tensor, share: float = 0.8) -> Iterator[None]:
             return logits
 
         assert not some  # greedy: nothing else processes the logits
-        return ours(self, ids, hidden, positions, cache, sample, hint)
+        return ours(self, ids, embeds, hidden, positions, cache, sample, hint)
 
     generating._MtpModel.draft = draft  # type: ignore[method-assign]
     try:
@@ -179,7 +181,9 @@ def drafting(model: Any, assistant: Any, mode: str, length: int) -> dict[str, An
         "mtp and lookup": {"use_mtp": True, "prompt_lookup_num_tokens": length},
         "lookup": {"prompt_lookup_num_tokens": length},
         "assistant": {"assistant_model": assistant},
-        "early exit": {"assistant_early_exit": EXIT if model.config.num_hidden_layers == 4 else 4},
+        "early exit": {
+            "assistant_early_exit": EXIT if model.config.get_text_config().num_hidden_layers == 4 else 4
+        },
     }[mode]
 
 
@@ -292,17 +296,24 @@ def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
 @drafts
 def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Our loop over the MTP layers, and the hidden state that it starts from, give the tokens and logits of theirs."""
-    from anydelta.integrations import transformers_generate as generating
+    from anydelta.integrations import transformers_mtp as generating
 
     model, _ = pair
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     ours = generating._MtpModel.draft
 
     def both(
-        self: Any, input_ids: Any, hidden: Any, position_ids: Any, cache: Any, sample: Any, some: Any
+        self: Any,
+        input_ids: Any,
+        embeds: Any,
+        hidden: Any,
+        position_ids: Any,
+        cache: Any,
+        sample: Any,
+        some: Any,
     ) -> Any:
         again = copy.deepcopy(cache)
-        got = ours(self, input_ids, hidden, position_ids, cache, sample, some)
+        got = ours(self, input_ids, embeds, hidden, position_ids, cache, sample, some)
         rows = hidden.shape[1]
         masked = torch.ones(1, rows, dtype=torch.long)  # which 5.15 wants
         ids, logits, _ = transformers.modeling_layers.MtpModel.forward(
@@ -326,7 +337,7 @@ def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch
 
 
 def test_lookup_finds_the_latest_place_and_repeats_repetitions() -> None:
-    from anydelta.integrations.transformers_generate import Lookup
+    from anydelta.integrations.transformers_mtp import Lookup
 
     text = Lookup([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 0, 1], 4, ends=[0])
     assert text.after([2, 3], 99) == [5, 6, 7]  # the latest; an end is not drafted

@@ -170,9 +170,9 @@ def write(
     stream, begin = _Stream(opened.tokenizer, show), 0.0
     if seed is not None:
         torch.manual_seed(seed)
-    run = opened.model.generate if way.generate is None else partial(way.generate, opened.model)
     try:
         with way.context(opened.model), _counting(way) as rounds:
+            run = opened.model.generate if way.generate is None else partial(way.generate, opened.model)
             begin = time.perf_counter()
             if way.compiles:
                 # as long a cache as the run's own, so that the graph serves it

@@ -39,8 +39,6 @@ class RollbackCache(DynamicCache):
         self.rollback = rollback
         self.is_assistants = False
         """Whether it belongs to a model that drafts, in `generate`."""
-        self.inputs_are_whole = False
-        """Whether the first inputs that `generate` prepares repeat what the cache holds."""
 
     @property
     def rollback(self) -> int:
