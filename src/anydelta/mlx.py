@@ -235,7 +235,7 @@ def _compute(plan: _Plan, names: Sequence[str], *arrays: mx.array) -> list[mx.ar
     if spec.options.output_final_state:
         call.state_out = _empty(state, spec.state_dtype)
         out.append(call.state_out)
-    key = _op._geometry(call)  # before the snapshots, which are ours and contiguous
+    key = _op.geometry_of(call)  # before the snapshots, which are ours and contiguous
     if spec.snapshots:
         call.snapshots = _slots(call, spec, state)
         out.append(call.snapshots)
@@ -305,7 +305,7 @@ def _through_numpy(plan: _Plan, call: Call) -> list[mx.array]:
         opt.op, opt.scale, opt.decay, opt.lower_bound, opt.beta_is_logit, opt.heads, opt.qk_l2norm, opt.qk_l2norm_eps,
         opt.state_layout, opt.output_final_state,
     )  # fmt: skip
-    o, state = _op.execute(held, options, plan.backend.name, inplace=False)
+    o, state = _op.execute(held, options, plan.backend.name, False, _op.geometry_of(held))
 
     def back(x: Any) -> mx.array:
         if bfloat16 is not None and x.dtype == bfloat16:  # np.float64 equals None

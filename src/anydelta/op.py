@@ -38,6 +38,8 @@ class _Plan:
     """torch's allocator for contiguous outputs (three times as quick as by shape), or a device's; None for NumPy."""
     state_like: bool
     """Whether a new final state looks like the initial one."""
+    mark: Any
+    """torch's count of a tensor's versions, for autograd's errors; None where no tensor is written."""
 
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
@@ -200,7 +202,7 @@ def _grad_enabled(q: Array) -> bool:
     return bool(torch is not None and framework_of(q) == "torch" and torch.is_grad_enabled())
 
 
-def _geometry(call: Call) -> Any:
+def geometry_of(call: Call) -> Any:
     """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered.
 
     The extension answers in a microsecond; this code stands in where it is not built or cannot read an array.
@@ -226,20 +228,15 @@ def _geometry(call: Call) -> Any:
 
 def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(call.q, torch.Tensor):
-        side = _torch_side()
-        if torch.compiler.is_compiling() or side.watched(call.q):
-            for x in (call.state_in, call.snapshots):
-                if type(x) is DeviceArray:
-                    raise dispatch.UnsupportedError(
-                        f"{options[0]}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
-                        f"torch.compile (torch.compiler.disable) and torch.export"
-                    )
-            result: tuple[Array, Array | None] = side.traced(call, options, backend, inplace)
-            return result
-        if torch.is_grad_enabled() and side.any_requires_grad(call):
-            return side.differentiable(call, options, backend, inplace)  # type: ignore[no-any-return]
-    return execute(call, options, backend, inplace)
+    if torch is None or not isinstance(call.q, torch.Tensor):
+        return execute(call, options, backend, inplace, geometry_of(call))
+    side = _torch_side()
+    if torch.compiler.is_compiling():
+        return side.traced(call, options, backend, inplace)  # type: ignore[no-any-return]
+    geometry = geometry_of(call)
+    if geometry is None:
+        return side.looked_at(call, options, backend, inplace)  # type: ignore[no-any-return]
+    return execute(call, options, backend, inplace, geometry)
 
 
 _side: Any = None
@@ -255,9 +252,10 @@ def _torch_side() -> Any:
     return _side
 
 
-def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -> tuple[Array, Array | None]:
-    """Run a call on real arrays, without gradients."""
-    geometry = _geometry(call)
+def execute(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool, geometry: Any
+) -> tuple[Array, Array | None]:
+    """Run a call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
     key = (geometry, options, backend)
     try:
         plan = None if geometry is None else _plans.get(key)
@@ -269,7 +267,10 @@ def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -
         chosen = dispatch.pick(spec, backend)
         if spec.snapshot_rows and not dispatch.takes_rows(chosen):
             return _by_dense_snapshots(call, spec, options, backend)
-        plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call))
+        mark = None
+        if spec.framework == "torch" and not spec.resident and (inplace or spec.snapshots):
+            mark = _torch_side().mark_written
+        plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call), mark)
         if geometry is not None:
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
@@ -286,6 +287,9 @@ def execute(call: Call, options: tuple[Any, ...], backend: str, inplace: bool) -
             call.state_out = plan.empty_like(call.state_in)
         else:
             call.state_out = _new_state(call, spec)
+    if plan.mark is not None:
+        state, snapshots = call.state_in, call.snapshots
+        plan.mark((state,) if snapshots is None else (state, snapshots) if inplace else (snapshots,))
     plan.backend.run(plan.native, spec, call)
     return call.o, call.state_out
 

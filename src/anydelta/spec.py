@@ -179,6 +179,25 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in x.shape)
 
 
+def torch_inference_mode() -> bool:
+    return bool(sys.modules["torch"].is_inference_mode_enabled())
+
+
+def without_memory(x: Any) -> bool:
+    """Whether a torch tensor has elements and no memory that holds them, such as one whose storage was freed.
+
+    Tensors of a class of their own, on a meta device or inside a transform of torch.func say nothing of memory: False.
+    """
+    if type(x).__name__ not in ("Tensor", "Parameter") or x.is_meta or 0 in x.shape:
+        return False
+    try:
+        held = x.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return False
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return bool(held < (x.storage_offset() + last + 1) * x.element_size())
+
+
 def overlaps(x: Any) -> bool:
     """Whether elements of x may share memory: each axis must step over all that the finer axes span."""
     if 0 in shape_of(x):
@@ -235,10 +254,20 @@ class _Checker:
                 self.fail(f"{name} must be a dense strided tensor; got {kind}")
             if x.is_neg():  # a lazy view: the memory holds -x
                 self.fail(f"{name} must hold its own values; got a negated view. Call resolve_neg() first")
+            if without_memory(x):
+                raise TypeError(
+                    f"{self.op}: {name} must have memory; got a tensor {list(shape_of(x))} whose storage holds "
+                    f"{x.untyped_storage().nbytes()} bytes, as after resize_(0). Allocate it again first"
+                )
         elif framework == "mlx":
             pass  # always dense memory of this machine's byte order, aligned
         elif not x.dtype.isnative:
             self.fail(f"{name} must have the byte order of this machine; got {x.dtype.str}. Convert it first")
+        elif isinstance(x, sys.modules["numpy"].ma.MaskedArray):
+            raise TypeError(
+                f"{self.op}: {name} must be an array without a mask of its own; got a numpy.ma.MaskedArray. Fill it "
+                "first, and give the tokens to leave out as mask"
+            )
         elif not x.flags.aligned:
             self.fail(f"{name} must be aligned to its elements; got a misaligned array. Copy it first")
         here = (framework, str(x.device) if framework == "torch" else "cpu")
@@ -317,6 +346,11 @@ class _Checker:
         elif framework_of(x) == "torch" and x.is_leaf and x.requires_grad:
             self.fail(
                 f"{name} is written in place and must not require grad; got a leaf that does. Detach it first"
+            )
+        elif framework_of(x) == "torch" and x.is_inference() and not torch_inference_mode():
+            self.fail(
+                f"{name} is written in place and must not be an inference tensor outside torch.inference_mode(); "
+                "got one. Clone it first"
             )
 
 

@@ -18,6 +18,7 @@ tensors: 4 us less per call. What its kernels do not take (float64, a named back
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -25,19 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import dispatch, op
 from .autograd import gradients
+from .backends.reference import torch_recurrence
+from .devices import DeviceArray
 from .export import torch_library
-from .spec import Call, Options, check_call, check_gradients
+from .spec import Call, Options, check_call, check_gradients, check_values
 
-if op._core is not None:
-    op._core.learn_tensor_type(
-        torch.Tensor
-    )  # here and not at the first call, which a tracer may be following
-
-EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""Types that hold real memory. Other subclasses (fake, functional, ...) must be seen by the dispatcher."""
+mark_written = torch._C._increment_version
+"""Raise the count of versions of a sequence of tensors, as torch's operators do of those that they write."""
 
 
 def _load_library() -> tuple[ctypes.CDLL | None, str]:
@@ -100,7 +102,8 @@ def _functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, 
                 cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
     arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
                   cu_seqlens=cu_seqlens, state_indices=state_indices)  # fmt: skip
-    o, state = op.execute(*_split("gated_delta_rule", arrays, flags), False)
+    call, options, backend = _split("gated_delta_rule", arrays, flags)
+    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
     return o, state if state is not None else q.new_empty(0)
 
 
@@ -110,7 +113,7 @@ def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None,
                   cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
     call, options, backend = _split("gated_delta_rule", arrays, flags)
     _refuse_grad(call, options, False)
-    o, state = op.execute(call, options, backend, False)
+    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
     return o, state if state is not None else q.new_empty(0)
 
 
@@ -121,13 +124,14 @@ def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, 
                   snapshot_indices=snapshot_indices)  # fmt: skip
     call, options, backend = _split("gated_delta_rule_", arrays, flags)
     _refuse_grad(call, options, True)
-    return op.execute(call, options, backend, True)[0]
+    return op.execute(call, options, backend, True, op.geometry_of(call))[0]
 
 
 def _refuse_grad(call: Call, options: tuple[Any, ...], inplace: bool) -> None:
     """The operators that write to an argument have no gradient: say so instead of returning a constant."""
     if torch.is_grad_enabled() and any_requires_grad(call):
         check_gradients(call, options[0], inplace)
+    refuse_tangents(options[0], {name: getattr(call, name) for name in _INPUTS})
 
 
 _IMPLEMENTATIONS: dict[str, Any] = {
@@ -238,6 +242,8 @@ _BELOW = torch._C._after_autograd_keyset
 
 def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> Any:
     """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
+    if transformed(*tensors):
+        return _by_recurrence(tensors, flags)
     if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         absent = (None,) * (len(_INPUTS) - len(tensors))
         return _Differentiable.apply(keys, flags, *tensors, *absent)  # type: ignore[no-untyped-call]
@@ -246,6 +252,47 @@ def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> A
 
 _REDISPATCH = torch.ops.anydelta.gated_delta_rule.default._handle.redispatch_boxed
 _LIB.impl("gated_delta_rule", _differentiable, "Autograd", with_keyset=True)
+
+
+def _transform(name: str, *arguments: Any, **flags: Any) -> Any:
+    """An operator that writes to an argument, inside a transform of torch.func: it has no rule for one, and its kernel
+    would not see that the transform follows a tensor."""
+    tensors = tree_leaves((arguments, flags))
+    if any(isinstance(x, torch.Tensor) and is_functorch_wrapped_tensor(x) for x in tensors):
+        raise ValueError(
+            f"{name}: a call that writes to an argument has no derivative and no rule for vmap; got tensors that a "
+            f"transform of torch.func follows. Use {name.removesuffix('_snapshots').rstrip('_')} without snapshots"
+        )
+    with temporarily_clear_interpreter_stack():
+        return getattr(torch.ops.anydelta, name)(*arguments, **flags)
+
+
+def _resolve(name: str, *arguments: Any, **flags: Any) -> Any:
+    """An operator that writes to an argument, where one is a negated view. torch's own fallback holds for its operators
+    only, which return what they write."""
+    operator = getattr(torch.ops.anydelta, name)
+    for described, x in zip(operator.default._schema.arguments, arguments, strict=False):
+        if (
+            described.alias_info is not None
+            and described.alias_info.is_write
+            and x is not None
+            and x.is_neg()
+        ):
+            raise ValueError(
+                f"{name.removesuffix('_snapshots')}: {described.name} must hold its own values; got a negated view. Call resolve_neg() first"
+            )
+    arguments, flags = tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, (arguments, flags))
+    return operator(*arguments, **flags)
+
+
+def guard_writes(library: torch.library.Library, name: str) -> None:
+    """Have an operator that writes to an argument refuse what it cannot write for."""
+    library.impl(name, partial(_transform, name), "FuncTorchDynamicLayerFrontMode")
+    library.impl(name, partial(_resolve, name), "Negative")
+
+
+guard_writes(_LIB, "gated_delta_rule_snapshots")
+guard_writes(_LIB, "gated_delta_rule_")
 
 
 @contextmanager
@@ -284,19 +331,138 @@ _LIB.impl("gated_delta_rule_backward", _backward_op, "CompositeExplicitAutograd"
 torch.library.register_fake("anydelta::gated_delta_rule_backward", _fake_backward, lib=_LIB)
 
 
-def watched(q: torch.Tensor) -> bool:
-    """Whether a call must go through the dispatcher because q is not plain memory, or because somebody looks on.
+def _by_recurrence(tensors: tuple[torch.Tensor | None, ...], flags: dict[str, Any]) -> Any:
+    """The functional operator as the recurrence in torch's own operators, which all transforms go through."""
+    _warn_of_recurrence()
+    flags = {name: value for name, value in flags.items() if name != "backend"}
+    call = Call(*tensors)
+    spec = check_call(call, Options(**flags), inplace=False)
+    check_values(call, spec)
+    o, state = torch_recurrence(spec, call, checkpointed=False)
+    if not spec.options.output_final_state:
+        return o.to(call.v.dtype), call.q.new_empty(0)
+    state = state if spec.options.state_layout == "kv" else state.transpose(-1, -2)
+    return o.to(call.v.dtype), state.to(getattr(torch, spec.state_dtype)).contiguous()
 
-    A subclass or meta tensor, a torch.func transform (its tensors are of type torch.Tensor, but hold nothing), or a
-    mode such as FakeTensorMode, make_fx's or a counter of FLOPs. The two queries take 0.2 us each; torch has no
-    public ones.
-    """
-    return (
-        type(q) not in EAGER_TYPES
-        or q.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+
+@cache
+def _warn_of_recurrence() -> None:
+    warnings.warn(
+        "gated_delta_rule: derivatives by torch.func and by dual numbers come from the recurrence in torch, token by "
+        "token, which is slow. Tensor.backward() runs faster",
+        RuntimeWarning,
+        stacklevel=2,
     )
+
+
+# ---- Who looks on
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Types whose objects are tensors and nothing else."""
+_DEVICES = ("CPU", "CUDA", "HIP", "XPU", "MPS", "PrivateUse1")
+_PLAIN_KEYS = 0
+"""The dispatch keys of plain memory; others stand for a negated view, a wrapper, zeros without memory, ..."""
+for _key in (
+    "ADInplaceOrView",
+    *(kind + _device for kind in ("", "Autograd", "Autocast") for _device in _DEVICES),
+):
+    if (_found := getattr(torch._C.DispatchKey, _key, None)) is not None:
+        _PLAIN_KEYS |= torch._C.DispatchKeySet(_found).raw_repr()
+_TRACKED = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
+TRACER, TRANSFORM, DUAL_NUMBERS = "torch.jit.trace", "a transform of torch.func", "a level of dual numbers"
+DISPATCH_MODE, FUNCTION_MODE = "a dispatch mode", "a function mode"
+_QUESTIONS = {
+    TRACER: torch._C._is_tracing,
+    TRANSFORM: torch._C._functorch.maybe_current_level,
+    DISPATCH_MODE: torch._C._len_torch_dispatch_stack,
+    FUNCTION_MODE: torch._C._len_torch_function_stack,
+}
+"""Who may look on, and whether they do. A dispatch mode is FakeTensorMode, make_fx, a counter of FLOPs and the like.
+torch has no public names for these functions."""
+_CALLS = tuple(_QUESTIONS.values())  # the extension borrows these objects
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
+
+def onlooker() -> str | None:
+    """Who must see operators and not what they leave in memory; a function mode if nobody else does. None: nobody."""
+    if forward_ad._current_level >= 0:
+        return DUAL_NUMBERS
+    return next((who for who, looks in _QUESTIONS.items() if looks()), None)
+
+
+def quiet() -> bool:
+    """Whether there is no onlooker."""
+    return bool(op._core.quiet()) if reads() else onlooker() is None
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether a tensor is nothing but memory with a dtype, a shape and strides."""
+    if reads():
+        return bool(op._core.plain(x))
+    return type(x) in _PLAIN_TYPES and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS
+
+
+def watched(*arrays: Any) -> bool:
+    """Whether a call on these arrays must go through the dispatcher: somebody looks on, or an array is not plain."""
+    return not quiet() or not all(plain(x) for x in arrays if isinstance(x, torch.Tensor))
+
+
+def transformed(*tensors: Any) -> bool:
+    """Whether torch.func or dual numbers ask for a derivative with respect to one of these tensors."""
+    inside = _QUESTIONS[TRANSFORM]() is not None
+    if not inside and forward_ad._current_level < 0:
+        return False
+    given = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if inside and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def refuse_tangents(name: str, tensors: dict[str, Any]) -> None:
+    """An operator without derivatives says so, instead of returning a constant."""
+    if forward_ad._current_level < 0:
+        return
+    tracked = [n for n, x in tensors.items() if transformed(x)]
+    if tracked:
+        raise ValueError(
+            f"{name}: requires inputs without tangents; got dual numbers for {', '.join(tracked)}. Calls that write to "
+            f"an argument have no derivative: use {name.rstrip('_')} without snapshots"
+        )
+
+
+def reads() -> bool:
+    """Whether the extension reads tensors and knows all that is asked here. It learns once, from plain tensors, which
+    cannot be made while a tracer or a mode looks on."""
+    if _learned is None and not torch.compiler.is_compiling() and onlooker() in (None, FUNCTION_MODE):
+        _learn()
+    return bool(_learned)
+
+
+_learned: bool | None = False if op._core is None else None
+
+
+def _learn() -> None:
+    global _learned
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        x, z = (
+            torch.empty(n, dtype=dtype, device="cpu")
+            for n, dtype in ((3, torch.float32), (5, torch.complex64))
+        )
+        with torch.inference_mode():
+            y = torch.empty(7, device="cpu")
+        known = []
+        for t in (x, y, z, torch.nn.Parameter(x), x[1:], torch._neg_view(x), z.conj()):
+            storage = t.untyped_storage()
+            keys = torch._C._dispatch_keys(t).raw_repr()
+            autograd = t.requires_grad or t._is_view()
+            known.append((t, t._cdata, keys, storage._cdata, storage.data_ptr(), storage.nbytes(), autograd))
+    assert op._core is not None
+    _learned = op._core.learn_torch(
+        _PLAIN_TYPES, _PLAIN_KEYS, _TRACKED, _CALLS, vars(forward_ad), _is_grad_enabled, _is_inference, known
+    )
+
+
+reads()  # here and not at the first call, which a tracer may be following
 
 
 def any_requires_grad(c: Call) -> bool:
@@ -316,21 +482,30 @@ def any_requires_grad(c: Call) -> bool:
         return False
 
 
-def differentiable(
+def looked_at(
     call: Call, options: tuple[Any, ...], backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A call with inputs that require grad: the functional operator under autograd."""
-    spec = check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
-    if backend not in ("auto", *dispatch.NAMES):
-        dispatch.get_backend(backend)  # raises, naming the known ones
-    del spec
-    return traced(call, options, backend, inplace)
+    """A call whose memory is not simply there to be read, or whose plan must not be remembered."""
+    if watched(*(getattr(call, name) for name in Call.__slots__)):
+        return traced(call, options, backend, inplace)
+    if torch.is_grad_enabled() and any_requires_grad(call):
+        check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
+        if backend not in ("auto", *dispatch.NAMES):
+            dispatch.get_backend(backend)  # raises, naming the known ones
+        return traced(call, options, backend, inplace)
+    return op.execute(call, options, backend, inplace, None)
 
 
 def traced(
     call: Call, options: tuple[Any, ...], backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call as a dispatcher operator, which tracers record."""
+    for x in (call.state_in, call.snapshots):
+        if type(x) is DeviceArray:
+            raise dispatch.UnsupportedError(
+                f"{options[0]}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
+                f"torch.compile (torch.compiler.disable) and torch.export"
+            )
     if inplace or call.snapshots is not None:
         # Here, and not in the kernels alone: a tracer shows them tensors that have forgotten their gradients.
         _refuse_grad(call, options, inplace)

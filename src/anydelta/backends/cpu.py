@@ -237,9 +237,7 @@ def rule_fields(
 def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
     """Whether the extension reads these arrays by itself."""
     if framework == "torch":
-        import torch
-
-        return bool(_core.learn_tensor_type(torch.Tensor))
+        return bool(_core.reads_torch())
     if framework == "mlx":
         return True
     # NumPy has no bfloat16: ml_dtypes' arrays have no buffer format

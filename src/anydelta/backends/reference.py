@@ -105,12 +105,17 @@ def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.T
 
 
 def torch_recurrence(
-    spec: CallSpec, call: Call, *, snapshots: Any = None, checkpoint_every: int = 64
+    spec: CallSpec,
+    call: Call,
+    *,
+    snapshots: Any = None,
+    checkpointed: bool = True,
+    checkpoint_every: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, HV, V] and the final state [N, HV, K, V] (kv layout, compute dtype), differentiable.
 
     Under autograd only every `checkpoint_every`-th state is kept and the tokens between are run again, so
-    memory grows with T / 64 states and not with T.
+    memory grows with T / 64 states and not with T. `checkpointed=False` keeps all: torch.func knows no checkpoints.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -161,7 +166,7 @@ def torch_recurrence(
             snapshots.sequence(n, end)
         for t in range(start, end, checkpoint_every):
             stop = min(t + checkpoint_every, end)
-            if torch.is_grad_enabled():
+            if checkpointed and torch.is_grad_enabled():
                 S, outs = checkpoint(tokens, S, b, t, stop, use_reentrant=False)
             else:
                 S, outs = tokens(S, b, t, stop)

@@ -6,6 +6,10 @@
 // generated code calls directly (aoti_torch_cpu_...; declared in export/aoti.py).
 #include <torch/csrc/stable/library.h>
 
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -71,13 +75,17 @@ struct Types {
             if (code == dtype) return name;
         return "another type";
     }
+    static int64_t bytes(Type type) {
+        const int64_t sizes[7] = {4, 2, 2, 8, 4, 8, 1};
+        return type == Type::other ? 1 : sizes[static_cast<int>(type)];
+    }
     static const Types& get() {
         static const Types types;
         return types;
     }
 };
 
-// Borrows the tensor's sizes and strides.
+// Borrows the tensor's sizes and strides. Null data with elements: the storage does not hold them.
 Array read(AtenTensorHandle t) {
     Array x;
     bool defined = false;  // None for a tensor that is not optional comes as an undefined one
@@ -94,6 +102,10 @@ Array read(AtenTensorHandle t) {
     x.dims = static_cast<int>(dims);
     x.type = Types::get().of(dtype);
     if (x.type == Type::other) x.type_name = Types::get().name(dtype);
+    int64_t bytes, first, last = 0;
+    ok(aoti_torch_get_storage_size(t, &bytes) || aoti_torch_get_storage_offset(t, &first), "to show a tensor's memory");
+    for (int64_t i = 0; i < dims; ++i) last += (sizes[i] - 1) * strides[i];
+    if (bytes / Types::get().bytes(x.type) <= first + last) x.data = nullptr;
     return x;
 }
 
@@ -137,9 +149,54 @@ bool requires_grad(AtenTensorHandle t) {
     return !to<bool>(stack[0]);
 }
 
+// Whether dual numbers carry a tangent for t. There is one level at most.
+bool has_tangent(AtenTensorHandle t) {
+    bool defined = false;
+    if (!t || aoti_torch_is_defined(t, &defined) || !defined) return false;
+    AtenTensorHandle same;
+    ok(aoti_torch_new_tensor_handle(t, &same), "to look at a tensor");
+    StableIValue stack[2] = {torch::stable::detail::from(same), torch::stable::detail::from(int64_t{0})};
+    ok(torch_call_dispatcher("aten::_unpack_dual", "", stack, TORCH_ABI_VERSION), "to look at a tensor");
+    bool both = true;  // the primal and the tangent
+    for (StableIValue value : stack) {
+        const Owned part(to<AtenTensorHandle>(value));
+        bool there = false;
+        if (part) ok(aoti_torch_is_defined(part.get(), &there), "to look at a tensor");
+        both = both && there;
+    }
+    return both;
+}
+
+// Two functions of libtorch that its stable ABI lacks, looked up by name where there is one: `bump_version` of variable.h
+// and `ForwardADLevel::try_get_by_idx` of forward_grad.h. Without them calls that write go through Python.
+template <class F>
+F of_torch(const char* name) {
+#if defined(_WIN32)
+    (void)name;
+    return nullptr;
+#else
+    Dl_info here;  // by way of this library, which torch may have been loaded for alone
+    if (!dladdr(reinterpret_cast<void*>(&aoti_torch_is_defined), &here)) return nullptr;
+    void* const library = dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<F>(dlsym(library, name)) : nullptr;
+#endif
+}
+const auto bump_version = of_torch<void (*)(AtenTensorHandle)>(  // a handle points to an at::Tensor, taken by reference
+    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+#if defined(__APPLE__)
+#define ANYDELTA_UINT64 "y"  // unsigned long long
+#else
+#define ANYDELTA_UINT64 "m"
+#endif
+const auto dual_level = of_torch<std::shared_ptr<void> (*)(uint64_t)>(
+    "_ZN5torch8autograd14ForwardADLevel14try_get_by_idxE" ANYDELTA_UINT64);
+
+bool in_dual_level() { return dual_level && dual_level(0); }
+
 // The operators that write to an argument have no gradient: say so instead of returning a constant.
 void refuse_gradients(const Tensors& t, const Options& opt) {
-    if (!aoti_torch_grad_mode_is_enabled()) return;
+    const bool grads = aoti_torch_grad_mode_is_enabled(), duals = in_dual_level();
+    if (!grads && !duals) return;
     std::string names;
     const std::pair<const char*, AtenTensorHandle> all[] = {
         {"q", t.q},         {"k", t.k},
@@ -148,13 +205,48 @@ void refuse_gradients(const Tensors& t, const Options& opt) {
         {"A_log", t.A_log}, {"dt_bias", t.dt_bias},
     };
     for (const auto& [name, tensor] : all)
-        if (requires_grad(tensor)) names += (names.empty() ? "" : ", ") + std::string(name);
+        if ((grads && requires_grad(tensor)) || (duals && has_tangent(tensor)))
+            names += (names.empty() ? "" : ", ") + std::string(name);
     if (names.empty()) return;
-    throw std::invalid_argument(std::string(opt.op) +
-                                (opt.inplace ? ": the in-place op has no gradient, but " + names +
-                                                   " requires grad. Use gated_delta_rule, or torch.no_grad()"
-                                             : ": snapshots have no gradient, but " + names +
-                                                   " requires grad. Use torch.no_grad(), or leave snapshots out"));
+    const std::string has = names + (grads ? " requires grad" : " carries a tangent");
+    throw std::invalid_argument(
+        std::string(opt.op) +
+        (opt.inplace ? ": the in-place op has no gradient, but " + has + ". Use gated_delta_rule, or torch.no_grad()"
+                     : ": snapshots have no gradient, but " + has + ". Use torch.no_grad(), or leave snapshots out"));
+}
+
+// Raise the version of a tensor that is written. Throws for an inference tensor outside of inference mode.
+void count_write(AtenTensorHandle t) {
+    bool defined = false;
+    if (!t || aoti_torch_is_defined(t, &defined) || !defined) return;
+    if (bump_version) bump_version(t);
+}
+
+// Freed storage is neither an absent argument nor one that may be read.
+void require_memory(const Call& c, const Options& opt) {
+    const std::pair<const char*, const Array*> all[] = {
+        {"q", &c.q},
+        {"k", &c.k},
+        {"v", &c.v},
+        {"g", &c.g},
+        {"beta", &c.beta},
+        {opt.inplace ? "state" : "initial_state", &c.state},
+        {"A_log", &c.A_log},
+        {"dt_bias", &c.dt_bias},
+        {"mask", &c.mask},
+        {"cu_seqlens", &c.cu_seqlens},
+        {"state_indices", &c.state_indices},
+        {"snapshots", &c.snapshots},
+        {"snapshot_indices", &c.snapshot_indices},
+    };
+    for (const auto& [name, x] : all) {
+        bool elements = x->given() && !x->data;
+        for (int64_t i = 0; elements && i < x->dims; ++i) elements = x->sizes[i] > 0;
+        if (elements)
+            throw std::invalid_argument(std::string(opt.op) + ": " + name +
+                                        " must have memory; got a tensor whose storage does not hold it, as after "
+                                        "resize_(0). Allocate it again first");
+    }
 }
 
 // ---- the call
@@ -171,9 +263,14 @@ struct Results {
 // Validate and run. Throws std::invalid_argument before anything is written. Generated code knows no gradients.
 Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) {
     Call call = call_of(t, read);
+    require_memory(call, opt);
     const Spec spec = check(call, opt);
     if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
     if (ask_gradients && (opt.inplace || call.snapshots.given())) refuse_gradients(t, opt);
+    if (ask_gradients) {  // autograd's count of versions, as torch's own operators keep it
+        if (opt.inplace) count_write(t.state);
+        count_write(t.snapshots);
+    }
     if (call.q.type == Type::f64)
         throw std::runtime_error(std::string(opt.op) +
                                  ": the CPU kernels require float32, bfloat16 or float16; got float64, which only "
@@ -282,7 +379,9 @@ class Stack {
 
 // What the CPU kernels do not take, or another backend is asked for: Python decides which one runs, or says why none.
 bool for_python(const Stack& s) {
-    if (read(s.tensors.q).type == Type::f64 && python_attached.load(std::memory_order_relaxed)) return true;
+    const bool writes = s.options.inplace || s.tensors.snapshots;
+    const bool unknown = read(s.tensors.q).type == Type::f64 || (writes && !(bump_version && dual_level));
+    if (unknown && python_attached.load(std::memory_order_relaxed)) return true;
     if (s.backend == "cpu") return false;
     if (s.backend != "auto") return true;
     const char* forced = std::getenv("ANYDELTA_BACKEND");

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..compat import fla
 from ..op import explain, gated_delta_rule, gated_delta_rule_
+from ..torch_op import DUAL_NUMBERS, TRACER, TRANSFORM, onlooker
 from .transformers_cache import RollbackLayer
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -50,7 +51,7 @@ _RULE_OPTIONS = frozenset(
 """Keywords that would change the result if fla, and not Transformers' torch code, is what we stand in for."""
 _CONV_OPTIONS = frozenset(("initial_states", "return_final_states", "final_states_out"))
 
-_NEVER = ("gradients are wanted", "torch.export")
+_NEVER = ("gradients are wanted", "torch.export", TRANSFORM, DUAL_NUMBERS)
 """Reasons to leave a call of the rule to Transformers even where states are to be recorded."""
 _MAX_DECISIONS = 4096
 _decisions: dict[tuple[Any, ...], str | None] = {}
@@ -233,6 +234,8 @@ def _why_not_rule(
             if q.device.type in NATIVE_DEVICES and q.dtype in _DTYPES
             else f"device {q.device.type} or {q.dtype}"
         )
+    if (who := onlooker()) in _NEVER:  # the derivative of torch's own operators; a tracer records ours
+        return who
     if type(q) is not torch.Tensor:
         return f"the tensor type {type(q).__name__}"
     shape = (
@@ -365,6 +368,8 @@ def _why_not_conv(
             return "torch.export"
     elif type(x) is not torch.Tensor:
         return f"the tensor type {type(x).__name__}"
+    elif (who := onlooker()) in (TRANSFORM, DUAL_NUMBERS, TRACER):
+        return who
     if (
         x.device.type != "cpu" and not packed
     ):  # other devices have a fast convolution, but none for packed rows

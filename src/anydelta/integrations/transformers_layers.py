@@ -12,6 +12,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from .. import dispatch
 from ..mixer.op import gated_delta_mixer_, plan_step
 from ..mixer.spec import unpack_qkv
-from ..torch_op import watched
+from ..torch_op import FUNCTION_MODE, mark_written, onlooker, plain, quiet
 from .transformers_cache import RollbackLayer
 from .transformers_functions import (
     _CONV_OPTIONS,
@@ -30,6 +31,7 @@ from .transformers_functions import (
     _cu_seqlens,
     advancing,
 )
+from .transformers_packed import PackedLinear
 
 Forward = Callable[..., torch.Tensor]
 
@@ -135,7 +137,7 @@ def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[
                 if held is not None:
                     taken[name] += 1
                     return step.run(self, hidden_states, held)
-            why_not = _why_not(self, parts, hidden_states, cache_params, kwargs)
+            why_not = _why_not(self, family, hidden_states, cache_params, kwargs)
             if why_not is None:
                 taken[name] += 1
                 keep = functools.partial(_keep, steps, self)
@@ -171,7 +173,7 @@ def _mix(
         conv_state, state = _states(self, parts, x, held, cu_seqlens)
     p = parts.project(self, x)
     out = None
-    if held is not None and recording is None:
+    if held is not None and recording is None and quiet():
         step = _Step(self, parts, cache)
         out = step.mix(self, p, conv_state, state)
         if out is not None and x.shape[1] == 1 and attention_mask is None:
@@ -228,14 +230,12 @@ class _Step:
         self.hooks: tuple[Any, ...] = tuple(
             h for m in (self.conv, self.norm) for h in (m._forward_hooks, m._forward_pre_hooks)
         )
-        self.constants = (self.norm.variance_epsilon, self.norm.activation)
+        self.constants = (type(self.conv), type(self.norm), self.norm.variance_epsilon, self.norm.activation)
         self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
-        # A linear layer that nobody watches gives a z that nobody else has: the output takes its place, without the
-        # 20 us that a new tensor costs between two layers.
+        # The output takes the place of a z that nobody else has, without the 20 us that a new tensor costs between two
+        # layers. torch's own linear layer, and pack()'s, make a new one for each call.
         self.z = layer._modules.get(parts.z)
-        self.in_place = _is_linear(self.z)
-        if self.in_place:
-            self.hooks += (self.z._forward_hooks,)
+        self.in_place = type(self.z) in (torch.nn.Linear, PackedLinear)
 
         self.native: Any = None
 
@@ -248,11 +248,12 @@ class _Step:
         for planned in (self.native is not None, False):
             if not planned and not self._plan(layer, p, conv_state, state):
                 return None
-            out = p.z if self.in_place else p.z.new_empty(self.shape)
+            out = p.z if self.in_place and _alone(p) else p.z.new_empty(self.shape)
             if self.native.run(
-                _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv["weight"],
-                conv["bias"], p.A_log, p.dt_bias, p.z, weights["weight"], None, None, None, None,
+                _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv.get("weight"),
+                conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None,
             ):  # fmt: skip
+                mark_written((conv_state, state))
                 return out
         return None
 
@@ -260,7 +261,7 @@ class _Step:
         HV, _, V = (getattr(layer, n) for n in self.parts.heads)
         self.device, self.shape = p.z.device.type, torch.Size((*p.b.shape[:2], HV * V))
         self.in_place = self.in_place and p.z.shape == self.shape and p.z.is_contiguous()
-        out = p.z if self.in_place else p.z.new_empty(self.shape)
+        out = p.z.new_empty(self.shape)
         self.native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
         return self.native is not None
 
@@ -270,10 +271,8 @@ class _Step:
             type(x) is not _Tensor
             or _is_grad_enabled()
             or _is_autocast_enabled(self.device)
-            or _modes() > 0
-            or _transforms() is not None
+            or not quiet()
             or not _OPTIONS.isdisjoint(kwargs)
-            or _global_hooks
         ):
             return None
         norm, conv, modules = self.norm, self.conv, self.modules
@@ -281,10 +280,10 @@ class _Step:
             modules[self.parts.norm] is not norm
             or modules["conv1d"] is not conv
             or any(self.hooks)
-            or (self.in_place and (modules[self.parts.z] is not self.z or "forward" in self.z.__dict__))
+            or modules.get(self.parts.z) is not self.z
             or "forward" in norm.__dict__
             or "forward" in conv.__dict__
-            or (norm.variance_epsilon, norm.activation) != self.constants
+            or (type(conv), type(norm), norm.variance_epsilon, norm.activation) != self.constants
             or cache is None
         ):
             return None
@@ -310,24 +309,20 @@ def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
     steps[key] = step
 
 
-def _is_linear(module: Any) -> bool:
-    """Whether it is torch's own linear layer, or pack()'s, and nobody gets to see what it returns."""
-    from .transformers_packed import PackedLinear
-
+def _alone(p: Projected) -> bool:
+    """Whether nobody but `p` holds z, or another tensor on its memory. A hook, a function mode or who took the place
+    of a function between the layer and torch may have kept it: in Python, in C++, or as a view."""
     return (
-        type(module) in (torch.nn.Linear, PackedLinear)
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not _global_hooks
+        getrefcount(p.z) == 2
+        and p.z._use_count() == 1  # type: ignore[attr-defined]
+        and _storage_uses(p.z.untyped_storage()._cdata) == 2  # the asking is one
     )
 
 
 _Tensor = torch.Tensor
-_global_hooks = torch.nn.modules.module._global_forward_hooks
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
-_threads = torch.get_num_threads
+_threads, _storage_uses = torch.get_num_threads, torch._C._storage_Use_Count
 _OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_idx"}
 """Keywords that a plain step has not."""
 
@@ -358,11 +353,19 @@ def _states(
     return held.conv_states[0], held.recurrent_states[0]
 
 
-def _why_not(self: Any, parts: Parts, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_not(self: Any, family: str, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
     """The reason to leave a call to the layer's own forward, or None."""
-    if type(x) is not torch.Tensor or watched(x):
-        return f"the tensor type {type(x).__name__}, or someone looks on"
+    who = None if quiet() else onlooker()
+    if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
+        return f"{who} looks on"
+    if not plain(x):
+        return f"the tensor type {type(x).__name__}, or a lazy view"
+    parts = FAMILIES[family]
     conv, norm = self.conv1d, getattr(self, parts.norm)
+    if type(conv) is not torch.nn.Conv1d or conv._parameters.get("weight") is None:
+        return f"its conv1d is a {type(conv).__name__}, with a weight of its own making"
+    if not _is_norm(norm, family):
+        return f"its norm is a {type(norm).__name__}"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
         return "gradients are wanted"
     if x.dtype not in _DTYPES or conv.weight.dtype != x.dtype:
@@ -382,8 +385,8 @@ def _why_not(self: Any, parts: Parts, x: torch.Tensor, cache: Any, kwargs: dict[
         own = module.__dict__
         if _wrapped(module, x) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return f"hooks on its {type(module).__name__}"
-    if getattr(norm, "activation", None) not in ("silu", "sigmoid"):
-        return f"the norm {type(norm).__name__}"
+    if norm.activation not in ("silu", "sigmoid"):
+        return f"the norm's activation {norm.activation}"
     packed = _cu_seqlens(kwargs) is not None
     for name in kwargs:
         if (
@@ -418,6 +421,16 @@ def _wrapped(module: Any, x: torch.Tensor) -> bool:
 
 
 _IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook")
+
+
+def _is_norm(norm: Any, family: str) -> bool:
+    """Whether it is the family's own norm, and not one that wraps it or computes its weight."""
+    kind = type(norm)
+    return (
+        kind.__module__ == f"transformers.models.{family}.modeling_{family}"
+        and kind.__name__.endswith("RMSNormGated")
+        and norm._parameters.get("weight") is not None
+    )
 
 
 @functools.cache

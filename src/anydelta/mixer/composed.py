@@ -104,7 +104,7 @@ def compose(
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     x = torch.cat(parts(call, spec), -1).to(dtype)
     taps = call.conv_weight.to(dtype)
-    y = x.new_zeros(x.shape)
+    y = list(x.new_zeros(x.shape))  # by rows, replaced and not written, as torch.func requires
     live_tokens = torch.zeros(r.B, r.T, dtype=torch.bool, device=x.device)
     windows: Windows = []
     for n, (row, b, start, end) in enumerate(sequences(spec, call)):
@@ -120,18 +120,20 @@ def compose(
             out = out + call.conv_bias.to(dtype)
         if opt.activation == "silu":
             out = F.silu(out)
-        if live is None:
-            y[b, start:end] = out
-            live_tokens[b, start:end] = True
-        else:
-            y[b, torch.nonzero(live).squeeze(1) + start] = out
-            live_tokens[b, start:end] = live
+        where = (
+            torch.arange(start, end, device=x.device)
+            if live is None
+            else torch.nonzero(live).squeeze(1) + start
+        )
+        y[b] = y[b].index_copy(0, where, out)
+        live_tokens[b, where] = True
         windows.append((n, row, end - start, seen, live))
 
     key = r.H * r.K
+    convolved = torch.stack(y) if y else x
     q, k, v = (
         part.unflatten(-1, (-1, size))
-        for part, size in zip(y.split((key, key, r.HV * r.V), -1), (r.K, r.K, r.V), strict=True)
+        for part, size in zip(convolved.split((key, key, r.HV * r.V), -1), (r.K, r.K, r.V), strict=True)
     )
     beta = call.beta.to(dtype).sigmoid() if opt.beta_is_logit else call.beta.to(dtype)
     options: dict[str, Any] = dict(

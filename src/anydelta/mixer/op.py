@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import dispatch
 from ..op import Array, _core
+from ..spec import _Checker, framework_of
 from .spec import (
     MixerCall,
     MixerOptions,
@@ -121,13 +122,18 @@ def gated_delta_mixer_(
         cu_seqlens, state_indices, snapshots, conv_snapshots, snapshot_indices,
     )  # fmt: skip
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(q, torch.Tensor):
-        side = _torch_side()
-        if torch.compiler.is_compiling() or side.watched(q):
+    if torch is None or not isinstance(q, torch.Tensor):
+        return execute(call, options, backend, geometry_of(call))
+    side = _torch_side()
+    if torch.compiler.is_compiling():
+        return side.traced(call, options, backend)
+    geometry = geometry_of(call)
+    if geometry is None:  # not plain memory, somebody looks on, or gradients are wanted
+        if side.watched(*arrays_of(call).values()):
             return side.traced(call, options, backend)
         if torch.is_grad_enabled():
             refuse_grad(call, options[0])
-    return execute(call, options, backend)
+    return execute(call, options, backend, geometry)
 
 
 def gated_delta_mixer(
@@ -157,11 +163,26 @@ def gated_delta_mixer(
         raise ValueError(
             f"{options.op}: snapshot_indices name rows of a pool that is written, and go with gated_delta_mixer_ only"
         )
+    tracked: list[str] = []
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(call.qkv, torch.Tensor) and not torch.compiler.is_compiling():
+        call, tracked = _torch_side().by_parts(call)
+    checker = _Checker(options.op, first="qkv")
+    for name in ("conv_state", "state"):
+        if getattr(call, name) is not None:
+            checker.array(name, getattr(call, name), None)
     spec = check_mixer(_writable(call), options)
     check_mixer_values(call, spec)
-    torch = sys.modules.get("torch")
-    if spec.framework == "torch" and torch is not None and torch.is_grad_enabled() and requiring_grad(call):
-        return _differentiable(call, spec, backend)
+    if spec.framework == "torch" and torch is not None:
+        tracked = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
+        if tracked:
+            return _differentiable(call, spec, backend, tracked)
+    qkv, conv_state, state = (
+        call.qkv if call.k is None else (call.qkv, call.k, call.v),
+        call.conv_state,
+        call.state,
+    )
+    arguments = {n: getattr(call, n) if n in _ARRAYS else x for n, x in arguments.items()}
     if spec.rule.pooled:
         conv_state, state, arguments["state_indices"] = _gather(call, spec)
     else:
@@ -244,7 +265,6 @@ _FLAGS = frozenset(MixerOptions.__dataclass_fields__) - {"op"}
 
 def _writable(call: MixerCall) -> MixerCall:
     """The call as it will run, on states that may be written: those given may be read-only or share memory."""
-    from ..spec import framework_of
 
     def fresh(x: Any) -> Any:
         kind = framework_of(x)
@@ -255,13 +275,15 @@ def _writable(call: MixerCall) -> MixerCall:
     return replace(call, conv_state=fresh(call.conv_state), state=fresh(call.state))
 
 
-def _differentiable(call: MixerCall, spec: MixerSpec, backend: str) -> tuple[Array, Array, Array]:
+def _differentiable(
+    call: MixerCall, spec: MixerSpec, backend: str, tracked: list[str]
+) -> tuple[Array, Array, Array]:
     from .composed import compose, final_windows
 
     if call.snapshots is not None:
         raise ValueError(
-            f"{spec.options.op}: snapshots have no gradient, but {', '.join(requiring_grad(call))} requires grad. "
-            "Use torch.no_grad(), or leave snapshots out"
+            f"{spec.options.op}: snapshots have no gradient, but {', '.join(tracked)} requires grad, carries a tangent "
+            "or is made of other tensors. Use torch.no_grad(), or leave snapshots out"
         )
     o, windows, state = compose(call, spec, backend, inplace=False)
     return o, final_windows(call, spec, windows), state
@@ -302,14 +324,19 @@ def plan_step(o: Array, qkv: Any, conv_state: Array, state: Array, **arguments: 
     )  # fmt: skip
     weight = call.conv_weight
     call.conv_weight = weight.squeeze(1) if len(weight.shape) == 3 else weight
-    plan = _plan(call, tuple(getattr(options, n) for n in MixerOptions.__dataclass_fields__), backend)
+    geometry = geometry_of(call)
+    if geometry is None:
+        return None
+    plan = _plan(
+        call, tuple(getattr(options, n) for n in MixerOptions.__dataclass_fields__), backend, geometry
+    )
     call.o, call.conv_weight = o, weight
     return plan.backend.step(plan.native, plan.spec, call) if hasattr(plan.backend, "step") else None
 
 
-def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
-    """Run an in-place call on real arrays, without gradients."""
-    plan = _plan(call, options, backend)
+def execute(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: Any) -> Array:
+    """Run an in-place call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
+    plan = _plan(call, options, backend, geometry)
     if plan.like_z:
         import torch
 
@@ -318,20 +345,32 @@ def execute(call: MixerCall, options: tuple[Any, ...], backend: str) -> Array:
         call.o = call.qkv.new_empty(plan.shape)
     else:
         call.o = np.empty(plan.shape, call.qkv.dtype)
+    if plan.spec.framework == "torch":
+        written = (call.conv_state, call.state, call.conv_snapshots, call.snapshots)
+        _torch_side().mark_written([x for x in written if x is not None])
     plan.backend.run(plan.native, plan.spec, call)
     return call.o
 
 
-def _plan(call: MixerCall, options: tuple[Any, ...], backend: str) -> _Plan:
+def arrays_of(call: MixerCall) -> dict[str, Array]:
+    """The arrays of a call by name, absent ones None."""
+    return {name: getattr(call, name) for name in MixerCall.__slots__ if name != "o"}
+
+
+def geometry_of(call: MixerCall) -> Any:
+    """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered."""
+    if _core is None:
+        return None
+    return _core.geometry(
+        call.qkv, call.k, call.v, call.conv_state, call.state, call.g, call.beta, call.conv_weight, call.conv_bias,
+        call.A_log, call.dt_bias, call.z, call.norm_weight, call.mask, call.cu_seqlens, call.state_indices,
+        call.snapshots, call.conv_snapshots, call.snapshot_indices,
+    )  # fmt: skip
+
+
+def _plan(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: Any) -> _Plan:
     """The plan for a call, which is checked as far as its geometry does not tell that it was."""
-    key: Any = None
-    if _core is not None:
-        geometry = _core.geometry(
-            call.qkv, call.k, call.v, call.conv_state, call.state, call.g, call.beta, call.conv_weight,
-            call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight, call.mask, call.cu_seqlens,
-            call.state_indices, call.snapshots, call.conv_snapshots, call.snapshot_indices,
-        )  # fmt: skip
-        key = None if geometry is None else (geometry, options, backend)
+    key: Any = None if geometry is None else (geometry, options, backend)
     try:
         plan = None if key is None else _plans.get(key)
     except TypeError:  # an unhashable option: check_mixer says which

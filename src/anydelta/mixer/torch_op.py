@@ -6,11 +6,16 @@ the three tensors q, k, v.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..torch_op import guard_writes, refuse_tangents, transformed
+from ..torch_op import mark_written as mark_written
 from ..torch_op import watched as watched
 from . import op
 from .spec import MixerCall, MixerOptions, check_mixer, unpack_qkv
@@ -52,10 +57,15 @@ def _call(
 def _inplace(qkv: list[torch.Tensor], *arrays: Any, **given: Any) -> torch.Tensor:
     call, flags = _call(qkv, arrays, given)
     backend = flags.pop("backend", "auto")
+    _refuse_derivatives(call)
+    result: torch.Tensor = op.execute(call, _options(*flags.items()), backend, op.geometry_of(call))
+    return result
+
+
+def _refuse_derivatives(call: MixerCall) -> None:
     if torch.is_grad_enabled():
         op.refuse_grad(call, _NAME)
-    result: torch.Tensor = op.execute(call, _options(*flags.items()), backend)
-    return result
+    refuse_tangents(_NAME, op.arrays_of(call))
 
 
 def _fake(qkv: list[torch.Tensor], *arrays: Any, **given: Any) -> torch.Tensor:
@@ -70,16 +80,24 @@ def _fake(qkv: list[torch.Tensor], *arrays: Any, **given: Any) -> torch.Tensor:
     return out
 
 
+def by_parts(call: MixerCall) -> tuple[MixerCall, list[str]]:
+    """The functional call with the values of its lazy views, and the arrays for which it has to run as torch's
+    operators around the rule: a transform or dual numbers follow them, or they are made of other tensors."""
+    tensors = {n: x.resolve_neg() for n, x in op.arrays_of(call).items() if isinstance(x, torch.Tensor)}
+    followed = (is_functorch_wrapped_tensor, is_traceable_wrapper_subclass, transformed)
+    return replace(call, **tensors), [n for n, x in tensors.items() if any(f(x) for f in followed)]
+
+
 _LIB.impl(_NAME, _inplace, "CompositeExplicitAutograd")
+guard_writes(_LIB, _NAME)
 torch.library.register_fake(f"anydelta::{_NAME}", _fake, lib=_LIB)
 
 
 def traced(call: MixerCall, options: tuple[Any, ...], backend: str) -> torch.Tensor:
     """The call as a dispatcher operator, which tracers record."""
-    if (
-        torch.is_grad_enabled()
-    ):  # here too: a tracer shows the kernel tensors that have forgotten their gradients
-        op.refuse_grad(call, options[0])
+    _refuse_derivatives(
+        call
+    )  # here too: a tracer shows the kernel tensors that have forgotten their gradients
     flags = dict(zip(MixerOptions.__dataclass_fields__, options, strict=True))
     del flags["op"]
     qkv = [call.qkv] if call.k is None else [call.qkv, call.k, call.v]

@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import dispatch, reference
 from ..backends import cpu
-from ..op import _core, _grad_enabled, gated_delta_rule_
+from ..op import _core, _grad_enabled, _torch_side, gated_delta_rule_
 from ..spec import Call, CallSpec, Options, check_call
 from .sequence import LiveSequence, Saved, Sequences, Step, nbytes
 
@@ -288,6 +288,11 @@ class Log:
         call.state_in, call.state_indices = self.states[layer], self.pool._index(base)
         spec = check_call(call, options, inplace=True, grad_enabled=_grad_enabled(call.q))
         pool = self.pool
+        if spec.framework == "torch" and _torch_side().watched(*(getattr(call, n) for n in Call.__slots__)):
+            raise dispatch.UnsupportedError(
+                "StatePool.run: a log requires plain tensors that no tracer, mode or transform follows; got others. "
+                'form="slots" takes them'
+            )
         want = (pool.H, pool.HV, pool.K, pool.V, pool.kda)
         got = (spec.H, spec.HV, spec.K, spec.V, spec.kda)
         if got != want:
@@ -346,7 +351,7 @@ class Log:
     def _plan(self, layer: int, call: Call, options: Options, base: Any) -> tuple[Any, CallSpec, list[str]]:
         """(native plan or None, spec, arrays to copy first), checked once per geometry."""
         arrays = (call.q, call.k, call.v, call.g, call.beta, call.A_log, call.dt_bias, call.mask)
-        geometry = None if _core is None or _grad_enabled(call.q) else _core.geometry(*arrays)
+        geometry = None if _core is None else _core.geometry(*arrays)
         key = (geometry, options, len(base), call.cu_seqlens is None)
         found: Any = self.plans.get(key) if geometry is not None else None
         if found is None:
@@ -368,7 +373,10 @@ class Log:
         self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Any
     ) -> None:
         torch = sys.modules.get("torch") if self.pool.device is not None else None
-        threads = torch.get_num_threads() if torch is not None else cpu.default_threads()
+        threads = cpu.default_threads()
+        if torch is not None:
+            threads = torch.get_num_threads()
+            _torch_side().mark_written((self.states, *self.arrays))
         if not cpu.reads_arrays(
             "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
         ):

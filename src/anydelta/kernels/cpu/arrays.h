@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
+
+#include "tensors.h"
 
 namespace anydelta {
 
@@ -33,9 +36,20 @@ struct Api {
 
 class ArrayReader {
   public:
-    // Remember the exchange API of a tensor type. False: the type has none.
-    bool learn(PyObject* type) {
-        PyObject* capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+    // What the reader has to know of torch, from torch_op.py.
+    struct Torch {
+        std::vector<PyObject*> types;  // torch.Tensor first; the types whose objects are tensors and nothing else
+        uint64_t plain;  // the dispatch keys that plain memory may have
+        uint64_t tracked;  // those that inference tensors lack
+        // Functions that say whether somebody looks on (true: yes), and the names of the module that counts levels of
+        // dual numbers.
+        std::vector<PyObject*> questions;
+        PyObject *forward_ad, *grad_enabled, *inference_mode;
+    };
+
+    // Read tensors from now on. False: torch has no exchange API, or keeps its words where they are not found.
+    bool learn(const Torch& torch, const std::vector<TensorWords::Known>& known) {
+        PyObject* capsule = PyObject_GetAttrString(torch.types[0], "__dlpack_c_exchange_api__");
         if (!capsule) {
             PyErr_Clear();
             return false;
@@ -44,22 +58,48 @@ class ArrayReader {
         Py_DECREF(capsule);
         if (!api) PyErr_Clear();
         if (!api || api->major != 1 || !api->tensor_from_py_object) return false;
+        if (!requires_grad_.find(torch.types[0], "requires_grad") || !is_leaf_.find(torch.types[0], "is_leaf"))
+            return false;
+        if (sizeof(void*) != 8 || !words_.learn(known)) return false;
+        torch_ = torch;
         api_ = api;
-        tensor_ = type;
         return true;
     }
+    bool learned() const { return api_; }
 
-    // Append a description of the array to `key`: dtype, device, shape, strides. False: not readable, or of a kind
-    // that must be looked at in full on every call (strided innermost dimension, misaligned memory).
-    bool describe(PyObject* x, std::string& key) const {
+    // Whether nobody looks on: no tracer, mode, functorch transform or level of dual numbers.
+    bool quiet() const {
+        for (PyObject* question : torch_.questions)
+            if (ask(question)) return false;
+        static PyObject* const name = PyUnicode_InternFromString("_current_level");
+        PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, name);
+        return level && PyLong_Check(level) && PyLong_AsLong(level) < 0;
+    }
+
+    // Whether x is a torch tensor, of a subclass or not.
+    bool is_tensor(PyObject* x) const {
+        return api_ && (exact(x) || PyType_IsSubtype(Py_TYPE(x), reinterpret_cast<PyTypeObject*>(torch_.types[0])));
+    }
+    // Whether a tensor is nothing but memory with a dtype, a shape and strides.
+    bool plain(PyObject* x) const { return exact(x) && !(words_.keys(x) & ~torch_.plain); }
+
+    // What the arrays of a call have in common beside their geometry.
+    struct Seen {
+        bool tensors = false, grad = false, inference = false;
+    };
+
+    // Append a description of the array to `key`: dtype, device, shape, strides, and whatever else a check looks at. False:
+    // not readable, or of a kind that must be looked at in full on every call (NumPy: strided innermost dimension,
+    // misaligned memory; torch: not plain, or somebody looks on).
+    bool describe(PyObject* x, std::string& key, Seen& seen) const {
         if (x == Py_None) {
             key.push_back('-');
             return true;
         }
         if (is_tensor(x)) {
-            dlpack::Tensor t;
             uintptr_t address;
-            return read(x, t, key, address);
+            if (!seen.tensors && !quiet()) return false;
+            return read(x, key, address, seen);
         }
         Py_buffer b;
         if (PyObject_GetBuffer(x, &b, PyBUF_RECORDS_RO) != 0) {
@@ -81,15 +121,21 @@ class ArrayReader {
         return aligned && plain;
     }
 
-    // Both for a tensor or None, in one look; false for anything else too.
-    bool describe_tensor(PyObject* x, std::string& key, uintptr_t& address) const {
+    // Whether a plan may be remembered for what was seen, and what else its key must say.
+    bool settle(const Seen& seen, std::string& key) const {
+        if (seen.grad && ask(torch_.grad_enabled)) return false;
+        if (seen.inference) key.push_back(ask(torch_.inference_mode) ? 'I' : 'i');
+        return true;
+    }
+
+    // Both for a tensor or None, in one look, where nobody looks on; false for anything else too.
+    bool describe_tensor(PyObject* x, std::string& key, uintptr_t& address, Seen& seen) const {
         address = 0;
         if (x == Py_None) {
             key.push_back('-');
             return true;
         }
-        dlpack::Tensor t;
-        return is_tensor(x) && read(x, t, key, address);
+        return is_tensor(x) && read(x, key, address, seen);
     }
 
     // The address of an array's first element, 0 for None. False with a Python error set: not readable.
@@ -100,7 +146,9 @@ class ArrayReader {
             dlpack::Tensor t;
             if (api_->tensor_from_py_object(x, &t) != 0) return false;
             out = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-            return true;
+            if (out || !elements(t)) return true;
+            PyErr_SetString(PyExc_TypeError, "anydelta: requires tensors with memory of their own; got one without");
+            return false;
         }
         Py_buffer b;
         if (PyObject_GetBuffer(x, &b, PyBUF_RECORDS_RO) != 0) return false;
@@ -110,25 +158,68 @@ class ArrayReader {
     }
 
   private:
-    const dlpack::Api* api_ = nullptr;
-    PyObject* tensor_ = nullptr;
+    // An attribute that torch keeps as a C function: asking it so takes 5 ns, by its name 30.
+    struct Attribute {
+        PyGetSetDef* def = nullptr;
+        bool find(PyObject* type, const char* name) {
+            PyObject* found = PyObject_GetAttrString(type, name);
+            if (!found) PyErr_Clear();
+            const bool known = found && Py_TYPE(found) == &PyGetSetDescr_Type;
+            if (known) def = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
+            Py_XDECREF(found);
+            return known;
+        }
+        bool of(PyObject* x) const { return truth(def->get(x, def->closure)); }
+    };
 
-    bool is_tensor(PyObject* x) const {
-        if (!api_) return false;
-        PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-        return type == tensor_ || PyType_IsSubtype(Py_TYPE(x), reinterpret_cast<PyTypeObject*>(tensor_));
+    const dlpack::Api* api_ = nullptr;
+    Torch torch_{};
+    TensorWords words_;
+    Attribute requires_grad_, is_leaf_;
+
+    // Any doubt is a yes.
+    static bool truth(PyObject* answer) {
+        const int yes = answer ? PyObject_IsTrue(answer) : -1;
+        Py_XDECREF(answer);
+        if (yes < 0) PyErr_Clear();
+        return yes != 0;
     }
-    bool read(PyObject* x, dlpack::Tensor& t, std::string& key, uintptr_t& address) const {
+    static bool ask(PyObject* question) { return truth(PyObject_CallNoArgs(question)); }
+
+    bool exact(PyObject* x) const {
+        const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+        for (const PyObject* known : torch_.types)
+            if (type == known) return true;
+        return false;
+    }
+    static bool elements(const dlpack::Tensor& t) {
+        for (int32_t i = 0; i < t.ndim; ++i)
+            if (t.shape[i] == 0) return false;
+        return true;
+    }
+    bool read(PyObject* x, std::string& key, uintptr_t& address, Seen& seen) const {
+        dlpack::Tensor t;
+        if (!plain(x)) return false;
         if (api_->tensor_from_py_object(x, &t) != 0) {
             PyErr_Clear();
             return false;
         }
-        if (t.ndim > 0 && t.strides && t.strides[t.ndim - 1] != 1 && t.shape[t.ndim - 1] > 1) return false;
-        const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8};
+        address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+        if (elements(t)) {
+            uint64_t last = 0;
+            for (int32_t i = 0; i < t.ndim && t.strides; ++i)
+                last += static_cast<uint64_t>(t.shape[i] - 1) * static_cast<uint64_t>(t.strides[i]);
+            if (!words_.holds(x, address, (last + 1) * (t.bits / 8))) return false;
+        }
+        seen.tensors = true;
+        const bool grad = words_.autograd(x) && requires_grad_.of(x), inference = !(words_.keys(x) & torch_.tracked);
+        seen.grad |= grad;
+        seen.inference |= inference;
+        const int32_t flags = grad << 2 | (grad && is_leaf_.of(x)) << 1 | inference;
+        const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8 | flags};
         append(key, head, sizeof head);
         append(key, t.shape, sizeof(int64_t) * static_cast<size_t>(t.ndim));
         if (t.strides) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
-        address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
         return true;
     }
     static void append(std::string& key, const void* data, size_t bytes) {

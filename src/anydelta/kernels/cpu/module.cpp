@@ -263,17 +263,35 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
 
 ArrayReader reader;
 
-// A key for the geometry of a call's arrays and the environment that dispatch depends on, or None where a key cannot
-// say enough. Equal keys mean that the same plan serves.
+// A key for the arrays of a call and the environment that dispatch depends on, or None where a key cannot say enough:
+// somebody looks on, a tensor is more than plain memory, gradients are wanted. Equal keys mean that the same plan serves.
 nb::object geometry(const nb::args& arrays) {
     std::string key;
     key.reserve(512);
     if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+    ArrayReader::Seen seen;
     for (nb::handle x : arrays) {
         key.push_back('|');
-        if (!reader.describe(x.ptr(), key)) return nb::none();
+        if (!reader.describe(x.ptr(), key, seen)) return nb::none();
     }
+    if (!reader.settle(seen, key)) return nb::none();
     return nb::bytes(key.data(), key.size());
+}
+
+// torch_op.py's account of torch; it keeps all the objects alive. False: tensors cannot be read.
+bool learn_torch(const nb::tuple& types, uint64_t plain, uint64_t tracked, const nb::tuple& questions,
+                 nb::handle forward_ad, nb::handle grad_enabled, nb::handle inference_mode, const nb::list& known) {
+    ArrayReader::Torch torch{{}, plain, tracked, {}, forward_ad.ptr(), grad_enabled.ptr(), inference_mode.ptr()};
+    for (nb::handle type : types) torch.types.push_back(type.ptr());
+    for (nb::handle question : questions) torch.questions.push_back(question.ptr());
+    std::vector<TensorWords::Known> tensors;
+    for (nb::handle x : known) {
+        const auto t = nb::cast<nb::tuple>(x);  // (tensor, impl, keys, storage, data, bytes, autograd)
+        const auto number = [&](size_t i) { return nb::cast<uint64_t>(t[i]); };
+        tensors.push_back({reinterpret_cast<uintptr_t>(nb::handle(t[0]).ptr()), number(1), number(2), number(3),
+                           number(4), number(5), nb::cast<bool>(t[6])});
+    }
+    return reader.learn(torch, tensors);
 }
 
 // run_plan on arrays: plan, threads, share_openmp, then the 15 arrays (or None) in run_plan's order
@@ -308,7 +326,8 @@ class MixerStep {
   public:
     MixerStep(const MixerPlan& plan, const nb::args& arrays) : plan_(plan) {
         uintptr_t a[MIXER_ARRAYS];
-        if (!read(arrays, geometry_, a)) throw std::invalid_argument("MixerStep: requires torch tensors on a CPU");
+        if (!read(arrays, geometry_, a))
+            throw std::invalid_argument("MixerStep: requires plain torch tensors, and that nobody looks on");
     }
     // False: the arrays or the environment differ from those that it was made with; nothing was read or written.
     bool run(int threads, bool share_openmp, const nb::args& arrays) const {
@@ -327,11 +346,12 @@ class MixerStep {
         if (arrays.size() != MIXER_ARRAYS) throw std::invalid_argument("MixerStep: wrong number of arrays");
         key.clear();
         if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+        ArrayReader::Seen seen;
         for (size_t i = 0; i < MIXER_ARRAYS; ++i) {
             key.push_back('|');
-            if (!reader.describe_tensor(arrays[i].ptr(), key, a[i])) return false;
+            if (!reader.describe_tensor(arrays[i].ptr(), key, a[i], seen)) return false;
         }
-        return true;
+        return reader.settle(seen, key);
     }
 };
 
@@ -426,9 +446,12 @@ NB_MODULE(_core, m) {
     m.attr("max_taps") = MAX_TAPS;
     m.def("run_log", &run_log);
     m.def("geometry", &geometry);
+    m.def("learn_torch", &learn_torch);
+    m.def("reads_torch", [] { return reader.learned(); }, "Whether torch tensors are read here.");
+    m.def("quiet", [] { return reader.quiet(); }, "Whether nobody looks on: no tracer, mode, transform or dual level.");
     m.def(
-        "learn_tensor_type", [](nb::handle type) { return reader.learn(type.ptr()); },
-        "Read tensors of this type through its DLPack exchange API from now on; False if it has none.");
+        "plain", [](nb::handle x) { return reader.plain(x.ptr()); },
+        "Whether a torch tensor is nothing but memory with a dtype, a shape and strides.");
     m.def(
         "isas",
         [] {
