@@ -65,12 +65,22 @@ def check_resident_pools_and_snapshots(dev: Any, framework: str) -> None:
         assert np.array_equal(held.numpy()[[1, 2, 4]], pool[[1, 2, 4]])
         close(slots.numpy(), want_slots)
         # the same states to rows of the pool, and nothing else
-        rows = np.array([[3, 9, 9, 5], [1, 9, 9, 2], [4, 9, 9, 9]])
+        rows = np.array([[3, 9, 9, -1], [-1, 9, 9, 2], [4, 9, 9, 9]])
         held, want_pool = dev.array(pool), pool.copy()
         anydelta.gated_delta_rule_(q, k, v, want_pool, **here, snapshot_indices=rows, **ref)
         anydelta.gated_delta_rule_(*qkv, held, **there, snapshot_indices=same(rows), state_layout=layout)
         close(held.numpy(), want_pool)
-        assert np.array_equal(held.numpy()[0], pool[0])
+        assert np.array_equal(held.numpy()[[0, 1, 5]], pool[[0, 1, 5]])
+        # and the final states alone there, beside dense snapshots
+        held, want_pool, slots, want_slots = dev.array(pool), pool.copy(), dev.array(snaps), snaps.copy()
+        both = {"snapshot_indices": np.array([[1, 9, 9, -1]])}
+        anydelta.gated_delta_rule_(q, k, v, want_pool, **here, **both, snapshots=want_slots, **ref)
+        both["snapshot_indices"] = same(both["snapshot_indices"])
+        anydelta.gated_delta_rule_(*qkv, held, **there, **both, snapshots=slots, state_layout=layout)
+        close(held.numpy(), want_pool)
+        close(slots.numpy(), want_slots)
+        assert not np.array_equal(held.numpy()[1], pool[1])
+        assert np.array_equal(held.numpy()[[0, 2, 3, 4, 5]], pool[[0, 2, 3, 4, 5]])
         # a slot of the snapshots as the state of the next call, at an offset of its own
         o, _ = anydelta.gated_delta_rule(*qkv, **gates_there, initial_state=slots[1][:1], state_layout=layout)
         close(o, anydelta.gated_delta_rule(q, k, v, **gates, initial_state=want_slots[1][:1], **ref)[0])

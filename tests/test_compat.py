@@ -207,6 +207,30 @@ def test_fla_lower_bound(function: Any) -> None:
         both(x, function, expected, safe_gate=True, **gate)
 
 
+@pytest.mark.parametrize("function", KDA)
+def test_fla_lower_bound_without_A_log(function: Any) -> None:
+    x = inputs(kda=True)
+    expected = oracle(
+        x, g=x.raw, decay="raw", A_log=torch.zeros_like(x.A_log), dt_bias=x.dt_bias, lower_bound=-2.0
+    )
+    both(x, function, expected, g=x.raw, use_gate_in_kernel=True, dt_bias=x.dt_bias, lower_bound=-2.0)
+
+
+@pytest.mark.parametrize("function", GDN + KDA)
+def test_fla_dtypes_that_differ(function: Any) -> None:
+    x = inputs(kda=function in KDA)
+    x.v = x.v.half()
+    expected = oracle(x)
+    v = x.v.requires_grad_()
+    o, state = function(x.q, x.k, v, g=x.g, beta=x.beta, initial_state=x.state, output_final_state=True)
+    assert o.dtype == (torch.float32 if "chunk" in function.__name__ else torch.float16)
+    close(o.detach(), expected.o, "o", limit=1e-6)
+    close(state.detach(), expected.state, "state")
+    o.float().sum().backward()
+    assert v.grad.dtype == torch.float16
+    assert v.grad.any()
+
+
 def test_fla_safe_gate_outside_the_kernel_is_a_promise() -> None:
     x = inputs(kda=True)
     both(x, fla.chunk_kda, oracle(x), safe_gate=True, lower_bound=-5.0)

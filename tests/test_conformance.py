@@ -31,7 +31,7 @@ from anydelta.conformance import (
     run,
     targets,
 )
-from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, STRIDES, STRONG, random_case
+from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, NORMED_KEYS, STRIDES, STRONG, random_case
 from anydelta.conformance.compare import Prepared
 from anydelta.conformance.run import run_one, summary
 from anydelta.spec import Call, CallSpec
@@ -172,7 +172,7 @@ def test_the_list_covers_the_contract() -> None:
     assert any(c.indices and c.pool > c.N and -1 in c.indices for c in CASES)
     assert any(c.refused for c in CASES)
     assert {c.mask for c in CASES} == {"", *MASKS}
-    assert {c.key for c in CASES} == set(KEYS)
+    assert {c.key for c in CASES} == {*KEYS, *NORMED_KEYS}
     for kind in (CASES, MIXER_CASES, LOG_CASES):
         for gate, kda in itertools.product(STRONG, (False, True)):
             assert {c.T for c in kind if c.gate == gate and c.kda == kda} >= (

@@ -304,10 +304,12 @@ def wrong_values() -> Iterator[Wrong]:
     yield Wrong("cu_seqlens", "with B = 2", lambda a: a.update(cu_seqlens=a["state_indices"]), packed=False)
     for how, values in (
         ("is P", (P, 1)), ("is beyond P", (1, 1000)), ("is huge", (big, 1)), ("is tiny", (-big - 1, 1)),
-        ("is -2", (-2, 1)), ("is repeated", (3, 3)), ("is repeated at 0", (0, 0)),
-        ("is below -1 and repeated", (-3, -3)), ("mixes -1 and P", (-1, P)), ("mixes -1 and -2", (-1, -2)),
+        ("is -2", (-2, 1)), ("is below -1 and repeated", (-3, -3)), ("mixes -1 and P", (-1, P)),
+        ("mixes -1 and -2", (-1, -2)),
     ):  # fmt: skip
         yield Wrong("state_indices", how, index("state_indices", *values))
+    for how, values in (("is repeated", (3, 3)), ("is repeated at 0", (0, 0))):
+        yield Wrong("state_indices", how, index("state_indices", *values), function="_")
     yield Wrong("state_indices", "without a state", put(state=None), function="")
     yield Wrong("state", "has no row for each sequence", put(state_indices=None))
 
@@ -513,11 +515,11 @@ def test_the_valid_call_is_valid(framework: str, packed: bool, function: str) ->
 
 ROWS = {
     "needs a pool": (dict(state_indices=None, state=np.zeros((2, HV, K, V), np.float32)), "require state_indices"),
-    "both kinds": (dict(snapshots=np.zeros((KS, 2, HV, K, V), np.float32)), "snapshots must be None"),
+    "both kinds": (dict(snapshots=np.zeros((KS, 2, HV, K, V), np.float32)), r"must be \[1, N\]"),
     "wrong shape": (dict(snapshot_indices=np.array([[0], [3]])), r"must be \[Ks, N\]"),
     "wrong dtype": (dict(snapshot_indices=np.array([[0.0, 2], [3, 5]])), "dtype int32 or int64"),
     "not there": (dict(snapshot_indices=np.array([[0, 2], [3, P]])), r"in \[0, P\)"),
-    "unset": (dict(snapshot_indices=np.array([[0, 2], [3, -1]])), r"in \[0, P\)"),
+    "below -1": (dict(snapshot_indices=np.array([[0, 2], [3, -2]])), r"in \[0, P\)"),
     "twice": (dict(snapshot_indices=np.array([[0, 2], [3, 0]])), "unique"),
     "read by another": (dict(snapshot_indices=np.array([[0, 2], [3, 4]])), "another sequence reads"),
     "shared and own": (

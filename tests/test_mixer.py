@@ -428,6 +428,63 @@ def test_in_place_has_no_gradient_and_says_so() -> None:
         anydelta.gated_delta_mixer_(**arrays)
 
 
+@pytest.mark.parametrize("fill", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("neg", [False, True])
+def test_dead_tokens_leave_no_trace_in_gradients(fill: float, neg: bool) -> None:
+    """Masked tokens, a skipped sequence, and rows of both pools that nobody reads. Two sequences share a row."""
+    case = MixerCase(B=3, T=5, H=1, HV=2, K=6, V=4, W=3, bias=True, mask="random", pool=4, indices=(2, -1, 2), neg=neg,
+                     inplace=False)  # fmt: skip
+    qkv, conv_state, state, rest = tensors(case)
+    live = rest["mask"] & torch.tensor([[True], [False], [True]])
+    assert 3 < live.sum() < 10
+    fixed = {n: rest.pop(n) for n in ("mask", "state_indices")}
+    names = ("qkv", "conv_state", "state", *rest)
+
+    def gradients(dirt: float) -> dict[str, torch.Tensor]:
+        arrays = [torch.nan_to_num(x) for x in (qkv, conv_state, state, *rest.values())]
+        leaves = {}
+        for n, x in zip(names, arrays, strict=True):
+            if n in ("qkv", "z", "g", "beta"):
+                x = torch.where(live.reshape(3, 5, *[1] * (x.ndim - 2)), x, dirt)
+            elif n in ("conv_state", "state"):
+                x = x.clone()
+                x[[0, 1, 3]] = dirt
+            leaves[n] = x.detach().requires_grad_()
+        o, conv, final = anydelta.gated_delta_mixer(**leaves, **fixed, allow_neg_eigval=neg)
+        sum(y.square().sum() for y in (o, conv, final)).backward()
+        return {n: x.grad for n, x in leaves.items()}
+
+    want, got = gradients(0.5), gradients(fill)
+    for n, grad in got.items():
+        assert torch.equal(grad, want[n]), n
+        assert grad.any(), n
+    for n in ("qkv", "z", "g", "beta"):
+        assert not got[n][~live].any(), n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-22, 1e22])
+def test_norms_of_vectors_whose_squares_leave_the_range(backend: str, size: float) -> None:
+    """Without eps both norms forget the length of what they norm, and a row of zeros stays one."""
+    case = MixerCase(T=7, H=1, HV=2, K=16, V=20, norm="plain", linear=True)
+    values = mixer_inputs(case)
+    outs = []
+    for factor in (1.0, size):
+        held = mixer_buffers(case, values, Target(backend, framework="torch"))
+        arrays = {n: b.array for n, b in held.items()}
+        arrays["qkv"][:, 3] = 0
+        arrays["conv_state"][:] = 0
+        arrays["state"][:] = 0
+        arrays["qkv"] *= factor
+        out = anydelta.gated_delta_mixer_(
+            arrays.pop("qkv"), arrays.pop("conv_state"), arrays.pop("state"), **arrays, activation=None,
+            qk_l2norm_eps=0.0, norm_eps=0.0, backend=backend,
+        )  # fmt: skip
+        outs.append(out)
+    assert outs[0].any()
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_the_functional_op() -> None:
     case = MixerCase(B=2, T=4, H=1, HV=2, K=3, V=2, W=3, dtype="float64", state_dtype="float64", gate_dtype="float64",
                      mask="left", bias=True)  # fmt: skip

@@ -16,6 +16,9 @@ from torch.testing import assert_close
 
 import anydelta
 from anydelta import dispatch, torch_op  # noqa: F401  (registers the operators)
+from anydelta.conformance import gradients as conformance
+from anydelta.conformance.cases import Case
+from anydelta.conformance.compare import Target
 
 OPS = torch.ops.anydelta  # there from the import of anydelta.torch_op or the first torch call on
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
@@ -589,12 +592,67 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "packed": small(lengths=(2, 0, 1)),
     "pool": small(B=2, rows=(3, 1), P=4),
     "pool with a gap": small(B=2, rows=(-1, 1), P=2),
+    "pool with a shared row": small(B=2, rows=(1, 1), P=2),
     "all at once": small(
         decay="raw", kda=True, lower_bound=-3.0, logit=True, qk_l2norm=True, layout="vk", lengths=(2, 1),
         rows=(1, 0), P=2, mask=True,
     ),
     "blocks of tokens": make(T=66, B=1, HV=1, K=1, V=1, state=False),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kda", [False, True])
+@pytest.mark.parametrize("bound", [None, -3.0])
+def test_dead_tokens_leave_no_trace_in_gradients(fill: float, kda: bool, bound: float | None) -> None:
+    """Masked tokens, skipped sequences, rows of the pool that nobody reads: zeros there, elsewhere the same bits."""
+    x = make(
+        B=3, T=5, kda=kda, decay="raw", lower_bound=bound, logit=True, qk_l2norm=True, rows=(2, -1, 2), P=4
+    )
+    x["mask"] = torch.tensor([[False, True, True, False, True]] * 3)
+    dead = ~x["mask"] | torch.tensor([[False], [True], [False]])
+    unread = torch.tensor([True, True, False, True])
+
+    def gradients(dirt: float) -> dict[str, Tensor]:
+        held = clone(x)
+        for n in ("q", "k", "v", "g", "beta"):
+            held[n][dead] = dirt
+        held["initial_state"][unread] = dirt
+        held = with_grad(held)
+        o, state = anydelta.gated_delta_rule(**held)
+        (o.square().sum() + state.square().sum()).backward()
+        return {n: held[n].grad for n in held if n in DIFFERENTIABLE}
+
+    want, got = gradients(0.5), gradients(fill)
+    for n, grad in got.items():
+        assert torch.equal(grad, want[n]), n
+        where = unread if n == "initial_state" else dead if n in ("q", "k", "v", "g", "beta") else None
+        assert where is None or not grad[where].any(), n
+        assert grad.any(), n
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in conformance.GRADIENT_CASES if c.mask or c.indices or c.key == "vanishing"], ids=str
+)
+def test_gradients_where_tokens_hold_nan(case: Case) -> None:
+    verdict = conformance.check_gradients(case, Target("cpu", framework="torch"))
+    assert not verdict.errors, verdict.errors
+
+
+def test_gradients_of_vectors_whose_squares_leave_the_range() -> None:
+    """The norm makes a call indifferent to the length of its keys, and their gradients inverse to it."""
+    x = make(B=1, T=4, qk_l2norm=True, qk_l2norm_eps=0.0)
+    found = []
+    for size in (1.0, 1e-25, 1e25):
+        leaves = with_grad(x | {n: x[n] * size for n in ("q", "k")})
+        o, _ = anydelta.gated_delta_rule(**leaves)
+        o.square().sum().backward()
+        found.append(
+            {n: leaves[n].grad * (size if n in "qk" else 1) for n in ("q", "k", "v", "g", "initial_state")}
+        )
+    for other in found[1:]:
+        for n, grad in other.items():
+            torch.testing.assert_close(grad, found[0][n], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

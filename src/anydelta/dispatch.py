@@ -128,22 +128,31 @@ def implementation(name: str, spec: CallSpec | MixerSpec) -> Any:
     return getattr(backend, "mlx_host", backend) if spec.framework == "mlx" else backend
 
 
-def takes_rows(backend: Any) -> bool:
-    """Whether the backend writes snapshots to rows of the pool by itself (`CallSpec.snapshot_rows`)."""
-    return bool(getattr(backend, "snapshot_rows", False))
+def takes_rows(backend: Any, spec: CallSpec) -> bool:
+    """Whether the backend writes to the rows that `snapshot_indices` name, if they are given, by itself."""
+    return all(
+        getattr(backend, flag, False) for flag in ("snapshot_rows", "final_rows") if getattr(spec, flag)
+    )
+
+
+def needs_A_log(backend: Any, spec: CallSpec, call: Call) -> bool:
+    """Whether the call has no A_log where the backend wants one for raw gates."""
+    return (
+        spec.options.decay == "raw" and call.A_log is None and not getattr(backend, "optional_A_log", False)
+    )
 
 
 def without_rows(spec: CallSpec) -> CallSpec:
     """The call that op.py makes of one with `snapshot_indices` for the other backends: functional, dense snapshots."""
     options = replace(spec.options, output_final_state=False)
-    return replace(spec, snapshot_rows=False, inplace=False, options=options)
+    return replace(spec, snapshot_rows=False, final_rows=False, inplace=False, options=options)
 
 
 def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ...]:
     runs = implementation(name, spec)
     if reasons := tuple((get_backend(name) if isinstance(spec, MixerSpec) else runs).available()):
         return reasons
-    if isinstance(spec, CallSpec) and spec.snapshot_rows and not takes_rows(runs):
+    if isinstance(spec, CallSpec) and not takes_rows(runs, spec):
         spec = without_rows(spec)
     return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
 

@@ -107,6 +107,8 @@ def gated_delta_rule(
     )  # fmt: skip
     plan = _plan(call, options, backend, slots)
     _check_data(call, plan.spec)
+    if dispatch.needs_A_log(plan.backend, plan.spec, call):
+        call.A_log = mx.zeros((plan.spec.HV,))
     if hasattr(plan.backend, "run_lazily"):
         return _results(_lazily(plan, call), output_final_state, snapshots is not None)
     names = [name for name in _INPUTS if getattr(call, name) is not None]

@@ -40,6 +40,8 @@ class _Plan:
     """Whether a new final state looks like the initial one."""
     mark: Any
     """torch's count of a tensor's versions, for autograd's errors; None where no tensor is written."""
+    needs_A_log: bool
+    """Whether the backend is to be given A_log = 0 where the call has none."""
 
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
@@ -94,16 +96,18 @@ def gated_delta_rule(
         decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
             log decay = -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
             lower_bound * sigmoid(exp(A_log) (g + dt_bias)) (fla's gates).
-        A_log: [HV]; dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only.
+        A_log: [HV]; dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only. With a lower bound A_log may be
+            None: exp(A_log) is then 1.
         lower_bound: a number <= 0; for raw gates only.
         beta_is_logit: take sigmoid(beta).
         heads: the q/k head of value head hv: "interleaved" hv // (HV/H) (fla, Transformers, MLX) or
             "tiled" hv % H (ggml).
-        qk_l2norm: normalise q and k over K as x * rsqrt(sum x^2 + qk_l2norm_eps).
+        qk_l2norm: normalise q and k over K as x * rsqrt(sum x^2 + qk_l2norm_eps), 0 for 0.
         state_layout: "kv" for [.., K, V] states and snapshots, "vk" for [.., V, K].
         cu_seqlens: [N+1] int32 or int64: sequence n holds tokens cu_seqlens[n] to cu_seqlens[n+1] of the only
             batch row. Empty sequences leave their state unchanged.
-        state_indices: [N] int32 or int64: the pool row of each sequence; -1 skips it (output zeros). Unique but for -1.
+        state_indices: [N] int32 or int64: the pool row of each sequence; -1 skips it (output zeros). Rows may repeat:
+            nothing is written to them.
         mask: [B, T] bool: a False token leaves the state alone and outputs zeros.
         snapshots: [Ks, N, HV, K, V], written: slot 0 is the state after the last token, slot s that of s tokens
             earlier. Slots s >= T and those of skipped sequences keep what they held.
@@ -159,7 +163,8 @@ def gated_delta_rule_(
             token, snapshot_indices[s, n] that of s tokens earlier. No other row is written, not even the one that is
             read, unless it is named: so a rollback is a choice of rows, and copies nothing. Rows that are
             written must be unique and not be read by another sequence; rows that are read may then repeat
-            (sequences that share a prefix). Entries of skipped sequences, and with s >= T_n, are ignored.
+            (sequences that share a prefix). -1 writes nothing. Entries of skipped sequences, and with s >= T_n, are
+            ignored. Beside `snapshots` it is [1, N]: the rows for the final states; `snapshots` take the last ones.
 
     Returns:
         o [B, T, HV, V]. Rows of the pool that no index names keep their bits.
@@ -265,18 +270,23 @@ def execute(
         spec = check_call(call, Options(*options), inplace=inplace)
         check_values(call, spec)
         chosen = dispatch.pick(spec, backend)
-        if spec.snapshot_rows and not dispatch.takes_rows(chosen):
+        needs_A_log = dispatch.needs_A_log(chosen, spec, call)
+        if needs_A_log:
+            call.A_log = unit_A_log(call)
+        if not dispatch.takes_rows(chosen, spec):
             return _by_dense_snapshots(call, spec, options, backend)
         mark = None
         if spec.framework == "torch" and not spec.resident and (inplace or spec.snapshots):
             mark = _torch_side().mark_written
-        plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call), mark)
+        plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call), mark, needs_A_log)
         if geometry is not None:
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
             _plans[key] = plan
     elif plan.spec.packed or plan.spec.pooled:
         check_values(call, plan.spec)
+    if plan.needs_A_log:
+        call.A_log = unit_A_log(call)
     spec = plan.spec
 
     call.o = plan.empty_like(call.v) if plan.empty_like else np.empty(call.v.shape, call.v.dtype)
@@ -294,14 +304,26 @@ def execute(
     return call.o, call.state_out
 
 
+def unit_A_log(call: Call) -> Array:
+    """Zeros [HV], whose exponential is the 1 that a call without A_log means."""
+    HV = call.v.shape[2]
+    if type(call.v) is DeviceArray:
+        return call.v.device.zeros((HV,))
+    if framework_of(call.v) == "torch":
+        return call.v.new_zeros(HV, dtype=sys.modules["torch"].float32)
+    return np.zeros(HV, np.float32)
+
+
 def _by_dense_snapshots(
     call: Call, spec: CallSpec, options: tuple[Any, ...], backend: str
 ) -> tuple[Array, Array | None]:
     """`snapshot_indices` for a backend that knows dense snapshots only: run on those, then move them to their rows."""
     pool, rows = call.state_in, call.snapshot_indices
-    dense = replace(call, snapshots=None, snapshot_indices=None)
+    dense = replace(call, snapshot_indices=None)
     shape = (spec.snapshots, spec.N, *pool.shape[1:])
-    if type(pool) is DeviceArray:
+    if spec.final_rows:
+        pass  # the caller's own snapshots: slot 0 is the final state
+    elif type(pool) is DeviceArray:
         dense.snapshots = pool.device.empty(shape, pool.dtype)
     else:
         dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
@@ -318,7 +340,7 @@ def _by_dense_snapshots(
     ]
     for slot, named in enumerate(rows.tolist()):
         for n, row in enumerate(named):
-            if slot >= live[n]:
+            if slot >= live[n] or row < 0:
                 continue
             if type(pool) is DeviceArray:
                 pool[row].write(dense.snapshots[slot][n])

@@ -55,14 +55,14 @@ def decays(
     """exp(log decay), in [0, 1], from log, linear or raw gates. g [..., HV] (GDA) or [..., HV, K] (KDA).
 
     raw: log decay = -exp(A_log) softplus(g + dt_bias), or with a lower bound (fla's safe gate)
-    lower_bound * sigmoid(exp(A_log) (g + dt_bias)).
+    lower_bound * sigmoid(exp(A_log) (g + dt_bias)), where A_log None stands for 0.
     """
     if decay == "linear":
         return g
     if decay == "log":
         return np.exp(g)
-    assert A_log is not None
-    A: F64 = np.exp(A_log) if g.ndim == 3 else np.exp(A_log)[:, None]
+    A: F64 = np.exp(np.zeros(g.shape[2]) if A_log is None else A_log)
+    A = A if g.ndim == 3 else A[:, None]
     x = g if dt_bias is None else g + dt_bias.reshape(g.shape[2:])
     if lower_bound is None:
         return np.asarray(np.exp(-A * np.logaddexp(0.0, x)))
@@ -75,8 +75,9 @@ def sigmoid(x: F64) -> F64:
 
 
 def l2norm(x: F64, eps: float) -> F64:
-    """x * rsqrt(sum x^2 + eps) over the last dimension (fla's convention)."""
-    return np.asarray(x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps))
+    """x * rsqrt(sum x^2 + eps) over the last dimension (fla's convention); 0 for 0."""
+    length = np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps)
+    return np.asarray(x / np.where(length == 0, 1.0, length))
 
 
 def gated_delta_rule(

@@ -30,6 +30,8 @@ KINDS = {"torch": "a torch.Tensor", "numpy": "a numpy.ndarray", "mlx": "an mlx.c
 MLX_GPU = "mlx"
 """The device of a call on MLX arrays whose stream runs on the GPU, in `CallSpec.device`."""
 _FLOAT32_MAX = 3.4028234663852886e38
+MAX_NUMBERS = 1 << 48
+"""Of one array: more than memory holds, and few enough that no product of sizes leaves 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class CallSpec:
     snapshot_rows: bool = False
     """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that set
     `snapshot_rows` are shown such a spec; others run on dense snapshots, which op.py then moves."""
+    final_rows: bool = False
+    """Whether `snapshot_indices` name the rows for the final states, beside dense snapshots. Only backends that set
+    `final_rows` are shown such a spec; for others op.py copies slot 0 to those rows."""
 
     def shape_line(self) -> str:
         """The call in one line, in the names of the contract."""
@@ -327,6 +332,15 @@ class _Checker:
             self.fail(f"{name} must be on the CPU or on q's device {here[1]}; got {device}")
         self.dtype(name, x, INDEX_DTYPES)
 
+    def sizes(self, **arrays: tuple[int, ...]) -> None:
+        """Arrays that exist or that a call implies. An empty one counts as if it had one of what it has none of: the
+        sizes of one head are used where there is no sequence."""
+        for name, dims in arrays.items():
+            if math.prod(max(n, 1) for n in dims) > MAX_NUMBERS:
+                self.fail(
+                    f"{name} must have at most 2^48 numbers (a size of 0 counts as 1); got {list(dims)}"
+                )
+
     def shape(self, name: str, x: Any, want: tuple[int, ...], legend: str) -> None:
         if shape_of(x) != want:
             self.fail(f"{name} must be {legend} = {list(want)}; got {list(shape_of(x))}")
@@ -417,14 +431,18 @@ def check_call(
     g_dtype = c.dtype("g", call.g, DTYPES)
     beta_dtype = c.dtype("beta", call.beta, DTYPES)
 
+    c.sizes(q=(B, T, H, K), v=(B, T, HV, V), g=(B, T, HV, K) if kda else (B, T, HV))
     _check_raw(c, call, options, here, kda=kda, HV=HV, K=K)
     N = _check_sequences(c, call, here, B=B, T=T)
+    c.sizes(**{"the state [N, HV, K, V]": (N, HV, K, V)})
     P, state_dtype, resident = _check_state(
         c, call, options, here, dtype=dtype, inplace=inplace, N=N, HV=HV, K=K, V=V
     )
     Ks = 0 if call.snapshots is None else shape_of(call.snapshots)[0]
+    final_rows = call.snapshot_indices is not None and call.snapshots is not None
     if call.snapshot_indices is not None:
-        Ks = _check_snapshot_indices(c, call, here, inplace=inplace, N=N)
+        named = _check_snapshot_indices(c, call, here, inplace=inplace, N=N)
+        Ks = Ks or named
 
     if call.mask is not None:
         c.host("mask", call.mask, here)
@@ -457,7 +475,8 @@ def check_call(
         device=resident.partition(":")[0] or device_name(call.q),
         options=options,
         resident=resident,
-        snapshot_rows=call.snapshot_indices is not None,
+        snapshot_rows=call.snapshot_indices is not None and not final_rows,
+        final_rows=final_rows,
     )  # fmt: skip
 
 
@@ -494,11 +513,12 @@ def _check_raw(
             if getattr(call, name) is not None:
                 c.fail(f'{name} goes with decay="raw" only; got decay={options.decay!r}')
         return
-    if call.A_log is None:
-        c.fail('decay="raw" requires A_log [HV]; got None')
-    c.array("A_log", call.A_log, here)
-    c.dtype("A_log", call.A_log, DTYPES)
-    c.shape("A_log", call.A_log, (HV,), "[HV]")
+    if call.A_log is None and options.lower_bound is None:
+        c.fail('decay="raw" requires A_log [HV], or a lower_bound; got None')
+    if call.A_log is not None:
+        c.array("A_log", call.A_log, here)
+        c.dtype("A_log", call.A_log, DTYPES)
+        c.shape("A_log", call.A_log, (HV,), "[HV]")
     if call.dt_bias is not None:
         c.array("dt_bias", call.dt_bias, here)
         c.dtype("dt_bias", call.dt_bias, DTYPES)
@@ -562,6 +582,7 @@ def _check_state(
                 f"{name} must have N = {N} rows, one per sequence; got {got[0]}. For a pool give state_indices"
             )
         P = got[0]
+        c.sizes(**{name: got})
         state_dtype = c.dtype(name, call.state_in, allowed)
         if inplace:
             c.writable(name, call.state_in)
@@ -578,6 +599,7 @@ def _check_state(
                 f"snapshots must be [Ks, N, HV, {layout}] with Ks >= 1 and [N, HV, {layout}] = {[N, *tail]}; "
                 f"got {list(got)}"
             )
+        c.sizes(snapshots=got)
         snap_dtype = c.dtype("snapshots", call.snapshots, allowed)
         if call.state_in is not None and snap_dtype != state_dtype:
             c.fail(f"snapshots must have {name}'s dtype {state_dtype}; got {snap_dtype}")
@@ -588,17 +610,20 @@ def _check_state(
 
 
 def _check_snapshot_indices(c: _Checker, call: Call, here: tuple[str, str], *, inplace: bool, N: int) -> int:
-    """snapshot_indices [Ks, N] into the rows of the in-place op's pool. Returns Ks."""
+    """snapshot_indices [Ks, N] into the rows of the in-place op's pool; [1, N] beside dense snapshots. Returns Ks."""
     if not inplace:
         c.fail("snapshot_indices name rows of a pool that is written and go with gated_delta_rule_ only")
-    if call.snapshots is not None:
-        c.fail("snapshots must be None where snapshot_indices say where the states go; got both")
     if call.state_indices is None:
         c.fail("snapshot_indices name rows of a pool and require state_indices; got None")
     c.index("snapshot_indices", call.snapshot_indices, here)
     got = shape_of(call.snapshot_indices)
     if len(got) != 2 or got[0] < 1 or got[1] != N:
         c.fail(f"snapshot_indices must be [Ks, N] with Ks >= 1 and N = {N}; got {list(got)}")
+    if call.snapshots is not None and got[0] != 1:
+        c.fail(
+            "snapshot_indices must be [1, N], rows for the final states, where snapshots take the others; "
+            f"got {list(got)}"
+        )
     return got[0]
 
 
@@ -623,7 +648,7 @@ def check_values(call: Call, spec: CallSpec) -> None:
             c.fail(f"state_indices must be -1 (skip) or in [0, P) with P = {spec.P}; got {bad}")
         if call.snapshot_indices is not None:
             _check_snapshot_rows(c, call, spec, numpy)
-        elif len(set(used)) != len(used):
+        elif spec.inplace and len(set(used)) != len(used):
             twice = next(r for r in used if used.count(r) > 1)
             c.fail(f"state_indices must be unique apart from -1; got {twice} more than once")
 
@@ -644,11 +669,11 @@ def _check_snapshot_rows(c: _Checker, call: Call, spec: CallSpec, numpy: bool) -
     written: set[int] = set()
     for s, rows in enumerate(call.snapshot_indices.tolist()):
         for n, row in enumerate(rows):
-            if read[n] == -1 or s >= lengths[n]:
-                continue  # nothing is written there, whatever the index
+            if row == -1 or read[n] == -1 or s >= lengths[n]:
+                continue  # nothing is written there
             if not 0 <= row < spec.P:
                 c.fail(
-                    f"snapshot_indices must be in [0, P) with P = {spec.P} for all that is written; got {row}"
+                    f"snapshot_indices must be -1 (write nothing) or in [0, P) with P = {spec.P}; got {row}"
                 )
             if row in written:
                 c.fail(f"snapshot_indices must be unique; got {row} more than once")

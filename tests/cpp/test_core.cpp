@@ -783,16 +783,19 @@ void compare(Call& x, const Expected& e) {
 
 // Exactly as much workspace as asked for, so that using more of it shows; at most `heads` heads and `panels` panels of
 // columns at a time.
-void run_tasks(const Problem& p, const Kernels& kernels, int64_t heads, int64_t panels) {
+// With a `fill`, each task finds its workspace full of that byte.
+void run_tasks(const Problem& p, const Kernels& kernels, int64_t heads, int64_t panels, int fill = -1) {
     heads = std::min({heads, MAX_HEADS, p.HV});
     const int64_t width = panels * kernels.panel;
     const Memory workspace(kernels.workspace(p, heads));  // 64-byte aligned: so is its size
     const FlushSubnormals flushed;
     for (int64_t n = 0; n < p.N; ++n)
         for (int64_t hv = 0; hv < p.HV; hv += heads)
-            for (int64_t col = 0; col < p.V; col += width)
+            for (int64_t col = 0; col < p.V; col += width) {
+                if (fill >= 0) std::memset(workspace.data(), fill, workspace.size());
                 kernels.run(p, Task{n, hv, std::min(heads, p.HV - hv), col, std::min(width, p.V - col), nullptr},
                             workspace.data());
+            }
 }
 
 struct Results {
@@ -961,6 +964,38 @@ void test_chosen_cases(const std::vector<Isa>& all) {
     // beta up to 2: reflections
     add([](Case& c) { c.T = 100, c.beta_high = 2; });
     for (const Case& c : cases) drive(c, all);
+}
+
+// No bit of a result depends on what the scratch memory held: zeros, NaN, or numbers of 1e-12. Gates above 0 too, with which
+// numbers overflow that are multiplied with the zeros beyond the last channel.
+void test_scratch(const std::vector<Isa>& all) {
+    Random r{63};
+    std::vector<Case> cases = random_cases(40);
+    for (int i = 0; i < 60; ++i) {
+        Case c;
+        c.seed = static_cast<uint64_t>(5000 + i);
+        c.K = 63, c.V = 12, c.T = 1 + r.below(60), c.H = 1, c.HV = 2, c.Ks = r.below(8);
+        c.vk = !r.chance(0.2), c.kda = r.chance(0.5), c.l2norm = r.chance(0.5), c.in_place = r.chance(0.5);
+        c.state = r.chance(0.8) ? DType::bf16 : DType::f32, c.gates = DType::f16;
+        c.mask = r.chance(0.3) ? Mask::random : Mask::none;
+        c.g_low = -1, c.g_high = r.chance(0.5) ? 1 : 100;
+        cases.push_back(c);
+    }
+    for (const Case& c : cases) {
+        const std::unique_ptr<Call> call = make_call(c);
+        for (const Isa& isa : all) {
+            std::snprintf(context, sizeof context, "%s: scratch of %s", isa.kernels->name, c.text().c_str());
+            Results first;
+            for (const int fill : {0x00, 0xff, 0x2b}) {
+                call->restore();
+                run_tasks(call->p, *isa.kernels, 2, 1, fill);
+                if (fill == 0x00)
+                    first = results_of(*call);
+                else
+                    check(results_of(*call) == first, "results differ from those with zeros in the scratch memory");
+            }
+        }
+    }
 }
 
 void forget_rounding_errors() { worst_nmse = worst_half = 0; }
@@ -1674,6 +1709,7 @@ int main(int argc, char** argv) {
         {"limits", test_limits},
         {"NaN stays", test_nan_stays},
         {"chosen cases", test_chosen_cases},
+        {"scratch", test_scratch},
         {"random cases", test_random_cases},
         {"subnormal numbers", test_subnormal_numbers},
         {"out of memory", test_out_of_memory},

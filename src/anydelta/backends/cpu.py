@@ -103,6 +103,8 @@ class _Plan:
 class Cpu:
     name = "cpu"
     snapshot_rows = True
+    final_rows = True
+    optional_A_log = True
     mlx = True
     """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
 
@@ -229,7 +231,7 @@ def rule_fields(
         Ks=spec.snapshots,
         cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
         indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
-        rows_are_int32=spec.snapshot_rows and dtype_name(call.snapshot_indices) == "int32",
+        rows_are_int32=call.snapshot_indices is not None and dtype_name(call.snapshot_indices) == "int32",
     )  # fmt: skip
     return fields, state_copy, snapshots_copy
 

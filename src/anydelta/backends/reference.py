@@ -7,6 +7,7 @@ computed with (autograd.py). It computes in float32, or in float64 for float64 i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 class Reference:
     name = "reference"
+    optional_A_log = True
 
     def available(self) -> Sequence[Rejected]:
         return ()
@@ -96,12 +98,45 @@ def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.T
     opt = spec.options
     g, beta = call.g.to(dtype), call.beta.to(dtype)
     if opt.decay == "raw":
-        A = call.A_log.to(dtype).exp()
+        A = g.new_ones(spec.HV) if call.A_log is None else call.A_log.to(dtype).exp()
         A = A[:, None] if spec.kda else A
         x = g if call.dt_bias is None else g + call.dt_bias.to(dtype).reshape(g.shape[2:])
         g = -A * F.softplus(x) if opt.lower_bound is None else opt.lower_bound * torch.sigmoid(A * x)
     a = g if opt.decay == "linear" else g.exp()
     return a, beta.sigmoid() if opt.beta_is_logit else beta
+
+
+def _live_only(spec: CallSpec, call: Call) -> Call:
+    """The call with ones in every token that no state sees, masked or of a skipped sequence: they may hold NaN, and
+    0 * NaN is no gradient."""
+    import torch
+
+    live = call.mask
+    if call.state_indices is not None and bool((call.state_indices < 0).any()):
+        read = call.state_indices.to(call.q.device) >= 0
+        if call.cu_seqlens is not None:
+            read = read.repeat_interleave(call.cu_seqlens.to(call.q.device).diff())[None]
+        else:
+            read = read[:, None].expand(spec.B, spec.T)
+        live = read if live is None else live & read
+    if live is None:
+        return call
+
+    def kept(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(live.reshape(spec.B, spec.T, *[1] * (x.ndim - 2)), x, x.new_ones(()))
+
+    return replace(call, q=kept(call.q), k=kept(call.k), v=kept(call.v), g=kept(call.g), beta=kept(call.beta))
+
+
+def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x * rsqrt(sum x^2 + eps) over the last dimension, 0 for 0, in a unit whose squares stay in the type's range."""
+    import torch
+
+    unit = x.detach().abs().amax(-1, keepdim=True).clamp(min=eps**0.5)
+    unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
+    y = x / unit
+    squares = (y * y).sum(-1, keepdim=True) + (eps**0.5 / unit).square()
+    return y * torch.rsqrt(torch.where(squares == 0, 1.0, squares))
 
 
 def torch_recurrence(
@@ -122,10 +157,11 @@ def torch_recurrence(
 
     opt = spec.options
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    call = _live_only(spec, call)
     a, beta = torch_gates(spec, call, dtype)
     q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
     if opt.qk_l2norm:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + opt.qk_l2norm_eps) for x in (q, k))
+        q, k = (normalised(x, opt.qk_l2norm_eps) for x in (q, k))
     head = torch.as_tensor(reference.head_map(spec.H, spec.HV, opt.heads), device=q.device)
     q, k = q[:, :, head] * spec.scale, k[:, :, head]
     a = a[..., None, None] if not spec.kda else a[..., None]

@@ -215,6 +215,8 @@ class HostStates:
         if self.snapshots is not None:
             cu = np.asarray(call.cu_seqlens) if spec.packed else np.arange(spec.N + 1) * spec.T
             written = (np.arange(spec.snapshots)[:, None] < np.diff(cu)) & live
+            if spec.snapshot_rows:
+                written &= np.asarray(call.snapshot_indices) >= 0
             got = fetched(self.snapshots, call.state_out if spec.snapshot_rows else call.snapshots)
             where = _index(written, torch)
             if spec.snapshot_rows:

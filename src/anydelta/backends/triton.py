@@ -51,6 +51,7 @@ class _Plan:
 class Triton:
     name = "triton"
     snapshot_rows = True
+    optional_A_log = True
 
     @cached_property
     def mixer(self) -> Any:
@@ -123,8 +124,11 @@ class Triton:
     def gradient_reasons(self, spec: CallSpec) -> Sequence[Rejected]:
         """Why the backward pass of a call that runs here has to be the reference's; empty where it need not."""
         from ..kernels.triton.config import MAX_CHUNKED_K
+        from ..kernels.triton.launch import products_fit
 
         no = []
+        if not products_fit(spec):
+            no.append(f"takes qk_l2norm_eps from 1e-27 on for gradients; got {spec.options.qk_l2norm_eps}")
         if spec.K > MAX_CHUNKED_K:
             no.append(f"takes K up to {MAX_CHUNKED_K} for gradients; got {spec.K}")
         if (

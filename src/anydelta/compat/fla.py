@@ -5,6 +5,7 @@ Same names, argument order, defaults and conventions, so they can stand where th
     q, k [B, T, H, K]; v [B, T, HV, V]; value head hv reads q/k head hv // (HV/H)
     g [B, T, HV] (gated delta rule) or [B, T, HV, K] (KDA), the natural log of the decay; beta [B, T, HV]
     states [N, HV, K, V], final states in float32
+    q, k and v may differ in dtype; o has q's in the chunk functions and v's in the recurrent ones
 
 Where this differs from fla, it is stricter or does more:
 - all four functions have gradients; in fla the recurrent ones have none;
@@ -182,7 +183,8 @@ def chunk_kda(
 
     With use_gate_in_kernel, g is the gate before its activation and the log decay is
     -exp(A_log) softplus(g + dt_bias), or, as soon as lower_bound is given,
-    lower_bound * sigmoid(exp(A_log) (g + dt_bias)). initial_state must be float32.
+    lower_bound * sigmoid(exp(A_log) (g + dt_bias)), where A_log may be left out and counts as 0. initial_state must be
+    float32.
 
     Keywords: A_log [HV], dt_bias [HV * K], chunk_size (32 or 64; a hint), transpose_state_layout (deprecated
     name of state_v_first).
@@ -328,8 +330,8 @@ def _run(
     ):
         _flag(op, name, value)
     if use_gate_in_kernel:
-        if A_log is None:
-            raise ValueError(f"{op}: use_gate_in_kernel requires A_log [HV]; got None")
+        if A_log is None and lower_bound is None:
+            raise ValueError(f"{op}: use_gate_in_kernel requires A_log [HV] (or a lower_bound); got None")
         # fla's kernels read both as flat memory: Kimi checkpoints hold A_log as [1, 1, HV, 1].
         A_log, dt_bias = (x.reshape(-1) if isinstance(x, torch.Tensor) else x for x in (A_log, dt_bias))
     else:
@@ -345,10 +347,12 @@ def _run(
     if initial_state is not None:
         # Exact; and fla's final state is float32, whatever the initial one is.
         initial_state = _wide(initial_state)
-    return gated_delta_rule(
-        q,
-        k,
-        v,
+    # The core takes one dtype; the wider one holds the others' numbers.
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    o, state = gated_delta_rule(
+        q.to(dtype),
+        k.to(dtype),
+        v.to(dtype),
         g=g,
         beta=beta,
         initial_state=initial_state,
@@ -363,6 +367,7 @@ def _run(
         cu_seqlens=cu_seqlens,
         output_final_state=output_final_state,
     )
+    return o.to(q.dtype if ".chunk_" in op else v.dtype), state
 
 
 def _keywords(op: str, kwargs: dict[str, Any], known: tuple[str, ...], state_v_first: bool) -> bool:

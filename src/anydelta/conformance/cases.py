@@ -27,6 +27,7 @@ STRONG = (*KINDS, "-8", "-16", "-20", "-40")
 GATES = ("keep", "one", "twenty", "wipe", "inf", "mixed", "model", "ggml", *STRONG)
 KEYS = ("unit", "alike", "tiny", "huge", "zero", "gaps", "faint")
 STATES = ("normal", "faded")
+NORMED_KEYS = ("vanishing", "vast")
 BETAS = ("mid", "zero", "one", "ends", "weak")
 MASKS = ("left", "right", "random", "none", "all")
 STRIDES = ("dense", "permuted", "fused", "strided", "expanded")
@@ -77,7 +78,12 @@ class Case:
     """One of MASKS: what is padding. "none": no token is live; "all": every token is."""
     snapshots: int = 0
     scattered: bool = False
-    """The snapshots go to rows of the pool (snapshot_indices), some of them the rows that their sequence reads."""
+    """The snapshots go to rows of the pool (snapshot_indices), some of them the rows that their sequence reads, and
+    some nowhere."""
+    elsewhere: bool = False
+    """The final states go to such rows, and the snapshots to an array."""
+    noA: bool = False
+    """Raw gates with a lower bound and without A_log."""
     strides: str = "dense"
     """Of the inputs, see compare.Buffer: one of STRIDES."""
     state_strides: str = "dense"
@@ -89,7 +95,8 @@ class Case:
     number: that everywhere."""
     key: str = "unit"
     """Keys: "unit" of norm 1, "alike" norm 1 and almost parallel, "tiny" 1e-3, "huge" 1e4 (64 in half types),
-    "zero", "gaps": every third one zero, "faint" 1e-20 (1e-7 in float16)."""
+    "zero", "gaps": every third one zero, "faint" 1e-20 (1e-7 in float16). With the norm in the kernel "vanishing" 1e-25
+    and "vast" 1e25, the queries too."""
     state: str = "normal"
     """Initial states: "normal", "faded": 1e-39, below float32's normal numbers."""
     beta: str = "mid"
@@ -99,10 +106,11 @@ class Case:
         if self.seqlens is not None:
             object.__setattr__(self, "T", sum(self.seqlens))
         for name, known in (
-            ("gate", GATES), ("key", KEYS), ("beta", BETAS), ("mask", ("", *MASKS)), ("strides", STRIDES),
-            ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")), ("state", STATES),
-            ("dtype", DTYPES), ("gate_dtype", DTYPES), ("state_dtype", ("float32", "bfloat16", "float64")), ("decay", DECAYS),
-            ("heads", HEADS), ("layout", ("kv", "vk")),
+            ("gate", GATES), ("key", (*KEYS, *NORMED_KEYS)), ("beta", BETAS), ("mask", ("", *MASKS)),
+            ("strides", STRIDES), ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")),
+            ("state", STATES), ("dtype", DTYPES), ("gate_dtype", DTYPES),
+            ("state_dtype", ("float32", "bfloat16", "float64")), ("decay", DECAYS), ("heads", HEADS),
+            ("layout", ("kv", "vk")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
@@ -127,10 +135,14 @@ class Case:
             ),
             (self.indices is not None and len(self.indices) != self.N, "indices must be one per sequence"),
             (
-                self.scattered and not (self.inplace and self.snapshots and self.indices is not None),
-                "scattered goes with inplace, indices and snapshots",
+                (self.scattered or self.elsewhere)
+                and not (self.inplace and self.snapshots and self.indices is not None),
+                "scattered and elsewhere go with inplace, indices and snapshots",
             ),
             (self.scattered and self._rows_left() < 0, "scattered needs a row of the pool for each snapshot"),
+            (self.scattered and self.elsewhere, "scattered says where all snapshots go, elsewhere one"),
+            (self.noA and (self.lower_bound is None or self.decay != "raw"), "noA goes with a lower bound"),
+            (self.key in NORMED_KEYS and not self.l2norm, "such keys go with l2norm"),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),
             (
                 self.state_strides == "expanded" and (self.inplace or self.snapshots),
@@ -196,7 +208,7 @@ class Case:
     @property
     def refused(self) -> bool:
         """True for the cases that must raise ValueError: an index named twice, of a state that is written."""
-        if self.scattered:
+        if self.scattered or self.elsewhere or not self.inplace:
             return False
         used = [i for i in self.indices or () if i >= 0]
         return len(set(used)) < len(used)
@@ -330,7 +342,7 @@ def inputs(case: Case) -> Inputs:
     k = _keys(c, rng)
     q = _unit(rng.standard_normal((c.B, c.T, c.H, c.K)))
     if c.l2norm:
-        q *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1))
+        q *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1)) * _SIZE.get(c.key, 1.0)
     v = rng.standard_normal((c.B, c.T, c.HV, c.V))
     g, A_log, dt_bias = _gates(c, rng)
     beta = _betas(c, rng)
@@ -358,7 +370,7 @@ def inputs(case: Case) -> Inputs:
         mask=_mask(c, rng),
         cu_seqlens=None if c.seqlens is None else np.cumsum([0, *c.seqlens]),
         state_indices=None if c.indices is None else np.array(c.indices, np.int64),
-        snapshot_indices=_snapshot_rows(c, rng) if c.scattered else None,
+        snapshot_indices=_snapshot_rows(c, rng) if c.scattered or c.elsewhere else None,
     )
     if c.strides != "expanded":
         dead = ~_rows(c, out.live(c))
@@ -376,17 +388,21 @@ def _rows(c: Case, live: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
 
 def _snapshot_rows(c: Case, rng: np.random.Generator) -> NDArray[np.int64]:
     """[Ks, N] rows of the pool: a sequence's own row if nobody else reads it, then rows that nobody reads; -1 where
-    nothing is written."""
+    nothing is written, some of the time because it is not wanted. [1, N] for the final states."""
     assert c.indices is not None
     lengths = c.seqlens or (c.T,) * c.N
     used = [i for i in c.indices if i >= 0]
     spare = [int(r) for r in rng.permutation(c.P) if r not in used]
-    rows = np.full((c.snapshots, c.N), -1, np.int64)
+    rows = np.full((1 if c.elsewhere else c.snapshots, c.N), -1, np.int64)
     for n, (row, length) in enumerate(zip(c.indices, lengths, strict=True)):
         mine = [row] if used.count(row) == 1 else []
-        for s in rng.permutation(min(length, c.snapshots) if row >= 0 else 0):
-            rows[s, n] = mine.pop() if mine else spare.pop()
+        for s in rng.permutation(min(length, len(rows)) if row >= 0 else 0):
+            if rng.random() < 0.8:
+                rows[s, n] = mine.pop() if mine and rng.random() < 0.5 else spare.pop()
     return rows
+
+
+_SIZE = {"vanishing": 1e-25, "vast": 1e25}
 
 
 def _unit(x: F64) -> F64:
@@ -407,7 +423,7 @@ def _keys(c: Case, rng: np.random.Generator) -> F64:
         "tiny": 1e-3, "huge": 1e4 if c.dtype in ("float32", "float64") else 64.0, "zero": 0.0,
         "faint": 1e-7 if c.dtype == "float16" else 1e-20,
     }  # fmt: skip
-    k = k * size.get(c.key, 1.0)
+    k = k * size.get(c.key, _SIZE.get(c.key, 1.0))
     if c.l2norm and c.key in ("unit", "alike"):
         k *= rng.uniform(0.5, 8.0, (c.B, c.T, c.H, 1))
     return k
@@ -444,7 +460,7 @@ def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | No
         return np.exp(g), None, None
 
     # Raw: the gate before its activation. The inverse of the softplus, clipped where it has none.
-    A_log = np.log(rng.uniform(0.5, 4.0, (c.HV,)))
+    A_log = np.zeros(c.HV) if c.noA else np.log(rng.uniform(0.5, 4.0, (c.HV,)))
     A = np.exp(A_log)[:, None] if c.kda else np.exp(A_log)
     x = np.clip(-g, 1e-9, 1e4) / A
     raw = np.where(x > 30, x, np.log(np.expm1(np.minimum(x, 30.0))))
@@ -454,7 +470,7 @@ def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | No
         raw = raw - dt_bias
         if c.dt_bias == "flat":
             dt_bias = dt_bias.reshape(-1)
-    return raw, A_log, dt_bias
+    return raw, None if c.noA else A_log, dt_bias
 
 
 def _betas(c: Case, rng: np.random.Generator) -> F64:
@@ -608,14 +624,19 @@ def _forms() -> Iterator[Case]:
                 yield Case(T=65, K=32, V=16, kda=kda, beta=beta, logit=logit, gate="keep")
     for key in KEYS:
         for eps in (1e-6, 1e-3, 0.0):
-            if eps == 0.0 and key in (
-                "zero",
-                "gaps",
-                "faint",
-            ):  # 0 / 0; "faint": the squares are zero in float32
-                continue
             for T in (1, 24):
                 yield Case(T=T, K=32, V=32, key=key, l2norm=True, eps=eps, fresh=key == "tiny", kda=T == 24)
+    for T in (1, 7, 24):
+        for key in NORMED_KEYS:
+            for dtype in ("float32", "bfloat16"):
+                yield Case(
+                    T=T, K=40 if T == 7 else 32, V=32, key=key, l2norm=True, eps=0.0, dtype=dtype, kda=T == 7
+                )
+            yield Case(T=T, K=32, V=32, key=key, l2norm=True, layout="vk")
+        for kda in (False, True):
+            yield Case(
+                T=T, H=1, HV=2, K=16, V=16, kda=kda, decay="raw", lower_bound=-5.0, noA=True, dt_bias="full"
+            )
     for scale in (1.0, 0.25, 0.0, -2.0):
         yield Case(T=5, K=16, V=16, scale=scale, kda=scale == 1.0)
         yield Case(T=40, K=16, V=16, scale=scale, kda=scale == 1.0)
@@ -738,10 +759,16 @@ def _scattered() -> Iterator[Case]:
                     state_dtype="bfloat16" if (Ks + T) % 3 == 0 else "float32", int64=i == 2,
                     mask="random" if T == 9 else "", state_strides=STATE_STRIDES[Ks % 3],
                 )  # fmt: skip
-        yield Case(
-            seqlens=(2, 0, 5, 1), H=1, HV=1, K=20, V=13, pool=30, indices=(7, 1, 7, -1), snapshots=Ks,
-            scattered=True, inplace=True,
-        )  # fmt: skip
+        for elsewhere in (False, True):
+            for T in (1, 9):
+                yield Case(
+                    B=3, T=T, H=1, HV=2, K=16, V=24, pool=9, indices=(2, -1, 2), snapshots=Ks, mask="random",
+                    elsewhere=True, inplace=True, layout="vk" if elsewhere else "kv", kda=T == 9,
+                )  # fmt: skip
+            yield Case(
+                seqlens=(2, 0, 5, 1), H=1, HV=1, K=20, V=13, pool=30, indices=(7, 1, 7, -1), snapshots=Ks,
+                scattered=not elsewhere, elsewhere=elsewhere, inplace=True,
+            )  # fmt: skip
 
 
 def _masks() -> Iterator[Case]:

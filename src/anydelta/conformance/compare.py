@@ -405,7 +405,7 @@ def judge_result(
     moved = np.array([bool(row.any()) for row in live], bool)  # sequences whose state changes at all
     checked = set()
     for part in kept:
-        if case.scattered:
+        if case.scattered or case.elsewhere:
             _judge_rows(v, case, values, exact, part, held[part.name])
         elif case.inplace:
             index = np.arange(case.N) if values.state_indices is None else values.state_indices
@@ -454,7 +454,8 @@ def _judge_rows(
     assert values.snapshot_indices is not None
     got = pool.values()
     allowed = np.zeros(case.P, bool)
-    for slot, (written, rows) in enumerate(zip(exact.snapshot_written, values.snapshot_indices, strict=True)):
+    for slot, rows in enumerate(values.snapshot_indices):
+        written = exact.snapshot_written[slot] & (rows >= 0)
         if written.any():
             name = f"{part.snapshots_name} {slot}"
             judge(v, name, got[rows[written]], part.snapshots[slot][written], part.dtype)
@@ -514,21 +515,29 @@ def fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, tar
 
 @contextlib.contextmanager
 def dirty_memory(case: Case, target: Target) -> Iterator[None]:
-    """What the op allocates itself should hold NaN, so that an element that is never written shows.
+    """What the op allocates itself should hold NaN, so that an element that is never written shows, and so should the
+    scratch memory of the CPU kernels.
 
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
     freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
     """
-    if target.framework == "torch":
-        import torch
+    from ..op import _core
 
-        before = torch.get_deterministic_debug_mode()
-        torch.set_deterministic_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(before)
-        return
+    with contextlib.ExitStack() as stack:
+        if _core is not None:
+            _core.fill_scratch(0xFF)
+            stack.callback(_core.fill_scratch, -1)
+        if target.framework == "torch":
+            import torch
+
+            stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+            torch.set_deterministic_debug_mode("warn")
+        else:
+            _dirty_numpy(case)
+        yield
+
+
+def _dirty_numpy(case: Case) -> None:
     for shape, dtype in (
         ((case.N, case.HV, case.K, case.V), case.state_dtype),
         ((case.B, case.T, case.HV, case.V), case.dtype),
@@ -537,4 +546,3 @@ def dirty_memory(case: Case, target: Target) -> Iterator[None]:
         for block in blocks:
             block.fill(0x7FC0 if dtype == "bfloat16" else np.nan)
         del blocks
-    yield

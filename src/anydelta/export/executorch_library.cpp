@@ -188,7 +188,7 @@ void boxed(KernelRuntimeContext& context, Span<EValue*> stack) {
         ET_LOG(Error, "%s", error.what());
         context.fail(Error::InvalidArgument);
     } catch (const std::bad_alloc&) {
-        ET_LOG(Error, "%s: there is not enough memory", op.op());
+        ET_LOG(Error, "%s", OUT_OF_MEMORY);
         context.fail(Error::MemoryAllocationFailed);
     } catch (const std::exception& error) {
         ET_LOG(Error, "%s", error.what());

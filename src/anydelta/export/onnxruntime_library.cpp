@@ -52,6 +52,8 @@ ort::Status* guarded(Api* api, F f) {
         return nullptr;
     } catch (const std::invalid_argument& error) {
         return ort::CreateStatus(api, ort::INVALID_ARGUMENT, error.what());
+    } catch (const std::bad_alloc&) {
+        return ort::CreateStatus(api, ort::FAIL, OUT_OF_MEMORY);
     } catch (const std::exception& error) {
         return ort::CreateStatus(api, ort::FAIL, error.what());
     }
@@ -80,8 +82,9 @@ Array read(Api* api, const ort::Value* value, Sizes& geometry) {
                                     std::to_string(dims));
     ok(api, ort::GetDimensions(api, raw, geometry.sizes, dims), "to show a tensor");
     ok(api, ort::GetTensorMutableData(api, const_cast<ort::Value*>(value), &x.data), "to show a tensor");
-    int64_t step = 1;
-    for (size_t i = dims; i-- > 0; step *= geometry.sizes[i]) geometry.strides[i] = step;
+    uint64_t step = 1;  // of an empty tensor it may wrap
+    for (size_t i = dims; i-- > 0; step *= static_cast<uint64_t>(geometry.sizes[i]))
+        geometry.strides[i] = static_cast<int64_t>(step);
     x.sizes = geometry.sizes, x.strides = geometry.strides, x.dims = static_cast<int>(dims);
     switch (type) {
         case ort::FLOAT: x.type = Type::f32; break;

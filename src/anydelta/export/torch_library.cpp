@@ -261,7 +261,7 @@ struct Results {
 };
 
 // Validate and run. Throws std::invalid_argument before anything is written. Generated code knows no gradients.
-Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) {
+Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) try {
     Call call = call_of(t, read);
     require_memory(call, opt);
     const Spec spec = check(call, opt);
@@ -304,6 +304,8 @@ Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask
     if (state_copy && opt.inplace) ok(aoti_torch_copy_(t.state, state_copy, 0), "to copy the state back");
     if (snapshots_copy) ok(aoti_torch_copy_(t.snapshots, snapshots_copy, 0), "to copy the snapshots back");
     return r;
+} catch (const std::bad_alloc&) {
+    throw std::runtime_error(OUT_OF_MEMORY);
 }
 
 // ---- for the dispatcher

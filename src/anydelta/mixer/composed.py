@@ -62,15 +62,15 @@ def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
     written = want.rule.snapshot_written
     if call.snapshot_indices is not None:
         assert written is not None
-        rows = call.snapshot_indices[written]
+        named = written[: len(call.snapshot_indices)] & (call.snapshot_indices >= 0)
         for pool, states in ((call.state, want.rule.snapshots), (call.conv_state, want.conv_snapshots)):
             assert states is not None
-            pool[rows] = states[written].astype(pool.dtype)
-        return
-    live = ~want.rule.skipped
-    rows = np.arange(r.N)[live] if call.state_indices is None else call.state_indices[live]
-    call.state[rows] = want.rule.state[live].astype(call.state.dtype)
-    call.conv_state[rows] = want.conv_state[live].astype(call.conv_state.dtype)
+            pool[call.snapshot_indices[named]] = states[: len(named)][named].astype(pool.dtype)
+    else:
+        live = ~want.rule.skipped
+        rows = np.arange(r.N)[live] if call.state_indices is None else call.state_indices[live]
+        call.state[rows] = want.rule.state[live].astype(call.state.dtype)
+        call.conv_state[rows] = want.conv_state[live].astype(call.conv_state.dtype)
     for got, expected in ((call.snapshots, want.rule.snapshots), (call.conv_snapshots, want.conv_snapshots)):
         if got is not None and expected is not None and written is not None:
             got[written] = expected[written].astype(got.dtype)
@@ -98,6 +98,7 @@ def compose(
     import torch
     import torch.nn.functional as F
 
+    from ..backends.reference import normalised
     from ..op import gated_delta_rule, gated_delta_rule_
 
     r, opt = spec.rule, spec.options
@@ -135,7 +136,10 @@ def compose(
         part.unflatten(-1, (-1, size))
         for part, size in zip(convolved.split((key, key, r.HV * r.V), -1), (r.K, r.K, r.V), strict=True)
     )
-    beta = call.beta.to(dtype).sigmoid() if opt.beta_is_logit else call.beta.to(dtype)
+    # what a token that no state sees holds, NaN for instance, must reach no gradient either
+    counted = live_tokens[..., None]
+    beta = torch.where(counted, call.beta.to(dtype), 0.0)
+    beta = beta.sigmoid() if opt.beta_is_logit else beta
     options: dict[str, Any] = dict(
         g=call.g, beta=2 * beta if opt.allow_neg_eigval else beta, scale=opt.scale, decay=opt.decay, A_log=call.A_log,
         dt_bias=call.dt_bias, lower_bound=opt.lower_bound, heads=opt.heads, qk_l2norm=opt.qk_l2norm,
@@ -148,12 +152,12 @@ def compose(
     else:
         o, final = gated_delta_rule(q, k, v, initial_state=call.state, **options)
     if call.norm_weight is not None:
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + opt.norm_eps) * call.norm_weight.to(dtype)
+        # sqrt(V) x / |x|: the norm of q and k, with V eps
+        o = normalised(o, r.V * opt.norm_eps) * (r.V**0.5 * call.norm_weight.to(dtype))
     if call.z is not None:
-        z = call.z.to(dtype).reshape(o.shape)
+        z = torch.where(counted, call.z.to(dtype).flatten(2), 0.0).reshape(o.shape)
         o = o * (F.silu(z) if opt.norm_gate == "silu" else z.sigmoid())
-    o = torch.where(live_tokens[..., None, None], o, 0.0)
-    return o.flatten(-2).to(call.qkv.dtype), windows, final
+    return torch.where(counted, o.flatten(-2), 0.0).to(call.qkv.dtype), windows, final
 
 
 def _write_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> None:
@@ -161,10 +165,15 @@ def _write_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> None:
     for n, row, length, seen, live in windows:
         end = seen.shape[0]
         rows = None if call.snapshot_indices is None else call.snapshot_indices[:, n].tolist()
-        if rows is not None or call.conv_snapshots is not None:
-            for slot in range(min(length, spec.rule.snapshots)):
+        targets = (
+            []
+            if call.conv_snapshots is None
+            else [(slot, x[n]) for slot, x in enumerate(call.conv_snapshots)]
+        )
+        targets += [(slot, call.conv_state[to]) for slot, to in enumerate(rows or ()) if to >= 0]
+        for slot, to in targets:
+            if slot < length:
                 later = slot if live is None else int(live[length - slot :].sum())
-                to = call.conv_snapshots[slot, n] if rows is None else call.conv_state[rows[slot]]
                 to.copy_(seen[end - later - S : end - later].t())
         if end > S and rows is None:
             call.conv_state[row].copy_(seen[end - S :].t())

@@ -100,8 +100,8 @@ def gated_delta_mixer_(
         mask: [B, T] bool: a False token is as if it were not there: neither state sees it, its output is zero.
         snapshots: [Ks, N, HV, K, V], conv_snapshots: [Ks, N, C, S], written: both states after the last token, and s
             tokens earlier, as in `gated_delta_rule`.
-        snapshot_indices: [Ks, N], for pools (with `state_indices`, without `snapshots`): the rows of both pools that
-            the last states go to, the only ones that are written; as in `gated_delta_rule_`.
+        snapshot_indices: [Ks, N], for pools (with `state_indices`): the rows of both pools that the last states go to,
+            the only ones that are written; beside `snapshots` [1, N], for the final states; as in `gated_delta_rule_`.
         scale, heads, qk_l2norm, qk_l2norm_eps, state_layout, cu_seqlens, state_indices, backend: as in
             `gated_delta_rule`.
 
@@ -172,7 +172,7 @@ def gated_delta_mixer(
         if getattr(call, name) is not None:
             checker.array(name, getattr(call, name), None)
     spec = check_mixer(_writable(call), options)
-    check_mixer_values(call, spec)
+    check_mixer_values(call, spec, inplace=False)
     if spec.framework == "torch" and torch is not None:
         tracked = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
         if tracked:

@@ -45,7 +45,8 @@ def gated_rms_norm(o: F64, weight: F64 | None, z: F64 | None, *, eps: float, gat
     """o [..., V] normed, then gated by z [..., V]."""
     if weight is None:
         return o
-    y = o / np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + eps) * weight
+    length = np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + eps)
+    y = o / np.where(length == 0, 1.0, length) * weight
     return np.asarray(y if z is None else y * (silu(z) if gate == "silu" else sigmoid(z)))
 
 

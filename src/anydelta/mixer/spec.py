@@ -6,7 +6,7 @@ ValueError or TypeError that says what is wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..spec import (
@@ -192,6 +192,7 @@ def check_mixer(call: MixerCall, options: MixerOptions) -> MixerSpec:
         c.dtype("conv_bias", call.conv_bias, DTYPES)
         c.shape("conv_bias", call.conv_bias, (C,), "[C]")
 
+    c.sizes(qkv=(B, T, C), conv_weight=got)
     rule = _check_rule(call, options, B=B, T=T, H=H, HV=HV, K=K, V=V)
     S, conv_dtype = _check_conv_state(c, call, here, rule, dtype=dtype, C=C, W=W)
 
@@ -319,6 +320,7 @@ def _check_conv_state(
     if got[0] != rule.P:
         c.fail(f"conv_state must have as many rows as state, {rule.P}; got {got[0]}")
     S = got[2]
+    c.sizes(conv_state=got)
     c.writable("conv_state", call.conv_state)
     if call.conv_snapshots is not None:
         if call.snapshots is None:
@@ -326,16 +328,18 @@ def _check_conv_state(
         c.array("conv_snapshots", call.conv_snapshots, here)
         c.dtype("conv_snapshots", call.conv_snapshots, (conv_dtype,))
         c.shape("conv_snapshots", call.conv_snapshots, (rule.snapshots, rule.N, C, S), "[Ks, N, C, S]")
+        c.sizes(conv_snapshots=(rule.snapshots, rule.N, C, S))
         c.writable("conv_snapshots", call.conv_snapshots)
     return S, conv_dtype
 
 
-def check_mixer_values(call: MixerCall, spec: MixerSpec) -> None:
+def check_mixer_values(call: MixerCall, spec: MixerSpec, *, inplace: bool = True) -> None:
     """The checks that read index data, as `anydelta.spec.check_values`."""
     indices = dict(
         cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, snapshot_indices=call.snapshot_indices
     )
-    check_values(Call(None, None, None, None, None, **indices), spec.rule)
+    rule = spec.rule if inplace else replace(spec.rule, inplace=False)
+    check_values(Call(None, None, None, None, None, **indices), rule)
 
 
 def requiring_grad(call: MixerCall) -> list[str]:

@@ -42,7 +42,10 @@ class TritonMixer:
         self.rule = rule
 
     def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        return tuple(self.rule.supports(spec.rule))
+        no = list(self.rule.supports(spec.rule))
+        if spec.rule.final_rows:
+            no.append(Rejected("takes snapshot_indices without dense snapshots; got both"))
+        return tuple(no)
 
     def prepare(self, spec: MixerSpec, call: MixerCall, asked: str) -> _Plan:
         if backend.interpreted():

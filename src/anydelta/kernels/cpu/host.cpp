@@ -120,6 +120,7 @@ class Work {
 };
 
 std::atomic<const char*> last_run{""};
+std::atomic<int> scratch_byte{-1};
 
 // The share this thread had last time, if it is free.
 int Work::claim() {
@@ -139,8 +140,11 @@ void Work::work() {
     char* memory = workspaces_ + static_cast<size_t>(mine) * workspace_;
     for (int s = 0; s < threads_; ++s) {
         Share& share = shares_[(mine + s) % threads_];
-        for (int64_t i; (i = share.next.fetch_add(1)) < share.end;)
+        for (int64_t i; (i = share.next.fetch_add(1)) < share.end;) {
+            if (const int byte = scratch_byte.load(std::memory_order_relaxed); byte >= 0)
+                std::memset(memory, byte, workspace_);
             last_run.store(run(i, share.end, memory), std::memory_order_relaxed);
+        }
     }
 }
 
@@ -325,6 +329,8 @@ void choose(const std::string& name) { choice.store(find(name)); }
 
 long calls() { return calls_made.load(); }
 
+void fill_scratch(int byte) { scratch_byte.store(byte); }
+
 void run_chosen(const Problem& p, int threads, bool share_openmp) {
     ++calls_made;
     run(p, chosen(), threads, share_openmp);
@@ -350,9 +356,14 @@ std::vector<std::string> cpu_features() {
     return names;
 }
 
+namespace {
+// No token, and no final state that is not there yet: a loop over the heads, of which there may be any number, is idle.
+bool nothing_to_do(const Problem& p) { return p.T == 0 && !(p.out.data && p.out_dense); }
+}  // namespace
+
 void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp) {
     const int64_t heads = p.N * p.HV;
-    if (heads == 0) return;
+    if (heads == 0 || nothing_to_do(p)) return;
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     const double fmas = 3.0 * tokens * static_cast<double>(p.HV * p.K * p.V);
     threads = worthwhile(threads, fmas);
@@ -371,7 +382,7 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
 
 void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp) {
     const Problem& p = m.rule;
-    if (p.N * p.H == 0) return;
+    if (p.N * p.H == 0 || nothing_to_do(p)) return;
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     // the rule, and for each number of q, k, v and o some 8 FMAs' time of convolution, activation and norm
     const double per_token =

@@ -19,7 +19,9 @@ std::string last_isa();
 // CPU features that matter here, for instance {"avx2", "fma", "f16c"}.
 std::vector<std::string> cpu_features();
 
-// Run a valid problem. Throws std::bad_alloc before anything is written, nothing else.
+// Run a valid problem. Throws std::bad_alloc before anything is written, nothing else; users are told OUT_OF_MEMORY.
+constexpr const char* OUT_OF_MEMORY =
+    "anydelta: requires more memory than the system gives. Run fewer sequences, tokens or heads at once";
 void run(const Problem& p, const Kernels& kernels, int threads, bool share_openmp);
 void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp);
 void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp);
@@ -30,6 +32,9 @@ void run_chosen(const Problem& p, int threads, bool share_openmp);
 void run_chosen(const Mixer& m, int threads, bool share_openmp);
 // How often that was.
 long calls();
+// Fill the scratch memory with this byte before each task, or with -1 leave what was there. For tests: no result depends
+// on it, and 0xff is NaN in every type.
+void fill_scratch(int byte);
 
 double fma_peak(const Kernels& kernels, int threads, double seconds);  // GFLOP/s
 double copy_bandwidth(int threads, int mib);                           // GB/s, read + written

@@ -361,7 +361,7 @@ class LogRunner {
     // ---- verify
 
     void verify_head(int64_t b, int64_t start, int64_t T, bool folding) {
-        float A = 0.0f;
+        float A = 1.0f;
         if (p.A_log) A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, hv), p.A_log_dtype))));
         if (p.dt_bias) {
             const int64_t n = p.kda ? p.K : 1;

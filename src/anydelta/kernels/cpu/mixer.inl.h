@@ -262,7 +262,7 @@ class MixerRunner final : public RowMaker {
         convolve(part[2], s.order[t[0] - begin], count, hv, local(hv), dst);
     }
 
-    void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) override {
+    void outputs(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) override {
         if (m.o.dtype == DType::f32) return outputs_as<float>(t, count, hv, o, ldo);
         if (m.o.dtype == DType::bf16) return outputs_as<bf16>(t, count, hv, o, ldo);
         outputs_as<f16>(t, count, hv, o, ldo);
@@ -364,14 +364,16 @@ class MixerRunner final : public RowMaker {
 
     // out = o * rsqrt(mean o^2 + eps) * norm_weight * gate(z)
     template <class T>
-    void outputs_as(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) {
+    void outputs_as(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) {
         const int64_t padded = round_up(p.V, L), whole = p.V / L * L, tail = p.V - whole;
         const bool gated = m.norm && m.gate != NormGate::none;
         T* out = static_cast<T*>(const_cast<void*>(grouped(m.o, seq.b, 0, hv, p.V)));
         const T* z = gated ? static_cast<const T*>(grouped(m.z, seq.b, 0, hv, p.V)) : nullptr;
         float factor[CHUNK];  // of all rows first: one after the other, each would wait for its sum, root and quotient
-        for (int64_t c = 0; c < count; ++c)
-            factor[c] = m.norm ? 1.0f / root(squared_norm(o + c * ldo, padded) / static_cast<float>(p.V) + m.norm_eps) : 1.0f;
+        for (int64_t c = 0; c < count; ++c) {
+            const float* row = o + c * ldo;
+            factor[c] = m.norm ? inverse_length(row, padded, static_cast<float>(p.V), m.norm_eps, o + c * ldo) : 1.0f;
+        }
         alignas(64) float rest[L] = {};
         for (int64_t c = 0; c < count; ++c, o += ldo) {
             const int64_t later = t[c + TOKENS_AHEAD < count ? c + TOKENS_AHEAD : c];
@@ -416,15 +418,15 @@ class MixerRunner final : public RowMaker {
         const bool rows = p.snapshot_indices != nullptr;  // of the pool, which is then written nowhere else
         const int64_t slots = rows || m.conv_snapshots.data ? (p.Ks < length ? p.Ks : length) : 0;
         for (int64_t slot = 0; slot < slots; ++slot) {
-            const int64_t live = last_inputs(seq.end - slot);
-            if (rows)
-                write_window(m.conv, 0, p.snapshot_indices[slot * p.N + job.n], live);
-            else
+            const int64_t live = last_inputs(seq.end - slot), row = rows ? p.snapshot_indices[slot * p.N + job.n] : 0;
+            if (!rows)
                 write_window(m.conv_snapshots, slot, job.n, live);
+            else if (row >= 0)
+                write_window(m.conv, 0, row, live);
         }
-        if (rows) return;
+        if (rows || seq.row_out < 0) return;
         const int64_t live = last_inputs(seq.end);
-        if (live > 0) write_window(m.conv, 0, seq.row_in, live);
+        if (live > 0 || seq.row_out != seq.row_in) write_window(m.conv, 0, seq.row_out, live);
     }
 
     // The last live tokens before `end`, S at most, to s.inputs; returns how many there are.

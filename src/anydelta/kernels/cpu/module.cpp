@@ -168,8 +168,12 @@ struct Indices {
             rows = widen(state_indices, p.N, plan.indices_are_int32);
             p.state_indices = rows.data();
         }
-        if (snapshot_indices) {  // the states go to these rows of the pool, and nowhere else
-            snapshots = widen(snapshot_indices, p.Ks * p.N, plan.rows_are_int32);
+        if (!snapshot_indices) return;
+        const bool final_only = p.snapshots.data != nullptr;
+        snapshots = widen(snapshot_indices, final_only ? p.N : p.Ks * p.N, plan.rows_are_int32);
+        if (final_only) {
+            p.out_rows = snapshots.data();
+        } else {  // the states go to these rows of the pool, and nowhere else
             p.snapshot_indices = snapshots.data();
             p.snapshots.data = p.in.data;
             p.out.data = nullptr;
@@ -431,6 +435,13 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
 }  // namespace
 
 NB_MODULE(_core, m) {
+    nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+        try {
+            std::rethrow_exception(error);
+        } catch (const std::bad_alloc&) {
+            PyErr_SetString(PyExc_MemoryError, OUT_OF_MEMORY);
+        }
+    });
     nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
     m.def("run", &run_plan);
     m.def("run_arrays", &run_arrays);
@@ -463,6 +474,8 @@ NB_MODULE(_core, m) {
     m.def("isa", [] { return std::string(chosen().name); }, "The build that runs.");
     m.def("set_isa", &choose);
     m.def("lanes", [] { return chosen().lanes; });
+    m.def("fill_scratch", &fill_scratch,
+          "Fill the scratch memory with this byte before each task; -1: leave what was there. For tests.");
     m.def("calls", &calls, "How often the kernels were called.");
     m.def(
         "runner", [] { return reinterpret_cast<uintptr_t>(&run_for_torch); },

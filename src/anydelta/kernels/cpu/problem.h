@@ -49,7 +49,10 @@ struct Problem {
     const int64_t* cu_seqlens = nullptr;     // [N + 1] or null: sequence n is row n of the batch
     const int64_t* state_indices = nullptr;  // [N] or null; -1 skips
     // [Ks, N] or null: slot s of sequence n is this row of `snapshots`, which is then the pool `in`
+    // An entry of -1: that state is not written.
     const int64_t* snapshot_indices = nullptr;
+    // [N] or null: the row of `out` that the final state of sequence n goes to, if it has a token; -1: nowhere
+    const int64_t* out_rows = nullptr;
 };
 
 // Columns [col0, col0 + cols) of `heads` consecutive value heads of one sequence: the unit of parallel work. Column

@@ -235,6 +235,19 @@ static float squared_norm(const float* x, int64_t n) {
     return vsum(s);
 }
 
+// 1 / sqrt(sum x^2 / count + eps), 0 for 0. Where a square leaves float32's range, x becomes a copy in `scratch` times a
+// power of two, and the factor is that of the copy.
+AD_INLINE float inverse_length(const float*& x, int64_t n, float count, float eps, float* scratch) {
+    const float s = squared_norm(x, n) / count + eps;
+    // below 2^-90 the squares that are lost, each less than 2^-126, may count
+    if (s >= 0x1p-90f && s <= 3.402823466e38f) return 1.0f / root(s);
+    const float unit = s < 1.0f ? 0x1p100f : 0x1p-100f;
+    for (int64_t i = 0; i < n; i += L) vstore(scratch + i, vmul(vload(x + i), vset(unit)));
+    x = scratch;
+    const float scaled = squared_norm(x, n) / count + eps * unit * unit;
+    return scaled == 0.0f ? 0.0f : 1.0f / root(scaled);
+}
+
 // K channels as float32, readable to the next whole vector.
 static const float* channels(const Problem& p, const void* src, DType dtype, float* scratch) {
     if (dtype == DType::f32 && p.K % L == 0) return static_cast<const float*>(src);
@@ -257,8 +270,8 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
         x.k_factor = 1.0f;
         x.q_factor = p.scale;
         if (p.l2norm) {
-            x.k_factor = 1.0f / root(squared_norm(x.k, n) + p.l2norm_eps);
-            x.q_factor *= 1.0f / root(squared_norm(x.q, n) + p.l2norm_eps);
+            x.k_factor = inverse_length(x.k, n, 1.0f, p.l2norm_eps, s.k);
+            x.q_factor *= inverse_length(x.q, n, 1.0f, p.l2norm_eps, s.q);
         }
         betas[c] = read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
         const void* g = token(p.g, b, t[c], hv);
@@ -810,6 +823,7 @@ static Sequence sequence(const Problem& p, int64_t n) {
     seq.end = p.cu_seqlens ? p.cu_seqlens[n + 1] : p.T;
     seq.row_in = p.state_indices ? p.state_indices[n] : n;
     seq.row_out = p.out_dense ? n : seq.row_in;
+    if (p.out_rows && seq.row_in >= 0) seq.row_out = seq.start < seq.end ? p.out_rows[n] : -1;
     return seq;
 }
 
@@ -819,7 +833,7 @@ struct RowMaker {
     virtual int64_t prepare(int64_t from) = 0;
     // v of up to C_MAX consecutive live tokens: v [count][V]
     virtual void values(const int64_t* t, int64_t count, int64_t hv, float* v, int64_t ldv) = 0;
-    virtual void outputs(const int64_t* t, int64_t count, int64_t hv, const float* o, int64_t ldo) = 0;  // o [count][V]
+    virtual void outputs(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) = 0;  // o [count][V], which it may change
 };
 
 class Runner {
@@ -881,8 +895,11 @@ class Runner {
         return p.in.data ? state_at(p, p.in, 0, seq.row_in, h->hv, job.col0 + panel * W) : nullptr;
     }
     char* state_out(int64_t panel) const {
-        return p.out.data ? state_at(p, p.out, 0, seq.row_out, h->hv, job.col0 + panel * W) : nullptr;
+        return writes_state() ? state_at(p, p.out, 0, seq.row_out, h->hv, job.col0 + panel * W) : nullptr;
     }
+    bool writes_state() const { return p.out.data && seq.row_out >= 0; }
+    // Whether the state in a slot is asked for.
+    bool wanted(int64_t slot) const { return !p.snapshot_indices || p.snapshot_indices[slot * p.N + job.n] >= 0; }
     char* snapshot(int64_t slot, int64_t panel) const {
         const int64_t n = p.snapshot_indices ? p.snapshot_indices[slot * p.N + job.n] : job.n;
         return state_at(p, p.snapshots, p.snapshot_indices ? 0 : slot, n, h->hv, job.col0 + panel * W);
@@ -896,13 +913,13 @@ class Runner {
 
     // No token changed the state: the functional op still owes a final state.
     void pass_state_on(bool skipped) const {
-        if (!p.out.data || (skipped && !p.out_dense)) return;
+        if (!writes_state()) return;
         const char* from = skipped ? nullptr : state_in(0);
         if (from != state_out(0)) copy_columns(p, state_out(0), p.out.row, from, p.in.row, job.cols);
     }
 
     void read_gate_parameters() {
-        h->A = 0.0f;
+        h->A = 1.0f;
         if (p.A_log) h->A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, h->hv), p.A_log_dtype))));
         if (p.dt_bias) {
             const int64_t n = p.kda ? p.K : 1;
@@ -924,16 +941,19 @@ class Runner {
     void snapshot_initial_state() const {
         const int64_t first = next_live(seq.start);
         for (int64_t slot = seq.end - first; slot < slots; ++slot)
-            copy_columns(p, snapshot(slot, 0), p.snapshots.row, state_in(0), p.in.row, job.cols);
+            if (wanted(slot)) copy_columns(p, snapshot(slot, 0), p.snapshots.row, state_in(0), p.in.row, job.cols);
     }
 
     // Slots at other masked tokens hold the state of the token before; the oldest slot has it already (slot_after).
     void repeat_snapshots() const {
         const int64_t first = next_live(seq.start);
-        for (int64_t slot = slots - 2; slot >= 0; --slot) {
+        int64_t from = -1;  // the slot that holds the state after the last live token, if one does
+        for (int64_t slot = slots - 1; slot >= 0; --slot) {
             const int64_t t = seq.end - 1 - slot;
-            if (t > first && !seq.live(p, t))
-                copy_columns(p, snapshot(slot, 0), p.snapshots.row, snapshot(slot + 1, 0), p.snapshots.row, job.cols);
+            if (t <= first || seq.live(p, t)) from = -1;
+            if (t < first || !wanted(slot)) continue;
+            if (from >= 0) copy_columns(p, snapshot(slot, 0), p.snapshots.row, snapshot(from, 0), p.snapshots.row, job.cols);
+            from = slot;
         }
     }
 
@@ -951,8 +971,10 @@ class Runner {
         for (; n < most && u < stop; ++n) {
             positions[n] = u;
             const int64_t after = next_live(u + 1);
-            blk.slot[n] = slots ? slot_after(u, after) : -1;
-            blk.emits |= blk.slot[n] >= 0;
+            int64_t slot = slots ? slot_after(u, after) : -1;
+            blk.emits |= slot >= 0;  // also where none of these slots is wanted: blocks that emit are the last ones
+            while (slot >= seq.end - after && !wanted(slot)) --slot;
+            blk.slot[n] = slot >= seq.end - after ? slot : -1;
             u = after;
         }
         blk.C = n;
@@ -1110,7 +1132,7 @@ class Runner {
                 if (last && next_state) next = next_state + panel * p.K * 64;
                 float* dst = tile;
                 int64_t ldd = W;
-                if (last && (!p.out.data || there)) {
+                if (last && (!writes_state() || there)) {
                     dst = reinterpret_cast<float*>(state_out(panel));
                     ldd = p.out.row;
                 }
@@ -1131,7 +1153,7 @@ class Runner {
         emission(blk, out);
         float* dst = h->rows;
         int64_t ldd = ldv;
-        if (last && (!p.out.data || snapshots_are_plain())) {
+        if (last && (!writes_state() || snapshots_are_plain())) {
             dst = reinterpret_cast<float*>(state_out(0));
             ldd = p.out.row;
         }

@@ -87,11 +87,21 @@ class Checker {
         if (!(std::abs(value) <= 3.4028234663852886e38))
             fail(std::string(name) + " must be finite in float32; got " + text(value));
     }
-    // Each element its own memory: an axis must step over all that the finer axes span.
+    // As spec.py's `sizes`: an array that exists or that a call implies, where a size of 0 counts as 1.
+    void sizes(const char* name, const Dims& dims) const {
+        int64_t left = MAX_NUMBERS;
+        for (int64_t n : dims) left /= std::max<int64_t>(n, 1);
+        if (left < 1)
+            fail(std::string(name) + " must have at most 2^48 numbers (a size of 0 counts as 1); got " + text(dims));
+    }
+    // Each element its own memory: an axis must step over all that the finer axes span. The array is not too large, nor
+    // are its strides: it lies in memory.
     void writable(const char* name, const Array& x) const {
         std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
-        for (int i = 0; i < x.dims; ++i)
+        for (int i = 0; i < x.dims; ++i) {
+            if (x.sizes[i] == 0) return;
             if (x.sizes[i] > 1) axes.emplace_back(std::abs(x.strides[i]), x.sizes[i]);
+        }
         std::sort(axes.begin(), axes.end());
         int64_t reach = 0;
         for (const auto& [stride, n] : axes) {
@@ -123,9 +133,12 @@ void check_raw(const Checker& c, const Call& call, const Options& opt, bool kda,
             if (x->given()) c.fail(std::string(name) + " goes with decay=\"raw\" only; got decay=" + quoted(opt.decay));
         return;
     }
-    if (!call.A_log.given()) c.fail("decay=\"raw\" requires A_log [HV]; got None");
-    c.type("A_log", call.A_log, FLOATS);
-    c.shape("A_log", call.A_log, {HV}, "[HV]");
+    if (call.A_log.given()) {
+        c.type("A_log", call.A_log, FLOATS);
+        c.shape("A_log", call.A_log, {HV}, "[HV]");
+    } else if (!opt.has_lower_bound) {
+        c.fail("decay=\"raw\" requires A_log [HV], or a lower_bound; got None");
+    }
     if (!call.dt_bias.given()) return;
     c.type("dt_bias", call.dt_bias, FLOATS);
     if (kda ? !is(call.dt_bias, {HV, K}) && !is(call.dt_bias, {HV * K}) : !is(call.dt_bias, {HV}))
@@ -172,6 +185,7 @@ void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s
             c.fail(name + " must have N = " + std::to_string(s.N) + " rows, one per sequence; got " +
                    std::to_string(x.sizes[0]) + ". For a pool give state_indices");
         s.P = x.sizes[0];
+        c.sizes(name.c_str(), dims_of(x));
         type(name.c_str(), x);
         s.state_type = x.type;
         if (opt.inplace) c.writable(name.c_str(), x);
@@ -184,6 +198,7 @@ void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s
             c.fail(std::string("snapshots must be [Ks, N, HV, ") + layout + "] with Ks >= 1 and [N, HV, " + layout +
                    "] = " + text(want) + "; got " + text(dims_of(x)));
         }
+        c.sizes("snapshots", dims_of(x));
         type("snapshots", x);
         if (call.state.given() && x.type != s.state_type)
             c.fail("snapshots must have " + name + "'s dtype " + name_of(s.state_type) + "; got " + name_of(x.type));
@@ -212,12 +227,13 @@ Tokens tokens(const Array& x) { return Tokens{x.data, dtype(x.type), x.strides[0
 void check_snapshot_indices(const Checker& c, const Call& call, const Options& opt, int64_t N) {
     const Array& x = call.snapshot_indices;
     if (!opt.inplace) c.fail("snapshot_indices name rows of a pool that is written and go with gated_delta_rule_ only");
-    if (call.snapshots.given())
-        c.fail("snapshots must be None where snapshot_indices say where the states go; got both");
     if (!call.state_indices.given()) c.fail("snapshot_indices name rows of a pool and require state_indices; got None");
     c.type("snapshot_indices", x, INDICES);
     if (x.dims != 2 || x.sizes[0] < 1 || x.sizes[1] != N)
         c.fail("snapshot_indices must be [Ks, N] with Ks >= 1 and N = " + std::to_string(N) + "; got " +
+               text(dims_of(x)));
+    if (call.snapshots.given() && x.sizes[0] != 1)
+        c.fail("snapshot_indices must be [1, N], rows for the final states, where snapshots take the others; got " +
                text(dims_of(x)));
 }
 
@@ -236,10 +252,10 @@ void check_snapshot_rows(const Checker& c, const Call& call, const Spec& s) {
     for (size_t i = 0; i < into.size(); ++i) {
         const auto n = static_cast<int64_t>(i) % s.N, slot = static_cast<int64_t>(i) / s.N, row = into[i];
         const auto at = static_cast<size_t>(n);
-        if (read[at] == -1 || slot >= (cu.empty() ? s.T : cu[at + 1] - cu[at])) continue;  // nothing is written there
+        if (row == -1 || read[at] == -1 || slot >= (cu.empty() ? s.T : cu[at + 1] - cu[at])) continue;  // not written
         if (row < 0 || row >= s.P)
-            c.fail("snapshot_indices must be in [0, P) with P = " + std::to_string(s.P) +
-                   " for all that is written; got " + std::to_string(row));
+            c.fail("snapshot_indices must be -1 (write nothing) or in [0, P) with P = " + std::to_string(s.P) +
+                   "; got " + std::to_string(row));
         const auto r = static_cast<size_t>(row);
         if (written[r]) c.fail("snapshot_indices must be unique; got " + std::to_string(row) + " more than once");
         if (reader[r] != NOBODY && reader[r] != n)
@@ -302,8 +318,12 @@ Spec check(const Call& call, const Options& opt) {
     c.type("g", call.g, FLOATS);
     c.type("beta", call.beta, FLOATS);
 
+    c.sizes("q", {s.B, s.T, s.H, s.K});
+    c.sizes("v", {s.B, s.T, s.HV, s.V});
+    c.sizes("g", s.kda ? Dims{s.B, s.T, s.HV, s.K} : Dims{s.B, s.T, s.HV});
     check_raw(c, call, opt, s.kda, s.HV, s.K);
     s.N = check_sequences(c, call, s.B);
+    c.sizes("the state [N, HV, K, V]", {s.N, s.HV, s.K, s.V});
     check_state(c, call, opt, s);
     if (call.snapshot_indices.given()) check_snapshot_indices(c, call, opt, s.N);
     if (call.mask.given()) {
@@ -333,6 +353,7 @@ void check_values(const Call& call, const Options& opt, const Spec& s) {
             c.fail("state_indices must be -1 (skip) or in [0, P) with P = " + std::to_string(s.P) + "; got " +
                    std::to_string(low < 0 ? low : high));
         if (call.snapshot_indices.given()) return check_snapshot_rows(c, call, s);
+        if (!opt.inplace) return;  // nothing is written to the pool
         auto sorted = rows;
         std::sort(sorted.begin(), sorted.end());
         if (std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()) return;
@@ -384,8 +405,13 @@ void prepare(const Call& call, const Options& opt, const Spec& s, Prepared& out)
         out.state_indices = widen(call.state_indices);
         p.state_indices = out.state_indices.data();
     }
-    if (call.snapshot_indices.given()) {  // the states go to these rows of the pool, and nowhere else
+    if (call.snapshot_indices.given()) {
         out.snapshot_indices = widen(call.snapshot_indices);
+        if (call.snapshots.given()) {
+            p.out_rows = out.snapshot_indices.data();
+            return;
+        }
+        // the states go to these rows of the pool, and nowhere else
         p.snapshot_indices = out.snapshot_indices.data();
         p.snapshots = p.in;
         p.Ks = call.snapshot_indices.sizes[0];

@@ -9,6 +9,9 @@
 
 namespace anydelta {
 
+// Of one array: more than memory holds, and few enough that no product of sizes leaves 64 bits.
+constexpr int64_t MAX_NUMBERS = int64_t{1} << 48;
+
 enum class Type : uint8_t { f32, bf16, f16, f64, i32, i64, boolean, other };
 
 // An array of the caller's: strides count elements. `dims` < 0: the argument was not given.

@@ -79,10 +79,24 @@ inline void load_chunk(Ref P, thread const Arrays& a, thread const Work& w, thre
             }
         }
         if (P.l2norm) {  // x rsqrt(sum x^2 + eps); a token of zeros stays zero
-            kk = simd_sum(kk);
-            qq = simd_sum(qq);
-            kk = kk == 0.0f ? 0.0f : rsqrt(kk + P.eps);
-            qq = qq == 0.0f ? 0.0f : rsqrt(qq + P.eps);
+            kk = simd_sum(kk) + P.eps;
+            qq = simd_sum(qq) + P.eps;
+            float by_k = 1.0f, by_q = 1.0f;
+            if (!in_range(kk) || !in_range(qq)) {
+                by_k = in_range(kk) ? 1.0f : unit_for(kk);
+                by_q = in_range(qq) ? 1.0f : unit_for(qq);
+                kk = qq = 0.0f;
+                for (int row = 4 * lane; row < KP; row += 128)
+                    for (int x = 0; x < 4; ++x) {
+                        const float k = by_k * s.k[i * KP + row + x], q = by_q * s.q[i * KP + row + x];
+                        kk += k * k;
+                        qq += q * q;
+                    }
+                kk = simd_sum(kk) + P.eps * by_k * by_k;
+                qq = simd_sum(qq) + P.eps * by_q * by_q;
+            }
+            kk = kk == 0.0f ? 0.0f : by_k * rsqrt(kk);
+            qq = qq == 0.0f ? 0.0f : by_q * rsqrt(qq);
             for (int row = 4 * lane; row < KP; row += 128)  // what this lane has just written
                 for (int x = 0; x < 4; ++x) {
                     s.k[i * KP + row + x] *= kk;

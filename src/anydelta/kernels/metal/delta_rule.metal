@@ -140,7 +140,17 @@ inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int 
                 if (P.l2norm) kk += dot(k[j], k[j]);
             }
             // d = beta (v - p); with the norm, k / |k| where k stands
-            const float length = P.l2norm ? rsqrt(over_lanes(kk) + P.eps) : 1.0f;
+            float length = 1.0f;
+            if (P.l2norm) {
+                kk = over_lanes(kk) + P.eps;
+                if (!in_range(kk)) {
+                    length = unit_for(kk);
+                    kk = 0.0f;
+                    for (int j = 0; j < GROUPS; ++j) kk += dot(k[j] * length, k[j] * length);
+                    kk = over_lanes(kk) + P.eps * length * length;
+                }
+                length = kk == 0.0f ? 0.0f : length * rsqrt(kk);
+            }
             const float v = mine < V ? load1(AD_QKV, a.v, w.b * P.v[0] + t * P.v[1] + w.h * P.v[2] + mine) : 0.0f;
             const float delta = length * beta_of<Ref>(P, a, w, t) * (v - length * finish(p, r));
             const float other = simd_shuffle_xor(delta, ushort(1));
@@ -158,14 +168,28 @@ inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int 
                 if (P.l2norm) qq += dot(q, q);
             }
             out = P.scale * finish(y, r);
-            if (P.l2norm) out *= rsqrt(over_lanes(qq) + P.eps);
+            if (P.l2norm) {
+                float unit = 1.0f;
+                qq = over_lanes(qq) + P.eps;
+                if (!in_range(qq)) {
+                    unit = unit_for(qq);
+                    qq = 0.0f;
+                    for (int j = 0; j < GROUPS; ++j) {
+                        const float4 q = unit * rows4(AD_QKV, a.q, at_q, 4 * (j * LANES + r));
+                        qq += dot(q, q);
+                    }
+                    qq = over_lanes(qq) + P.eps * unit * unit;
+                }
+                out *= qq == 0.0f ? 0.0f : unit * rsqrt(qq);
+            }
         }
         if (gives) store1(AD_QKV, a.o, o_base + t * P.o[1], out);
         const long slot = w.end - 1 - t;  // slot s: the state of s tokens before the last
         if (slot < P.Ks) {
             long at = slot * P.snapshots[0] + n * P.snapshots[1];
             if (P.flags & ROWS) at = index_at(a.rows, P.rows64, slot * P.rows[0] + n * P.rows[1]) * P.snapshots[1];
-            write_state<AD_STATE_OUT>(S, a.snapshots, at + h * P.snapshots[2], P.snapshots[3], P.snapshots[4], r, c, V);
+            if (at >= 0)  // a row of -1 is not written
+                write_state<AD_STATE_OUT>(S, a.snapshots, at + h * P.snapshots[2], P.snapshots[3], P.snapshots[4], r, c, V);
         }
     }
     if ((P.flags & WRITES_STATE) && w.row_out >= 0)

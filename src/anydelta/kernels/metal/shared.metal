@@ -104,6 +104,11 @@ inline void store2(int type, device uchar* base, long at, float2 x) {
 }
 
 // Rows row .. row + 3 of a vector over K; those from K on are zeros.
+// A sum of squares (with eps) inside float32's range, and what x is multiplied with before squaring where it is not. The
+// bounds are finite: fast math knows no infinity.
+inline bool in_range(float sum) { return !(sum < 0x1p-90f || sum > 0x1p120f); }
+inline float unit_for(float sum) { return sum < 1.0f ? 0x1p55f : 0x1p-55f; }
+
 inline float4 rows4(int type, device const uchar* base, long at, int row) {
     if (K % 4 == 0) return K == KP || row < K ? load4(type, base, at + row) : float4(0.0f);
     float4 x = float4(0.0f);

@@ -185,6 +185,11 @@ OUTLINED F decay_of(const Params* P, F g, F dt_bias, float a_log) {
   return exp(-A * (fmax(x, 0.0f) + log1p(exp(-fabs(x)))));
 }
 
+// What x is multiplied with where its sum of squares is outside float32's range; 1 inside, and for NaN.
+float unit_for(float sum) {
+  return sum < 0x1p-90f ? 0x1p55f : sum > 0x1p120f ? 0x1p-55f : 1.0f;
+}
+
 // Sum of x over the LANES work-items that share a column; each of them gets it.
 // Local memory: two scratch areas take turns, so that one barrier per sum suffices.
 F meet(F x, int slot, local F* scratch, int* turn) {
@@ -250,7 +255,7 @@ void write_state(const Params* P, F S[ROWS][NVEC], global uchar* base, long at, 
 #endif
 
 void advance(const Params* P, const Arrays* A, local float* sk, local float* sq, local float* sa, local float* sv,
-             local float4* token, local float2* sums, local F* scratch) {
+             local float4* token, local float4* sums, local F* scratch, local int* odd) {
   // slot: the work-item's place in its group, neighbours in a sub-group next to each other
 #if MEET == 2
   const int slot = get_sub_group_id() * get_max_sub_group_size() + get_sub_group_local_id();
@@ -310,6 +315,7 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
 
     // ---- stage: k, q [BLOCK][KP], v [BLOCK][COLS], a [BLOCK][KP] (KDA), token = (a, beta, is live, -)
     barrier(CLK_LOCAL_MEM_FENCE);
+    if (slot == 0) *odd = 0;
     for (int x = slot; x < live * CHUNKS; x += WG) {
       const long t = t0 + x / CHUNKS;
       const int i = x % CHUNKS * VEC;
@@ -350,30 +356,44 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    // ---- sums over K: q.q, k.k, k.q; each column's lanes take a token at a time
-    for (int x = 0; x < live; x += WG / LANES) {
-      const int mine = x + slot / LANES;
-      F qq = 0.0f, kk = 0.0f, kq = 0.0f;
-      if (mine < live)
-        for (int i = lane; i < CHUNKS; i += LANES) {
-          const F q = LOAD_F(sq + mine * KP + i * VEC), k = LOAD_F(sk + mine * KP + i * VEC);
-          kq = FMA(k, q, kq);
-          if (P->l2norm) qq = FMA(q, q, qq), kk = FMA(k, k, kk);
+    // ---- sums over K: q.q, k.k, k.q; each column's lanes take a token at a time. Where a sum of squares leaves float32's
+    // range, all is done again on rows that are multiplied with a power of two: sums = factors of q and k, q.q, k.k
+    for (int again = 0; again < 2; ++again) {
+      for (int x = 0; x < live; x += WG / LANES) {
+        const int mine = x + slot / LANES;
+        const float uq = again && mine < live ? unit_for(sums[mine].z) : 1.0f;
+        const float uk = again && mine < live ? unit_for(sums[mine].w) : 1.0f;
+        F qq = 0.0f, kk = 0.0f, kq = 0.0f;
+        if (mine < live)
+          for (int i = lane; i < CHUNKS; i += LANES) {
+            F q = LOAD_F(sq + mine * KP + i * VEC), k = LOAD_F(sk + mine * KP + i * VEC);
+            if (again) {
+              q *= uq, k *= uk;
+              STORE_F(q, sq + mine * KP + i * VEC);
+              STORE_F(k, sk + mine * KP + i * VEC);
+            }
+            kq = FMA(k, q, kq);
+            if (P->l2norm) qq = FMA(q, q, qq), kk = FMA(k, k, kk);
+          }
+        kq = meet(kq, slot, scratch, &turn);
+        float4 found = (float4)(P->scale, 1.0f, 1.0f, 1.0f);
+        if (P->l2norm) {  // x rsqrt(sum x^2 + eps), 0 for 0
+          qq = meet(qq, slot, scratch, &turn);
+          kk = meet(kk, slot, scratch, &turn);
+          found.z = total(qq) + P->eps * uq * uq;
+          found.w = total(kk) + P->eps * uk * uk;
+          found.x *= found.z == 0.0f ? 0.0f : rsqrt(found.z);
+          found.y = found.w == 0.0f ? 0.0f : rsqrt(found.w);
         }
-      kq = meet(kq, slot, scratch, &turn);
-      float fq = P->scale, fk = 1.0f;  // factors of q and k: x rsqrt(sum x^2 + eps), scale
-      if (P->l2norm) {
-        qq = meet(qq, slot, scratch, &turn);
-        kk = meet(kk, slot, scratch, &turn);
-        fq *= rsqrt(total(qq) + P->eps);
-        fk = rsqrt(total(kk) + P->eps);
+        if (mine < live && lane == 0) {
+          token[mine].w = total(kq) * found.x * found.y;
+          sums[mine] = found;
+          if (unit_for(found.z) != 1.0f || unit_for(found.w) != 1.0f) *odd = 1;
+        }
       }
-      if (mine < live && lane == 0) {
-        token[mine].w = total(kq) * fq * fk;
-        sums[mine] = (float2)(fq, fk);
-      }
+      barrier(CLK_LOCAL_MEM_FENCE);
+      if (!*odd) break;
     }
-    barrier(CLK_LOCAL_MEM_FENCE);
 
     // ---- the recurrence
     for (int x = 0; x < live; ++x) {
@@ -444,8 +464,9 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
   local float sk[BLOCK * KP], sq[BLOCK * KP], sa[KDA ? BLOCK * KP : 1];           \
   local float sv[BLOCK * COLS];                                                   \
   local float4 token[BLOCK];                                                      \
-  local float2 sums[BLOCK];                                                       \
-  local F scratch[SCRATCH];
+  local float4 sums[BLOCK];                                                       \
+  local F scratch[SCRATCH];                                                       \
+  local int odd;
 #if SG
 #define PINNED __attribute__((intel_reqd_sub_group_size(SG)))
 #else
@@ -458,7 +479,7 @@ __attribute__((reqd_work_group_size(WG, 1, 1))) PINNED kernel void by_address(co
   LOCALS
   Arrays A;
   for (int i = 0; i < ARRAYS; ++i) A.at[i] = (global uchar*)params.at[i];
-  advance(&params, &A, sk, sq, sa, sv, token, sums, scratch);
+  advance(&params, &A, sk, sq, sa, sv, token, sums, scratch, &odd);
 }
 
 #else
@@ -473,6 +494,6 @@ __attribute__((reqd_work_group_size(WG, 1, 1))) PINNED kernel void by_buffer(
   const global uchar* const at[ARRAYS] = {q,       k,    v,  g,       beta, state_in,  a_log,
                                           dt_bias, mask, cu, indices, o,    state_out, snapshots};
   for (int i = 0; i < ARRAYS; ++i) A.at[i] = (global uchar*)at[i] + (params.at[i] == ABSENT ? 0 : params.at[i]);
-  advance(&params, &A, sk, sq, sa, sv, token, sums, scratch);
+  advance(&params, &A, sk, sq, sa, sv, token, sums, scratch, &odd);
 }
 #endif

@@ -172,6 +172,16 @@ struct Rule {
         return x;
     }
     static F fma(F x, F y, F z) { return __builtin_elementwise_fma(x, y, z); }
+    // 1 / sqrt(sum x^2 + eps), 0 for 0. Where a square leaves float32's range, x is multiplied with a power of two first.
+    float inverse_length(R* x) const {
+        float sum = dot(x, x) + P.eps;
+        if (sum < 0x1p-90f || sum > 0x1p120f) {
+            const float unit = sum < 1.0f ? 0x1p55f : 0x1p-55f;
+            for (int m = 0; m < BLOCKS; ++m) x[m] *= unit;
+            sum = dot(x, x) + P.eps * unit * unit;
+        }
+        return sum == 0.0f ? 0.0f : 1.0f / sycl::sqrt(sum);
+    }
     // x . y over K
     float dot(const R* x, const R* y) const {
         R sum = 0.0f;
@@ -259,7 +269,7 @@ struct Rule {
                     ah = P.decay == LINEAR ? g : P.decay == LOG ? sycl::exp(g) : raw_decay(P, g + bias, A);
                 }
                 if (P.l2norm) {
-                    const float fk = 1.0f / sycl::sqrt(dot(k, k) + P.eps), fq = 1.0f / sycl::sqrt(dot(q, q) + P.eps);
+                    const float fk = inverse_length(k), fq = inverse_length(q);
                     for (int m = 0; m < BLOCKS; ++m) k[m] *= fk, q[m] *= fq;
                 }
                 beta[i] = read(at(P, BETA), P.beta_type, b * P.beta[0] + t * P.beta[1] + h * P.beta[2]);

@@ -31,7 +31,7 @@ class Found:
     beta: torch.Tensor
     """[B, T, HV]"""
     state: torch.Tensor | None
-    """As the initial state, in its layout."""
+    """[N, HV, K, V] in the initial state's layout: sequences may share a row of a pool."""
 
 
 class BackwardLaunches:
@@ -78,7 +78,7 @@ class BackwardLaunches:
             N=spec.N, T=spec.T, **strides,
             **_named("s", "nhvk" if vk else "nhkv", none if d_state is None else tuple(d_state.stride())),
             **_named("u", "nhvk" if vk else "nhkv", none if found.state is None else tuple(found.state.stride())),
-            **forward.sizes, V=spec.V, BV=config.scan_BV, C=scratch.C, TILED=opt.heads == "tiled", POOL=spec.pooled,
+            **forward.sizes, V=spec.V, BV=config.scan_BV, C=scratch.C, TILED=opt.heads == "tiled",
             EXACT=scratch.exact, EXACT_O=do.dtype == torch.bfloat16,
         )  # fmt: skip
         yield KernelCall(chunk_backward.back, programs, args, config.back_warps)
@@ -105,7 +105,9 @@ def room(spec: CallSpec, call: Call) -> Found:
     """Memory for what the kernels write. Zeros where they may leave out a skipped sequence."""
     new = call.q.new_zeros if spec.pooled else call.q.new_empty
     rows = (spec.B, spec.T, spec.HV)
-    state = None if call.state_in is None else new(tuple(call.state_in.shape), dtype=torch.float32)
+    state = None
+    if call.state_in is not None:
+        state = new((spec.N, *call.state_in.shape[1:]), dtype=torch.float32)
     return Found(
         q=new((*rows, spec.K), dtype=torch.float32),
         k=new((*rows, spec.K), dtype=torch.float32),
@@ -122,7 +124,12 @@ def of_inputs(spec: CallSpec, call: Call, found: Found) -> dict[str, torch.Tenso
     Where a gradient is zero the input may be anything, NaN included: it is masked, or of a skipped sequence.
     """
     opt = spec.options
-    out: dict[str, torch.Tensor | None] = {"v": found.v, "state_in": found.state}
+    state = found.state
+    if state is not None and call.state_indices is not None:
+        rows = call.state_indices.to(state.device).long()
+        pool = state.new_zeros(tuple(call.state_in.shape))
+        state = pool.index_add_(0, rows.clamp(min=0), state)  # of a skipped sequence zeros
+    out: dict[str, torch.Tensor | None] = {"v": found.v, "state_in": state}
     for name in ("q", "k"):
         dy = _per_qk_head(spec, getattr(found, name))
         out[name] = _through_norm(getattr(call, name), dy, opt.qk_l2norm_eps) if opt.qk_l2norm else dy
@@ -147,16 +154,20 @@ def _per_qk_head(spec: CallSpec, x: torch.Tensor) -> torch.Tensor:
 
 
 def _through_norm(x: torch.Tensor, dy: torch.Tensor, eps: float) -> torch.Tensor:
-    """y = r x with r = rsqrt(sum x^2 + eps): dx = r (dy - y <y, dy>)."""
+    """y = r x with r = rsqrt(sum x^2 + eps): dx = r (dy - y <y, dy>). In a unit whose squares float32 holds."""
     x = torch.where((dy != 0).any(-1, keepdim=True), x.float(), 1.0)
-    r = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    unit = x.abs().amax(-1, keepdim=True).clamp(min=eps**0.5)
+    unit = torch.where(unit > 0, unit, 1.0)
+    x = x / unit
+    squares = (x * x).sum(-1, keepdim=True) + (eps**0.5 / unit).square()
+    r = torch.rsqrt(torch.where(squares == 0, 1.0, squares))
     y = x * r
-    return r * (dy - y * (y * dy).sum(-1, keepdim=True))
+    return r / unit * (dy - y * (y * dy).sum(-1, keepdim=True))
 
 
 def _through_gate(spec: CallSpec, call: Call, dg: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """Of raw gates x = g + dt_bias: log decay = -A softplus(x), or lower_bound sigmoid(A x), with A = exp(A_log)."""
-    A = call.A_log.float().exp()
+    A = dg.new_ones(spec.HV) if call.A_log is None else call.A_log.float().exp()
     A = A[:, None] if spec.kda else A
     x = call.g.float()
     if call.dt_bias is not None:
@@ -171,7 +182,8 @@ def _through_gate(spec: CallSpec, call: Call, dg: torch.Tensor) -> dict[str, tor
         dx = dg * (bound * s * (1 - s)) * A
         d_log = dx * x
     out: dict[str, torch.Tensor | None] = {"g": dx}
-    out["A_log"] = d_log.sum((0, 1, 3) if spec.kda else (0, 1))
+    if call.A_log is not None:
+        out["A_log"] = d_log.sum((0, 1, 3) if spec.kda else (0, 1))
     if call.dt_bias is not None:
         out["dt_bias"] = dx.sum((0, 1)).reshape(call.dt_bias.shape)
     return out

@@ -41,7 +41,7 @@ from .chunk_parts import (
     first_slot,
     gate_parameters,
     gate_row,
-    inverse_length,
+    inverse_lengths,
     pair_decays,
     parts,
     rows,
@@ -55,7 +55,7 @@ def back(
     solved, factors,                  # what `prepare` wrote: Y, P
     ready, ready_last,                # what `operands` wrote, where not EXACT
     d_state,                          # [N, HV, K, V]: gradient of the final state, may be None
-    d_initial,                        # [N or P, HV, K, V] float32, written; may be None
+    d_initial,                        # [N, HV, K, V] float32, written; may be None
     d_states,                         # [slots, HV, K, V] float32, written: gradient of the state a chunk ends with
     dv,                               # [B, T, HV, V] float32, written
     mask, cu_seqlens, state_indices,
@@ -63,11 +63,11 @@ def back(
     q_b, q_t, q_h, k_b, k_t, k_h, do_b, do_t, do_h, mask_b, mask_t,
     s_n, s_h, s_k, s_v, u_n, u_h, u_k, u_v,  # strides of d_state and d_initial
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, TILED: tl.constexpr, POOL: tl.constexpr, EXACT: tl.constexpr, EXACT_O: tl.constexpr,
+    C: tl.constexpr, TILED: tl.constexpr, EXACT: tl.constexpr, EXACT_O: tl.constexpr,
 ):  # fmt: skip
     """The walk back through the chunks of a sequence. Grid: N * HV * column blocks. EXACT_O: do is bfloat16.
 
-    POOL: the rows of d_initial are those of the pool. Of a skipped sequence nothing is written.
+    Of a skipped sequence nothing is written.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -81,14 +81,9 @@ def back(
     in_v = i_v < V
     inside = in_k[:, None] & in_v[None, :]
     b, start, end = tokens_of(n, cu_seqlens, T)
-    row = n.to(tl.int64)
-    out_row = row
     if state_indices is not None:
-        row = tl.load(state_indices + n).to(tl.int64)
-        if row < 0:
+        if tl.load(state_indices + n) < 0:
             return
-        if POOL:
-            out_row = row
 
     dS = tl.zeros([BK, BV], tl.float32)
     if d_state is not None:
@@ -158,7 +153,7 @@ def back(
             dS = product(k_high, k_low, R_high, R_low, faded, False, False)
 
     if d_initial is not None:
-        at = out_row * u_n + hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
+        at = n.to(tl.int64) * u_n + hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
         tl.store(d_initial + at, dS, mask=inside)
 
 
@@ -282,8 +277,8 @@ def gradients(
     r_k = tl.full([C], 1.0, tl.float32)
     if L2NORM:
         every_k = tl.arange(0, BK)
-        r_q = inverse_length(rows(q, q_t, t, live, every_k, every_k < K), live, eps)
-        r_k = inverse_length(rows(k, k_t, t, live, every_k, every_k < K), live, eps)
+        r_q = inverse_lengths(rows(q, q_t, t, live, every_k, every_k < K), eps)
+        r_k = inverse_lengths(rows(k, k_t, t, live, every_k, every_k < K), eps)
     strength = tl.load(factors + own * (FACTORS * C) + 4 * C + i)
     d_beta = tl.load(dbeta + token, mask=written, other=0.0)
     if not KDA:

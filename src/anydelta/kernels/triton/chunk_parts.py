@@ -6,7 +6,7 @@ Everything here is inlined into the kernels of chunk.py and chunk_backward.py.
 import triton
 import triton.language as tl
 
-from .common import log_decay, narrow, product, split, tokens_of, widen
+from .common import LARGE, SMALL, inverse_length, log_decay, narrow, product, split, squares, tokens_of, widen
 
 FACTORS = tl.constexpr(5)
 """Rows of `factors` for each chunk and head: see chunk.prepare."""
@@ -80,10 +80,10 @@ def rows(x, x_t, t, live, i, inside):
 
 
 @triton.jit
-def inverse_length(x, live, eps):
-    """[C]: rsqrt(sum x^2 + eps)."""
+def inverse_lengths(x, eps):
+    """[C]: rsqrt(sum x^2 + eps), 0 for a row of zeros."""
     x = widen(x)
-    return tl.rsqrt(tl.where(live, tl.sum(x * x, 1) + eps, 1.0))
+    return inverse_length(tl.sum(squares(x, SMALL), 1), tl.sum(squares(x, LARGE), 1), eps)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def normed(x, x_t, t, live, i, inside, eps, L2NORM: tl.constexpr):
     """As `rows`, in float32 and of length 1 if L2NORM: x * rsqrt(sum x^2 + eps)."""
     out = widen(rows(x, x_t, t, live, i, inside))
     if L2NORM:
-        out *= inverse_length(out, live, eps)[:, None]
+        out *= inverse_lengths(out, eps)[:, None]
     return out
 
 
@@ -118,7 +118,8 @@ def gate_parameters(A_log, dt_bias, hv, i_k, in_k, K: tl.constexpr, KDA: tl.cons
     if KDA:
         bias = tl.zeros(i_k.shape, tl.float32)
     if DECAY == "raw":
-        A = tl.exp(widen(tl.load(A_log + hv)))
+        if A_log is not None:
+            A = tl.exp(widen(tl.load(A_log + hv)))
         if dt_bias is not None:
             if KDA:
                 bias = widen(tl.load(dt_bias + hv * K + i_k, mask=in_k, other=0.0))

@@ -92,6 +92,27 @@ def write_strength(beta, LOGIT: tl.constexpr):
     return beta
 
 
+SMALL = tl.constexpr(2.0**-55)
+LARGE = tl.constexpr(2.0**55)
+
+
+@triton.jit
+def inverse_length(small, large, eps):
+    """rsqrt(sum x^2 + eps), 0 for 0, from the sums of (SMALL x)^2 and (LARGE x)^2: one is in float32's range."""
+    small += eps * (SMALL * SMALL)
+    large += eps * (LARGE * LARGE)
+    big = small > 2.0**-98
+    total = tl.where(big, small, large)
+    r = tl.where(big, SMALL, LARGE) * tl.rsqrt(tl.where(total == 0, 1.0, total))
+    return tl.where(total == 0, 0.0, r)
+
+
+@triton.jit
+def squares(x, unit: tl.constexpr):
+    """(unit x)^2."""
+    return (x * unit) * (x * unit)
+
+
 @triton.jit
 def gate_of(z, SIGMOID: tl.constexpr):
     """silu(z) or sigmoid(z)."""

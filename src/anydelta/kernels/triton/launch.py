@@ -202,11 +202,17 @@ class Scratch:
 
 
 def chunked(spec: CallSpec, config: Config) -> bool:
-    """Whether a call runs in chunks; else token by token. Depends on shapes only."""
-    if spec.K > MAX_CHUNKED_K or spec.N == 0:
+    """Whether a call runs in chunks; else token by token. Depends on shapes and options only."""
+    if spec.K > MAX_CHUNKED_K or spec.N == 0 or not products_fit(spec):
         return False
     tokens = spec.T / spec.N if spec.packed else spec.T
     return tokens - min(spec.snapshots, tokens) > config.short
+
+
+def products_fit(spec: CallSpec) -> bool:
+    """Whether the chunks of such a call can multiply keys before they are of length 1, as GDA's do: with a smaller eps
+    keys count whose products float32 does not hold."""
+    return spec.kda or not spec.options.qk_l2norm or spec.options.qk_l2norm_eps >= 2.0**-90
 
 
 def _shared(call: Call) -> dict[str, Any]:

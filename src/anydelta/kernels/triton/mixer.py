@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .chunk_parts import chunk_at
-from .common import gate_of, narrow, tokens_of, widen
+from .common import LARGE, SMALL, gate_of, inverse_length, narrow, squares, tokens_of, widen
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def convolve(
     conv_state, conv_snapshots,       # [N or P, C, S]; [Ks, N, C, S] or None
     weight, bias,                     # [C, W]; [C] or None
     rank, order, cu_seqlens, state_indices,
-    snapshot_indices,                 # [Ks, N] rows of conv_state, in place of conv_snapshots; may be None
+    snapshot_indices,                 # [Ks, N] rows of conv_state or -1, in place of conv_snapshots; may be None
     arrivals,                         # [N, HV] int32, set to 0 for `recurrent`; may be None
     N, T, Ks,
     q_b, q_t, q_g, k_b, k_t, k_g, v_b, v_t, v_g,
@@ -200,7 +200,7 @@ def convolve(
                 )
                 to = tl.load(snapshot_indices + slot * N + n).to(tl.int64)
                 at = to * c_n + i_c.to(tl.int64)[:, None] * c_c + i_s[None, :] * c_s
-                elsewhere = in_c[:, None] & (i_s < tl.where(to == row, 0, S))[None, :]
+                elsewhere = in_c[:, None] & (i_s < tl.where((to == row) | (to < 0), 0, S))[None, :]
                 tl.store(conv_state + at, narrow(value, conv_state.dtype.element_ty), mask=elsewhere)
                 own, named = tl.where(to == row, value, own), named | (to == row)
         tl.debug_barrier()  # other threads of this program have read what is now written
@@ -239,7 +239,9 @@ def gated_norm(
     at = ((b * T + t.to(tl.int64)) * HV + hv)[:, None] * V + i_v[None, :]
     x = tl.load(o + at, mask=live[:, None] & in_v, other=0.0)
     if norm_weight is not None:
-        x *= tl.rsqrt(tl.where(live, tl.sum(x * x, 1) / V + norm_eps, 1.0))[:, None]
+        x *= inverse_length(tl.sum(squares(x, SMALL), 1) / V, tl.sum(squares(x, LARGE), 1) / V, norm_eps)[
+            :, None
+        ]
         x *= widen(tl.load(norm_weight + i_v, mask=i_v < V, other=0.0))[None, :]
     if z is not None:
         at_z = b * z_b + t.to(tl.int64)[:, None] * z_t + hv // Z_GROUP * z_g + hv % Z_GROUP * V + i_v[None, :]

@@ -13,7 +13,19 @@ not depend on how many run. The floor for T = 1 is the state read and written: 2
 import triton
 import triton.language as tl
 
-from .common import gate_of, log_decay, narrow, qk_head, tokens_of, widen, write_strength
+from .common import (
+    LARGE,
+    SMALL,
+    gate_of,
+    inverse_length,
+    log_decay,
+    narrow,
+    qk_head,
+    squares,
+    tokens_of,
+    widen,
+    write_strength,
+)
 
 
 @triton.jit
@@ -46,16 +58,15 @@ def _token(
     else:
         decay = tl.exp(log_decay(gate, A, bias, lower_bound, DECAY, BOUNDED))
     if L2NORM:
-        # x * rsqrt(sum x^2 + eps); masked rows are zero and must not become 0 / 0 when eps is 0
-        row_q *= tl.rsqrt(tl.where(live, tl.sum(row_q * row_q) + eps, 1.0))
-        row_k *= tl.rsqrt(tl.where(live, tl.sum(row_k * row_k) + eps, 1.0))
+        row_q *= inverse_length(tl.sum(squares(row_q, SMALL)), tl.sum(squares(row_q, LARGE)), eps)
+        row_k *= inverse_length(tl.sum(squares(row_k, SMALL)), tl.sum(squares(row_k, LARGE)), eps)
     return row_q, row_k, row_v, decay, strength, live
 
 
 @triton.jit
 def _normed(o, live, z, weight, eps, V: tl.constexpr, GATE: tl.constexpr):
     """The norm of o [BV], all V columns of a token and head; z and weight [BV]. Zeros for a token that is not live."""
-    out = o * tl.rsqrt(tl.where(live, tl.sum(o * o) / V + eps, 1.0)) * weight
+    out = o * inverse_length(tl.sum(squares(o, SMALL)) / V, tl.sum(squares(o, LARGE)) / V, eps) * weight
     if GATE != "":
         out *= gate_of(z, GATE == "sigmoid")
     return tl.where(live, out, 0.0)
@@ -77,7 +88,7 @@ def recurrent(
     state, state_out, snapshots,      # [N or P, HV, K, V]; [N or P, HV, K, V]; [Ks, N, HV, K, V]; each may be None
     A_log, dt_bias, mask,             # [HV]; [HV] or [HV, K]; [B, T] uint8; each may be None
     cu_seqlens, state_indices,        # [N + 1], [N]; may be None
-    snapshot_indices,                 # [Ks, N] rows of snapshots, which is then the pool; may be None
+    snapshot_indices,                 # [Ks, N] rows of snapshots or -1, which is then the pool; may be None
     z, norm_weight,                   # the mixer's: [B, T, groups, ..] or None; [V]; None without a norm
     plain, arrivals,                  # [B, T, HV, V] float32, [N, HV] int32 zeros: for a norm over several programs
     N, T, Ks, scale, eps, lower_bound, norm_eps,
@@ -151,7 +162,8 @@ def recurrent(
     A = 1.0
     bias = 0.0
     if DECAY == "raw":
-        A = tl.exp(widen(tl.load(A_log + hv)))
+        if A_log is not None:
+            A = tl.exp(widen(tl.load(A_log + hv)))
         if dt_bias is not None:
             if KDA:
                 bias = widen(tl.load(dt_bias + hv * K + i_k, mask=in_k, other=0.0))
@@ -205,13 +217,16 @@ def recurrent(
         if snapshots is not None:
             slot = end - 1 - t
             if slot < Ks:
+                wanted = in_v
                 if snapshot_indices is not None:
-                    at = tl.load(snapshot_indices + slot * N + n).to(tl.int64) * w_n + hv * w_h
+                    to = tl.load(snapshot_indices + slot * N + n).to(tl.int64)
+                    wanted = i_v < tl.where(to >= 0, V, 0)
+                    at = to * w_n + hv * w_h
                 else:
                     at = slot.to(tl.int64) * w_s + n.to(tl.int64) * w_n + hv * w_h
                 at += i_k[:, None] * w_k + i_v[None, :] * w_v
                 rounded = narrow(S, snapshots.dtype.element_ty)
-                tl.store(snapshots + at, rounded, mask=in_k[:, None] & in_v[None, :])
+                tl.store(snapshots + at, rounded, mask=in_k[:, None] & wanted[None, :])
 
     if state_out is not None:
         if POOL_OUT:

@@ -54,14 +54,23 @@ void load_chunk(uint start, uint last, float A) {
     barrier();
 }
 
+float squares(uint i, float unit) {
+    float sum = 0;
+    [[dont_unroll]] for (uint r = 0; r < GROUPS; ++r) {
+        const vec4 x = unit * (i < CHUNK ? ks[i * GROUPS + r] : qs[(i - CHUNK) * GROUPS + r]);
+        sum += dot(x, x);
+    }
+    return sum + call.eps * unit * unit;
+}
+
 void normalise() {  // x * rsqrt(sum x^2 + eps); a token of zeros stays zero
     for (uint i = id; i < 2 * CHUNK; i += size) {
-        float sum = 0;
-        [[dont_unroll]] for (uint r = 0; r < GROUPS; ++r) {
-            const vec4 x = i < CHUNK ? ks[i * GROUPS + r] : qs[(i - CHUNK) * GROUPS + r];
-            sum += dot(x, x);
+        float sum = squares(i, 1), unit = 1;
+        if (!in_range(sum)) {
+            unit = unit_for(sum);
+            sum = squares(i, unit);
         }
-        const float by = sum == 0 ? 0.0 : inversesqrt(sum + call.eps);
+        const float by = sum == 0 ? 0.0 : unit * inversesqrt(sum);
         [[dont_unroll]] for (uint r = 0; r < GROUPS; ++r)
             if (i < CHUNK) ks[i * GROUPS + r] *= by;
             else qs[(i - CHUNK) * GROUPS + r] *= by;

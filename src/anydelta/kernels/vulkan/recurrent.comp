@@ -4,6 +4,21 @@
 #extension GL_GOOGLE_include_directive : require
 #include "rule.glsl"
 
+// x * rsqrt(sum x^2 + eps), 0 for 0: the factor, from this lane's part of the sum.
+float inverse_length(float squares, uint words, uint row) {
+    float sum = over_lanes(squares) + call.eps, unit = 1;
+    if (!in_range(sum)) {
+        unit = unit_for(sum);
+        sum = 0;
+        [[unroll]] for (uint r = 0; r < ROWS4; ++r) {
+            const vec4 x = unit * load4(words, row, r * LANES + lane);
+            sum += dot(x, x);
+        }
+        sum = over_lanes(sum) + call.eps * unit * unit;
+    }
+    return sum == 0 ? 0.0 : unit * inversesqrt(sum);
+}
+
 void main() {
     find_work();
     find_column();
@@ -19,15 +34,15 @@ void main() {
             if (mine && lane == 0) store_o(token, col, 0);
         } else {
             const uint qk = (token * call.H + hq) * KP;
-            float kk = 0, qq = 0;  // 1 / |k|, 1 / |q|: x * rsqrt(sum x^2 + eps)
+            float kk = 0, qq = 0;  // 1 / |k|, 1 / |q|
             if (has(L2NORM)) {
                 [[unroll]] for (uint r = 0; r < ROWS4; ++r) {
                     const vec4 k = load4(call.k, qk, r * LANES + lane), q = load4(call.q, qk, r * LANES + lane);
                     kk += dot(k, k);
                     qq += dot(q, q);
                 }
-                kk = inversesqrt(over_lanes(kk) + call.eps);
-                qq = inversesqrt(over_lanes(qq) + call.eps);
+                kk = inverse_length(kk, call.k, qk);
+                qq = inverse_length(qq, call.q, qk);
             } else {
                 kk = qq = 1;
             }
@@ -60,7 +75,7 @@ void main() {
             if (mine && lane == 0) store_o(token, col, o);
         }
         const uint slot = len - 1 - t;
-        if (slot < call.Ks && mine) {
+        if (slot < call.Ks && mine && snapshot_wanted(slot)) {
             const uint at = snapshot_column(slot, col), step = row_step();
             [[unroll]] for (uint r = 0; r < ROWS4; ++r)
                 [[unroll]] for (uint c = 0; c < 4; ++c) {

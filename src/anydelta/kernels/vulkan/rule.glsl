@@ -165,6 +165,10 @@ void store_state(uint at, float x) {
     s32_out[call.s_out + at] = x;
 }
 
+bool snapshot_wanted(uint slot) {  // a row of -1 is not written
+    return !has(SNAPSHOT_ROWS) || int(ints[call.rows + slot * call.N + n]) >= 0;
+}
+
 uint snapshot_column(uint slot, uint col) {  // [Ks, N, HV, ...], or a row of the pool
     const uint row = slot * call.N + n;
     return column_of(has(SNAPSHOT_ROWS) ? uint(ints[call.rows + row]) : row, col);
@@ -234,6 +238,10 @@ vec4 S[ROWS4];
 #ifndef SUBGROUP
 shared float partial[gl_WorkGroupSize.x];
 #endif
+
+// A sum of squares (with eps) inside float32's range, and what x is multiplied with before squaring where it is not.
+bool in_range(float sum) { return !(sum < exp2(-90.0) || sum > exp2(120.0)); }
+float unit_for(float sum) { return exp2(sum < 1.0 ? 55.0 : -55.0); }
 
 // The sum of x over the lanes of the column, in every one of them.
 float over_lanes(float x) {

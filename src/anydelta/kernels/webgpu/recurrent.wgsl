@@ -93,6 +93,21 @@ fn state_at(row: u32, hv: u32, k: u32, col: u32) -> u32 {
     return (row * call.HV + hv) * call.K * call.V + select(k * call.V + col, col * call.K + k, has(VK));
 }
 
+// Squares are summed in two units, 2^-55 and 2^55: one of the sums is inside float32's range. (A branch on the sum is no
+// uniform control flow to WGSL, and a second sum over the lanes must not stand in it.)
+const SMALL = 0x1p-55f;
+const LARGE = 0x1p55f;
+
+fn squares(x: vec4<f32>) -> f32 { return dot(x, x); }
+
+// x * rsqrt(sum x^2 + eps), 0 for 0: the factor.
+fn inverse_length(small: f32, large: f32) -> f32 {
+    let s = small + call.eps * SMALL * SMALL;
+    if (s > 0x1p-98f) { return SMALL * inverseSqrt(s); }
+    let l = large + call.eps * LARGE * LARGE;
+    return select(LARGE * inverseSqrt(l), 0.0, l == 0.0);
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn main(
     @builtin(workgroup_id) group_id: vec3<u32>, @builtin(local_invocation_index) local: u32 SUBGROUP_BUILTINS
@@ -146,17 +161,17 @@ fn main(
         var o = 0.0;
         if (live) {
             let qk = (token * call.H + hq) * KP;
-            var kk = 1.0;  // 1 / |k|, 1 / |q|: x * rsqrt(sum x^2 + eps)
+            var kk = 1.0;  // 1 / |k|, 1 / |q|
             var qq = 1.0;
             if (has(L2NORM)) {
-                var norms = vec2<f32>(0.0, 0.0);
+                var norms = vec4<f32>(0.0);
                 for (var r = 0u; r < ROWS4; r++) {
                     let k = load4(call.k, qk, r * LANES + lane);
                     let q = load4(call.q, qk, r * LANES + lane);
-                    norms += vec2<f32>(dot(k, k), dot(q, q));
+                    norms += vec4<f32>(squares(k * SMALL), squares(k * LARGE), squares(q * SMALL), squares(q * LARGE));
                 }
-                kk = inverseSqrt(over_lanes(norms.x, id) + call.eps);
-                qq = inverseSqrt(over_lanes(norms.y, id) + call.eps);
+                kk = inverse_length(over_lanes(norms.x, id), over_lanes(norms.y, id));
+                qq = inverse_length(over_lanes(norms.z, id), over_lanes(norms.w, id));
             }
             // S = diag(a) S;  predicted = S^T k
             var a = 1.0;
@@ -195,7 +210,8 @@ fn main(
                     let k = 4u * (r * LANES + lane) + c;
                     if (k >= call.K) { continue; }
                     if (has(SNAPSHOT_ROWS)) {
-                        states[call.s + state_at(words[call.rows + slot * call.N + n], hv, k, col)] = S[r][c];
+                        let to = words[call.rows + slot * call.N + n];  // -1: not written
+                        if ((to >> 31u) == 0u) { states[call.s + state_at(to, hv, k, col)] = S[r][c]; }
                     } else {
                         snapshots[call.snap + slot * call.N * call.HV * call.K * call.V + state_at(n, hv, k, col)] = S[r][c];
                     }
