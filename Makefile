@@ -12,7 +12,7 @@ ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
 SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
 SYCL := $(wildcard src/anydelta/kernels/sycl/*.?pp)
-CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/metal/*.cpp tests/metal/*.h examples/export/*.cpp)
+CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/fuzz/*.cpp tests/fuzz/*.h tests/metal/*.cpp tests/metal/*.h examples/export/*.cpp)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
 DEMO_CONFORM := T=17
@@ -90,6 +90,7 @@ readme: $(VENV)/.built ## Write the generated table of README.md anew
 
 # The core without Python; the recipes are in tests/cpp.
 -include tests/cpp/targets.mk
+-include tests/fuzz/targets.mk
 
 wheel: $(VENV)/.installed ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .

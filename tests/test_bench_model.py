@@ -415,7 +415,7 @@ def test_bad_input_is_one_sentence_and_exit_2(args: tuple[str, ...], sentence: s
         ("transformers", (), "requires transformers; got no such package. Run: pip install 'anydelta[transformers]'."),
         (
             "matplotlib", ("--plot", "x.svg"),
-            "requires matplotlib for --plot; got none. Run: pip install 'anydelta[plot]'.",
+            "requires matplotlib for --plot; got: matplotlib is not installed (pip install matplotlib).",
         ),
     ],
 )  # fmt: skip

@@ -170,6 +170,19 @@ def test_lengths_shorter_than_the_drafts(tiny: Any, tokenizer: Any, mode: str) -
     assert len(compare(tiny, ids, mode, 12, max_new_tokens=None, max_length=ids.shape[1] + 2)) == 2
 
 
+def test_lookups_that_are_taken_behind_drafts_of_mtp(tiny: Any, ids: Any) -> None:
+    from anydelta.integrations.transformers_generate import counting
+
+    options: dict[str, Any] = {"use_mtp": True, "num_assistant_tokens": 2, "prompt_lookup_num_tokens": 8}
+    long = torch.cat((generate(tiny, ids, max_new_tokens=40), ids), 1)
+    want = generate(tiny, long, max_new_tokens=40)
+    with counting() as rounds:
+        assert torch.equal(generate(tiny, long, max_new_tokens=40, **options), want)
+    assert max(accepted for _, accepted in rounds) > 2
+    torch.manual_seed(3)
+    generate(tiny, long, max_new_tokens=40, do_sample=True, top_k=3, temperature=0.3, **options)
+
+
 def test_an_assistant_may_draft_more_and_more(tiny: Any) -> None:
     other = copy.deepcopy(tiny)
     settings = drafting(tiny, other, "assistant", 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +16,7 @@ import pytest
 
 import anydelta
 import test_state
+import test_state_undo
 from anydelta import StatePool
 from anydelta.conformance.run import unavailable
 from anydelta.devices import KINDS
@@ -77,3 +80,20 @@ def test_the_states_of_a_pool_stay_on_the_device(kind: str) -> None:
     assert pool.nbytes()["states"] == 2 * 5 * state
     with pytest.raises(ValueError, match="form must be 'slots' on a device of anydelta"):
         StatePool(1, HV=1, K=4, V=4, form="log", device=f"{kind}:0")
+
+
+@pytest.mark.parametrize("name", test_state_undo.STEPS)
+def test_a_step_on_the_device_is_taken_back_and_copied(kind: str, name: str) -> None:
+    it = test_state_undo.Filled("slots", device=f"{kind}:0")
+    how = dict(test_state_undo.STEPS[name])
+    tokens, batch = how.pop("tokens"), how.pop("batch")
+    before = it.look()
+    it.pool.begin(len(tokens[0]), batch, **how)
+    it.layer(0, tokens)
+    for pool in (copy.deepcopy(it.pool), pickle.loads(pickle.dumps(it.pool)), it.pool):
+        it.pool = pool
+        assert pool.cancel() == []
+        assert it.look() == before
+        it.run(batch, tokens, **how)
+        assert it.look() != before
+        it.pasts = [past[: len(past) - len(tokens[0]) * (s in batch)] for s, past in enumerate(it.pasts)]

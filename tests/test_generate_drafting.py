@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +46,32 @@ def test_the_text_is_that_of_transformers_alone(options: list[str]) -> None:
     assert plain["drafted"] == 0
     assert 0 < ours["accepted"] <= ours["drafted"]
     assert len(ours["tokens"]) <= ours["accepted"] + ours["verifications"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--lookup", "12"], ["--mtp", "--drafts", "12"], ["--mtp", "--lookup", "12"]]
+)
+def test_fewer_tokens_than_drafts(options: list[str]) -> None:
+    text = "And God said, Let there be light: and there was light. And God said, Let there be"
+    for n in ("1", "4"):
+        done = run(*options, "--compare", "--json", "-n", n, text)
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)
+        assert found["identical"]
+        assert len(found["runs"][1]["tokens"]) == int(n)
+
+
+def test_a_stop_string_inside_a_draft(tmp_path: Path) -> None:
+    """In the model's generation config, as chat models have it."""
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "stop_strings": ["said"]}))
+    done = run("--mtp", "--compare", "--json", "-n", "30", "-m", str(model), "And God said, And God said,")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["identical"]
+    assert {run["stop"] for run in found["runs"]} == {"other"}
+    assert len(found["runs"][0]["tokens"]) < 30
 
 
 @pytest.mark.parametrize(

@@ -463,13 +463,13 @@ def test_dead_tokens_leave_no_trace_in_gradients(fill: float, neg: bool) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [1e-22, 1e22])
-def test_norms_of_vectors_whose_squares_leave_the_range(backend: str, size: float) -> None:
-    """Without eps both norms forget the length of what they norm, and a row of zeros stays one."""
+@pytest.mark.parametrize(("size", "eps"), [(1e-22, 0.0), (1e22, 0.0), (1e22, 1e-6)])
+def test_norms_of_vectors_whose_squares_leave_the_range(backend: str, size: float, eps: float) -> None:
+    """With hardly an eps both norms forget the length of what they norm, and a row of zeros stays one."""
     case = MixerCase(T=7, H=1, HV=2, K=16, V=20, norm="plain", linear=True)
     values = mixer_inputs(case)
     outs = []
-    for factor in (1.0, size):
+    for factor, least in ((1.0, 0.0), (size, eps)):
         held = mixer_buffers(case, values, Target(backend, framework="torch"))
         arrays = {n: b.array for n, b in held.items()}
         arrays["qkv"][:, 3] = 0
@@ -478,7 +478,7 @@ def test_norms_of_vectors_whose_squares_leave_the_range(backend: str, size: floa
         arrays["qkv"] *= factor
         out = anydelta.gated_delta_mixer_(
             arrays.pop("qkv"), arrays.pop("conv_state"), arrays.pop("state"), **arrays, activation=None,
-            qk_l2norm_eps=0.0, norm_eps=0.0, backend=backend,
+            qk_l2norm_eps=least, norm_eps=least, backend=backend,
         )  # fmt: skip
         outs.append(out)
     assert outs[0].any()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -492,6 +493,27 @@ def test_crop_can_be_repeated_and_undone(pair: tuple[Any, Any]) -> None:
         model(ids[:, 24:], past_key_values=cache)
         for got, x in zip(states(cache), want, strict=True):
             assert torch.allclose(got, x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_a_copied_cache_goes_on_alone(pair: tuple[Any, Any], how: Any) -> None:
+    """With free slots, which the next forward of either writes."""
+    model, _ = pair
+    ids = tokens(29)
+    with adt.enable():
+        cache = run(model, ids[:, :24], [20, 4])
+        cache.crop(-2)
+        other = how(cache)
+        before = [x.clone() for x in states(cache)]
+        for n in (1, 2):
+            model(ids[:, 22 : 22 + n], past_key_values=other)
+            other.crop(1 - n)
+        assert all(torch.equal(x, y) for x, y in zip(states(cache), before, strict=True))
+        for n in (1, 2):
+            model(ids[:, 22 : 22 + n], past_key_values=cache)
+            cache.crop(1 - n)
+        assert all(torch.equal(x, y) for x, y in zip(states(cache), states(other), strict=True))
+        assert not any(torch.equal(x, y) for x, y in zip(states(cache), before, strict=True))
 
 
 def test_what_crop_refuses(pair: tuple[Any, Any]) -> None:

@@ -98,7 +98,10 @@ def test_wrapped_parts_count(family: str, wrap: str, part: str, scope: str) -> N
     before = decode(model, ids)
     WRAPS[wrap](layer, part if part == "conv1d" else FAMILIES[family].norm)
     want = decode(model, ids)
-    if (wrap, part) != ("weight_norm by a hook", "conv1d"):  # Transformers never calls conv1d, so no hook runs
+    if (wrap, part) != (
+        "weight_norm by a hook",
+        "conv1d",
+    ):  # Transformers never calls conv1d, so no hook runs
         assert float((want - before).abs().max()) > LIMIT
     with adt.enable() if scope == "all models" else adt.enable(model):
         got = decode(model, ids)

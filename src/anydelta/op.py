@@ -235,8 +235,8 @@ def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(call.q, torch.Tensor):
         return execute(call, options, backend, inplace, geometry_of(call))
-    side = _torch_side()
-    if torch.compiler.is_compiling():
+    side = _side or _torch_side()
+    if side.is_compiling():
         return side.traced(call, options, backend, inplace)  # type: ignore[no-any-return]
     geometry = geometry_of(call)
     if geometry is None:

@@ -122,7 +122,11 @@ def console(*, err: bool = False) -> Console:
     """Where rich prints: strings have no markup, no emoji codes and no colours of their own."""
     from rich.console import Console
 
-    return Console(stderr=err, markup=False, emoji=False, highlight=False)
+    class Literal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would end the program with status 1; `run` says how it ends
+
+    return Literal(stderr=err, markup=False, emoji=False, highlight=False)
 
 
 def show(*shown: Any) -> None:

@@ -242,7 +242,7 @@ _BELOW = torch._C._after_autograd_keyset
 
 def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> Any:
     """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
-    if transformed(*tensors):
+    if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
         return _by_recurrence(tensors, flags)
     if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         absent = (None,) * (len(_INPUTS) - len(tensors))
@@ -279,7 +279,8 @@ def _resolve(name: str, *arguments: Any, **flags: Any) -> Any:
             and x.is_neg()
         ):
             raise ValueError(
-                f"{name.removesuffix('_snapshots')}: {described.name} must hold its own values; got a negated view. Call resolve_neg() first"
+                f"{name.removesuffix('_snapshots')}: {described.name} must hold its own values; got a negated view. "
+                "Call resolve_neg() first"
             )
     arguments, flags = tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, (arguments, flags))
     return operator(*arguments, **flags)
@@ -371,15 +372,17 @@ for _key in (
 _TRACKED = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
 TRACER, TRANSFORM, DUAL_NUMBERS = "torch.jit.trace", "a transform of torch.func", "a level of dual numbers"
 DISPATCH_MODE, FUNCTION_MODE = "a dispatch mode", "a function mode"
+_in_transform = torch._C._are_functorch_transforms_active
 _QUESTIONS = {
     TRACER: torch._C._is_tracing,
-    TRANSFORM: torch._C._functorch.maybe_current_level,
+    TRANSFORM: _in_transform,
     DISPATCH_MODE: torch._C._len_torch_dispatch_stack,
     FUNCTION_MODE: torch._C._len_torch_function_stack,
 }
 """Who may look on, and whether they do. A dispatch mode is FakeTensorMode, make_fx, a counter of FLOPs and the like.
 torch has no public names for these functions."""
 _CALLS = tuple(_QUESTIONS.values())  # the extension borrows these objects
+is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
 
@@ -409,7 +412,7 @@ def watched(*arrays: Any) -> bool:
 
 def transformed(*tensors: Any) -> bool:
     """Whether torch.func or dual numbers ask for a derivative with respect to one of these tensors."""
-    inside = _QUESTIONS[TRANSFORM]() is not None
+    inside = _in_transform()
     if not inside and forward_ad._current_level < 0:
         return False
     given = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -433,7 +436,7 @@ def refuse_tangents(name: str, tensors: dict[str, Any]) -> None:
 def reads() -> bool:
     """Whether the extension reads tensors and knows all that is asked here. It learns once, from plain tensors, which
     cannot be made while a tracer or a mode looks on."""
-    if _learned is None and not torch.compiler.is_compiling() and onlooker() in (None, FUNCTION_MODE):
+    if _learned is None and not is_compiling() and onlooker() in (None, FUNCTION_MODE):
         _learn()
     return bool(_learned)
 

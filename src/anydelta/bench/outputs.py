@@ -48,7 +48,7 @@ def checked(json: bool, csv: bool, md: bool, output: Path | None, plot: Path | N
     if plot is not None:
         if plot.suffix not in PLOTS:
             raise Refused(f"requires --plot to end in {', '.join(PLOTS)}; got {plot.name!r}")
-        if why := needs("matplotlib", "'anydelta[plot]'"):
+        if why := needs("matplotlib", "matplotlib"):
             raise Refused(f"requires matplotlib for --plot; got: {why}")
     asked = [name for name, on in (("json", json), ("csv", csv), ("md", md)) if on]
     if len(asked) > 1:

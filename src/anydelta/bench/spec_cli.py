@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..generate.checkpoint import default_model, need_packages, open_checkpoint
+from ..generate.checkpoint import default_model, need_packages, open_checkpoint, quiet
 from ..terminal import Refused, progress, refusing
 from . import spec, spec_report
 from .cli import bench
@@ -85,7 +85,8 @@ def _measure(
     from . import ops
 
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
-    enabled = with_anydelta().context  # says at once if this Transformers is not supported
+    with quiet():
+        enabled = with_anydelta().context  # says at once if this Transformers is not supported
     tell("loading the model", 0.0)
     opened = open_checkpoint(name or default_model(), "auto")
     other = open_checkpoint(helper, "auto") if helper else None

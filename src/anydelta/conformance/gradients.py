@@ -35,7 +35,7 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
         "B=2 T=34 H=1 HV=1 K=16 V=16 kda mask=random l2norm decay=raw dt_bias=full logit",
         "seqlens=33,0,70,1 H=1 HV=2 K=16 V=16 gate=keep pool=6 indices=5,1,-1,0 state_strides=padded",
         "seqlens=33,0,70,1 H=1 HV=1 K=16 V=16 kda gate=keep fresh",
-        "B=3 T=20 H=1 HV=1 K=16 V=16 kda l2norm eps=0.0 key=faint mask=right pool=4 indices=2,0,2",
+        "B=3 T=20 H=1 HV=1 K=16 V=16 kda l2norm eps=0.0 key=vanishing mask=right pool=4 indices=2,0,2",
         "B=2 T=20 H=1 HV=1 K=16 V=16 pool=3 indices=2,-1 decay=raw lower_bound=-5.0 noA dt_bias=full logit",
         "T=5 H=1 HV=1 K=16 V=16 gate=keep nofinal",
         "T=34 H=1 HV=1 K=140 V=8 kda gate=keep",

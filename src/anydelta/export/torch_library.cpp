@@ -135,6 +135,14 @@ Owned contiguous(AtenTensorHandle t, const Array& x) {
 
 // ---- gradients
 
+bool is_leaf(AtenTensorHandle t) {
+    AtenTensorHandle same;
+    ok(aoti_torch_new_tensor_handle(t, &same), "to look at a tensor");
+    StableIValue stack[1] = {torch::stable::detail::from(same)};
+    ok(torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_ABI_VERSION), "to look at a tensor");
+    return to<bool>(stack[0]);
+}
+
 // Whether a result that depends on t would require grad. The stable ABI has no such question, so a view is asked
 // whether it has a history.
 bool requires_grad(AtenTensorHandle t) {
@@ -145,8 +153,8 @@ bool requires_grad(AtenTensorHandle t) {
     ok(aoti_torch_new_tensor_handle(t, &same), "to look at a tensor");
     stack[0] = torch::stable::detail::from(same);
     ok(torch_call_dispatcher("aten::alias", "", stack, TORCH_ABI_VERSION), "to view a tensor");
-    ok(torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_ABI_VERSION), "to look at a tensor");
-    return !to<bool>(stack[0]);
+    const Owned view(to<AtenTensorHandle>(stack[0]));
+    return !is_leaf(view.get());
 }
 
 // Whether dual numbers carry a tangent for t. There is one level at most.
@@ -207,6 +215,10 @@ void refuse_gradients(const Tensors& t, const Options& opt) {
     for (const auto& [name, tensor] : all)
         if ((grads && requires_grad(tensor)) || (duals && has_tangent(tensor)))
             names += (names.empty() ? "" : ", ") + std::string(name);
+    if (grads && requires_grad(t.snapshots) && is_leaf(t.snapshots))
+        throw std::invalid_argument(std::string(opt.op) +
+                                    ": snapshots is written in place and must not require grad; got a leaf that does. "
+                                    "Detach it first");
     if (names.empty()) return;
     const std::string has = names + (grads ? " requires grad" : " carries a tangent");
     throw std::invalid_argument(

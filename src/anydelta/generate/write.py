@@ -164,6 +164,8 @@ def write(
 
     inputs = _encode(opened, prompt, chat)
     n = inputs["input_ids"].shape[1]
+    if opened.model.generation_config.stop_strings is not None:
+        inputs["tokenizer"] = opened.tokenizer
     done = Written(
         opened.name, way.name, str(opened.model.dtype).removeprefix("torch."), torch.get_num_threads(), n
     )

@@ -9,7 +9,7 @@
 
 Transformers looks up four functions by name each time a linear attention layer runs (the rule over a whole
 sequence, the rule for one token, and the causal convolution in the same two forms). `enable()` puts ours in
-their place in the modules; `enable(model)` gives each layer of the model a forward that finds ours instead. A
+their place in the modules; `enable(model)` gives each layer of the model a class whose forward finds ours instead. A
 call that anydelta does not take goes on to the function that was there. `status()` says what is replaced, how
 many calls were taken, and why the others were not.
 """

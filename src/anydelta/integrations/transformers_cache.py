@@ -342,9 +342,20 @@ class _Past:
     ) -> None:
         self._states = like.new_empty((slots, *shapes[0]), dtype=torch.float32)  # [slots, B, HV, K, V]
         self._windows = like.new_empty((slots, *shapes[1]))  # [slots, B, C, k]
+        self._number_rows()
+
+    def _number_rows(self) -> None:
         self._flat = self._windows.flatten(0, 1), self._states.flatten(0, 1)
-        batch = shapes[0][0]
-        self._rows = torch.arange(slots * batch, device=like.device).view(slots, batch)
+        slots, batch = self._states.shape[:2]
+        self._rows = torch.arange(slots * batch, device=self._states.device).view(slots, batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name not in ("_flat", "_rows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.slots:  # pickle would make `_flat` a copy
+            self._number_rows()
 
     def room(self, tokens: int, recorded: int, limit: int) -> torch.Tensor:
         """Free slots for the states after the last `recorded` of so many tokens: [recorded, B, HV, K, V]."""

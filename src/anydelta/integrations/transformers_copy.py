@@ -17,5 +17,6 @@ def copy_for_call(module: Any, cls: type | None = None) -> Any:
             own.__dict__[name] = types.MethodType(value.__func__, own)
         elif isinstance(value, functools.partial) and any(x is module for x in value.args):
             args = (own if x is module else x for x in value.args)
-            own.__dict__[name] = functools.partial(value.func, *args, **value.keywords)
+            own.__dict__[name] = rebound = functools.partial(value.func, *args, **value.keywords)
+            rebound.__dict__.update(value.__dict__)  # __wrapped__, from which its signature comes
     return own

@@ -9,6 +9,7 @@ themselves; each maker takes the method that was there and returns ours.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ def generate(theirs: Method) -> Method:
 
     @functools.wraps(theirs)
     def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Drafting):
+            return theirs(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         configs = (given.get("generation_config"), self.generation_config)
         if (
@@ -77,8 +80,6 @@ _INSTEAD = "Leave out use_mtp, assistant_model, prompt_lookup_num_tokens and ass
 @functools.cache
 def _drafting(cls: Any) -> Any:
     """The class of models whose `generate` drafts. Its name is that of the model's class, which messages show."""
-    if issubclass(cls, Drafting):
-        return cls
     return type(
         cls.__name__, (Drafting, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     )
@@ -394,6 +395,9 @@ def _first_layers(model: Any, depth: int) -> Any:
         inner._modules[name] = copy_for_call(inner._modules[name])
         inner = inner._modules[name]
     inner.layers = nn.ModuleList(list(decoder.layers)[:depth])
+    own.config = copy.deepcopy(model.config)  # from which its cache is made
+    text = own.config.get_text_config(decoder=True)
+    text.num_hidden_layers, text.layer_types = depth, text.layer_types[:depth]
     return own
 
 

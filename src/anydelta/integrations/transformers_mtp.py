@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, MtpCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_layers import MtpModel
+from transformers.utils import output_capturing
 
 from .transformers_copy import copy_for_call
 
@@ -64,8 +65,10 @@ class Mtp(CandidateGenerator):
         self._model = _mtp_model(main_model, self._count)
         self._device = next(self._model.layers.parameters()).device
         self._cache = MtpCache(config=self._model.config)
-        self.hidden_states = [0, main_model.config.get_text_config(decoder=True).num_hidden_layers]
-        """What it needs of each forward: what goes into the first layer, and the last hidden state."""
+        last = main_model.config.get_text_config(decoder=True).num_hidden_layers
+        # Before it could be asked for single ones, Transformers counted layers here, without what the first one reads.
+        self.hidden_states = [0, last] if hasattr(output_capturing, "resolve_hidden_states_indices") else True
+        """What it needs of each forward: what the first layer reads, and the last hidden state."""
         self._hidden = self._next = torch.empty(0)
         """At the last positions [1, n, hidden]: the hidden state, and the embedding of the token behind."""
         self._do_sample = generation_config.do_sample
@@ -92,7 +95,7 @@ class Mtp(CandidateGenerator):
         n_last_matches: int = 0,
         **_: Any,
     ) -> tuple[Any, Any]:
-        """All tokens and the drafts behind them, and the drafts' logits."""
+        """All tokens and the drafts behind them, and the drafts' logits if they are needed."""
         # At first there is no hidden state to draft from: the prompt goes without drafts.
         if is_first_iteration or input_ids.shape[1] + 1 >= self._max_length:
             return input_ids, None
@@ -128,7 +131,7 @@ class Mtp(CandidateGenerator):
                     sure = logits.new_full((1, len(more), logits.shape[-1]), -torch.inf)
                     sure[0, torch.arange(len(more)), more] = 0
                     logits = torch.cat((logits, sure), 1)
-        return ids, logits
+        return ids, logits if self._needs_logits else None
 
     def update_candidate_strategy(self, *_: Any, **__: Any) -> None:
         """Nothing to adapt."""

@@ -124,8 +124,8 @@ def gated_delta_mixer_(
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(q, torch.Tensor):
         return execute(call, options, backend, geometry_of(call))
-    side = _torch_side()
-    if torch.compiler.is_compiling():
+    side = _side or _torch_side()
+    if side.is_compiling():
         return side.traced(call, options, backend)
     geometry = geometry_of(call)
     if geometry is None:  # not plain memory, somebody looks on, or gradients are wanted

@@ -15,6 +15,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..torch_op import guard_writes, refuse_tangents, transformed
+from ..torch_op import is_compiling as is_compiling
 from ..torch_op import mark_written as mark_written
 from ..torch_op import watched as watched
 from . import op

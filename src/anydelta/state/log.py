@@ -81,9 +81,9 @@ class _Plan:
     """What is folded before a layer runs: first those whose state goes to another row, which others fold in place."""
     late: list[Fold]
     """What the kernel folds on its way through the state."""
-    index: tuple[Any, Any, Any, Any]
+    index: tuple[Any, ...]
     """[N] each: rows of the states, sequences, entries before the step, and whether the kernel folds them."""
-    after: tuple[Any, Any, Any, Any]
+    after: tuple[Any, ...]
     """The same when `late` has been folded."""
     order: str | None
     """The log's before the step."""
@@ -145,8 +145,8 @@ class Log:
     def recorded(self, s: LiveSequence) -> int:
         return s.used
 
-    def take_back(self, s: LiveSequence, n: int) -> LiveSequence:
-        return s._replace(used=s.used - n)
+    def take_back(self, s: LiveSequence, n: int) -> tuple[tuple[int, ...], int]:
+        return s.rows, s.used - n
 
     # ---- a step
 
@@ -167,38 +167,35 @@ class Log:
             full.append(bool(n and (n > logged or s.used + n > self.C)))
         wanted = [place for place, yes in zip(step.batch, full, strict=True) if yes]
         alone = [place for place, n in zip(step.batch, straight, strict=True) if n]
-        folds = self._folds(sequences, wanted, alone)
+        folds = self._folds(sequences, wanted, alone) if wanted else []
         # The kernel folds on its way where all of the log is committed and the state is this sequence's alone.
-        late = []
-        if self.native and not alone:
+        late: list[Fold] = []
+        if folds and self.native and not alone:
             holders = Counter(s.rows[0] for s in step.before if s)
             late = [f for f in folds if holders[f[1]] == 1 and not _get(sequences, f[0]).pending]
-        folds = [f for f in folds if f not in late]
-        before = [_get(sequences, place) for place in step.batch]
-        used = {place: s.used for place, s in zip(step.batch, before, strict=True)}
-        used |= {place: used[place] - n for place, _, _, n in folds}
-        later = [place for place, *_ in late]
+            folds = [f for f in folds if f not in late]
+        folded = {place: n for place, _, _, n in folds}
+        later = {place for place, *_ in late}
+        rows, used, left = [], [], []
+        for place, n, direct in zip(step.batch, step.lengths, straight, strict=True):
+            s = _get(sequences, place)
+            rows.append(s.rows[0])
+            used.append(s.used - folded.get(place, 0))
+            left.append(0 if place in later else used[-1])
+            sequences[place] = s._replace(used=left[-1] + n - direct)
+        flags = [int(place in later) for place in step.batch]
+        index = tuple(np.array(x, np.int64) for x in (rows, step.batch, used, flags))
+        after = (*index[:2], np.array(left, np.int64), np.zeros_like(index[3])) if late else index
 
-        def index(folding: bool) -> tuple[Any, Any, Any, Any]:
-            at = [0 if p in later and not folding else used[p] for p in step.batch]
-            flags = [int(folding and p in later) for p in step.batch]
-            return (
-                np.array([s.rows[0] for s in before], np.int64), np.array(step.batch, np.int64),
-                np.array(at, np.int64), np.array(flags, np.int64),
-            )  # fmt: skip
-
-        moved = [place for place, row, to, _ in folds if row != to]
-        changed = list(dict.fromkeys([place for place, *_ in folds] + alone))
+        changed = list(dict.fromkeys([*folded, *alone]))
+        moved = {place for place, row, to, _ in folds if row != to}
         states = [_get(sequences, place).rows[0] for place in changed if place not in moved]
         logs = [place for place in changed if _get(step.before, place).used]
         overwritten = [(self.states, states)] if states else []
         overwritten += [(x, logs) for x in self.arrays if logs]
-        step.plan = _Plan(straight, folds, late, index(True), index(False), self.order, overwritten)
-        for place, n, direct in zip(step.batch, step.lengths, straight, strict=True):
-            room = 0 if place in later else used[place]
-            sequences[place] = _get(sequences, place)._replace(used=room + n - direct)
+        step.plan = _Plan(straight, folds, late, index, after, self.order, overwritten)
         if not (step.undo and overwritten):
-            self.saved = Saved()
+            self.saved.not_needed()
 
     def _folds(self, sequences: Sequences, places: list[int], alone: list[int]) -> list[Fold]:
         """How to fold all committed entries of these sequences. A state that is shared goes to a row of its own first:
@@ -381,13 +378,12 @@ class Log:
             "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
         ):
             arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
-        call = partial(
-            _core.run_log, plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype]
-        )
+        head = (plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype])
         if folded is None:
-            call(*arrays)
+            _core.run_log(*head, *arrays)
         else:  # the call and its mark without a step of the interpreter between them, where Ctrl-C would come
-            folded.update(zip((layer,), map(partial(call, *arrays[:-1]), arrays[-1:]), strict=True))
+            call = partial(_core.run_log, *head, *arrays[:-1])
+            folded.update(zip((layer,), map(call, arrays[-1:]), strict=True))
 
     # ---- folding
 

@@ -312,9 +312,7 @@ class StatePool:
         if isinstance(numbers, str) or not isinstance(numbers, Iterable):
             self._fail(method, f"requires a list of sequences; got {sequences!r}")
         found = list(numbers)
-        for s in found:
-            self._get(method, s)
-        return [int(s) for s in found]
+        return [int(s) for s in found if self._get(method, s)]
 
     def length(self, sequence: int) -> int:
         """Tokens that the sequence has seen, those not yet committed included."""
@@ -368,9 +366,9 @@ class StatePool:
         self._form.begin(step, after)
         for place, s, n in zip(batch, found, lengths, strict=True):
             end = self._conv_room(step, s.conv_end, n) if self._conv is not None else 0
-            if n:
-                pending = s.pending + n if record else 0
-                after[place] = after[place]._replace(pending=pending, length=s.length + n, conv_end=end)  # type: ignore[union-attr]
+            rows, used, *_ = after[place] or s
+            pending = s.pending if not n else s.pending + n if record else 0
+            after[place] = LiveSequence(rows, used, pending, s.length + n, end)
         self._sequences, self._step, self._batch = after, step, batch
 
     def cancel(self) -> list[int]:
@@ -549,7 +547,7 @@ class StatePool:
         batch = self._numbers(method, sequences, default)
         if not batch or len(set(batch)) != len(batch):
             self._fail(method, f"requires at least one sequence, each once; got {batch}")
-        return batch, [self._get(method, s) for s in batch]
+        return batch, [self._sequences[s] or self._get(method, s) for s in batch]
 
     def _counts(self, method: str, name: str, value: Any, n: int) -> list[int]:
         counts = value.tolist() if hasattr(value, "tolist") else value
@@ -570,8 +568,8 @@ class StatePool:
                 )
         after = list(self._sequences)
         for place, s, n in zip(batch, found, back, strict=True):
-            s = self._form.take_back(s, n) if n else s
-            after[place] = s._replace(pending=0, length=s.length - n, conv_end=max(0, s.conv_end - n))
+            rows, used = self._form.take_back(s, n) if n else (s.rows, s.used)
+            after[place] = LiveSequence(rows, used, 0, s.length - n, max(0, s.conv_end - n))
         self._accept(after)
 
     # ---- the convolution
@@ -739,8 +737,8 @@ class StatePool:
         return torch.as_tensor(x, device=self.device)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held: "states" (slots: capacity * snapshots states; log: capacity), "log", "conv", and
-        "per_sequence": all of it divided by the capacity."""
+        """Bytes held: "states" (slots: capacity * snapshots states; log: capacity; and copies that `cancel` needs),
+        "log", "conv", and "per_sequence": all of it divided by the capacity."""
         out = dict(self._form.nbytes())
         out["conv"] = 0 if self._conv is None else nbytes(self._conv)
         out["per_sequence"] = sum(out.values()) // self.capacity

@@ -63,9 +63,17 @@ class Saved:
 
     def __init__(self) -> None:
         self.copies: dict[int, list[Array]] = {}
+        self.fresh = False
+
+    def not_needed(self) -> None:
+        """A step begins that saves nothing: the second in a row lets go of the memory."""
+        if not self.fresh:
+            self.copies = {}
+        self.fresh = False
 
     def save(self, layer: int, what: list[tuple[Any, list[int]]]) -> None:
         """Copy the rows x[layer][i] of each (x, rows i)."""
+        self.fresh = True
         copies = self.copies.get(layer, [])
         if [len(c) for c in copies] != [len(rows) for _, rows in what]:
             copies = [_empty(x[layer], len(rows)) for x, rows in what]

@@ -58,8 +58,8 @@ class Slots:
     def recorded(self, s: LiveSequence) -> int:
         return len(s.rows) - 1
 
-    def take_back(self, s: LiveSequence, n: int) -> LiveSequence:
-        return s._replace(rows=s.rows[n:])
+    def take_back(self, s: LiveSequence, n: int) -> tuple[tuple[int, ...], int]:
+        return s.rows[n:], 0
 
     def fold(self, sequences: Sequences, batch: list[int]) -> None:
         self.pool._accept(sequences)
@@ -120,7 +120,7 @@ class Slots:
         )  # fmt: skip
         step.plan.overwritten += [to for to, _ in step.plan.copies]
         if not (step.undo and step.plan.overwritten):
-            self.saved = Saved()
+            self.saved.not_needed()
 
     def cancel(self, step: Step, sequences: Sequences) -> list[int]:
         """Put the states back; `sequences` are those before the step. Returns those that are lost."""

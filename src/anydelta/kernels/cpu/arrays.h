@@ -205,12 +205,16 @@ class ArrayReader {
             return false;
         }
         address = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
-        if (elements(t)) {
-            uint64_t last = 0;
-            for (int32_t i = 0; i < t.ndim && t.strides; ++i)
-                last += static_cast<uint64_t>(t.shape[i] - 1) * static_cast<uint64_t>(t.strides[i]);
-            if (!words_.holds(x, address, (last + 1) * (t.bits / 8))) return false;
+        uint64_t last = 0;  // element
+        int64_t dense = 1;  // the stride of a contiguous tensor
+        bool contiguous = true, empty = false;
+        for (int32_t i = t.ndim; t.strides && i-- > 0; dense *= t.shape[i]) {
+            last += static_cast<uint64_t>(t.shape[i] - 1) * static_cast<uint64_t>(t.strides[i]);
+            contiguous = contiguous && t.strides[i] == dense;
+            empty = empty || t.shape[i] == 0;
         }
+        if (!t.strides && elements(t)) return false;
+        if (!empty && !words_.holds(x, address, (last + 1) * (t.bits / 8))) return false;
         seen.tensors = true;
         const bool grad = words_.autograd(x) && requires_grad_.of(x), inference = !(words_.keys(x) & torch_.tracked);
         seen.grad |= grad;
@@ -219,7 +223,8 @@ class ArrayReader {
         const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8 | flags};
         append(key, head, sizeof head);
         append(key, t.shape, sizeof(int64_t) * static_cast<size_t>(t.ndim));
-        if (t.strides) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
+        key.push_back(contiguous ? 'c' : 's');  // a key is hashed on every call: the shorter the better
+        if (!contiguous) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
         return true;
     }
     static void append(std::string& key, const void* data, size_t bytes) {
