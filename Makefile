@@ -9,9 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
-KERNELS := $(wildcard src/anydelta/kernels/cpu/*.cpp src/anydelta/kernels/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
-SHADERS := $(wildcard src/anydelta/kernels/vulkan/*)
-SYCL := $(wildcard src/anydelta/kernels/sycl/*.?pp)
+KERNELS := $(wildcard src/anydelta/backends/cpu/*.cpp src/anydelta/backends/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
+SHADERS := $(wildcard src/anydelta/backends/vulkan/*)
+SYCL := $(wildcard src/anydelta/backends/sycl/*.?pp)
 CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/fuzz/*.cpp tests/fuzz/*.h tests/metal/*.cpp tests/metal/*.h examples/export/*.cpp)
 # Short enough for five minutes; the words behind the commands below do all of it.
 DEMO_CASES := default
@@ -119,6 +119,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/torch_schemas.txt
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/rule/torch_schemas.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

@@ -95,7 +95,7 @@ def conform(dry: bool, sample: bool, seconds: float) -> dict[str, Any]:
 
 def first_calls(dry: bool) -> dict[str, Any]:
     """Seconds of the first call of each kind, compilation included; TRITON_CACHE_DIR must be an empty folder."""
-    from anydelta.kernels.triton import aot
+    from anydelta.backends.triton import aot
     from anydelta.tune.problems import Problem
     from anydelta.tune.search import Contest
 
@@ -129,8 +129,8 @@ def first_calls(dry: bool) -> dict[str, Any]:
 
 def tune(dry: bool, seconds: float, folder: Path) -> dict[str, Any]:
     """What `anydelta tune --seconds` does for the calls of SHAPES, into a table in `folder`."""
-    from anydelta.bench.cases import select
-    from anydelta.kernels.triton import tables
+    from anydelta.backends.triton import tables
+    from anydelta.bench.measure.cases import select
     from anydelta.tune import problems
     from anydelta.tune.search import Contest, gpu_times
     from anydelta.tune.search import tune as search

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import anydelta
-from anydelta import op
+from anydelta.rule import op
 
 SHAPES = {  # B, T, H, HV, K and V
     "tiny call": (1, 1, 1, 1, 16),

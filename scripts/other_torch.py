@@ -18,8 +18,8 @@ import sys
 
 import numpy as np
 
-from anydelta import reference
 from anydelta.export import torch_library
+from anydelta.rule import reference
 
 B, T, H, HV, K, V = 2, 5, 2, 4, 8, 16
 

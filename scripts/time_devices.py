@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 import anydelta
-from anydelta.backends import staging, vulkan
+from anydelta.backends.devices import staging
+from anydelta.backends.vulkan import host as vulkan
 from anydelta.conformance.run import unavailable
-from anydelta.spec import Call, Options, check_call
+from anydelta.rule.spec import Call, Options, check_call
 
 CALLS = 25
 """Per round."""

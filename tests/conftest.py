@@ -10,9 +10,9 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 
-from anydelta import op
 from anydelta.conformance import Target, targets
 from anydelta.conformance.run import unavailable
+from anydelta.rule import op
 
 REQUIRED = tuple(filter(None, os.environ.get("ANYDELTA_REQUIRE", "").split(",")))
 """Backends without which the tests must fail instead of skipping; CI names them."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import sys
 
-from anydelta import op
+from anydelta.backends.triton import config, launch
 from anydelta.conformance import Case, Target
 from anydelta.conformance.gradients import check_gradients
 from anydelta.conformance.run import parse, run_one
-from anydelta.kernels.triton import config, launch
+from anydelta.rule import op
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from anydelta.backends.triton import interpreted
-from anydelta.bench.cases import select
+from anydelta.backends.triton.host import interpreted
+from anydelta.bench.measure.cases import select
 from anydelta.tune.problems import problems
 from anydelta.tune.search import Contest, Run, tune
 

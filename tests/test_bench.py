@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anydelta import reference
-from anydelta.bench import ops, peers, report
-from anydelta.bench.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
-from anydelta.bench.contender import Result, Runner, RunnerBase, _fails_to_import
+from anydelta.bench.commands import ops
+from anydelta.bench.contenders import peers
+from anydelta.bench.measure import report
+from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
+from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
+from anydelta.rule import reference
 from conftest import run_program, without
 
 QUICK = ops.Settings(rounds=2, sample_seconds=1e-4)
@@ -113,7 +115,7 @@ def test_decays_are_as_models_have_them(gate):
 
 
 def test_strong_decays_are_reported_beside_mild_ones(monkeypatch):
-    from anydelta.bench import decays
+    from anydelta.bench.commands import decays
 
     monkeypatch.setattr(decays, "HEADS", 2)
     monkeypatch.setattr(decays, "D", 16)
@@ -500,7 +502,7 @@ def test_bad_input_is_one_sentence_and_exit_2(args, sentence):
 
 def test_rollback_reports_every_form() -> None:
     """Small sizes: what is measured is checked against the oracle first, and said in decode steps."""
-    from anydelta.bench import rollback
+    from anydelta.bench.commands import rollback
 
     measured = rollback.rollback(
         layers=2,
@@ -525,7 +527,7 @@ def test_rollback_reports_every_form() -> None:
 
 
 def test_overhead_is_taken_over_the_bare_kernel() -> None:
-    from anydelta.bench import overhead
+    from anydelta.bench.commands import overhead
 
     measured = overhead.call_overhead(ops.Settings(rounds=2, sample_seconds=1e-3))
     calls = {r.call: r for r in measured.records}
@@ -536,7 +538,7 @@ def test_overhead_is_taken_over_the_bare_kernel() -> None:
 
 
 def test_threads_alternate_with_matmuls() -> None:
-    from anydelta.bench import threads
+    from anydelta.bench.commands import threads
 
     measured = threads.shared_threads([1], ops.Settings(rounds=2, sample_seconds=1e-3))
     assert {r.case for r in measured.records} == set(threads.SHAPES)

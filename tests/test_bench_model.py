@@ -21,7 +21,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
-from anydelta.bench import model, model_report, ops, presets, profile  # noqa: E402
+from anydelta.bench.commands import model, model_report, ops  # noqa: E402
+from anydelta.bench.measure import presets, profile  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL, CheckpointError  # noqa: E402
 from anydelta.terminal import Failed  # noqa: E402
 from conftest import CPU_REASONS, run_program, without  # noqa: E402
@@ -265,7 +266,7 @@ def test_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_value_heads_are_tiled_in_a_gguf() -> None:
-    from anydelta.bench import llama
+    from anydelta.bench.contenders import llama
 
     built = presets.build("tiny")  # 2 key heads, 4 value heads of 32
     attn = built.model.model.layers[0].linear_attn
@@ -284,7 +285,7 @@ def test_value_heads_are_tiled_in_a_gguf() -> None:
 def test_llama_cpp_gives_the_same_logits(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     pytest.importorskip("gguf", reason="gguf is not installed")
-    from anydelta.bench import llama
+    from anydelta.bench.contenders import llama
 
     if name != "tiny":
         preset = next(p for p in presets.PRESETS if p.name == name)
@@ -305,7 +306,7 @@ def test_llama_cpp_gives_the_same_logits(name: str, dtype: str, monkeypatch: pyt
 
 
 def test_llama_cpp_says_what_is_missing(tiny: presets.Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.bench import llama
+    from anydelta.bench.contenders import llama
 
     monkeypatch.setattr(llama, "needs", lambda module, package: None)
     assert llama.missing(tiny) is None

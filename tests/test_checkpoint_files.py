@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from anydelta import Snapshots, StatePool
-from anydelta.state.snapshots import Snapshot
+from anydelta.state.checkpoints import Snapshot
 
 pytest.importorskip("safetensors")
 torch = pytest.importorskip("torch")
@@ -27,8 +27,8 @@ transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache  # noqa: E402
-from anydelta.integrations.transformers_prefix import Checkpoint, PrefixStore  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
+from anydelta.integrations.transformers.prefix import Checkpoint, PrefixStore  # noqa: E402
 from test_transformers import build, tokens  # noqa: E402
 
 

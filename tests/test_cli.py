@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anydelta import __version__, dispatch
+from anydelta import __version__
 from anydelta.conformance import Case, Target
 from anydelta.conformance.cases import DECAYS, DTYPES, GATES, MASKS, MOST_ELEMENTS, STATE_STRIDES, STRIDES
 from anydelta.conformance.log import LogCase
 from anydelta.conformance.mixer import MixerCase
 from anydelta.conformance.run import STATUSES, parse, run_one
+from anydelta.core import dispatch
 from conftest import CPU_REASONS, run_program
 
 CASE = "B=1 T=3 H=2 HV=2 K=8 V=8"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta import reference
+from anydelta.rule import reference
 
 torch = pytest.importorskip("torch")
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from anydelta import dispatch
-from anydelta.backends.reference import Reference
+from anydelta.backends.reference.host import Reference
 from anydelta.conformance import (
     CASES,
     FAIL,
@@ -34,7 +33,8 @@ from anydelta.conformance import (
 from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, NORMED_KEYS, STRIDES, STRONG, random_case
 from anydelta.conformance.compare import Prepared
 from anydelta.conformance.run import run_one, summary
-from anydelta.spec import Call, CallSpec
+from anydelta.core import dispatch
+from anydelta.rule.spec import Call, CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS
 
 BATCH = 60

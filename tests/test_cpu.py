@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta.backends import cpu
+from anydelta.backends.cpu import host as cpu
 
 # Every other test of the kernels is skipped without the extension, so this one must not be: it would all look green.
 assert cpu.isas(), "the extension anydelta._core is not built or does not load; run make setup"
@@ -55,7 +55,7 @@ def test_an_unknown_build_is_refused_with_those_known() -> None:
         pass
     env = os.environ | {"ANYDELTA_CPU_ISA": "mmx"}
     run = subprocess.run(
-        [sys.executable, "-c", "import anydelta.backends.cpu"], env=env, capture_output=True, text=True
+        [sys.executable, "-c", "import anydelta.backends.cpu.host"], env=env, capture_output=True, text=True
     )
     assert run.returncode != 0
     assert "ANYDELTA_CPU_ISA must be one of" in run.stderr

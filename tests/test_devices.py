@@ -14,10 +14,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anydelta
-from anydelta import devices, dispatch, op
-from anydelta.backends.reference import Reference
-from anydelta.devices import Device, DeviceArray, Memory
-from anydelta.spec import Call, CallSpec
+from anydelta.backends.reference.host import Reference
+from anydelta.core import devices, dispatch
+from anydelta.core.devices import Device, DeviceArray, Memory
+from anydelta.rule import op
+from anydelta.rule.spec import Call, CallSpec
 
 
 class ToyMemory(Memory):

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import anydelta
-from anydelta import dispatch, op
-from anydelta.backends.reference import Reference
+from anydelta.backends.reference.host import Reference
 from anydelta.conformance import Case, Target, check
 from anydelta.conformance.cases import inputs
 from anydelta.conformance.compare import buffers, call
 from anydelta.conformance.run import unavailable
-from anydelta.dispatch import Rejected
-from anydelta.spec import CallSpec
+from anydelta.core import dispatch
+from anydelta.core.dispatch import Rejected
+from anydelta.rule import op
+from anydelta.rule.spec import CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS, REQUIRED
 
 needs_cpu = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
@@ -236,7 +237,7 @@ def test_explain_says_what_the_forward_pass_under_autograd_runs() -> None:
 
 @needs_cpu
 def test_a_forced_isa_is_the_one_that_runs() -> None:
-    from anydelta.backends import cpu
+    from anydelta.backends.cpu import host as cpu
 
     case = Case(T=40, K=64, V=64, gate="keep")
     results = {}
@@ -255,7 +256,7 @@ def test_a_forced_isa_is_the_one_that_runs() -> None:
 
 @needs_cpu
 def test_an_unknown_isa_lists_the_known_ones() -> None:
-    from anydelta.backends import cpu
+    from anydelta.backends.cpu import host as cpu
 
     with pytest.raises(ValueError, match=f"{', '.join(cpu.isas())}.*'z80'"), cpu.forced_isa("z80"):
         pass

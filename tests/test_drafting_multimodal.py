@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_speculative as speculative  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
 
 if plain_tests.VERSION < (5, 20):
     pytest.skip("drafting with hybrid models takes transformers 5.20 or later", allow_module_level=True)
@@ -113,7 +113,7 @@ def greedy(model: Any, given: dict[str, Any], steps: int = 16, **options: Any) -
 @pytest.mark.parametrize("what", PROMPTS)
 @pytest.mark.parametrize("mode", speculative.MODES)
 def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], mode: str, what: str) -> None:
-    from anydelta.integrations.transformers_generate import counting
+    from anydelta.integrations.transformers.generate import counting
 
     model, assistant = pair
     with adt.enable():
@@ -186,7 +186,7 @@ def test_a_second_turn_with_another_image(pair: tuple[Any, Any], mode: str) -> N
 
 def test_mtp_reads_images_as_the_model_does(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The embeddings of a prompt's tokens, its hidden states, and the angles of its positions."""
-    from anydelta.integrations import transformers_mtp as mtp
+    from anydelta.integrations.transformers import mtp as mtp
 
     model, _ = pair
     given, seen = PROMPTS["image"], []

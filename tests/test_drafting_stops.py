@@ -17,7 +17,7 @@ from transformers import StoppingCriteria  # noqa: E402
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_speculative as speculative  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
 from test_speculative import MODES, drafting, tokens  # noqa: E402
 
 if plain_tests.VERSION < (5, 20):
@@ -171,7 +171,7 @@ def test_lengths_shorter_than_the_drafts(tiny: Any, tokenizer: Any, mode: str) -
 
 
 def test_lookups_that_are_taken_behind_drafts_of_mtp(tiny: Any, ids: Any) -> None:
-    from anydelta.integrations.transformers_generate import counting
+    from anydelta.integrations.transformers.generate import counting
 
     options: dict[str, Any] = {"use_mtp": True, "num_assistant_tokens": 2, "prompt_lookup_num_tokens": 8}
     long = torch.cat((generate(tiny, ids, max_new_tokens=40), ids), 1)
@@ -313,7 +313,7 @@ def test_beams_draft_nothing(tiny: Any, ids: Any) -> None:
 @pytest.mark.parametrize("weight", [None, 0.5])
 def test_speculative_sampling_gives_the_distribution(weight: float | None) -> None:
     """Tokens follow p, whatever the draft's distribution q is; with a weight, a mixture of both."""
-    from anydelta.integrations.transformers_generate import _choose
+    from anydelta.integrations.transformers.generate import _choose
 
     config = transformers.GenerationConfig(do_sample=True)
     config.assistant_ensemble_weight = weight

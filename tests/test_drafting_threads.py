@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, StoppingCriteria  # noqa: E402
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_speculative as speculative  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
 from test_speculative import MODES, drafting, greedy, tokens  # noqa: E402
 
 if plain_tests.VERSION < (5, 20):
@@ -81,7 +81,7 @@ def test_texts_in_threads_are_those_alone(tiny: Any, mode: str, one: bool) -> No
 
 
 def test_mtp_layers_are_read_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.integrations import transformers_mtp as mtp
+    from anydelta.integrations.transformers import mtp as mtp
 
     read: list[int] = []
     ours = mtp._read
@@ -101,7 +101,7 @@ def test_mtp_follows_changed_embeddings_and_types(tiny: Any) -> None:
     """The weights are read once, but those of the model, as they are now, are used beside them."""
     import copy
 
-    from anydelta.integrations.transformers_generate import counting
+    from anydelta.integrations.transformers.generate import counting
 
     model, ids = copy.deepcopy(tiny), tokens(9)
     with adt.enable():

@@ -19,7 +19,7 @@ import test_state
 import test_state_undo
 from anydelta import StatePool
 from anydelta.conformance.run import unavailable
-from anydelta.devices import KINDS
+from anydelta.core.devices import KINDS
 from device_checks import check_threads_take_turns, tokens
 
 

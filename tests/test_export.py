@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import anydelta
-from anydelta import torch_op
+from anydelta.rule import torch_ops as torch_op
 
 H, D = 2, 4
 

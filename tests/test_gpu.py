@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import anydelta
-from anydelta.backends.triton import interpreted
+from anydelta.backends.triton.host import interpreted
 from anydelta.conformance import SHORT_CASES, Target
 from anydelta.conformance.run import run_one
 
@@ -200,9 +200,9 @@ def test_forward_and_backward_compile_as_one_graph() -> None:
 
 @needs_gpu
 def test_tuning_keeps_a_row_that_calls_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.triton import machine_of
-    from anydelta.bench.cases import select
-    from anydelta.kernels.triton import config, tables
+    from anydelta.backends.triton import config, tables
+    from anydelta.backends.triton.host import machine_of
+    from anydelta.bench.measure.cases import select
     from anydelta.tune.problems import problems
     from anydelta.tune.search import Contest, gpu_times, tune
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import anydelta
-from anydelta import op
+from anydelta.rule import op
 
 B, T, H, HV, K, V, P, KS = 2, 3, 2, 4, 8, 5, 6, 2
 Args = dict[str, Any]

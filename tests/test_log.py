@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from anydelta import StatePool
-from anydelta.backends import cpu
+from anydelta.backends.cpu import host as cpu
 from anydelta.conformance import LOG_CASES, OK, LogCase, run, targets
 from anydelta.conformance.run import parse
 from conftest import CPU_REASONS
@@ -210,7 +210,7 @@ def test_a_line_of_the_list_is_its_case() -> None:
 
 
 def test_a_wrong_fold_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.state import log
+    from anydelta.state import token_log as log
 
     monkeypatch.setattr(log, "fold", lambda S, k, d, a: a[0][:, :, None] * S)
     on = targets(("reference",), (), ("numpy",))

@@ -32,13 +32,15 @@ import emulator
 import torch
 
 import anydelta
-from anydelta import dispatch
-from anydelta.backends import metal
-from anydelta.bench import cases, mac, ops, peers
+from anydelta.backends.metal import host as metal
+from anydelta.backends.metal import launch
+from anydelta.bench.commands import ops
+from anydelta.bench.contenders import mac, peers
+from anydelta.bench.measure import cases
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
-from anydelta.kernels.metal import launch
-from anydelta.spec import Call, CallSpec, Options, check_call
+from anydelta.core import dispatch
+from anydelta.rule.spec import Call, CallSpec, Options, check_call
 from conftest import without
 
 if emulator.compiler() is None:
@@ -274,7 +276,7 @@ def test_the_faster_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
         chosen = {}
         for way in ("0", "1"):
             monkeypatch.setenv(metal.CHUNK_ENV, way)
-            monkeypatch.setattr(anydelta.op, "_plans", {})
+            monkeypatch.setattr(anydelta.rule.op, "_plans", {})
             chosen[way] = anydelta.gated_delta_rule(q, k, v, g=g, beta=beta, qk_l2norm=True, backend="metal")
     torch.testing.assert_close(chosen["0"], chosen["1"], rtol=1e-4, atol=1e-5)
 

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anydelta
+from anydelta.backends.cpu.mixer import CpuMixer
+from anydelta.backends.reference import mixer as composed
 from anydelta.conformance import MIXER_CASES, OK, MixerCase, Target
 from anydelta.conformance.mixer import (
     NORMS,
@@ -27,8 +29,7 @@ from anydelta.conformance.mixer import (
     random_mixer_case,
 )
 from anydelta.conformance.run import parse, run_one
-from anydelta.mixer import composed, reference
-from anydelta.mixer.cpu import CpuMixer
+from anydelta.mixer import reference
 from conftest import CPU_REASONS, CPU_TARGETS
 
 needs_cpu = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
@@ -343,7 +344,7 @@ def test_too_many_taps_are_refused_by_name_and_fall_back() -> None:
 
 @needs_cpu
 def test_a_backend_without_a_mixer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta import dispatch
+    from anydelta.core import dispatch
 
     monkeypatch.setattr(dispatch.get_backend("cpu"), "mixer", None)
     arrays = valid()

@@ -167,7 +167,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import emulator
     import mlx_host
 
-    from anydelta.backends import metal_mlx
+    from anydelta.backends.metal import mlx_host as metal_mlx
 
     if emulator.compiler() is None:
         without("there is no C++ compiler for the emulator of Metal")
@@ -188,7 +188,7 @@ def test_metal_through_mlx(host: Any, chunks: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_conform_forces_both_kernels_through_mlx(host: Any) -> None:
-    from anydelta.backends import metal
+    from anydelta.backends.metal import host as metal
 
     for number, isa in enumerate(metal.isas(), 1):
         assert run_one(Case.parse("T=20 H=1 HV=1 K=32 V=16"), Target("metal", isa, "mlx")).status == OK
@@ -208,7 +208,7 @@ def test_metal_says_why_not() -> None:
 
 
 def test_what_metal_does_not_take_runs_on_the_cpu(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anydelta.spec.device_name", lambda x: "mlx")
+    monkeypatch.setattr("anydelta.rule.spec.device_name", lambda x: "mlx")
     assert face.explain(**arrays(values())).chosen == "metal"
     x = values(K=288)
     trace = face.explain(**arrays(x))

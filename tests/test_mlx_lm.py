@@ -33,8 +33,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import cache as theirs  # noqa: E402
 
 import anydelta.integrations.mlx_lm as adm  # noqa: E402
-from anydelta.integrations import mlx_lm_functions as functions  # noqa: E402
-from anydelta.integrations.mlx_lm_cache import RollbackCache  # noqa: E402
+from anydelta.integrations.mlx_lm import functions as functions  # noqa: E402
+from anydelta.integrations.mlx_lm.cache import RollbackCache  # noqa: E402
 
 VERSION = tuple(int(n) for n in mlx_lm.__version__.split(".")[:2])
 if not adm.OLDEST <= VERSION <= adm.NEWEST:

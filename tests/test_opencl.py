@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import anydelta
-from anydelta.backends import opencl, opencl_device
-from anydelta.backends.opencl_device import MEMORIES, OpenclDevice, roster
+from anydelta.backends.opencl import device as opencl_device
+from anydelta.backends.opencl import host as opencl
+from anydelta.backends.opencl.device import MEMORIES, OpenclDevice, roster
 from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
 from device_checks import (

@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache, RollbackLayer  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache, RollbackLayer  # noqa: E402
 
 STEPS = int(os.environ.get("ANYDELTA_TEST_STEPS", "16"))
 PROMPTS = int(os.environ.get("ANYDELTA_TEST_PROMPTS", "1"))
@@ -99,7 +99,7 @@ def noisy(model: Any, noise: float = 0.15) -> Any:
 @contextmanager
 def guesses(text: torch.Tensor, share: float = 0.8) -> Iterator[None]:
     """MTP layers at random weights guess nothing: inside, so often they guess what comes next in `text`."""
-    from anydelta.integrations import transformers_mtp as generating
+    from anydelta.integrations.transformers import mtp as generating
 
     ours = generating._MtpModel.draft
 
@@ -212,7 +212,7 @@ def same_text(model: Any, got: torch.Tensor, want: torch.Tensor, what: str) -> b
 
 def same_texts(model: Any, assistant: Any, mode: str, name: str, trained: bool = False) -> None:
     """Every prompt with every number of drafts, against plain decoding."""
-    from anydelta.integrations.transformers_generate import counting
+    from anydelta.integrations.transformers.generate import counting
 
     same = runs = drafted = accepted = 0
     for i, ids in enumerate(prompts()):
@@ -297,7 +297,7 @@ def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
 @drafts
 def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Our loop over the MTP layers, and the hidden state that it starts from, give the tokens and logits of theirs."""
-    from anydelta.integrations import transformers_mtp as generating
+    from anydelta.integrations.transformers import mtp as generating
 
     model, _ = pair
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -338,7 +338,7 @@ def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch
 
 
 def test_lookup_finds_the_latest_place_and_repeats_repetitions() -> None:
-    from anydelta.integrations.transformers_mtp import Lookup
+    from anydelta.integrations.transformers.mtp import Lookup
 
     text = Lookup([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 0, 1], 4, ends=[0])
     assert text.after([2, 3], 99) == [5, 6, 7]  # the latest; an end is not drafted
@@ -370,7 +370,7 @@ def test_enable_for_one_model(pair: tuple[Any, Any]) -> None:
 def test_nothing_changes_for_other_models() -> None:
     from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-    from anydelta.integrations.transformers_generate import HOOKS
+    from anydelta.integrations.transformers.generate import HOOKS
 
     small = dict(vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=2, bos_token_id=1)
     llama = LlamaForCausalLM(LlamaConfig(**small, num_attention_heads=2)).eval()
@@ -414,7 +414,7 @@ def test_plain_generation_stops_recording(pair: tuple[Any, Any]) -> None:
 
 
 def test_an_older_transformers_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.integrations import transformers_generate
+    from anydelta.integrations.transformers import generate as transformers_generate
 
     with (
         adt.enable()
@@ -645,7 +645,7 @@ def test_the_test_of_samples_finds_wrong_ones(tiny: Any) -> None:
 @drafts
 def test_a_chat_goes_on_from_checkpoints(pair: tuple[Any, Any], tmp_path: Path) -> None:
     """The second turn, an edited one, and a checkpoint from a file: the logits and text of computing all anew."""
-    from anydelta.integrations.transformers_prefix import Checkpoint, PrefixStore
+    from anydelta.integrations.transformers.prefix import Checkpoint, PrefixStore
 
     model, assistant = pair
     ran: list[int] = []
@@ -690,7 +690,7 @@ def test_a_chat_goes_on_from_checkpoints(pair: tuple[Any, Any], tmp_path: Path) 
 
 @drafts
 def test_a_checkpoint_is_not_changed_by_what_follows(pair: tuple[Any, Any]) -> None:
-    from anydelta.integrations.transformers_prefix import PrefixStore
+    from anydelta.integrations.transformers.prefix import PrefixStore
 
     model, _ = pair
     ids = tokens(20)
@@ -707,7 +707,7 @@ def test_a_checkpoint_is_not_changed_by_what_follows(pair: tuple[Any, Any]) -> N
 
 
 def test_a_store_forgets_what_was_not_used(pair: tuple[Any, Any]) -> None:
-    from anydelta.integrations.transformers_prefix import Checkpoint, PrefixStore
+    from anydelta.integrations.transformers.prefix import Checkpoint, PrefixStore
 
     model, _ = pair
     with adt.enable():

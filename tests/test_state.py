@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from anydelta import Snapshots, StatePool, reference
+from anydelta import Snapshots, StatePool
+from anydelta.rule import reference
 from anydelta.state import FORMS
 
 H, HV, K, V, C, W = 1, 2, 8, 5, 3, 4

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from anydelta import Snapshot, StatePool, reference, state
+from anydelta import Snapshot, StatePool, state
+from anydelta.rule import reference
 from test_state import HV, LAYERS, C, H, K, Model, V, W, make
 
 EXAMPLES = int(os.environ.get("ANYDELTA_STATE_MACHINE", "0"))

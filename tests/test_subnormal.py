@@ -15,7 +15,7 @@ import torch
 
 import anydelta
 from anydelta import StatePool
-from anydelta.backends import cpu
+from anydelta.backends.cpu import host as cpu
 from anydelta.conformance.run import unavailable
 from conftest import CPU_REASONS
 

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
 from anydelta.integrations.switch import Place, Switch  # noqa: E402
-from anydelta.integrations.transformers_cache import RollbackCache  # noqa: E402
+from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
 from conftest import without  # noqa: E402
 from test_transformers import LIMIT, build, counts, prefill, tokens  # noqa: E402
 

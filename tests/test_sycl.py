@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import anydelta
-from anydelta.backends import params, sycl, sycl_device
+from anydelta.backends.devices import params
+from anydelta.backends.sycl import device as sycl_device
+from anydelta.backends.sycl import host as sycl
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import unavailable
-from anydelta.spec import Call, Options, check_call
+from anydelta.rule.spec import Call, Options, check_call
 from device_checks import (
     check_a_call_on_the_device_stages_nothing,
     check_a_kernel_that_does_not_build,

@@ -27,17 +27,10 @@ from rich.text import Text
 
 import anydelta
 from anydelta import cli, terminal
-from anydelta.bench import (
-    model,
-    model_report,
-    ops,
-    prefix,
-    prefix_report,
-    report,
-    small_report,
-    spec,
-    spec_report,
-)
+from anydelta.bench.commands import drafting as spec
+from anydelta.bench.commands import drafting_report as spec_report
+from anydelta.bench.commands import model, model_report, ops, prefix, prefix_report
+from anydelta.bench.measure import report, small_report
 from anydelta.conformance import cli as conform
 from anydelta.conformance.run import FAIL, Result
 from anydelta.tune import cli as tune

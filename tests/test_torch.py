@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import anydelta
-from anydelta import dispatch, torch_op  # noqa: F401  (registers the operators)
 from anydelta.conformance import gradients as conformance
 from anydelta.conformance.cases import Case
 from anydelta.conformance.compare import Target
+from anydelta.core import dispatch
+from anydelta.rule import torch_ops as torch_op  # noqa: F401  (registers the operators)
 
-OPS = torch.ops.anydelta  # there from the import of anydelta.torch_op or the first torch call on
+OPS = torch.ops.anydelta  # there from the import of anydelta.rule.torch_ops or the first torch call on
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
 POSITIONAL = ("q", "k", "v", "g", "beta")
 

@@ -13,9 +13,10 @@ import torch
 
 import anydelta
 import test_invalid_calls as invalid
-from anydelta import op, torch_op
-from anydelta.backends import cpu
+from anydelta.backends.cpu import host as cpu
 from anydelta.export import torch_library
+from anydelta.rule import op
+from anydelta.rule import torch_ops as torch_op
 
 OPS = torch.ops.anydelta
 PATH, REASON = torch_library.find()

@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
-from anydelta.integrations import transformers_functions as functions  # noqa: E402
+from anydelta.integrations.transformers import functions as functions  # noqa: E402
 from conftest import CPU_REASONS  # noqa: E402
 
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
@@ -300,7 +300,7 @@ def test_the_mixer_takes_every_layer(model: Any, family: str) -> None:
 def test_a_decode_step_is_planned_once(model: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second step on a layer's call is only compared with the last; what differs goes the long way."""
     from anydelta import _core
-    from anydelta.integrations import transformers_layers as layers
+    from anydelta.integrations.transformers import layer as layers
 
     short: list[bool] = []
     takes = layers._Step.takes
@@ -336,7 +336,7 @@ def test_a_decode_step_is_planned_once(model: Any, family: str, monkeypatch: pyt
 
 def test_what_a_projection_gave_to_a_hook_stays_as_it_was(model: Any, family: str) -> None:
     """A planned step writes its output over z, unless somebody else has z."""
-    from anydelta.integrations.transformers_layers import FAMILIES
+    from anydelta.integrations.transformers.layer import FAMILIES
 
     projection = FAMILIES[family].z
     if not projection:

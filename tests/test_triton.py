@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from anydelta import dispatch
-from anydelta.backends import triton as backend
+from anydelta.backends.triton import host as backend
 from anydelta.conformance import CASES
 from anydelta.conformance.gradients import GRADIENT_CASES
 from anydelta.conformance.run import parse, unavailable
-from anydelta.spec import Call, CallSpec, Options, check_call
+from anydelta.core import dispatch
+from anydelta.rule.spec import Call, CallSpec, Options, check_call
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from anydelta.kernels.triton import aot, tables
+from anydelta.backends.triton import aot, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs" / "measurements" / "triton-aot.json"
@@ -284,7 +284,7 @@ def test_few_heads_are_cut_into_segments_and_many_are_not() -> None:
 
 
 def recorded(target: str) -> list[dict[str, Any]]:
-    """What `python -m anydelta.kernels.triton.aot` wrote about a target."""
+    """What `python -m anydelta.backends.triton.aot` wrote about a target."""
     rows = [row for row in json.loads(RECORD.read_text())["rows"] if row["target"] == target]
     if not rows:
         pytest.skip(f"{RECORD.name} has no rows for {target} yet")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from anydelta.backends import triton as backend
+from anydelta.backends.triton import host as backend
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from anydelta.bench.cases import select
-from anydelta.kernels.triton import aot, config, tables
+from anydelta.backends.triton import aot, config, tables
+from anydelta.bench.measure.cases import select
 from anydelta.terminal import Refused
 from anydelta.tune import cli as tune_cli
 from anydelta.tune.problems import DEFAULT, groups, problems

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta import devices, op
 from anydelta.conformance import OK, SHORT_CASES, Target
 from anydelta.conformance.run import run_one, unavailable
+from anydelta.core import devices
+from anydelta.rule import op
 from conftest import without
 from device_checks import (
     check_only_tokens_are_staged,
@@ -33,7 +34,7 @@ SOME = tuple(c for c in SHORT_CASES if c.work < 100_000 and c.K <= 32)[::4]
 @pytest.fixture
 def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """other_device(fact=value, ...): a second vulkan:0, which believes these facts of its driver."""
-    from anydelta.backends import vulkan_device
+    from anydelta.backends.vulkan import device as vulkan_device
 
     made = []
 
@@ -103,7 +104,7 @@ def test_torch_tensors() -> None:
 
 
 def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends import vulkan
+    from anydelta.backends.vulkan import host as vulkan
 
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
@@ -125,8 +126,8 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_way_of_a_long_prompt_is_measured() -> None:
-    from anydelta.backends import vulkan
-    from anydelta.spec import Call, Options, check_call
+    from anydelta.backends.vulkan import host as vulkan
+    from anydelta.rule.spec import Call, Options, check_call
 
     (q, k, v), gates = tokens(70)
     call = Call(q, k, v, **gates, state_in=np.zeros((1, 2, 16, 16), np.float32))
@@ -189,7 +190,7 @@ def test_too_large_an_array_is_refused() -> None:
 
 
 def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.vulkan_device import vk
+    from anydelta.backends.vulkan.device import vk
 
     dev: Any = anydelta.device("vulkan:0")
     state = dev.array(np.ones((1, 2, 16, 16), np.float32))
@@ -215,7 +216,7 @@ def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_lost_device_voids_its_states(other_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.vulkan_device import vk
+    from anydelta.backends.vulkan.device import vk
 
     dev = other_device()
     state = dev.zeros((1, 2, 16, 16))

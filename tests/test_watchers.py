@@ -19,8 +19,9 @@ torch = pytest.importorskip("torch")
 import torch.autograd.forward_ad as fw  # noqa: E402
 
 import anydelta  # noqa: E402
-from anydelta import StatePool, UnsupportedError, gated_delta_rule, gated_delta_rule_, torch_op  # noqa: E402
+from anydelta import StatePool, UnsupportedError, gated_delta_rule, gated_delta_rule_  # noqa: E402
 from anydelta.compat import fla  # noqa: E402
+from anydelta.rule import torch_ops as torch_op  # noqa: E402
 
 T, H, K, V, W = 6, 2, 8, 8, 3
 C = 2 * H * K + H * V

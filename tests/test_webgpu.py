@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta import devices, op
 from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
+from anydelta.core import devices
+from anydelta.rule import op
 from device_checks import (
     check_only_tokens_are_staged,
     check_resident_calls_leak_nothing,
@@ -36,7 +37,7 @@ def dev() -> Any:
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A second webgpu:0 that goes through copies, as devices with memory of their own do."""
-    from anydelta.backends import webgpu_device
+    from anydelta.backends.webgpu import device as webgpu_device
 
     device = webgpu_device.WebGPUDevice(0, webgpu_device.adapters()[0], copies=True)
     assert not device.unified

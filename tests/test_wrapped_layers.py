@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 import test_transformers as plain  # noqa: E402
-from anydelta.integrations.transformers_layers import FAMILIES  # noqa: E402
+from anydelta.integrations.transformers.layer import FAMILIES  # noqa: E402
 from test_transformers import LIMIT, adt, build, first_layer, mixed, tokens, why_not_mixed  # noqa: E402
 
 family = plain.family
@@ -248,7 +248,7 @@ def test_what_was_recorded_stays_as_it_was(
 
 def test_z_that_nobody_keeps_takes_the_output(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above must not lose: a decode step without a new tensor."""
-    from anydelta.integrations import transformers_layers as layers
+    from anydelta.integrations.transformers import layer as layers
 
     if not FAMILIES[family].z:
         pytest.skip("its z is a part of a wider projection")

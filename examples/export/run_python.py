@@ -23,7 +23,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 def aoti(folder: Path, states: list[Tensor]) -> Step:
     """The caller keeps the states and hands them to both programs, which advance them in place."""
-    from anydelta import torch_op  # noqa: F401  (loads the operators that the packages call)
+    from anydelta.rule import torch_ops as torch_op  # noqa: F401  (loads the operators that the packages call)
 
     prefill, decode = (
         torch._inductor.aoti_load_package(str(folder / f"{name}.pt2")) for name in ("prefill", "decode")

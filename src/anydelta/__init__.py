@@ -12,10 +12,10 @@ Torch tensors and NumPy arrays both work. `explain(...)` and `explain_mixer(...)
 
 import sys as _sys
 
-from .devices import Device, DeviceArray, DeviceError, device
-from .dispatch import UnsupportedError
+from .core.devices import Device, DeviceArray, DeviceError, device
+from .core.dispatch import UnsupportedError
 from .mixer.op import explain_mixer, gated_delta_mixer, gated_delta_mixer_
-from .op import explain, gated_delta_rule, gated_delta_rule_
+from .rule.op import explain, gated_delta_rule, gated_delta_rule_
 from .state import Snapshot, Snapshots, StatePool
 
 __version__ = "0.1.0"
@@ -38,5 +38,5 @@ __all__ = [
 ]
 
 if "torch" in _sys.modules:  # register torch.ops.anydelta.*; without torch loaded, the first torch call does
-    from . import torch_op as _torch_op  # noqa: F401
-    from .mixer import torch_op as _mixer_torch_op  # noqa: F401
+    from .mixer import torch_ops as _mixer_torch_op  # noqa: F401
+    from .rule import torch_ops as _torch_op  # noqa: F401

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels; kernels/cpu/module.cpp says what is in here. Only backends/cpu.py and op.py call it."""
+"""The compiled CPU kernels; backends/cpu/module.cpp says what is in here. Only backends/cpu.py and op.py call it."""
 
 from typing import Any
 

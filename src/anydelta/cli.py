@@ -9,7 +9,8 @@ import importlib.util
 import platform
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, dispatch, terminal
+from . import __version__, terminal
+from .core import dispatch
 
 if TYPE_CHECKING:
     import typer
@@ -56,8 +57,8 @@ def build_app() -> typer.Typer:
 
     register_conform(app)
     register_generate(app)
-    if importlib.util.find_spec("anydelta.bench.cli") is not None:
-        from .bench.cli import register as register_bench
+    if importlib.util.find_spec("anydelta.bench.commands.cli") is not None:
+        from .bench.commands.cli import register as register_bench
 
         register_bench(app)
     register_tune(app)

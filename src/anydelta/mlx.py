@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from . import dispatch
-from . import op as _op
-from .dispatch import UnsupportedError
-from .spec import Call, CallSpec, Options, check_call, check_values, dtype_name
+from .core import dispatch
+from .core.dispatch import UnsupportedError
+from .rule import op as _op
+from .rule.spec import Call, CallSpec, Options, check_call, check_values, dtype_name
 
 try:
     import mlx.core as mx

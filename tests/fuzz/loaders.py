@@ -46,7 +46,7 @@ def snapshots(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    from anydelta.integrations.transformers_prefix import Checkpoint
+    from anydelta.integrations.transformers.prefix import Checkpoint
 
     path = FOLDER / "a.safetensors"
     path.write_bytes(safetensors_of(data))
@@ -63,7 +63,7 @@ def case(data: bytes) -> None:
 
 
 def table(data: bytes) -> None:
-    from anydelta.kernels.triton import tables
+    from anydelta.backends.triton import tables
 
     path = FOLDER / "sm_90.json"
     path.write_bytes(data)

@@ -24,11 +24,11 @@ from typing import Any
 
 from emulator import MODES, Emulator, asan_environment
 
-from anydelta.backends import metal
+from anydelta.backends.metal import host as metal
+from anydelta.backends.metal import launch
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.compare import Target
 from anydelta.conformance.run import FAIL, OK, Result, run_one
-from anydelta.kernels.metal import launch
 
 Change = tuple[str, str]
 """Of the kernels' text: this for that, to plant an error. What is not there is an error too."""

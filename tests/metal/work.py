@@ -23,7 +23,7 @@ import torch
 from emulator import Counts, Emulator
 
 import anydelta
-from anydelta.backends import metal
+from anydelta.backends.metal import host as metal
 
 D = 128
 SHORT, LONG = 64, 96

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..op import gated_delta_rule
-from ..spec import dtype_name, framework_of
+from ..rule.op import gated_delta_rule
+from ..rule.spec import dtype_name, framework_of
 
 Array = Any
 """A torch.Tensor or a numpy.ndarray; all arrays of a call are of one kind."""

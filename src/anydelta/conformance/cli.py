@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__, dispatch
+from .. import __version__
+from ..core import dispatch
 from ..terminal import (
     Refused,
     Table,

@@ -1,4 +1,4 @@
-"""Runs one case on one target and compares it with the float64 oracle (anydelta.reference).
+"""Runs one case on one target and compares it with the float64 oracle (anydelta.rule.reference).
 
 Output, final state and every snapshot are judged each on its own, never pooled:
 
@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 
 import anydelta
 
-from .. import dispatch, reference
+from ..core import dispatch
+from ..rule import reference
 from .cases import Case, Inputs, inputs
 from .values import F64, STORAGE, decode, encode, round_to
 
@@ -521,7 +522,7 @@ def dirty_memory(case: Case, target: Target) -> Iterator[None]:
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
     freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
     """
-    from ..op import _core
+    from ..rule.op import _core
 
     with contextlib.ExitStack() as stack:
         if _core is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import Call, Options
+from ..rule.spec import Call, Options
 from .cases import Case, Inputs, inputs
 from .compare import Target, Verdict, buffers, call, judge
 
@@ -75,7 +75,7 @@ def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
     """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
     import torch
 
-    from ..autograd import gradients
+    from ..rule.autograd import gradients
 
     def tensor(x: Any) -> Any:
         return (

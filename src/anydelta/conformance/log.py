@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import dispatch
+from ..core import dispatch
 from ..state import Snapshot, StatePool
 from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge

@@ -15,7 +15,7 @@ import numpy as np
 
 import anydelta
 
-from .. import dispatch
+from ..core import dispatch
 from ..mixer import reference
 from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs
 from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused

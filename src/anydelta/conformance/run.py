@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .. import dispatch
+from ..core import dispatch
 from ..terminal import first_line, one_line
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, check

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, dispatch
-from ..spec import Call, CallSpec, Options, check_call
+from .. import __version__
+from ..core import dispatch
+from ..rule.spec import Call, CallSpec, Options, check_call
 from .cases import CASES, FLOAT64_CASES, Case
 
 

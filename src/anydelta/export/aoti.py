@@ -2,7 +2,7 @@
 
 `compile_and_package` is `torch._inductor.aoti_compile_and_package` with the C functions of torch_library.cpp declared.
 Without that the generated code would reach the operators through the proxy executor and the dispatcher. A program that
-runs the package loads libanydelta_torch first: Python by `import anydelta.torch_op`, C++ by linking it.
+runs the package loads libanydelta_torch first: Python by `import anydelta.rule.torch_ops`, C++ by linking it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import torch_op
+from ..rule import torch_ops as torch_op
 from . import torch_library
 
 _C_TYPES = {

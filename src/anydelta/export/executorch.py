@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import torch_op
+from ..rule import torch_ops as torch_op
 from . import libraries
 
 MINIMUM = (1, 5)

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from .. import torch_op  # noqa: F401  (defines torch.ops.anydelta)
+from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
 from . import libraries
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")

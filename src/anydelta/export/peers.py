@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .. import torch_op  # noqa: F401  (defines torch.ops.anydelta)
+from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
 
 METAL = "metal::gated_delta_rule"
 LLAMA = "llama::gated_delta_rule"

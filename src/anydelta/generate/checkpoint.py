@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..json_file import read_json
+from ..core.json_file import read_json
 from ..terminal import Refused
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -220,7 +220,7 @@ def _counting(way: Way) -> AbstractContextManager[list[tuple[int, int]]]:
     """Collects the drafted and the accepted tokens of each verification."""
     if not way.drafts:
         return nullcontext([])
-    from ..integrations.transformers_generate import counting
+    from ..integrations.transformers.generate import counting
 
     return counting()
 

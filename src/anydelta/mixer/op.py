@@ -1,4 +1,4 @@
-"""The mixer's two public functions: validate, choose a backend, run. Plans are remembered as in `anydelta.op`."""
+"""The mixer's two public functions: validate, choose a backend, run. Plans are remembered as in `anydelta.rule.op`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import dispatch
-from ..op import Array, _core
-from ..spec import _Checker, framework_of
+from ..core import dispatch
+from ..rule.op import Array, _core
+from ..rule.spec import _Checker, framework_of
 from .spec import (
     MixerCall,
     MixerOptions,
@@ -278,7 +278,7 @@ def _writable(call: MixerCall) -> MixerCall:
 def _differentiable(
     call: MixerCall, spec: MixerSpec, backend: str, tracked: list[str]
 ) -> tuple[Array, Array, Array]:
-    from .composed import compose, final_windows
+    from ..backends.reference.mixer import compose, final_windows
 
     if call.snapshots is not None:
         raise ValueError(
@@ -305,7 +305,7 @@ def _torch_side() -> Any:
     """torch_op, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        from . import torch_op
+        from . import torch_ops as torch_op
 
         _side = torch_op
     return _side

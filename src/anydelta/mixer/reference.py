@@ -4,7 +4,7 @@ Per channel c of q, k and v, with x the inputs of a sequence and before them the
 
     y_t   = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])      j = 0 .. W - 1; the conv state after t: the last S of x
     q, k, v = split(y)
-    o     = gated_delta_rule(q, k, v, gates)                     anydelta.reference
+    o     = gated_delta_rule(q, k, v, gates)                     anydelta.rule.reference
     out_t = o_t / sqrt(mean(o_t^2) + eps) * norm_weight * gate(z_t)      mean over V; gate: silu (Gated DeltaNet) or
                                                                          sigmoid (Kimi Delta Attention)
 
@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..reference import F64, Expected, gated_delta_rule, sigmoid
+from ..rule.reference import F64, Expected, gated_delta_rule, sigmoid
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The contract of one mixer call, checked before anything is touched: as `anydelta.spec`, whose checks it uses.
+"""The contract of one mixer call, checked before anything is touched: as `anydelta.rule.spec`, whose checks it uses.
 
 `check_mixer` turns the arguments of `gated_delta_mixer` / `gated_delta_mixer_` into a `MixerSpec`, or raises the
 ValueError or TypeError that says what is wrong.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..spec import (
+from ..rule.spec import (
     DTYPES,
     STATE_DTYPES,
     Call,
@@ -334,7 +334,7 @@ def _check_conv_state(
 
 
 def check_mixer_values(call: MixerCall, spec: MixerSpec, *, inplace: bool = True) -> None:
-    """The checks that read index data, as `anydelta.spec.check_values`."""
+    """The checks that read index data, as `anydelta.rule.spec.check_values`."""
     indices = dict(
         cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, snapshot_indices=call.snapshot_indices
     )

@@ -32,13 +32,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..devices import KINDS, Device, numpy_dtype
-from ..devices import device as open_device
-from ..spec import LAYOUTS
-from .log import Log
+from ..core.devices import KINDS, Device, numpy_dtype
+from ..core.devices import device as open_device
+from ..rule.spec import LAYOUTS
+from .checkpoints import Snapshot
 from .sequence import LiveSequence, Sequences, Step, nbytes
 from .slots import Slots
-from .snapshots import Snapshot
+from .token_log import Log
 
 Array = Any
 FORMS = ("slots", "log")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..devices import Device, DeviceArray
+from ..core.devices import Device, DeviceArray
 from .sequence import nbytes
 
 Array = Any

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..devices import DeviceArray
+from ..core.devices import DeviceArray
 
 Array = Any
 

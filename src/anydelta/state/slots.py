@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
-from ..dispatch import UnsupportedError
-from ..op import gated_delta_rule_
+from ..core.dispatch import UnsupportedError
+from ..rule.op import gated_delta_rule_
 from .rows import DeviceRows, HostRows
 from .sequence import LiveSequence, Saved, Sequences, Step, put
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..backends import triton as backend
+from ..backends.triton import host as backend
 from ..terminal import Failed, Refused, Table, first_line, progress, refusing, say, show, to_json
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def tune_command(
 
 
 def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[Problem]:
-    from ..bench.cases import select
+    from ..bench.measure.cases import select
     from .problems import DEFAULT, DTYPES, problems
 
     dtypes = [name.strip() for name in dtype.split(",")]
@@ -118,7 +118,7 @@ def _here(device: str | None) -> tuple[str, str]:
 
 
 def _dry_run(problems: list[Problem], target: str, as_json: bool) -> None:
-    from ..kernels.triton.aot import TARGETS
+    from ..backends.triton.aot import TARGETS
     from .compiling import compile_all
 
     if target not in TARGETS:
@@ -163,7 +163,7 @@ def _tune(
 ) -> None:
     import torch
 
-    from ..kernels.triton import tables
+    from ..backends.triton import tables
     from .search import Contest, gpu_times, tune
 
     where, arch = _here(device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
-from ..kernels.triton.aot import TARGETS, Compiled, calls_of, compile_call, source_of
-from ..kernels.triton.config import forced
+from ..backends.triton.aot import TARGETS, Compiled, calls_of, compile_call, source_of
+from ..backends.triton.config import forced
 from ..terminal import first_line
 from .problems import Change, Problem, groups
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from ..bench.cases import Case
-from ..kernels.triton import tables
-from ..kernels.triton.aot import Shape
-from ..kernels.triton.config import Config, Machine, heuristic, power_of_two
+from ..backends.triton import tables
+from ..backends.triton.aot import Shape
+from ..backends.triton.config import Config, Machine, heuristic, power_of_two
+from ..bench.measure.cases import Case
 
 DEFAULT = (
     *(f"gda-t1-h16x32-d128-b{n}" for n in (1, 8, 64, 256)),

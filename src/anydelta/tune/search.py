@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from .. import __version__
-from ..backends.triton import machine_of, on_device, strides_of
-from ..kernels.triton.aot import call_of
-from ..kernels.triton.backward import BackwardLaunches, of_inputs, room
-from ..kernels.triton.config import Config, Machine, forced
-from ..kernels.triton.launch import KernelCall, Launches
+from ..backends.triton.aot import call_of
+from ..backends.triton.backward import BackwardLaunches, of_inputs, room
+from ..backends.triton.config import Config, Machine, forced
+from ..backends.triton.host import machine_of, on_device, strides_of
+from ..backends.triton.launch import KernelCall, Launches
 from ..terminal import first_line
 from .problems import Change, Problem, groups
 

@@ -1,0 +1,312 @@
+"""The native CPU backend: hands addresses and strides to the C++ kernels (backends/cpu, `anydelta._core`).
+
+The instruction set is chosen at run time; ANYDELTA_CPU_ISA forces one of `isas()`. Thread counts follow
+`torch.set_num_threads` for torch tensors and OMP_NUM_THREADS for NumPy and MLX arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+from ...core.dispatch import Rejected
+from ...rule.spec import DECAYS, MLX_GPU, Call, CallSpec, dtype_name, element_strides, framework_of
+
+try:
+    from ... import _core
+except ImportError as error:  # a source tree that was not built: dispatch and `anydelta info` show the reason
+    _core = None  # type: ignore[assignment]
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+ISA_ENV = "ANYDELTA_CPU_ISA"
+DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def isas() -> list[str]:
+    """The builds of the kernels that this CPU can run, slowest first."""
+    return list(_core.isas()) if _core is not None else []
+
+
+def isa() -> str:
+    """The build that runs now."""
+    return str(_core.isa())
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Run one build of the kernels inside the block.
+
+    Raises:
+        ValueError: this CPU cannot run it; the text lists those it can.
+    """
+    before = isa()
+    _set_isa(name, "forced_isa")
+    try:
+        yield
+    finally:
+        _core.set_isa(before)
+
+
+def _set_isa(name: str, who: str) -> None:
+    if name not in isas():
+        raise ValueError(f"{who} must be one of {', '.join(isas())} on this CPU; got {name!r}")
+    _core.set_isa(name)
+
+
+@cache
+def default_threads() -> int:
+    """For NumPy and MLX arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
+
+
+def address(x: Any) -> int:
+    if x is None:
+        return 0
+    return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
+
+
+class _Plan:
+    """What `run` needs besides addresses: the native plan, and which arrays must be copied to be contiguous."""
+
+    __slots__ = ("copies", "native", "reads", "snapshots_copy", "state_copy", "threads", "torch")
+
+    def __init__(
+        self,
+        native: Any,
+        torch: bool,
+        reads: bool,
+        copies: tuple[str, ...] = (),
+        state_copy: bool = False,
+        snapshots_copy: bool = False,
+    ):
+        self.native = native
+        self.copies = copies
+        self.state_copy = state_copy
+        self.snapshots_copy = snapshots_copy
+        self.torch = torch
+        self.threads: Callable[[], int] = torch_threads() if self.torch else default_threads
+        self.reads = reads
+
+
+class Cpu:
+    name = "cpu"
+    snapshot_rows = True
+    final_rows = True
+    optional_A_log = True
+    mlx = True
+    """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
+
+    def available(self) -> Sequence[Rejected]:
+        if _core is None:
+            return (
+                Rejected(f"the extension anydelta._core is not built or does not load ({_import_error})"),
+            )
+        return ()
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device not in ("cpu", MLX_GPU):  # Apple's GPUs share the CPU's memory
+            no.append(f"takes tensors on the CPU; got device {spec.resident or spec.device}")
+        if spec.dtype not in DTYPE:
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "isa": isa(),
+            "isas": isas(),
+            "features": list(_core.cpu_features()),
+            "threads": default_threads(),
+            "thread_provider": _core.thread_provider(True),
+        }
+
+    @cached_property
+    def mixer(self) -> Any:
+        from .mixer import CpuMixer
+
+        return CpuMixer(self)
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        rows = {name: input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
+        copies = [name for name, (_, copied) in rows.items() if copied]
+        copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices"))
+        strides = {name: st for name, (st, _) in rows.items()}
+        fields, state_copy, snapshots_copy = rule_fields(spec, call, strides)
+        return _Plan(
+            _core.Plan(fields),
+            spec.framework == "torch",
+            reads_arrays(spec.framework, (getattr(call, n) for n in Call.__slots__)),
+            tuple(copies),
+            state_copy,
+            snapshots_copy,
+        )
+
+    def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
+        if plan.copies or plan.state_copy or plan.snapshots_copy:
+            return _run_with_copies(plan, spec, call)
+        arrays = (
+            call.q, call.k, call.v, call.g, call.beta, call.o, call.state_in, call.state_out, call.snapshots,
+            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
+        )  # fmt: skip
+        if plan.reads:
+            _core.run_arrays(plan.native, plan.threads(), plan.torch, *arrays)
+        else:
+            _core.run(plan.native, plan.threads(), plan.torch, *map(address, arrays))
+
+
+def input_strides(x: Any) -> tuple[tuple[int, ...], bool]:
+    """((dtype, b, t, h) strides of q, k, v, g or beta, whether it is copied first)."""
+    st = element_strides(x)
+    copied = (len(st) == 4 and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64"
+    if copied:
+        st = contiguous_strides(tuple(x.shape))
+    dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
+    return (DTYPE[dtype], *st[:3]), copied
+
+
+def scattered(call: Any, names: Sequence[str]) -> list[str]:
+    """Those of the call's small arrays that the kernels cannot read as they are."""
+    arrays = ((name, getattr(call, name)) for name in names)
+    return [
+        name
+        for name, x in arrays
+        if x is not None
+        and (element_strides(x) != contiguous_strides(tuple(x.shape)) or dtype_name(x) == "float64")
+    ]
+
+
+def rule_fields(
+    spec: CallSpec, call: Any, strides: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], bool, bool]:
+    """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` of the inputs."""
+    opt = spec.options
+    B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
+    dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
+    dense = (0, HV * dims[0] * dims[1], dims[0] * dims[1], dims[1])
+    state_in, state_copy = _state_strides(call.state_in, dense)
+    snapshots: tuple[int, ...] = dense
+    snapshots_copy = False
+    if call.snapshots is not None:
+        st = element_strides(call.snapshots)
+        snapshots_copy = st[4] != 1 and call.snapshots.shape[4] > 1
+        snapshots = contiguous_strides(tuple(call.snapshots.shape))[:4] if snapshots_copy else st[:4]
+    elif spec.snapshot_rows:
+        snapshots = state_in
+    mask = element_strides(call.mask) if call.mask is not None else (0, 0)
+    fields = dict(
+        B=B, T=T, H=spec.H, HV=HV, K=spec.K, V=V, N=spec.N,
+        kda=spec.kda,
+        tiled=opt.heads == "tiled",
+        vk=opt.state_layout == "vk",
+        beta_is_logit=opt.beta_is_logit,
+        qk_l2norm=opt.qk_l2norm,
+        qk_l2norm_eps=float(opt.qk_l2norm_eps),
+        has_lower_bound=opt.lower_bound is not None,
+        lower_bound=float(opt.lower_bound or 0.0),
+        decay=DECAYS.index(opt.decay),
+        scale=spec.scale,
+        **strides,
+        o=(DTYPE[spec.dtype], T * HV * V, HV * V, V),
+        A_log_dtype=small_dtype(call.A_log),
+        dt_bias_dtype=small_dtype(call.dt_bias),
+        mask_b=mask[0],
+        mask_t=mask[1],
+        state_dtype=DTYPE[spec.state_dtype],
+        state_in=state_in,
+        state_out=state_in if spec.inplace else dense,
+        snapshots=snapshots,
+        out_dense=not spec.inplace,
+        Ks=spec.snapshots,
+        cu_is_int32=spec.packed and dtype_name(call.cu_seqlens) == "int32",
+        indices_are_int32=spec.pooled and dtype_name(call.state_indices) == "int32",
+        rows_are_int32=call.snapshot_indices is not None and dtype_name(call.snapshot_indices) == "int32",
+    )  # fmt: skip
+    return fields, state_copy, snapshots_copy
+
+
+def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
+    """Whether the extension reads these arrays by itself."""
+    if framework == "torch":
+        return bool(_core.reads_torch())
+    if framework == "mlx":
+        return True
+    # NumPy has no bfloat16: ml_dtypes' arrays have no buffer format
+    return not any(dtype_name(x) == "bfloat16" for x in arrays if x is not None)
+
+
+def torch_threads() -> Callable[[], int]:
+    import torch
+
+    return torch.get_num_threads
+
+
+def small_dtype(x: Any) -> int:
+    return 0 if x is None else DTYPE.get(dtype_name(x), 0)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * int(n))
+    return tuple(reversed(strides))
+
+
+def _state_strides(state: Any, dense: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """((slot, n, h, row) strides, whether the state must be copied because its last dimension is strided)."""
+    if state is None:
+        return dense, False
+    st = element_strides(state)
+    if st[3] != 1 and state.shape[3] > 1:
+        return dense, True
+    return (0, *st[:3]), False
+
+
+def contiguous(x: Any) -> Any:
+    """A C-contiguous copy; float64 gates become float32, the type they are computed in."""
+    if framework_of(x) == "torch":
+        import torch
+
+        return (x.float() if x.dtype == torch.float64 else x).contiguous()
+    if framework_of(x) == "mlx":
+        import mlx.core as mx
+
+        return mx.contiguous(x.astype(mx.float32, stream=mx.cpu) if x.dtype == mx.float64 else x)
+    return np.ascontiguousarray(x, dtype=np.float32 if x.dtype == np.float64 else None)
+
+
+def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
+    """The slow path for arrays whose last dimension is strided: run on contiguous copies, then copy results back."""
+    inner = replace(call, **{name: contiguous(getattr(call, name)) for name in plan.copies})
+    if plan.state_copy:
+        inner.state_in = contiguous(call.state_in)
+        if spec.inplace:
+            inner.state_out = inner.state_in
+    if plan.snapshots_copy:
+        inner.snapshots = contiguous(call.snapshots)
+    BACKEND.run(_Plan(plan.native, plan.torch, plan.reads), spec, inner)
+    if plan.state_copy and spec.inplace:
+        rows = slice(None)
+        if call.state_indices is not None:
+            named = call.state_indices if call.snapshot_indices is None else call.snapshot_indices
+            rows = named[(named >= 0) & (named < spec.P)]
+        call.state_out[rows] = inner.state_out[rows]
+    if plan.snapshots_copy:
+        call.snapshots[...] = inner.snapshots
+
+
+BACKEND = Cpu()
+
+if _core is not None and os.environ.get(ISA_ENV):
+    _set_isa(os.environ[ISA_ENV], f"anydelta: {ISA_ENV}")

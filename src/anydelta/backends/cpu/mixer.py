@@ -1,0 +1,153 @@
+"""The host of the native mixer kernel (backends/cpu/mixer.inl.h): hands addresses and strides to `anydelta._core`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...core.dispatch import Rejected
+from ...mixer.spec import NORM_GATES, MixerCall, MixerSpec, grouped
+from ...rule.spec import Call, dtype_name, element_strides
+from . import host as cpu
+
+try:
+    from ... import _core
+except ImportError:  # not built: the cpu backend gives the reason
+    _core = None  # type: ignore[assignment]
+
+_ROWS = ("qkv", "k", "v", "z")
+_SMALL = (
+    "conv_bias", "A_log", "dt_bias", "norm_weight", "cu_seqlens", "state_indices", "snapshot_indices",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Plan:
+    native: Any
+    threads: Callable[[], int]
+    torch: bool
+    reads: bool
+    """Whether the extension reads these arrays by itself."""
+    copies: tuple[str, ...]
+    written: tuple[str, ...]
+    """Written arrays that the kernel cannot write as they are."""
+
+
+class CpuMixer:
+    """`mixer` of the cpu backend."""
+
+    def __init__(self, backend: Any):
+        self.backend = backend
+
+    def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
+        no = [*self.backend.supports(spec.rule)]
+        if _core is not None and _core.max_taps < spec.W:
+            no.append(Rejected(f"takes up to {_core.max_taps} taps of the convolution; got {spec.W}"))
+        return no
+
+    def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> _Plan:
+        r, opt = spec.rule, spec.options
+        copies: list[str] = []
+        written: list[str] = []
+        inputs = {name: cpu.input_strides(getattr(call, name)) for name in ("g", "beta")}
+        copies += [name for name, (_, copied) in inputs.items() if copied]
+        copies += cpu.scattered(call, _SMALL)
+        if dtype_name(call.conv_weight) == "float64":
+            copies.append("conv_weight")
+
+        rows: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
+        rows.update({name: st for name, (st, _) in inputs.items()})
+        inner = Call(
+            None, None, None, call.g, call.beta, call.state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
+            call.state_indices, call.snapshots, call.snapshot_indices,
+        )  # fmt: skip
+        rule, state_copy, snapshots_copy = cpu.rule_fields(r, inner, rows)
+        written += [n for n, copied in (("state", state_copy), ("snapshots", snapshots_copy)) if copied]
+
+        def tokens(name: str, x: Any, width: int, heads: int) -> tuple[int, ...]:
+            """(dtype, b, t, group, heads per group)"""
+            if x is None:
+                return (0, 0, 0, 0, 1)
+            st = element_strides(x)
+            if st[-1] != 1 and x.shape[-1] > 1:
+                copies.append(name)
+                st = cpu.contiguous_strides(tuple(x.shape))
+            _, per = grouped(x, width, heads) or (0, heads)  # packed qkv: all heads of each part in one group
+            return (cpu.DTYPE[spec.dtype], st[0], st[1], st[2] if len(st) == 4 else 0, per)
+
+        q = tokens("qkv", call.qkv, r.K, r.H)
+        k = tokens("k", call.k, r.K, r.H) if spec.split else (*q[:4], r.H)
+        v = tokens("v", call.v, r.V, r.HV) if spec.split else (*q[:4], r.HV)
+        weight = call.conv_weight
+        strides = element_strides(weight)
+        if "conv_weight" in copies:
+            strides = cpu.contiguous_strides(tuple(weight.shape))
+        conv, snaps = element_strides(call.conv_state), (0, 0, 0, 0)
+        if call.conv_snapshots is not None:
+            snaps = element_strides(call.conv_snapshots)  # type: ignore[assignment]
+        conv_dtype = cpu.DTYPE[spec.conv_dtype]
+        D = r.HV * r.V
+        native = _core.MixerPlan(
+            rule,
+            dict(
+                beta_scale=2.0 if opt.allow_neg_eigval else 1.0,
+                q=q, k=k, v=v,
+                z=tokens("z", call.z, r.V, r.HV),
+                o=(cpu.DTYPE[spec.dtype], r.T * D, D, 0, r.HV),
+                W=spec.W, S=spec.S,
+                weight_dtype=cpu.small_dtype(weight), weight_c=strides[0], weight_w=strides[1],
+                bias_dtype=cpu.small_dtype(call.conv_bias),
+                silu=opt.activation == "silu",
+                conv_state=(conv_dtype, 0, *conv),
+                conv_snapshots=(conv_dtype, *snaps),
+                norm=spec.normed,
+                norm_dtype=cpu.small_dtype(call.norm_weight),
+                gate=1 + NORM_GATES.index(opt.norm_gate) if spec.gated else 0,
+                norm_eps=float(opt.norm_eps),
+            ),
+        )  # fmt: skip
+        torch = spec.framework == "torch"
+        threads = cpu.torch_threads() if torch else cpu.default_threads
+        return _Plan(
+            native,
+            threads,
+            torch,
+            cpu.reads_arrays(spec.framework, arrays(call)),
+            tuple(copies),
+            tuple(written),
+        )
+
+    def step(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> Any:
+        """An object of the extension that checks and runs calls like this one, or None: see `op.plan_step`."""
+        r = spec.rule
+        if not (plan.torch and plan.reads) or plan.copies or plan.written or r.packed or r.pooled:
+            return None
+        return _core.MixerStep(plan.native, *arrays(call))
+
+    def run(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> None:
+        inner = call
+        if plan.copies or plan.written:
+            names = (*plan.copies, *plan.written)
+            inner = replace(call, **{name: cpu.contiguous(getattr(call, name)) for name in names})
+        if plan.reads:
+            _core.run_mixer_arrays(plan.native, plan.threads(), plan.torch, *arrays(inner))
+        else:
+            _core.run_mixer(plan.native, plan.threads(), plan.torch, *map(cpu.address, arrays(inner)))
+        if "state" in plan.written:
+            rows: Any = slice(None)
+            if call.state_indices is not None:
+                named = call.state_indices if call.snapshot_indices is None else call.snapshot_indices
+                rows = named[(named >= 0) & (named < spec.rule.P)]
+            call.state[rows] = inner.state[rows]
+        if "snapshots" in plan.written:
+            call.snapshots[...] = inner.snapshots
+
+
+def arrays(call: MixerCall) -> tuple[Any, ...]:
+    """In the order of the extension's MixerArray."""
+    return (
+        call.qkv, call.k, call.v, call.g, call.beta, call.o, call.conv_state, call.state, call.conv_snapshots,
+        call.snapshots, call.conv_weight, call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight,
+        call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
+    )  # fmt: skip

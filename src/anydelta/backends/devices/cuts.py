@@ -1,0 +1,290 @@
+"""What the OpenCL and SYCL backends share: devices whose kernel comes in several cuts, and the way of a call to one.
+
+A cut is how the kernel is divided for a device: how many work-items share a column, how many columns each has. The
+record that tells a kernel about a call is in params.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+from ...core.devices import Bytes, Device, DeviceArray, DeviceError
+from ...core.dispatch import Rejected, UnsupportedError
+from ...rule.spec import Call, CallSpec, dtype_name
+from ...terminal import first_line
+from .params import ABSENT, ARRAYS, GATES, ITEMSIZE, TYPE, WRITTEN, as_bits, as_float32, pack, pack_params
+
+_OUT_OF_MEMORY = ("OUT_OF", "ALLOCATION")
+
+
+class CutDevice(Device):
+    """A device of one of the two backends. Its __init__ ends with `settle`.
+
+    Attributes:
+        kernel: the cut in use, one of `kernels()`.
+        memory: how host arrays reach it, one of `memories`, of which the first is its own choice.
+        errors: what the driver's functions raise.
+    """
+
+    kernel: str
+    memory: str
+    memories: Sequence[str]
+    is_cpu: bool
+    errors: tuple[type[Exception], ...]
+
+    def settle(self, memories: Sequence[str]) -> None:
+        """Choose kernel and memory: the environment's wish, or the first that the device offers."""
+        self.lock, self.memories = threading.Lock(), memories
+        env = f"ANYDELTA_{self.kind.upper()}"
+        forced = os.environ.get(f"{env}_MEMORY")
+        if forced and forced not in memories:
+            raise UnsupportedError(
+                f"{self.name}: {env}_MEMORY must be one of {', '.join(memories)} on {self.description}; got {forced!r}"
+            )
+        self.memory = forced or memories[0]
+        self.kernel = self.kernels()[0]
+        if forced := os.environ.get(f"{env}_KERNEL"):
+            self.force(forced, f"{env}_KERNEL")
+
+    @abstractmethod
+    def kernels(self) -> list[str]:
+        """The cuts of the kernel that this device can run; the default comes first."""
+
+    @abstractmethod
+    def variant(self, spec: CallSpec) -> tuple[Any, int]:
+        """The cut for a call, and how many work-groups it takes."""
+
+    def force(self, kernel: str, who: str) -> None:
+        if kernel not in self.kernels():
+            raise ValueError(
+                f"{who} must be one of {', '.join(self.kernels())} on {self.name}; got {kernel!r}"
+            )
+        self.kernel = kernel
+
+    @contextmanager
+    def driver(self) -> Iterator[None]:
+        """Turns the driver's errors into one sentence, and remembers a lost device."""
+        try:
+            yield
+        except DeviceError:
+            raise
+        except self.errors as error:
+            text = first_line(error)
+            if isinstance(error, MemoryError) or any(word in text for word in _OUT_OF_MEMORY):
+                raise DeviceError(
+                    f"{self.name} requires more memory than the driver has for this call; got {text}. A state that the "
+                    f"call advances in place may be half written: restore it"
+                ) from error
+            self.lost = text
+            self.check()
+
+    def refuse_size(self, nbytes: int, limit: int) -> None:
+        """
+        Raises:
+            DeviceError: an allocation beyond the driver's limit.
+        """
+        if nbytes > limit:
+            raise DeviceError(
+                f"{self.name} requires arrays of at most {limit} bytes, the driver's limit; got {nbytes}. "
+                f"Split the pool"
+            )
+
+
+D = TypeVar("D", bound=CutDevice)
+
+
+class Roster(Generic[D]):
+    """The devices of a backend, in the order in which they are numbered; each is opened once."""
+
+    def __init__(
+        self, kind: str, title: str, labels: Callable[[], Sequence[str]], make: Callable[[str, int], D]
+    ):
+        self.kind, self.title, self._labels, self._make = kind, title, labels, make
+        self._opened: dict[int, D] = {}
+        self._lock = threading.Lock()
+
+    def open(self, index: int) -> D:
+        """The device of that index; see `anydelta.device`.
+
+        Raises:
+            UnsupportedError: there is no such device; the text lists those that there are.
+        """
+        labels = self._labels()
+        if not 0 <= index < len(labels):
+            names = "; ".join(f"{self.kind}:{i} {label}" for i, label in enumerate(labels))
+            raise UnsupportedError(
+                f"device {self.kind}:{index}: there is no such {self.title} device; there are {names}"
+            )
+        with self._lock:
+            if index not in self._opened:
+                self._opened[index] = self._make(f"{self.kind}:{index}", index)
+            return self._opened[index]
+
+    def default(self) -> D:
+        """Where calls with host arrays run: ANYDELTA_<KIND>_DEVICE, or the first device."""
+        env = f"ANYDELTA_{self.kind.upper()}_DEVICE"
+        wanted = os.environ.get(env, "0")
+        if wanted.isdigit():
+            return self.open(int(wanted))
+        labels = self._labels()
+        for index, label in enumerate(labels):
+            if wanted.lower() in label.lower():
+                return self.open(index)
+        names = "; ".join(f"{i} {label}" for i, label in enumerate(labels))
+        raise UnsupportedError(f"{env} must be an index or a part of a name of {names}; got {wanted!r}")
+
+    def isas(self) -> list[str]:
+        """The cuts of the kernel that the default device can run, its default last."""
+        return self.default().kernels()[::-1]
+
+    @contextmanager
+    def forced_isa(self, name: str) -> Iterator[None]:
+        """Run one cut of the kernel on the default device inside the block.
+
+        Raises:
+            ValueError: the device cannot run it; the text lists those it can.
+        """
+        device = self.default()
+        before = device.kernel
+        device.force(name, "forced_isa")
+        try:
+            yield
+        finally:
+            device.kernel = before
+
+    def describe(self) -> dict[str, Any]:
+        """For `anydelta info`."""
+        default = self.default()
+        out: dict[str, Any] = {"default": default.name, "kernel": default.kernel}
+        for index in range(len(self._labels())):
+            device = self.open(index)
+            limits = "; ".join(
+                f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in device.limits().items()
+            )
+            out[device.name] = f"{device.description}: {limits}"
+        return out
+
+
+class Plan:
+    """What a call needs besides addresses: its Params, and by the cut's name the cut and its work-groups."""
+
+    __slots__ = ("converts", "cuts", "device", "memory", "tail")
+
+    def __init__(self, device: Any, memory: str, tail: bytes, converts: tuple[str, ...]):
+        self.device, self.memory, self.tail, self.converts = device, memory, tail, converts
+        self.cuts: dict[str, tuple[Any, int]] = {}
+
+
+class CutBackend(ABC, Generic[D]):
+    """A backend over such devices."""
+
+    name: str
+    title: str
+    also: tuple[str, ...] = ()
+    """torch's devices whose tensors it takes where they are."""
+
+    def __init__(self, roster: Roster[D]):
+        self.roster = roster
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device not in ("cpu", self.name, *self.also):
+            no.append(
+                f"takes arrays of the host or of {self.title} device; got device {spec.resident or spec.device}"
+            )
+        if spec.dtype not in TYPE:
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def describe(self) -> dict[str, Any]:
+        return self.roster.describe()
+
+    def prepare(self, spec: CallSpec, call: Call) -> Plan:
+        held = next((x for x in (call.q, call.state_in, call.snapshots) if type(x) is DeviceArray), None)
+        device: Any = self.roster.default() if held is None else held.device
+        memory = "address" if spec.device in self.also else device.memory
+        converts = tuple(
+            n for n in GATES if (x := getattr(call, n)) is not None and dtype_name(x) == "float64"
+        )
+        return Plan(device, memory, pack_params(spec, call, memory == "copy", converts), converts)
+
+    def run(self, plan: Plan, spec: CallSpec, call: Call) -> None:
+        device = plan.device
+        device.check()
+        found = plan.cuts.get(device.kernel)
+        if found is None:
+            found = plan.cuts[device.kernel] = device.variant(spec)
+        cut, groups = found
+        if not groups:
+            return
+        if plan.converts:
+            call = replace(call, **{name: as_float32(getattr(call, name)) for name in plan.converts})
+        with device.lock, device.driver():
+            self.launch(plan, spec, call, cut, groups)
+
+    @abstractmethod
+    def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Any, groups: int) -> None:
+        """Run the cut on the call's arrays and wait."""
+
+
+class Packing:
+    """Where the host arrays of a call lie in two pieces of staging memory, inputs and results, each a multiple of 64.
+
+    Attributes:
+        taken, given: (number in ARRAYS, host array, offset, bytes) of inputs and of results.
+        nbytes_in, nbytes_out: of the two pieces.
+    """
+
+    def __init__(self, spec: CallSpec, call: Call):
+        self.taken: list[tuple[int, Any, int, int]] = []
+        self.given: list[tuple[int, Any, int, int]] = []
+        self.nbytes_in = self.nbytes_out = 0
+        self._spec = spec
+        for i, name in enumerate(ARRAYS):
+            x = getattr(call, name)
+            if x is None or type(x) is DeviceArray:
+                continue
+            nbytes = math.prod(x.shape) * ITEMSIZE[dtype_name(x)]
+            if name in WRITTEN:
+                self.given.append((i, x, self.nbytes_out, nbytes))
+                self.nbytes_out += -(-nbytes // 64) * 64
+            else:
+                self.taken.append((i, x, self.nbytes_in, nbytes))
+                self.nbytes_in += -(-nbytes // 64) * 64
+
+    def load(self, inputs: Bytes, results: Bytes) -> tuple[int, bool]:
+        """Pack the inputs, and of the results what the call leaves alone in parts and must come back as it was.
+
+        Returns (bytes that cross to the device, whether some of them are results).
+        """
+        spec, crossing, kept = self._spec, 0, False
+        for _, x, offset, nbytes in self.taken:
+            pack(inputs, offset, nbytes, x)
+            crossing += nbytes
+        for i, x, offset, nbytes in self.given:
+            if ARRAYS[i] == "snapshots" or (ARRAYS[i] == "state_out" and spec.inplace and spec.pooled):
+                pack(results, offset, nbytes, x)
+                crossing += nbytes
+                kept = True
+        return crossing, kept
+
+    def store(self, results: Bytes) -> int:
+        """Copy the results to the host arrays. Returns the bytes."""
+        crossing = 0
+        for _, x, offset, nbytes in self.given:
+            bits = as_bits(x)
+            bits[...] = results[offset : offset + nbytes].view(bits.dtype).reshape(bits.shape)
+            crossing += nbytes
+        return crossing
+
+
+def absent() -> list[int]:
+    """Fourteen addresses of arrays that a call does not have."""
+    return [ABSENT] * len(ARRAYS)

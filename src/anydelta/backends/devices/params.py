@@ -1,0 +1,125 @@
+"""What the OpenCL and SYCL kernels are told about a call: one record of bytes, and the arrays behind its addresses.
+
+The record is `Params` of backends/opencl/delta_rule.cl and backends/sycl/params.hpp: fourteen addresses in the order of
+ARRAYS, then what `pack_params` gives.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from ...core.devices import Bytes, DeviceArray
+from ...rule.spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framework_of
+
+TYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "int32": 4, "int64": 8}
+ABSENT = 2**64 - 1
+ARRAYS = (
+    "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "o",
+    "state_out", "snapshots",
+)  # fmt: skip
+WRITTEN = ("o", "state_out", "snapshots")
+GATES = ("g", "beta", "A_log", "dt_bias")
+_PARAMS = struct.Struct("=44q20i3f4x")
+"""What follows the addresses in the kernel's Params: strides, T, sizes, types and flags, numbers."""
+
+
+def pack_params(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]) -> bytes:
+    """Params behind the addresses. `dense`: host arrays will be packed, so their own strides do not matter."""
+    opt = spec.options
+
+    def strides(x: Any, rank: int, keep: bool = False) -> tuple[int, ...]:
+        if x is None:
+            return (0,) * rank
+        shape = tuple(x.shape)
+        packed = (
+            dense_strides(shape) if (dense and not isinstance(x, DeviceArray)) or keep else element_strides(x)
+        )
+        return (*packed, *[0] * (rank - len(packed)))
+
+    def state(x: Any, lead: int) -> tuple[int, ...]:
+        """[.., h, K, V] whatever the layout."""
+        st = strides(x, lead + 3)
+        return st if opt.state_layout == "kv" else (*st[:-2], st[-1], st[-2])
+
+    B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
+    dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
+    fresh = dense_strides((spec.N, HV, *dims))  # a new final state
+    fresh = fresh if opt.state_layout == "kv" else (*fresh[:-2], fresh[-1], fresh[-2])
+    st = {name: strides(getattr(call, name), 4, name in converts) for name in ("q", "k", "v", "g", "beta")}
+    dt_bias = call.dt_bias
+    dt: tuple[int, ...] = (0, 0)
+    if dt_bias is not None:
+        dt = strides(dt_bias, 2, "dt_bias" in converts)
+        if spec.kda and len(dt_bias.shape) == 1:  # [HV * K]
+            dt = (dt[0] * spec.K, dt[0])
+    state_in = state(call.state_in, 1)
+    return _PARAMS.pack(
+        *st["q"], *st["k"], *st["v"], *st["g"], *st["beta"][:3], *dense_strides((B, T, HV, V)),
+        *state_in, *(state_in if spec.inplace else fresh), *state(call.snapshots, 2),
+        *strides(call.mask, 2), *strides(call.A_log, 1, "A_log" in converts), *dt,
+        *strides(call.cu_seqlens, 1), *strides(call.state_indices, 1), T,
+        spec.H, HV, spec.K, V, spec.N, spec.snapshots,
+        TYPE[spec.dtype], *(_small_type(getattr(call, n)) for n in ("g", "beta", "A_log", "dt_bias")),
+        TYPE[spec.state_dtype],
+        opt.heads == "tiled", DECAYS.index(opt.decay), opt.lower_bound is not None, opt.beta_is_logit, opt.qk_l2norm,
+        spec.packed and dtype_name(call.cu_seqlens) == "int64",
+        spec.pooled and dtype_name(call.state_indices) == "int64", not spec.inplace,
+        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0,
+    )  # fmt: skip
+
+
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """C-contiguous strides in elements."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _small_type(x: Any) -> int:
+    return 0 if x is None else TYPE.get(dtype_name(x), 0)
+
+
+def as_float32(x: Any) -> Any:
+    """float64 gates in the type they are computed in, C-contiguous."""
+    if framework_of(x) == "torch":
+        return x.float().contiguous()
+    return np.ascontiguousarray(x, np.float32)
+
+
+def address(x: Any) -> int:
+    if x is None:
+        return ABSENT
+    if type(x) is DeviceArray:
+        return int(x.memory.address) + x.offset  # type: ignore[attr-defined]
+    return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
+
+
+def as_bits(x: Any) -> Any:
+    """A host array as NumPy integers or floats of its element size, sharing its memory."""
+    if framework_of(x) == "torch":
+        import torch
+
+        x = x.detach()
+        return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
+    return x.view(np.int16) if x.itemsize == 2 else x
+
+
+def pack(into: Bytes, offset: int, nbytes: int, x: Any) -> None:
+    bits = as_bits(x)
+    into[offset : offset + nbytes].view(bits.dtype).reshape(bits.shape)[...] = bits
+
+
+def span(x: Any) -> tuple[int, int]:
+    """First byte, and one past the last, of a host array that is not empty."""
+    size = ITEMSIZE[dtype_name(x)]
+    reach = [(n - 1) * s * size for n, s in zip(x.shape, element_strides(x), strict=True)]
+    first = address(x)
+    return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + size
+
+
+def skip(x: Any) -> int:
+    """How far the first element is behind the first byte."""
+    return address(x) - span(x)[0]

@@ -1,0 +1,335 @@
+"""What the Vulkan and WebGPU backends share: how a host call is laid out for a device, and what runs around a launch.
+
+A call is one buffer of inputs and one of outputs, dense and aligned. Inputs are copied straight into the former,
+whatever their strides: q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values
+pair up in words), gates in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices)
+travels with each call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.devices import Device, DeviceArray
+from ...core.dispatch import Rejected
+from ...rule.spec import Call, CallSpec, dtype_name, framework_of
+
+ALIGN = 16
+"""Bytes: a field begins where a vec4 may."""
+WORKGROUP = 64
+"""Invocations: two subgroups of 32, one of 64. More would only share out less evenly."""
+MAX_K = 4096
+"""32 lanes of 128 rows in registers."""
+MAX_LAUNCHES = 256
+"""Prepared launches that a device keeps; a decode loop needs one per layer."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""As DTYPE in the shaders counts them."""
+OFFSETS = (
+    "q", "k", "v", "g", "beta", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "snapshot_indices",
+)  # fmt: skip
+"""The inputs whose places, in words, the shaders are told, in their order."""
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array in a staging buffer."""
+
+    name: str
+    offset: int
+    """In bytes."""
+    shape: tuple[int, ...]
+    dtype: Any
+    used: int
+    """Entries of the last axis that hold data; the rest is padding that must be zero."""
+
+    def view(self, buffer: Bytes) -> NDArray[Any]:
+        view: NDArray[Any] = np.ndarray(self.shape, self.dtype, buffer, self.offset)
+        return view
+
+
+def lanes_of(groups: int, subgroup: int, cpu: bool) -> int:
+    """Invocations that share a column of S, for `groups` groups of four rows and subgroups of that size.
+
+    A lane of a GPU holds 16 rows, so that a head of K = 128 keeps its state in 16 registers of 8 V invocations; the
+    float4 loads of a subgroup then cover 128 bytes of k. On a CPU driver a subgroup is one SIMD register, each lane's
+    load is a scalar one, and unrolled code takes long to compile (for K = 128 with one lane per column over a minute,
+    with eight below a second on lavapipe): all lanes share a column.
+    """
+    most = min(subgroup, 32)
+    if cpu:
+        return most
+    lanes = 1
+    while lanes < most and groups > 4 * lanes:
+        lanes *= 2
+    return lanes
+
+
+class Layout:
+    """Where the inputs and the output of a call lie. `wide_output`: o is float32
+    on the device and rounded here.
+
+    Attributes:
+        offsets: of each input, in bytes; 0 for those that the call does not have.
+        nbytes_in, nbytes_out: of the two buffers.
+    """
+
+    def __init__(self, spec: CallSpec, call: Call, KP: int, *, wide_output: bool = False):
+        B, T, H, HV, K, V = spec.B, spec.T, spec.H, spec.HV, spec.K, spec.V
+        VP = V + V % 2
+        f32, i32 = np.float32, np.int32
+        data = f32 if spec.dtype == "float32" else np.uint16
+        out = f32 if wide_output else data
+        self.widen = out is not data
+        g = (B, T, HV, KP) if spec.kda else (B, T, HV)
+        bias = (HV, KP) if spec.kda else (HV,)
+        wanted: list[tuple[str, tuple[int, ...], Any, int]] = [
+            ("q", (B, T, H, KP), data, K), ("k", (B, T, H, KP), data, K), ("v", (B, T, HV, VP), data, V),
+            ("g", g, f32, K if spec.kda else HV), ("beta", (B, T, HV), f32, HV),
+        ]  # fmt: skip
+        if call.A_log is not None:
+            wanted.append(("A_log", (HV,), f32, HV))
+        if call.dt_bias is not None:
+            wanted.append(("dt_bias", bias, f32, K if spec.kda else HV))
+        if spec.masked:
+            wanted.append(("mask", (B, T), i32, T))
+        if spec.packed:
+            wanted.append(("cu_seqlens", (spec.N + 1,), i32, spec.N + 1))
+        if spec.pooled:
+            wanted.append(("state_indices", (spec.N,), i32, spec.N))
+        if spec.snapshot_rows:
+            wanted.append(("snapshot_indices", (spec.snapshots, spec.N), i32, spec.N))
+        self.fields, at = [], 0
+        for name, shape, dtype, used in wanted:
+            self.fields.append(Field(name, at, shape, dtype, used))
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            at += -(-nbytes // ALIGN) * ALIGN
+        self.offsets = {f.name: f.offset for f in self.fields}
+        self.nbytes_in = max(at, ALIGN)
+        self.o = Field("o", 0, (B, T, HV, V), out, V)
+        self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(out).itemsize // ALIGN) * ALIGN or ALIGN
+
+    def words(self) -> list[int]:
+        """Where the inputs begin, in words, in the order of OFFSETS."""
+        return [self.offsets.get(name, 0) // 4 for name in OFFSETS]
+
+    def views(self, inputs: Bytes) -> list[tuple[str, NDArray[Any], NDArray[Any] | None]]:
+        """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
+        out = []
+        for f in self.fields:
+            view = f.view(inputs)
+            padded = f.used < f.shape[-1]
+            out.append(
+                (f.name, view[..., : f.used] if padded else view, view[..., f.used :] if padded else None)
+            )
+        return out
+
+    def pack(self, call: Call, views: list[tuple[str, NDArray[Any], NDArray[Any] | None]]) -> None:
+        """Copy the inputs of a call into a buffer."""
+        for name, view, padding in views:
+            x = as_numpy(getattr(call, name), bits=view.dtype == np.uint16)
+            view[...] = x if x.shape == view.shape else x.reshape(view.shape)
+            if padding is not None:
+                padding[...] = 0
+
+    def unpack(self, call: Call, view: NDArray[Any]) -> None:
+        """Copy the output out of a buffer."""
+        if self.widen and framework_of(call.o) == "torch":
+            import torch
+
+            call.o.copy_(torch.from_numpy(view))
+        else:
+            np.copyto(
+                as_numpy(call.o, bits=view.dtype == np.uint16), view, casting="unsafe" if self.widen else "no"
+            )
+
+
+def as_numpy(x: Any, *, bits: bool = False) -> NDArray[Any]:
+    """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 that is to be converted is not
+    among NumPy's types and comes as float32."""
+    if framework_of(x) == "numpy":
+        out: NDArray[Any] = x.view(np.uint16) if bits else x
+        return out
+    import torch
+
+    x = x.detach()
+    if bits:
+        out = x.view(torch.int16).numpy().view(np.uint16)
+        return out
+    out = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return out
+
+
+class HostStates:
+    """The states of a call that has them on the host: dense copies on the device, made once per geometry.
+
+    The call then runs in place on `state` [N, ...], whose row n belongs to sequence n.
+    """
+
+    def __init__(self, device: Device, spec: CallSpec, dtype: str = ""):
+        dtype = dtype or spec.state_dtype
+        dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+        tail = (spec.N, spec.HV, *dims)
+        self.state: DeviceArray = device.empty(tail, dtype)
+        self.snapshots = device.empty((spec.snapshots, *tail), dtype) if spec.snapshots else None
+
+    def upload(self, spec: CallSpec, call: Call) -> None:
+        """Copy the rows that the call names."""
+        if spec.has_state and spec.N and spec.P:
+            rows = call.state_in
+            if spec.pooled:  # a row of a skipped sequence is copied and not used
+                rows = rows[call.state_indices.clip(0)]
+            if dtype_name(rows) != self.state.dtype:
+                rows = rows.float() if spec.framework == "torch" else rows.astype(self.state.dtype)
+            self.state.write(rows)
+
+    def download(self, spec: CallSpec, call: Call) -> None:
+        """Copy back what the call changes."""
+        if not spec.N:
+            return
+        live = np.asarray(call.state_indices) >= 0 if spec.pooled else np.ones(spec.N, bool)
+        torch = spec.framework == "torch"
+
+        def fetched(x: DeviceArray, like: Any) -> Any:
+            if torch:
+                return x.torch().to(like.dtype)
+            return x.numpy().astype(like.dtype, copy=False)
+
+        if call.state_out is not None and not spec.snapshot_rows:
+            got = fetched(self.state, call.state_out)
+            where = _index(live, torch)
+            if not spec.inplace:
+                call.state_out[...] = got
+                call.state_out[_index(~live, torch)] = 0
+            elif spec.pooled:
+                call.state_out[call.state_indices[where]] = got[where]
+            else:
+                call.state_out[...] = got
+        if self.snapshots is not None:
+            cu = np.asarray(call.cu_seqlens) if spec.packed else np.arange(spec.N + 1) * spec.T
+            written = (np.arange(spec.snapshots)[:, None] < np.diff(cu)) & live
+            if spec.snapshot_rows:
+                written &= np.asarray(call.snapshot_indices) >= 0
+            got = fetched(self.snapshots, call.state_out if spec.snapshot_rows else call.snapshots)
+            where = _index(written, torch)
+            if spec.snapshot_rows:
+                call.state_out[call.snapshot_indices[where]] = got[where]
+            else:
+                call.snapshots[where] = got[where]
+
+
+def _index(mask: NDArray[np.bool_], torch: bool) -> Any:
+    if not torch:
+        return mask
+    from torch import from_numpy
+
+    return from_numpy(mask)
+
+
+def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool) -> int:
+    """The shader's word of flags: bit i is what names[i] says of the call; `own` are those of one backend."""
+    opt = spec.options
+    on = {
+        "packed": spec.packed,
+        "masked": spec.masked,
+        "tiled": opt.heads == "tiled",
+        "vk": opt.state_layout == "vk",
+        "linear": opt.decay == "linear",
+        "raw": opt.decay == "raw",
+        "lower": opt.lower_bound is not None,
+        "dt_bias": "dt_bias" in layout.offsets,
+        "logit": opt.beta_is_logit,
+        "l2norm": opt.qk_l2norm,
+        "skips": spec.pooled,
+        **own,
+    }
+    assert set(on) == set(names)
+    return sum(1 << i for i, name in enumerate(names) if on[name])
+
+
+class _Launch(Protocol):
+    serials: frozenset[int]
+    """Of the allocations that it names."""
+
+
+L = TypeVar("L", bound=_Launch)
+
+
+class Launches(Generic[L]):
+    """Launches that were prepared (recorded, bound), by what they depend on; the oldest go first."""
+
+    def __init__(self, drop: Callable[[L], None]):
+        self._drop = drop
+        self._kept: dict[Any, L] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Any, make: Callable[[], L]) -> L:
+        found = self._kept.pop(key, None) or make()
+        self._kept[key] = found  # the latest used is last
+        if len(self._kept) > MAX_LAUNCHES:
+            self._drop(self._kept.pop(next(iter(self._kept))))
+        return found
+
+    def forget(self, serial: int) -> None:
+        """An allocation goes: launches that name it must not be used again."""
+        for key in tuple(self._kept):  # a finaliser may come here in the middle
+            if (launch := self._kept.get(key)) is not None and serial in launch.serials:
+                self._drop(self._kept.pop(key))
+
+    def clear(self) -> None:
+        while self._kept:
+            self._drop(self._kept.popitem()[1])
+
+
+class StagedBackend(ABC):
+    """A backend whose calls are staged, and whose shaders take any K up to MAX_K."""
+
+    name: str
+    snapshot_rows = True
+    held_dtype = ""
+    """Of host states while they are on the device; empty: as they come."""
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device not in ("cpu", self.name):
+            no.append(
+                f"takes host arrays, and states on the host or on {self.name}; got {spec.resident or spec.device}"
+            )
+        if spec.framework == "device":
+            no.append(
+                "takes q, k, v, g and beta on the host, from where it stages them; got them on the device"
+            )
+        if spec.dtype == "float64":
+            no.append("takes float32, bfloat16 and float16; got float64")
+        if spec.K > MAX_K:
+            no.append(f"takes K up to {MAX_K}; got {spec.K}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def run(self, plan: Any, spec: CallSpec, call: Call) -> None:
+        device = plan.device
+        device.check()
+        with device.lock:
+            if spec.resident:
+                self.advance(plan, spec, call, call.state_in, call.state_out, call.snapshots)
+                return
+            if plan.host is None:
+                plan.host = HostStates(device, spec, self.held_dtype)
+            held = plan.host
+            held.upload(spec, call)
+            self.advance(plan, spec, call, held.state, held.state, held.snapshots)
+            held.download(spec, call)
+
+    @abstractmethod
+    def advance(
+        self, plan: Any, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+    ) -> None:
+        """Stage the inputs, launch on states that are on the device, copy o out."""

@@ -1,0 +1,297 @@
+"""Metal for PyTorch: mps tensors, without a copy, on torch's own stream. Kernels: backends/metal, which torch compiles.
+
+`torch.mps.compile_shader` compiles one text per head size and set of types when it is first needed, in the process.
+Nothing here waits for the device: what depends on data (where packed sequences begin, which rows of a pool are skipped)
+is read by the kernel. Tests put an emulator in the place of torch.mps (`emulated`), so this file runs on Linux too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ...core.dispatch import Rejected
+from ...rule.spec import Call, CallSpec, dtype_name, element_strides
+from ..devices.params import TYPE
+from .launch import ARRAYS, MAX_K, Launches, chunks_fit
+
+if TYPE_CHECKING:
+    import torch
+
+_INPUTS = (
+    "q",
+    "k",
+    "v",
+    "g",
+    "beta",
+    "A_log",
+    "dt_bias",
+    "mask",
+    "cu_seqlens",
+    "state_indices",
+    "snapshot_indices",
+)
+_DENSE = ("q", "k", "v", "g")
+"""Arrays whose last axis the kernels read in groups of four."""
+
+CHUNK_ENV = "ANYDELTA_METAL_CHUNK"
+"""1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
+
+_emulator: Any = None
+_libraries: dict[tuple[Any, str], Any] = {}
+
+
+@contextmanager
+def emulated(host: Any) -> Iterator[None]:
+    """Inside, calls run on `host` instead of torch.mps, on tensors of the CPU: an object with `compile_shader`."""
+    from ...rule import op
+
+    global _emulator
+    before, _emulator = _emulator, host
+    op._plans.clear()  # they hold compiled functions
+    try:
+        yield
+    finally:
+        _emulator = before
+        op._plans.clear()
+
+
+def _host() -> Any:
+    if _emulator is not None:
+        return _emulator
+    import torch.mps
+
+    return torch.mps
+
+
+def isas() -> list[str]:
+    """The kernels that can be forced: "tokens" one by one, or "chunks" of them wherever these fit."""
+    return ["tokens", "chunks"]
+
+
+_forced = ""
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Run one of the kernels inside the block, however long the prompts.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    global _forced
+    if name not in isas():
+        raise ValueError(f"forced_isa must be one of {', '.join(isas())}; got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class _Kernels:
+    """The launches of a plan, by one of the two kernels, compiled."""
+
+    def __init__(self, spec: CallSpec, call: Call, copies: tuple[str, ...], chunked: bool):
+        launches = Launches(spec, call, copies, chunked=chunked)
+        self.carries = launches.carries
+        self.all = []
+        host = _host()
+        for launch in launches.all:
+            key = (host, launch.source)
+            if key not in _libraries:
+                _libraries[key] = host.compile_shader(launch.source).gated_delta_rule
+            self.all.append((_libraries[key], launch))
+
+
+class _Plan:
+    """What a call needs besides its arrays."""
+
+    __slots__ = ("copies", "device", "kernels", "pooled_snapshots")
+
+    def __init__(self, spec: CallSpec, call: Call):
+        self.device = call.q.device
+        self.copies = tuple(n for n in _INPUTS if _needs_copy(n, getattr(call, n), self.device))
+        self.pooled_snapshots = spec.pooled and call.snapshots is not None
+        self.kernels: dict[str, _Kernels] = {}
+
+    def using(self, spec: CallSpec, call: Call) -> _Kernels:
+        """The kernels that are forced now, or those that the device chose when it first met the call."""
+        found = self.kernels.get(_forced)
+        if found is None:
+            chunked = chunks_fit(spec, 1) if _forced == "chunks" else not _forced and _chosen(spec, call)
+            found = self.kernels[_forced] = _Kernels(spec, call, self.copies, chunked)
+        return found
+
+
+_best: dict[tuple[Any, ...], bool] = {}
+
+
+def _chosen(spec: CallSpec, call: Call) -> bool:
+    """Whether a prompt runs in chunks. The first call of a shape times both ways, once per process."""
+    wanted = os.environ.get(CHUNK_ENV)
+    if not chunks_fit(spec) or wanted == "0":
+        return False
+    if wanted == "1":
+        return True
+    if _emulator is not None:
+        return False  # its times say nothing
+    key = (call.q.device, spec.K, spec.V, spec.kda, spec.dtype)
+    if key not in _best:
+        try:
+            times = measure_chunks(spec, call)
+            _best[key] = times[True] < times[False]
+        except (RuntimeError, SyntaxError) as error:  # of Metal's compiler
+            _best[key] = False
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"anydelta: Metal: the kernel for long prompts does not run on this device, so prompts go token by "
+                f"token: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _best[key]
+
+
+def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, float]:
+    """Median seconds of a call token by token (False) and in chunks (True), in turns, on arrays of its own."""
+    import torch
+
+    plain = replace(
+        spec, has_state=False, inplace=False, pooled=False, snapshots=0, snapshot_rows=False,
+        options=replace(spec.options, output_final_state=True),
+    )  # fmt: skip
+    state = torch.empty((spec.N, spec.HV, spec.K, spec.V), device=call.q.device)
+    out = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.q.device)
+    call = replace(
+        call, state_in=None, state_indices=None, snapshots=None, snapshot_indices=None, state_out=state, o=out
+    )
+    plan = _Plan(plain, call)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    host = _host()
+    for _ in range(rounds + 1):
+        for chunked, name in enumerate(isas()):
+            with forced_isa(name):
+                host.synchronize()
+                start = time.perf_counter()
+                BACKEND.run(plan, plain, call)
+                host.synchronize()
+                times[bool(chunked)].append(time.perf_counter() - start)
+    return {chunked: median(t[1:]) for chunked, t in times.items()}  # the first round compiles
+
+
+class Metal:
+    name = "metal"
+    snapshot_rows = True
+
+    @cached_property
+    def mlx_host(self) -> Any:
+        """What runs calls on MLX arrays."""
+        from .mlx_host import MetalForMlx
+
+        return MetalForMlx()
+
+    def available(self) -> Sequence[Rejected]:
+        if find_spec("torch") is None:
+            return (Rejected("the package torch is not installed"),)
+        if _emulator is not None:
+            return ()
+        if platform.system() != "Darwin":
+            return (Rejected(f"needs an Apple GPU through torch.mps; this is {platform.system()}"),)
+        import torch
+
+        no = []
+        if not torch.backends.mps.is_available():
+            no.append("torch finds no Apple GPU (torch.backends.mps.is_available() is False)")
+        if not hasattr(torch.mps, "compile_shader"):
+            no.append(f"needs torch.mps.compile_shader, which torch {torch.__version__} does not have")
+        return tuple(Rejected(reason) for reason in no)
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.framework != "torch":
+            no.append(f"takes torch tensors; got {spec.framework} arrays")
+        elif spec.resident or (spec.device != "mps" and not (spec.device == "cpu" and _emulator is not None)):
+            no.append(f"takes tensors on mps; got device {spec.resident or spec.device}")
+        if spec.dtype not in TYPE:
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
+        if spec.K > MAX_K:
+            no.append(f"takes K up to {MAX_K}; got {spec.K}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def describe(self) -> dict[str, Any]:
+        if _emulator is not None:
+            return {"devices": "none: an emulator, on the CPU"}
+        import torch
+
+        facts: dict[str, Any] = {"torch": torch.__version__, "macOS": platform.mac_ver()[0]}
+        if name := getattr(torch.backends.mps, "get_name", None):
+            facts["device"] = name()
+        return facts
+
+    @property
+    def tensors_on(self) -> str:
+        """The device whose tensors `anydelta conform` gives to this backend."""
+        return "cpu" if _emulator is not None else "mps"
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        return _Plan(spec, call)
+
+    def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
+        if plan.copies:
+            call = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
+        if plan.pooled_snapshots and _share_memory(call.state_in, call.snapshots):
+            # others' slots are rows that a lane still reads
+            call = replace(call, state_in=call.state_in.clone())
+        some = next((x for n in ARRAYS if (x := getattr(call, n)) is not None and x.numel()), None)
+        if some is None:
+            return
+        kernels = plan.using(spec, call)
+        carry = (
+            some.new_empty((spec.N, spec.HV, spec.K, spec.V), dtype=_float32()) if kernels.carries else None
+        )
+        for kernel, launch in kernels.all:
+            arrays = []
+            for name in launch.arrays:
+                x = carry if name == "carry" else getattr(call, name) if name else some
+                # an absent array is bound, and not touched
+                arrays.append(some if x is None or not x.numel() else x)
+            kernel(list(launch.params), *arrays, threads=launch.threads, group_size=launch.group_size)
+
+
+def _needs_copy(name: str, x: Any, device: torch.device) -> bool:
+    if x is None:
+        return False
+    if x.device != device or dtype_name(x) == "float64":
+        return True
+    return name in _DENSE and len(x.shape) == 4 and x.shape[3] > 1 and element_strides(x)[3] != 1
+
+
+def _copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Contiguous, on the device, float64 as float32. From the host without waiting for the device."""
+    import torch
+
+    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    return x.to(dtype).to(device, non_blocking=True).contiguous()
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr())
+
+
+BACKEND = Metal()

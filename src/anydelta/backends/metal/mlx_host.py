@@ -1,0 +1,185 @@
+"""Metal for MLX: arrays whose stream runs on an Apple GPU, through mx.fast.metal_kernel. Kernels: backends/metal.
+
+A call becomes part of MLX's graph and runs when MLX does. mx.fast.metal_kernel writes the kernel's signature itself
+and makes its inputs contiguous; what is left for here is the body, which calls `run` of the .metal files, and outputs
+that are new arrays. Tests put an emulator in the place of mx.fast (`emulated`), so that this file runs on Linux too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...core.dispatch import Rejected
+from ...rule.spec import MLX_GPU, Call, CallSpec
+from ..devices.params import TYPE
+from . import host as metal
+from .launch import ARRAYS, MAX_K, Launch, Launches, chunks_fit, text
+
+_OUTPUTS = ("o", "state_out", "snapshots")
+_MIN_DEVICE = 8
+"""MLX hands arrays of fewer elements over in constant memory, where the kernels do not look."""
+
+_emulator: Any = None
+_kernels: dict[tuple[Any, ...], Any] = {}
+
+
+@contextmanager
+def emulated(host: Any) -> Iterator[None]:
+    """Inside, calls run on `host` instead of mx.fast, on arrays of the CPU: an object with `metal_kernel`."""
+    global _emulator
+    before, _emulator = _emulator, host
+    try:
+        yield
+    finally:
+        _emulator = before
+
+
+@dataclass
+class _Plan:
+    launch: Launch
+    kernel: Any
+    params: Any
+    inputs: tuple[str, ...]
+    """Those that the call has."""
+    outputs: tuple[str, ...]
+
+
+class MetalForMlx:
+    """The metal backend's host for MLX arrays. `run_lazily` takes the place of `run`: see anydelta.mlx."""
+
+    name = "metal"
+    mlx = True
+
+    def available(self) -> Sequence[Rejected]:
+        if _emulator is not None:
+            return ()
+        import mlx.core as mx
+
+        if mx.metal.is_available():
+            return ()
+        return (Rejected("needs an Apple GPU through MLX; mx.metal.is_available() is False"),)
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.device != MLX_GPU and _emulator is None:
+            no.append("takes MLX arrays on a stream of the GPU; the stream runs on the CPU")
+        if spec.dtype not in TYPE or "float64" in (spec.g_dtype, spec.beta_dtype):
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}, gates {spec.g_dtype}")
+        if spec.K > MAX_K:
+            no.append(f"takes K up to {MAX_K}; got {spec.K}")
+        if min(spec.B, spec.T, spec.N) < 1:
+            no.append(f"takes at least one token and one sequence; got B={spec.B} T={spec.T} N={spec.N}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def prepare(self, spec: CallSpec, call: Call) -> dict[bool, _Plan]:
+        return {}  # by whether the prompt runs in chunks, made when first needed
+
+    def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[Any]:
+        """o, then the final state and the snapshots where the call has them: arrays yet to be computed.
+
+        `call.snapshots` holds what slots that are not written keep.
+        """
+        import mlx.core as mx
+
+        chunked = _chunked(spec)
+        if chunked not in plans:
+            plans[chunked] = _plan(spec, call, chunked)
+        plan = plans[chunked]
+        dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+        state = (spec.N, spec.HV, *dims)
+        shapes = {"o": call.v.shape, "state_out": state, "snapshots": (spec.snapshots, *state)}
+        kinds = {"o": call.v.dtype} | dict.fromkeys(("state_out", "snapshots"), getattr(mx, spec.state_dtype))
+        out = plan.kernel(
+            inputs=[plan.params, *(_in_device_memory(getattr(call, n)) for n in plan.inputs)],
+            grid=plan.launch.threads,
+            threadgroup=plan.launch.group_size,
+            output_shapes=[shapes[n] for n in plan.outputs],
+            output_dtypes=[kinds[n] for n in plan.outputs],
+        )
+        if spec.snapshots:
+            out[-1] = _written(spec, call, out[-1])
+        return list(out)
+
+
+def _chunked(spec: CallSpec) -> bool:
+    """Where it is forced. With snapshots the last tokens would take a second launch, whose outputs would have to be
+    merged."""
+    if spec.snapshots:
+        return False
+    if metal._forced:
+        return metal._forced == "chunks" and chunks_fit(spec, 1)
+    return os.environ.get(metal.CHUNK_ENV) == "1" and chunks_fit(spec)
+
+
+def _plan(spec: CallSpec, call: Call, chunked: bool) -> _Plan:
+    import mlx.core as mx
+
+    (launch,) = Launches(spec, call, ARRAYS, dense=True, chunked=chunked).all
+    present = dict(zip(ARRAYS, launch.arrays, strict=True))
+    inputs = tuple(n for n in ARRAYS if n not in _OUTPUTS and present[n])
+    outputs = tuple(n for n in _OUTPUTS if present[n])
+    host = mx.fast if _emulator is None else _emulator
+    key = (host, launch.source, inputs, outputs)
+    if key not in _kernels:
+        _kernels[key] = _kernel(host, launch.source, inputs, outputs)
+    return _Plan(launch, _kernels[key], mx.array(np.array(launch.params, np.int64)), inputs, outputs)
+
+
+def _kernel(host: Any, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+    """What mx.fast.metal_kernel makes of a launch's text."""
+    lines = source.removesuffix(text("entry")).splitlines()
+    includes = [line for line in lines if line.startswith("#include")]
+    rest = "\n".join(line for line in lines if not line.startswith("#include"))
+    header = "\n".join(includes) + f"\nnamespace anydelta {{\n{rest}\n}}\n"  # beside MLX's own helpers
+    header += "typedef anydelta::Scratch anydelta_scratch;\n"
+
+    def pointer(name: str) -> str:
+        if name in outputs:
+            return f"(device uchar*)out_{name}"
+        if name in _OUTPUTS:
+            return f"(device uchar*)out_{outputs[0]}"  # bound, and not touched
+        return f"(device const uchar*)in_{name if name in inputs else 'params'}"
+
+    body = f"""
+    threadgroup anydelta_scratch scratch;
+    const anydelta::Arrays a = {{{", ".join(map(pointer, ARRAYS))}}};
+    anydelta::run<device const anydelta::Params&>(*(device const anydelta::Params*)in_params, a, scratch,
+        threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    return host.metal_kernel(
+        name=f"anydelta_{digest}",
+        input_names=["in_params", *(f"in_{n}" for n in inputs)],
+        output_names=[f"out_{n}" for n in outputs],
+        source=body,
+        header=header,
+    )
+
+
+def _in_device_memory(x: Any) -> Any:
+    import mlx.core as mx
+
+    if x.size >= _MIN_DEVICE:
+        return x
+    return mx.concatenate([x.reshape(-1), mx.zeros(_MIN_DEVICE - x.size, x.dtype)])
+
+
+def _written(spec: CallSpec, call: Call, new: Any) -> Any:
+    """Slots that the kernel does not write hold what they held."""
+    import mlx.core as mx
+
+    if not (spec.packed or spec.pooled):
+        n = min(spec.T, spec.snapshots)
+        return mx.concatenate([new[:n], call.snapshots[n:]])
+    lengths = call.cu_seqlens[1:] - call.cu_seqlens[:-1] if spec.packed else mx.full(spec.N, spec.T)
+    written = mx.arange(spec.snapshots)[:, None] < lengths
+    if spec.pooled:
+        written = written & (call.state_indices >= 0)
+    return mx.where(written[..., None, None, None], new, call.snapshots)

@@ -1,0 +1,189 @@
+"""The mixer out of torch's operators around `gated_delta_rule`: for devices without a kernel, and for gradients.
+
+Convolution, activation and norm run in float32 (float64 for float64 inputs) on the tensors' own device; the rule is
+dispatched by itself, so it still gets the device's kernel. NumPy arrays go to the float64 oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...core.dispatch import Rejected
+from ...mixer import reference
+from ...mixer.spec import MixerCall, MixerSpec, parts
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ComposedMixer:
+    """`mixer` of the reference backend."""
+
+    def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
+        return ()
+
+    def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> str:
+        """The backend that the rule is to run on."""
+        return "reference" if backend == "reference" else "auto"
+
+    def run(self, plan: str, spec: MixerSpec, call: MixerCall) -> None:
+        if spec.framework == "torch":
+            import torch
+
+            with torch.no_grad():
+                o, windows, _ = compose(call, spec, plan, inplace=True)
+                call.o.copy_(o)
+                _write_windows(call, spec, windows)
+        else:
+            _run_numpy(spec, call)
+
+
+def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
+    def f64(x: Any) -> Any:
+        return None if x is None else np.asarray(x).astype(np.float64)
+
+    q, k, v = (f64(x) for x in parts(call, spec))
+    opt, r = spec.options, spec.rule
+    want = reference.gated_delta_mixer(
+        q, k, v, f64(call.conv_state), f64(call.state),
+        g=f64(call.g), beta=f64(call.beta), conv_weight=f64(call.conv_weight), conv_bias=f64(call.conv_bias),
+        A_log=f64(call.A_log), dt_bias=f64(call.dt_bias), z=f64(call.z), norm_weight=f64(call.norm_weight),
+        activation=opt.activation, scale=r.scale, decay=opt.decay, lower_bound=opt.lower_bound,
+        beta_is_logit=opt.beta_is_logit, allow_neg_eigval=opt.allow_neg_eigval, heads=opt.heads,
+        qk_l2norm=opt.qk_l2norm, qk_l2norm_eps=opt.qk_l2norm_eps, norm_eps=opt.norm_eps, norm_gate=opt.norm_gate,
+        state_layout=opt.state_layout, cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+        mask=call.mask, snapshots=r.snapshots,
+    )  # fmt: skip
+    call.o[...] = want.o
+    written = want.rule.snapshot_written
+    if call.snapshot_indices is not None:
+        assert written is not None
+        named = written[: len(call.snapshot_indices)] & (call.snapshot_indices >= 0)
+        for pool, states in ((call.state, want.rule.snapshots), (call.conv_state, want.conv_snapshots)):
+            assert states is not None
+            pool[call.snapshot_indices[named]] = states[: len(named)][named].astype(pool.dtype)
+    else:
+        live = ~want.rule.skipped
+        rows = np.arange(r.N)[live] if call.state_indices is None else call.state_indices[live]
+        call.state[rows] = want.rule.state[live].astype(call.state.dtype)
+        call.conv_state[rows] = want.conv_state[live].astype(call.conv_state.dtype)
+    for got, expected in ((call.snapshots, want.rule.snapshots), (call.conv_snapshots, want.conv_snapshots)):
+        if got is not None and expected is not None and written is not None:
+            got[written] = expected[written].astype(got.dtype)
+
+
+def sequences(spec: MixerSpec, call: MixerCall) -> list[tuple[int, int, int, int]]:
+    """(row of the states or -1, batch row, first token, end) of each sequence."""
+    r = spec.rule
+    rows = list(range(r.N)) if call.state_indices is None else call.state_indices.tolist()
+    if call.cu_seqlens is None:
+        return [(rows[b], b, 0, r.T) for b in range(r.B)]
+    return [(row, 0, s, e) for row, (s, e) in zip(rows, pairwise(call.cu_seqlens.tolist()), strict=True)]
+
+
+Windows = list[tuple[int, int, int, "torch.Tensor", "torch.Tensor | None"]]
+"""Per sequence that is not skipped: (n, row, length, everything its channels have seen [S + live, C], which of its
+tokens are live [length] or None for all)."""
+
+
+def compose(
+    call: MixerCall, spec: MixerSpec, backend: str, *, inplace: bool
+) -> tuple[torch.Tensor, Windows, torch.Tensor | None]:
+    """o [B, T, HV * V], the conv states' material, and without `inplace` the final state [N, HV, K, V]. Differentiable
+    without `inplace`; with it `state` and `snapshots` are advanced."""
+    import torch
+    import torch.nn.functional as F
+
+    from ...rule.op import gated_delta_rule, gated_delta_rule_
+    from .host import normalised
+
+    r, opt = spec.rule, spec.options
+    dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    x = torch.cat(parts(call, spec), -1).to(dtype)
+    taps = call.conv_weight.to(dtype)
+    y = list(x.new_zeros(x.shape))  # by rows, replaced and not written, as torch.func requires
+    live_tokens = torch.zeros(r.B, r.T, dtype=torch.bool, device=x.device)
+    windows: Windows = []
+    for n, (row, b, start, end) in enumerate(sequences(spec, call)):
+        if row < 0:
+            continue
+        live = None if call.mask is None else call.mask[b, start:end]
+        tokens = x[b, start:end] if live is None else x[b, start:end][live]
+        seen = torch.cat((call.conv_state[row].to(dtype).t(), tokens))
+        first, count = spec.S - spec.W + 1, tokens.shape[0]
+        out = sum(seen[first + w : first + w + count] * taps[:, w] for w in range(spec.W))
+        assert isinstance(out, torch.Tensor)
+        if call.conv_bias is not None:
+            out = out + call.conv_bias.to(dtype)
+        if opt.activation == "silu":
+            out = F.silu(out)
+        where = (
+            torch.arange(start, end, device=x.device)
+            if live is None
+            else torch.nonzero(live).squeeze(1) + start
+        )
+        y[b] = y[b].index_copy(0, where, out)
+        live_tokens[b, where] = True
+        windows.append((n, row, end - start, seen, live))
+
+    key = r.H * r.K
+    convolved = torch.stack(y) if y else x
+    q, k, v = (
+        part.unflatten(-1, (-1, size))
+        for part, size in zip(convolved.split((key, key, r.HV * r.V), -1), (r.K, r.K, r.V), strict=True)
+    )
+    # what a token that no state sees holds, NaN for instance, must reach no gradient either
+    counted = live_tokens[..., None]
+    beta = torch.where(counted, call.beta.to(dtype), 0.0)
+    beta = beta.sigmoid() if opt.beta_is_logit else beta
+    options: dict[str, Any] = dict(
+        g=call.g, beta=2 * beta if opt.allow_neg_eigval else beta, scale=opt.scale, decay=opt.decay, A_log=call.A_log,
+        dt_bias=call.dt_bias, lower_bound=opt.lower_bound, heads=opt.heads, qk_l2norm=opt.qk_l2norm,
+        qk_l2norm_eps=opt.qk_l2norm_eps, state_layout=opt.state_layout, cu_seqlens=call.cu_seqlens,
+        state_indices=call.state_indices, mask=call.mask, snapshots=call.snapshots, backend=backend,
+    )  # fmt: skip
+    final = None
+    if inplace:
+        o = gated_delta_rule_(q, k, v, call.state, snapshot_indices=call.snapshot_indices, **options)
+    else:
+        o, final = gated_delta_rule(q, k, v, initial_state=call.state, **options)
+    if call.norm_weight is not None:
+        # sqrt(V) x / |x|: the norm of q and k, with V eps
+        o = normalised(o, r.V * opt.norm_eps) * (r.V**0.5 * call.norm_weight.to(dtype))
+    if call.z is not None:
+        z = torch.where(counted, call.z.to(dtype).flatten(2), 0.0).reshape(o.shape)
+        o = o * (F.silu(z) if opt.norm_gate == "silu" else z.sigmoid())
+    return torch.where(counted, o.flatten(-2), 0.0).to(call.qkv.dtype), windows, final
+
+
+def _write_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> None:
+    S = spec.S
+    for n, row, length, seen, live in windows:
+        end = seen.shape[0]
+        rows = None if call.snapshot_indices is None else call.snapshot_indices[:, n].tolist()
+        targets = (
+            []
+            if call.conv_snapshots is None
+            else [(slot, x[n]) for slot, x in enumerate(call.conv_snapshots)]
+        )
+        targets += [(slot, call.conv_state[to]) for slot, to in enumerate(rows or ()) if to >= 0]
+        for slot, to in targets:
+            if slot < length:
+                later = slot if live is None else int(live[length - slot :].sum())
+                to.copy_(seen[end - later - S : end - later].t())
+        if end > S and rows is None:
+            call.conv_state[row].copy_(seen[end - S :].t())
+
+
+def final_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> torch.Tensor:
+    """The conv states [N, C, S] after the call; zeros for skipped sequences. Differentiable."""
+    import torch
+
+    out = [call.conv_state.new_zeros((spec.C, spec.S)) for _ in range(spec.rule.N)]
+    for n, _, _, seen, _ in windows:
+        out[n] = seen[seen.shape[0] - spec.S :].t().to(call.conv_state.dtype)
+    return torch.stack(out) if out else call.conv_state.new_empty((0, spec.C, spec.S))

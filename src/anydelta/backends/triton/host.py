@@ -1,0 +1,248 @@
+"""The Triton backend (CUDA, ROCm, XPU): hands pointers, strides and launch sizes to backends/triton.
+
+Nothing here waits for the device: plans depend on shapes, and what depends on data (where packed sequences begin, which
+rows of a pool are skipped) is read by the kernels. All memory comes from torch. Under TRITON_INTERPRET=1 the
+same kernels run on CPU tensors in NumPy, which is slow and meant for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...core.dispatch import Rejected
+from ...rule.spec import Call, CallSpec, dtype_name, element_strides
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Machine
+    from .launch import Launches
+
+DEVICES = ("cuda", "xpu")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_K = 4096
+"""Keys beyond this do not fit the registers of one program: [4096, 1] states are 16 float32 a thread at 8 warps."""
+INTERPRETER_ENV = "TRITON_INTERPRET"
+_INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices")
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for. The variable counts when triton is first imported."""
+    return os.environ.get(INTERPRETER_ENV, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    launches: Launches
+    copies: tuple[str, ...]
+    """Arrays that are copied first: their last dimension is strided, they are float64, or they lie on the host."""
+    pooled_snapshots: bool
+    """A pool that may be one of the snapshot slots is copied: programs read rows that others' slots overwrite."""
+    device: torch.device
+
+
+class Triton:
+    name = "triton"
+    snapshot_rows = True
+    optional_A_log = True
+
+    @cached_property
+    def mixer(self) -> Any:
+        from .mixer import TritonMixer
+
+        return TritonMixer(self)
+
+    def available(self) -> Sequence[Rejected]:
+        missing = [p for p in ("torch", "triton") if importlib.util.find_spec(p) is None]
+        if missing:
+            return tuple(Rejected(f"the package {package} is not installed") for package in missing)
+        if interpreted():
+            return ()
+        from triton.runtime import driver
+
+        try:
+            driver.active.get_current_target()
+        except Exception as error:  # each vendor's driver raises its own
+            return (
+                Rejected(
+                    f"Triton finds no GPU driver ({error}); {INTERPRETER_ENV}=1 runs the kernels on the CPU, slowly"
+                ),
+            )
+        return ()
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = []
+        if spec.framework != "torch":
+            no.append(f"takes torch tensors; got {spec.framework} arrays")
+        elif spec.device not in DEVICES and not (spec.device == "cpu" and interpreted()):
+            no.append(f"takes tensors on {' or '.join(DEVICES)}; got device {spec.device}")
+        if spec.dtype not in DTYPES:
+            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
+        if spec.K > MAX_K:
+            no.append(f"takes K up to {MAX_K}; got {spec.K}")
+        return tuple(Rejected(reason) for reason in no)
+
+    def describe(self) -> dict[str, Any]:
+        from . import tables
+
+        facts: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
+        if found := sorted(folder.glob("*.json")) if (folder := tables.user_folder()) else []:
+            facts["tables"] = [str(path) for path in found]
+        if interpreted():
+            return {**facts, "devices": "none: the interpreter, on the CPU"}
+        import torch
+
+        devices = []
+        for kind in DEVICES:
+            module = getattr(torch, kind)
+            if module.is_available():
+                devices += [f"{kind}:{i} {module.get_device_name(i)}" for i in range(module.device_count())]
+        return {**facts, "devices": devices}
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        from .launch import Launches
+
+        if interpreted():
+            from .interpreter import quicken
+
+            quicken()
+        copies = tuple(name for name in _INPUTS if needs_copy(name, getattr(call, name), call.q.device))
+        return _Plan(
+            Launches(spec, machine_of(call.q.device), strides_of(spec, call, copies)),
+            copies,
+            spec.pooled and call.snapshots is not None,
+            call.q.device,
+        )
+
+    def gradient_reasons(self, spec: CallSpec) -> Sequence[Rejected]:
+        """Why the backward pass of a call that runs here has to be the reference's; empty where it need not."""
+        from .config import MAX_CHUNKED_K
+        from .launch import products_fit
+
+        no = []
+        if not products_fit(spec):
+            no.append(f"takes qk_l2norm_eps from 1e-27 on for gradients; got {spec.options.qk_l2norm_eps}")
+        if spec.K > MAX_CHUNKED_K:
+            no.append(f"takes K up to {MAX_CHUNKED_K} for gradients; got {spec.K}")
+        if (
+            spec.options.decay == "linear"
+        ):  # its kernels know d / d log(decay), which says nothing at a decay of 0
+            no.append("takes log and raw gates for gradients; got decay='linear'")
+        return tuple(Rejected(reason) for reason in no)
+
+    def gradients(
+        self, spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
+        from .backward import BackwardLaunches, of_inputs, room
+
+        plan = self.prepare(spec, call)
+        inner = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
+        launches = BackwardLaunches(spec, machine_of(plan.device), strides_of(spec, call, plan.copies))
+        do = grad_o if grad_o.shape[-1] == 1 or grad_o.stride(-1) == 1 else grad_o.contiguous()
+        found = room(spec, inner)
+        with on_device(plan.device):
+            for kernel_call in launches.calls(inner, do, grad_state, found):
+                kernel_call.run()
+        return of_inputs(spec, call, found)
+
+    def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
+        if plan.copies:
+            call = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
+        if plan.pooled_snapshots and share_memory(call.state_in, call.snapshots):
+            call = replace(call, state_in=call.state_in.clone())
+        with on_device(plan.device):
+            plan.launches.run(call)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cpu":
+        return nullcontext()
+    import torch
+
+    current: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return current
+
+
+def needs_copy(name: str, x: Any, device: torch.device) -> bool:
+    if x is None:
+        return False
+    if name in ("q", "k", "v", "g", "beta"):
+        strides = element_strides(x)
+        spread = len(strides) == 4 and strides[3] != 1 and x.shape[3] > 1
+        return spread or dtype_name(x) == "float64"
+    return bool(not x.is_contiguous() or x.device != device or dtype_name(x) == "float64")
+
+
+def copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Contiguous, on the device, float64 as float32. From the host without waiting for the device."""
+    import torch
+
+    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    return x.to(device, dtype, non_blocking=True).contiguous()
+
+
+def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return bool(x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr())
+
+
+def strides_of(spec: CallSpec, call: Call, copies: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Strides in elements by argument; those of states by axis (.., K, V), whatever their layout is."""
+    out = {}
+    for name in ("q", "k", "v", "g", "beta"):
+        x = getattr(call, name)
+        out[name] = (_dense(tuple(x.shape)) if name in copies else element_strides(x))[:3]
+    out["mask"] = (0, 0) if call.mask is None else element_strides(call.mask)
+    vk = spec.options.state_layout == "vk"
+    rows, columns = (spec.V, spec.K) if vk else (spec.K, spec.V)
+    dense = _dense((spec.N, spec.HV, rows, columns))
+
+    def by_axis(strides: tuple[int, ...]) -> tuple[int, ...]:
+        return (*strides[:-2], strides[-1], strides[-2]) if vk else strides
+
+    out["state"] = by_axis(dense if call.state_in is None else element_strides(call.state_in))
+    out["state_out"] = out["state"] if spec.inplace else by_axis(dense)
+    if spec.snapshot_rows:
+        out["snapshots"] = (0, *out["state"])
+    else:
+        out["snapshots"] = by_axis((0, *dense) if call.snapshots is None else element_strides(call.snapshots))
+    return out
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * int(n))
+    return tuple(reversed(strides))
+
+
+@cache
+def machine_of(device: torch.device) -> Machine:
+    """What a launch depends on in a device; for the interpreter a small machine, so that every path is short."""
+    import torch
+
+    from .config import Machine
+
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            arch, shared = gpu.gcnArchName.split(":")[0], 64 * 1024
+        else:
+            arch = f"sm_{gpu.major}{gpu.minor}"
+            shared = getattr(gpu, "shared_memory_per_block_optin", 96 * 1024)
+        return Machine(arch, gpu.multi_processor_count, gpu.warp_size, shared)
+    if device.type == "xpu":
+        xpu = torch.xpu.get_device_properties(device)
+        return Machine("xpu", xpu.gpu_subslice_count, 16, 128 * 1024)
+    return Machine("interpreter", 1)
+
+
+BACKEND = Triton()

@@ -1,0 +1,386 @@
+"""WebGPU devices: adapter, buffers, pipelines, launches. What the operator does with them is in webgpu.py.
+
+Everything is made through the package wgpu, which checks each call. What happens once per call of the operator goes to
+wgpu-native's own functions instead, which wgpu exposes: its wrapper takes 5 to 10 us for each of the thirty, and hands
+the wait for the result to another thread, together more than all the rest. Errors come by WebGPU's error scopes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wgpu
+from wgpu.backends.wgpu_native import ffi, lib
+
+import anydelta
+
+from ...core.devices import Bytes, Device, DeviceArray, DeviceError, Memory
+from ..devices.llvm import load_triton_first
+from ..devices.staging import WORKGROUP, Launches
+
+UNIFORM_BYTES = 256
+"""Before the inputs, in their buffer: the struct Call of recurrent.wgsl. No driver asks for a coarser alignment."""
+_USAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
+_SCOPES = (lib.WGPUErrorFilter_OutOfMemory, lib.WGPUErrorFilter_Validation)
+"""wgpu-native has no third: what else goes wrong shows when the result is mapped."""
+_MAPPABLE = "mappable-primary-buffers"
+_ERRORS = {
+    lib.WGPUErrorType_OutOfMemory: wgpu.GPUOutOfMemoryError,
+    lib.WGPUErrorType_Validation: wgpu.GPUValidationError,
+}
+_serials = count()
+
+
+def source(name: str) -> str:
+    for folder in anydelta.__path__:
+        path = Path(folder, "backends", "webgpu", f"{name}.wgsl")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise FileNotFoundError(name)
+
+
+@cache
+def adapters() -> list[Any]:
+    """GPUs before CPU drivers; OpenGL, which shows the same hardware again with fewer features, is left out."""
+    load_triton_first()
+    order = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
+    found = [
+        a for a in wgpu.gpu.enumerate_adapters_sync() if a.info["backend_type"] not in ("OpenGL", "OpenGLES")
+    ]
+    rank = {kind: i for i, kind in enumerate(order)}
+    return sorted(found, key=lambda a: rank.get(a.info["adapter_type"], 2))
+
+
+def limits_of(adapter: Any) -> dict[str, Any]:
+    info, limits = adapter.info, adapter.limits
+    return {
+        "name": info["device"], "type": info["adapter_type"], "driver": info["backend_type"],
+        "max_array": limits["max-storage-buffer-binding-size"],
+        "shared_memory": limits["max-compute-workgroup-storage-size"], "subgroups": "subgroup" in adapter.features,
+    }  # fmt: skip
+
+
+class WebGPUMemory(Memory):
+    """A storage buffer."""
+
+    def __init__(self, device: WebGPUDevice, nbytes: int, usage: int = _USAGE):
+        self.device, self.nbytes, self.serial = device, nbytes, next(_serials)
+        with device.guarded(f"an array of {nbytes} bytes"):
+            self.buffer = device.handle.create_buffer(size=nbytes, usage=usage)
+
+    @property
+    def native(self) -> Any:
+        """wgpu-native's handle."""
+        return self.buffer._internal
+
+    def write(self, offset: int, data: Bytes) -> None:
+        with self.device.lock, self.device.guarded("copying"):
+            self.device.handle.queue.write_buffer(self.buffer, offset, np.ascontiguousarray(data))
+
+    def read(self, offset: int, out: Bytes) -> None:
+        with self.device.lock, self.device.guarded("copying"):
+            got = self.device.handle.queue.read_buffer(self.buffer, offset, out.size)
+        out[...] = np.frombuffer(got, np.uint8)
+
+    def zero(self, offset: int, nbytes: int) -> None:
+        self.device.encoded(lambda e: e.clear_buffer(self.buffer, offset, nbytes))
+
+    def copy_from(self, offset: int, source: Memory, source_offset: int, nbytes: int) -> None:
+        assert isinstance(source, WebGPUMemory)
+        if source is self:  # WebGPU copies between different buffers only
+            between = WebGPUMemory(self.device, nbytes)
+            between.copy_from(0, source, source_offset, nbytes)
+            source, source_offset = between, 0
+        self.device.encoded(
+            lambda e: e.copy_buffer_to_buffer(source.buffer, source_offset, self.buffer, offset, nbytes)
+        )
+
+    def __del__(self) -> None:
+        self.device.forget(self.serial)
+
+
+class Launch:
+    """What a call has set up beforehand: pipeline, bind group, grid. WebGPU encodes commands anew for each call."""
+
+    __slots__ = ("grid", "group", "pipeline", "serials", "uniforms")
+
+    def __init__(
+        self, pipeline: Any, group: Any, grid: tuple[int, int, int], serials: frozenset[int], uniforms: Bytes
+    ):
+        self.pipeline, self.group, self.grid = pipeline, group, grid
+        self.serials, self.uniforms = serials, uniforms
+
+
+class WebGPUDevice(Device):
+    """One adapter's device and queue, used by one thread at a time. `copies`: as if memory were not unified (tests)."""
+
+    def __init__(self, index: int, adapter: Any, *, copies: bool = False):
+        info = adapter.info
+        super().__init__(
+            f"webgpu:{index}", f"{info['device']} ({info['adapter_type']}, {info['backend_type']})"
+        )
+        self.adapter, self.lock = adapter, threading.RLock()
+        self.launches: Launches[Launch] = Launches(lambda launch: None)
+        self.max_range = int(adapter.limits["max-storage-buffer-binding-size"])
+        smallest = int(info.get("subgroup_min_size") or info.get("stackgroup_min_size") or 0)
+        self.subgroup = smallest if "subgroup" in adapter.features else 0
+        wanted = ("max-storage-buffer-binding-size", "max-buffer-size", "min-storage-buffer-offset-alignment")
+        self.is_cpu = info["adapter_type"] == "CPU"
+        shared = self.is_cpu or info["adapter_type"] == "IntegratedGPU"
+        self.unified = shared and _MAPPABLE in adapter.features and not copies
+        """Whether shaders use mapped memory, so that inputs and o are copied once and not twice."""
+        self.handle = adapter.request_device_sync(
+            required_features=["subgroup"] * bool(self.subgroup) + [_MAPPABLE] * self.unified,
+            required_limits={name: adapter.limits[name] for name in wanted},
+        )
+        self.alignment = int(self.handle.limits["min-storage-buffer-offset-alignment"])
+        self.groups = int(self.handle.limits["max-compute-workgroups-per-dimension"])
+        self._pipelines: dict[Any, Any] = {}
+        self.inputs: WebGPUMemory | None = None
+        self.outputs: WebGPUMemory | None = None
+        self.readback: WebGPUMemory | None = None
+        self.spare = WebGPUMemory(self, 16)
+        """Bound where a call has no snapshots."""
+        self._calls = _Calls(self.handle, self.unified)
+
+    def limits(self) -> dict[str, Any]:
+        return limits_of(self.adapter)
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Turn wgpu's errors into one sentence."""
+        self.check()
+        try:
+            yield
+        except wgpu.GPUOutOfMemoryError:
+            raise DeviceError(
+                f"{self.name} requires more memory for {what}; got an out-of-memory error from the driver. States are "
+                f"as they were: free some arrays and call again"
+            ) from None
+        except (wgpu.GPUError, RuntimeError) as error:
+            if "lost" not in str(error).lower():
+                raise
+            self.lost = f"while {what}"
+            self.check()
+
+    def allocate(self, nbytes: int) -> WebGPUMemory:
+        if nbytes > self.max_range:
+            raise DeviceError(
+                f"{self.name} requires arrays of at most {self.max_range} bytes (max-storage-buffer-binding-size); got "
+                f"{nbytes}. Split the states over several arrays"
+            )
+        with self.lock:
+            return WebGPUMemory(self, -(-nbytes // 4) * 4)
+
+    def forget(self, serial: int) -> None:
+        """A buffer goes: bind groups that name it would keep its memory."""
+        with self.lock:
+            self.launches.forget(serial)
+
+    def encoded(self, write: Callable[[Any], None]) -> None:
+        """Submit what `write` encodes."""
+        with self.lock, self.guarded("running commands"):
+            encoder = self.handle.create_command_encoder()
+            write(encoder)
+            self.handle.queue.submit([encoder.finish()])
+
+    def reserve(self, nbytes_in: int, nbytes_out: int) -> None:
+        """Make the staging buffers at least this large."""
+        for need in (nbytes_in, nbytes_out):
+            if need > self.max_range:
+                raise DeviceError(
+                    f"{self.name} requires calls of at most {self.max_range} bytes; got {need}. States are as they "
+                    f"were: call it on fewer tokens"
+                )
+
+        def size(n: int) -> int:
+            return min(1 << max(n - 1, 65535).bit_length(), self.max_range)
+
+        old, usage = (self.inputs, self.outputs), wgpu.BufferUsage
+        if self.inputs is None or self.inputs.nbytes < nbytes_in:
+            how = usage.MAP_WRITE if self.unified else usage.COPY_DST
+            self.inputs = WebGPUMemory(self, size(nbytes_in), usage.STORAGE | usage.UNIFORM | how)
+        if self.outputs is None or self.outputs.nbytes < nbytes_out:
+            how = usage.MAP_READ if self.unified else usage.COPY_SRC
+            self.outputs = self.readback = WebGPUMemory(self, size(nbytes_out), usage.STORAGE | how)
+            if not self.unified:
+                self.readback = WebGPUMemory(self, self.outputs.nbytes, usage.MAP_READ | usage.COPY_DST)
+        if old != (self.inputs, self.outputs):
+            assert self.readback is not None
+            self.launches.clear()
+            with self.guarded("mapping a call's inputs"):
+                self._calls.use(self.inputs, self.outputs, self.readback)
+
+    def pipeline(self, lanes: int, rows4: int, kda: bool, dtype: int) -> Any:
+        subgroup = 1 < lanes <= self.subgroup
+        key = (lanes, rows4, kda, dtype, subgroup)
+        if key not in self._pipelines:
+            head = (
+                f"const WORKGROUP = {WORKGROUP}u;\nconst LANES = {lanes}u;\nconst ROWS4 = {rows4}u;\n"
+                f"const KDA = {str(kda).lower()};\nconst DTYPE = {dtype}u;\n"
+            )
+            body = source("recurrent")
+            builtins = ", @builtin(subgroup_id) sg: u32, @builtin(subgroup_size) sgs: u32, " \
+                       "@builtin(subgroup_invocation_id) sgi: u32"  # fmt: skip
+            body = body.replace(" SUBGROUP_BUILTINS\n", f"{builtins if subgroup else ''}\n", 1)
+            body = body.replace("= INVOCATION;", "= sg * sgs + sgi;" if subgroup else "= local;", 1)
+            lanes_file = "lanes_one" if lanes == 1 else "lanes_subgroup" if subgroup else "lanes_shared"
+            code = head + source(lanes_file) + body
+            with self.guarded("compiling"):
+                module = self.handle.create_shader_module(code=code)
+                self._pipelines[key] = self.handle.create_compute_pipeline(
+                    layout="auto", compute={"module": module, "entry_point": "main"}
+                )
+        return self._pipelines[key]
+
+    def bound(self, array: DeviceArray) -> tuple[dict[str, Any], int]:
+        """(a binding of the array, its first element behind the binding's offset)."""
+        memory = array.memory
+        assert isinstance(memory, WebGPUMemory)
+        rest = array.offset % self.alignment
+        start = array.offset - rest
+        nbytes = min(max(rest + array.nbytes, 4), memory.nbytes - start)
+        return {"buffer": memory.buffer, "offset": start, "size": nbytes}, rest // 4
+
+    def bind(self, pipeline: Any, resources: Sequence[dict[str, Any]]) -> Any:
+        entries = [{"binding": i, "resource": r} for i, r in enumerate(resources)]
+        with self.guarded("binding a call's arrays"):
+            return self.handle.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
+
+    def run(self, launch: Launch, stage: Bytes, nbytes_out: int, take: Callable[[Bytes], None]) -> None:
+        """Write `stage` to the inputs, dispatch, and show `take` the bytes of the output, mapped until it returns."""
+        with self.guarded("running the operator"):
+            try:
+                self._calls.dispatch(launch, stage, nbytes_out)
+                take(self._calls.result(nbytes_out))
+            except BaseException:  # what is mapped now is unknown
+                self.inputs = self.outputs = self.readback = self._calls.inputs = None
+                self.launches.clear()
+                raise
+            lib.wgpuBufferUnmap(self._calls.readback)
+
+
+class _Calls:
+    """One call's way through wgpu-native's functions (webgpu.h), whose descriptors are made once.
+
+    On unified memory the inputs are mapped between calls, and o is mapped where the shader wrote it. Elsewhere inputs
+    go through the queue, and o is copied to `readback`.
+    """
+
+    def __init__(self, handle: Any, unified: bool):
+        self.device, self.queue, self.unified = handle._internal, handle.queue._internal, unified
+        self.inputs: Any = None
+        self.inputs_size = 0
+        self.outputs: Any = None
+        self.readback: Any = None
+        self.encoder = ffi.new("WGPUCommandEncoderDescriptor *")
+        self.compute = ffi.new("WGPUComputePassDescriptor *")
+        self.finish = ffi.new("WGPUCommandBufferDescriptor *")
+        self.commands = ffi.new("WGPUCommandBuffer[1]")
+        self.errors: list[Exception] = []
+        self.pending = 0
+
+        @ffi.callback("WGPUBufferMapCallback")  # type: ignore[untyped-decorator]
+        def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
+            self.pending -= 1
+            if status != lib.WGPUMapAsyncStatus_Success:
+                self.errors.append(wgpu.GPUInternalError(_text(message)))
+
+        @ffi.callback("WGPUPopErrorScopeCallback")  # type: ignore[untyped-decorator]
+        def popped(_status: int, kind: int, message: Any, _first: Any, _second: Any) -> None:
+            if kind != lib.WGPUErrorType_NoError:
+                self.errors.append(_ERRORS.get(kind, wgpu.GPUInternalError)(_text(message)))
+
+        self._map = ffi.new("WGPUBufferMapCallbackInfo *")
+        self._pop = ffi.new("WGPUPopErrorScopeCallbackInfo *")
+        self._map.mode = self._pop.mode = lib.WGPUCallbackMode_AllowProcessEvents
+        self._map.callback, self._pop.callback = mapped, popped
+        self._keep = (handle, mapped, popped)
+
+    def use(self, inputs: WebGPUMemory, outputs: WebGPUMemory, readback: WebGPUMemory) -> None:
+        """The staging buffers from now on; `inputs` is mapped on unified memory, unless it is already."""
+        before, self.inputs, self.inputs_size = self.inputs, inputs.native, inputs.nbytes
+        self.outputs, self.readback = outputs.native, readback.native
+        if self.unified and before != self.inputs:
+            self._start()
+            self._map_async(self.inputs, lib.WGPUMapMode_Write, self.inputs_size)
+            self._raise()
+            self._wait()
+
+    def dispatch(self, launch: Launch, stage: Bytes, nbytes_out: int) -> None:
+        """Inputs in, dispatch, and wait until o can be read.
+
+        Raises:
+            wgpu.GPUError: what the driver said.
+        """
+        self._start()
+        if self.unified:
+            start = lib.wgpuBufferGetMappedRange(self.inputs, 0, stage.size)
+            ffi.memmove(start, ffi.from_buffer(stage), stage.size)
+            lib.wgpuBufferUnmap(self.inputs)
+        else:
+            lib.wgpuQueueWriteBuffer(self.queue, self.inputs, 0, ffi.from_buffer(stage), stage.size)
+        encoder = lib.wgpuDeviceCreateCommandEncoder(self.device, self.encoder)
+        work = lib.wgpuCommandEncoderBeginComputePass(encoder, self.compute)
+        lib.wgpuComputePassEncoderSetPipeline(work, launch.pipeline._internal)
+        lib.wgpuComputePassEncoderSetBindGroup(work, 0, launch.group._internal, 0, ffi.NULL)
+        lib.wgpuComputePassEncoderDispatchWorkgroups(work, *launch.grid)
+        lib.wgpuComputePassEncoderEnd(work)
+        lib.wgpuComputePassEncoderRelease(work)
+        if not self.unified:
+            lib.wgpuCommandEncoderCopyBufferToBuffer(encoder, self.outputs, 0, self.readback, 0, nbytes_out)
+        commands = self.commands[0] = lib.wgpuCommandEncoderFinish(encoder, self.finish)
+        lib.wgpuCommandEncoderRelease(encoder)
+        try:
+            self._raise()  # wgpu-native ends the process when it is given commands that it has refused
+            lib.wgpuQueueSubmit(self.queue, 1, self.commands)
+        finally:
+            lib.wgpuCommandBufferRelease(commands)
+        self._map_async(self.readback, lib.WGPUMapMode_Read, nbytes_out)
+        if self.unified:
+            self._map_async(self.inputs, lib.WGPUMapMode_Write, self.inputs_size)
+        self._wait()
+
+    def result(self, nbytes: int) -> Bytes:
+        """The first bytes of o, until `readback` is unmapped."""
+        start = lib.wgpuBufferGetConstMappedRange(self.readback, 0, nbytes)
+        return np.frombuffer(ffi.buffer(start, nbytes), np.uint8)
+
+    def _map_async(self, buffer: Any, mode: int, nbytes: int) -> None:
+        self.pending += 1
+        lib.wgpuBufferMapAsync(buffer, mode, 0, nbytes, self._map[0])
+
+    def _start(self) -> None:
+        self.errors.clear()
+        self.pending = 0
+        for kind in _SCOPES:
+            lib.wgpuDevicePushErrorScope(self.device, kind)
+
+    def _raise(self) -> None:
+        for _ in _SCOPES:
+            lib.wgpuDevicePopErrorScope(self.device, self._pop[0])
+        if self.errors:
+            raise self.errors[0]
+
+    def _wait(self) -> None:
+        """Until what was to be mapped is, or is refused."""
+        while self.pending > 0:
+            lib.wgpuDevicePoll(self.device, True, ffi.NULL)
+        if self.errors:
+            raise self.errors[0]
+
+
+def _text(view: Any) -> str:
+    """A WGPUStringView."""
+    if view.data == ffi.NULL:
+        return ""
+    whole = view.length == lib.WGPU_STRLEN
+    text: bytes = ffi.string(view.data) if whole else ffi.string(view.data, view.length)
+    return text.decode(errors="replace")

@@ -1,0 +1,188 @@
+"""WebGPU: any GPU that wgpu-native drives (Vulkan, Metal, D3D12), through the package `wgpu`. WGSL: backends/webgpu.
+
+As vulkan.py, with what WebGPU lacks done here: mapped buffers cannot be used by shaders, so inputs are written through
+the queue and o is read from a buffer that is mapped for each call; there are no 16-bit integers in storage, so o and
+states are float32 on the device (half-typed inputs travel as they are, and are widened in the shader).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from ...core import devices
+from ...core.devices import Device, DeviceArray
+from ...core.dispatch import Rejected, UnsupportedError
+from ...rule.spec import Call, CallSpec
+from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
+
+FLAGS = (
+    "packed", "indexed", "masked", "has_state", "tiled", "vk", "linear", "raw", "lower", "dt_bias", "logit", "l2norm",
+    "skips", "snapshot_rows",
+)  # fmt: skip
+"""Bits of Call.flags in backends/webgpu/recurrent.wgsl, from the lowest."""
+
+_serials = count()
+
+
+def open_device(index: int) -> Device:
+    """The device "webgpu:INDEX".
+
+    Raises:
+        UnsupportedError: there is no such device; the text lists those there are.
+    """
+    from .device import WebGPUDevice, adapters
+
+    found = adapters()
+    if index >= len(found):
+        names = ", ".join(f"webgpu:{i} ({a.info['device']})" for i, a in enumerate(found))
+        raise UnsupportedError(f"device webgpu:{index}: the drivers here offer {names}")
+    return WebGPUDevice(index, found[index])
+
+
+class _Plan:
+    """What a call needs besides its arrays."""
+
+    def __init__(self, device: Any, spec: CallSpec, call: Call):
+        from .device import UNIFORM_BYTES
+
+        groups = -(-spec.K // 4)
+        self.serial, self.device = next(_serials), device
+        self.lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
+        while (
+            self.lanes < 32 and groups > 32 * self.lanes
+        ):  # more than the subgroup: through workgroup memory
+            self.lanes *= 2
+        self.rows4 = -(-groups // self.lanes)
+        self.layout = Layout(spec, call, 4 * self.lanes * self.rows4, wide_output=True)
+        self.stage = np.zeros(UNIFORM_BYTES + self.layout.nbytes_in, np.uint8)
+        """The struct Call, and the inputs."""
+        self.views = self.layout.views(self.stage[UNIFORM_BYTES:])
+        self.host: HostStates | None = None
+
+
+class WebGPU(StagedBackend):
+    name = "webgpu"
+    held_dtype = "float32"
+
+    def available(self) -> Sequence[Rejected]:
+        try:
+            from .device import adapters
+
+            found = adapters()
+        except ImportError as error:
+            return (Rejected(f"the package wgpu is not installed ({error}): pip install 'anydelta[webgpu]'"),)
+        except (OSError, RuntimeError) as error:
+            return (Rejected(f"wgpu-native does not start ({error})"),)
+        return () if found else (Rejected("wgpu-native finds no driver (Vulkan, Metal or D3D12)"),)
+
+    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+        no = [*super().supports(spec)]
+        if spec.resident and spec.state_dtype != "float32":
+            no.append(
+                Rejected(
+                    f"keeps float32 states on its device, WebGPU having no 16-bit storage; got {spec.state_dtype}"
+                )
+            )
+        return no
+
+    def describe(self) -> dict[str, Any]:
+        from .device import adapters, limits_of
+
+        return {f"webgpu:{i}": limits_of(a) for i, a in enumerate(adapters())}
+
+    def prepare(self, spec: CallSpec, call: Call) -> _Plan:
+        device: Any = devices.device(spec.resident or "webgpu:0")
+        device.check()
+        if max(spec.HV, spec.N) > device.groups:
+            raise UnsupportedError(
+                f"{spec.options.op}: {device.name} cannot run this call: its driver takes up to {device.groups} value "
+                f"heads and sequences; got {spec.HV} and {spec.N}"
+            )
+        return _Plan(device, spec, call)
+
+    def advance(
+        self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+    ) -> None:
+        """The kernel advances a state in place, for a buffer cannot be bound for reading and for writing at once."""
+        if not spec.resident:
+            self._launch(plan, spec, call, state_in, snapshots, indexed=False)
+            return
+        shared = snapshots is not None and state_in is not None and snapshots.memory is state_in.memory
+        if spec.inplace and not shared:
+            self._launch(plan, spec, call, state_in, snapshots, indexed=spec.pooled)
+            return
+        if spec.inplace or state_out is None:
+            dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
+            work = plan.device.empty((spec.N, spec.HV, *dims))
+        else:
+            work = state_out
+        rows = np.asarray(call.state_indices).tolist() if spec.pooled else []
+        if state_in is not None and not spec.pooled:
+            work.write(state_in)
+        for n, row in enumerate(rows):
+            if row < 0:
+                work[n].zero()
+            else:
+                work[n].write(state_in[row])
+        self._launch(plan, spec, call, work, snapshots, indexed=False)
+        if spec.inplace and not spec.pooled:
+            state_in.write(work)
+        for n, row in enumerate(rows if spec.inplace else ()):
+            if row >= 0:
+                state_in[row].write(work[n])
+
+    def _launch(
+        self, plan: _Plan, spec: CallSpec, call: Call, state: Any, snapshots: Any, *, indexed: bool
+    ) -> None:
+        device, layout = plan.device, plan.layout
+        if not spec.N:
+            return
+        device.reserve(plan.stage.size, layout.nbytes_out)
+        places = (
+            (state.memory.serial, state.offset),
+            None if snapshots is None else (snapshots.memory.serial, snapshots.offset),
+        )
+        launch = device.launches.get(
+            (plan.serial, places, indexed), lambda: _bind(plan, spec, state, snapshots, indexed)
+        )
+        plan.stage[: launch.uniforms.size] = launch.uniforms
+        layout.pack(call, plan.views)
+        device.run(launch, plan.stage, layout.nbytes_out, lambda o: layout.unpack(call, layout.o.view(o)))
+        device.staged.to_device += layout.nbytes_in
+        device.staged.from_device += layout.nbytes_out
+
+
+def _bind(
+    plan: _Plan, spec: CallSpec, state: DeviceArray, snapshots: DeviceArray | None, indexed: bool
+) -> Any:
+    """Pipeline and bind group of a call on these states."""
+    from .device import UNIFORM_BYTES, Launch
+
+    device, layout = plan.device, plan.layout
+    state_at, first = device.bound(state)
+    snaps_at, first_snap = {"buffer": device.spare.buffer, "offset": 0, "size": device.spare.nbytes}, 0
+    if snapshots is not None:
+        snaps_at, first_snap = device.bound(snapshots)
+    rows = indexed and spec.snapshot_rows
+    opt = spec.options
+    flags = flag_bits(FLAGS, spec, layout, indexed=indexed, has_state=spec.has_state, snapshot_rows=rows)
+    uniforms = struct.pack(  # the struct Call of recurrent.wgsl
+        "8I3f13I", spec.T, spec.H, spec.HV, spec.K, spec.V, spec.N, spec.snapshots, flags, spec.scale,
+        opt.qk_l2norm_eps, opt.lower_bound or 0.0, *layout.words(), first, first if rows else first_snap,
+    )  # fmt: skip
+    pipeline = device.pipeline(plan.lanes, plan.rows4, spec.kda, DTYPES.index(spec.dtype))
+    inputs = {"buffer": device.inputs.buffer, "offset": UNIFORM_BYTES, "size": layout.nbytes_in}
+    outputs = {"buffer": device.outputs.buffer, "offset": 0, "size": layout.nbytes_out}
+    params = {"buffer": device.inputs.buffer, "offset": 0, "size": len(uniforms)}
+    group = device.bind(pipeline, (inputs, inputs, outputs, state_at, snaps_at, params))
+    grid = (-(-spec.V // (WORKGROUP // plan.lanes)), spec.HV, spec.N)
+    serials = frozenset(x.memory.serial for x in (state, snapshots) if x is not None)  # type: ignore[attr-defined]
+    return Launch(pipeline, group, grid, serials, np.frombuffer(uniforms, np.uint8))
+
+
+BACKEND = WebGPU()

@@ -1,0 +1,101 @@
+"""What a call costs beside the kernel in code that AOTInductor generated: `anydelta bench overhead --aoti`.
+
+Entering a package costs more than the operator's call, so two programs are compared, with one call and with many: their
+difference, per call, less the bare kernel's time in the same round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ... import gated_delta_rule_
+from ..measure.small_report import Measured
+from ..measure.turns import (
+    Progress,
+    bare_kernel,
+    check,
+    interleave,
+    make_inputs,
+    oracle,
+    tensors,
+    torch_threads,
+)
+from .ops import Settings, describe_machine
+from .overhead import ALLOWED_US, OverheadRecord
+
+CALLS = 33
+"""In the longer program."""
+
+
+def call_overhead(settings: Settings | None = None, progress: Progress = lambda text, done: None) -> Measured:
+    """One decode step of 32 heads of 128 x 128, in place, on one thread.
+
+    Raises:
+        Refused: the extension is not built.
+        RuntimeError: anydelta_torch is not in use, or a result is wrong.
+    """
+    import torch
+
+    from ...export import aoti
+
+    class Repeated(torch.nn.Module):
+        def __init__(self, calls: int):
+            super().__init__()
+            self.calls = calls
+
+        def forward(self, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
+            for _ in range(self.calls):
+                o = gated_delta_rule_(q, k, v, state, g=g, beta=beta)
+            return o
+
+    settings = settings or Settings()
+    x = make_inputs(T=1, HV=32, D=128)
+    want = oracle(x)
+    with torch_threads(1), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        bare, o, state = bare_kernel(tensors(x), threads=1, share_openmp=True)
+        bare()
+        errors = [check("bare kernel", (o, state), want)]
+        calls = {"bare": bare}
+        for n in (1, CALLS):
+            t = tensors(x)
+            inputs = tuple(t[name] for name in ("q", "k", "v", "g", "beta", "state"))
+            progress(f"compiling {n} calls", 0)
+            program = torch.export.export(Repeated(n), inputs)
+            path = aoti.compile_and_package(program, Path(folder) / f"{n}.pt2")
+            package = torch._inductor.aoti_load_package(str(path))
+            result = package(*inputs)
+            if n == 1:
+                errors.append(check("AOTInductor", (result, t["state"]), want))
+            calls[str(n)] = partial(package, *inputs)
+        samples, repeats, others = interleave(calls, settings, progress)
+    bare_us = samples["bare"]
+    each = [(many - one) / (CALLS - 1) for many, one in zip(samples[str(CALLS)], samples["1"], strict=True)]
+    records = [
+        OverheadRecord(
+            call=name,
+            calls=count,
+            rounds=len(us),
+            min_us=min(us),
+            median_us=statistics.median(us),
+            overhead_us=statistics.median(a - b for a, b in zip(us, bare_us, strict=True)),
+            overhead_min_us=min(us) - min(bare_us),
+            nmse=error,
+            others_pct=others,
+        )
+        for name, us, count, error in (
+            ("bare kernel", bare_us, repeats["bare"], errors[0]),
+            ("AOTInductor, in place", each, repeats[str(CALLS)] * (CALLS - 1), errors[1]),
+        )
+    ]
+    notes = [
+        "float32, B = T = 1, H = HV = 32, K = V = 128, one thread",
+        f"AOTInductor: a program of {CALLS} calls less one of a single call, per call",
+        f"the bar is {ALLOWED_US:g} µs",
+    ]
+    return Measured(
+        "Call overhead at T = 1 in compiled programs", describe_machine(), settings, notes, records
+    )

@@ -1,0 +1,172 @@
+"""`anydelta bench decays`: what strong decays and faded states cost beside mild ones.
+
+The same call with other decays, in turns; ratios are taken within a round of turns.py, and the median of the rounds
+counts. A kernel that computes subnormal numbers takes up to 50 times as long on Intel's CPUs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ... import gated_delta_mixer, gated_delta_rule
+from ...conformance.gates import model_gates
+from ...mixer import reference as mixer_reference
+from ...rule import reference
+from ..measure.report import time as in_words
+from ..measure.small_report import Measured
+from ..measure.turns import Progress, check, interleave, torch_threads
+from .ops import Settings, describe_machine
+
+HEADS, D = 16, 128
+STRONG = {"initialised": "initialised", "trained": "trained", "g16": "-16", "g40": "-40", "faded": "faded"}
+"""The record's field and the kind: of conformance/gates.py, that g everywhere, mild decays on a state of 1e-39."""
+CHECKED = 64
+"""Calls of up to so many tokens are compared with the float64 oracle; it needs seconds for more."""
+
+
+@dataclass
+class DecaysRecord:
+    """One call with each kind of decays."""
+
+    call: str
+    tokens: int
+    threads: int
+    rounds: int
+    mild_us: float
+    initialised: float
+    """Time over that of mild decays, median of the rounds; here and below."""
+    trained: float
+    g16: float
+    g40: float
+    faded: float
+    initialised_min: float
+    """The same from the minima, which other work on the machine disturbs least; here and below."""
+    trained_min: float
+    g16_min: float
+    g40_min: float
+    faded_min: float
+    nmse: float | None
+    others_pct: float | None = None
+
+    def columns(self) -> dict[str, str]:
+        return {
+            "call": self.call, "T": str(self.tokens), "threads": str(self.threads), "mild": in_words(self.mild_us),
+            **{
+                kind: f"{getattr(self, name):.2f} ({getattr(self, f'{name}_min'):.2f})"
+                for name, kind in STRONG.items()
+            },
+        }  # fmt: skip
+
+
+def _log_decays(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
+    if kind in ("mild", "faded"):
+        return rng.uniform(-0.5, -0.05, shape)
+    return np.full(shape, float(kind)) if kind.startswith("-") else model_gates(kind, shape, rng).log()
+
+
+def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, Any]:
+    """The call's arguments. Only g and the state differ between the kinds."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    size = 1e-39 if kind == "faded" else 1.0
+    x: dict[str, Any] = {"beta": rng.uniform(0.2, 0.8, (1, T, HEADS)), "state": normal(1, HEADS, D, D) * size}
+    if op == "rule":
+        x.update(zip("qkv", normal(3, 1, T, HEADS, D), strict=True))
+    else:
+        C = 3 * HEADS * D
+        x.update(qkv=normal(1, T, C), conv_state=normal(1, C, 3), conv_weight=normal(C, 4) / 2)
+        x.update(z=normal(1, T, HEADS * D), norm_weight=1 + normal(D) / 8)
+    x["g"] = _log_decays(kind, (1, T, HEADS, D) if kda else (1, T, HEADS), rng)
+    return {name: a.astype(np.float32) for name, a in x.items()}
+
+
+def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
+    """The functional form, which begins each time from the same state. Returns (o, state)."""
+    x = dict(x)
+    state = x.pop("state")
+    if op == "rule":
+        return partial(gated_delta_rule, **x, initial_state=state, qk_l2norm=True)
+    qkv, conv = x.pop("qkv"), x.pop("conv_state")
+
+    def run() -> tuple[Any, Any]:
+        o, _, after = gated_delta_mixer(qkv, conv, state, **x, decay="log", beta_is_logit=False)
+        return o, after
+
+    return run
+
+
+def _exact(op: str, x: dict[str, Any]) -> tuple[Any, Any]:
+    y: dict[str, Any] = {name: a.astype(np.float64) for name, a in x.items()}
+    state = y.pop("state")
+    if op == "rule":
+        want = reference.gated_delta_rule(**y, initial_state=state, qk_l2norm=True)
+        return want.o, want.state
+    q, k, v = np.split(y.pop("qkv"), 3, -1)
+    found = mixer_reference.gated_delta_mixer(
+        q, k, v, y.pop("conv_state"), state, **y, decay="log", beta_is_logit=False
+    )
+    return found.o, found.rule.state
+
+
+def strong_decays(
+    tokens: Sequence[int] = (1, 2, 4, 6, 16, 64, 1024),
+    threads: Sequence[int] = (1, 2),
+    settings: Settings | None = None,
+    progress: Progress = lambda text, done: None,
+) -> Measured:
+    """Rule and mixer, GDA and KDA, each kind of decays.
+
+    Raises:
+        RuntimeError: a result is wrong.
+    """
+    import torch
+
+    settings = settings or Settings()
+    measured = Measured(
+        f"Strong decays: {HEADS} heads, {D}x{D}, float32", describe_machine(), settings,
+        [
+            "functional calls from torch; mild: time of a call; other columns: time over that, median of the rounds "
+            "(of the minima)",
+            "initialised: A in U(0.01, 16), dt_bias 1; trained: 4% of the decays below -8; a number: every g; faded: "
+            "mild, and a state of 1e-39",
+        ],
+    )  # fmt: skip
+    groups = [
+        (op, kda, T, n) for op in ("rule", "mixer") for kda in (False, True) for T in tokens for n in threads
+    ]
+    for i, (op, kda, T, n) in enumerate(groups):
+        name = f"{op}, {'KDA' if kda else 'GDA'}"
+
+        def tell(text: str, part: float, i: int = i, name: str = f"{name}, {T} tokens, {n} threads") -> None:
+            progress(f"{name}: {text}", (i + part) / len(groups))
+
+        calls, worst = {}, []
+        with torch_threads(n), torch.no_grad():
+            for kind in ("mild", *STRONG.values()):
+                x = _inputs(op, kda, T, kind)
+                calls[kind] = _call(op, {k: torch.from_numpy(a) for k, a in x.items()})
+                if T <= CHECKED:
+                    worst.append(check(f"{name}, {kind}", calls[kind](), _exact(op, x)))
+            samples, _, others = interleave(calls, settings, tell)
+        mild = samples["mild"]
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(samples[kind], mild, strict=True))
+            for name, kind in STRONG.items()
+        }
+        ratios |= {f"{name}_min": min(samples[kind]) / min(mild) for name, kind in STRONG.items()}
+        nmse = max(worst, default=None)
+        measured.records.append(
+            DecaysRecord(
+                name, T, n, len(mild), statistics.median(mild), **ratios, nmse=nmse, others_pct=others
+            )
+        )
+    return measured

@@ -1,0 +1,238 @@
+"""`anydelta bench model`: the command line. Progress goes to stderr, results to stdout or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+
+from ...generate.checkpoint import need_packages, quiet
+from ...terminal import Refused, progress, say
+from ..measure import presets
+from ..measure.outputs import Csv, Json, Md, Output, Plot, checked, show
+from . import model, model_report
+from .cli import _threads, bench
+
+LLAMA = "llama.cpp"
+PACKED = "packed"
+COMPILED = "compiled"
+CONTENDERS = ("transformers", "anydelta", PACKED, COMPILED, LLAMA)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@bench.command("model")
+def model_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="Presets (see --list), folders or hub names; commas allowed. Default: tiny."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--n-prompt", "-p", help="Prompt tokens, as 128,512; 0: none.")
+    ] = "512",
+    gen: Annotated[str, typer.Option("--n-gen", "-n", help="Tokens one by one, as 64,128; 0: none.")] = "128",
+    depth: Annotated[str, typer.Option("--n-depth", "-d", help="Tokens of context before, as 0,4096.")] = "0",
+    rounds: Annotated[int, typer.Option("--repetitions", "--rounds", "-r", help="Interleaved rounds.")] = 5,
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16, float16; commas allowed.")
+    ] = "float32",
+    layers: Annotated[int | None, typer.Option("--layers", help="Cut presets to so many layers.")] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender", "-c", help=f"Beside transformers: {', '.join(CONTENDERS[1:])} (repeat for more)."
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also say where the time goes.")] = False,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list presets and contenders.")] = False,
+) -> None:
+    """Time whole models as llama-bench does: Transformers as it is, with anydelta, and llama.cpp.
+
+    ppN is N prompt tokens in one go, tgN is N tokens one after the other. Presets have random weights at the
+    shapes of the published models. Logits and greedy tokens are compared before anything is timed.
+
+    Examples:
+      anydelta bench model
+      anydelta bench model -m qwen3.5-0.8b -p 512 -n 64 -t 2 --profile --plot model.svg
+      anydelta bench model -m qwen3.5-4b --layers 8 --dtype bfloat16 -d 0,4096
+    """
+    form = checked(json, csv, md, output, plot)
+    if rounds < 1:
+        raise Refused(f"requires --rounds of at least 1; got {rounds}")
+    tests = _tests(_numbers("-p", prompt), _numbers("-n", gen), _numbers("-d", depth))
+    names = _names(models, "tiny")
+    dtypes = _names([dtype], "float32")
+    for one in dtypes:
+        if one not in DTYPES:
+            raise Refused(f"requires --dtype of {', '.join(DTYPES)}; got {one!r}")
+    for one in contender or ():
+        if one not in CONTENDERS:
+            raise Refused(f"requires --contender of {', '.join(CONTENDERS)}; got {one!r}")
+    from . import ops
+
+    counts = _threads(threads, ops.available_cpus())
+    need_packages()
+    if list_:
+        _list()
+        return
+    with progress() as tell:
+        report = _measure(names, dtypes, counts, layers, tests, rounds, profile, contender or [], tell)
+
+    show(model_report, report, form, output, plot)
+    if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
+        raise typer.Exit(1)
+
+
+def _measure(
+    names: list[str],
+    dtypes: list[str],
+    counts: list[int],
+    layers: int | None,
+    tests: tuple[model.Test, ...],
+    rounds: int,
+    profile: bool,
+    asked: list[str],
+    tell: Any,
+) -> model.Report:
+    from ...generate.write import with_anydelta
+    from . import ops
+
+    transformers = importlib.import_module("transformers")
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    with quiet():
+        enabled = with_anydelta().context  # says at once if this Transformers is not supported
+    settings = model.Settings(tests, rounds, profile)
+    report = model.Report(ops.describe_machine(), settings)
+    whole = len(names) * len(dtypes) * len(counts)
+    for i, (name, dtype) in enumerate((n, d) for n in names for d in dtypes):
+        tell(f"{name} {dtype}: building the model", i / len(names) / len(dtypes))
+        built = presets.build(name, dtype, layers)
+        runners: list[Any] = [model.TransformersRunner("transformers", transformers.__version__, built.model)]
+        if not asked or "anydelta" in asked:
+            version = report.machine["anydelta"]
+            runners.append(model.TransformersRunner("anydelta", version, built.model, enabled))
+        if PACKED in asked:
+            runners += _packed(built.model, report.machine["anydelta"], transformers.__version__, enabled)
+        if COMPILED in asked:
+            room = _room(tests)
+            for runner in runners[: 1 + ("anydelta" in asked)]:
+                runners.append(
+                    model.CompiledRunner(
+                        f"{runner.name}, compiled", runner.version, built.model, room, runner.enabled
+                    )
+                )
+        if (not asked or LLAMA in asked) and (
+            rival := _llama(built, dtype, tests, report, LLAMA in asked, tell)
+        ):
+            runners.append(rival)
+        for j, threads in enumerate(counts):
+
+            def part(text: str, done: float, at: int = i * len(counts) + j) -> None:
+                tell(text, (at + done) / whole)
+
+            model.measure(
+                built, runners, dtype=dtype, threads=threads, settings=settings, report=report, progress=part
+            )
+        for runner in runners:
+            runner.close()
+    return report
+
+
+def _packed(built: Any, version: str, transformers: str, enabled: Any) -> list[Any]:
+    """Both again on weights that are packed for oneDNN: what torch's own linear layers leave on the table."""
+    from ...integrations.transformers import pack
+
+    try:
+        packed = pack(built)
+    except (ValueError, RuntimeError) as error:
+        raise Refused(str(error)) from error
+    packed.off()
+
+    def both(of: Any) -> Any:
+        stack = contextlib.ExitStack()
+        stack.enter_context(packed)
+        stack.enter_context(enabled(of))
+        return stack
+
+    return [
+        model.TransformersRunner("transformers, packed", transformers, built, lambda _: packed),
+        model.TransformersRunner("anydelta, packed", version, built, both),
+    ]
+
+
+def _llama(
+    built: presets.Built,
+    dtype: str,
+    tests: tuple[model.Test, ...],
+    report: model.Report,
+    asked: bool,
+    tell: Any,
+) -> Any:
+    """llama.cpp with this model, or None and the reason in the report; asked for by name, it must be there."""
+    from ..contenders import llama
+
+    name = f"{LLAMA}, {built.name} {dtype}"
+    if why := llama.missing(built):
+        if asked:
+            raise Refused(f"requires that {LLAMA} can run {built.name} here; got: {why}")
+    else:
+        tell(f"{built.name} {dtype}: writing the GGUF", 0.0)
+        try:
+            return llama.LlamaRunner(built, dtype, _room(tests))
+        except RuntimeError as error:
+            why = str(error)
+    report.absent[name] = why
+    return None
+
+
+def _room(tests: tuple[model.Test, ...]) -> int:
+    """Tokens that a cache must hold."""
+    return max(t.depth + t.n for t in tests) + model.CHECK_PROMPT + model.CHECK_STEPS
+
+
+def _tests(prompts: list[int], gens: list[int], depths: list[int]) -> tuple[model.Test, ...]:
+    tests = [
+        model.Test(kind, n, d)
+        for d in depths
+        for kind, ns in (("pp", prompts), ("tg", gens))
+        for n in ns
+        if n
+    ]
+    if not tests:
+        raise Refused("requires -p or -n above 0; got nothing to measure")
+    return tuple(dict.fromkeys(tests))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0 or max(found) > 1 << 20:
+        raise Refused(f"requires {option} of numbers from 0 to 1048576 such as 128,512; got {text!r}")
+    return found
+
+
+def _names(items: list[str] | None, default: str) -> list[str]:
+    found = [p.strip() for item in items or [default] for p in item.split(",") if p.strip()]
+    if not found:
+        raise Refused("requires a name; got an empty list")
+    return list(dict.fromkeys(found))
+
+
+def _list() -> None:
+    for preset in presets.PRESETS:
+        say(f"{preset.name}{f' ({preset.cut})' if preset.cut else ''}")
+    say(f"{presets.REPOSITORY} (the repository's model, trained weights)")

@@ -1,0 +1,198 @@
+"""Records of `anydelta bench model` to a table, JSON, CSV, Markdown or a figure. Nothing here measures or decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..measure import outputs
+from ..measure.report import BUSY_PCT, COLOURS
+from .model import Part, Record, Report
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit error")
+
+
+def to_text(report: Report, form: str) -> str:
+    return outputs.to_text(report, form, Record, header(report), tables(report))
+
+
+def to_table(report: Report) -> Group:
+    return outputs.to_table(header(report), tables(report))
+
+
+def tables(report: Report) -> Iterator[outputs.Table]:
+    for title, records in groups(report):
+        rows = [row(r) for r in records]
+        yield outputs.Table(title, HEAD, rows, lambda cells: "bold" if "anydelta" in cells else "")
+    for title, head, parts in part_tables(report):
+        yield outputs.Table(title, head, parts, lambda cells: "bold" if "total" in cells else "")
+
+
+def header(report: Report) -> list[str]:
+    """The machine, how it was measured, who was absent and what to know, as lines."""
+    m = report.machine
+    lines = [
+        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
+        f"anydelta {m['anydelta']}; {m['date']}",
+        "contenders: " + "; ".join(dict.fromkeys(f"{r.contender} {r.version}" for r in report.records)),
+        *(f"absent: {name}: {why}" for name, why in report.absent.items()),
+        f"{report.settings.rounds} interleaved rounds; tokens/s: their median ± standard deviation",
+        "x transformers: its time over the contender's (above 1: faster), median of the rounds (quartiles)",
+        "logit error: float32: largest difference from Transformers'; half types: RMS difference from float32's",
+    ]
+    busy = max((r.others_pct or 0.0 for r in report.records), default=0.0)
+    if busy >= BUSY_PCT:
+        lines.append(f"other work took up to {busy:.0f} % of the CPUs: trust no absolute speed")
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
+    """Records of one model, dtype and number of threads, under a title."""
+    for _, found in groupby(report.records, key=lambda r: (r.model, r.dtype, r.threads)):
+        records = list(found)
+        first = records[0]
+        title = (
+            f"{first.model}{f' ({first.cut})' if first.cut else ''}, {_count(first.params)} parameters, "
+            f"{first.size_mib / 1024:.2f} GiB, {first.dtype}, {first.threads} thread{'s' * (first.threads > 1)}"
+        )
+        yield title, records
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+
+
+def row(r: Record) -> tuple[str, ...]:
+    """The cells of HEAD."""
+    if r.median_tps is None:
+        return (r.test, r.contender, f"{r.status}: {r.reason}", "", r.same_tokens, _error(r))
+    digits = 2 if r.median_tps < 100 else 1
+    return (
+        r.test,
+        r.contender,
+        f"{r.median_tps:.{digits}f} ± {r.std_tps or 0.0:.{digits}f}",
+        "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f} to {r.ratio_high:.2f})",
+        r.same_tokens,
+        _error(r),
+    )
+
+
+def _error(r: Record) -> str:
+    return "" if r.logit_error is None else f"{r.logit_error:.1e}"
+
+
+def part_tables(report: Report) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Where the time goes: title, head and rows of each test."""
+    for (model, dtype, threads, test, unit), found in groupby(
+        report.parts, key=lambda p: (p.model, p.dtype, p.threads, p.test, p.unit)
+    ):
+        parts = list(found)
+        names = list(parts[0].ms)
+        totals = {name: next(p.ms[name] for p in parts if p.part == "total") for name in names}
+        rows = []
+        for p in parts:
+            cells = [f"{p.ms[n]:.4g} ({100 * p.ms[n] / totals[n]:.0f} %)" for n in names]
+            rows.append((p.part, *cells, "" if p.ratio is None else f"{p.ratio:.2f}"))
+        title = f"{model}, {dtype}, {threads} thread{'s' * (threads > 1)}, {test}: {unit} in each part"
+        yield title, ("part", *names, "ratio"), rows
+
+
+def plot(report: Report, path: Path) -> None:
+    """Speed over Transformers' for every test; and, if it was measured, where the time goes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: nothing was timed, or matplotlib cannot write that kind of file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = [r for r in report.records if r.ratio is not None]
+    if not timed:
+        raise ValueError("nothing was timed, so there is nothing to plot")
+    several = len({(r.dtype, r.threads) for r in timed}) > 1
+
+    def label(r: Record | Part) -> str:
+        return f"{r.model} {r.test}" + (f"\n{r.dtype}, {r.threads} threads" if several else "")
+
+    tests = list(dict.fromkeys(label(r) for r in timed))
+    names = list(dict.fromkeys(r.contender for r in timed))
+    plt.rcParams.update(outputs.FIGURE)
+    panels = 2 if report.parts else 1
+    height = 1.6 + 0.24 * len(names) * len(tests)
+    fig, axes = plt.subplots(
+        1, panels, figsize=(5.5 * panels + 1, height), squeeze=False, layout="constrained"
+    )
+    _plot_speed(axes[0][0], timed, tests, names, label)
+    if report.parts:
+        _plot_parts(axes[0][1], report.parts, tests, label)
+    m = report.machine
+    fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {m['cpus']} CPUs, {m['date']}", size=10)
+    try:
+        fig.savefig(path, dpi=150)
+    finally:
+        plt.close(fig)
+
+
+def _plot_speed(axis: Any, timed: list[Record], tests: list[str], names: list[str], label: Any) -> None:
+    bar = 0.8 / len(names)
+    for name in names:
+        mine = [r for r in timed if r.contender == name]
+        at = [tests.index(label(r)) + (names.index(name) - (len(names) - 1) / 2) * bar for r in mine]
+        axis.barh(at, [r.ratio for r in mine], height=0.9 * bar, color=COLOURS.get(name, "grey"), label=name)
+        for y, r in zip(at, mine, strict=True):
+            text = f" {r.ratio:.2f}x, {r.median_tps:.3g} tokens/s"
+            axis.annotate(text, (r.ratio, y), va="center", size=7)
+    axis.set_xlim(0, 1.6 * max(r.ratio or 0.0 for r in timed))
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_xlabel("speed over Transformers', median of the rounds")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+    _tidy(axis, tests)
+
+
+def _plot_parts(axis: Any, parts: list[Part], tests: list[str], label: Any) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    from ..measure.profile import MIXER_TOTAL, ORDER
+
+    shown = [p for p in ORDER if p not in (MIXER_TOTAL, "total") and any(q.part == p for q in parts)]
+    colours = {part: colormaps["tab20"](i) for i, part in enumerate(shown)}
+    names = list(parts[0].ms)
+    bar = 0.8 / len(names)
+    for test in tests:
+        mine = {p.part: p for p in parts if label(p) == test}
+        if not mine:
+            continue
+        whole = mine["total"].ms[names[0]]
+        for i, name in enumerate(names):
+            left, y = 0.0, tests.index(test) + (i - (len(names) - 1) / 2) * bar
+            for part in shown:
+                width = 100 * mine[part].ms[name] / whole if part in mine else 0.0
+                axis.barh(y, width, left=left, height=0.9 * bar, color=colours[part])
+                left += width
+            axis.annotate(f" {name}", (left, y), va="center", size=7)
+    handles = [Rectangle((0, 0), 1, 1, color=colours[p]) for p in shown]
+    axis.legend(
+        handles, shown, frameon=False, fontsize=6, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
+    axis.set_xlim(0, 125)
+    axis.set_xlabel("time by part, % of Transformers' time")
+    _tidy(axis, tests)
+    axis.set_yticks(range(len(tests)), [""] * len(tests))
+
+
+def _tidy(axis: Any, tests: list[str]) -> None:
+    axis.set_yticks(range(len(tests)), tests)
+    axis.set_ylim(len(tests) - 0.5, -0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", lw=0.4, alpha=0.5)
+    axis.set_axisbelow(True)

@@ -1,0 +1,146 @@
+"""`anydelta bench threads`: do our threads and torch's get in each other's way?
+
+One matmul and one call of the operator in turns, beside each alone, within a round of turns.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..measure.report import time as in_words
+from ..measure.small_report import Measured
+from ..measure.turns import (
+    Progress,
+    bare_kernel,
+    check,
+    extension,
+    interleave,
+    make_inputs,
+    oracle,
+    tensors,
+    torch_threads,
+)
+from .ops import Settings, describe_machine
+
+
+@dataclass
+class ThreadsRecord:
+    """Calls of the operator alternating with torch matmuls, per pair of one each."""
+
+    case: str
+    threads: int
+    provider: str
+    """Whose threads the operator ran on: openmp (torch's own) or own (a second pool)."""
+    pairs: int
+    rounds: int
+    matmul_us: float
+    """The matmul alone."""
+    op_us: float
+    """The operator alone."""
+    both_us: float
+    """One of each, in turns."""
+    excess_pct: float
+    """both over matmul + op, less 1: what they cost each other; median of the rounds. Caches count too, so compare
+    with 1 thread, where there is nothing but caches."""
+    excess_min_pct: float
+    """The same from the minima."""
+    nmse: float
+    others_pct: float | None = None
+
+    def columns(self) -> dict[str, str]:
+        return {
+            "case": self.case,
+            "threads": str(self.threads),
+            "op's threads": self.provider,
+            "matmul": in_words(self.matmul_us),
+            "op": in_words(self.op_us),
+            "both": in_words(self.both_us),
+            "excess": f"{self.excess_pct:+.0f} ({self.excess_min_pct:+.0f}) %",
+        }
+
+
+SHAPES = {
+    "decode, 32 heads": dict(T=1, HV=32, D=128),
+    "prefill, T = 64, 16 heads": dict(T=64, HV=16, D=128),
+}
+MATMULS = {"decode, 32 heads": (1, 2048, 2048), "prefill, T = 64, 16 heads": (64, 1024, 1024)}
+"""(rows, inner, columns) beside each: a projection of such a layer, of about the operator's time."""
+
+
+def shared_threads(
+    threads: Sequence[int] = (1, 2),
+    settings: Settings | None = None,
+    progress: Progress = lambda text, done: None,
+) -> Measured:
+    """The operator in turns with torch's matmuls, on torch's OpenMP threads and on a pool of its own.
+
+    Raises:
+        Refused: the extension is not built.
+        RuntimeError: a result is wrong.
+    """
+    import torch
+
+    settings = settings or Settings()
+    measured = Measured("The operator and torch's matmuls in turns", describe_machine(), settings)
+    core = extension()
+    providers = [True, False] if core.thread_provider(True) != "own" else [False]
+    if len(providers) == 1:
+        measured.notes.append(
+            "there is no OpenMP runtime here that could be shared, so only the own pool runs"
+        )
+    total = len(SHAPES) * len(threads) * len(providers)
+    done = 0
+    for name, shape in SHAPES.items():
+        x = make_inputs(**shape)
+        want = oracle(x)
+        rows, inner, columns = MATMULS[name]
+        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+        c = torch.empty(rows, columns)
+        for n in threads:
+            for share in providers:
+
+                def tell(text: str, part: float, done: int = done, name: str = name, n: int = n) -> None:
+                    progress(f"{name}, {n} threads: {text}", (done + part) / total)
+
+                with torch_threads(n), torch.no_grad():
+                    run, o, state = bare_kernel(tensors(x), threads=n, share_openmp=share)
+                    run()
+                    error = check(name, (o, state), want)
+                    record = _take_turns(partial(torch.mm, a, b, out=c), run, settings, tell)
+                measured.records.append(
+                    ThreadsRecord(name, n, core.thread_provider(share), nmse=error, **record)
+                )
+                done += 1
+    measured.notes += [
+        "times per call; both: one matmul and one call of the operator; excess: both over their sum, median of the "
+        "rounds (of the minima)",
+        "1 thread shows what the caches cost, so a fight between threads is what 2 threads add to that",
+    ]
+    return measured
+
+
+def _take_turns(
+    matmul: Callable[[], Any], op: Callable[[], Any], settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    def both() -> None:
+        matmul()
+        op()
+
+    calls = {"matmul": matmul, "op": op, "both": both}
+    samples, repeats, others = interleave(calls, settings, progress)
+    rounds = list(zip(samples["matmul"], samples["op"], samples["both"], strict=True))
+    low = {name: min(us) for name, us in samples.items()}
+    return dict(
+        pairs=repeats["both"],
+        rounds=len(rounds),
+        matmul_us=statistics.median(samples["matmul"]),
+        op_us=statistics.median(samples["op"]),
+        both_us=statistics.median(samples["both"]),
+        excess_pct=100 * (statistics.median(c / (a + b) for a, b, c in rounds) - 1),
+        excess_min_pct=100 * (low["both"] / (low["matmul"] + low["op"]) - 1),
+        others_pct=others,
+    )

@@ -1,0 +1,254 @@
+"""What `anydelta bench ops` measures: cases whose name is their whole description, and their inputs.
+
+    gda-t1-h16x32-d128-b1          one decode token, 16 q/k heads, 32 value heads, K = V = 128, batch 1
+    kda-t4-h32x32-d128-b1-s4       four tokens, and the state after each of them is kept (4 snapshots)
+    gda-t1-h16x32-d128-b1-cold     as the first, over so many states that each call streams one from memory
+    gda-t1-h16x32-d128-b1-initialised   as the first, with the decays that layers begin with instead of mild ones
+
+Head counts follow the models: Qwen3.5 has 16 q/k heads and 16, 32, 48 or 64 value heads; KDA (Kimi Linear)
+has as many q/k heads as value heads.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...conformance.gates import KINDS, model_gates
+
+F32 = NDArray[np.float32]
+
+COLD_MIB = 384
+"""States of a cold case: an order of magnitude above the last-level cache of a desktop or a server slice."""
+
+DECAYS = ("mild", *KINDS)
+"""0.61 to 0.95 per token, or as a model has them: conformance/gates.py."""
+MOST_BYTES = 2**38
+"""More than any machine that this is measured on has to give."""
+
+_NAME = re.compile(
+    rf"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?(?:-({'|'.join(KINDS)}))?", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. K = V = D; everything is float32, as the state is."""
+
+    gate: str
+    T: int
+    H: int
+    HV: int
+    D: int
+    B: int = 1
+    snapshots: int = 0
+    cold: bool = False
+    decay: str = "mild"
+    """One of DECAYS."""
+
+    def __post_init__(self) -> None:
+        if min(self.T, self.H, self.HV, self.D, self.B) < 1:
+            raise ValueError(f"a case needs sizes of at least 1; got {self.name}")
+        if self.HV % self.H:
+            raise ValueError(f"a case needs a multiple of its q/k heads as value heads; got {self.name}")
+        if 4 * self.B * self.HV * self.D * (self.T + self.D * (1 + self.snapshots)) > MOST_BYTES:
+            raise ValueError(f"a case needs at most 256 GiB of values and states; got {self.name}")
+        if self.snapshots not in (0, self.T):
+            raise ValueError(f"a case keeps no snapshots or one per token (s = t); got {self.name}")
+
+    @property
+    def name(self) -> str:
+        tail = (f"-s{self.snapshots}" if self.snapshots else "") + ("-cold" if self.cold else "")
+        tail += "" if self.decay == "mild" else f"-{self.decay}"
+        return f"{self.gate}-t{self.T}-h{self.H}x{self.HV}-d{self.D}-b{self.B}{tail}"
+
+    @classmethod
+    def parse(cls, name: str) -> Case | None:
+        """The case of that name; None if it is not a case's name."""
+        m = _NAME.fullmatch(name)
+        if m is None:
+            return None
+        T, H, HV, D, B = (int(m[i]) for i in range(2, 7))
+        return cls(m[1], T, H, HV, D, B, int(m[7] or 0), m[8] is not None, m[9] or "mild")
+
+    @property
+    def kind(self) -> str:
+        """decode: one token; block: what a speculative decoder verifies at once; prefill: a prompt."""
+        return "decode" if self.T == 1 else "block" if self.T < 64 else "prefill"
+
+    @property
+    def state_bytes(self) -> int:
+        return 4 * self.B * self.HV * self.D * self.D
+
+    @property
+    def states(self) -> int:
+        """How many states (of the whole batch) the calls take turns on."""
+        if not self.cold:
+            return 1
+        return max(2, math.ceil(COLD_MIB * 2**20 / (self.state_bytes * (1 + self.snapshots))))
+
+    @property
+    def flops(self) -> int:
+        """Prediction, update and output: two flops each per state element and token."""
+        return 6 * self.D * self.D * self.B * self.T * self.HV
+
+    @property
+    def moved_bytes(self) -> int:
+        """The state is read once, and written once or once per snapshot (slot 0 is the final state)."""
+        return self.state_bytes * (1 + max(1, self.snapshots))
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What bounds it from below: "copy" (memory) and/or "fma" (arithmetic); the slower one counts."""
+        if self.kind == "prefill":
+            return ("fma",)
+        return ("copy",) if self.kind == "decode" or self.snapshots else ("copy", "fma")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a case, in anydelta's convention."""
+
+    q: F32
+    k: F32
+    """[B, T, H, D]"""
+    v: F32
+    """[B, T, HV, D]"""
+    g: F32
+    """[B, T, HV] or [B, T, HV, D]"""
+    beta: F32
+    """[B, T, HV]"""
+    state: F32
+    """[B, HV, D, D] (kv)"""
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Unit keys, beta in (0.1, 0.9), decays as the case says.
+
+    Mild decays keep old state normal. Others drive it into subnormal numbers, where a contender that computes those
+    takes the slow path of the CPU: docs/performance.md.
+    """
+    r = np.random.default_rng(seed)
+
+    def unit(*shape: int) -> F32:
+        x = r.standard_normal(shape, dtype=np.float32)
+        return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
+
+    B, T, H, HV, D = case.B, case.T, case.H, case.HV, case.D
+    g_shape = (B, T, HV) if case.gate == "gda" else (B, T, HV, D)
+    return Inputs(
+        q=unit(B, T, H, D),
+        k=unit(B, T, H, D),
+        v=r.standard_normal((B, T, HV, D), dtype=np.float32),
+        g=_log_decays(case, g_shape, r).astype(np.float32),
+        beta=r.uniform(0.1, 0.9, (B, T, HV)).astype(np.float32),
+        state=r.standard_normal((B, HV, D, D), dtype=np.float32),
+    )
+
+
+def _log_decays(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> NDArray[np.float64]:
+    return r.uniform(-0.5, -0.05, shape) if case.decay == "mild" else model_gates(case.decay, shape, r).log()
+
+
+def with_decays(cases: Sequence[Case], kinds: str) -> list[Case]:
+    """Each case with each kind of decays, in that order; a case whose name says its kind stays as it is.
+
+    Raises:
+        ValueError: a kind that is not one of DECAYS.
+    """
+    wanted = list(dict.fromkeys(kind.strip() for kind in kinds.split(",")))
+    for kind in wanted:
+        if kind not in DECAYS:
+            raise ValueError(f"--decays must be of {', '.join(DECAYS)}; got {kind!r}")
+    found = [c if c.decay != "mild" else replace(c, decay=kind) for c in cases for kind in wanted]
+    return list(dict.fromkeys(found))
+
+
+def subnormals(x: F32) -> int:
+    """How many elements are too small for a normal float32."""
+    tiny = np.finfo(np.float32).tiny
+    return int(np.count_nonzero((x != 0) & (np.abs(x) < tiny)))
+
+
+GDA_HEADS = ((4, 4), (16, 16), (16, 32), (16, 48), (16, 64))
+KDA_HEADS = ((4, 4), (16, 16), (32, 32), (48, 48), (64, 64))
+DEFAULT = (
+    "gda-t1-h16x32-d128-b1",
+    "kda-t1-h32x32-d128-b1",
+    "gda-t1-h16x32-d128-b8",
+    "gda-t1-h16x32-d128-b1-cold",
+    "gda-t4-h16x32-d128-b1",
+    "gda-t4-h16x32-d128-b1-s4",
+    "gda-t64-h16x32-d128-b1",
+    "gda-t512-h16x32-d128-b1",
+    "kda-t256-h32x32-d128-b1",
+)
+GROUPS = ("default", "decode", "block", "prefill", "cold", "all")
+
+
+def presets() -> list[Case]:
+    """Every preset, in a fixed order. Names outside this list work too: `Case.parse` takes any."""
+    found = [c for n in DEFAULT if (c := Case.parse(n))]
+    return list(dict.fromkeys([*found, *_grid()]))
+
+
+def _grid() -> Iterator[Case]:
+    for gate, heads in (("gda", GDA_HEADS), ("kda", KDA_HEADS)):
+        for H, HV in heads:
+            for D in (64, 128):
+                for B in (1, 8):
+                    yield Case(gate, 1, H, HV, D, B)
+        H, HV = heads[2]
+        for D in (64, 128):
+            yield Case(gate, 1, H, HV, D, cold=True)
+            for B in (1, 8):
+                for T in (2, 4, 8, 16):
+                    yield Case(gate, T, H, HV, D, B)
+                    yield Case(gate, T, H, HV, D, B, snapshots=T)
+            for T in (64, 256, 512, 1024, 4096):
+                yield Case(gate, T, H, HV, D)
+        yield Case(gate, 4, H, HV, 128, snapshots=4, cold=True)
+        for H, HV in heads:
+            yield Case(gate, 512, H, HV, 128)
+        yield Case(gate, 256, *heads[2], 128, 8)
+
+
+def select(patterns: Sequence[str]) -> list[Case]:
+    """Cases by group, name, glob or regular expression, commas allowed; in the order asked for.
+
+    Raises:
+        ValueError: a pattern that matches nothing.
+    """
+    every = presets()
+    chosen: list[Case] = []
+    for pattern in (p.strip() for item in patterns for p in item.split(",")):
+        if not pattern:
+            continue
+        if pattern == "default":
+            found = every[: len(DEFAULT)]
+        elif pattern in GROUPS:
+            found = [c for c in every if pattern in ("all", c.kind) or (pattern == "cold" and c.cold)]
+        elif (one := Case.parse(pattern)) is not None:
+            found = [one]
+        else:
+            found = [c for c in every if fnmatch.fnmatchcase(c.name, pattern)]
+            if not found:
+                try:
+                    found = [c for c in every if re.search(pattern, c.name)]
+                except re.error:
+                    found = []
+        if not found:
+            raise ValueError(
+                f"no case matches {pattern!r}; give a group ({', '.join(GROUPS)}), a glob, a regular "
+                f"expression or a name such as {DEFAULT[0]}"
+            )
+        chosen += found
+    if not chosen:
+        raise ValueError("no case was named; leave --cases out for the default selection")
+    return list(dict.fromkeys(chosen))

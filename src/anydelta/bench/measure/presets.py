@@ -1,0 +1,143 @@
+"""Models of true shape with random weights, for `anydelta bench model`; and the repository's trained one.
+
+A preset is a configuration of Transformers under a name. Two are cut, because a full one is far beyond the memory of
+the machines that this benchmark is for: fewer layers, and fewer experts to choose from (a token still goes through as
+many of them as in the full model). What is cut stands in the record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...generate.checkpoint import CheckpointError, default_model, open_checkpoint, quiet
+
+REPOSITORY = "tiny"
+"""The preset that is the repository's model."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration of Transformers."""
+
+    name: str
+    config: str
+    """The class of the configuration."""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    cut: str = ""
+    """What is missing against the model of that name."""
+
+
+_QWEN3_5 = dict(vocab_size=248320, head_dim=256, num_key_value_heads=2, tie_word_embeddings=True)
+"""Of the small ones; heads of the gated delta rule are 16 of 128 for q and k, and 16 or 32 for v."""
+
+PRESETS = (
+    Preset(
+        "qwen3.5-0.8b", "Qwen3_5TextConfig",
+        {**_QWEN3_5, **dict(hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
+                            linear_num_value_heads=16)},
+    ),
+    Preset(
+        "qwen3.5-2b", "Qwen3_5TextConfig",
+        {**_QWEN3_5, **dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_attention_heads=8,
+                            linear_num_value_heads=16)},
+    ),
+    Preset(
+        "qwen3.5-4b", "Qwen3_5TextConfig",
+        {**_QWEN3_5, **dict(hidden_size=2560, intermediate_size=9216, num_hidden_layers=32, num_attention_heads=16,
+                            num_key_value_heads=4, linear_num_value_heads=32)},
+    ),
+    Preset(
+        "qwen3-next", "Qwen3NextConfig", dict(num_hidden_layers=4, num_experts=32),
+        "4 of 48 layers, 32 of 512 experts (10 a token)",
+    ),
+    Preset(
+        "kimi-linear", "KimiLinearConfig", dict(num_hidden_layers=4, num_local_experts=16),
+        "4 of 27 layers, 16 of 256 experts (8 a token)",
+    ),
+)  # fmt: skip
+"""Sizes that are not given are the defaults of the class, which are those of the published model."""
+
+NAMES = (*(p.name for p in PRESETS), REPOSITORY)
+
+
+@dataclass
+class Built:
+    """A model to measure, in eval mode."""
+
+    name: str
+    model: Any
+    cut: str = ""
+
+    @property
+    def params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights; those that are shared count once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+
+def build(name: str, dtype: str = "float32", layers: int | None = None, seed: int = 0) -> Built:
+    """A preset, or the checkpoint of that folder or hub name.
+
+    Args:
+        layers: cut it to so many layers.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be opened, a package that is missing, or a cut that is none.
+    """
+    preset = next((p for p in PRESETS if p.name == name), None)
+    if preset is None:
+        opened = open_checkpoint(default_model() if name == REPOSITORY else name, dtype)
+        if layers is not None:
+            raise CheckpointError(f"requires a preset with --layers ({', '.join(NAMES[:-1])}); got {name}")
+        return Built(name, opened.model)
+    return _random(preset, dtype, layers, seed)
+
+
+def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
+    import torch
+
+    transformers = importlib.import_module("transformers")
+    if not hasattr(transformers, preset.config):
+        raise CheckpointError(
+            f"requires a Transformers that has {preset.config}; got {transformers.__version__}. "
+            "Run: pip install 'transformers>=5.17,<5.24'"
+        )
+    most, cut = preset.sizes["num_hidden_layers"], preset.cut
+    if layers is not None and not 1 <= layers <= most:
+        raise CheckpointError(f"requires --layers from 1 to {most} with {preset.name}; got {layers}")
+    if layers is not None and layers < most:
+        cut = f"{layers} of {most} layers" + (f"; {cut}" if cut else "")
+    n = layers or most
+    types = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(n)]
+    config = getattr(transformers, preset.config)(
+        **{**preset.sizes, "num_hidden_layers": n, "layer_types": types}
+    )
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = None
+    torch.manual_seed(seed)
+    wanted = getattr(torch, "float32" if dtype == "auto" else dtype)
+    with quiet(), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+        _slow_decays(model)
+    return Built(preset.name, model, cut)
+
+
+def _slow_decays(model: Any) -> None:
+    """Let the states remember, as trained ones do: freshly initialised they forget within a token or two.
+
+    A check of the results would then hardly see the state. As in Mamba 2: a time step drawn from 0.001 to 0.1 on a
+    logarithmic scale, through the inverse of softplus, with A from 1 to 16.
+    """
+    import torch
+
+    for module in model.modules():
+        if hasattr(module, "A_log") and hasattr(module, "dt_bias"):
+            step = torch.empty(module.dt_bias.shape).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            module.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+            module.A_log.copy_(torch.empty(module.A_log.shape).uniform_(1, 16).log())

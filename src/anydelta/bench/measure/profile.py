@@ -1,0 +1,234 @@
+"""Where the time of a model goes: the own time of each part, from timers around its modules and functions.
+
+A clock is read whenever a part begins or ends, and the time in between is charged to the innermost part that is open.
+Linear layers inside a linear attention layer are its projections; what remains of that layer is its mixer: convolution,
+gates, rule and gated norm, and whatever is copied between them. Where anydelta runs all of that as one operator, it is
+one part. Reading clocks costs some microseconds a module, which is why the speeds of the table come from runs
+without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..commands.model import CompiledRunner, Part, Prepared, TransformersRunner, interleave
+from .presets import Built
+
+CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
+MIXER = (CONV, RULE, NORM, GLUE)
+"""The parts of a linear attention layer beside its projections."""
+
+MIXER_TOTAL = "mixer in all"
+ORDER = (
+    "embedding", "norms", "linear attention projections", *MIXER, MIXER_TOTAL, "attention projections", "attention",
+    "mlp", "lm_head", "rest", "total",
+)  # fmt: skip
+"""rest: residual additions, masks, rotary tables, cache bookkeeping, Python between the modules."""
+
+
+class Clock:
+    """Time by part, exclusive: what is charged to a part is not charged to the one around it."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._last = 0.0
+
+    def begin(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.spent[self._open[-1]] += now - self._last
+        self._open.append(part)
+        self._last = now
+
+    def end(self) -> None:
+        now = time.perf_counter()
+        self.spent[self._open.pop()] += now - self._last
+        self._last = now
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.begin(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.end()
+
+        return timed
+
+
+def measure(
+    built: Built,
+    runs: Sequence[Prepared],
+    rounds: int,
+    dtype: str,
+    threads: int,
+    tell: Callable[[str, float], None],
+) -> list[Part]:
+    """The parts of the Transformers contenders, in rounds of their own; llama.cpp and graphs cannot be looked into."""
+    chosen = [
+        run
+        for run in runs
+        if isinstance(run.runner, TransformersRunner) and not isinstance(run.runner, CompiledRunner)
+    ]
+    samples = interleave(
+        [functools.partial(_sample, built.model, run) for run in chosen],
+        rounds,
+        lambda text, share: tell(f"profile, {text}", share),
+    )
+    test = chosen[0].test
+    each, unit = (1, "ms per prompt") if test.kind == "pp" else (test.n, "ms per token")
+    found = []
+    for part in ORDER:
+        times = [[1e3 * s.get(part, 0.0) / each for s in one] for one in samples]
+        if not any(any(one) for one in times):
+            continue
+        ms = {run.runner.name: statistics.median(one) for run, one in zip(chosen, times, strict=True)}
+        ratio = None
+        if len(times) > 1 and all(times[1]):
+            ratio = statistics.median(a / b for a, b in zip(times[0], times[1], strict=True))
+        found.append(Part(built.name, dtype, threads, test.name, part, unit, ms, ratio))
+    return found
+
+
+def _sample(model: Any, run: Prepared) -> dict[str, float]:
+    clock = Clock()
+    with run.runner.running(), _watched(model, clock):  # type: ignore[attr-defined]
+        total = run()
+    spent = dict(clock.spent)
+    spent["rest"] = total - sum(spent.values())
+    spent[MIXER_TOTAL] = sum(spent.get(part, 0.0) for part in MIXER)
+    spent["total"] = total
+    return spent
+
+
+@contextmanager
+def _watched(model: Any, clock: Clock) -> Iterator[None]:
+    """Timers around every call of a module that is a part, and around the functions that a mixer looks up."""
+    undo = (_time_functions(model, clock), _time_modules(model, clock))
+    try:
+        yield
+    finally:
+        for one in reversed(undo):
+            one()
+
+
+def _time_modules(model: Any, clock: Clock) -> Callable[[], None]:
+    """Around the whole call, so that what nn.Module does about a forward counts as that part's own.
+
+    In the class, because a hook or a forward in a layer would make enable() leave it alone, and costs 20 us a module.
+    """
+    from torch import nn
+
+    call = nn.Module.__call__
+    chosen = {id(module): part for module, part in parts(model)}
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        part = chosen.get(id(self))
+        if part is None:
+            return call(self, *args, **kwargs)
+        clock.begin(part)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            clock.end()
+
+    nn.Module.__call__ = timed  # type: ignore[method-assign]
+
+    def restore() -> None:
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+
+    return restore
+
+
+def parts(model: Any) -> list[tuple[Any, str]]:
+    """Modules and the part that each of them is; modules inside one of these may be another part."""
+    from torch import nn
+
+    linear: Any = _linear_attention(model)
+    base = model.base_model
+    found: list[tuple[Any, str]] = [(base.get_input_embeddings(), "embedding"), (base.norm, "norms")]
+    if (head := model.get_output_embeddings()) is not None:
+        found.append((head, "lm_head"))
+    for layer in base.layers:
+        for name, module in layer.named_children():
+            if isinstance(module, linear):
+                found += _inside(module, GLUE, "linear attention projections")
+                found += [(m, NORM) for child, m in module.named_children() if "norm" in child]
+            elif "attn" in name:
+                found += _inside(module, "attention", "attention projections")
+            elif "norm" in name:
+                found.append((module, "norms"))
+            elif isinstance(module, nn.Module):
+                found.append((module, "mlp"))
+    return found
+
+
+def _inside(module: Any, own: str, projections: str) -> list[tuple[Any, str]]:
+    from torch import nn
+
+    return [(module, own)] + [(m, projections) for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def _linear_attention(model: Any) -> tuple[Any, ...]:
+    """The layer class of the model's own family."""
+    return tuple(layer for layer, _, _ in _families(model))
+
+
+def _families(model: Any) -> list[tuple[Any, Any, Any]]:
+    """(layer class, module, family) of the families that the model has layers of."""
+    import sys
+
+    from ...integrations.transformers import FAMILIES
+
+    found = []
+    for family in FAMILIES:
+        module = sys.modules.get(family.module)
+        layer = getattr(module, family.layer, None)
+        if layer is not None and any(isinstance(m, layer) for m in model.modules()):
+            found.append((layer, module, family))
+    return found
+
+
+def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:
+    """Put timers around rule and convolution, wherever the model's layers look them up now."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    for layer, module, family in _families(model):
+        scopes = [vars(module)]
+        for m in model.modules():
+            if isinstance(m, layer):
+                scopes += _scopes(m.forward, set(family.functions))
+        for scope in {id(s): s for s in scopes}.values():
+            for name in family.functions:
+                part = CONV if "conv" in name else RULE
+                undo.append((scope, name, scope[name]))
+                scope[name] = clock.wrap(part, scope[name])
+
+    def restore() -> None:
+        for scope, name, function in undo:
+            scope[name] = function
+
+    return restore
+
+
+def _scopes(function: Any, names: set[str], depth: int = 8) -> list[dict[str, Any]]:
+    """The globals of a forward and of what it wraps, where those have the functions."""
+    import types
+
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType) or depth == 0:
+        return []
+    found = [function.__globals__] if names <= function.__globals__.keys() else []
+    for cell in function.__closure__ or ():
+        try:
+            found += _scopes(cell.cell_contents, names, depth - 1)
+        except ValueError:  # an empty cell
+            continue
+    return found

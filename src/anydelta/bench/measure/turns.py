@@ -1,0 +1,141 @@
+"""What the small measurements share: inputs, the oracle's check, the bare kernel, and calls timed in turns.
+
+overhead.py, threads.py, rollback.py and aoti.py measure with it. As in ops.py, results are checked before anything is
+timed, everything runs in one process in turns (A B C, B C A, ...), and the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ...rule import reference
+from ...terminal import Failed, Refused
+from ..commands.ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
+
+Progress = Callable[[str, float], None]
+
+
+def extension() -> Any:
+    try:
+        from ... import _core
+    except ImportError as error:
+        raise Refused(f"the extension anydelta._core is not built or does not load ({error})") from None
+    return _core
+
+
+def make_inputs(*, T: int, HV: int, D: int) -> dict[str, Any]:
+    """Inputs on which a state settles, so that thousands of calls meet neither overflow nor subnormals."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, np.float32)
+
+    k = normal(1, T, HV, D)
+    return dict(
+        q=normal(1, T, HV, D),
+        k=k / np.linalg.norm(k, axis=-1, keepdims=True),
+        v=normal(1, T, HV, D),
+        g=-rng.uniform(0.05, 0.5, (1, T, HV)).astype(np.float32),
+        beta=rng.uniform(0.2, 0.8, (1, T, HV)).astype(np.float32),
+        state=normal(1, HV, D, D),
+    )
+
+
+def tensors(x: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(a.copy()) for name, a in x.items()}
+
+
+def oracle(x: dict[str, Any]) -> tuple[Any, Any]:
+    y = {name: a.astype(np.float64) for name, a in x.items()}
+    state = y.pop("state")
+    want = reference.gated_delta_rule(**y, initial_state=state)
+    return want.o, want.state
+
+
+def check(name: str, got: tuple[Any, Any], want: tuple[Any, Any]) -> float:
+    error = max(nmse(np.asarray(a), b) for a, b in zip(got, want, strict=True))
+    if not error <= NMSE:
+        raise Failed(f"{name}: NMSE must be at most {NMSE:.0e}; got {error:.1e}")
+    return error
+
+
+def bare_kernel(
+    t: dict[str, Any], *, threads: int, share_openmp: bool
+) -> tuple[Callable[[], None], Any, Any]:
+    """(call, o, state): the extension itself on these tensors in place, every address ready."""
+    import torch
+
+    from ...backends.cpu.host import BACKEND
+    from ...rule.spec import Call, Options, check_call
+
+    core = extension()
+    call = Call(t["q"], t["k"], t["v"], t["g"], t["beta"], t["state"])
+    spec = check_call(call, Options(op="gated_delta_rule_"), inplace=True)
+    native = BACKEND.prepare(spec, call).native
+    o = torch.empty_like(t["v"])
+    arrays = (t["q"], t["k"], t["v"], t["g"], t["beta"], o, t["state"], t["state"])
+    addresses = (*(x.data_ptr() for x in arrays), 0, 0, 0, 0, 0, 0, 0)
+
+    def run(keep: Any = arrays) -> None:  # the arrays must outlive their addresses
+        core.run(native, threads, share_openmp, *addresses)
+
+    return run, o, t["state"]
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], settings: Settings, progress: Progress
+) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
+    """(us per call by round, calls per sample, CPU share of other work); the garbage collector rests meanwhile."""
+    repeats = {name: _calibrate(call, settings.sample_seconds) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    others = Others()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(settings.rounds):
+            progress(f"round {i + 1}", i / settings.rounds)
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                time.sleep(SETTLE_SECONDS)  # the last one's threads may still spin
+                calls[name]()
+                samples[name].append(1e6 * _time(calls[name], repeats[name]) / repeats[name])
+    finally:
+        if collecting:
+            gc.enable()
+    return samples, repeats, others.percent()
+
+
+def _calibrate(call: Callable[[], Any], seconds: float) -> int:
+    """How many calls make a sample."""
+    n = 1
+    while (took := _time(call, n)) < seconds / 4 and n < 1_000_000:
+        n = min(1_000_000, max(2 * n, int(n * seconds / max(took, 1e-7) / 2)))
+    return max(1, round(n * seconds / took)) if took > 0 else n
+
+
+def _time(call: Callable[[], Any], n: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    return time.perf_counter() - start

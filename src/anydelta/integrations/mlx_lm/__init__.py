@@ -1,0 +1,265 @@
+"""anydelta as the recurrence of mlx-lm's hybrid models.
+
+    import anydelta.integrations.mlx_lm as adm
+
+    adm.enable()                  # every model, loaded already or not yet
+    with adm.enable(): ...        # for the length of the block
+    adm.disable()                 # what mlx-lm had before
+
+Each model module of mlx-lm looks up `gated_delta_update` by name when a layer runs; `enable()` puts ours there. A call
+that anydelta does not take goes on to the function that was there, and `status()` says which and why.
+
+`enable()` also lets these models draft: mlx-lm's `speculative_generate_step` (and `generate` and `stream_generate` with
+a `draft_model`) requires caches that can be trimmed, which a recurrent state cannot. Ours gives each linear attention
+layer a `RollbackCache` for the time of the generation. `make_prompt_cache(model, rollback=8)` makes such caches for
+loops of one's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..switch import LOCK, Patch, Place, Switch, guarded
+
+OLDEST, NEWEST = (0, 32), (0, 32)
+SUPPORTED = "mlx-lm 0.32"
+"""The releases whose hooks are known. Before 0.32 the models normalise q and k with another epsilon."""
+_INSTALL = "pip install 'anydelta[mlx-lm]'"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its linear attention."""
+
+    name: str
+    layer: str
+    """The class of the linear attention layer, whose cache's last slot is the recurrent state."""
+    convolutions: tuple[str, ...]
+    """Per slot of the layer's cache: the path to the convolution whose last inputs the slot holds."""
+
+    @property
+    def module(self) -> str:
+        return f"mlx_lm.models.{self.name}"
+
+
+_THREE = ("q_conv1d", "k_conv1d", "v_conv1d")
+FAMILIES: tuple[Family, ...] = (
+    Family("qwen3_next", "Qwen3NextGatedDeltaNet", ("conv1d",)),
+    Family("qwen3_5", "GatedDeltaNet", ("conv1d",)),  # and qwen3_5_moe, which uses its layers
+    Family("kimi_linear", "KimiDeltaAttention", ("q_conv.conv", "k_conv.conv", "v_conv.conv")),
+    Family("olmo_hybrid", "GatedDeltaNet", _THREE),
+)
+_PARAMETERS = [
+    "q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "mask", "use_kernel", "lower_bound", "allow_neg_eigval",
+]  # fmt: skip
+"""Of mlx-lm's gated_delta_update."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether ours are in place, and what became of the calls since the process began."""
+
+    mlx_lm: str
+    enabled: bool
+    families: tuple[str, ...]
+    taken: int
+    """Calls that anydelta ran."""
+    passed_on: dict[str, int] = field(default_factory=dict)
+    """Calls that went on to mlx-lm, by reason."""
+
+    def __str__(self) -> str:
+        lines = [f"mlx-lm {self.mlx_lm} ({', '.join(self.families)}): {'on' if self.enabled else 'off'}"]
+        lines.append(f"taken: {self.taken}")
+        lines += [f"passed on: {why} x {n}" for why, n in self.passed_on.items()]
+        return "\n".join(lines)
+
+
+def enable() -> Switch:
+    """Run the linear attention of mlx-lm's models on anydelta. Enabling twice is enabling once.
+
+    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
+    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
+
+    Raises:
+        ImportError: mlx or mlx-lm is missing, or its version is not one of those supported.
+        RuntimeError: the version is right but its functions are not those it is known for.
+    """
+    return _switch(True)
+
+
+def disable() -> Switch:
+    """Undo `enable()`: mlx-lm gets back what it had. Nothing happens if it was not enabled.
+
+    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
+    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+
+    Raises:
+        ImportError, RuntimeError: as `enable`.
+    """
+    return _switch(False)
+
+
+def status() -> Status:
+    """What is replaced, and how many calls went where."""
+    _hooks()
+    return Status(
+        importlib.import_module("mlx_lm").__version__,
+        _everywhere.on,
+        tuple(f.name for f in FAMILIES),
+        _taken["gated_delta_update"],
+        dict(_passed_on),
+    )
+
+
+def make_prompt_cache(model: Any, rollback: int) -> list[Any]:
+    """A prompt cache whose last `rollback` tokens mlx-lm's `trim_prompt_cache` can take back, exactly.
+
+    Memory: per linear attention layer and sequence, `rollback` states more than mlx-lm's cache. Whatever calls the
+    model must do so while anydelta is enabled.
+
+    Raises:
+        ValueError: rollback < 1, or a layer's cache cannot be made so.
+        ImportError, RuntimeError: as `enable`.
+    """
+    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
+        raise ValueError(f"make_prompt_cache: rollback must be a number of tokens >= 1; got {rollback!r}")
+    _hooks()
+    caches = importlib.import_module("mlx_lm.models.cache").make_prompt_cache(model)
+    _make_trimmable(caches, [model], rollback)
+    stuck = [f"{i} ({type(c).__name__})" for i, c in enumerate(caches) if not c.is_trimmable()]
+    if stuck:
+        raise ValueError(
+            f"make_prompt_cache: requires layers whose caches can be trimmed, or linear attention of "
+            f"{', '.join(f.name for f in FAMILIES)}; got {type(model).__module__} with layers {', '.join(stuck)}"
+        )
+    return list(caches)
+
+
+# ---- What is replaced
+
+_taken: Counter[str] = Counter()
+_passed_on: Counter[str] = Counter()
+
+
+def _switch(on: bool) -> Switch:
+    with LOCK:
+        _hooks()
+        return Switch(on, [_everywhere])
+
+
+def _set_everywhere(on: bool) -> list[str]:
+    warnings: list[str] = []
+    for patch in _hooks():
+        if on:
+            patch.put()
+        else:
+            warnings += patch.take()
+    return warnings
+
+
+_everywhere = Place(_set_everywhere)
+
+
+def _guarded(make: Callable[..., Any], *more: Any) -> Callable[[Any], Any]:
+    return lambda theirs: guarded(theirs, make(theirs, *more), _everywhere)
+
+
+@functools.cache
+def _hooks() -> tuple[Patch, ...]:
+    """All of them, after a check that they are the known ones."""
+    _check_version()
+    functions = importlib.import_module("anydelta.integrations.mlx_lm.functions")
+    hooks = []
+    problems = []
+    for family in FAMILIES:
+        module = importlib.import_module(family.module)
+        update, layer = getattr(module, "gated_delta_update", None), getattr(module, family.layer, None)
+        if layer is None or update is None or list(inspect.signature(update).parameters) != _PARAMETERS:
+            problems.append(family.module)
+            continue
+        hooks.append(Patch(module, "gated_delta_update", _guarded(functions.update, _taken, _passed_on)))
+        hooks.append(Patch(layer, "__call__", _guarded(functions.layer, family.convolutions)))
+    generate = importlib.import_module("mlx_lm.generate")
+    name = "speculative_generate_step"
+    if not {"model", "draft_model", "num_draft_tokens", "prompt_cache"} <= set(_parameters(generate, name)):
+        problems.append("mlx_lm.generate")
+    if problems:
+        raise RuntimeError(
+            f"anydelta.integrations.mlx_lm: requires the hooks of {SUPPORTED}; got other ones in "
+            f"{', '.join(problems)}. Install a supported version, or report this one"
+        )
+    hooks.append(Patch(generate, name, _drafting))
+    return tuple(hooks)
+
+
+def _parameters(module: types.ModuleType, name: str) -> list[str]:
+    found = getattr(module, name, None)
+    return [] if found is None else list(inspect.signature(found).parameters)
+
+
+def _check_version() -> None:
+    try:
+        importlib.import_module("mlx.core")
+        text = importlib.import_module("mlx_lm").__version__
+    except ImportError as error:
+        missing = error.name or "a module"
+        raise ImportError(
+            f"anydelta.integrations.mlx_lm: requires mlx and {SUPPORTED}; got no {missing}. {_INSTALL}"
+        ) from error
+    parts = text.split(".")
+    version = (int(parts[0]), int(parts[1])) if len(parts) > 1 and (parts[0] + parts[1]).isdigit() else (0, 0)
+    if not OLDEST <= version <= NEWEST:
+        raise ImportError(f"anydelta.integrations.mlx_lm: requires {SUPPORTED}; got {text}. {_INSTALL}")
+
+
+# ---- Drafting
+
+
+def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """speculative_generate_step, with caches of hybrid models that can be trimmed while it runs."""
+    signature = inspect.signature(theirs)
+    make_cache = importlib.import_module("mlx_lm.models.cache").make_prompt_cache
+
+    @functools.wraps(theirs)
+    def speculative_generate_step(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        if not _everywhere.on:  # now that it begins
+            yield from theirs(*args, **kwargs)
+            return
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        models = [call.arguments["model"], call.arguments["draft_model"]]
+        caches = call.arguments["prompt_cache"]
+        if caches is None:
+            caches = [c for model in models for c in make_cache(model)]
+        plain = _make_trimmable(caches, models, max(call.arguments["num_draft_tokens"], 1))
+        call.arguments["prompt_cache"] = caches
+        try:
+            yield from theirs(*call.args, **call.kwargs)
+        finally:  # what could be taken back no longer can: the caller's caches are as mlx-lm made them
+            for place, cache in plain.items():
+                cache.state = caches[place].state
+                caches[place] = cache
+
+    return speculative_generate_step
+
+
+def _make_trimmable(caches: list[Any], models: list[Any], rollback: int) -> dict[int, Any]:
+    """Put a RollbackCache in the place of each linear attention layer's cache. Returns those that were there."""
+    from .cache import RollbackCache
+
+    ArraysCache = importlib.import_module("mlx_lm.models.cache").ArraysCache
+    kinds = tuple(getattr(importlib.import_module(f.module), f.layer) for f in FAMILIES)
+    layers = [layer for model in models for layer in model.layers]
+    replaced = {}
+    for place, (cache, layer) in enumerate(zip(caches, layers, strict=False)):
+        if type(cache) is ArraysCache and any(isinstance(m, kinds) for m in layer.modules()):
+            replaced[place] = cache
+            caches[place] = RollbackCache.of(cache, rollback)
+    return replaced

@@ -1,0 +1,452 @@
+"""anydelta as the fast path of Hugging Face Transformers.
+
+    import anydelta.integrations.transformers as adt
+
+    adt.enable()                  # every model, built already or not yet
+    adt.enable(model)             # the linear attention layers of one model only
+    with adt.enable(): ...        # for the length of the block
+    adt.disable()                 # what Transformers had before
+
+Transformers looks up four functions by name each time a linear attention layer runs (the rule over a whole
+sequence, the rule for one token, and the causal convolution in the same two forms). `enable()` puts ours in
+their place in the modules; `enable(model)` gives each layer of the model a class whose forward finds ours instead. A
+call that anydelta does not take goes on to the function that was there. `status()` says what is replaced, how
+many calls were taken, and why the others were not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...core import dispatch
+from ..switch import LOCK, Patch, Place, Switch, guarded, stock, warn
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .packed_matrices import Packed
+
+OLDEST, NEWEST = (5, 15), (5, 23)
+"""The Transformers releases whose hooks are known. Before 5.15 each layer binds the functions when it is built."""
+SUPPORTED = "transformers 5.15 to 5.23"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its linear attention, and which of our functions stands in for which of its."""
+
+    name: str
+    layer: str
+    """The class of the linear attention layer."""
+    chunk: str
+    recurrent: str
+    since: tuple[int, int] = OLDEST
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.name}.modeling_{self.name}"
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """The module's name of each function: the maker in transformers_functions of ours."""
+        return {
+            self.chunk: "chunk_rule",
+            self.recurrent: "recurrent_rule",
+            "causal_conv1d_fn": "conv",
+            "causal_conv1d_update": "conv_update",
+        }
+
+
+_GDA = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+_KDA = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+FAMILIES: tuple[Family, ...] = (
+    Family("qwen3_next", "Qwen3NextGatedDeltaNet", *_GDA),
+    Family("qwen3_5", "Qwen3_5GatedDeltaNet", *_GDA),
+    Family("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", *_GDA),
+    Family("olmo_hybrid", "OlmoHybridGatedDeltaNet", *_GDA),
+    Family("kimi_linear", "KimiLinearDeltaAttention", *_KDA, since=(5, 17)),
+)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is replaced now, and what became of the calls since the process began."""
+
+    transformers: str
+    everywhere: bool
+    """Whether `enable()` is in force."""
+    families: tuple[str, ...]
+    """Those that this Transformers has."""
+    layers: tuple[str, ...] = ()
+    """Of the model given: the layers that run ours, by their names."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Calls that anydelta ran, by function."""
+    passed_on: dict[str, int] = field(default_factory=dict)
+    """Calls that went on to Transformers, by function and reason. Code under torch.compile is not counted."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"transformers {self.transformers} ({', '.join(self.families) or 'no supported family'})",
+            f"all models: {'on' if self.everywhere else 'off'}",
+        ]
+        if self.layers:
+            lines.append(f"this model: {len(self.layers)} layers run anydelta: {', '.join(self.layers)}")
+        lines += [f"taken: {name} x {n}" for name, n in self.taken.items()]
+        lines += [f"passed on: {why} x {n}" for why, n in self.passed_on.items()]
+        return "\n".join(lines)
+
+
+def enable(model: nn.Module | None = None) -> Switch:
+    """Run the linear attention of all models, or of one, on anydelta. Enabling twice is enabling once.
+
+    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
+    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
+
+    Raises:
+        ImportError: Transformers or torch is missing, or its version is not one of those supported.
+        RuntimeError: the version is right but its functions are not those it is known for.
+        TypeError, ValueError: `model` is no torch.nn.Module, or has no layer that anydelta knows.
+    """
+    with LOCK:
+        bound = _families()
+        _warn_without_backend()
+        if model is None:
+            return Switch(True, [_everywhere])
+        layers = _layers(model, bound, "enable")
+        switch = Switch(True, _places(model, layers, bound))
+        _warn_of_strangers(layers)
+        return switch
+
+
+def disable(model: nn.Module | None = None) -> Switch:
+    """Undo `enable()`, or `enable(model)`: Transformers gets back what it had. Nothing happens if it was not enabled.
+
+    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
+    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+
+    Raises:
+        ValueError: `disable(model)` while all models are enabled, which a single model cannot escape.
+    """
+    with LOCK:
+        bound = _families()
+        if model is None:
+            return Switch(False, [_everywhere])
+        if _everywhere.on:
+            raise ValueError(
+                "disable: requires that anydelta is not enabled for all models; got disable(model) under enable(). "
+                "Call disable(), then enable(other_model) for each model that is to keep it"
+            )
+        return Switch(False, _places(model, _layers(model, bound, "disable"), bound))
+
+
+def pack(model: nn.Module) -> Packed:
+    """Compute a model's matrices on a CPU with oneDNN, on a second copy of their weights in its layout.
+
+    This is not anydelta's: it is what torch has and F.linear does not use. `off()` of the result, or its end as a
+    block, puts back what was before. See .transformers_packed.
+
+    Raises:
+        TypeError, ValueError: `model` is no torch.nn.Module, or has no nn.Linear in float32 or bfloat16 on the CPU.
+        RuntimeError: this torch has no oneDNN.
+    """
+    from .packed_matrices import pack
+
+    return pack(model)
+
+
+def status(model: nn.Module | None = None) -> Status:
+    """What is replaced, in all models and in the given one, and how many calls went where."""
+    from .classes import runs_ours
+
+    with LOCK:
+        bound = _families()
+        layers = [] if model is None else _layers(model, bound, "status")
+        return Status(
+            transformers=importlib.import_module("transformers").__version__,
+            everywhere=_everywhere.on,
+            families=tuple(b.family.name for b in bound),
+            layers=tuple(name for name, layer, _ in layers if runs_ours(layer)),
+            taken=dict(_taken),
+            passed_on=dict(_passed_on),
+        )
+
+
+# ---- What is replaced
+
+_bound: list[_Bound] | None = None
+_taken: Counter[str] = Counter()
+_passed_on: Counter[str] = Counter()
+
+
+def _set_everywhere(on: bool) -> list[str]:
+    warnings: list[str] = []
+    for b in _families():
+        for patch in b.patches():
+            if on:
+                patch.put()
+            else:
+                warnings += patch.take()
+    return warnings
+
+
+_everywhere = Place(_set_everywhere)
+
+
+@dataclass
+class _Bound:
+    """A family in the running Transformers: what is put into its module and classes."""
+
+    family: Family
+    module: types.ModuleType
+    layer: type[nn.Module]
+    functions: dict[str, Patch] = field(default_factory=dict)
+    """By the name in the module."""
+    dressed: dict[type, type] = field(default_factory=dict)
+    """Classes for single modules, by those that they stand for."""
+
+    def __post_init__(self) -> None:
+        from . import functions as transformers_functions
+        from .classes import KEPT, Rewired
+
+        for name, maker in self.family.functions.items():
+            make = getattr(transformers_functions, maker)
+            self.functions[name] = Patch(self.module, name, functools.partial(self._function, make, name))
+        classes = [c for c in vars(self.module).values() if isinstance(c, type) and hasattr(c, "generate")]
+        self.generating = tuple(c for c in classes if c.__module__ == self.module.__name__)
+        """The family's models that have `generate`."""
+        self.forward = Patch(self.layer, "forward", self._forward)
+        self.kept = Patch(self.layer, KEPT, lambda _: Rewired())
+        self.hooks = [
+            Patch(owner, name, functools.partial(_hook, name))
+            for owner in self.generating
+            for name in _hooks()
+        ]
+        self.learn()
+
+    def patches(self) -> Iterator[Patch]:
+        """All that `enable()` puts in place."""
+        self.learn()
+        yield from (*self.functions.values(), self.forward, self.kept, *self.hooks)
+
+    def learn(self) -> None:
+        """Look at what is there now, unless that is ours or already known."""
+        news = [patch.learn() for patch in (*self.functions.values(), self.forward)]
+        if any(news):
+            self.dressed = {}
+
+    def _function(self, make: Callable[..., Any], name: str, theirs: Any) -> Any:
+        ours = make(theirs, f"{self.family.name}.{name}", _taken, _passed_on)
+        return guarded(theirs, ours, _everywhere)
+
+    def _forward(self, theirs: Any) -> Any:
+        return guarded(theirs, self._fused(theirs), _everywhere, name="forward")
+
+    def _fused(self, theirs: Any) -> Any:
+        from .layer import fused
+
+        return fused(theirs, self.family.name, _taken, _passed_on)
+
+    def dress(self, base: type) -> type:
+        """The class that `enable(model)` gives a layer, or a part that generates, in the place of `base`."""
+        from .classes import dressed, is_dressed
+
+        if is_dressed(base):
+            return base
+        self.learn()
+        if base not in self.dressed:
+            self.dressed[base] = dressed(base, self._methods(base), _everywhere)
+        return self.dressed[base]
+
+    def _methods(self, base: type) -> dict[str, Any]:
+        if not issubclass(base, self.layer):
+            return {name: make(stock(getattr(base, name))) for name, make in _hooks().items()}
+        if stock(base.forward) is not self.forward.theirs:
+            return {}  # a subclass with a forward of its own
+        ours = {name: patch.ours.anydelta.ours for name, patch in self.functions.items()}
+        own = _with_globals(self.forward.theirs, self.module, ours)
+        if own is None:
+            raise RuntimeError(
+                f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
+                f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
+            )
+        return {"forward": self._fused(own)}
+
+
+def _hooks() -> dict[str, Any]:
+    from .generate import HOOKS
+
+    return HOOKS
+
+
+def _hook(name: str, theirs: Any) -> Any:
+    return guarded(stock(theirs), _hooks()[name](stock(theirs)), _everywhere, name=name)
+
+
+def _families() -> list[_Bound]:
+    """The families of the running Transformers, found once."""
+    global _bound
+    if _bound is None:
+        version = _version()
+        found = [_bind(f) for f in FAMILIES if version >= f.since]
+        _bound = found
+    return _bound
+
+
+def _version() -> tuple[int, int]:
+    install = "pip install 'transformers>=5.15,<5.24'"
+    try:
+        importlib.import_module("torch")
+        text = importlib.import_module("transformers").__version__
+    except ImportError as error:
+        missing = error.name or "a module"
+        raise ImportError(
+            f"anydelta.integrations.transformers: requires torch and {SUPPORTED}; got no {missing}. {install}"
+        ) from error
+    parts = text.split(".")
+    version = (int(parts[0]), int(parts[1])) if len(parts) > 1 and (parts[0] + parts[1]).isdigit() else (0, 0)
+    if not OLDEST <= version <= NEWEST:
+        raise ImportError(
+            f"anydelta.integrations.transformers: requires {SUPPORTED} (kimi_linear from 5.17); got {text}. {install}"
+        )
+    return version
+
+
+def _bind(family: Family) -> _Bound:
+    """The family's module, after checking that its hooks are the known ones.
+
+    Raises:
+        RuntimeError: a name is missing, or takes other parameters than the function we would put in its place.
+    """
+    from .classes import LAYERS
+
+    module = importlib.import_module(family.module)
+    problems = [n for n in (*family.functions, family.layer) if not hasattr(module, n)]
+    if not problems:
+        bound = _Bound(family, module, getattr(module, family.layer))
+        for name, patch in bound.functions.items():
+            theirs = patch.theirs
+            if not inspect.isroutine(
+                theirs
+            ):  # a module that the kernels library put there: it takes anything
+                continue
+            want, got = _parameters(patch.ours.anydelta.ours), _parameters(inspect.unwrap(theirs))
+            if got[: len(want)] != want:
+                problems.append(f"{name}({', '.join(got)})")
+        if not problems:
+            LAYERS.add(bound.layer)
+            return bound
+    raise RuntimeError(
+        f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got {family.module} with other or "
+        f"missing {'; '.join(problems)}. Install a supported version, or report this one"
+    )
+
+
+def _parameters(f: Callable[..., Any]) -> list[str]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    signature = inspect.signature(f, follow_wrapped=False)
+    return [p.name for p in signature.parameters.values() if p.kind not in kinds]
+
+
+# ---- One model
+
+
+def _layers(model: Any, bound: list[_Bound], op: str) -> list[tuple[str, nn.Module, _Bound]]:
+    """The linear attention layers of a model."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{op}: requires a torch.nn.Module, or nothing for all models; got {type(model).__name__}"
+        )
+    found = [
+        (name, module, b)
+        for name, module in model.named_modules()
+        for b in bound
+        if isinstance(module, b.layer)
+    ]
+    if not found:
+        families = ", ".join(b.family.name for b in bound)
+        raise ValueError(
+            f"{op}: requires a model with gated delta rule layers ({families}); got {type(model).__name__}, "
+            "which has none. Nothing is gained there"
+        )
+    return found
+
+
+def _places(
+    model: nn.Module, layers: list[tuple[str, nn.Module, _Bound]], bound: list[_Bound]
+) -> list[Place]:
+    """The model's layers and the parts of it that generate. Raises before anything is changed."""
+    from .classes import place
+
+    modules = [(layer, b) for _, layer, b in layers]
+    modules += [(m, b) for m in model.modules() for b in bound if isinstance(m, b.generating)]
+    for module, b in modules:
+        b.dress(type(module))
+    return [place(module, b.dress) for module, b in modules]
+
+
+def _warn_of_strangers(layers: list[tuple[str, nn.Module, _Bound]]) -> None:
+    from .classes import runs_ours
+
+    for kind in {type(layer).__name__ for _, layer, _ in layers if not runs_ours(layer)}:
+        warn(f"anydelta: a {kind} already has a forward of its own (a kernel?), which stays")
+
+
+def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, Any]) -> Any:
+    """The same function, decorators included, looking up `replaced` before the names of its module.
+
+    Returns None if no function of that module is inside.
+    """
+    if function.__globals__ is module.__dict__:
+        # Without __name__ torch.compile reads these globals and not those of the module of that name.
+        scope = {name: value for name, value in vars(module).items() if name != "__name__"} | replaced
+        return _copy_function(function, scope, function.__closure__)
+    for i, cell in enumerate(
+        function.__closure__ or ()
+    ):  # a decorator's wrapper holds what it wraps in a cell
+        inner = cell.cell_contents
+        if isinstance(inner, types.FunctionType) and (changed := _with_globals(inner, module, replaced)):
+            cells = list(function.__closure__)
+            cells[i] = types.CellType(changed)
+            copy = _copy_function(function, function.__globals__, tuple(cells))
+            if hasattr(copy, "__wrapped__"):
+                copy.__wrapped__ = changed
+            return copy
+    return None
+
+
+def _copy_function(function: Any, scope: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Any:
+    copy: Any = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, closure
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(copy, name, getattr(function, name))
+    return copy
+
+
+def _warn_without_backend() -> None:
+    from .functions import NATIVE_DEVICES
+
+    if not NATIVE_DEVICES and dispatch.forced_by_env() is None:
+        reasons = "; ".join(
+            f"{n}: {r}"
+            for n in dispatch.NAMES
+            if n != "reference"
+            for r in dispatch.get_backend(n).available()
+        )
+        warnings.warn(
+            f"anydelta: no native backend runs here, so Transformers keeps its own functions ({reasons})",
+            RuntimeWarning,
+            stacklevel=3,
+        )

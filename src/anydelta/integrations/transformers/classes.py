@@ -1,0 +1,166 @@
+"""One module that runs ours while others of its class do not: it gets a class of its own, by the same name.
+
+The class is derived from the module's and holds our methods. Nothing is written into the module itself: a pickle of it
+is that of the module without us, and a copy runs ours on its own weights. What others put into a module stays there:
+the hooks of accelerate, which keep the forward that they found, and wrappers around a forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..switch import LOCK, Place, guarded, held, mark, stock
+
+KEPT = "_old_forward"
+"""Where accelerate's hooks keep the forward of a module; their own stands in `forward`."""
+BASE = "_anydelta_base"
+"""Of a class that `dressed` made: the class it stands for."""
+LAYERS: set[type[nn.Module]] = set()
+"""The classes of linear attention layers of the families that are bound."""
+
+
+class Rewired:
+    """The class attribute `_old_forward`: a hook that found the stock forward, or ours, runs what the class has now."""
+
+    def __get__(self, module: Any, cls: Any = None) -> Any:
+        if module is None:
+            return self
+        try:
+            kept = module.__dict__[KEPT]
+        except KeyError:
+            raise AttributeError(KEPT) from None
+        now = type(module).forward
+        if getattr(kept, "__self__", None) is module and stock(kept.__func__) is stock(now):
+            return MethodType(now, module)
+        return kept
+
+    def __set__(self, module: Any, value: Any) -> None:
+        module.__dict__[KEPT] = value
+
+    def __delete__(self, module: Any) -> None:
+        if module.__dict__.pop(KEPT, None) is None:
+            raise AttributeError(KEPT)
+
+
+def dressed(base: type, methods: dict[str, Callable[..., Any]], everywhere: Place) -> type:
+    """A class like `base` with these methods of ours; each runs only while all models or its module are switched on."""
+
+    def is_on(self: Any, *_: Any) -> bool:
+        if type(self) is cls:
+            return True
+        # Off, unless someone derived a class from ours for this module (parametrizations do): that stays when we leave.
+        return isinstance(self, cls) and (torch.compiler.is_compiling() or _is_on(self))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # the later protocols insist on the very class
+        make, arguments, *rest = super(cls, self).__reduce_ex__(1)
+        return (make, tuple(base if x is cls else x for x in arguments), *rest)
+
+    def __copy__(self: Any) -> Any:
+        out = cls.__new__(type(self))
+        out.__setstate__(dict(self.__dict__))
+        return out
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = out = cls.__new__(type(self))
+        out.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return out
+
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    ours = {
+        name: guarded(stock(getattr(base, name)), method, everywhere, is_on, name)
+        for name, method in methods.items()
+    }
+    if "forward" in ours:
+        ours[KEPT] = Rewired()
+    cls: Any = type(base)(
+        base.__name__,
+        (base,),
+        names | ours | {f.__name__: f for f in (__reduce_ex__, __copy__, __deepcopy__)} | {BASE: base},
+    )
+    return cls  # type: ignore[no-any-return]
+
+
+_places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary()
+
+
+def place(module: nn.Module, dress: Callable[[type], type]) -> Place:
+    """Where calls of enable(module) and disable(module) stand; `dress` makes the module's class while it is on."""
+    with LOCK:
+        found = _places.get(module)
+        if found is None:  # a copy of a module that is on is on
+            change = functools.partial(_change, weakref.ref(module), dress)
+            found = _places[module] = Place(change, on=is_dressed(type(module)))
+        return found
+
+
+def _is_on(module: nn.Module) -> bool:
+    found = _places.get(module)
+    return found is None or found.on
+
+
+def is_dressed(kind: type) -> bool:
+    """Whether `dressed` made the class, or one that it is derived from."""
+    return any(BASE in vars(cls) for cls in kind.__mro__)
+
+
+def _change(module: weakref.ref[nn.Module], dress: Callable[[type], type], on: bool) -> tuple[str, ...]:
+    here = module()
+    if here is not None:
+        if on:
+            here.__class__ = dress(type(here))
+        elif not on and BASE in vars(type(here)):
+            here.__class__ = vars(type(here))[BASE]
+    return ()
+
+
+# ---- What a layer runs
+
+
+def runs_ours(layer: nn.Module) -> bool:
+    """Whether a call of the layer comes to our forward, as far as can be seen, and that is switched on."""
+    own = layer.__dict__
+    if KEPT in own:
+        found = [getattr(layer, KEPT)]
+    elif "forward" in own:
+        found = [own["forward"]]
+    else:
+        found = []
+        for cls in type(layer).__mro__:
+            if "forward" in vars(cls):
+                found.append(vars(cls)["forward"])
+                if "__class__" not in getattr(getattr(found[-1], "__code__", None), "co_freevars", ()):
+                    break  # it does not say super()
+    marks = [mark(g) for f in found for g in held(f, layer)]
+    return any(m.is_on(layer) for m in marks if m is not None)
+
+
+def require_ours(model: nn.Module) -> None:
+    """Refuse to draft where a layer does not run ours, so that nobody would record its states, or where Transformers
+    cannot draft with any model.
+
+    Raises:
+        ValueError: one of these.
+    """
+    instead = "or leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+    kinds: Any = tuple(LAYERS)
+    strangers = [name for name, m in model.named_modules() if isinstance(m, kinds) and not runs_ours(m)]
+    if strangers:
+        raise ValueError(
+            "generate: requires linear attention layers that run anydelta to draft tokens, since nobody else records "
+            f"states to go back to; got {type(model).__name__} with a forward of its own in {', '.join(strangers)}. "
+            f"Enable anydelta before the forward is wrapped, {instead}"
+        )
+    if getattr(getattr(model, "device", None), "type", None) == "meta":
+        raise ValueError(
+            "generate: requires a model whose first weights lie on a device to draft tokens, since Transformers puts "
+            f"the drafts there; got {type(model).__name__} with these offloaded. Keep the embedding on a device "
+            f"(device_map), {instead}"
+        )

@@ -1,0 +1,416 @@
+"""What `enable()` changes in `generate` of the hybrid families: drafts are verified, and rejected ones rolled back.
+
+Transformers refuses assisted generation for these families, since nothing can take a token out of a recurrent
+state. RollbackCache can. A call that drafts runs on a copy of the model that is made for this call, shares all its
+modules, and has the methods of `Drafting` before those of its class: nothing is written to what other threads use,
+and nothing stays behind when the call is cut short. `HOOKS` are the methods that are replaced in the models
+themselves; each maker takes the method that was there and returns ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+
+from .cache import RollbackCache
+from .classes import require_ours
+from .copies import copy_for_call
+from .mtp import Mtp, check_mtp
+
+Method = Callable[..., Any]
+
+SINCE = (5, 20)
+"""The first Transformers whose `generate` drafts as the methods here expect; earlier ones cannot read the MTP layers of
+these families, and crop caches otherwise."""
+
+
+_rounds: ContextVar[list[tuple[int, int]] | None] = ContextVar("_rounds", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[list[tuple[int, int]]]:
+    """The drafted and the accepted tokens of each verification that `generate` makes meanwhile, in this thread."""
+    found: list[tuple[int, int]] = []
+    token = _rounds.set(found)
+    try:
+        yield found
+    finally:
+        _rounds.reset(token)
+
+
+def generate(theirs: Method) -> Method:
+    """Run the calls that draft, those of a model that drafts for another, and those with a RollbackCache on a copy."""
+    names = list(inspect.signature(theirs).parameters)[1:]
+
+    @functools.wraps(theirs)
+    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Drafting):
+            return theirs(self, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        configs = (given.get("generation_config"), self.generation_config)
+        if (
+            given.get("assistant_model") is not None
+            or isinstance(given.get("past_key_values"), RollbackCache)
+            or any(given.get(name) or any(getattr(c, name, None) for c in configs) for name in _ASKED)
+        ):
+            cls: Any = type(self)
+            self = copy_for_call(self, _drafting(cls))
+        return theirs(self, *args, **kwargs)
+
+    return ours
+
+
+HOOKS: dict[str, Callable[[Method], Method]] = {"generate": generate}
+_ASKED = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "is_assistant")
+_INSTEAD = "Leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+
+
+@functools.cache
+def _drafting(cls: Any) -> Any:
+    """The class of models whose `generate` drafts. Its name is that of the model's class, which messages show."""
+    return type(
+        cls.__name__, (Drafting, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
+
+
+class Drafting(GenerationMixin):
+    """What `generate` does otherwise than in Transformers, for the length of a call."""
+
+    _is_stateful = False
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and _version() < SINCE:
+            raise ValueError(
+                f"generate: requires transformers {SINCE[0]}.{SINCE[1]} to 5.23 to draft tokens with "
+                f"{type(self).__name__}; got {transformers.__version__}. pip install 'transformers>=5.20,<5.24', or "
+                f"{_INSTEAD[0].lower()}{_INSTEAD[1:]}"
+            )
+        return super()._validate_generation_mode(generation_mode, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, *args: Any
+    ) -> Any:
+        """Make a RollbackCache where tokens may be dropped; one given by the user must be that."""
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.is_assistant:
+            require_ours(self)
+            if cache is None and _is_dynamic(generation_config):
+                cache = model_kwargs["past_key_values"] = self._rollback_cache()
+                cache.is_assistants = True
+                cache.activate_past_recording()
+            if isinstance(cache, RollbackCache):  # it drafts token by token, and is cropped afterwards
+                cache.rollback = generation_config.max_length
+                return None
+        elif generation_mode == GenerationMode.ASSISTED_GENERATION:
+            _check(self, generation_config, model_kwargs, batch_size)
+            if cache is None:
+                model_kwargs["past_key_values"] = self._rollback_cache()
+                return None
+        elif isinstance(cache, RollbackCache):
+            cache.stop_recording()
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, *args
+        )
+
+    def _rollback_cache(self) -> RollbackCache:
+        return RollbackCache(config=self.config.get_text_config(decoder=True))
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:  # Transformers looks for the parameter inputs_embeds
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, RollbackCache) and cache.is_assistants and not cache.get_seq_length():
+            cache.skip(input_ids.shape[1] - 2)  # it may be rolled back to the prompt's last token but one
+            kwargs["is_first_iteration"] = True  # so that it gets to see images
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _drafter(self, config: Any, assistant: Any, **options: Any) -> Any:
+        """What proposes tokens: the class for each way to draft."""
+        if config.assistant_early_exit is not None:
+            drafter: Any = EarlyExit(self, generation_config=config, **options)
+        elif config.use_mtp:
+            return Mtp(self, config, options["logits_processor"], options["input_ids"])
+        else:
+            drafter = self._get_candidate_generator(config, assistant_model=assistant, **options)
+        if isinstance(drafter, AssistedCandidateGenerator):
+            _only_draft(drafter)
+        return drafter
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        inputs_tensor: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode as Transformers' `_sample` does, with the logits of several tokens from each forward.
+
+        The tokens that a forward has verified pass one by one through the logits processors and the stopping
+        criteria, in the order and with the arguments of decoding without drafts.
+        """
+        drafter = self._drafter(
+            generation_config,
+            assistant_model,
+            input_ids=input_ids,
+            inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor,
+            target_tokenizer=tokenizer,
+            assistant_tokenizer=assistant_tokenizer,
+            model_kwargs=model_kwargs,
+        )
+        cache = model_kwargs["past_key_values"]
+        cache.activate_past_recording()
+        new = _new_tokens(input_ids, generation_config, model_kwargs)
+        cache.skip(new - 1)  # nobody will drop the prompt
+        record = Record(generation_config)
+        outputs, tokens, finished = None, 0, False
+        while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
+            if finished:  # other processes go on, and wait for this one's forward
+                self(input_ids=input_ids[:, -1:], use_cache=False)
+                continue
+            known = input_ids.shape[1]
+            ids, guesses = drafter.get_candidates(
+                input_ids,
+                model_kwargs=model_kwargs,
+                model_outputs=outputs,
+                is_first_iteration=outputs is None,
+                n_last_matches=tokens - 1,
+            )
+            room = generation_config.max_length - known - 1
+            if outputs is None and model_kwargs.get("inputs_embeds") is not None:
+                room = 0  # the prompt goes without tokens
+            drafts = ids.to(input_ids.device)[:, known : known + max(0, room)]
+            count = drafts.shape[1]
+            inputs = self.prepare_inputs_for_generation(
+                torch.cat((input_ids, drafts), 1),
+                next_sequence_length=count + (new if outputs is None else 1),
+                is_first_iteration=outputs is None,
+                **self._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=count),
+            )
+            if "logits_to_keep" in inputs:
+                inputs["logits_to_keep"] = count + 1
+            if isinstance(drafter, Mtp) and not inputs.get("output_hidden_states"):
+                inputs["output_hidden_states"] = drafter.hidden_states
+            cache.allow(count)
+            outputs = self(**inputs, return_dict=True)
+            logits = outputs.logits[:, -count - 1 :].to(
+                device=input_ids.device, dtype=torch.float32, copy=True
+            )
+            for tokens in range(1, count + 2):
+                row = logits[:, tokens - 1]
+                scores = logits_processor(input_ids, row.clone())
+                draft = drafts[:, tokens - 1 : tokens]
+                guess = None if guesses is None or tokens > count else guesses[:, tokens - 1].to(row)
+                token = _choose(scores, draft, guess, generation_config)
+                record.add(scores, row)
+                input_ids = torch.cat((input_ids, token), 1)
+                finished = bool(stopping_criteria(input_ids, record.scores).all())
+                if finished or tokens > count or not torch.equal(token, draft):
+                    break
+            record.add_layers(outputs, count, tokens)
+            cache.crop(tokens - count - 1)
+            if streamer is not None:
+                streamer.put(input_ids[:, known:].cpu())
+            drafter.update_candidate_strategy(input_ids, logits, tokens - 1)
+            if (found := _rounds.get()) is not None:
+                found.append((count, tokens - 1))
+            model_kwargs = self._update_model_kwargs_for_generation(
+                outputs, model_kwargs, num_new_tokens=tokens
+            )
+        if streamer is not None:
+            streamer.end()
+        if isinstance(drafter, AssistedCandidateGenerator):
+            settings = drafter.assistant_model.generation_config
+            if settings.num_assistant_tokens_schedule == "heuristic":  # which is kept from call to call
+                settings.num_assistant_tokens = drafter.num_assistant_tokens
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **record.kept)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _is_dynamic(config: Any) -> bool:
+    return config.use_cache is not False and config.cache_implementation in (None, "dynamic", "dynamic_full")
+
+
+def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
+    """Refuse what cannot be drafted for, before anything is touched."""
+    require_ours(model)
+    name, cache = type(model).__name__, model_kwargs.get("past_key_values")
+    if batch_size > 1:
+        raise ValueError(
+            f"generate: requires one sequence to draft tokens; got {batch_size}. Call it once for each, or "
+            f"{_INSTEAD[0].lower()}{_INSTEAD[1:]}"
+        )
+    if cache is None and not _is_dynamic(config):
+        got = (
+            "use_cache=False"
+            if config.use_cache is False
+            else f"cache_implementation={config.cache_implementation!r}"
+        )
+        raise ValueError(
+            f"generate: requires the cache that it makes by itself to draft tokens with {name}; got {got}. {_INSTEAD}"
+        )
+    if cache is not None and not isinstance(cache, RollbackCache):
+        raise ValueError(
+            f"generate: requires a RollbackCache to draft tokens with {name}; got "
+            f"{type(cache).__name__}, which cannot drop a token. Leave past_key_values out, or pass an "
+            "anydelta.integrations.transformers.cache.RollbackCache(config=model.config)"
+        )
+    depth = config.assistant_early_exit
+    if depth is not None:
+        text = model.config.get_text_config(decoder=True)
+        first = text.layer_types.index("full_attention") + 1
+        if not first <= depth <= text.num_hidden_layers:
+            raise ValueError(
+                f"generate: requires assistant_early_exit from {first}, so that the first attention layer (number "
+                f"{first}) is among the layers that draft, to {text.num_hidden_layers}; got {depth}"
+            )
+    elif config.use_mtp:
+        check_mtp(model, config)
+    by_model = depth is not None or not (config.use_mtp or config.prompt_lookup_num_tokens)
+    if by_model and model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "generate: requires input_ids alone to draft with assistant_model or assistant_early_exit, which read "
+            "tokens; got inputs_embeds. Use use_mtp or prompt_lookup_num_tokens"
+        )
+
+
+def _new_tokens(input_ids: torch.Tensor, config: Any, model_kwargs: Any) -> int:
+    """How many tokens of the prompt the cache does not hold.
+
+    The inputs are all tokens, or those that are not in the cache; embeddings are always all. The mask is that of all.
+    """
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    given: int = (input_ids if embeds is None else embeds).shape[1]
+    whole = getattr(config, "_mask_length", given) if mask is None else mask.shape[1]
+    return given - (model_kwargs["past_key_values"].get_seq_length() if given == whole else 0)
+
+
+def _choose(
+    scores: torch.Tensor, draft: torch.Tensor, guess: torch.Tensor | None, config: Any
+) -> torch.Tensor:
+    """The next token [1, 1] from its scores [1, vocabulary]; equal to the draft [1, 1] exactly if that is accepted.
+
+    A draft that was drawn from the scores `guess` is accepted by speculative sampling: with probability
+    min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). So tokens follow p. `guess` is None where
+    there is no draft, or where it comes without scores.
+    """
+    weight = config.assistant_ensemble_weight if hasattr(config, "assistant_ensemble_weight") else None
+    if not config.do_sample:
+        if guess is not None and weight is not None:
+            scores = weight * scores.softmax(-1) + (1 - weight) * guess.softmax(-1)
+        return scores.argmax(-1, keepdim=True)
+    p = scores.softmax(-1)
+    if guess is not None:
+        q = guess.softmax(-1)
+        ratio = p.gather(1, draft) / q.gather(1, draft)
+        if weight is not None:  # the draft may follow (1 - weight) q + weight p instead
+            ratio = 1 - weight + weight * ratio
+        if torch.rand_like(ratio) <= ratio:
+            return draft
+        rest = (p - q).clamp(min=0)
+        p = rest if rest.sum() > 0 else p
+    return torch.multinomial(p, 1)
+
+
+class Record:
+    """What `generate` returns beside the tokens, where its configuration asks for it: a tuple per kind, over tokens."""
+
+    def __init__(self, config: Any):
+        kinds = ("scores", "logits", "attentions", "hidden_states") if config.return_dict_in_generate else ()
+        self.kept: dict[str, tuple[Any, ...]] = {n: () for n in kinds if getattr(config, f"output_{n}")}
+
+    @property
+    def scores(self) -> tuple[Any, ...] | None:
+        return self.kept.get("scores")
+
+    def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        for name, x in (("scores", scores), ("logits", logits)):
+            if name in self.kept:
+                self.kept[name] += (x,)
+
+    def add_layers(self, outputs: Any, count: int, tokens: int) -> None:
+        """Of a forward with `count` drafts: what its layers gave for so many tokens, the first with all rows before."""
+        for name in ("attentions", "hidden_states"):
+            for i in range(tokens) if name in self.kept else ():
+                found = []
+                for x in getattr(outputs, name):  # [1, rows, hidden] or [1, heads, rows, columns]
+                    end = x.shape[-2] - count + i
+                    columns = x.shape[-1] - (count - i if name == "attentions" else 0)
+                    found.append(x[..., end - 1 if i else 0 : end, :columns])
+                self.kept[name] += (tuple(found),)
+
+
+# ---- Drafts by another model, or by the first layers of the model itself
+
+
+class EarlyExit(AssistedCandidateGenerator):
+    """The model itself drafts, without the layers behind the exit."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        generation_config: Any,
+        target_tokenizer: Any,
+        assistant_tokenizer: Any,
+        **options: Any,
+    ):
+        depth = generation_config.assistant_early_exit
+        super().__init__(
+            assistant_model=_first_layers(model, depth), generation_config=generation_config, **options
+        )
+        self.generation_config.assistant_early_exit = None
+
+
+def _first_layers(model: Any, depth: int) -> Any:
+    """The model with the first layers of its decoder alone."""
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    own = inner = copy_for_call(model)
+    for name in path.split("."):
+        inner._modules[name] = copy_for_call(inner._modules[name])
+        inner = inner._modules[name]
+    inner.layers = nn.ModuleList(list(decoder.layers)[:depth])
+    own.config = copy.deepcopy(model.config)  # from which its cache is made
+    text = own.config.get_text_config(decoder=True)
+    text.num_hidden_layers, text.layer_types = depth, text.layer_types[:depth]
+    return own
+
+
+def _only_draft(drafter: AssistedCandidateGenerator) -> None:
+    """Let its model do what drafts are made of: where the text stops, and what is returned, is the main model's."""
+    config, given = drafter.generation_config, drafter.assistant_kwargs
+    config.stop_strings = None
+    for name in ("output_attentions", "output_hidden_states", "output_logits"):
+        setattr(config, name, False)
+        given.pop(name, None)
+    parameters = inspect.signature(drafter.assistant_model.forward).parameters
+    positions = given.get("position_ids")
+    if "pixel_values" not in parameters and positions is not None and positions.ndim == 3:
+        given["position_ids"] = positions[0]  # it does not see images; the first axis is that of the text
+    for name in [name for name in given if name not in parameters]:
+        del given[name]

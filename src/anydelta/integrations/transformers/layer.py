@@ -1,0 +1,470 @@
+"""A linear attention layer of Transformers between its projections, as one call of `gated_delta_mixer_`.
+
+`fused` wraps a layer's forward: calls that the mixer takes run the layer's own projections and the mixer; all others go
+on to the forward that was there, which finds ours for the rule and the convolution (transformers_functions.py). Under
+torch.compile that is every call, because a compiled model is to notice `disable()`, and only the functions' names are
+guarded on.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from sys import getrefcount
+from typing import Any, NamedTuple
+
+import torch
+
+from ...core import dispatch
+from ...mixer.op import gated_delta_mixer_, plan_step
+from ...mixer.spec import unpack_qkv
+from ...rule.torch_ops import FUNCTION_MODE, mark_written, onlooker, plain, quiet
+from .cache import RollbackLayer
+from .functions import (
+    _CONV_OPTIONS,
+    _DTYPES,
+    _RULE_OPTIONS,
+    TORCH_DEVICES,
+    _count,
+    _cu_seqlens,
+    advancing,
+)
+from .packed_matrices import PackedLinear
+
+Forward = Callable[..., torch.Tensor]
+
+
+class Projected(NamedTuple):
+    """What a family's projections give, in the mixer's terms."""
+
+    qkv: Any
+    """[B, T, C], or (q, k, v)."""
+    z: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+
+
+class Parts(NamedTuple):
+    """Where a family keeps what the mixer needs."""
+
+    project: Callable[[Any, torch.Tensor], Projected]
+    norm: str
+    out: str
+    heads: tuple[str, str, str]
+    """Attributes with HV, K and V."""
+    z: str = ""
+    """The projection whose whole output is z; where there is none, z is a part of another."""
+
+
+def _qwen3_5(layer: Any, x: torch.Tensor) -> Projected:
+    m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
+    return Projected(
+        m["in_proj_qkv"](x),
+        m["in_proj_z"](x),
+        m["in_proj_a"](x),
+        m["in_proj_b"](x),
+        layer.A_log,
+        layer.dt_bias,
+    )
+
+
+def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
+    """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
+    groups, K = layer.num_k_heads, layer.head_k_dim
+    values = layer.num_v_heads // groups
+    V = values * layer.head_v_dim
+    qkvz = layer.in_proj_qkvz(x).unflatten(-1, (groups, 2 * K + 2 * V))
+    q, k, v, z = qkvz.split((K, K, V, V), -1)
+    b, a = layer.in_proj_ba(x).unflatten(-1, (groups, 2 * values)).split(values, -1)
+    return Projected((q, k, v), z, a.flatten(-2), b.flatten(-2), layer.A_log, layer.dt_bias)
+
+
+def _olmo_hybrid(layer: Any, x: torch.Tensor) -> Projected:
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x), layer.A_log, layer.dt_bias)
+
+
+def _kimi_linear(layer: Any, x: torch.Tensor) -> Projected:
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    forget = layer.forget_gate
+    a = forget.f_b_proj(forget.f_a_proj(x)).unflatten(-1, (layer.num_heads, layer.head_dim))
+    z = layer.g_b_proj(layer.g_a_proj(x))
+    return Projected(qkv, z, a, layer.b_proj(x), forget.A_log.view(-1), forget.dt_bias)
+
+
+_QWEN_HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
+FAMILIES: dict[str, Parts] = {
+    "qwen3_next": Parts(_qwen3_next, "norm", "out_proj", _QWEN_HEADS),
+    "qwen3_5": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
+    "qwen3_5_moe": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
+    "olmo_hybrid": Parts(_olmo_hybrid, "o_norm", "o_proj", _QWEN_HEADS, "g_proj"),
+    "kimi_linear": Parts(_kimi_linear, "o_norm", "o_proj", ("num_heads", "head_dim", "head_dim"), "g_b_proj"),
+}
+
+MIXER_DEVICES: frozenset[str] = frozenset(
+    device
+    for device in TORCH_DEVICES
+    for n in dispatch.PRIORITY.get(device, ())
+    if n != "reference"
+    and not dispatch.get_backend(n).available()
+    and getattr(dispatch.get_backend(n), "mixer", None) is not None
+)
+"""Devices with a native kernel for the mixer."""
+
+
+def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[str]) -> Forward:
+    """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
+    parts, name = FAMILIES[family], f"{family}.mixer"
+    stock = advancing(theirs)
+    steps: dict[int, _Step] = {}
+
+    @functools.wraps(theirs)
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not _is_compiling():
+            step = steps.get(id(self))
+            if step is not None and attention_mask is None:
+                held = step.takes(hidden_states, cache_params, kwargs)
+                if held is not None:
+                    taken[name] += 1
+                    return step.run(self, hidden_states, held)
+            why_not = _why_not(self, family, hidden_states, cache_params, kwargs)
+            if why_not is None:
+                taken[name] += 1
+                keep = functools.partial(_keep, steps, self)
+                cu_seqlens = _cu_seqlens(kwargs)
+                return _mix(self, parts, hidden_states, cache_params, attention_mask, cu_seqlens, keep)
+            _count(name, why_not, taken, passed_on)
+        return stock(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+
+    forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
+    return forward
+
+
+def _mix(
+    self: Any,
+    parts: Parts,
+    x: torch.Tensor,
+    cache: Any,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    keep: Callable[[_Step], None],
+) -> torch.Tensor:
+    if attention_mask is not None:  # as Transformers does: padding is zero, and counts as a token
+        x = (x * attention_mask[:, :, None]).to(x.dtype)
+    held = None if cache is None else cache.layers[self.layer_idx]
+    read = written = None
+    recording: Any = held if held is not None and held.record_past else None
+    if recording is not None:
+        B, HV, K, V = x.shape[0], *(getattr(self, n) for n in parts.heads)
+        conv_state, state, read, written = recording.pools(
+            (B, HV, K, V), (B, self.conv_dim, self.conv_kernel_size), x, x.shape[1]
+        )
+    else:
+        conv_state, state = _states(self, parts, x, held, cu_seqlens)
+    p = parts.project(self, x)
+    out = None
+    if held is not None and recording is None and quiet():
+        step = _Step(self, parts, cache)
+        out = step.mix(self, p, conv_state, state)
+        if out is not None and x.shape[1] == 1 and attention_mask is None:
+            keep(step)
+    if out is None:
+        out = _call(
+            self,
+            parts,
+            p,
+            conv_state,
+            state,
+            cu_seqlens=cu_seqlens,
+            state_indices=read,
+            snapshot_indices=written,
+        )
+    if recording is not None:
+        recording.adopt()
+    elif held is not None:
+        held.has_previous_state[0] = True
+    result: torch.Tensor = getattr(self, parts.out)(out)
+    return result
+
+
+def _call(
+    self: Any, parts: Parts, p: Projected, conv_state: torch.Tensor, state: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    arguments = _arguments(self, parts, p)
+    arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
+    out: torch.Tensor = gated_delta_mixer_(p.qkv, conv_state, state, **arguments, **more)
+    return out
+
+
+def _arguments(self: Any, parts: Parts, p: Projected) -> dict[str, Any]:
+    """Of the mixer; conv_weight still [C, 1, W]."""
+    conv, norm = self.conv1d, getattr(self, parts.norm)
+    return dict(
+        g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z, conv_weight=conv.weight, conv_bias=conv.bias,
+        norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
+        allow_neg_eigval=getattr(self, "allow_neg_eigval", False),
+    )  # fmt: skip
+
+
+class _Step:
+    """A call of a layer's mixer, and the next ones like it with as little Python as can be: a decode loop's.
+
+    Between two mixers the weights of a layer go through the caches, so that a step meets them cold, and most of its
+    time would go to the objects that the checks of a call touch. Here only what may have changed since the last step
+    is looked at; the extension compares dtypes, shapes and strides.
+    """
+
+    def __init__(self, layer: Any, parts: Parts, cache: Any):
+        self.parts, self.layer_idx = parts, layer.layer_idx
+        self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
+        self.hooks: tuple[Any, ...] = tuple(
+            h for m in (self.conv, self.norm) for h in (m._forward_hooks, m._forward_pre_hooks)
+        )
+        self.constants = (type(self.conv), type(self.norm), self.norm.variance_epsilon, self.norm.activation)
+        self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
+        # The output takes the place of a z that nobody else has, without the 20 us that a new tensor costs between two
+        # layers. torch's own linear layer, and pack()'s, make a new one for each call.
+        self.z = layer._modules.get(parts.z)
+        self.in_place = type(self.z) in (torch.nn.Linear, PackedLinear)
+
+        self.native: Any = None
+
+    def mix(
+        self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Run the mixer on what `plan` knows, or on a new plan. None: the backend runs no such plans."""
+        q, k, v = (p.qkv, None, None) if type(p.qkv) is _Tensor else unpack_qkv("", p.qkv)
+        weights, conv = self.norm._parameters, self.conv._parameters
+        for planned in (self.native is not None, False):
+            if not planned and not self._plan(layer, p, conv_state, state):
+                return None
+            out = p.z if self.in_place and _alone(p) else p.z.new_empty(self.shape)
+            if self.native.run(
+                _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv.get("weight"),
+                conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None,
+            ):  # fmt: skip
+                mark_written((conv_state, state))
+                return out
+        return None
+
+    def _plan(self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
+        HV, _, V = (getattr(layer, n) for n in self.parts.heads)
+        self.device, self.shape = p.z.device.type, torch.Size((*p.b.shape[:2], HV * V))
+        self.in_place = self.in_place and p.z.shape == self.shape and p.z.is_contiguous()
+        out = p.z.new_empty(self.shape)
+        self.native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
+        return self.native is not None
+
+    def takes(self, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """The cache's layer if the call is one more step. Any doubt is a no: None."""
+        if (
+            type(x) is not _Tensor
+            or _is_grad_enabled()
+            or _is_autocast_enabled(self.device)
+            or not quiet()
+            or not _OPTIONS.isdisjoint(kwargs)
+        ):
+            return None
+        norm, conv, modules = self.norm, self.conv, self.modules
+        if (
+            modules[self.parts.norm] is not norm
+            or modules["conv1d"] is not conv
+            or any(self.hooks)
+            or modules.get(self.parts.z) is not self.z
+            or "forward" in norm.__dict__
+            or "forward" in conv.__dict__
+            or (type(conv), type(norm), norm.variance_epsilon, norm.activation) != self.constants
+            or cache is None
+        ):
+            return None
+        held = cache.layers[self.layer_idx]
+        if (type(cache), type(held)) != self.kinds or held.record_past or not held.has_previous_state[0]:
+            return None
+        return held
+
+    def run(self, layer: Any, x: torch.Tensor, held: Any) -> torch.Tensor:
+        p = self.parts.project(layer, x)
+        conv_state, state = held.conv_states[0], held.recurrent_states[0]
+        out = self.mix(layer, p, conv_state, state)
+        if out is None:
+            out = _call(layer, self.parts, p, conv_state, state)
+        result: torch.Tensor = self.modules[self.parts.out](out)
+        return result
+
+
+def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
+    key = id(layer)
+    if key not in steps:
+        weakref.finalize(layer, steps.pop, key, None).atexit = False
+    steps[key] = step
+
+
+def _alone(p: Projected) -> bool:
+    """Whether nobody but `p` holds z, or another tensor on its memory. A hook, a function mode or who took the place
+    of a function between the layer and torch may have kept it: in Python, in C++, or as a view."""
+    return (
+        getrefcount(p.z) == 2
+        and p.z._use_count() == 1  # type: ignore[attr-defined]
+        and _storage_uses(p.z.untyped_storage()._cdata) == 2  # the asking is one
+    )
+
+
+_Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
+_threads, _storage_uses = torch.get_num_threads, torch._C._storage_Use_Count
+_OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_idx"}
+"""Keywords that a plain step has not."""
+
+
+def _states(
+    self: Any, parts: Parts, x: torch.Tensor, held: Any, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's cached states, made if this is its first call; without a cache zeros that nobody keeps."""
+    if held is not None and held.has_previous_state[0]:
+        return held.conv_states[0], held.recurrent_states[0]
+    B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    HV, K, V = (getattr(self, n) for n in parts.heads)
+    W = self.conv_kernel_size
+    if held is None:
+        return x.new_zeros((B, self.conv_dim, W - 1)), x.new_zeros((B, HV, K, V), dtype=torch.float32)
+    if held.is_conv_states_initialized[0]:
+        held.conv_states[0].zero_()
+    else:
+        held.lazy_initialization(
+            conv_states=x.new_empty((B, self.conv_dim, 0)), state_idx=0, conv_kernel_size=W
+        )
+    if held.is_recurrent_states_initialized[0]:
+        held.recurrent_states[0].zero_()
+    else:
+        held.lazy_initialization(
+            recurrent_states=x.new_empty((B, HV, K, V), dtype=torch.float32), state_idx=0
+        )
+    return held.conv_states[0], held.recurrent_states[0]
+
+
+def _why_not(self: Any, family: str, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+    """The reason to leave a call to the layer's own forward, or None."""
+    who = None if quiet() else onlooker()
+    if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
+        return f"{who} looks on"
+    if not plain(x):
+        return f"the tensor type {type(x).__name__}, or a lazy view"
+    parts = FAMILIES[family]
+    conv, norm = self.conv1d, getattr(self, parts.norm)
+    if type(conv) is not torch.nn.Conv1d or conv._parameters.get("weight") is None:
+        return f"its conv1d is a {type(conv).__name__}, with a weight of its own making"
+    if not _is_norm(norm, family):
+        return f"its norm is a {type(norm).__name__}"
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        return "gradients are wanted"
+    if x.dtype not in _DTYPES or conv.weight.dtype != x.dtype:
+        return f"inputs of {x.dtype} with weights of {conv.weight.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast"
+    forced = dispatch.forced_by_env()
+    if x.device.type not in MIXER_DEVICES if forced is None else forced not in ("cpu", "reference"):
+        return (
+            f"there is no native mixer for device {x.device.type}"
+            if forced is None
+            else f"{forced} has no mixer"
+        )
+    if self.activation not in ("silu", "swish"):
+        return f"the activation {self.activation}"
+    for module in (conv, norm):
+        own = module.__dict__
+        if _wrapped(module, x) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return f"hooks on its {type(module).__name__}"
+    if norm.activation not in ("silu", "sigmoid"):
+        return f"the norm's activation {norm.activation}"
+    packed = _cu_seqlens(kwargs) is not None
+    for name in kwargs:
+        if (
+            (name in _RULE_OPTIONS or name in _CONV_OPTIONS)
+            and kwargs[name] is not None
+            and kwargs[name] is not False
+        ):
+            return f"the argument {name}"
+    if not packed and kwargs.get("seq_idx") is not None:
+        return "seq_idx without cu_seq_lens_q"
+    if cache is None:
+        return None
+    if packed:
+        return "packed rows with a cache"
+    return _why_not_cache(self, parts, x, cache)
+
+
+def _wrapped(module: Any, x: torch.Tensor) -> bool:
+    """Whether its forward is not that of its class alone. A hook of accelerate whose module has its weights where x is
+    has nothing to do."""
+    own = module.__dict__
+    if "forward" not in own:
+        return False
+    hook = own.get("_hf_hook")
+    return (
+        getattr(getattr(own["forward"], "func", None), "__module__", None) != "accelerate.hooks"
+        or f"{type(hook).__module__}.{type(hook).__name__}" not in _IDLE_HOOKS
+        or getattr(hook, "offload", False)
+        or getattr(own.get("_old_forward"), "__func__", None) is not type(module).forward
+        or any(p.device != x.device for p in module.parameters())
+    )
+
+
+_IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook")
+
+
+def _is_norm(norm: Any, family: str) -> bool:
+    """Whether it is the family's own norm, and not one that wraps it or computes its weight."""
+    kind = type(norm)
+    return (
+        kind.__module__ == f"transformers.models.{family}.modeling_{family}"
+        and kind.__name__.endswith("RMSNormGated")
+        and norm._parameters.get("weight") is not None
+    )
+
+
+@functools.cache
+def _known_caches() -> tuple[Any, Any]:
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    return Cache, LinearAttentionLayer
+
+
+def _why_not_cache(self: Any, parts: Parts, x: torch.Tensor, cache: Any) -> str | None:
+    """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
+    Cache, Known = _known_caches()
+    layers = getattr(cache, "layers", None)
+    if layers is None or self.layer_idx >= len(layers):
+        return f"the cache {type(cache).__name__}"
+    held, kind = layers[self.layer_idx], type(cache)
+    if (
+        kind.update_recurrent_state is not Cache.update_recurrent_state
+        or kind.update_conv_state is not Cache.update_conv_state
+        or getattr(type(held), "update_recurrent_state", None)
+        not in (Known.update_recurrent_state, RollbackLayer.update_recurrent_state)
+        or type(held).update_conv_state not in (Known.update_conv_state, RollbackLayer.update_conv_state)
+    ):
+        return f"the cache {kind.__name__} of {type(held).__name__}"
+    if held.record_past and not isinstance(held, RollbackLayer):
+        return "the cache records its past"
+    if held.is_conv_states_initialized[0]:
+        conv, state = held.conv_states[0], held.recurrent_states[0]
+        if state is None:
+            return "a cache with a conv state alone" if held.has_previous_state[0] else None
+        if conv.dtype != x.dtype or state.dtype not in (torch.float32, torch.bfloat16):
+            return f"cached states of {conv.dtype} and {state.dtype}"
+        if conv.shape[0] != x.shape[0] or conv.shape[2] < self.conv_kernel_size - 1:
+            return f"a conv state of {list(conv.shape)}"
+        if conv.device != x.device or state.device != x.device:
+            return "cached states on another device"
+    return None

@@ -1,0 +1,302 @@
+"""Prefix checkpoints: what many prompts begin with is computed once.
+
+    store = PrefixStore(model)
+    cache = store.cache_for(ids)                             # runs what no checkpoint covers, and keeps the result
+    out = model.generate(ids, past_key_values=cache)
+    store.add(out, cache)                                    # the next turn begins after the answer
+
+A hybrid model's cache cannot be cut back to a shared prefix as a KV cache can: the recurrent state of that point must
+have been kept. A checkpoint holds it, with the convolution windows and the attention layers' keys and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from ...state.files import File, safetensors
+from .cache import ROLLBACK, RollbackCache
+
+FORMAT = "anydelta prefix 1"
+_NAME = re.compile(r"[0-9]{1,6}\.(?:(?P<kind>keys|values)|(?P<state>conv|recurrent)\.[0-9])")
+_AXES = {"keys": 4, "values": 4, "conv": 3, "recurrent": 4}
+_PARTNER = {"keys": "values", "values": "keys", "conv": "recurrent", "recurrent": "conv"}
+_FACTS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim", "linear_allow_neg_eigval",
+    "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+)  # fmt: skip
+"""Of a config: what tells one model from another."""
+_lock = threading.Lock()
+"""Of all stores' books; models run without it. (A lock in a store would keep it from being copied.)"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's cache after some tokens; it never changes."""
+
+    tokens: tuple[int, ...]
+    tensors: dict[str, torch.Tensor]
+    """By "layer.keys", "layer.values", "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
+    model: str | None = None
+    """`fingerprint` of the config of the model that it is of; None: not known."""
+    file: str | None = None
+    """Where it was loaded from."""
+
+    @classmethod
+    def take(cls, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
+        """The cache as it is now. `input_ids` [1, T] begins with the tokens that it holds.
+
+        States are copied. Keys and values are not: a DynamicCache appends to copies of them.
+
+        Raises:
+            ValueError: the cache is empty, holds more tokens, more than one row, or layers of another kind.
+        """
+        held = cache.get_seq_length()
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < held <= input_ids.shape[1]:
+            raise ValueError(
+                f"Checkpoint: requires input_ids [1, T] that begin with the cache's {held} tokens, one at least; got "
+                f"{tuple(input_ids.shape)}"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for j in range(layer.number_of_states):
+                    if layer.has_previous_state[j]:
+                        tensors[f"{i}.conv.{j}"] = layer.conv_states[j].clone()
+                        tensors[f"{i}.recurrent.{j}"] = layer.recurrent_states[j].clone()
+            elif type(layer) is DynamicLayer:
+                tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys, layer.values
+            else:
+                raise ValueError(
+                    f"Checkpoint: requires attention layers that keep all tokens; got a {type(layer).__name__}. "
+                    "Sliding windows are not supported"
+                )
+        config = getattr(cache, "config", None)
+        model = None if config is None else fingerprint(config)
+        return cls(tuple(input_ids[0, :held].tolist()), tensors, model)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors.values())
+
+    def cache(self, config: Any, rollback: int = ROLLBACK) -> RollbackCache:
+        """A new cache that goes on from here; `config` is the model's.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        self.check(config)
+        cache = RollbackCache(config=config, rollback=rollback)
+        for name, x in self.tensors.items():
+            index, kind, *state = name.split(".")
+            layer = cache.layers[int(index)]
+            if kind in ("keys", "values"):
+                layer.dtype, layer.device, layer.is_initialized = x.dtype, x.device, True
+                setattr(layer, kind, x)
+                continue
+            i = int(state[0])
+            (layer.conv_states if kind == "conv" else layer.recurrent_states)[i] = x.clone()
+            if kind == "conv":
+                layer.dtype, layer.device = x.dtype, x.device
+                layer.conv_kernel_size[i] = x.shape[-1]
+                layer.is_conv_states_initialized[i] = layer.has_previous_state[i] = True
+            else:
+                layer.is_recurrent_states_initialized[i] = True
+        return cache
+
+    def check(self, config: Any, dtype: torch.dtype | None = None) -> None:
+        """Whether a model with this config, and of this dtype, can go on from here.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        text = config.get_text_config(decoder=True)
+        if self.model is not None and self.model != fingerprint(config):
+            self._refuse(text, "another config")
+        if max(self.tokens, default=0) >= text.vocab_size:
+            self._refuse(text, f"token {max(self.tokens)} of a vocabulary of {text.vocab_size}")
+        want = _shapes(text, len(self.tokens))
+        if missing := sorted(set(want) ^ set(self.tensors)):
+            self._refuse(text, f"other layers: {missing[0]} is in one of them only")
+        for name, x in self.tensors.items():
+            if tuple(x.shape) not in want[name]:
+                self._refuse(text, f"{name} of {list(x.shape)} instead of {list(want[name][0])}")
+            if dtype is not None and ".recurrent." not in name and x.dtype != dtype:
+                self._refuse(text, f"{name} of {x.dtype} instead of {dtype}")
+
+    def _refuse(self, text: Any, got: str) -> NoReturn:
+        where = "" if self.file is None else f"{self.file}, "
+        raise ValueError(
+            f"Checkpoint: requires the states of a {text.model_type} model with this very config; got {where}{got}. "
+            "Take the checkpoint anew with this model"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """To a safetensors file."""
+        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
+        facts = {"format": FORMAT, "tokens": json.dumps(self.tokens)}
+        if self.model is not None:
+            facts["model"] = self.model
+        safetensors("Checkpoint.save", "torch").save_file(tensors, path, metadata=facts)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", config: Any = None) -> Checkpoint:
+        """From a file that `save` wrote, for the model with this config; without one, `cache` compares it.
+
+        Raises:
+            ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers; or it
+                is of another model.
+        """
+        file = File("Checkpoint.load", path, FORMAT, "torch")
+        tokens = file.tokens("tokens", file.parsed("tokens"))
+        if not tokens:
+            file.refuse("no tokens")
+        dtypes = set()
+        for name in file.arrays:
+            match = _NAME.fullmatch(name)
+            if match is None:
+                file.refuse(f"an array {name!r}, which is of no layer")
+            kind = match["kind"] or match["state"]
+            x = file.check(name, _AXES[kind])
+            if name.replace(kind, _PARTNER[kind]) not in file.arrays:
+                file.refuse(f"{name!r} without its {_PARTNER[kind]}")
+            if x.shape[0] != 1 or (kind in ("keys", "values") and x.shape[2] != len(tokens)):
+                file.refuse(f"{name!r} of {list(x.shape)} for one row of {len(tokens)} tokens")
+            if kind != "recurrent":
+                dtypes.add(x.dtype)
+        if len(dtypes) != 1:
+            file.refuse(f"arrays of {', '.join(map(str, dtypes)) or 'no type'}, where a model has one type")
+        tensors = {name: x.to(device) for name, x in file.arrays.items()}
+        out = cls(tokens, tensors, file.metadata.get("model"), file.path)
+        if config is not None:
+            out.check(config)
+        return out
+
+
+def fingerprint(config: Any) -> str:
+    """A digest of what a model's config says about its layers, the same in all releases of Transformers."""
+    text = config.get_text_config(decoder=True)
+    facts = {name: getattr(text, name, None) for name in _FACTS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _shapes(config: Any, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """By the names of a checkpoint's tensors: the shapes that they may have."""
+    W = config.linear_conv_kernel_dim
+    if hasattr(config, "linear_num_heads"):
+        HV, K, V = config.linear_num_heads, config.linear_head_dim, config.linear_head_dim
+        C = 3 * HV * K
+    else:
+        HV, K, V = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+        C = 2 * config.linear_num_key_heads * K + HV * V
+    heads = config.num_key_value_heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = values = [(heads, D)]
+    if (
+        rank := getattr(config, "kv_lora_rank", None)
+    ) is not None:  # latent attention: as it is, or spread out
+        rope = config.qk_rope_head_dim
+        keys = [(1, rank), (heads, config.qk_nope_head_dim + rope)]
+        values = [(1, rope), (heads, config.v_head_dim)]
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for i, layer in enumerate(RollbackCache(config=config).layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for j in range(layer.number_of_states):
+                found[f"{i}.conv.{j}"] = ((1, C, W), (1, C, W - 1))
+                found[f"{i}.recurrent.{j}"] = ((1, HV, K, V),)
+        else:
+            found[f"{i}.keys"] = tuple((1, h, tokens, d) for h, d in keys)
+            found[f"{i}.values"] = tuple((1, h, tokens, d) for h, d in values)
+    return found
+
+
+class PrefixStore:
+    """Checkpoints of one model, found by the tokens that a prompt begins with; the least recently used go first.
+
+    Threads may share one.
+
+    Args:
+        model: one that generates, of a family that anydelta knows.
+        max_bytes: what all checkpoints may take together; None: as much as there is.
+        rollback: of the caches that come out.
+    """
+
+    def __init__(self, model: Any, max_bytes: int | None = None, rollback: int = ROLLBACK):
+        self.model = model
+        self.max_bytes = max_bytes
+        self.rollback = rollback
+        self._kept: OrderedDict[tuple[int, ...], Checkpoint] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all checkpoints; keys and values that several share are counted for each."""
+        with _lock:
+            return sum(c.nbytes for c in self._kept.values())
+
+    def add(self, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
+        """Keep the cache as it is now; `input_ids` [1, T] begins with the tokens that it holds."""
+        return self.put(Checkpoint.take(input_ids, cache))
+
+    def put(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Keep a checkpoint, such as a loaded one.
+
+        Raises:
+            ValueError: it was loaded, and is of another model.
+        """
+        if checkpoint.file is not None:
+            checkpoint.check(self.model.config, self.model.dtype)
+        with _lock:
+            self._kept[checkpoint.tokens] = checkpoint
+            self._kept.move_to_end(checkpoint.tokens)
+            held = 0 if self.max_bytes is None else sum(c.nbytes for c in self._kept.values())
+            while self.max_bytes is not None and held > self.max_bytes and len(self._kept) > 1:
+                held -= self._kept.popitem(last=False)[1].nbytes
+        return checkpoint
+
+    def find(self, input_ids: torch.Tensor) -> Checkpoint | None:
+        """The longest checkpoint that these tokens [1, T] begin with, and that leaves one of them to run."""
+        tokens = tuple(input_ids[0].tolist())
+        with _lock:
+            fits = [t for t in self._kept if len(t) < len(tokens) and tokens[: len(t)] == t]
+            if not fits:
+                return None
+            best = max(fits, key=len)
+            self._kept.move_to_end(best)
+            return self._kept[best]
+
+    def cache_for(self, input_ids: torch.Tensor) -> RollbackCache:
+        """A cache that holds all of these tokens [1, T] but the last, for `generate` to go on from.
+
+        What lies behind the nearest checkpoint is run, and kept as another.
+        """
+        found = self.find(input_ids)
+        config = self.model.config.get_text_config(decoder=True)
+        cache = (
+            RollbackCache(config=config, rollback=self.rollback)
+            if found is None
+            else found.cache(config, self.rollback)
+        )
+        known = 0 if found is None else len(found.tokens)
+        if known < input_ids.shape[1] - 1:
+            with torch.no_grad():
+                self.model(
+                    input_ids=input_ids[:, known:-1], past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+            self.add(input_ids, cache)
+        return cache

@@ -1,1 +1,0 @@
-"""Device code, one folder per backend."""

@@ -1,0 +1,533 @@
+"""torch.ops.anydelta.*: the operator for torch.compile, torch.export and autograd.
+
+Eager calls of the public functions skip the dispatcher (it costs more than a decode step of a small model);
+traced ones and those that need gradients come through here. Three operators share one implementation:
+
+    gated_delta_rule            functional, differentiable            -> (o, final_state)
+    gated_delta_rule_snapshots  functional but for snapshots          -> (o, final_state)
+    gated_delta_rule_           advances state, may write snapshots   -> o
+
+A fourth, gated_delta_rule_backward, holds the backward pass, so that a tracer records one node for it and never sees
+its loop over tokens.
+
+Where the C++ library anydelta_torch is there (export/torch_library.cpp), it holds the schemas and runs the calls on CPU
+tensors: 4 us less per call. What its kernels do not take (float64, a named backend), it hands back to
+`python_gated_delta_rule` and its siblings. Fake kernels and gradients are registered here either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..backends.reference.host import torch_recurrence
+from ..core import dispatch
+from ..core.devices import DeviceArray
+from ..export import torch_library
+from . import op
+from .autograd import gradients
+from .spec import Call, Options, check_call, check_gradients, check_values
+
+mark_written = torch._C._increment_version
+"""Raise the count of versions of a sequence of tensors, as torch's operators do of those that they write."""
+
+
+def _load_library() -> tuple[ctypes.CDLL | None, str]:
+    """anydelta_torch, or why it is not used."""
+    path, reason = torch_library.find()
+    if path is None:
+        return None, reason
+    try:
+        torch.ops.load_library(path)
+        # visible to all, as the code that AOTInductor generates calls its functions by name
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return None, f"{path.name} does not load ({error})"
+    assert op._core is not None
+    library.anydelta_torch_attach(ctypes.c_void_p(op._core.runner()))
+    library.anydelta_torch_threads.restype = ctypes.c_void_p
+    op._core.share_threads_of(library.anydelta_torch_threads())
+    return library, ""
+
+
+def _schemas() -> dict[str, str]:
+    """The operators' schemas by name."""
+    lines = Path(__file__).with_name("torch_schemas.txt").read_text("utf-8").splitlines()
+    return {line.split("(")[0]: line for line in lines if line and not line.startswith("#")}
+
+
+LIBRARY, LIBRARY_REASON = _load_library()
+"""The C++ library, which then runs calls on CPU tensors, or why it is not used."""
+SCHEMAS = _schemas()
+
+_LIB = torch.library.Library("anydelta", "FRAGMENT" if LIBRARY else "DEF")
+# must stay alive: dropping it removes the operators
+if not LIBRARY:
+    for _schema in SCHEMAS.values():
+        _LIB.define(_schema)
+_FLAGS = SCHEMAS["gated_delta_rule"].partition("*, ")[2].partition(", bool output_final_state")[0]
+_LIB.define(
+    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, "
+    "Tensor? A_log, Tensor? dt_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? state_indices, "
+    f"Tensor grad_o, Tensor grad_state, int[] wanted, *, {_FLAGS}, bool output_final_state=True, "
+    'str backend="auto") -> Tensor[]'
+)
+
+_INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
+"""The differentiable operator's tensors, in the order of its schema, by their names in Call."""
+
+
+def _split(name: str, arrays: dict[str, Any], flags: dict[str, Any]) -> tuple[Call, tuple[Any, ...], str]:
+    """Operator arguments as (Call, options tuple, backend). The dispatcher leaves out flags at their defaults."""
+    backend = flags.pop("backend", "auto")
+    return Call(**arrays), _options(name, *flags.items()), backend
+
+
+@cache
+def _options(name: str, *flags: tuple[str, Any]) -> tuple[Any, ...]:
+    return tuple(vars(Options(op=name, **dict(flags))).values())
+
+
+def _functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
+                cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices)  # fmt: skip
+    call, options, backend = _split("gated_delta_rule", arrays, flags)
+    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
+    return o, state if state is not None else q.new_empty(0)
+
+
+def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
+                    cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
+    call, options, backend = _split("gated_delta_rule", arrays, flags)
+    _refuse_grad(call, options, False)
+    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
+    return o, state if state is not None else q.new_empty(0)
+
+
+def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
+             cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
+    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=state, A_log=A_log, dt_bias=dt_bias, mask=mask,
+                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots,
+                  snapshot_indices=snapshot_indices)  # fmt: skip
+    call, options, backend = _split("gated_delta_rule_", arrays, flags)
+    _refuse_grad(call, options, True)
+    return op.execute(call, options, backend, True, op.geometry_of(call))[0]
+
+
+def _refuse_grad(call: Call, options: tuple[Any, ...], inplace: bool) -> None:
+    """The operators that write to an argument have no gradient: say so instead of returning a constant."""
+    if torch.is_grad_enabled() and any_requires_grad(call):
+        check_gradients(call, options[0], inplace)
+    refuse_tangents(options[0], {name: getattr(call, name) for name in _INPUTS})
+
+
+_IMPLEMENTATIONS: dict[str, Any] = {
+    "gated_delta_rule": _functional,
+    "gated_delta_rule_snapshots": _with_snapshots,
+    "gated_delta_rule_": _inplace,
+}
+for _name, _impl in _IMPLEMENTATIONS.items():
+    _LIB.impl(
+        _name, _impl, "CompositeExplicitAutograd"
+    )  # behind the library's kernels for the CPU, if it is there
+
+
+def _twin(implementation: Callable[..., Any], outputs: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """The call for the library, which hands on what its kernels do not take: (*results, bytes of an error)."""
+    try:
+        result = implementation(*args, **kwargs)
+    except Exception as error:
+        kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        text = list(f"{kind}: {error}".encode())
+        return (*(torch.empty(0) for _ in range(outputs)), torch.tensor(text, dtype=torch.uint8))
+    return (*(result if outputs > 1 else (result,)), torch.empty(0, dtype=torch.uint8))
+
+
+if LIBRARY:
+    for _name, _impl in _IMPLEMENTATIONS.items():
+        _outputs = 1 if _name.endswith("_") else 2
+        _LIB.define(
+            f"python_{_name}" + SCHEMAS[_name].split(" -> ")[0].removeprefix(_name)
+            + f" -> ({', '.join(['Tensor'] * (_outputs + 1))})"
+        )  # fmt: skip
+        _LIB.impl(f"python_{_name}", partial(_twin, _impl, _outputs), "CompositeExplicitAutograd")
+
+
+def _is_concrete(call: Call) -> bool:
+    """Whether every shape is known, so that it can be checked without pinning a dynamic one."""
+    arrays = (getattr(call, name) for name in (*_INPUTS, "snapshots", "snapshot_indices"))
+    return all(isinstance(n, int) for x in arrays if x is not None for n in x.shape)
+
+
+def _fake_functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
+                     cu_seqlens=None, state_indices=None, snapshots=None, **flags):  # fmt: skip
+    call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    flags.pop("backend", None)
+    if _is_concrete(call):
+        check_call(call, Options(**flags), inplace=False)
+    o = v.new_empty(v.shape)
+    if not flags.get("output_final_state", True):
+        return o, q.new_empty(0)
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    like = initial_state if initial_state is not None else snapshots
+    dtype = like.dtype if like is not None else torch.float64 if q.dtype == torch.float64 else torch.float32
+    K, V = q.shape[3], v.shape[3]
+    tail = (K, V) if flags.get("state_layout", "kv") == "kv" else (V, K)
+    return o, q.new_empty((N, v.shape[2], *tail), dtype=dtype)
+
+
+def _fake_with_snapshots(q, k, v, g, beta, snapshots, *arrays, **flags):  # type: ignore[no-untyped-def]
+    return _fake_functional(q, k, v, g, beta, *arrays, snapshots=snapshots, **flags)  # type: ignore[misc, no-untyped-call]
+
+
+def _fake_inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
+                  cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
+    call = Call(
+        q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices
+    )
+    flags.pop("backend", None)
+    if _is_concrete(call):
+        check_call(call, Options(op="gated_delta_rule_", **flags), inplace=True)
+    return v.new_empty(v.shape)
+
+
+torch.library.register_fake("anydelta::gated_delta_rule", _fake_functional, lib=_LIB)
+torch.library.register_fake("anydelta::gated_delta_rule_snapshots", _fake_with_snapshots, lib=_LIB)
+torch.library.register_fake("anydelta::gated_delta_rule_", _fake_inplace, lib=_LIB)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The functional operator with a gradient. Tensors in the order of its schema, absent ones None."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Any, flags: dict[str, Any], *tensors: torch.Tensor | None) -> Any:
+        ctx.save_for_backward(*tensors)
+        ctx.flags = flags
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.anydelta.gated_delta_rule.default.redispatch(keys & _BELOW, *tensors, **flags)
+
+    @staticmethod
+    def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is itself to be differentiated
+            call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
+            names = [_INPUTS[i] for i in wanted]
+            flags = {name: value for name, value in ctx.flags.items() if name != "backend"}
+            found = gradients(call, Options(**flags), names, grad_o, grad_state, create_graph=True)
+            return (None, None, *(found.get(name) for name in _INPUTS))
+        grads: list[torch.Tensor | None] = [None] * len(_INPUTS)
+        results = torch.ops.anydelta.gated_delta_rule_backward(
+            *ctx.saved_tensors, grad_o, grad_state, wanted, **ctx.flags
+        )
+        for i, grad in zip(wanted, results, strict=True):
+            grads[i] = grad
+        return (None, None, *grads)
+
+
+_BELOW = torch._C._after_autograd_keyset
+
+
+def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> Any:
+    """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
+    if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
+        return _by_recurrence(tensors, flags)
+    if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        absent = (None,) * (len(_INPUTS) - len(tensors))
+        return _Differentiable.apply(keys, flags, *tensors, *absent)  # type: ignore[no-untyped-call]
+    return _REDISPATCH(keys & _BELOW, *tensors, **flags)
+
+
+_REDISPATCH = torch.ops.anydelta.gated_delta_rule.default._handle.redispatch_boxed
+_LIB.impl("gated_delta_rule", _differentiable, "Autograd", with_keyset=True)
+
+
+def _transform(name: str, *arguments: Any, **flags: Any) -> Any:
+    """An operator that writes to an argument, inside a transform of torch.func: it has no rule for one, and its kernel
+    would not see that the transform follows a tensor."""
+    tensors = tree_leaves((arguments, flags))
+    if any(isinstance(x, torch.Tensor) and is_functorch_wrapped_tensor(x) for x in tensors):
+        raise ValueError(
+            f"{name}: a call that writes to an argument has no derivative and no rule for vmap; got tensors that a "
+            f"transform of torch.func follows. Use {name.removesuffix('_snapshots').rstrip('_')} without snapshots"
+        )
+    with temporarily_clear_interpreter_stack():
+        return getattr(torch.ops.anydelta, name)(*arguments, **flags)
+
+
+def _resolve(name: str, *arguments: Any, **flags: Any) -> Any:
+    """An operator that writes to an argument, where one is a negated view. torch's own fallback holds for its operators
+    only, which return what they write."""
+    operator = getattr(torch.ops.anydelta, name)
+    for described, x in zip(operator.default._schema.arguments, arguments, strict=False):
+        if (
+            described.alias_info is not None
+            and described.alias_info.is_write
+            and x is not None
+            and x.is_neg()
+        ):
+            raise ValueError(
+                f"{name.removesuffix('_snapshots')}: {described.name} must hold its own values; got a negated view. "
+                "Call resolve_neg() first"
+            )
+    arguments, flags = tree_map_only(torch.Tensor, torch.Tensor.resolve_neg, (arguments, flags))
+    return operator(*arguments, **flags)
+
+
+def guard_writes(library: torch.library.Library, name: str) -> None:
+    """Have an operator that writes to an argument refuse what it cannot write for."""
+    library.impl(name, partial(_transform, name), "FuncTorchDynamicLayerFrontMode")
+    library.impl(name, partial(_resolve, name), "Negative")
+
+
+guard_writes(_LIB, "gated_delta_rule_snapshots")
+guard_writes(_LIB, "gated_delta_rule_")
+
+
+@contextmanager
+def _autograd_below() -> Iterator[None]:
+    """Autograd inside an operator. Whoever calls it may have put autograd behind them, as AOTAutograd does, and
+    then the replayed recurrence would record nothing and every gradient would silently be zero."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+
+
+def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
+    *arrays, grad_o, grad_state, wanted = arguments
+    call = Call(**dict(zip(_INPUTS, arrays, strict=True)))
+    names = [_INPUTS[i] for i in wanted]
+    backend = flags.pop("backend", "auto")
+    with _autograd_below():
+        found = gradients(call, Options(**flags), names, grad_o, grad_state, backend=backend)
+    # An operator's results share memory neither with each other nor with its arguments.
+    return [
+        torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None
+        else grad.clone(memory_format=torch.contiguous_format)
+        for x, grad in ((getattr(call, name), found[name]) for name in names)
+    ]  # fmt: skip
+
+
+def _fake_backward(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
+    return [arguments[i].new_empty(arguments[i].shape) for i in arguments[-1]]
+
+
+_LIB.impl("gated_delta_rule_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("anydelta::gated_delta_rule_backward", _fake_backward, lib=_LIB)
+
+
+def _by_recurrence(tensors: tuple[torch.Tensor | None, ...], flags: dict[str, Any]) -> Any:
+    """The functional operator as the recurrence in torch's own operators, which all transforms go through."""
+    _warn_of_recurrence()
+    flags = {name: value for name, value in flags.items() if name != "backend"}
+    call = Call(*tensors)
+    spec = check_call(call, Options(**flags), inplace=False)
+    check_values(call, spec)
+    o, state = torch_recurrence(spec, call, checkpointed=False)
+    if not spec.options.output_final_state:
+        return o.to(call.v.dtype), call.q.new_empty(0)
+    state = state if spec.options.state_layout == "kv" else state.transpose(-1, -2)
+    return o.to(call.v.dtype), state.to(getattr(torch, spec.state_dtype)).contiguous()
+
+
+@cache
+def _warn_of_recurrence() -> None:
+    warnings.warn(
+        "gated_delta_rule: derivatives by torch.func and by dual numbers come from the recurrence in torch, token by "
+        "token, which is slow. Tensor.backward() runs faster",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# ---- Who looks on
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Types whose objects are tensors and nothing else."""
+_DEVICES = ("CPU", "CUDA", "HIP", "XPU", "MPS", "PrivateUse1")
+_PLAIN_KEYS = 0
+"""The dispatch keys of plain memory; others stand for a negated view, a wrapper, zeros without memory, ..."""
+for _key in (
+    "ADInplaceOrView",
+    *(kind + _device for kind in ("", "Autograd", "Autocast") for _device in _DEVICES),
+):
+    if (_found := getattr(torch._C.DispatchKey, _key, None)) is not None:
+        _PLAIN_KEYS |= torch._C.DispatchKeySet(_found).raw_repr()
+_TRACKED = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()
+TRACER, TRANSFORM, DUAL_NUMBERS = "torch.jit.trace", "a transform of torch.func", "a level of dual numbers"
+DISPATCH_MODE, FUNCTION_MODE = "a dispatch mode", "a function mode"
+_in_transform = torch._C._are_functorch_transforms_active
+_QUESTIONS = {
+    TRACER: torch._C._is_tracing,
+    TRANSFORM: _in_transform,
+    DISPATCH_MODE: torch._C._len_torch_dispatch_stack,
+    FUNCTION_MODE: torch._C._len_torch_function_stack,
+}
+"""Who may look on, and whether they do. A dispatch mode is FakeTensorMode, make_fx, a counter of FLOPs and the like.
+torch has no public names for these functions."""
+_CALLS = tuple(_QUESTIONS.values())  # the extension borrows these objects
+is_compiling = torch.compiler.is_compiling
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
+
+def onlooker() -> str | None:
+    """Who must see operators and not what they leave in memory; a function mode if nobody else does. None: nobody."""
+    if forward_ad._current_level >= 0:
+        return DUAL_NUMBERS
+    return next((who for who, looks in _QUESTIONS.items() if looks()), None)
+
+
+def quiet() -> bool:
+    """Whether there is no onlooker."""
+    return bool(op._core.quiet()) if reads() else onlooker() is None
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether a tensor is nothing but memory with a dtype, a shape and strides."""
+    if reads():
+        return bool(op._core.plain(x))
+    return type(x) in _PLAIN_TYPES and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS
+
+
+def watched(*arrays: Any) -> bool:
+    """Whether a call on these arrays must go through the dispatcher: somebody looks on, or an array is not plain."""
+    return not quiet() or not all(plain(x) for x in arrays if isinstance(x, torch.Tensor))
+
+
+def transformed(*tensors: Any) -> bool:
+    """Whether torch.func or dual numbers ask for a derivative with respect to one of these tensors."""
+    inside = _in_transform()
+    if not inside and forward_ad._current_level < 0:
+        return False
+    given = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if inside and torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def refuse_tangents(name: str, tensors: dict[str, Any]) -> None:
+    """An operator without derivatives says so, instead of returning a constant."""
+    if forward_ad._current_level < 0:
+        return
+    tracked = [n for n, x in tensors.items() if transformed(x)]
+    if tracked:
+        raise ValueError(
+            f"{name}: requires inputs without tangents; got dual numbers for {', '.join(tracked)}. Calls that write to "
+            f"an argument have no derivative: use {name.rstrip('_')} without snapshots"
+        )
+
+
+def reads() -> bool:
+    """Whether the extension reads tensors and knows all that is asked here. It learns once, from plain tensors, which
+    cannot be made while a tracer or a mode looks on."""
+    if _learned is None and not is_compiling() and onlooker() in (None, FUNCTION_MODE):
+        _learn()
+    return bool(_learned)
+
+
+_learned: bool | None = False if op._core is None else None
+
+
+def _learn() -> None:
+    global _learned
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        x, z = (
+            torch.empty(n, dtype=dtype, device="cpu")
+            for n, dtype in ((3, torch.float32), (5, torch.complex64))
+        )
+        with torch.inference_mode():
+            y = torch.empty(7, device="cpu")
+        known = []
+        for t in (x, y, z, torch.nn.Parameter(x), x[1:], torch._neg_view(x), z.conj()):
+            storage = t.untyped_storage()
+            keys = torch._C._dispatch_keys(t).raw_repr()
+            autograd = t.requires_grad or t._is_view()
+            known.append((t, t._cdata, keys, storage._cdata, storage.data_ptr(), storage.nbytes(), autograd))
+    assert op._core is not None
+    _learned = op._core.learn_torch(
+        _PLAIN_TYPES, _PLAIN_KEYS, _TRACKED, _CALLS, vars(forward_ad), _is_grad_enabled, _is_inference, known
+    )
+
+
+reads()  # here and not at the first call, which a tracer may be following
+
+
+def any_requires_grad(c: Call) -> bool:
+    """Spelled out, because every decode step with gradients enabled asks. Other kinds of array have no gradient."""
+    try:
+        return bool(
+            c.q.requires_grad
+            or c.k.requires_grad
+            or c.v.requires_grad
+            or c.g.requires_grad
+            or c.beta.requires_grad
+            or (c.state_in is not None and c.state_in.requires_grad)
+            or (c.A_log is not None and c.A_log.requires_grad)
+            or (c.dt_bias is not None and c.dt_bias.requires_grad)
+        )
+    except AttributeError:  # not tensors: check_call says which
+        return False
+
+
+def looked_at(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call whose memory is not simply there to be read, or whose plan must not be remembered."""
+    if watched(*(getattr(call, name) for name in Call.__slots__)):
+        return traced(call, options, backend, inplace)
+    if torch.is_grad_enabled() and any_requires_grad(call):
+        check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
+        if backend not in ("auto", *dispatch.NAMES):
+            dispatch.get_backend(backend)  # raises, naming the known ones
+        return traced(call, options, backend, inplace)
+    return op.execute(call, options, backend, inplace, None)
+
+
+def traced(
+    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The call as a dispatcher operator, which tracers record."""
+    for x in (call.state_in, call.snapshots):
+        if type(x) is DeviceArray:
+            raise dispatch.UnsupportedError(
+                f"{options[0]}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
+                f"torch.compile (torch.compiler.disable) and torch.export"
+            )
+    if inplace or call.snapshots is not None:
+        # Here, and not in the kernels alone: a tracer shows them tensors that have forgotten their gradients.
+        _refuse_grad(call, options, inplace)
+    _, scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout, final = options
+    flags = dict(
+        scale=scale, decay=decay, lower_bound=lower_bound, beta_is_logit=beta_is_logit, heads=heads,
+        qk_l2norm=qk_l2norm, qk_l2norm_eps=eps, state_layout=layout, backend=backend,
+    )  # fmt: skip
+    arrays = (call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices)
+    qkv = (call.q, call.k, call.v, call.g, call.beta)
+    if inplace:
+        ops = torch.ops.anydelta.gated_delta_rule_
+        rows = call.snapshot_indices
+        return ops(*qkv, call.state_in, call.snapshots, *arrays, rows, **flags), call.state_in
+    if call.snapshots is not None:
+        ops = torch.ops.anydelta.gated_delta_rule_snapshots
+        o, state = ops(*qkv, call.snapshots, call.state_in, *arrays, output_final_state=final, **flags)
+    else:
+        ops = torch.ops.anydelta.gated_delta_rule
+        o, state = ops(*qkv, call.state_in, *arrays, output_final_state=final, **flags)
+    return o, state if final else None
