@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 ISOLATE := env -u PYTHONPATH -u PYTHONHOME
 KERNELS := $(wildcard src/anydelta/backends/cpu/*.cpp src/anydelta/backends/cpu/*.h src/anydelta/export/*.cpp src/anydelta/export/*.h)
-SHADERS := $(wildcard src/anydelta/backends/vulkan/*)
+SHADERS := $(wildcard src/anydelta/backends/vulkan/*.comp src/anydelta/backends/vulkan/*.glsl)
 SYCL := $(wildcard src/anydelta/backends/sycl/*.?pp)
 CPP := $(KERNELS) $(SYCL) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/fuzz/*.cpp tests/fuzz/*.h tests/metal/*.cpp tests/metal/*.h examples/export/*.cpp)
 # Short enough for five minutes; the words behind the commands below do all of it.
@@ -119,6 +119,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) src/anydelta/rule/torch_schemas.txt
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) $(wildcard src/anydelta/*/arguments.py) src/anydelta/backends/devices/structs.py scripts/generate_arguments.py
 	$(BIN)/python -m pip install -q --no-build-isolation --editable .
 	@touch $@

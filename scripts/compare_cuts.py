@@ -10,7 +10,6 @@ dispatch and waiting alone; a decode step with the state on the device stages q,
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import anydelta
+from anydelta.core import dispatch
 from anydelta.rule import op
 
 SHAPES = {  # B, T, H, HV, K and V
@@ -37,8 +37,7 @@ def tokens(B: int, T: int, H: int, HV: int, K: int, kda: bool) -> tuple[list[Any
 
 def contenders(backend: str, cuts: list[str]) -> dict[str, tuple[Any, str, str, bool]]:
     """name -> (device, cut, way to memory, whether the state is resident)."""
-    module = importlib.import_module(f"anydelta.backends.{backend}")
-    device = module.roster.default()
+    device = dispatch.host(backend).roster.default()
     return {
         f"{backend} {cut} {way}{' resident' * resident}": (device, cut, way, resident)
         for cut, way, resident in itertools.product(device.kernels(), device.memories, (False, True))

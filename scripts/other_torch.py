@@ -18,8 +18,7 @@ import sys
 
 import numpy as np
 
-from anydelta.export import torch_library
-from anydelta.rule import reference
+from anydelta.rule import reference, torch_library
 
 B, T, H, HV, K, V = 2, 5, 2, 4, 8, 16
 

@@ -24,7 +24,8 @@ import anydelta
 from anydelta.backends.devices import staging
 from anydelta.backends.vulkan import host as vulkan
 from anydelta.conformance.run import unavailable
-from anydelta.rule.spec import Call, Options, check_call
+from anydelta.rule.arguments import Call, Options
+from anydelta.rule.spec import check_call
 
 CALLS = 25
 """Per round."""

@@ -282,10 +282,7 @@ def test_other_work_is_a_share_or_unknown():
 
 
 def test_limits_say_what_is_missing(monkeypatch):
-    def gone(name):
-        raise ImportError("no module")
-
-    monkeypatch.setattr(ops.importlib, "import_module", gone)
+    monkeypatch.setattr(ops.native, "why_not", "the extension anydelta._core is not built")
     limits = ops.Limits(("fma",), 1)
     limits.sample()
     assert limits.of(Case("gda", 64, 1, 1, 8)) is None

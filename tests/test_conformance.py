@@ -34,7 +34,8 @@ from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, NORMED_KEYS, 
 from anydelta.conformance.compare import Prepared
 from anydelta.conformance.run import run_one, summary
 from anydelta.core import dispatch
-from anydelta.rule.spec import Call, CallSpec
+from anydelta.rule.arguments import Call
+from anydelta.rule.spec import CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS
 
 BATCH = 60
@@ -327,7 +328,7 @@ MUTANTS = [
 def install(monkeypatch: pytest.MonkeyPatch, backend: Any) -> str:
     """Make a backend known to dispatch under a name of its own."""
     name = f"mutant_{backend.name}"
-    module = types.ModuleType(f"anydelta.backends.{name}")
+    module = types.ModuleType(f"anydelta.backends.{name}.host")
     module.BACKEND = backend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(dispatch, "NAMES", (*dispatch.NAMES, name))

@@ -18,7 +18,8 @@ from anydelta.backends.reference.host import Reference
 from anydelta.core import devices, dispatch
 from anydelta.core.devices import Device, DeviceArray, Memory
 from anydelta.rule import op
-from anydelta.rule.spec import Call, CallSpec
+from anydelta.rule.arguments import Call
+from anydelta.rule.spec import CallSpec
 
 
 class ToyMemory(Memory):
@@ -71,7 +72,7 @@ class Toy(Reference):
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    module = types.ModuleType("anydelta.backends.toy")
+    module = types.ModuleType("anydelta.backends.toy.host")
     module.BACKEND = Toy()  # type: ignore[attr-defined]
     module.open_device = lambda index: ToyDevice(f"toy:{index}", "host memory")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)

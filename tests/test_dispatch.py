@@ -57,7 +57,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def use(*backends: Any) -> None:
         for backend in backends:
-            module = types.ModuleType(f"anydelta.backends.{backend.name}")
+            module = types.ModuleType(f"anydelta.backends.{backend.name}.host")
             module.BACKEND = backend  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
         names = (*(b.name for b in backends), "reference")

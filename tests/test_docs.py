@@ -85,7 +85,9 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))
 def test_make_targets_and_paths_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    makefiles = (ROOT / "Makefile", *ROOT.glob("tests/*/targets.mk"))
+    recipes = "\n".join(path.read_text(encoding="utf-8") for path in makefiles)
+    rules = set(re.findall(r"^([a-z]+):", recipes, re.MULTILINE))
     for target in re.findall(r"(?:`|^    )make ([a-z]+)", text, re.MULTILINE):
         assert target in rules, f"make {target}"
     for path in re.findall(r"`((?:src|tests|docs|scripts|examples|\.ci|\.github)/[\w./]+)`", text):

@@ -153,7 +153,7 @@ def wrong_arrays() -> Iterator[Wrong]:
     for name in ARRAYS:
         packed = {"cu_seqlens": True, "A_log": False, "dt_bias": False}.get(name)
         one: dict[str, Any] = {"packed": packed}
-        if name in REQUIRED or name == "A_log":
+        if name in REQUIRED:
             yield Wrong(
                 name, "is None", put(**{name: None}), function="_" if name == "state" else None, **one
             )

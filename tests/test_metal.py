@@ -40,7 +40,8 @@ from anydelta.bench.measure import cases
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
 from anydelta.core import dispatch
-from anydelta.rule.spec import Call, CallSpec, Options, check_call
+from anydelta.rule.arguments import Call, Options
+from anydelta.rule.spec import CallSpec, check_call
 from conftest import without
 
 if emulator.compiler() is None:

@@ -303,7 +303,7 @@ INVALID: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Except
 def test_invalid_calls(change: Any, error: type[Exception], text: str, inplace: bool) -> None:
     arrays = valid()
     changed = {**arrays, **change(arrays)}
-    if not inplace and "share memory" in text:
+    if not inplace and ("share memory" in text or text == "unique"):
         pytest.skip("the functional op only reads the states")
     before = {n: x.clone() for n, x in arrays.items()}
     op = anydelta.gated_delta_mixer_ if inplace else anydelta.gated_delta_mixer

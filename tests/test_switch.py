@@ -508,7 +508,7 @@ def test_a_wrapper_around_what_is_in_the_module_follows_the_switch() -> None:
         (module, "causal_conv1d_fn"),
         (module, "torch_chunk_gated_delta_rule"),
         (module.Qwen3_5GatedDeltaNet, "forward"),
-        (module.Qwen3_5ForCausalLM, "_prepare_cache_for_generation"),
+        (module.Qwen3_5ForCausalLM, "generate"),
     ]
     before = [vars(owner).get(name) for owner, name in places]
     try:

@@ -250,12 +250,13 @@ def test_bad_input_raises_and_changes_nothing(kind: str) -> None:
     with pytest.raises(ValueError, match=text):
         OPS.gated_delta_rule_(*args, **kwargs)
     kwargs["initial_state"] = kwargs.pop("state")
-    with pytest.raises(ValueError, match=text):
-        OPS.gated_delta_rule_snapshots(*args, **kwargs)
-    if kind != "snapshots":
-        del kwargs["snapshots"]
+    if kind != "index":  # a row may be read twice where none is written
         with pytest.raises(ValueError, match=text):
-            OPS.gated_delta_rule(*args, **kwargs)
+            OPS.gated_delta_rule_snapshots(*args, **kwargs)
+        if kind != "snapshots":
+            del kwargs["snapshots"]
+            with pytest.raises(ValueError, match=text):
+                OPS.gated_delta_rule(*args, **kwargs)
     assert torch.equal(x["state"], state)
     assert torch.equal(x["snapshots"], snapshots)
 
@@ -520,7 +521,7 @@ def test_functionalised() -> None:
     assert_same(functionalize(lambda x: anydelta.gated_delta_rule(**x))(x), anydelta.gated_delta_rule(**x))
     moving = inplace(x)
     # torch.compile and torch.export functionalise such operators (above); torch.func does not, and says so.
-    with pytest.raises(RuntimeError, match="alias annotations"):
+    with pytest.raises(ValueError, match=r"transform of torch\.func"):
         functionalize(lambda x: anydelta.gated_delta_rule_(**x))(moving)
     assert_same(moving["state"], x["initial_state"])
 

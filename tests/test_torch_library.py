@@ -14,8 +14,7 @@ import torch
 import anydelta
 import test_invalid_calls as invalid
 from anydelta.backends.cpu import host as cpu
-from anydelta.export import torch_library
-from anydelta.rule import op
+from anydelta.rule import op, torch_library
 from anydelta.rule import torch_ops as torch_op
 
 OPS = torch.ops.anydelta
@@ -269,11 +268,11 @@ def through_python(args: dict[str, Any], function: str) -> str | None:
 
 def test_left_out_on_request() -> None:
     code = (
-        "import torch, anydelta\nfrom anydelta import torch_op\n"
+        "import torch, anydelta\nfrom anydelta.rule import torch_ops\n"
         "x = dict(q=torch.ones(1,2,1,4), k=torch.ones(1,2,1,4), v=torch.ones(1,2,1,3), g=torch.zeros(1,2,1),\n"
         "         beta=torch.ones(1,2,1))\n"
         "assert torch.equal(torch.ops.anydelta.gated_delta_rule(**x)[0], anydelta.gated_delta_rule(**x)[0])\n"
-        "print(torch_op.LIBRARY, torch_op.LIBRARY_REASON)"
+        "print(torch_ops.LIBRARY, torch_ops.LIBRARY_REASON)"
     )
     environment = os.environ | {torch_library.ENV: "0"}
     out = subprocess.run(

@@ -21,7 +21,8 @@ from anydelta.conformance import CASES
 from anydelta.conformance.gradients import GRADIENT_CASES
 from anydelta.conformance.run import parse, unavailable
 from anydelta.core import dispatch
-from anydelta.rule.spec import Call, CallSpec, Options, check_call
+from anydelta.rule.arguments import Call, Options
+from anydelta.rule.spec import CallSpec, check_call
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 

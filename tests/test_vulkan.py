@@ -91,7 +91,7 @@ def test_the_whole_list_under_the_validation_layers() -> None:
 
 _BAD = """
 import anydelta
-from anydelta.backends.vulkan_device import vk
+from anydelta.backends.vulkan.device import vk
 d = anydelta.device("vulkan:0")
 d.zeros((4,))
 vk.vkCreateBuffer(d.handle, vk.VkBufferCreateInfo(size=0, usage=32, sharingMode=0), None)
@@ -127,7 +127,8 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_way_of_a_long_prompt_is_measured() -> None:
     from anydelta.backends.vulkan import host as vulkan
-    from anydelta.rule.spec import Call, Options, check_call
+    from anydelta.rule.arguments import Call, Options
+    from anydelta.rule.spec import check_call
 
     (q, k, v), gates = tokens(70)
     call = Call(q, k, v, **gates, state_in=np.zeros((1, 2, 16, 16), np.float32))

@@ -87,7 +87,7 @@ def gather() -> dict[str, Any]:
 
 
 def _torch_library() -> dict[str, Any]:
-    from .export.torch_library import find
+    from .rule.torch_library import find
 
     path, reason = find()
     return {"available": path is not None, "reason": reason}

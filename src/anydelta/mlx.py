@@ -26,7 +26,8 @@ import numpy as np
 from .core import dispatch
 from .core.dispatch import UnsupportedError
 from .rule import op as _op
-from .rule.spec import Call, CallSpec, Options, check_call, check_values, dtype_name
+from .rule.arguments import Call, Options
+from .rule.spec import CallSpec, check_call, check_values, dtype_name
 
 try:
     import mlx.core as mx
@@ -96,14 +97,14 @@ def gated_delta_rule(
             follows the call.
         RuntimeError: mx.grad or mx.jvp asks for a derivative of the result; there is none here.
     """
-    options = (
+    options = Options(
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, output_final_state,
     )  # fmt: skip
     slots = snapshots if isinstance(snapshots, int) else None
     call = Call(
-        q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices,
-        None if isinstance(snapshots, int) else snapshots,
+        q, k, v, g, beta, initial_state, None if isinstance(snapshots, int) else snapshots, A_log, dt_bias, mask,
+        cu_seqlens, state_indices,
     )  # fmt: skip
     plan = _plan(call, options, backend, slots)
     _check_data(call, plan.spec)
@@ -165,7 +166,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _plan(call: Call, options: tuple[Any, ...], backend: str, slots: int | None) -> _Plan:
+def _plan(call: Call, options: Options, backend: str, slots: int | None) -> _Plan:
     """Which backend runs calls with arrays of these shapes and dtypes; checked once."""
     try:
         key: Any = (
@@ -176,7 +177,7 @@ def _plan(call: Call, options: tuple[Any, ...], backend: str, slots: int | None)
     except (AttributeError, TypeError):  # no array, or an unhashable option: the check says which
         key = plan = None
     if plan is None:
-        spec = _check(call, Options(*options), slots)
+        spec = _check(call, options, slots)
         plan = _Plan(spec, dispatch.pick(spec, backend))
         if key is not None:
             if len(_plans) >= _MAX_PLANS:
@@ -302,12 +303,7 @@ def _through_numpy(plan: _Plan, call: Call) -> list[mx.array]:
             dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
             dtype = bfloat16 if spec.state_dtype == "bfloat16" else spec.state_dtype
             held.snapshots = np.zeros((spec.snapshots, spec.N, spec.HV, *dims), dtype)
-    opt = spec.options
-    options = (
-        opt.op, opt.scale, opt.decay, opt.lower_bound, opt.beta_is_logit, opt.heads, opt.qk_l2norm, opt.qk_l2norm_eps,
-        opt.state_layout, opt.output_final_state,
-    )  # fmt: skip
-    o, state = _op.execute(held, options, plan.backend.name, False, _op.geometry_of(held))
+    o, state = _op.execute(held, spec.options, plan.backend.name, False, _op.geometry_of(held))
 
     def back(x: Any) -> mx.array:
         if bfloat16 is not None and x.dtype == bfloat16:  # np.float64 equals None

@@ -40,7 +40,8 @@ def fuzz(name: str, seconds: int) -> bool:
                 *command(name), str(new), str(HERE / "corpus" / name), f"-max_total_time={seconds}", "-timeout=120",
                 "-rss_limit_mb=4096", "-max_len=8192", f"-artifact_prefix={prefix}",
             ],
-            cwd=ROOT, env={**os.environ, "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}, stdout=output, stderr=subprocess.STDOUT,
+            cwd=ROOT, env={**os.environ, "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}, stdout=output,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
     text = log.read_text(errors="replace")
     runs = re.findall(r"^#(\d+)\s.*?cov: (\d+)", text, re.M)

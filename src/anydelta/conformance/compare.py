@@ -19,7 +19,6 @@ states of sequences without a live token, snapshot slots s >= T_n, and the gaps 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,8 +60,7 @@ class Target:
         if self.isa is None:
             yield
         else:
-            module = importlib.import_module(f"anydelta.backends.{self.backend}")
-            with module.forced_isa(self.isa):
+            with dispatch.host(self.backend).forced_isa(self.isa):
                 yield
 
 
@@ -522,7 +520,7 @@ def dirty_memory(case: Case, target: Target) -> Iterator[None]:
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
     freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
     """
-    from ..rule.op import _core
+    from ..core.native import core as _core
 
     with contextlib.ExitStack() as stack:
         if _core is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rule.spec import Call, Options
+from ..rule.arguments import Call, Options
 from .cases import Case, Inputs, inputs
 from .compare import Target, Verdict, buffers, call, judge
 

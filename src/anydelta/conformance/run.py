@@ -75,7 +75,7 @@ def isas(name: str) -> list[str]:
     """The instruction sets among which a backend can be forced to one, on this machine."""
     if unavailable(name):
         return []
-    offered = getattr(importlib.import_module(f"anydelta.backends.{name}"), "isas", None)
+    offered = getattr(dispatch.host(name), "isas", None)
     return list(offered()) if offered else []
 
 
@@ -178,7 +178,7 @@ def is_asked(case: Case, target: Target) -> bool:
 
 def has_mixer(backend: str) -> bool:
     """Whether the backend has a kernel for the mixer: others are not asked its cases."""
-    return backend == "auto" or getattr(backend_of(backend), "mixer", None) is not None
+    return backend == "auto" or dispatch.mixer_of(backend) is not None
 
 
 def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:

@@ -14,7 +14,8 @@ import numpy as np
 
 from .. import __version__
 from ..core import dispatch
-from ..rule.spec import Call, CallSpec, Options, check_call
+from ..rule.arguments import Call, Options
+from ..rule.spec import CallSpec, check_call
 from .cases import CASES, FLOAT64_CASES, Case
 
 
@@ -33,7 +34,7 @@ class Feature:
 
 
 def _with(spec: CallSpec, **options: object) -> CallSpec:
-    return replace(spec, options=replace(spec.options, **options))  # type: ignore[arg-type]
+    return replace(spec, options=spec.options._replace(**options))  # type: ignore[arg-type]
 
 
 def _float64(spec: CallSpec) -> CallSpec:

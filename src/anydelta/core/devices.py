@@ -13,7 +13,6 @@ A backend offers devices through a function `open_device(index)` in its module, 
 
 from __future__ import annotations
 
-import importlib
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -281,7 +280,7 @@ def device(name: str) -> Device:
         ValueError: a name that is not of that form; the text lists the kinds.
         UnsupportedError: its runtime or driver is missing, or there is no such device; with the reasons.
     """
-    from .dispatch import UnsupportedError, get_backend
+    from . import dispatch
 
     kind, _, number = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in KINDS or not (number or "0").isdigit():
@@ -292,7 +291,7 @@ def device(name: str) -> Device:
     full = f"{kind}:{index}"
     with _opening:
         if full not in _open:
-            if reasons := get_backend(kind).available():
-                raise UnsupportedError(f"device {full}: {'; '.join(map(str, reasons))}")
-            _open[full] = importlib.import_module(f"anydelta.backends.{kind}").open_device(index)
+            if reasons := dispatch.get_backend(kind).available():
+                raise dispatch.UnsupportedError(f"device {full}: {'; '.join(map(str, reasons))}")
+            _open[full] = dispatch.host(kind).open_device(index)
         return _open[full]

@@ -11,12 +11,13 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, Protocol
 
-from ..mixer.spec import MixerSpec
-from ..rule.spec import MLX_GPU, Call, CallSpec
+MLX_GPU = "mlx"
+"""The device of a call on MLX arrays whose stream runs on the GPU, in `Spec.device`."""
 
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -33,7 +34,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 `anydelta.device`, its kind counts."""
 
 NAMES: tuple[str, ...] = ("cpu", "triton", "metal", "vulkan", "webgpu", "opencl", "sycl", "reference")
-"""Every backend that this version has; each is the module `anydelta.backends.NAME`."""
+"""Every backend that this version has; each is the package `anydelta.backends.NAME`."""
 
 ENV = "ANYDELTA_BACKEND"
 
@@ -57,12 +58,47 @@ class Rejected:
         return self.reason
 
 
-class Backend(Protocol):
-    """What a module in `anydelta.backends` provides.
+class Spec(Protocol):
+    """A valid call without its data, of the rule or of the mixer: what dispatch reads of it."""
 
-    A backend with a kernel for the mixer has an attribute `mixer`, an object with `supports`, `prepare` and `run` for
-    MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with a backward
-    pass has `gradient_reasons(spec)`, why it does not take a call, and `gradients(spec, call, grad_o, grad_state)`.
+    @property
+    def mixes(self) -> bool:
+        """Whether it is a call of the mixer."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """A key of PRIORITY."""
+        ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def framework(self) -> str: ...
+
+    @property
+    def snapshot_rows(self) -> bool:
+        """Whether the snapshots go to rows of the state pool."""
+        ...
+
+    @property
+    def options(self) -> Any: ...
+
+    def without_rows(self) -> Spec:
+        """The call that is made instead on backends that know dense snapshots only."""
+        ...
+
+    def shape_line(self) -> str: ...
+
+
+class Backend(Protocol):
+    """What `BACKEND` of `anydelta.backends.NAME.host` is.
+
+    A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `supports`, `prepare` and `run`
+    for MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with another
+    host for MLX arrays names in `mlx_host` the module whose HOST it is. One with a backward pass has
+    `gradient_reasons(spec)`, why it does not take a call, and `gradients(spec, call, grad_o, grad_state)`.
     """
 
     name: str
@@ -71,15 +107,15 @@ class Backend(Protocol):
         """Why the backend cannot run at all here; empty when it can."""
         ...
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
+    def supports(self, spec: Any) -> Sequence[Rejected]:
         """Why the backend cannot run this call; empty when it can. All reasons, not the first."""
         ...
 
-    def prepare(self, spec: CallSpec, call: Call) -> Any:
+    def prepare(self, spec: Any, call: Any) -> Any:
         """Whatever can be computed once per CallSpec and array geometry; given back to `run`."""
         ...
 
-    def run(self, plan: Any, spec: CallSpec, call: Call) -> None:
+    def run(self, plan: Any, spec: Any, call: Any) -> None:
         """Write `call.o`, `call.state_out` and `call.snapshots`."""
         ...
 
@@ -97,15 +133,19 @@ def get_backend(name: str) -> Backend:
     """
     if name not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
-    module = importlib.import_module(f"anydelta.backends.{name}.host")
-    return module.BACKEND  # type: ignore[no-any-return]
+    return host(name).BACKEND  # type: ignore[no-any-return]
+
+
+def host(name: str) -> ModuleType:
+    """The module of a backend: `BACKEND`, and where there are several builds of its kernel `isas` and `forced_isa`."""
+    return importlib.import_module(f"anydelta.backends.{name}.host")
 
 
 @dataclass(frozen=True)
 class Trace:
     """What dispatch decided: the backend that runs the call, and why each one before it does not."""
 
-    spec: CallSpec | MixerSpec
+    spec: Spec
     chosen: str | None
     rejected: dict[str, tuple[Rejected, ...]]
     forced: str | None = None
@@ -119,45 +159,46 @@ class Trace:
         return "\n".join(lines)
 
 
-def implementation(name: str, spec: CallSpec | MixerSpec) -> Any:
-    """What runs such calls on a backend: itself for the rule, or its `mlx_host` for MLX arrays; its `mixer`, or None,
-    for the mixer."""
+def implementation(name: str, spec: Spec) -> Any:
+    """What runs such calls on a backend: itself for the rule, or its host for MLX arrays; its mixer or None for the
+    mixer."""
     backend = get_backend(name)
-    if isinstance(spec, MixerSpec):
-        return getattr(backend, "mixer", None)
-    return getattr(backend, "mlx_host", backend) if spec.framework == "mlx" else backend
+    if spec.mixes:
+        return mixer_of(name)
+    module = getattr(backend, "mlx_host", None) if spec.framework == "mlx" else None
+    return importlib.import_module(module).HOST if module else backend
 
 
-def takes_rows(backend: Any, spec: CallSpec) -> bool:
+def mixer_of(name: str) -> Any:
+    """What runs the mixer on a backend, or None where it has no kernel for it."""
+    module = getattr(get_backend(name), "mixer", None)
+    return importlib.import_module(module).MIXER if module else None
+
+
+def takes_rows(backend: Any, spec: Spec) -> bool:
     """Whether the backend writes to the rows that `snapshot_indices` name, if they are given, by itself."""
     return all(
         getattr(backend, flag, False) for flag in ("snapshot_rows", "final_rows") if getattr(spec, flag)
     )
 
 
-def needs_A_log(backend: Any, spec: CallSpec, call: Call) -> bool:
+def needs_A_log(backend: Any, spec: Spec, call: Any) -> bool:
     """Whether the call has no A_log where the backend wants one for raw gates."""
     return (
         spec.options.decay == "raw" and call.A_log is None and not getattr(backend, "optional_A_log", False)
     )
 
 
-def without_rows(spec: CallSpec) -> CallSpec:
-    """The call that op.py makes of one with `snapshot_indices` for the other backends: functional, dense snapshots."""
-    options = replace(spec.options, output_final_state=False)
-    return replace(spec, snapshot_rows=False, final_rows=False, inplace=False, options=options)
-
-
-def reasons_against(name: str, spec: CallSpec | MixerSpec) -> tuple[Rejected, ...]:
+def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
     runs = implementation(name, spec)
-    if reasons := tuple((get_backend(name) if isinstance(spec, MixerSpec) else runs).available()):
+    if reasons := tuple((get_backend(name) if spec.mixes else runs).available()):
         return reasons
-    if isinstance(spec, CallSpec) and not takes_rows(runs, spec):
-        spec = without_rows(spec)
+    if not spec.mixes and not takes_rows(runs, spec):
+        spec = spec.without_rows()
     return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
 
 
-def _candidates(spec: CallSpec | MixerSpec, backend: str) -> tuple[tuple[str, ...], str | None]:
+def _candidates(spec: Spec, backend: str) -> tuple[tuple[str, ...], str | None]:
     """The backends to ask, and what forced the only one."""
     if backend == "auto" and (name := forced_by_env()):
         return (name,), f"{ENV}={name}"
@@ -166,7 +207,7 @@ def _candidates(spec: CallSpec | MixerSpec, backend: str) -> tuple[tuple[str, ..
     return PRIORITY.get(spec.device, ("reference",)), None
 
 
-def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
+def choose(spec: Spec, backend: str = "auto") -> Trace:
     """Walk the priority table for the device of the call; a named backend is the only candidate.
 
     Raises:
@@ -186,7 +227,7 @@ def choose(spec: CallSpec | MixerSpec, backend: str = "auto") -> Trace:
     return Trace(spec, None, rejected, forced)
 
 
-def with_gradients(spec: CallSpec, backend: str = "auto") -> Any | None:
+def with_gradients(spec: Spec, backend: str = "auto") -> Any | None:
     """The backend with a backward pass of its own for the call, or None: then the reference is differentiated.
 
     Warns once per process when a backend that has one does not take the call.
@@ -213,7 +254,7 @@ _warned = False
 _warned_of_gradients = False
 
 
-def pick(spec: CallSpec | MixerSpec, backend: str = "auto") -> Any:
+def pick(spec: Spec, backend: str = "auto") -> Any:
     """The `implementation` that runs the call. Warns once per process when auto falls back to the reference rule.
 
     The mixer's fallback is no loop but torch's convolution around the rule, which says itself when it is slow.
@@ -229,7 +270,7 @@ def pick(spec: CallSpec | MixerSpec, backend: str = "auto") -> Any:
             f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {reasons}. "
             f'Use backend="auto" to fall back to another backend'
         )
-    slow = trace.chosen == "reference" and trace.forced is None and isinstance(spec, CallSpec)
+    slow = trace.chosen == "reference" and trace.forced is None and not spec.mixes
     if slow and spec.dtype != "float64" and not _warned:
         _warned = True
         reasons = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..rule import torch_library
 from ..rule import torch_ops as torch_op
-from . import torch_library
 
 _C_TYPES = {
     "Tensor": "AtenTensorHandle",

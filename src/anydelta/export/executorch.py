@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core import libraries
 from ..rule import torch_ops as torch_op
-from . import libraries
+from ..rule.arguments import INPLACE
 
 MINIMUM = (1, 5)
 """The first executorch package with C++ libraries and a registry of operators that others can add to."""
@@ -92,7 +93,7 @@ def _register() -> torch.library.Library:
             library.define(schema)
             ours = getattr(torch.ops.anydelta, name.removesuffix("_inplace") + "_").default
             library.impl(name, ours, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"anydelta::{name}", torch_op._fake_inplace, lib=library)
+            torch.library.register_fake(f"anydelta::{name}", partial(torch_op._fake, INPLACE), lib=library)
         library.define(out)
     return library
 

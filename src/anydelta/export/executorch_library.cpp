@@ -2,7 +2,7 @@
 // CPU kernels. Loading the library registers them; linking it does too.
 //
 // The in-place operator is called gated_delta_rule_inplace here: ExecuTorch's exporter reads a trailing underscore
-// as "has an argument self". Its schemas are derived in export/executorch.py: those of torch_schemas.txt, then the results
+// as "has an argument self". Its schemas are derived in export/executorch.py: those of rule/arguments.py, then the results
 // as out arguments. Tensors must be contiguous and results as large as planned; nothing else is allocated.
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>

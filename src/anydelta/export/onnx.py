@@ -19,8 +19,8 @@ from torch.fx import Node
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
+from ..core import libraries
 from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
-from . import libraries
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")
 """What a call becomes: our operator; ONNX Runtime's LinearAttention; that of the ONNX standard (opset 27)."""

@@ -8,7 +8,7 @@
 //         g, beta, A_log, dt_bias float32; mask bool; cu_seqlens, state_indices int64
 //         attributes: scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps, state_layout
 //
-// as the functional operator of torch_schemas.txt. export/onnx.py writes the calls.
+// as the functional operator of rule/arguments.py. export/onnx.py writes the calls.
 #include <algorithm>
 #include <array>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The order of the operators' arguments in torch_schemas.txt, for runtimes that hand them over as a list: the tensors in
+// The order of the operators' arguments (rule/arguments.py), for runtimes that hand them over as a list: the tensors in
 // this order (the first `required` of them always there), then the flags
 //     scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps, state_layout,
 //     output_final_state (not of the in-place operator), backend

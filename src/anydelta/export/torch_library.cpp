@@ -1,5 +1,5 @@
 // anydelta_torch: torch.ops.anydelta for CPU tensors, in C++ on libtorch's stable ABI (torch/csrc/stable), so that one
-// build serves every torch from 2.10 on, and programs without Python. The schemas are in torch_schemas.txt; fake kernels,
+// build serves every torch from 2.10 on, and programs without Python. The schemas come from rule/arguments.py; fake kernels,
 // gradients and everything that the CPU kernels do not take stay in Python (torch_op.py), which attaches itself below.
 //
 // Each operator is there twice: boxed, for the dispatcher, and as a C function with the name that AOTInductor's

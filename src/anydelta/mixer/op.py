@@ -5,16 +5,17 @@ from __future__ import annotations
 import atexit
 import sys
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from ..core import dispatch
-from ..rule.op import Array, _core
+from ..core.native import core as _core
+from ..rule.arguments import Array
 from ..rule.spec import _Checker, framework_of
+from .arguments import INPLACE, MixerCall, MixerOptions
 from .spec import (
-    MixerCall,
-    MixerOptions,
     MixerSpec,
     check_mixer,
     check_mixer_values,
@@ -113,13 +114,13 @@ def gated_delta_mixer_(
         UnsupportedError: the named backend cannot run it.
     """
     q, k, v = (qkv, None, None) if type(qkv) not in (tuple, list) else unpack_qkv("gated_delta_mixer_", qkv)
-    options = (
+    options = MixerOptions(
         "gated_delta_mixer_", activation, scale, decay, lower_bound, beta_is_logit, allow_neg_eigval, heads,
         qk_l2norm, qk_l2norm_eps, norm_eps, norm_gate, state_layout,
     )  # fmt: skip
     call = MixerCall(
-        q, k, v, conv_state, state, g, beta, conv_weight, conv_bias, A_log, dt_bias, z, norm_weight, mask,
-        cu_seqlens, state_indices, snapshots, conv_snapshots, snapshot_indices,
+        q, k, v, conv_state, state, g, beta, conv_weight, snapshots, conv_snapshots, conv_bias, A_log, dt_bias, z,
+        norm_weight, mask, cu_seqlens, state_indices, snapshot_indices,
     )  # fmt: skip
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(q, torch.Tensor):
@@ -132,7 +133,7 @@ def gated_delta_mixer_(
         if side.watched(*arrays_of(call).values()):
             return side.traced(call, options, backend)
         if torch.is_grad_enabled():
-            refuse_grad(call, options[0])
+            refuse_grad(call, options.op)
     return execute(call, options, backend, geometry)
 
 
@@ -260,7 +261,7 @@ def _parse(
 _ARRAYS = frozenset(MixerCall.__slots__) - {
     "qkv", "k", "v", "conv_state", "state", "snapshots", "conv_snapshots", "o",
 }  # fmt: skip
-_FLAGS = frozenset(MixerOptions.__dataclass_fields__) - {"op"}
+_FLAGS = frozenset(MixerOptions._fields) - {"op"}
 
 
 def _writable(call: MixerCall) -> MixerCall:
@@ -278,15 +279,13 @@ def _writable(call: MixerCall) -> MixerCall:
 def _differentiable(
     call: MixerCall, spec: MixerSpec, backend: str, tracked: list[str]
 ) -> tuple[Array, Array, Array]:
-    from ..backends.reference.mixer import compose, final_windows
-
     if call.snapshots is not None:
         raise ValueError(
             f"{spec.options.op}: snapshots have no gradient, but {', '.join(tracked)} requires grad, carries a tangent "
             "or is made of other tensors. Use torch.no_grad(), or leave snapshots out"
         )
-    o, windows, state = compose(call, spec, backend, inplace=False)
-    return o, final_windows(call, spec, windows), state
+    found: tuple[Array, Array, Array] = dispatch.mixer_of("reference").differentiable(call, spec, backend)
+    return found
 
 
 def refuse_grad(call: MixerCall, op: str) -> None:
@@ -327,14 +326,12 @@ def plan_step(o: Array, qkv: Any, conv_state: Array, state: Array, **arguments: 
     geometry = geometry_of(call)
     if geometry is None:
         return None
-    plan = _plan(
-        call, tuple(getattr(options, n) for n in MixerOptions.__dataclass_fields__), backend, geometry
-    )
+    plan = _plan(call, options, backend, geometry)
     call.o, call.conv_weight = o, weight
     return plan.backend.step(plan.native, plan.spec, call) if hasattr(plan.backend, "step") else None
 
 
-def execute(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: Any) -> Array:
+def execute(call: MixerCall, options: MixerOptions, backend: str, geometry: Any) -> Array:
     """Run an in-place call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
     plan = _plan(call, options, backend, geometry)
     if plan.like_z:
@@ -354,21 +351,18 @@ def execute(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: A
 
 def arrays_of(call: MixerCall) -> dict[str, Array]:
     """The arrays of a call by name, absent ones None."""
-    return {name: getattr(call, name) for name in MixerCall.__slots__ if name != "o"}
+    return {name: getattr(call, name) for name in INPLACE.arguments}
+
+
+_inputs = attrgetter(*INPLACE.arguments)
 
 
 def geometry_of(call: MixerCall) -> Any:
     """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered."""
-    if _core is None:
-        return None
-    return _core.geometry(
-        call.qkv, call.k, call.v, call.conv_state, call.state, call.g, call.beta, call.conv_weight, call.conv_bias,
-        call.A_log, call.dt_bias, call.z, call.norm_weight, call.mask, call.cu_seqlens, call.state_indices,
-        call.snapshots, call.conv_snapshots, call.snapshot_indices,
-    )  # fmt: skip
+    return None if _core is None else _core.geometry(*_inputs(call))
 
 
-def _plan(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: Any) -> _Plan:
+def _plan(call: MixerCall, options: MixerOptions, backend: str, geometry: Any) -> _Plan:
     """The plan for a call, which is checked as far as its geometry does not tell that it was."""
     key: Any = None if geometry is None else (geometry, options, backend)
     try:
@@ -376,7 +370,7 @@ def _plan(call: MixerCall, options: tuple[Any, ...], backend: str, geometry: Any
     except TypeError:  # an unhashable option: check_mixer says which
         plan = key = None
     if plan is None:
-        spec = check_mixer(call, MixerOptions(*options))
+        spec = check_mixer(call, options)
         check_mixer_values(call, spec)
         chosen = dispatch.pick(spec, backend)
         r = spec.rule

@@ -7,14 +7,13 @@ ValueError or TypeError that says what is wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
+from ..rule.arguments import Call
 from ..rule.spec import (
     DTYPES,
     STATE_DTYPES,
-    Call,
     CallSpec,
-    Options,
     _Checker,
     check_call,
     check_values,
@@ -22,65 +21,9 @@ from ..rule.spec import (
     framework_of,
     shape_of,
 )
+from .arguments import MixerCall, MixerOptions
 
-ACTIVATIONS = ("silu", None)
 NORM_GATES = ("silu", "sigmoid")
-
-
-@dataclass(frozen=True)
-class MixerOptions:
-    """The arguments of a mixer call that are not arrays. See `anydelta.gated_delta_mixer` for their meaning."""
-
-    op: str = "gated_delta_mixer"
-    activation: str | None = "silu"
-    scale: float | None = None
-    decay: str = "raw"
-    lower_bound: float | None = None
-    beta_is_logit: bool = True
-    allow_neg_eigval: bool = False
-    heads: str = "interleaved"
-    qk_l2norm: bool = True
-    qk_l2norm_eps: float = 1e-6
-    norm_eps: float = 1e-6
-    norm_gate: str = "silu"
-    state_layout: str = "kv"
-
-    def of_rule(self) -> Options:
-        """The options of the rule inside."""
-        return Options(
-            op=self.op, scale=self.scale, decay=self.decay, lower_bound=self.lower_bound,
-            beta_is_logit=self.beta_is_logit, heads=self.heads, qk_l2norm=self.qk_l2norm,
-            qk_l2norm_eps=self.qk_l2norm_eps, state_layout=self.state_layout,
-        )  # fmt: skip
-
-
-@dataclass(slots=True)
-class MixerCall:
-    """The arrays of one call. Backends read the inputs, advance `conv_state` and `state`, write `o` and the snapshots.
-
-    `qkv` is the packed array, with `k` and `v` None, or q alone.
-    """
-
-    qkv: Any
-    k: Any
-    v: Any
-    conv_state: Any
-    state: Any
-    g: Any
-    beta: Any
-    conv_weight: Any
-    conv_bias: Any = None
-    A_log: Any = None
-    dt_bias: Any = None
-    z: Any = None
-    norm_weight: Any = None
-    mask: Any = None
-    cu_seqlens: Any = None
-    state_indices: Any = None
-    snapshots: Any = None
-    conv_snapshots: Any = None
-    snapshot_indices: Any = None
-    o: Any = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +46,12 @@ class MixerSpec:
     gated: bool
     conv_snapshots: bool
     options: MixerOptions = field(default_factory=MixerOptions)
+
+    mixes: ClassVar[bool] = True
+    snapshot_rows: ClassVar[bool] = False  # mixers write them by themselves
+
+    def without_rows(self) -> MixerSpec:
+        return self
 
     @property
     def device(self) -> str:
@@ -166,13 +115,7 @@ def check_mixer(call: MixerCall, options: MixerOptions) -> MixerSpec:
         ValueError: a wrong shape, dtype, device, stride, choice or combination; names the argument.
     """
     c = _Checker(options.op, first="qkv")
-    if options.activation not in ACTIVATIONS:
-        c.fail(f"activation must be 'silu' or None; got {options.activation!r}")
-    c.choice("norm_gate", options.norm_gate, NORM_GATES)
-    c.flag("allow_neg_eigval", options.allow_neg_eigval)
-    if c.number("norm_eps", options.norm_eps) < 0:
-        c.fail(f"norm_eps must be >= 0; got {options.norm_eps}")
-    c.choice("state_layout", options.state_layout, ("kv", "vk"))  # the sizes are read off the state
+    c.options(options)
 
     here = c.array("qkv", call.qkv, None)
     H, HV, K, V = _heads(c, call, options, here)
@@ -290,8 +233,8 @@ def _check_rule(
     """The rule's own checks, on arrays that look as q, k and v will."""
     inner = Call(
         _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, HV, V)),
-        call.g, call.beta, call.state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices,
-        call.snapshots, call.snapshot_indices,
+        call.g, call.beta, call.state, call.snapshots, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
+        call.state_indices, call.snapshot_indices,
     )  # fmt: skip
     return check_call(inner, options.of_rule(), inplace=True)
 

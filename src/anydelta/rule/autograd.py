@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from ..backends.reference.host import torch_recurrence
 from ..core import dispatch
-from .spec import Call, Options, check_call
+from .arguments import Call, Options
+from .spec import check_call
 
 
 def gradients(
@@ -50,7 +50,7 @@ def gradients(
             raise RuntimeError("anydelta: autograd records nothing here, so no gradient can be computed")
         live = replace(call, **leaves)
         spec = check_call(live, options, inplace=False)
-        o, state = torch_recurrence(spec, live)
+        o, state = dispatch.get_backend("reference").recurrence(spec, live)  # type: ignore[attr-defined]
         pairs = [(o, grad_o)]
         if options.output_final_state:
             pairs.append(

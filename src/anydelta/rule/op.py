@@ -11,22 +11,16 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from ..core import dispatch
 from ..core.devices import DeviceArray
-from .spec import Call, CallSpec, Options, check_call, check_values, framework_of
-
-try:
-    from .. import _core as _core
-except ImportError:  # not built: the cpu backend gives the reason
-    _core = None  # type: ignore[assignment]
-
-Array = Any
-"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead, and
-all of a call may where the backend takes that (OpenCL, SYCL), but for masks and indices, which are NumPy's then."""
+from ..core.native import core as _core
+from .arguments import INPLACE, Array, Call, Options
+from .spec import CallSpec, check_call, check_values, framework_of
 
 
 @dataclass(slots=True)
@@ -122,11 +116,11 @@ def gated_delta_rule(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = (
+    options = Options(
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, output_final_state,
     )  # fmt: skip
-    call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
+    call = Call(q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices)
     return _run(call, options, backend, inplace=False)
 
 
@@ -173,12 +167,12 @@ def gated_delta_rule_(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = (
+    options = Options(
         "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, True,
     )  # fmt: skip
     call = Call(
-        q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices
+        q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices
     )
     return _run(call, options, backend, inplace=True)[0]
 
@@ -207,31 +201,25 @@ def _grad_enabled(q: Array) -> bool:
     return bool(torch is not None and framework_of(q) == "torch" and torch.is_grad_enabled())
 
 
+_inputs = attrgetter(*INPLACE.arguments)
+
+
 def geometry_of(call: Call) -> Any:
     """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered.
 
     The extension answers in a microsecond; this code stands in where it is not built or cannot read an array.
     """
-    state, snapshots = call.state_in, call.snapshots
-    floats = (call.q, call.k, call.v, call.g, call.beta, state, call.A_log, call.dt_bias, snapshots)
-    q, k, v, g, beta, state, A_log, dt_bias, snapshots = floats
-    resident = None
-    if DeviceArray in (type(q), type(state), type(snapshots)):
+    arrays, resident = _inputs(call), None
+    if DeviceArray in (type(call.q), type(call.state_in), type(call.snapshots)):
         resident = tuple(
-            (x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None for x in floats
+            (x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None for x in arrays
         )
-        q, k, v, g, beta, state, A_log, dt_bias, snapshots = (
-            None if type(x) is DeviceArray else x for x in floats
-        )
-    arrays = (
-        q, k, v, g, beta, state, A_log, dt_bias, call.mask, call.cu_seqlens, call.state_indices, snapshots,
-        call.snapshot_indices,
-    )  # fmt: skip
+        arrays = tuple(None if type(x) is DeviceArray else x for x in arrays)
     geometry = None if _core is None else _core.geometry(*arrays)
     return geometry if resident is None or geometry is None else (geometry, resident)
 
 
-def _run(call: Call, options: tuple[Any, ...], backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
+def _run(call: Call, options: Options, backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(call.q, torch.Tensor):
         return execute(call, options, backend, inplace, geometry_of(call))
@@ -258,7 +246,7 @@ def _torch_side() -> Any:
 
 
 def execute(
-    call: Call, options: tuple[Any, ...], backend: str, inplace: bool, geometry: Any
+    call: Call, options: Options, backend: str, inplace: bool, geometry: Any
 ) -> tuple[Array, Array | None]:
     """Run a call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
     key = (geometry, options, backend)
@@ -267,7 +255,7 @@ def execute(
     except TypeError:  # an unhashable option: check_call says which
         plan = geometry = None
     if plan is None:
-        spec = check_call(call, Options(*options), inplace=inplace)
+        spec = check_call(call, options, inplace=inplace)
         check_values(call, spec)
         chosen = dispatch.pick(spec, backend)
         needs_A_log = dispatch.needs_A_log(chosen, spec, call)
@@ -315,7 +303,7 @@ def unit_A_log(call: Call) -> Array:
 
 
 def _by_dense_snapshots(
-    call: Call, spec: CallSpec, options: tuple[Any, ...], backend: str
+    call: Call, spec: CallSpec, options: Options, backend: str
 ) -> tuple[Array, Array | None]:
     """`snapshot_indices` for a backend that knows dense snapshots only: run on those, then move them to their rows."""
     pool, rows = call.state_in, call.snapshot_indices
@@ -327,7 +315,7 @@ def _by_dense_snapshots(
         dense.snapshots = pool.device.empty(shape, pool.dtype)
     else:
         dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
-    lowered = dispatch.without_rows(spec)
+    lowered = spec.without_rows()
     chosen = dispatch.pick(lowered, backend)
     empty_like, _ = _allocation(spec, call)
     dense.o = empty_like(call.v) if empty_like else np.empty(call.v.shape, call.v.dtype)

@@ -13,67 +13,24 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
+from ..core.arguments import fields, problem
 from ..core.devices import DeviceArray
+from ..core.dispatch import MLX_GPU
+from .arguments import Call, Options
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
 DECAYS = ("log", "linear", "raw")
-HEADS = ("interleaved", "tiled")
-LAYOUTS = ("kv", "vk")
+"""In the order of the enum in backends/cpu/problem.h."""
 INDEX_DTYPES = ("int32", "int64")
 KINDS = {"torch": "a torch.Tensor", "numpy": "a numpy.ndarray", "mlx": "an mlx.core.array"}
 """What the arrays of each framework are called."""
-MLX_GPU = "mlx"
-"""The device of a call on MLX arrays whose stream runs on the GPU, in `CallSpec.device`."""
-_FLOAT32_MAX = 3.4028234663852886e38
 MAX_NUMBERS = 1 << 48
 """Of one array: more than memory holds, and few enough that no product of sizes leaves 64 bits."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of a call that are not arrays. See `anydelta.gated_delta_rule` for their meaning."""
-
-    op: str = "gated_delta_rule"
-    scale: float | None = None
-    decay: str = "log"
-    lower_bound: float | None = None
-    beta_is_logit: bool = False
-    heads: str = "interleaved"
-    qk_l2norm: bool = False
-    qk_l2norm_eps: float = 1e-6
-    state_layout: str = "kv"
-    output_final_state: bool = True
-
-
-@dataclass(slots=True)
-class Call:
-    """The arrays of one call. Backends read the inputs and write `o`, `state_out` and `snapshots`.
-
-    `state_out` is `state_in` itself for the in-place op, and None when no final state is wanted. With
-    `state_indices`, `state_in` is a pool [P, ...]; `state_out` is that pool (in place) or dense [N, ...]. With
-    `snapshot_indices` [Ks, N] the snapshots are rows of that pool, and nothing else of it is written.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    g: Any
-    beta: Any
-    state_in: Any = None
-    A_log: Any = None
-    dt_bias: Any = None
-    mask: Any = None
-    cu_seqlens: Any = None
-    state_indices: Any = None
-    snapshots: Any = None
-    snapshot_indices: Any = None
-    state_out: Any = None
-    o: Any = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +72,13 @@ class CallSpec:
     final_rows: bool = False
     """Whether `snapshot_indices` name the rows for the final states, beside dense snapshots. Only backends that set
     `final_rows` are shown such a spec; for others op.py copies slot 0 to those rows."""
+
+    mixes: ClassVar[bool] = False
+
+    def without_rows(self) -> CallSpec:
+        """The call that op.py makes of one with `snapshot_indices` for other backends: functional, dense snapshots."""
+        options = self.options._replace(output_final_state=False)
+        return replace(self, snapshot_rows=False, final_rows=False, inplace=False, options=options)
 
     def shape_line(self) -> str:
         """The call in one line, in the names of the contract."""
@@ -306,21 +270,12 @@ class _Checker:
             self.fail(f"{name} must have dtype {' or '.join(allowed)}; got {got}")
         return got
 
-    def choice(self, name: str, value: Any, allowed: Sequence[str]) -> None:
-        if not isinstance(value, str) or value not in allowed:
-            self.fail(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-    def flag(self, name: str, value: Any) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(f"{self.op}: {name} must be True or False; got {value!r}")
-
-    def number(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{self.op}: {name} must be a number; got {type(value).__name__}")
-        if not abs(value) <= _FLOAT32_MAX:  # NaN too; an int may be too large for float()
-            got = value if isinstance(value, float) else "a larger integer"
-            self.fail(f"{name} must be finite in float32; got {got}")
-        return float(value)
+    def options(self, options: Any) -> None:
+        """Each option of a table against its row."""
+        table: type = type(options)
+        for name, row in fields(table).items():
+            if error := problem(row, getattr(options, name)):
+                raise type(error)(f"{self.op}: {error}")
 
     def index(self, name: str, x: Any, here: tuple[str, str]) -> None:
         """Index arrays may stay on the host when q is elsewhere, and must where q is a `DeviceArray`."""
@@ -383,21 +338,9 @@ def check_call(
         ValueError: a wrong shape, dtype, device, stride, choice or combination; names the argument.
     """
     c = _Checker(options.op, kinds=kinds, devices="numpy" in kinds)
-    c.choice("decay", options.decay, DECAYS)
-    c.choice("heads", options.heads, HEADS)
-    c.choice("state_layout", options.state_layout, LAYOUTS)
-    for name in ("beta_is_logit", "qk_l2norm", "output_final_state"):
-        c.flag(name, getattr(options, name))
-    eps = c.number("qk_l2norm_eps", options.qk_l2norm_eps)
-    if eps < 0:
-        c.fail(f"qk_l2norm_eps must be >= 0; got {eps}")
-    if options.scale is not None:
-        c.number("scale", options.scale)
-    if options.lower_bound is not None:
-        if options.decay != "raw":
-            c.fail(f'lower_bound goes with decay="raw" only; got decay={options.decay!r}')
-        if c.number("lower_bound", options.lower_bound) > 0:
-            c.fail(f"lower_bound must be <= 0, as the log decay is; got {options.lower_bound}")
+    c.options(options)
+    if options.lower_bound is not None and options.decay != "raw":
+        c.fail(f'lower_bound goes with decay="raw" only; got decay={options.decay!r}')
 
     here = c.array("q", call.q, None)
     for name in ("k", "v", "g", "beta"):

@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +30,14 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..backends.reference.host import torch_recurrence
 from ..core import dispatch
+from ..core.arguments import Operator
 from ..core.devices import DeviceArray
-from ..export import torch_library
-from . import op
+from ..core.native import core as _core
+from . import op, torch_library
+from .arguments import FUNCTIONAL, INPLACE, OPERATORS, SNAPSHOTS, Call, Options
 from .autograd import gradients
-from .spec import Call, Options, check_call, check_gradients, check_values
+from .spec import check_call, check_gradients, check_values
 
 mark_written = torch._C._increment_version
 """Raise the count of versions of a sequence of tensors, as torch's operators do of those that they write."""
@@ -54,22 +54,17 @@ def _load_library() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return None, f"{path.name} does not load ({error})"
-    assert op._core is not None
-    library.anydelta_torch_attach(ctypes.c_void_p(op._core.runner()))
+    assert _core is not None
+    library.anydelta_torch_attach(ctypes.c_void_p(_core.runner()))
     library.anydelta_torch_threads.restype = ctypes.c_void_p
-    op._core.share_threads_of(library.anydelta_torch_threads())
+    _core.share_threads_of(library.anydelta_torch_threads())
     return library, ""
-
-
-def _schemas() -> dict[str, str]:
-    """The operators' schemas by name."""
-    lines = Path(__file__).with_name("torch_schemas.txt").read_text("utf-8").splitlines()
-    return {line.split("(")[0]: line for line in lines if line and not line.startswith("#")}
 
 
 LIBRARY, LIBRARY_REASON = _load_library()
 """The C++ library, which then runs calls on CPU tensors, or why it is not used."""
-SCHEMAS = _schemas()
+SCHEMAS = {o.name: o.schema() for o in OPERATORS}
+"""The operators' schemas by name."""
 
 _LIB = torch.library.Library("anydelta", "FRAGMENT" if LIBRARY else "DEF")
 # must stay alive: dropping it removes the operators
@@ -84,66 +79,39 @@ _LIB.define(
     'str backend="auto") -> Tensor[]'
 )
 
-_INPUTS = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")
+_INPUTS = FUNCTIONAL.tensors
 """The differentiable operator's tensors, in the order of its schema, by their names in Call."""
 
 
-def _split(name: str, arrays: dict[str, Any], flags: dict[str, Any]) -> tuple[Call, tuple[Any, ...], str]:
-    """Operator arguments as (Call, options tuple, backend). The dispatcher leaves out flags at their defaults."""
+def _bind(operator: Operator, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Call, Options, str]:
+    """An operator's arguments as (Call, Options, backend). The dispatcher leaves out those at their defaults."""
+    arrays, flags = operator.bind(args, given)
     backend = flags.pop("backend", "auto")
-    return Call(**arrays), _options(name, *flags.items()), backend
+    return Call(**arrays), Options(op=operator.public_name, **flags), backend
 
 
-@cache
-def _options(name: str, *flags: tuple[str, Any]) -> tuple[Any, ...]:
-    return tuple(vars(Options(op=name, **dict(flags))).values())
+def _run(operator: Operator, *args: Any, **given: Any) -> Any:
+    """The implementation of each of the three operators."""
+    call, options, backend = _bind(operator, args, given)
+    if operator is not FUNCTIONAL:
+        _refuse_grad(call, options, operator.inplace)
+    o, state = op.execute(call, options, backend, operator.inplace, op.geometry_of(call))
+    if operator.inplace:
+        return o
+    return o, state if state is not None else call.q.new_empty(0)
 
 
-def _functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-                cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
-    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
-                  cu_seqlens=cu_seqlens, state_indices=state_indices)  # fmt: skip
-    call, options, backend = _split("gated_delta_rule", arrays, flags)
-    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
-    return o, state if state is not None else q.new_empty(0)
-
-
-def _with_snapshots(q, k, v, g, beta, snapshots, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-                    cu_seqlens=None, state_indices=None, **flags):  # fmt: skip
-    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=initial_state, A_log=A_log, dt_bias=dt_bias, mask=mask,
-                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots)  # fmt: skip
-    call, options, backend = _split("gated_delta_rule", arrays, flags)
-    _refuse_grad(call, options, False)
-    o, state = op.execute(call, options, backend, False, op.geometry_of(call))
-    return o, state if state is not None else q.new_empty(0)
-
-
-def _inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-             cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
-    arrays = dict(q=q, k=k, v=v, g=g, beta=beta, state_in=state, A_log=A_log, dt_bias=dt_bias, mask=mask,
-                  cu_seqlens=cu_seqlens, state_indices=state_indices, snapshots=snapshots,
-                  snapshot_indices=snapshot_indices)  # fmt: skip
-    call, options, backend = _split("gated_delta_rule_", arrays, flags)
-    _refuse_grad(call, options, True)
-    return op.execute(call, options, backend, True, op.geometry_of(call))[0]
-
-
-def _refuse_grad(call: Call, options: tuple[Any, ...], inplace: bool) -> None:
+def _refuse_grad(call: Call, options: Options, inplace: bool) -> None:
     """The operators that write to an argument have no gradient: say so instead of returning a constant."""
     if torch.is_grad_enabled() and any_requires_grad(call):
-        check_gradients(call, options[0], inplace)
-    refuse_tangents(options[0], {name: getattr(call, name) for name in _INPUTS})
+        check_gradients(call, options.op, inplace)
+    refuse_tangents(options.op, {name: getattr(call, name) for name in _INPUTS})
 
 
-_IMPLEMENTATIONS: dict[str, Any] = {
-    "gated_delta_rule": _functional,
-    "gated_delta_rule_snapshots": _with_snapshots,
-    "gated_delta_rule_": _inplace,
-}
+_IMPLEMENTATIONS = {o.name: partial(_run, o) for o in OPERATORS}
 for _name, _impl in _IMPLEMENTATIONS.items():
-    _LIB.impl(
-        _name, _impl, "CompositeExplicitAutograd"
-    )  # behind the library's kernels for the CPU, if it is there
+    # behind the library's kernels for the CPU, if it is there
+    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
 
 
 def _twin(implementation: Callable[..., Any], outputs: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -167,47 +135,26 @@ if LIBRARY:
         _LIB.impl(f"python_{_name}", partial(_twin, _impl, _outputs), "CompositeExplicitAutograd")
 
 
-def _is_concrete(call: Call) -> bool:
-    """Whether every shape is known, so that it can be checked without pinning a dynamic one."""
-    arrays = (getattr(call, name) for name in (*_INPUTS, "snapshots", "snapshot_indices"))
-    return all(isinstance(n, int) for x in arrays if x is not None for n in x.shape)
+def _fake(operator: Operator, *args: Any, **given: Any) -> Any:
+    call, options, _ = _bind(operator, args, given)
+    arrays = (x for name in operator.tensors if (x := getattr(call, name)) is not None)
+    if all(isinstance(n, int) for x in arrays for n in x.shape):  # a dynamic size would be pinned by a check
+        check_call(call, options, inplace=operator.inplace)
+    o = call.v.new_empty(call.v.shape)
+    if operator.inplace:
+        return o
+    if not options.output_final_state:
+        return o, call.q.new_empty(0)
+    N = call.q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    like = call.state_in if call.state_in is not None else call.snapshots
+    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    K, V = call.q.shape[3], call.v.shape[3]
+    tail = (K, V) if options.state_layout == "kv" else (V, K)
+    return o, call.q.new_empty((N, call.v.shape[2], *tail), dtype=wide if like is None else like.dtype)
 
 
-def _fake_functional(q, k, v, g, beta, initial_state=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-                     cu_seqlens=None, state_indices=None, snapshots=None, **flags):  # fmt: skip
-    call = Call(q, k, v, g, beta, initial_state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots)
-    flags.pop("backend", None)
-    if _is_concrete(call):
-        check_call(call, Options(**flags), inplace=False)
-    o = v.new_empty(v.shape)
-    if not flags.get("output_final_state", True):
-        return o, q.new_empty(0)
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    like = initial_state if initial_state is not None else snapshots
-    dtype = like.dtype if like is not None else torch.float64 if q.dtype == torch.float64 else torch.float32
-    K, V = q.shape[3], v.shape[3]
-    tail = (K, V) if flags.get("state_layout", "kv") == "kv" else (V, K)
-    return o, q.new_empty((N, v.shape[2], *tail), dtype=dtype)
-
-
-def _fake_with_snapshots(q, k, v, g, beta, snapshots, *arrays, **flags):  # type: ignore[no-untyped-def]
-    return _fake_functional(q, k, v, g, beta, *arrays, snapshots=snapshots, **flags)  # type: ignore[misc, no-untyped-call]
-
-
-def _fake_inplace(q, k, v, g, beta, state, snapshots=None, A_log=None, dt_bias=None, mask=None,  # type: ignore[no-untyped-def]
-                  cu_seqlens=None, state_indices=None, snapshot_indices=None, **flags):  # fmt: skip
-    call = Call(
-        q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices
-    )
-    flags.pop("backend", None)
-    if _is_concrete(call):
-        check_call(call, Options(op="gated_delta_rule_", **flags), inplace=True)
-    return v.new_empty(v.shape)
-
-
-torch.library.register_fake("anydelta::gated_delta_rule", _fake_functional, lib=_LIB)
-torch.library.register_fake("anydelta::gated_delta_rule_snapshots", _fake_with_snapshots, lib=_LIB)
-torch.library.register_fake("anydelta::gated_delta_rule_", _fake_inplace, lib=_LIB)
+for _operator in OPERATORS:
+    torch.library.register_fake(f"anydelta::{_operator.name}", partial(_fake, _operator), lib=_LIB)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -337,10 +284,10 @@ def _by_recurrence(tensors: tuple[torch.Tensor | None, ...], flags: dict[str, An
     """The functional operator as the recurrence in torch's own operators, which all transforms go through."""
     _warn_of_recurrence()
     flags = {name: value for name, value in flags.items() if name != "backend"}
-    call = Call(*tensors)
+    call = Call(**dict(zip(_INPUTS, tensors, strict=False)))
     spec = check_call(call, Options(**flags), inplace=False)
     check_values(call, spec)
-    o, state = torch_recurrence(spec, call, checkpointed=False)
+    o, state = dispatch.get_backend("reference").recurrence(spec, call, checkpointed=False)  # type: ignore[attr-defined]
     if not spec.options.output_final_state:
         return o.to(call.v.dtype), call.q.new_empty(0)
     state = state if spec.options.state_layout == "kv" else state.transpose(-1, -2)
@@ -396,13 +343,13 @@ def onlooker() -> str | None:
 
 def quiet() -> bool:
     """Whether there is no onlooker."""
-    return bool(op._core.quiet()) if reads() else onlooker() is None
+    return bool(_core.quiet()) if reads() else onlooker() is None
 
 
 def plain(x: torch.Tensor) -> bool:
     """Whether a tensor is nothing but memory with a dtype, a shape and strides."""
     if reads():
-        return bool(op._core.plain(x))
+        return bool(_core.plain(x))
     return type(x) in _PLAIN_TYPES and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS
 
 
@@ -442,7 +389,7 @@ def reads() -> bool:
     return bool(_learned)
 
 
-_learned: bool | None = False if op._core is None else None
+_learned: bool | None = False if _core is None else None
 
 
 def _learn() -> None:
@@ -460,8 +407,8 @@ def _learn() -> None:
             keys = torch._C._dispatch_keys(t).raw_repr()
             autograd = t.requires_grad or t._is_view()
             known.append((t, t._cdata, keys, storage._cdata, storage.data_ptr(), storage.nbytes(), autograd))
-    assert op._core is not None
-    _learned = op._core.learn_torch(
+    assert _core is not None
+    _learned = _core.learn_torch(
         _PLAIN_TYPES, _PLAIN_KEYS, _TRACKED, _CALLS, vars(forward_ad), _is_grad_enabled, _is_inference, known
     )
 
@@ -487,13 +434,13 @@ def any_requires_grad(c: Call) -> bool:
 
 
 def looked_at(
-    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+    call: Call, options: Options, backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A call whose memory is not simply there to be read, or whose plan must not be remembered."""
     if watched(*(getattr(call, name) for name in Call.__slots__)):
         return traced(call, options, backend, inplace)
     if torch.is_grad_enabled() and any_requires_grad(call):
-        check_call(call, Options(*options), inplace=inplace, grad_enabled=True)
+        check_call(call, options, inplace=inplace, grad_enabled=True)
         if backend not in ("auto", *dispatch.NAMES):
             dispatch.get_backend(backend)  # raises, naming the known ones
         return traced(call, options, backend, inplace)
@@ -501,33 +448,23 @@ def looked_at(
 
 
 def traced(
-    call: Call, options: tuple[Any, ...], backend: str, inplace: bool
+    call: Call, options: Options, backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call as a dispatcher operator, which tracers record."""
     for x in (call.state_in, call.snapshots):
         if type(x) is DeviceArray:
             raise dispatch.UnsupportedError(
-                f"{options[0]}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
+                f"{options.op}: a tracer cannot follow a state on {x.device.name}. Leave this call out of "
                 f"torch.compile (torch.compiler.disable) and torch.export"
             )
     if inplace or call.snapshots is not None:
         # Here, and not in the kernels alone: a tracer shows them tensors that have forgotten their gradients.
         _refuse_grad(call, options, inplace)
-    _, scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout, final = options
-    flags = dict(
-        scale=scale, decay=decay, lower_bound=lower_bound, beta_is_logit=beta_is_logit, heads=heads,
-        qk_l2norm=qk_l2norm, qk_l2norm_eps=eps, state_layout=layout, backend=backend,
-    )  # fmt: skip
-    arrays = (call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices)
-    qkv = (call.q, call.k, call.v, call.g, call.beta)
+    operator = INPLACE if inplace else FUNCTIONAL if call.snapshots is None else SNAPSHOTS
+    arrays = (getattr(call, name) for name in operator.tensors)
+    flags = {name: getattr(options, name) for name in operator.flags}
+    result = getattr(torch.ops.anydelta, operator.name)(*arrays, **flags, backend=backend)
     if inplace:
-        ops = torch.ops.anydelta.gated_delta_rule_
-        rows = call.snapshot_indices
-        return ops(*qkv, call.state_in, call.snapshots, *arrays, rows, **flags), call.state_in
-    if call.snapshots is not None:
-        ops = torch.ops.anydelta.gated_delta_rule_snapshots
-        o, state = ops(*qkv, call.snapshots, call.state_in, *arrays, output_final_state=final, **flags)
-    else:
-        ops = torch.ops.anydelta.gated_delta_rule
-        o, state = ops(*qkv, call.state_in, *arrays, output_final_state=final, **flags)
-    return o, state if final else None
+        return result, call.state_in
+    o, state = result
+    return o, state if options.output_final_state else None

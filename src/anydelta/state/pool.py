@@ -34,7 +34,6 @@ import numpy as np
 
 from ..core.devices import KINDS, Device, numpy_dtype
 from ..core.devices import device as open_device
-from ..rule.spec import LAYOUTS
 from .checkpoints import Snapshot
 from .sequence import LiveSequence, Sequences, Step, nbytes
 from .slots import Slots
@@ -103,7 +102,7 @@ class StatePool:
             raise ValueError(f"StatePool: HV must be a multiple of H; got HV={HV}, H={H}")
         for name, choice, known in (
             ("form", form, FORMS),
-            ("state_layout", state_layout, LAYOUTS),
+            ("state_layout", state_layout, ("kv", "vk")),
             ("key_dtype", key_dtype, KEY_DTYPES),
         ):
             if choice not in known:

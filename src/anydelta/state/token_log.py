@@ -23,9 +23,11 @@ import numpy as np
 
 from ..backends.cpu import host as cpu
 from ..core import dispatch
+from ..core.native import core as _core
 from ..rule import reference
-from ..rule.op import _core, _grad_enabled, _torch_side, gated_delta_rule_
-from ..rule.spec import Call, CallSpec, Options, check_call
+from ..rule.arguments import Call, Options
+from ..rule.op import _grad_enabled, _torch_side, gated_delta_rule_
+from ..rule.spec import CallSpec, check_call
 from .sequence import LiveSequence, Saved, Sequences, Step, nbytes
 
 if TYPE_CHECKING:
@@ -245,7 +247,7 @@ class Log:
             "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
             pool.state_layout, True,
         )  # fmt: skip
-        call = Call(q, k, v, g, beta, None, A_log, dt_bias, mask, step.cu)
+        call = Call(q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, mask=mask, cu_seqlens=step.cu)
         if self.order not in (None, heads):
             pool._fail("run", f"requires heads={self.order!r} as in the pool's log; got heads={heads!r}")
         straight = any(plan.straight)
@@ -320,7 +322,7 @@ class Log:
                 )  # fmt: skip
             if middle < at[2]:
                 q, k, v, g, beta, mask = (None if x is None else x[at[0], middle : at[2]] for x in inputs)
-                one = Call(q, k, v, g, beta, None, call.A_log, call.dt_bias, mask)
+                one = Call(q, k, v, g, beta, A_log=call.A_log, dt_bias=call.dt_bias, mask=mask)
                 own = tuple(x[i : i + 1] for x in plan.index)
                 o[at[0], middle : at[2]] = self._verify(
                     layer, one, self._plan(layer, one, options, own[0]), own

@@ -10,23 +10,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from ...core.dispatch import Rejected
-from ...rule.spec import DECAYS, MLX_GPU, Call, CallSpec, dtype_name, element_strides, framework_of
-
-try:
-    from ... import _core
-except ImportError as error:  # a source tree that was not built: dispatch and `anydelta info` show the reason
-    _core = None  # type: ignore[assignment]
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
+from ...core.arguments import in_order
+from ...core.dispatch import MLX_GPU, Rejected
+from ...core.native import core as _core
+from ...core.native import why_not
+from ...rule.arguments import Call
+from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
+_arrays = in_order(Call)
 DTYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -105,15 +102,12 @@ class Cpu:
     snapshot_rows = True
     final_rows = True
     optional_A_log = True
+    mixer = "anydelta.backends.cpu.mixer"
     mlx = True
     """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
 
     def available(self) -> Sequence[Rejected]:
-        if _core is None:
-            return (
-                Rejected(f"the extension anydelta._core is not built or does not load ({_import_error})"),
-            )
-        return ()
+        return (Rejected(why_not),) if why_not else ()
 
     def supports(self, spec: CallSpec) -> Sequence[Rejected]:
         no = []
@@ -132,12 +126,6 @@ class Cpu:
             "thread_provider": _core.thread_provider(True),
         }
 
-    @cached_property
-    def mixer(self) -> Any:
-        from .mixer import CpuMixer
-
-        return CpuMixer(self)
-
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
         rows = {name: input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
         copies = [name for name, (_, copied) in rows.items() if copied]
@@ -147,7 +135,7 @@ class Cpu:
         return _Plan(
             _core.Plan(fields),
             spec.framework == "torch",
-            reads_arrays(spec.framework, (getattr(call, n) for n in Call.__slots__)),
+            reads_arrays(spec.framework, _arrays(call)),
             tuple(copies),
             state_copy,
             snapshots_copy,
@@ -156,14 +144,10 @@ class Cpu:
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies or plan.state_copy or plan.snapshots_copy:
             return _run_with_copies(plan, spec, call)
-        arrays = (
-            call.q, call.k, call.v, call.g, call.beta, call.o, call.state_in, call.state_out, call.snapshots,
-            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
-        )  # fmt: skip
         if plan.reads:
-            _core.run_arrays(plan.native, plan.threads(), plan.torch, *arrays)
+            _core.run_arrays(plan.native, plan.threads(), plan.torch, *_arrays(call))
         else:
-            _core.run(plan.native, plan.threads(), plan.torch, *map(address, arrays))
+            _core.run(plan.native, plan.threads(), plan.torch, *map(address, _arrays(call)))
 
 
 def input_strides(x: Any) -> tuple[tuple[int, ...], bool]:

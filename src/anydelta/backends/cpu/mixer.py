@@ -6,20 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...core.arguments import in_order
 from ...core.dispatch import Rejected
-from ...mixer.spec import NORM_GATES, MixerCall, MixerSpec, grouped
-from ...rule.spec import Call, dtype_name, element_strides
+from ...core.native import core as _core
+from ...mixer.arguments import MixerCall
+from ...mixer.spec import NORM_GATES, MixerSpec, grouped
+from ...rule.arguments import Call
+from ...rule.spec import dtype_name, element_strides
 from . import host as cpu
-
-try:
-    from ... import _core
-except ImportError:  # not built: the cpu backend gives the reason
-    _core = None  # type: ignore[assignment]
 
 _ROWS = ("qkv", "k", "v", "z")
 _SMALL = (
     "conv_bias", "A_log", "dt_bias", "norm_weight", "cu_seqlens", "state_indices", "snapshot_indices",
 )  # fmt: skip
+
+
+arrays = in_order(MixerCall)
 
 
 @dataclass(slots=True)
@@ -35,13 +37,10 @@ class _Plan:
 
 
 class CpuMixer:
-    """`mixer` of the cpu backend."""
-
-    def __init__(self, backend: Any):
-        self.backend = backend
+    """The mixer of the cpu backend."""
 
     def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        no = [*self.backend.supports(spec.rule)]
+        no = [*cpu.BACKEND.supports(spec.rule)]
         if _core is not None and _core.max_taps < spec.W:
             no.append(Rejected(f"takes up to {_core.max_taps} taps of the convolution; got {spec.W}"))
         return no
@@ -59,8 +58,8 @@ class CpuMixer:
         rows: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
         rows.update({name: st for name, (st, _) in inputs.items()})
         inner = Call(
-            None, None, None, call.g, call.beta, call.state, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
-            call.state_indices, call.snapshots, call.snapshot_indices,
+            None, None, None, call.g, call.beta, call.state, call.snapshots, call.A_log, call.dt_bias, call.mask,
+            call.cu_seqlens, call.state_indices, call.snapshot_indices,
         )  # fmt: skip
         rule, state_copy, snapshots_copy = cpu.rule_fields(r, inner, rows)
         written += [n for n, copied in (("state", state_copy), ("snapshots", snapshots_copy)) if copied]
@@ -144,10 +143,4 @@ class CpuMixer:
             call.snapshots[...] = inner.snapshots
 
 
-def arrays(call: MixerCall) -> tuple[Any, ...]:
-    """In the order of the extension's MixerArray."""
-    return (
-        call.qkv, call.k, call.v, call.g, call.beta, call.o, call.conv_state, call.state, call.conv_snapshots,
-        call.snapshots, call.conv_weight, call.conv_bias, call.A_log, call.dt_bias, call.z, call.norm_weight,
-        call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices,
-    )  # fmt: skip
+MIXER = CpuMixer()

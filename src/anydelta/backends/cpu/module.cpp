@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "arguments.h"
 #include "arrays.h"
 #include "host.h"
 #include "mixer.h"
@@ -181,25 +182,23 @@ struct Indices {
     }
 };
 
-void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t g,
-              uintptr_t beta, uintptr_t o, uintptr_t state_in, uintptr_t state_out, uintptr_t snapshots,
-              uintptr_t A_log, uintptr_t dt_bias, uintptr_t mask, uintptr_t cu_seqlens, uintptr_t state_indices,
-              uintptr_t snapshot_indices) {
+void run_plan(const Plan& plan, int threads, bool share_openmp, const uintptr_t* a) {
+    using namespace rule_array;
     Problem p = plan.p;
-    p.q.data = at(q);
-    p.k.data = at(k);
-    p.v.data = at(v);
-    p.g.data = at(g);
-    p.beta.data = at(beta);
-    p.o.data = at(o);
-    p.in.data = at(state_in);
-    p.out.data = at(state_out);
-    p.snapshots.data = at(snapshots);
-    p.A_log = at(A_log);
-    p.dt_bias = at(dt_bias);
-    p.mask = static_cast<const uint8_t*>(at(mask));
+    p.q.data = at(a[Q]);
+    p.k.data = at(a[K]);
+    p.v.data = at(a[V]);
+    p.g.data = at(a[G]);
+    p.beta.data = at(a[BETA]);
+    p.o.data = at(a[O]);
+    p.in.data = at(a[STATE_IN]);
+    p.out.data = at(a[STATE_OUT]);
+    p.snapshots.data = at(a[SNAPSHOTS]);
+    p.A_log = at(a[A_LOG]);
+    p.dt_bias = at(a[DT_BIAS]);
+    p.mask = static_cast<const uint8_t*>(at(a[MASK]));
     Indices indices;
-    indices.widen_into(p, plan, cu_seqlens, state_indices, snapshot_indices);
+    indices.widen_into(p, plan, a[CU_SEQLENS], a[STATE_INDICES], a[SNAPSHOT_INDICES]);
     nb::gil_scoped_release unlocked;
     run_chosen(p, threads, share_openmp);
 }
@@ -207,32 +206,8 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, uintptr_t q, uin
 // For anydelta_torch in the same process.
 void run_for_torch(const Problem& p, int threads) { run_chosen(p, threads, true); }
 
-// The arrays of a mixer call, in this order.
-enum MixerArray {
-    QKV,
-    K,
-    V,
-    G,
-    BETA,
-    O,
-    CONV_STATE,
-    STATE,
-    CONV_SNAPSHOTS,
-    SNAPSHOTS,
-    CONV_WEIGHT,
-    CONV_BIAS,
-    A_LOG,
-    DT_BIAS,
-    Z,
-    NORM_WEIGHT,
-    MASK,
-    CU_SEQLENS,
-    STATE_INDICES,
-    SNAPSHOT_INDICES,
-    MIXER_ARRAYS
-};
-
 void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const uintptr_t* a) {
+    using namespace mixer_array;
     Mixer m = plan.m;
     m.rule = plan.rule.p;
     Problem& p = m.rule;
@@ -298,30 +273,27 @@ bool learn_torch(const nb::tuple& types, uint64_t plain, uint64_t tracked, const
     return reader.learn(torch, tensors);
 }
 
-// run_plan on arrays: plan, threads, share_openmp, then the 15 arrays (or None) in run_plan's order
-void run_arrays(const Plan& plan, int threads, bool share_openmp, const nb::args& arrays) {
-    std::array<uintptr_t, 15> a{};
-    if (arrays.size() != a.size()) throw std::invalid_argument("run_arrays takes 15 arrays");
-    for (size_t i = 0; i < a.size(); ++i)
+// A plan on the arrays of its call (or None), in the order of the table.
+template <size_t count, auto run, class P>
+void run_on_arrays(const P& plan, int threads, bool share_openmp, const nb::args& arrays) {
+    uintptr_t a[count] = {};
+    if (arrays.size() != count) throw std::invalid_argument("anydelta._core: wrong number of arrays");
+    for (size_t i = 0; i < count; ++i)
         if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
-    run_plan(plan, threads, share_openmp, a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11],
-             a[12], a[13], a[14]);
+    run(plan, threads, share_openmp, a);
 }
-
-// The same for the mixer; arrays in the order of MixerArray.
-void run_mixer_arrays(const MixerPlan& plan, int threads, bool share_openmp, const nb::args& arrays) {
-    uintptr_t a[MIXER_ARRAYS] = {};
-    if (arrays.size() != MIXER_ARRAYS) throw std::invalid_argument("run_mixer_arrays: wrong number of arrays");
-    for (size_t i = 0; i < MIXER_ARRAYS; ++i)
-        if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
-    run_mixer_plan(plan, threads, share_openmp, a);
+// The same on addresses, 0 for None.
+template <size_t count, auto run, class P>
+void run_on_addresses(const P& plan, int threads, bool share_openmp, const nb::args& addresses) {
+    uintptr_t a[count] = {};
+    if (addresses.size() != count) throw std::invalid_argument("anydelta._core: wrong number of addresses");
+    for (size_t i = 0; i < count; ++i) a[i] = nb::cast<uintptr_t>(addresses[i]);
+    run(plan, threads, share_openmp, a);
 }
-void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::args& addresses) {
-    uintptr_t a[MIXER_ARRAYS] = {};
-    if (addresses.size() != MIXER_ARRAYS) throw std::invalid_argument("run_mixer: wrong number of addresses");
-    for (size_t i = 0; i < MIXER_ARRAYS; ++i) a[i] = nb::cast<uintptr_t>(addresses[i]);
-    run_mixer_plan(plan, threads, share_openmp, a);
-}
+constexpr auto run_arrays = run_on_arrays<rule_array::COUNT, run_plan, Plan>;
+constexpr auto run_addresses = run_on_addresses<rule_array::COUNT, run_plan, Plan>;
+constexpr auto run_mixer_arrays = run_on_arrays<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
+constexpr auto run_mixer = run_on_addresses<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
 
 // A mixer call that is made again and again, as a decode loop does, on torch tensors: checked and run in one call, because
 // between two of them the weights of a layer push everything else out of the caches, and each further Python object that
@@ -329,14 +301,14 @@ void run_mixer(const MixerPlan& plan, int threads, bool share_openmp, const nb::
 class MixerStep {
   public:
     MixerStep(const MixerPlan& plan, const nb::args& arrays) : plan_(plan) {
-        uintptr_t a[MIXER_ARRAYS];
+        uintptr_t a[mixer_array::COUNT];
         if (!read(arrays, geometry_, a))
             throw std::invalid_argument("MixerStep: requires plain torch tensors, and that nobody looks on");
     }
     // False: the arrays or the environment differ from those that it was made with; nothing was read or written.
     bool run(int threads, bool share_openmp, const nb::args& arrays) const {
         static thread_local std::string now;
-        uintptr_t a[MIXER_ARRAYS];
+        uintptr_t a[mixer_array::COUNT];
         if (!read(arrays, now, a) || now != geometry_) return false;
         run_mixer_plan(plan_, threads, share_openmp, a);
         return true;
@@ -347,11 +319,11 @@ class MixerStep {
     std::string geometry_;
 
     static bool read(const nb::args& arrays, std::string& key, uintptr_t* a) {
-        if (arrays.size() != MIXER_ARRAYS) throw std::invalid_argument("MixerStep: wrong number of arrays");
+        if (arrays.size() != mixer_array::COUNT) throw std::invalid_argument("MixerStep: wrong number of arrays");
         key.clear();
         if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
         ArrayReader::Seen seen;
-        for (size_t i = 0; i < MIXER_ARRAYS; ++i) {
+        for (size_t i = 0; i < mixer_array::COUNT; ++i) {
             key.push_back('|');
             if (!reader.describe_tensor(arrays[i].ptr(), key, a[i], seen)) return false;
         }
@@ -443,8 +415,8 @@ NB_MODULE(_core, m) {
         }
     });
     nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
-    m.def("run", &run_plan);
-    m.def("run_arrays", &run_arrays);
+    m.def("run", run_addresses);
+    m.def("run_arrays", run_arrays);
     nb::class_<MixerPlan>(m, "MixerPlan").def("__init__", [](MixerPlan* self, const nb::dict& rule, const nb::dict& d) {
         new (self) MixerPlan(make_mixer_plan(rule, d));
     });
@@ -452,8 +424,8 @@ NB_MODULE(_core, m) {
         .def("__init__",
              [](MixerStep* self, const MixerPlan& plan, const nb::args& arrays) { new (self) MixerStep(plan, arrays); })
         .def("run", &MixerStep::run);
-    m.def("run_mixer", &run_mixer);
-    m.def("run_mixer_arrays", &run_mixer_arrays);
+    m.def("run_mixer", run_mixer);
+    m.def("run_mixer_arrays", run_mixer_arrays);
     m.attr("max_taps") = MAX_TAPS;
     m.def("run_log", &run_log);
     m.def("geometry", &geometry);

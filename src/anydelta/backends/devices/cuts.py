@@ -17,9 +17,11 @@ from typing import Any, Generic, TypeVar
 
 from ...core.devices import Bytes, Device, DeviceArray, DeviceError
 from ...core.dispatch import Rejected, UnsupportedError
-from ...rule.spec import Call, CallSpec, dtype_name
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name
 from ...terminal import first_line
-from .params import ABSENT, ARRAYS, GATES, ITEMSIZE, TYPE, WRITTEN, as_bits, as_float32, pack, pack_params
+from .params import ABSENT, GATES, ITEMSIZE, TYPE, WRITTEN, as_bits, as_float32, pack, params_of
+from .structs import ARRAYS, PARAMS
 
 _OUT_OF_MEMORY = ("OUT_OF", "ALLOCATION")
 
@@ -213,7 +215,7 @@ class CutBackend(ABC, Generic[D]):
         converts = tuple(
             n for n in GATES if (x := getattr(call, n)) is not None and dtype_name(x) == "float64"
         )
-        return Plan(device, memory, pack_params(spec, call, memory == "copy", converts), converts)
+        return Plan(device, memory, PARAMS.pack(params_of(spec, call, memory == "copy", converts)), converts)
 
     def run(self, plan: Plan, spec: CallSpec, call: Call) -> None:
         device = plan.device

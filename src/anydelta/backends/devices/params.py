@@ -1,35 +1,25 @@
-"""What the OpenCL and SYCL kernels are told about a call: one record of bytes, and the arrays behind its addresses.
-
-The record is `Params` of backends/opencl/delta_rule.cl and backends/sycl/params.hpp: fourteen addresses in the order of
-ARRAYS, then what `pack_params` gives.
-"""
+"""What the OpenCL, SYCL and Metal kernels are told about a call: the numbers of structs.PARAMS, and addresses."""
 
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import numpy as np
 
 from ...core.devices import Bytes, DeviceArray
-from ...rule.spec import DECAYS, Call, CallSpec, dtype_name, element_strides, framework_of
+from ...rule.arguments import Call
+from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 
 TYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "int32": 4, "int64": 8}
 ABSENT = 2**64 - 1
-ARRAYS = (
-    "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "o",
-    "state_out", "snapshots",
-)  # fmt: skip
 WRITTEN = ("o", "state_out", "snapshots")
 GATES = ("g", "beta", "A_log", "dt_bias")
-_PARAMS = struct.Struct("=44q20i3f4x")
-"""What follows the addresses in the kernel's Params: strides, T, sizes, types and flags, numbers."""
 
 
-def pack_params(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]) -> bytes:
-    """Params behind the addresses. `dense`: host arrays will be packed, so their own strides do not matter."""
+def params_of(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]) -> dict[str, Any]:
+    """The members of structs.PARAMS. `dense`: host arrays will be packed, so their own strides do not matter."""
     opt = spec.options
 
     def strides(x: Any, rank: int, keep: bool = False) -> tuple[int, ...]:
@@ -58,18 +48,19 @@ def pack_params(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ..
         if spec.kda and len(dt_bias.shape) == 1:  # [HV * K]
             dt = (dt[0] * spec.K, dt[0])
     state_in = state(call.state_in, 1)
-    return _PARAMS.pack(
-        *st["q"], *st["k"], *st["v"], *st["g"], *st["beta"][:3], *dense_strides((B, T, HV, V)),
-        *state_in, *(state_in if spec.inplace else fresh), *state(call.snapshots, 2),
-        *strides(call.mask, 2), *strides(call.A_log, 1, "A_log" in converts), *dt,
-        *strides(call.cu_seqlens, 1), *strides(call.state_indices, 1), T,
-        spec.H, HV, spec.K, V, spec.N, spec.snapshots,
-        TYPE[spec.dtype], *(_small_type(getattr(call, n)) for n in ("g", "beta", "A_log", "dt_bias")),
-        TYPE[spec.state_dtype],
-        opt.heads == "tiled", DECAYS.index(opt.decay), opt.lower_bound is not None, opt.beta_is_logit, opt.qk_l2norm,
-        spec.packed and dtype_name(call.cu_seqlens) == "int64",
-        spec.pooled and dtype_name(call.state_indices) == "int64", not spec.inplace,
-        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0,
+    return dict(
+        q=st["q"], k=st["k"], v=st["v"], g=st["g"], beta=st["beta"][:3], o=dense_strides((B, T, HV, V)),
+        state_in=state_in, state_out=state_in if spec.inplace else fresh, snapshots=state(call.snapshots, 2),
+        mask=strides(call.mask, 2), a_log=strides(call.A_log, 1, "A_log" in converts), dt_bias=dt,
+        cu=strides(call.cu_seqlens, 1), indices=strides(call.state_indices, 1),
+        T=T, H=spec.H, HV=HV, k_rows=spec.K, V=V, N=spec.N, Ks=spec.snapshots,
+        qkv_type=TYPE[spec.dtype], g_type=_small_type(call.g), beta_type=_small_type(call.beta),
+        a_log_type=_small_type(call.A_log), dt_bias_type=_small_type(call.dt_bias), state_type=TYPE[spec.state_dtype],
+        tiled=opt.heads == "tiled", decay=DECAYS.index(opt.decay), has_lower_bound=opt.lower_bound is not None,
+        beta_is_logit=opt.beta_is_logit, l2norm=opt.qk_l2norm,
+        cu64=spec.packed and dtype_name(call.cu_seqlens) == "int64",
+        indices64=spec.pooled and dtype_name(call.state_indices) == "int64", out_dense=not spec.inplace,
+        scale=spec.scale, eps=opt.qk_l2norm_eps, lower_bound=opt.lower_bound or 0.0,
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from ...core.devices import Device, DeviceArray
 from ...core.dispatch import Rejected
-from ...rule.spec import Call, CallSpec, dtype_name, framework_of
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name, framework_of
+from .structs import CALL, flags
 
 ALIGN = 16
 """Bytes: a field begins where a vec4 may."""
@@ -30,10 +32,8 @@ MAX_LAUNCHES = 256
 """Prepared launches that a device keeps; a decode loop needs one per layer."""
 DTYPES = ("float32", "bfloat16", "float16")
 """As DTYPE in the shaders counts them."""
-OFFSETS = (
-    "q", "k", "v", "g", "beta", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices", "snapshot_indices",
-)  # fmt: skip
-"""The inputs whose places, in words, the shaders are told, in their order."""
+_OFFSETS = {"cu_seqlens": "cu", "state_indices": "indices", "snapshot_indices": "rows"}
+"""The members of Call that say where these inputs are; those of the others have their names."""
 
 Bytes = NDArray[np.uint8]
 
@@ -116,9 +116,13 @@ class Layout:
         self.o = Field("o", 0, (B, T, HV, V), out, V)
         self.nbytes_out = -(-int(np.prod(self.o.shape)) * np.dtype(out).itemsize // ALIGN) * ALIGN or ALIGN
 
-    def words(self) -> list[int]:
-        """Where the inputs begin, in words, in the order of OFFSETS."""
-        return [self.offsets.get(name, 0) // 4 for name in OFFSETS]
+    def call(self, spec: CallSpec, **own: int) -> bytes:
+        """The struct Call of the shaders; `own` are the flags and the first elements of states and snapshots."""
+        return CALL.pack(dict(
+            T=spec.T, H=spec.H, HV=spec.HV, K=spec.K, V=spec.V, N=spec.N, Ks=spec.snapshots, scale=spec.scale,
+            eps=spec.options.qk_l2norm_eps, lower_bound=spec.options.lower_bound or 0.0,
+            **{_OFFSETS.get(name, name): at // 4 for name, at in self.offsets.items()}, **own,
+        ))  # fmt: skip
 
     def views(self, inputs: Bytes) -> list[tuple[str, NDArray[Any], NDArray[Any] | None]]:
         """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
@@ -251,7 +255,7 @@ def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool)
         **own,
     }
     assert set(on) == set(names)
-    return sum(1 << i for i, name in enumerate(names) if on[name])
+    return flags(names, on)
 
 
 class _Launch(Protocol):

@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
-from ...rule.spec import Call, CallSpec, dtype_name, element_strides
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name, element_strides
 from ..devices.params import TYPE
 from .launch import ARRAYS, MAX_K, Launches, chunks_fit
 
@@ -168,7 +168,7 @@ def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, fl
 
     plain = replace(
         spec, has_state=False, inplace=False, pooled=False, snapshots=0, snapshot_rows=False,
-        options=replace(spec.options, output_final_state=True),
+        options=spec.options._replace(output_final_state=True),
     )  # fmt: skip
     state = torch.empty((spec.N, spec.HV, spec.K, spec.V), device=call.q.device)
     out = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.q.device)
@@ -192,13 +192,7 @@ def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, fl
 class Metal:
     name = "metal"
     snapshot_rows = True
-
-    @cached_property
-    def mlx_host(self) -> Any:
-        """What runs calls on MLX arrays."""
-        from .mlx_host import MetalForMlx
-
-        return MetalForMlx()
+    mlx_host = "anydelta.backends.metal.mlx_host"
 
     def available(self) -> Sequence[Rejected]:
         if find_spec("torch") is None:

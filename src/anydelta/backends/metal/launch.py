@@ -12,8 +12,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ...rule.spec import Call, CallSpec, dtype_name, element_strides
-from ..devices.params import TYPE, dense_strides, pack_params
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name, element_strides
+from ..devices.params import TYPE, dense_strides, params_of
+from ..devices.structs import METAL_FLAGS, PARAMS, bits, flags
 
 MAX_K = 256
 """Rows of a state that fit the registers of the lanes that share a column: 8 lanes of 32 rows of two columns."""
@@ -24,14 +26,6 @@ ARRAYS = (
     "snapshot_indices", "o", "state_out", "snapshots",
 )  # fmt: skip
 """The order of the kernels' buffers behind Params."""
-FLAGS = (
-    "has_state", "writes_state", "has_dt_bias", "masked", "packed", "pooled", "rows", "head", "tail", "in_dense",
-)  # fmt: skip
-"""Bits of Params.flags in shared.metal, from the lowest."""
-_EXTRA = struct.Struct("=2q2i")
-"""What follows pack_params in Params: strides of snapshot_indices, whether they are 64 bits wide, flags."""
-_STATE_IN, _STATE_OUT, _SNAPSHOTS, _OUT_DENSE = 23 * 8, 27 * 8, 31 * 8, 44 * 8 + 19 * 4
-"""Where state_in[4], state_out[4], snapshots[5] and out_dense lie in Params, in bytes."""
 CHUNK_MIN_TOKENS = 64
 """Per sequence on average: eight chunks. Below, setting up weighs more than it saves."""
 MAX_SCRATCH = 32768
@@ -77,7 +71,11 @@ def source(
         "K": K, "KDA": int(kda), "QKV": qkv, "GATE": gate, "STATE_IN": state_in, "STATE_OUT": state_out,
     }  # fmt: skip
     defined = "".join(f"#define AD_{name} {value}\n" for name, value in macros.items())
-    return defined + text("shared") + text(algorithm) + (text(entry) if entry else "")
+    shared = text("shared").replace("    AD_PARAMS\n", PARAMS.text("metal"), 1)
+    shared = shared.replace(
+        "AD_FLAGS\n\n", bits(METAL_FLAGS, "constant constexpr int {name} = {value};") + "\n", 1
+    )
+    return defined + shared + text(algorithm) + (text(entry) if entry else "")
 
 
 CHUNK_COLUMNS = 32
@@ -119,15 +117,11 @@ class Launches:
     ):
         self.spec = spec
         opt = spec.options
-        tail = pack_params(spec, call, dense, copies)
-        rows: tuple[int, ...] = (0, 0)
-        wide = False
+        params = params_of(spec, call, dense, copies)
         if spec.snapshot_rows:
-            rows = element_strides(call.snapshot_indices)
-            wide = dtype_name(call.snapshot_indices) == "int64"
-            pool = struct.unpack_from("=4q", tail, _STATE_IN)
-            snapshots = struct.pack("=5q", 0, *pool)  # slots are rows of the pool
-            tail = tail[:_SNAPSHOTS] + snapshots + tail[_SNAPSHOTS + 40 :]
+            params["rows"] = element_strides(call.snapshot_indices)
+            params["rows64"] = dtype_name(call.snapshot_indices) == "int64"
+            params["snapshots"] = (0, *params["state_in"])  # slots are rows of the pool
         on = {
             "has_state": spec.has_state,
             "writes_state": (spec.inplace or opt.output_final_state) and not spec.snapshot_rows,
@@ -137,7 +131,7 @@ class Launches:
             "pooled": spec.pooled,
             "rows": spec.snapshot_rows,
         }
-        self.extra, self.tail, self.on = (*rows, int(wide)), tail, on
+        self.params, self.on = params, on
         present = {
             n: n if getattr(call, n) is not None else None for n in ARRAYS if n not in ("o", "state_out")
         }
@@ -152,41 +146,35 @@ class Launches:
         self.all = tuple(self._launches(present, chunked)) if spec.N else ()
 
     def _launches(self, present: dict[str, str | None], chunked: bool) -> Iterator[Launch]:
-        spec, tail, on, types = self.spec, self.tail, self.on, self.types
+        spec, params, on, types = self.spec, self.params, self.on, self.types
         if chunked:
-            out, name = bytearray(tail), present["state_out"]
+            out, name = dict(params), present["state_out"]
             head_on, head_types = on, types
             if self.carries:
                 dense = dense_strides((spec.N, spec.HV, spec.K, spec.V))
-                struct.pack_into("=4q", out, _STATE_OUT, *dense)
-                struct.pack_into("=i", out, _OUT_DENSE, 1)
+                out["state_out"], out["out_dense"] = dense, True
                 head_on, head_types, name = (
                     {**on, "writes_state": True, "head": True},
                     {**types, "state_out": 0},
                     "carry",
                 )
             yield self._launch(
-                "delta_chunk", CHUNK_COLUMNS, bytes(out), head_on, head_types, {**present, "state_out": name}
+                "delta_chunk", CHUNK_COLUMNS, out, head_on, head_types, {**present, "state_out": name}
             )
             if not self.carries:
                 return
-            into = bytearray(tail)
-            struct.pack_into("=4q", into, _STATE_IN, *dense)
-            tail, types, present = bytes(into), {**types, "state_in": 0}, {**present, "state_in": "carry"}
+            params = {**params, "state_in": dense}
+            types, present = {**types, "state_in": 0}, {**present, "state_in": "carry"}
             on = {**on, "has_state": True, "tail": True, "in_dense": True}
-        yield self._launch("delta_rule", columns(spec.K), tail, on, types, present)
+        yield self._launch("delta_rule", columns(spec.K), params, on, types, present)
 
     def _launch(
-        self, algorithm: str, width: int, tail: bytes, on: dict[str, bool], types: dict[str, Any],
+        self, algorithm: str, width: int, params: dict[str, Any], on: dict[str, bool], types: dict[str, Any],
         present: dict[str, str | None],
     ) -> Launch:  # fmt: skip
         spec = self.spec
+        packed = PARAMS.pack({**params, "flags": flags(METAL_FLAGS, on)})
         return Launch(
-            source(algorithm, **types), self._params(tail, on), tuple(present[n] for n in ARRAYS),
-            (-(-spec.V // width) * THREADS, spec.HV, spec.N),
+            source(algorithm, **types), struct.unpack(f"={len(packed) // 8}q", packed),
+            tuple(present[n] for n in ARRAYS), (-(-spec.V // width) * THREADS, spec.HV, spec.N),
         )  # fmt: skip
-
-    def _params(self, tail: bytes, on: dict[str, bool]) -> tuple[int, ...]:
-        flags = sum(1 << i for i, name in enumerate(FLAGS) if on.get(name))
-        packed = tail + _EXTRA.pack(*self.extra, flags)
-        return struct.unpack(f"={len(packed) // 8}q", packed)

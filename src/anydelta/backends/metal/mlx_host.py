@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ...core.dispatch import Rejected
-from ...rule.spec import MLX_GPU, Call, CallSpec
+from ...core.dispatch import MLX_GPU, Rejected
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from ..devices.params import TYPE
 from . import host as metal
 from .launch import ARRAYS, MAX_K, Launch, Launches, chunks_fit, text
@@ -183,3 +184,6 @@ def _written(spec: CallSpec, call: Call, new: Any) -> Any:
     if spec.pooled:
         written = written & (call.state_indices >= 0)
     return mx.where(written[..., None, None, None], new, call.snapshots)
+
+
+HOST = MetalForMlx()

@@ -24,24 +24,14 @@ constant constexpr int K = AD_K;
 constant constexpr int KP = (K + 31) / 32 * 32;  // rows in registers: those between K and KP hold zeros
 constant constexpr bool KDA = AD_KDA;
 
-// Packed by backends/params.py behind its addresses, then by launch.py. 64-bit numbers first: no holes.
+// AD_PARAMS: the members that backends/devices/structs.py lists.
 struct Params {
-    long q[4], k[4], v[4], g[4], beta[3], o[4];
-    long state_in[4], state_out[4], snapshots[5];  // .., h, K, V whatever the layout in memory
-    long mask[2], a_log, dt_bias[2], cu, indices;
-    long T;
-    int H, HV, k_rows, V, N, Ks;
-    int qkv_type, g_type, beta_type, a_log_type, dt_bias_type, state_type;
-    int tiled, decay, has_lower_bound, beta_is_logit, l2norm, cu64, indices64, out_dense;
-    float scale, eps, lower_bound;
-    int padding;
-    long rows[2];  // of snapshot_indices
-    int rows64, flags;
+    AD_PARAMS
 };
 constant constexpr int DECAY_LINEAR = 1, DECAY_RAW = 2;  // Params.decay; 0: the log of the decay
-// Params.flags: which arrays there are, and which of a call's two launches this is
-constant constexpr int HAS_STATE = 1, WRITES_STATE = 2, HAS_DT_BIAS = 4, MASKED = 8, PACKED = 16, POOLED = 32, ROWS = 64;
-constant constexpr int HEAD = 128, TAIL = 256, IN_DENSE = 512;  // all but the last Ks tokens; only those; no pool to read
+// AD_FLAGS, bits of Params.flags: which arrays there are; head, tail: the first of a call's two launches, which takes all
+// but the last Ks tokens, and the second, which takes those; in_dense: no pool to read.
+AD_FLAGS
 
 struct Arrays {
     device const uchar *q, *k, *v, *g, *beta, *state_in, *a_log, *dt_bias, *mask, *cu, *indices, *rows;

@@ -20,7 +20,7 @@
 //
 // What all columns need (k, q, a, beta, and v in float32) is staged in local memory for BLOCK tokens at a time.
 //
-// The host sets (backends/opencl_device.py gives the reasons for its choices):
+// The host sets (backends/opencl/device.py gives the reasons for its choices):
 //     KP     rows of the kernel, a multiple of 16; those above K hold zeros
 //     KDA    0 or 1          VEC    1, 2, 4, 8 or 16        NVEC   vectors of columns per work-item
 //     LANES  a power of two  WG     work-items per group     BLOCK  tokens per stage
@@ -89,18 +89,10 @@ enum { F32, BF16, F16 };                       // Params.*_type
 enum { DECAY_LOG, DECAY_LINEAR, DECAY_RAW };   // Params.decay
 enum { Q, K, V, G, BETA, STATE_IN, A_LOG, DT_BIAS, MASK, CU, INDICES, O, STATE_OUT, SNAPSHOTS, ARRAYS };
 
-// What the host packs, field by field, in the order of params._PARAMS. Strides in elements, outermost axis first.
+// What the host packs: PARAMS are the members of devices/structs.py. Strides in elements, outermost axis first.
 typedef struct {
   ulong at[ARRAYS];  // address (entry by_address) or byte offset in its buffer (by_buffer); ~0 for an absent array
-  long q[4], k[4], v[4], g[4], beta[3], o[4];
-  long state_in[4], state_out[4], snapshots[5];  // .. [n, h, K, V] whatever the layout in memory
-  long mask[2], a_log, dt_bias[2], cu, indices;
-  long T;
-  int H, HV, K, V, N, Ks;
-  int qkv_type, g_type, beta_type, a_log_type, dt_bias_type, state_type;
-  int tiled, decay, has_lower_bound, beta_is_logit, l2norm, cu64, indices64, out_dense;
-  float scale, eps, lower_bound;
-  int padding;
+  PARAMS
 } Params;
 
 #define ABSENT (~0UL)
@@ -219,7 +211,7 @@ void read_state(const Params* P, F S[ROWS][NVEC], const global uchar* base, long
 #pragma unroll UNROLL
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < NVEC; ++j)
-        S[i][j] = i * LANES + lane < P->K ? LOAD_F(s + i * LANES * st[0] + j * VEC) : (F)0.0f;
+        S[i][j] = i * LANES + lane < P->k_rows ? LOAD_F(s + i * LANES * st[0] + j * VEC) : (F)0.0f;
     return;
   }
 #pragma unroll UNROLL
@@ -227,7 +219,7 @@ void read_state(const Params* P, F S[ROWS][NVEC], const global uchar* base, long
     for (int j = 0; j < NVEC; ++j) {
       const int k = i * LANES + lane, c = first + j * VEC;
       S[i][j] = 0.0f;
-      if (k < P->K && c < P->V) S[i][j] = load(base, P->state_type, at + k * st[0] + c * st[1], st[1], P->V - c);
+      if (k < P->k_rows && c < P->V) S[i][j] = load(base, P->state_type, at + k * st[0] + c * st[1], st[1], P->V - c);
     }
 }
 
@@ -237,14 +229,14 @@ void write_state(const Params* P, F S[ROWS][NVEC], global uchar* base, long at, 
 #pragma unroll UNROLL
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < NVEC; ++j)
-        if (i * LANES + lane < P->K) STORE_F(S[i][j], s + i * LANES * st[0] + j * VEC);
+        if (i * LANES + lane < P->k_rows) STORE_F(S[i][j], s + i * LANES * st[0] + j * VEC);
     return;
   }
 #pragma unroll UNROLL
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < NVEC; ++j) {
       const int k = i * LANES + lane, c = first + j * VEC;
-      if (k < P->K && c < P->V) store(S[i][j], base, P->state_type, at + k * st[0] + c * st[1], st[1], P->V - c);
+      if (k < P->k_rows && c < P->V) store(S[i][j], base, P->state_type, at + k * st[0] + c * st[1], st[1], P->V - c);
     }
 }
 
@@ -321,14 +313,14 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
       const int i = x % CHUNKS * VEC;
       const long at_q = b * P->q[0] + t * P->q[1] + hq * P->q[2] + i * P->q[3];
       const long at_k = b * P->k[0] + t * P->k[1] + hq * P->k[2] + i * P->k[3];
-      STORE_F(load(A->at[Q], P->qkv_type, at_q, P->q[3], P->K - i), sq + x * VEC);
-      STORE_F(load(A->at[K], P->qkv_type, at_k, P->k[3], P->K - i), sk + x * VEC);
+      STORE_F(load(A->at[Q], P->qkv_type, at_q, P->q[3], P->k_rows - i), sq + x * VEC);
+      STORE_F(load(A->at[K], P->qkv_type, at_k, P->k[3], P->k_rows - i), sk + x * VEC);
 #if KDA
       const long at_g = b * P->g[0] + t * P->g[1] + h * P->g[2] + i * P->g[3];
       F bias = 0.0f;
       if (HAS(DT_BIAS))
-        bias = load(A->at[DT_BIAS], P->dt_bias_type, h * P->dt_bias[0] + i * P->dt_bias[1], P->dt_bias[1], P->K - i);
-      STORE_F(decay_of(P, load(A->at[G], P->g_type, at_g, P->g[3], P->K - i), bias, a_log), sa + x * VEC);
+        bias = load(A->at[DT_BIAS], P->dt_bias_type, h * P->dt_bias[0] + i * P->dt_bias[1], P->dt_bias[1], P->k_rows - i);
+      STORE_F(decay_of(P, load(A->at[G], P->g_type, at_g, P->g[3], P->k_rows - i), bias, a_log), sa + x * VEC);
 #endif
     }
     for (int x = slot; x < live * (COLS / VEC); x += WG) {

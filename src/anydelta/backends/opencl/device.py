@@ -20,6 +20,7 @@ from ...terminal import first_line
 from ..devices.cuts import CutDevice, Roster
 from ..devices.llvm import load_triton_first
 from ..devices.params import TYPE
+from ..devices.structs import PARAMS
 
 MEMORIES = ("address", "wrap", "copy")
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
@@ -317,7 +318,8 @@ def _local_bytes(cut: Variant) -> int:
 
 @cache
 def _source() -> str:
-    return (resources.files("anydelta") / "backends" / "opencl" / "delta_rule.cl").read_text(encoding="utf-8")
+    text = (resources.files("anydelta") / "backends" / "opencl" / "delta_rule.cl").read_text(encoding="utf-8")
+    return text.replace("  PARAMS\n", PARAMS.text("opencl"), 1)
 
 
 _shared: dict[int, OpenclDevice] = {}

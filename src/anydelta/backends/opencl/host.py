@@ -23,9 +23,11 @@ import numpy as np
 
 from ...core.devices import DeviceArray, DeviceError
 from ...core.dispatch import Rejected, UnsupportedError
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from ..devices.cuts import CutBackend, Packing, Plan, absent
-from ..devices.params import ARRAYS, WRITTEN, address, skip, span
+from ..devices.params import WRITTEN, address, skip, span
+from ..devices.structs import ARRAYS
 from .device import OpenclDevice, Variant, api, found, from_pyopencl, roster, to_pyopencl
 
 __all__ = ["BACKEND", "forced_isa", "from_pyopencl", "isas", "open_device", "to_pyopencl"]

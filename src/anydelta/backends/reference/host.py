@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ import numpy as np
 
 from ...core.dispatch import Rejected
 from ...rule import reference
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class Reference:
     name = "reference"
     optional_A_log = True
+    mixer = "anydelta.backends.reference.mixer"
 
     def available(self) -> Sequence[Rejected]:
         return ()
@@ -40,11 +41,11 @@ class Reference:
     def prepare(self, spec: CallSpec, call: Call) -> None:
         return None
 
-    @cached_property
-    def mixer(self) -> Any:
-        from .mixer import ComposedMixer
-
-        return ComposedMixer()
+    def recurrence(
+        self, spec: CallSpec, call: Call, *, checkpointed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`torch_recurrence`, for gradients."""
+        return torch_recurrence(spec, call, checkpointed=checkpointed)
 
     def run(self, plan: None, spec: CallSpec, call: Call) -> None:
         (_run_torch if spec.framework == "torch" else _run_numpy)(spec, call)

@@ -14,14 +14,15 @@ import numpy as np
 
 from ...core.dispatch import Rejected
 from ...mixer import reference
-from ...mixer.spec import MixerCall, MixerSpec, parts
+from ...mixer.arguments import MixerCall
+from ...mixer.spec import MixerSpec, parts
 
 if TYPE_CHECKING:
     import torch
 
 
 class ComposedMixer:
-    """`mixer` of the reference backend."""
+    """The mixer of the reference backend."""
 
     def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
         return ()
@@ -29,6 +30,13 @@ class ComposedMixer:
     def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> str:
         """The backend that the rule is to run on."""
         return "reference" if backend == "reference" else "auto"
+
+    def differentiable(
+        self, call: MixerCall, spec: MixerSpec, backend: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The functional mixer's results: output, conv state, state."""
+        o, windows, state = compose(call, spec, backend, inplace=False)
+        return o, final_windows(call, spec, windows), state
 
     def run(self, plan: str, spec: MixerSpec, call: MixerCall) -> None:
         if spec.framework == "torch":
@@ -187,3 +195,6 @@ def final_windows(call: MixerCall, spec: MixerSpec, windows: Windows) -> torch.T
     for n, _, _, seen, _ in windows:
         out[n] = seen[seen.shape[0] - spec.S :].t().to(call.conv_state.dtype)
     return torch.stack(out) if out else call.conv_state.new_empty((0, spec.C, spec.S))
+
+
+MIXER = ComposedMixer()

@@ -197,7 +197,7 @@ struct Rule {
             for (int j = 0; j < NVEC; ++j) {
                 const int k = row(i), c = first + j * VEC;
                 S[i][j] = 0.0f;
-                if (k >= P.K || c >= P.V) continue;
+                if (k >= P.k_rows || c >= P.V) continue;
                 if (whole)
                     __builtin_memcpy(&S[i][j], reinterpret_cast<const float*>(base) + from + k * st[0] + c, sizeof(F));
                 else
@@ -210,7 +210,7 @@ struct Rule {
         for (int i = 0; i < ROWS; ++i)
             for (int j = 0; j < NVEC; ++j) {
                 const int k = row(i), c = first + j * VEC;
-                if (k >= P.K || c >= P.V) continue;
+                if (k >= P.k_rows || c >= P.V) continue;
                 if (whole)
                     __builtin_memcpy(reinterpret_cast<float*>(base) + to + k * st[0] + c, &S[i][j], sizeof(F));
                 else
@@ -253,14 +253,15 @@ struct Rule {
 #pragma unroll BLOCK_TURN
                 for (int m = 0; m < BLOCKS; ++m) {
                     const int r = row_of(m);
-                    q[m] = load<RB>(at(P, Q), P.qkv_type, q0 + r * P.q[3], P.q[3], P.K - r);
-                    k[m] = load<RB>(at(P, K), P.qkv_type, k0 + r * P.k[3], P.k[3], P.K - r);
+                    q[m] = load<RB>(at(P, Q), P.qkv_type, q0 + r * P.q[3], P.q[3], P.k_rows - r);
+                    k[m] = load<RB>(at(P, K), P.qkv_type, k0 + r * P.k[3], P.k[3], P.k_rows - r);
                     if constexpr (KDA) {
                         R bias = 0.0f;
                         if (has(P, DT_BIAS))
                             bias = load<RB>(at(P, DT_BIAS), P.dt_bias_type, h * P.dt_bias[0] + r * P.dt_bias[1],
-                                            P.dt_bias[1], P.K - r);
-                        a[m] = decay_of<RB>(P, load<RB>(at(P, G), P.g_type, g0 + r * P.g[3], P.g[3], P.K - r), bias, A);
+                                            P.dt_bias[1], P.k_rows - r);
+                        a[m] = decay_of<RB>(P, load<RB>(at(P, G), P.g_type, g0 + r * P.g[3], P.g[3], P.k_rows - r),
+                                            bias, A);
                     }
                 }
                 if constexpr (!KDA) {

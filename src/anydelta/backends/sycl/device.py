@@ -19,6 +19,7 @@ from ...rule.spec import CallSpec, dtype_name
 from ...terminal import first_line
 from ..devices.cuts import CutDevice, Roster
 from ..devices.params import ITEMSIZE, TYPE, dense_strides
+from ..devices.structs import PARAMS
 from ..opencl.device import intel_runtime
 
 MEMORIES = ("address", "copy")
@@ -192,6 +193,7 @@ class SyclDevice(CutDevice):
         if cut in self.built:
             return
         headers = [(name, _text(name)) for name in ("params.hpp", "delta_rule.hpp")]
+        headers.append(("params_members.hpp", PARAMS.text("c++")))
         try:
             options = _OPTIONS + _FLUSH if self.is_cpu else _OPTIONS
             self.queue.build('#include "delta_rule.hpp"\n', headers, [cut.symbol], options)

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 
 from ...core.devices import DeviceArray
 from ...core.dispatch import Rejected
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from ...terminal import first_line
 from ..devices.cuts import CutBackend, Packing, Plan, absent
-from ..devices.params import ARRAYS, address
+from ..devices.params import address
+from ..devices.structs import ARRAYS
 from .device import SyclDevice, Variant, found, from_usm, host, roster, to_usm
 
 __all__ = ["BACKEND", "forced_isa", "from_usm", "isas", "open_device", "to_usm"]

@@ -21,8 +21,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...mixer.spec import MixerCall, MixerOptions, MixerSpec, check_mixer
-from ...rule.spec import Call, CallSpec, Options, check_call
+from ...mixer.arguments import MixerCall, MixerOptions
+from ...mixer.spec import MixerSpec, check_mixer
+from ...rule.arguments import Call, Options
+from ...rule.spec import CallSpec, check_call
 from . import tables
 from .backward import BackwardLaunches, room
 from .config import Machine
@@ -301,7 +303,7 @@ def _number(pattern: str, text: str) -> str:
 
 
 def record(path: str, targets: list[str]) -> None:
-    """Compile everything that ships and write what it takes: `python -m anydelta.backends.triton.aot FILE [TARGET ...]`.
+    """Compile everything that ships and write what it takes: `python -m anydelta.backends.triton.aot FILE [TARGET]`.
 
     Rows of other targets that the file holds stay. Tables of the user's do not count.
     """

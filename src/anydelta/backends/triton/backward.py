@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from . import chunk, chunk_backward
 from .config import Machine
 from .launch import KernelCall, Launches, Scratch, _named, _shared

@@ -13,11 +13,12 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
-from ...rule.spec import Call, CallSpec, dtype_name, element_strides
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name, element_strides
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +53,7 @@ class Triton:
     name = "triton"
     snapshot_rows = True
     optional_A_log = True
-
-    @cached_property
-    def mixer(self) -> Any:
-        from .mixer import TritonMixer
-
-        return TritonMixer(self)
+    mixer = "anydelta.backends.triton.mixer"
 
     def available(self) -> Sequence[Rejected]:
         missing = [p for p in ("torch", "triton") if importlib.util.find_spec(p) is None]

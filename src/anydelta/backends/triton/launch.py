@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from . import chunk, recurrent
 from .chunk_parts import FACTORS as _FACTORS
 from .config import MAX_CHUNKED_K, Config, Machine, choose, power_of_two, segments

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
-from ...mixer.spec import MixerCall, MixerSpec, grouped
-from ...rule.spec import Call, CallSpec, dtype_name
+from ...mixer.arguments import MixerCall
+from ...mixer.spec import MixerSpec, grouped
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec, dtype_name
 from . import host as backend
 
 if TYPE_CHECKING:
@@ -36,13 +38,10 @@ class _Plan:
 
 
 class TritonMixer:
-    """`mixer` of the triton backend."""
-
-    def __init__(self, rule: Any):
-        self.rule = rule
+    """The mixer of the triton backend."""
 
     def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        no = list(self.rule.supports(spec.rule))
+        no = list(backend.BACKEND.supports(spec.rule))
         if spec.rule.final_rows:
             no.append(Rejected("takes snapshot_indices without dense snapshots; got both"))
         return tuple(no)
@@ -87,8 +86,8 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
     beta, strength = call.beta, {"DOUBLE": opt.allow_neg_eigval}
     inner = Call(
         y[..., :key].unflatten(-1, (r.H, r.K)), y[..., key : 2 * key].unflatten(-1, (r.H, r.K)),
-        y[..., 2 * key :].unflatten(-1, (r.HV, r.V)), call.g, beta, state_in, call.A_log, call.dt_bias, call.mask,
-        call.cu_seqlens, call.state_indices, call.snapshots, call.snapshot_indices, state_out=call.state,
+        y[..., 2 * key :].unflatten(-1, (r.HV, r.V)), call.g, beta, state_in, call.snapshots, call.A_log, call.dt_bias,
+        call.mask, call.cu_seqlens, call.state_indices, call.snapshot_indices, state_out=call.state,
         o=call.o.view(r.B, r.T, r.HV, r.V),
     )  # fmt: skip
     rule = replace(r, dtype="float32")
@@ -114,7 +113,7 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
     if opt.allow_neg_eigval:
         beta = beta.float()
         inner.beta = 2 * (beta.sigmoid() if opt.beta_is_logit else beta)
-        rule = replace(rule, options=replace(rule.options, beta_is_logit=False))
+        rule = replace(rule, options=rule.options._replace(beta_is_logit=False))
         launches = Launches(rule, machine, backend.strides_of(rule, inner))
     inner.o = new((r.B, r.T, r.HV, r.V), dtype=torch.float32) if spec.normed else inner.o
     yield from launches.calls(inner)
@@ -209,3 +208,6 @@ def _live_tokens(call: MixerCall) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.zeros(B, T + 1, dtype=torch.int64, device=mask.device)
     order.scatter_(1, torch.where(mask, start + rank, T), at.expand(B, T))
     return rank.int(), order[:, :T].int().contiguous()
+
+
+MIXER = TritonMixer()

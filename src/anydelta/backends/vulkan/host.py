@@ -8,7 +8,6 @@ are copied there and back.
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +18,10 @@ from typing import Any
 from ...core import devices
 from ...core.devices import DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
+from ..devices.structs import VULKAN_FLAGS
 
 CHUNK_MIN_TOKENS = 64
 """Per sequence on average. Four chunks: below, the two ways are hardly apart."""
@@ -32,13 +33,6 @@ CPU_CHUNK_MIN_K = 64
 """Of KDA, whose K exponentials per token a chunk computes once for all columns. GDA is no faster in chunks."""
 CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
 """1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
-FLAGS = (
-    "packed", "in_indexed", "out_indexed", "masked", "has_state", "write_state", "tiled", "vk", "linear", "raw",
-    "lower", "dt_bias", "logit", "l2norm", "skips", "zero_skipped", "chunked",
-    "snapshot_rows",
-)  # fmt: skip
-"""Bits of Call.flags in backends/vulkan/rule.glsl, from the lowest."""
-
 _serials = count()
 
 
@@ -306,7 +300,7 @@ def _push(
     to_scratch = bool(plan.chunk) and spec.snapshots > 0 and not middle
     to_pool = resident and spec.pooled
     flags = flag_bits(
-        FLAGS, spec, plan.layout,
+        VULKAN_FLAGS, spec, plan.layout,
         in_indexed=to_pool and not middle,
         out_indexed=to_pool and spec.inplace and not to_scratch,
         has_state=source is not None,
@@ -315,11 +309,8 @@ def _push(
         chunked=bool(plan.chunk),
         snapshot_rows=resident and spec.snapshot_rows,
     )  # fmt: skip
-    opt = spec.options
-    return struct.pack(
-        "8I3f14I", spec.T, spec.H, spec.HV, spec.K, spec.V, spec.N, spec.snapshots, flags,
-        spec.scale, opt.qk_l2norm_eps, opt.lower_bound or 0.0, *plan.layout.words(), *first,
-    )  # fmt: skip
+    s_in, s_out, snap = first
+    return plan.layout.call(spec, flags=flags, s_in=s_in, s_out=s_out, snap=snap)
 
 
 BACKEND = Vulkan()

@@ -48,17 +48,11 @@ layout(std430, binding = 3) buffer State16 { uint16_t s16_out[]; };
 layout(std430, binding = 4) buffer Snapshots16 { uint16_t snap16[]; };
 #endif
 
-const uint PACKED = 1, IN_INDEXED = 2, OUT_INDEXED = 4, MASKED = 8, HAS_STATE = 16, WRITE_STATE = 32, TILED = 64,
-           VK = 128, LINEAR = 256, RAW = 512, LOWER = 1024, DT_BIAS = 2048, LOGIT = 4096, L2NORM = 8192,
-           SKIPS = 16384, ZERO_SKIPPED = 32768, CHUNKED = 65536, SNAPSHOT_ROWS = 131072;
+// Flags and the members of Call, from backends/devices/structs.py.
+#include "flags.glsl"
 
 layout(push_constant) uniform Call {
-    uint T, H, HV, K, V, N, Ks;  // Ks: snapshots asked for; a run-time number, so that no pipeline depends on it
-    uint flags;
-    float scale, eps, lower_bound;
-    uint q, k, v, g, beta, A_log, dt_bias, mask, cu, indices;  // offsets of the inputs
-    uint rows;                                                 // snapshot_indices [Ks, N]
-    uint s_in, s_out, snap;                                    // first elements of the state and the snapshots
+#include "call.glsl"
 } call;
 
 bool has(uint flag) { return (call.flags & flag) != 0; }

@@ -24,6 +24,7 @@ import anydelta
 from ...core.devices import Bytes, Device, DeviceArray, DeviceError, Memory
 from ..devices.llvm import load_triton_first
 from ..devices.staging import WORKGROUP, Launches
+from ..devices.structs import CALL, WEBGPU_FLAGS, bits
 
 UNIFORM_BYTES = 256
 """Before the inputs, in their buffer: the struct Call of recurrent.wgsl. No driver asks for a coarser alignment."""
@@ -225,6 +226,9 @@ class WebGPUDevice(Device):
             head = (
                 f"const WORKGROUP = {WORKGROUP}u;\nconst LANES = {lanes}u;\nconst ROWS4 = {rows4}u;\n"
                 f"const KDA = {str(kda).lower()};\nconst DTYPE = {dtype}u;\n"
+            )
+            head += f"struct Call {{\n{CALL.text('wgsl')}}}\n" + bits(
+                WEBGPU_FLAGS, "const {name} = {value}u;"
             )
             body = source("recurrent")
             builtins = ", @builtin(subgroup_id) sg: u32, @builtin(subgroup_size) sgs: u32, " \

@@ -7,7 +7,6 @@ states are float32 on the device (half-typed inputs travel as they are, and are 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -17,14 +16,10 @@ import numpy as np
 from ...core import devices
 from ...core.devices import Device, DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
-from ...rule.spec import Call, CallSpec
+from ...rule.arguments import Call
+from ...rule.spec import CallSpec
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
-
-FLAGS = (
-    "packed", "indexed", "masked", "has_state", "tiled", "vk", "linear", "raw", "lower", "dt_bias", "logit", "l2norm",
-    "skips", "snapshot_rows",
-)  # fmt: skip
-"""Bits of Call.flags in backends/webgpu/recurrent.wgsl, from the lowest."""
+from ..devices.structs import WEBGPU_FLAGS
 
 _serials = count()
 
@@ -169,12 +164,10 @@ def _bind(
     if snapshots is not None:
         snaps_at, first_snap = device.bound(snapshots)
     rows = indexed and spec.snapshot_rows
-    opt = spec.options
-    flags = flag_bits(FLAGS, spec, layout, indexed=indexed, has_state=spec.has_state, snapshot_rows=rows)
-    uniforms = struct.pack(  # the struct Call of recurrent.wgsl
-        "8I3f13I", spec.T, spec.H, spec.HV, spec.K, spec.V, spec.N, spec.snapshots, flags, spec.scale,
-        opt.qk_l2norm_eps, opt.lower_bound or 0.0, *layout.words(), first, first if rows else first_snap,
-    )  # fmt: skip
+    flags = flag_bits(
+        WEBGPU_FLAGS, spec, layout, indexed=indexed, has_state=spec.has_state, snapshot_rows=rows
+    )
+    uniforms = layout.call(spec, flags=flags, s_in=first, snap=first if rows else first_snap)
     pipeline = device.pipeline(plan.lanes, plan.rows4, spec.kda, DTYPES.index(spec.dtype))
     inputs = {"buffer": device.inputs.buffer, "offset": UNIFORM_BYTES, "size": layout.nbytes_in}
     outputs = {"buffer": device.outputs.buffer, "offset": 0, "size": layout.nbytes_out}

@@ -18,29 +18,7 @@ const FLOAT32 = 0u;
 const BFLOAT16 = 1u;
 const FLOAT16 = 2u;
 
-struct Call {
-    T: u32, H: u32, HV: u32, K: u32, V: u32, N: u32, Ks: u32,
-    flags: u32,
-    scale: f32, eps: f32, lower_bound: f32,
-    q: u32, k: u32, v: u32, g: u32, beta: u32, A_log: u32, dt_bias: u32, mask: u32, cu: u32, indices: u32, rows: u32,  // in words
-    s: u32, snap: u32,                                              // first elements of the state and the snapshots
-}
-
-const PACKED = 1u;
-const INDEXED = 2u;
-const MASKED = 4u;
-const HAS_STATE = 8u;
-const TILED = 16u;
-const VK = 32u;
-const LINEAR = 64u;
-const RAW = 128u;
-const LOWER = 256u;
-const DT_BIAS = 512u;
-const LOGIT = 1024u;
-const L2NORM = 2048u;
-const SKIPS = 4096u;
-const SNAPSHOT_ROWS = 8192u;
-
+// struct Call and the constants of its flags stand in front, from backends/devices/structs.py.
 @group(0) @binding(0) var<storage, read> words4: array<vec4<u32>>;  // all inputs
 @group(0) @binding(1) var<storage, read> words: array<u32>;         // the same buffer
 @group(0) @binding(2) var<storage, read_write> outputs: array<f32>;
@@ -146,7 +124,7 @@ fn main(
         for (var c = 0u; c < 4u; c++) {
             let k = 4u * (r * LANES + lane) + c;
             var x = 0.0;
-            if (has(HAS_STATE) && mine && k < call.K) { x = states[call.s + state_at(row, hv, k, col)]; }
+            if (has(HAS_STATE) && mine && k < call.K) { x = states[call.s_in + state_at(row, hv, k, col)]; }
             S[r][c] = x;
         }
     }
@@ -211,7 +189,7 @@ fn main(
                     if (k >= call.K) { continue; }
                     if (has(SNAPSHOT_ROWS)) {
                         let to = words[call.rows + slot * call.N + n];  // -1: not written
-                        if ((to >> 31u) == 0u) { states[call.s + state_at(to, hv, k, col)] = S[r][c]; }
+                        if ((to >> 31u) == 0u) { states[call.s_in + state_at(to, hv, k, col)] = S[r][c]; }
                     } else {
                         snapshots[call.snap + slot * call.N * call.HV * call.K * call.V + state_at(n, hv, k, col)] = S[r][c];
                     }
@@ -224,7 +202,7 @@ fn main(
         for (var r = 0u; r < ROWS4; r++) {
             for (var c = 0u; c < 4u; c++) {
                 let k = 4u * (r * LANES + lane) + c;
-                if (k < call.K) { states[call.s + state_at(row, hv, k, col)] = S[r][c]; }
+                if (k < call.K) { states[call.s_in + state_at(row, hv, k, col)] = S[r][c]; }
             }
         }
     }

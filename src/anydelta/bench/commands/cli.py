@@ -21,7 +21,7 @@ bench = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add `bench` to the command line."""
-    from . import drafting_cli as spec_cli  # noqa: F401  they add `bench model`, `prefix` and `spec`
+    from . import drafting_cli, model_cli, prefix_cli  # noqa: F401  they add `bench spec`, `model` and `prefix`
 
     app.add_typer(bench, name="bench")
 

@@ -8,7 +8,6 @@ the rounds counts. The machine's own limits are measured in the same rounds.
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import platform
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core import dispatch
+from ...core import dispatch, native
 from ...rule import reference
 from ...terminal import first_line
 from ..contenders.peers import tensors_on
@@ -174,11 +173,10 @@ class Limits:
         self.best: dict[str, float] = {}
         self.why_not = ""
         self._measure: dict[str, Callable[[], float]] = {}
-        try:
-            _core = importlib.import_module("anydelta._core")
-        except ImportError as error:
-            self.why_not = f"no limits: the extension anydelta._core is not built ({error})"
+        if native.why_not:
+            self.why_not = f"no limits: {native.why_not}"
             return
+        _core = native.core
         if not hasattr(_core, "fma_peak") or not hasattr(_core, "copy_bandwidth"):
             self.why_not = "no limits: this anydelta._core has no fma_peak and copy_bandwidth; build it again"
             return

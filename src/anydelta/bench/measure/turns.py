@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core import native
 from ...rule import reference
 from ...terminal import Failed, Refused
 from ..commands.ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
@@ -22,11 +23,9 @@ Progress = Callable[[str, float], None]
 
 
 def extension() -> Any:
-    try:
-        from ... import _core
-    except ImportError as error:
-        raise Refused(f"the extension anydelta._core is not built or does not load ({error})") from None
-    return _core
+    if native.why_not:
+        raise Refused(native.why_not)
+    return native.core
 
 
 def make_inputs(*, T: int, HV: int, D: int) -> dict[str, Any]:
@@ -74,17 +73,19 @@ def bare_kernel(
     import torch
 
     from ...backends.cpu.host import BACKEND
-    from ...rule.spec import Call, Options, check_call
+    from ...core.arguments import in_order
+    from ...rule.arguments import Call, Options
+    from ...rule.spec import check_call
 
     core = extension()
     call = Call(t["q"], t["k"], t["v"], t["g"], t["beta"], t["state"])
     spec = check_call(call, Options(op="gated_delta_rule_"), inplace=True)
     native = BACKEND.prepare(spec, call).native
-    o = torch.empty_like(t["v"])
-    arrays = (t["q"], t["k"], t["v"], t["g"], t["beta"], o, t["state"], t["state"])
-    addresses = (*(x.data_ptr() for x in arrays), 0, 0, 0, 0, 0, 0, 0)
+    call.o = o = torch.empty_like(t["v"])
+    call.state_out = call.state_in
+    addresses = [0 if x is None else x.data_ptr() for x in in_order(Call)(call)]
 
-    def run(keep: Any = arrays) -> None:  # the arrays must outlive their addresses
+    def run(keep: Any = call) -> None:  # the arrays must outlive their addresses
         core.run(native, threads, share_openmp, *addresses)
 
     return run, o, t["state"]

@@ -56,7 +56,7 @@ class Family:
 
     @property
     def functions(self) -> dict[str, str]:
-        """The module's name of each function: the maker in transformers_functions of ours."""
+        """The module's name of each function: the maker in functions.py of ours."""
         return {
             self.chunk: "chunk_rule",
             self.recurrent: "recurrent_rule",
@@ -151,7 +151,7 @@ def pack(model: nn.Module) -> Packed:
     """Compute a model's matrices on a CPU with oneDNN, on a second copy of their weights in its layout.
 
     This is not anydelta's: it is what torch has and F.linear does not use. `off()` of the result, or its end as a
-    block, puts back what was before. See .transformers_packed.
+    block, puts back what was before. See .packed_matrices.
 
     Raises:
         TypeError, ValueError: `model` is no torch.nn.Module, or has no nn.Linear in float32 or bfloat16 on the CPU.

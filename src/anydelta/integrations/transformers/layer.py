@@ -1,7 +1,7 @@
 """A linear attention layer of Transformers between its projections, as one call of `gated_delta_mixer_`.
 
 `fused` wraps a layer's forward: calls that the mixer takes run the layer's own projections and the mixer; all others go
-on to the forward that was there, which finds ours for the rule and the convolution (transformers_functions.py). Under
+on to the forward that was there, which finds ours for the rule and the convolution (functions.py). Under
 torch.compile that is every call, because a compiled model is to notice `disable()`, and only the functions' names are
 guarded on.
 """
@@ -109,9 +109,7 @@ MIXER_DEVICES: frozenset[str] = frozenset(
     device
     for device in TORCH_DEVICES
     for n in dispatch.PRIORITY.get(device, ())
-    if n != "reference"
-    and not dispatch.get_backend(n).available()
-    and getattr(dispatch.get_backend(n), "mixer", None) is not None
+    if n != "reference" and not dispatch.get_backend(n).available() and dispatch.mixer_of(n) is not None
 )
 """Devices with a native kernel for the mixer."""
 
@@ -250,8 +248,8 @@ class _Step:
                 return None
             out = p.z if self.in_place and _alone(p) else p.z.new_empty(self.shape)
             if self.native.run(
-                _threads(), True, q, k, v, p.a, p.b, out, conv_state, state, None, None, conv.get("weight"),
-                conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None,
+                _threads(), True, q, k, v, conv_state, state, p.a, p.b, conv.get("weight"), None, None,
+                conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None, out,
             ):  # fmt: skip
                 mark_written((conv_state, state))
                 return out

@@ -1,4 +1,4 @@
-"""Drafts by a model's multi-token prediction (MTP) layers, for `generate` in .transformers_generate."""
+"""Drafts by a model's multi-token prediction (MTP) layers, for `generate` in .generate."""
 
 from __future__ import annotations
 

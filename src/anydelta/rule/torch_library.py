@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import libraries
+from ..core import libraries
 
 MINIMUM_TORCH = (2, 10)
 """The first torch whose stable ABI has texts among an operator's arguments; TORCH_TARGET_VERSION of the build."""

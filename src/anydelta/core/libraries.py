@@ -6,6 +6,8 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from . import native
+
 _FORMS = ("lib{}.so", "lib{}.dylib", "{}.dll", "{}.so")
 
 
@@ -19,17 +21,15 @@ def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tu
     """
     if env and os.environ.get(env) == "0":
         return None, f"{env}=0"
-    try:
-        from .. import _core
-    except ImportError as error:
-        return None, f"the extension anydelta._core is not built or does not load ({error})"
+    if native.why_not:
+        return None, native.why_not
     try:
         installed = version(package)
     except PackageNotFoundError:
         return None, f"{package} is not installed"
     if tuple(int(n) for n in installed.split(".")[: len(minimum)]) < minimum:
         return None, f"it needs {package} {'.'.join(map(str, minimum))} or newer; got {installed}"
-    folder = Path(_core.__file__).parent
+    folder = Path(native.core.__file__).parent
     paths = (folder / form.format(name) for form in _FORMS)
     path = next((path for path in paths if path.exists()), None)
     if path is None:

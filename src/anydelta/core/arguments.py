@@ -1,0 +1,190 @@
+"""The rows of a table of arguments, and what is made of a table.
+
+rule/arguments.py and mixer/arguments.py are the tables: two classes each, whose fields are annotated with the rows
+below. What is said there is not said again: options and keys of plans, the checks of numbers and choices, the schemas
+of torch.ops, the order in which C++ reads arrays. Only the standard library is used, because the build reads the tables
+too (scripts/generate_arguments.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from operator import attrgetter
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class ArrayRow:
+    """An array of a call."""
+
+    shape: str
+    """Its legend, as in errors and docstrings."""
+    optional: bool = False
+    result: bool = False
+    """Made by the call, and no argument."""
+    written: bool = False
+    """Written by each call that has it."""
+    public: tuple[str, str] = ("", "")
+    """Its names as an argument of the functional and of the in-place operator, where the field's is another."""
+
+
+@dataclass(frozen=True)
+class NumberRow:
+    """A number, finite in float32."""
+
+    minimum: float = -FLOAT32_MAX
+    maximum: float = FLOAT32_MAX
+    why: str = ""
+    """Said behind the maximum."""
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """One of a few words, or None where that is one of them."""
+
+    values: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class FlagRow:
+    """True or False."""
+
+
+Row = ArrayRow | NumberRow | ChoiceRow | FlagRow
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a table: its name, its Python type without None, whether None may be given, and its row."""
+
+    name: str
+    type: type
+    optional: bool
+    row: Row
+
+
+@cache
+def fields(table: Hashable) -> Mapping[str, Field]:
+    """The rows of a table by name, in its order. Fields without a row are no arguments."""
+    found: dict[str, Field] = {}
+    for name, hint in get_type_hints(table, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        inner, row = get_args(hint)[:2]
+        kinds = [t for t in get_args(inner) or (inner,) if t is not type(None)]
+        optional = row.optional if isinstance(row, ArrayRow) else type(None) in get_args(inner)
+        found[name] = Field(name, kinds[0], optional, row)
+    return found
+
+
+@cache
+def in_order(table: type) -> Callable[[Any], tuple[Any, ...]]:
+    """A function from a call to all its arrays, in the order of the table, which is the extension's."""
+    return attrgetter(*table.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def problem(field: Field, value: Any) -> Exception | None:
+    """What is wrong with the value of an option: a TypeError or ValueError to be raised, or None."""
+    row, name = field.row, field.name
+    if isinstance(row, ChoiceRow):
+        if value not in row.values or not isinstance(value, (str, type(None))):
+            words = list(map(repr, row.values))
+            known = " or ".join(words) if None in row.values else f"one of {', '.join(words)}"
+            return ValueError(f"{name} must be {known}; got {value!r}")
+    elif isinstance(row, FlagRow):
+        if not isinstance(value, bool):
+            return TypeError(f"{name} must be True or False; got {value!r}")
+    elif isinstance(row, NumberRow) and not (value is None and field.optional):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return TypeError(f"{name} must be a number; got {type(value).__name__}")
+        if not abs(value) <= FLOAT32_MAX:  # NaN too; an int may be too large for float()
+            got = value if isinstance(value, float) else "a larger integer"
+            return ValueError(f"{name} must be finite in float32; got {got}")
+        if value < row.minimum:
+            return ValueError(f"{name} must be >= {row.minimum:g}; got {float(value)}")
+        if value > row.maximum:
+            return ValueError(f"{name} must be <= {row.maximum:g}{row.why}; got {float(value)}")
+    return None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of torch.ops.anydelta over a table of arrays and one of options."""
+
+    name: str
+    public_name: str
+    """Of the function that it stands for, as in errors."""
+    arrays: type
+    options: type
+    returns: str
+    inplace: bool
+    required: tuple[str, ...] = ()
+    """Arrays that are optional in the table and not here. They stand behind the table's own required ones."""
+    without: tuple[str, ...] = ()
+    """Arrays and options that it does not take."""
+    lists: tuple[str, ...] = ()
+    """Arrays that come as a list of tensors."""
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The fields of the arrays it takes, in the order of its schema: the required ones first."""
+        rows = {n: f.row for n, f in fields(self.arrays).items() if n not in self.without}
+        taken = [n for n, row in rows.items() if isinstance(row, ArrayRow) and not row.result]
+        needed = [n for n in taken if not self._optional(n)]
+        return (*needed, *(n for n in taken if self._optional(n)))
+
+    @cached_property
+    def flags(self) -> tuple[str, ...]:
+        """The options it takes, in the order of the table."""
+        return tuple(n for n in fields(self.options) if n not in self.without)
+
+    def bind(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays by field, flags and backend by name) of a call, whose tensors come by position or by name."""
+        arrays, flags = dict(zip(self.tensors, given, strict=False)), dict(named)
+        for field in self.tensors[len(given) :]:
+            if (name := self.public(field)) in flags:
+                arrays[field] = flags.pop(name)
+        return arrays, flags
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """All fields of the table that are not made by the call, in its order."""
+        rows = self.arrays.__dataclass_fields__  # type: ignore[attr-defined]
+        made = {n for n, f in fields(self.arrays).items() if isinstance(f.row, ArrayRow) and f.row.result}
+        return tuple(n for n in rows if n not in made)
+
+    def public(self, name: str) -> str:
+        """The name of an array among the arguments."""
+        row = fields(self.arrays)[name].row
+        assert isinstance(row, ArrayRow)
+        return row.public[self.inplace] or name
+
+    def _optional(self, name: str) -> bool:
+        return fields(self.arrays)[name].optional and name not in self.required
+
+    def schema(self) -> str:
+        """As torch.library defines it."""
+        texts, letters = [], iter("abcdefgh")
+        for name in self.tensors:
+            row = fields(self.arrays)[name].row
+            assert isinstance(row, ArrayRow)
+            kind = "Tensor[]" if name in self.lists else "Tensor"
+            if row.written or (self.inplace and row.public[1]):
+                kind += f"({next(letters)}!)"
+            mark = "?" if self._optional(name) else ""
+            texts.append(f"{kind}{mark} {self.public(name)}" + ("=None" if mark else ""))
+        texts.append("*")
+        for name in self.flags:
+            f = fields(self.options)[name]
+            default = getattr(self.options, "_field_defaults")[name]  # noqa: B009  a NamedTuple's
+            texts.append(f"{f.type.__name__}{'?' if f.optional else ''} {name}={_literal(default)}")
+        texts.append('str backend="auto"')
+        return f"{self.name}({', '.join(texts)}) -> {self.returns}"
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value).replace("e-0", "e-")

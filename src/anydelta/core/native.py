@@ -1,0 +1,13 @@
+"""The compiled CPU kernels, `anydelta._core` (backends/cpu/module.cpp), or the reason why they are not here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+core: Any = None
+why_not = ""
+try:
+    core = importlib.import_module("anydelta._core")
+except ImportError as error:  # a source tree that was not built
+    why_not = f"the extension anydelta._core is not built or does not load ({error})"

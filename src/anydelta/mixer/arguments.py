@@ -1,0 +1,84 @@
+"""The table of the mixer's arguments, with the rule's: one row each. See core/arguments.py for what is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+from ..core.arguments import ArrayRow, ChoiceRow, Operator
+from ..rule.arguments import (
+    ALog,
+    Array,
+    Beta,
+    CuSeqlens,
+    Decay,
+    DtBias,
+    Eps,
+    Flag,
+    Gate,
+    Heads,
+    LowerBound,
+    Mask,
+    Options,
+    Scale,
+    SnapshotIndices,
+    Snapshots,
+    StateIndices,
+    StateLayout,
+)
+
+
+class MixerOptions(NamedTuple):
+    """The arguments of a mixer call that are not arrays. See `anydelta.gated_delta_mixer` for their meaning."""
+
+    op: str = "gated_delta_mixer"
+    activation: Annotated[str | None, ChoiceRow(("silu", None))] = "silu"
+    scale: Scale = None
+    decay: Decay = "raw"
+    lower_bound: LowerBound = None
+    beta_is_logit: Flag = True
+    allow_neg_eigval: Flag = False
+    heads: Heads = "interleaved"
+    qk_l2norm: Flag = True
+    qk_l2norm_eps: Eps = 1e-6
+    norm_eps: Eps = 1e-6
+    norm_gate: Annotated[str, ChoiceRow(("silu", "sigmoid"))] = "silu"
+    state_layout: StateLayout = "kv"
+
+    def of_rule(self) -> Options:
+        """The options of the rule inside."""
+        return Options(**{n: getattr(self, n) for n in Options._fields if n in self._fields})
+
+
+@dataclass(slots=True)
+class MixerCall:
+    """The arrays of one call. Backends read the inputs, advance `conv_state` and `state`, write `o` and the snapshots.
+
+    `qkv` is the packed array, with `k` and `v` None, or q alone.
+    """
+
+    qkv: Annotated[Array, ArrayRow("[B, T, 2 H K + HV V] or q [B, T, H * K]")]
+    k: Array
+    v: Array
+    conv_state: Annotated[Array, ArrayRow("[N, C, S]", written=True)]
+    state: Annotated[Array, ArrayRow("[N, HV, K, V]", written=True)]
+    g: Gate
+    beta: Beta
+    conv_weight: Annotated[Array, ArrayRow("[C, W]")]
+    snapshots: Snapshots = None
+    conv_snapshots: Annotated[Array, ArrayRow("[Ks, N, C, S]", optional=True, written=True)] = None
+    conv_bias: Annotated[Array, ArrayRow("[C]", optional=True)] = None
+    A_log: ALog = None
+    dt_bias: DtBias = None
+    z: Annotated[Array, ArrayRow("[B, T, HV * V]", optional=True)] = None
+    norm_weight: Annotated[Array, ArrayRow("[V]", optional=True)] = None
+    mask: Mask = None
+    cu_seqlens: CuSeqlens = None
+    state_indices: StateIndices = None
+    snapshot_indices: SnapshotIndices = None
+    o: Annotated[Array, ArrayRow("[B, T, HV * V]", result=True)] = None
+
+
+INPLACE = Operator(
+    "gated_delta_mixer_", "gated_delta_mixer_", MixerCall, MixerOptions, "Tensor", True, lists=("qkv",)
+)

@@ -1,0 +1,91 @@
+"""The table of the rule's arguments: one row each. See core/arguments.py for what is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator
+
+Array = Any
+"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead, and
+all of a call may where the backend takes that (OpenCL, SYCL), but for masks and indices, which are NumPy's then."""
+
+
+# What rule and mixer share.
+Scale = Annotated[float | None, NumberRow()]
+Decay = Annotated[str, ChoiceRow(("log", "linear", "raw"))]
+LowerBound = Annotated[float | None, NumberRow(maximum=0, why=", as the log decay is")]
+Heads = Annotated[str, ChoiceRow(("interleaved", "tiled"))]
+Flag = Annotated[bool, FlagRow()]
+Eps = Annotated[float, NumberRow(minimum=0)]
+StateLayout = Annotated[str, ChoiceRow(("kv", "vk"))]
+
+Gate = Annotated[Array, ArrayRow("[B, T, HV] or [B, T, HV, K]")]
+Beta = Annotated[Array, ArrayRow("[B, T, HV]")]
+Snapshots = Annotated[Array, ArrayRow("[Ks, N, HV, K, V]", optional=True, written=True)]
+ALog = Annotated[Array, ArrayRow("[HV]", optional=True)]
+DtBias = Annotated[Array, ArrayRow("[HV], for KDA [HV, K] or [HV * K]", optional=True)]
+Mask = Annotated[Array, ArrayRow("[B, T]", optional=True)]
+CuSeqlens = Annotated[Array, ArrayRow("[N+1]", optional=True)]
+StateIndices = Annotated[Array, ArrayRow("[N]", optional=True)]
+SnapshotIndices = Annotated[Array, ArrayRow("[Ks, N]", optional=True)]
+
+
+class Options(NamedTuple):
+    """The arguments of a call that are not arrays. See `anydelta.gated_delta_rule` for their meaning."""
+
+    op: str = "gated_delta_rule"
+    scale: Scale = None
+    decay: Decay = "log"
+    lower_bound: LowerBound = None
+    beta_is_logit: Flag = False
+    heads: Heads = "interleaved"
+    qk_l2norm: Flag = False
+    qk_l2norm_eps: Eps = 1e-6
+    state_layout: StateLayout = "kv"
+    output_final_state: Flag = True
+
+
+@dataclass(slots=True)
+class Call:
+    """The arrays of one call. Backends read the inputs and write `o`, `state_out` and `snapshots`.
+
+    `state_out` is `state_in` itself for the in-place op, and None when no final state is wanted. With
+    `state_indices`, `state_in` is a pool [P, ...]; `state_out` is that pool (in place) or dense [N, ...]. With
+    `snapshot_indices` [Ks, N] the snapshots are rows of that pool, and nothing else of it is written.
+    """
+
+    q: Annotated[Array, ArrayRow("[B, T, H, K]")]
+    k: Annotated[Array, ArrayRow("[B, T, H, K]")]
+    v: Annotated[Array, ArrayRow("[B, T, HV, V]")]
+    g: Gate
+    beta: Beta
+    state_in: Annotated[
+        Array, ArrayRow("[N, HV, K, V]", optional=True, public=("initial_state", "state"))
+    ] = None
+    snapshots: Snapshots = None
+    A_log: ALog = None
+    dt_bias: DtBias = None
+    mask: Mask = None
+    cu_seqlens: CuSeqlens = None
+    state_indices: StateIndices = None
+    snapshot_indices: SnapshotIndices = None
+    state_out: Annotated[Array, ArrayRow("[N, HV, K, V]", result=True)] = None
+    o: Annotated[Array, ArrayRow("[B, T, HV, V]", result=True)] = None
+
+
+FUNCTIONAL = Operator(
+    "gated_delta_rule", "gated_delta_rule", Call, Options, "(Tensor, Tensor)", False,
+    without=("snapshots", "snapshot_indices"),
+)  # fmt: skip
+SNAPSHOTS = Operator(
+    "gated_delta_rule_snapshots", "gated_delta_rule", Call, Options, "(Tensor, Tensor)", False, required=("snapshots",),
+    without=("snapshot_indices",),
+)  # fmt: skip
+INPLACE = Operator(
+    "gated_delta_rule_", "gated_delta_rule_", Call, Options, "Tensor", True, required=("state_in",),
+    without=("output_final_state",),
+)  # fmt: skip
+OPERATORS = (FUNCTIONAL, SNAPSHOTS, INPLACE)
+"""Those that the C++ library has too."""
