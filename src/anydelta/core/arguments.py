@@ -8,10 +8,9 @@ too (scripts/generate_arguments.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from operator import attrgetter
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -81,10 +80,15 @@ def fields(table: Hashable) -> Mapping[str, Field]:
     return found
 
 
-@cache
+def reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function from a call to these fields of it. Compiled from the names: half the time of an attrgetter."""
+    found: Callable[[Any], tuple[Any, ...]] = eval(f"lambda c: ({' '.join(f'c.{n},' for n in names)})")
+    return found
+
+
 def in_order(table: type) -> Callable[[Any], tuple[Any, ...]]:
     """A function from a call to all its arrays, in the order of the table, which is the extension's."""
-    return attrgetter(*table.__dataclass_fields__)  # type: ignore[attr-defined]
+    return reader(table.__dataclass_fields__)  # type: ignore[attr-defined]
 
 
 def problem(field: Field, value: Any) -> Exception | None:

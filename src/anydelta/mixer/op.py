@@ -5,12 +5,12 @@ from __future__ import annotations
 import atexit
 import sys
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from ..core import dispatch
+from ..core.arguments import reader
 from ..core.native import core as _core
 from ..rule.arguments import Array
 from ..rule.spec import _Checker, framework_of
@@ -354,7 +354,7 @@ def arrays_of(call: MixerCall) -> dict[str, Array]:
     return {name: getattr(call, name) for name in INPLACE.arguments}
 
 
-_inputs = attrgetter(*INPLACE.arguments)
+_inputs = reader(INPLACE.arguments)
 
 
 def geometry_of(call: MixerCall) -> Any:

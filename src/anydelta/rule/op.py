@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import atexit
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from ..core import dispatch
+from ..core.arguments import reader
 from ..core.devices import DeviceArray
 from ..core.native import core as _core
 from .arguments import INPLACE, Array, Call, Options
@@ -116,10 +117,10 @@ def gated_delta_rule(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = Options(
+    options = _options((
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, output_final_state,
-    )  # fmt: skip
+    ))  # fmt: skip
     call = Call(q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices)
     return _run(call, options, backend, inplace=False)
 
@@ -167,10 +168,10 @@ def gated_delta_rule_(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = Options(
+    options = _options((
         "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
         state_layout, True,
-    )  # fmt: skip
+    ))  # fmt: skip
     call = Call(
         q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices
     )
@@ -201,7 +202,8 @@ def _grad_enabled(q: Array) -> bool:
     return bool(torch is not None and framework_of(q) == "torch" and torch.is_grad_enabled())
 
 
-_inputs = attrgetter(*INPLACE.arguments)
+_options: Callable[[tuple[Any, ...]], Options] = partial(tuple.__new__, Options)  # in 0.1 us instead of 0.4
+_inputs = reader(INPLACE.arguments)
 
 
 def geometry_of(call: Call) -> Any:
