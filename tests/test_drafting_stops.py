@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import StoppingCriteria  # noqa: E402
+from transformers import LogitsProcessor, StoppingCriteria  # noqa: E402
 
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_speculative as speculative  # noqa: E402
@@ -94,7 +94,7 @@ def compare(model: Any, ids: torch.Tensor, mode: str, length: int = 3, **options
     found = []
     for drafts in ({}, drafting(model, model, mode, length)):
         stream = Stream()
-        out = generate(model, ids, streamer=stream, return_dict_in_generate=True, **drafts, **options)
+        out = generate(model, ids, streamer=stream, return_dict_in_generate=True, **{**options, **drafts})
         assert stream.ended
         assert stream.tokens == out.sequences[0, ids.shape[1] :].tolist()
         cache = out.past_key_values
@@ -260,6 +260,32 @@ def test_what_is_returned_per_token(tiny: Any, ids: Any, mode: str, given: bool)
 )
 def test_logits_processors(tiny: Any, ids: Any, mode: str, options: dict[str, Any]) -> None:
     compare(tiny, ids, mode, 4, **options)
+
+
+class Turns(LogitsProcessor):
+    """Forbids another token at each call, as a grammar goes on with each: it must be called once per token."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.turn += 1
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 3 == self.turn % 3, -torch.inf)
+
+
+@modes
+@pytest.mark.parametrize("what", ["turns", "guidance"])
+def test_logits_processors_that_go_from_token_to_token(tiny: Any, ids: Any, mode: str, what: str) -> None:
+    def options() -> dict[str, Any]:
+        return {"logits_processor": [Turns()]} if what == "turns" else {"guidance_scale": 1.5}
+
+    want = generate(tiny, ids, **options())
+    assert torch.equal(generate(tiny, ids, **options(), **drafting(tiny, tiny, mode, 3)), want)
+
+
+@pytest.mark.parametrize("more", [{"use_mtp": True}, {"prompt_lookup_num_tokens": 3}])
+def test_an_early_exit_comes_before_other_ways(tiny: Any, ids: Any, more: dict[str, Any]) -> None:
+    compare(tiny, ids, "early exit", **more)
 
 
 @modes

@@ -22,6 +22,7 @@ import transformers
 from torch import nn
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
 from .cache import RollbackCache
@@ -172,7 +173,7 @@ class Drafting(GenerationMixin):
             assistant_model,
             input_ids=input_ids,
             inputs_tensor=inputs_tensor,
-            logits_processor=logits_processor,
+            logits_processor=_for_drafts(logits_processor),
             target_tokenizer=tokenizer,
             assistant_tokenizer=assistant_tokenizer,
             model_kwargs=model_kwargs,
@@ -200,11 +201,14 @@ class Drafting(GenerationMixin):
                 room = 0  # the prompt goes without tokens
             drafts = ids.to(input_ids.device)[:, known : known + max(0, room)]
             count = drafts.shape[1]
+            longer = dict(model_kwargs)
+            if count:
+                longer = self._update_model_kwargs_for_generation({}, longer, num_new_tokens=count)
             inputs = self.prepare_inputs_for_generation(
                 torch.cat((input_ids, drafts), 1),
                 next_sequence_length=count + (new if outputs is None else 1),
                 is_first_iteration=outputs is None,
-                **self._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=count),
+                **longer,
             )
             if "logits_to_keep" in inputs:
                 inputs["logits_to_keep"] = count + 1
@@ -318,7 +322,7 @@ def _choose(
     min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). So tokens follow p. `guess` is None where
     there is no draft, or where it comes without scores.
     """
-    weight = config.assistant_ensemble_weight if hasattr(config, "assistant_ensemble_weight") else None
+    weight = getattr(config, "assistant_ensemble_weight", None)
     if not config.do_sample:
         if guess is not None and weight is not None:
             scores = weight * scores.softmax(-1) + (1 - weight) * guess.softmax(-1)
@@ -334,6 +338,19 @@ def _choose(
         rest = (p - q).clamp(min=0)
         p = rest if rest.sum() > 0 else p
     return torch.multinomial(p, 1)
+
+
+def _for_drafts(processors: Any) -> LogitsProcessorList:
+    """Those that may be asked about drafts as well: Transformers' own, but two that go from token to token.
+
+    Others may count their calls, or keep what they were asked, as grammars do; so they see the text alone.
+    """
+    going = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+    return LogitsProcessorList(
+        p
+        for p in processors
+        if type(p).__module__ == LogitsProcessorList.__module__ and type(p).__name__ not in going
+    )
 
 
 class Record:
@@ -383,7 +400,6 @@ class EarlyExit(AssistedCandidateGenerator):
         super().__init__(
             assistant_model=_first_layers(model, depth), generation_config=generation_config, **options
         )
-        self.generation_config.assistant_early_exit = None
 
 
 def _first_layers(model: Any, depth: int) -> Any:
@@ -404,7 +420,8 @@ def _first_layers(model: Any, depth: int) -> Any:
 def _only_draft(drafter: AssistedCandidateGenerator) -> None:
     """Let its model do what drafts are made of: where the text stops, and what is returned, is the main model's."""
     config, given = drafter.generation_config, drafter.assistant_kwargs
-    config.stop_strings = None
+    config.stop_strings = config.assistant_early_exit = config.prompt_lookup_num_tokens = None
+    config.use_mtp = False
     for name in ("output_attentions", "output_hidden_states", "output_logits"):
         setattr(config, name, False)
         given.pop(name, None)
