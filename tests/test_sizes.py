@@ -11,7 +11,7 @@ from typing import Any
 CALLS = '''
 import json
 import torch, anydelta
-from anydelta import torch_op
+from anydelta.rule import torch_ops as torch_op
 torch.set_num_threads(1)
 
 def view(*shape, dtype=torch.float32):

@@ -2,6 +2,11 @@
 # checkout by itself too: make -f tests/cpp/targets.mk sanitize
 TEST_CORE_CMAKE ?= $(firstword $(wildcard .venv/bin/cmake) cmake)
 TEST_CORE_BUILD = nice -n 10 $(TEST_CORE_CMAKE) --build $(1) --target test_core --parallel 2
+# The fuzz targets with the inputs of their corpus: the mixer, the log and the call check are in no other test of C++.
+REPLAYS := spec rule mixer log
+REPLAY_BUILD = nice -n 10 $(TEST_CORE_CMAKE) --build $(1) --target $(REPLAYS:%=replay_%) --parallel 2
+REPLAY = for name in $(REPLAYS); do nice -n 10 $(1)/tests/fuzz/replay_$$name tests/fuzz/corpus/$$name 2> $(1)/replay.log || \
+  { tail -n 60 $(1)/replay.log; exit 1; }; done
 TEST_CORE_CONFIGURE = $(TEST_CORE_CMAKE) -S . -B $(1) -DANYDELTA_PYTHON=OFF -DANYDELTA_TESTS=ON -DCMAKE_BUILD_TYPE=Release
 
 .PHONY: sanitize sanitize-address sanitize-thread emulated emulated-avx512 emulated-neon emulated-tools
@@ -12,15 +17,18 @@ sanitize: sanitize-address sanitize-thread ## Test the C++ core under ASan, UBSa
 sanitize-address:
 	$(call TEST_CORE_CONFIGURE,build/asan) -DANYDELTA_SANITIZE=address,undefined
 	$(call TEST_CORE_BUILD,build/asan)
-	ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  nice -n 10 build/asan/tests/cpp/test_core --share 0/2
+	$(call REPLAY_BUILD,build/asan)
+	export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	  nice -n 10 build/asan/tests/cpp/test_core --share 0/2 && $(call REPLAY,build/asan)
 
 # Data races do not depend on the geometry: a twentieth of the cases is enough. TSan cannot follow a forked child that
 # starts threads ("dup thread with used id"), which is all that the fork test is about.
 sanitize-thread:
 	$(call TEST_CORE_CONFIGURE,build/tsan) -DANYDELTA_SANITIZE=thread
 	$(call TEST_CORE_BUILD,build/tsan)
-	TSAN_OPTIONS=halt_on_error=1 nice -n 10 build/tsan/tests/cpp/test_core --share 0/20 --skip fork
+	$(call REPLAY_BUILD,build/tsan)
+	export TSAN_OPTIONS=halt_on_error=1; nice -n 10 build/tsan/tests/cpp/test_core --share 0/20 --skip fork && \
+	  $(call REPLAY,build/tsan)
 
 # The AVX-512 build through SIMDe and the NEON build under qemu, whatever this CPU is. A forked child that starts threads
 # is beyond qemu 7.2: no fork test there.

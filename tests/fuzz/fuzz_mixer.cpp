@@ -202,8 +202,8 @@ Wanted expect(const MixerCall& x) {
             const double f = 1 / std::sqrt(square + static_cast<double>(m.norm_eps));
             for (int64_t j = 0; j < c.V; ++j) {
                 Bounded y(o[j].x * f, f * o[j].m + std::fabs(o[j].x) * f * (1 + f * f * error));
-                // the formula above is a first order's: errors must be small beside the norm
-                if (o[j].m * f > 1e3) y.m = HUGE_VAL;
+                // a first order's formula: errors must be small beside the norm, and no square may overflow
+                if (o[j].m * f > 1e3 || square > Bounded::MOST) y.m = HUGE_VAL;
                 if (x.norm_weight) y = y * x.norm_weight.get(j);
                 if (x.z && rule.live(token / c.T, token % c.T)) {
                     const double z = x.z.get(token / c.T, token % c.T, h, j);

@@ -1,5 +1,5 @@
 # Fuzzing: `make fuzz`. Included by the Makefile.
-FUZZ_CORE := spec rule mixer log
+FUZZ_CORE := $(REPLAYS)
 FUZZ ?= $(FUZZ_CORE) snapshots checkpoint case table model
 SECONDS ?= 60
 
