@@ -91,7 +91,7 @@ NUMPY_ONLY = """
     import sys, os
     import numpy as np
     import anydelta
-    from anydelta.backends import cpu
+    from anydelta.backends.cpu import host as cpu
     rng = np.random.default_rng(0)
     x = lambda *s: rng.standard_normal(s, np.float32) / 8
     call = dict(q=x(1, 48, 8, 64), k=x(1, 48, 8, 64), v=x(1, 48, 8, 64), g=-abs(x(1, 48, 8)), beta=x(1, 48, 8))
@@ -127,7 +127,7 @@ def test_torch_respects_set_num_threads(threads: int) -> None:
         import os
         import torch, anydelta
         from test_threads import tensors
-        from anydelta.backends import cpu
+        from anydelta.backends.cpu import host as cpu
         torch.set_num_threads({threads})
         x = tensors()
         tasks = lambda: len(os.listdir("/proc/self/task"))
