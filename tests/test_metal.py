@@ -346,7 +346,7 @@ def test_the_benchmark_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", code, "bench", "ops", "--backend", "metal", "--peers"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
-        2, "anydelta bench ops: needs an Apple GPU through torch.mps; this is Linux\n",
+        2, "anydelta bench ops: needs an Apple GPU through torch.mps; this is Linux.\n",
     )  # fmt: skip
 
 
