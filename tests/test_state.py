@@ -227,15 +227,17 @@ def test_memory_does_not_grow(form: str) -> None:
     rounds(20)
     tracemalloc.start()
     try:
-        rounds(5)
-        gc.collect()  # reading a NumPy array's address makes a cycle
-        before = tracemalloc.get_traced_memory()[0]
-        rounds(400)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        grown = []
+        for _ in range(3):  # a leak grows in each; a table of the interpreter that gets larger does so in one
+            rounds(5)
+            gc.collect()  # reading a NumPy array's address makes a cycle
+            before = tracemalloc.get_traced_memory()[0]
+            rounds(400)
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
     finally:
         tracemalloc.stop()
-    assert grown < 400 * 20  # one object lost per round would be 50 bytes each at least
+    assert min(grown) < 400 * 20, grown  # one object lost per round would be 50 bytes each at least
 
 
 def ready(form: str = "slots") -> tuple[StatePool, Model]:
