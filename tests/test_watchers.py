@@ -417,16 +417,21 @@ def test_a_trace_of_the_mixer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_the_old_onnx_exporter_names_the_operator_that_it_does_not_know(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["rule", "rule in place", "mixer"])
+def test_the_old_onnx_exporter_is_refused(call: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    x = tokens()
+    x, S, w = (layer() if call == "mixer" else tokens()), state(), window()
 
     class Module(torch.nn.Module):
         def forward(self, v: Any) -> Any:
-            return rule({**x, "v": v})[0]
+            if call == "mixer":
+                return mixer_({**x, "qkv": v}, S.clone(), w.clone())
+            return rule({**x, "v": v})[0] if call == "rule" else rule_({**x, "v": v}, S.clone())
 
-    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="anydelta::gated_delta_rule"):
-        torch.onnx.export(Module(), (x["v"],), str(tmp_path / "out.onnx"), dynamo=False)
+    with pytest.raises(UnsupportedError, match=r"torch.onnx.export requires dynamo=True .* got dynamo=False"):
+        torch.onnx.export(
+            Module(), (x["qkv" if call == "mixer" else "v"],), str(tmp_path / "out.onnx"), dynamo=False
+        )
 
 
 def test_a_function_mode_sees_the_operator() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..rule.torch_ops import guard_writes, refuse_tangents, transformed
+from ..rule.torch_ops import guard_writes, refuse_old_exporter, refuse_tangents, transformed
 from ..rule.torch_ops import is_compiling as is_compiling
 from ..rule.torch_ops import mark_written as mark_written
 from ..rule.torch_ops import watched as watched
@@ -72,6 +72,7 @@ torch.library.register_fake(f"anydelta::{INPLACE.name}", _fake, lib=_LIB)
 
 def traced(call: MixerCall, options: MixerOptions, backend: str) -> torch.Tensor:
     """The call as a dispatcher operator, which tracers record."""
+    refuse_old_exporter(options.op)
     _refuse_derivatives(
         call
     )  # here too: a tracer shows the kernel tensors that have forgotten their gradients

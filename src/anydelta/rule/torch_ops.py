@@ -416,6 +416,15 @@ def _learn() -> None:
 reads()  # here and not at the first call, which a tracer may be following
 
 
+def refuse_old_exporter(op: str) -> None:
+    """torch.onnx.export(dynamo=False) has no operators but its own. It says so when it has traced the whole model."""
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        raise dispatch.UnsupportedError(
+            f"{op}: torch.onnx.export requires dynamo=True for this operator; got dynamo=False. "
+            "See anydelta.export.onnx for programs that run in ONNX Runtime"
+        )
+
+
 def any_requires_grad(c: Call) -> bool:
     """Spelled out, because every decode step with gradients enabled asks. Other kinds of array have no gradient."""
     try:
@@ -451,6 +460,7 @@ def traced(
     call: Call, options: Options, backend: str, inplace: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The call as a dispatcher operator, which tracers record."""
+    refuse_old_exporter(options.op)
     for x in (call.state_in, call.snapshots):
         if type(x) is DeviceArray:
             raise dispatch.UnsupportedError(
