@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..core.dispatch import UnsupportedError
-from ..rule.op import gated_delta_rule
+from ...core.dispatch import UnsupportedError
+from ...rule.op import gated_delta_rule
 
 Pair = tuple[torch.Tensor, "torch.Tensor | None"]
 
