@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anydelta.bench.commands import ops
-from anydelta.bench.contenders import peers
-from anydelta.bench.measure import report
+from anydelta.bench.contenders import packages as peers
+from anydelta.bench.measure import ops, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
 from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
 from anydelta.rule import reference
@@ -524,7 +523,7 @@ def test_rollback_reports_every_form() -> None:
 
 
 def test_overhead_is_taken_over_the_bare_kernel() -> None:
-    from anydelta.bench.commands import overhead
+    from anydelta.bench.measure import overhead
 
     measured = overhead.call_overhead(ops.Settings(rounds=2, sample_seconds=1e-3))
     calls = {r.call: r for r in measured.records}

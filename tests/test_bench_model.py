@@ -21,8 +21,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
-from anydelta.bench.commands import model, model_report, ops  # noqa: E402
-from anydelta.bench.measure import presets, profile  # noqa: E402
+from anydelta.bench.measure import model, model_report, ops, presets, profile  # noqa: E402
+from anydelta.bench.measure.runners import CompiledRunner, TransformersRunner, prepare  # noqa: E402
+from anydelta.bench.measure.runners import Test as Work  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL, CheckpointError  # noqa: E402
 from anydelta.terminal import Failed  # noqa: E402
 from conftest import CPU_REASONS, run_program, without  # noqa: E402
@@ -32,7 +33,7 @@ if CPU_REASONS:
 if not REPOSITORY_MODEL.is_dir():
     without("examples/tiny_model is not here: a clone has it, an sdist does not")
 
-TESTS = (model.Test("pp", 9), model.Test("tg", 3), model.Test("tg", 2, depth=5))
+TESTS = (Work("pp", 9), Work("tg", 3), Work("tg", 2, depth=5))
 SMALL = dict(
     vocab_size=128,
     hidden_size=32,
@@ -68,7 +69,7 @@ def tiny() -> presets.Built:
 
 
 def contenders(built: presets.Built) -> list[Any]:
-    make = model.TransformersRunner
+    make = TransformersRunner
     return [make("transformers", "1", built.model), make("anydelta", "1", built.model, adt.enable)]
 
 
@@ -104,9 +105,9 @@ def test_anydelta_runs_in_its_turn_only(tiny: presets.Built) -> None:
     plain, fast = contenders(tiny)
     before = adt.status().taken
     for test in TESTS:
-        model.prepare(test, [plain], tiny)
+        prepare(test, [plain], tiny)
     assert adt.status().taken == before
-    model.prepare(TESTS[0], [fast], tiny)
+    prepare(TESTS[0], [fast], tiny)
     assert adt.status().taken != before
     assert not adt.status(tiny.model).layers
 
@@ -119,7 +120,7 @@ def test_a_compiled_step_goes_back_to_its_context(
     )  # the graph is what is tested, not inductor's minutes
     monkeypatch.setattr(torch, "compile", made)
     runners = contenders(tiny)
-    runners += [model.CompiledRunner(f"{r.name}, compiled", "1", tiny.model, 64, r.enabled) for r in runners]
+    runners += [CompiledRunner(f"{r.name}, compiled", "1", tiny.model, 64, r.enabled) for r in runners]
     report = run(tiny, runners, profile=True)
     assert {r.status for r in report.records} == {"ok"}, [r.reason for r in report.records]
     assert {who for p in report.parts for who in p.ms} == {"transformers", "anydelta"}
@@ -131,7 +132,7 @@ def test_a_compiled_step_goes_back_to_its_context(
         assert np.array_equal(step.prompt([8]), first)
 
 
-class Bent(model.TransformersRunner):
+class Bent(TransformersRunner):
     """Transformers with another result."""
 
     by = 1e-3
@@ -369,7 +370,7 @@ def test_command_prints_markdown_alone_on_stdout() -> None:
 
 
 def test_a_wrong_result_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.TransformersRunner, "logit_error", 1e-30)
+    monkeypatch.setattr(TransformersRunner, "logit_error", 1e-30)
     done = command("-p", "4", "-n", "0", "-r", "1", "-t", "1", "-c", "anydelta")
     assert done.exit_code == 1
     assert "wrong" in done.stdout

@@ -16,9 +16,9 @@ for _package in ("torch", "transformers", "typer"):
 
 import transformers  # noqa: E402
 
-from anydelta.bench.commands import drafting as spec  # noqa: E402
-from anydelta.bench.commands import drafting_report as spec_report  # noqa: E402
-from anydelta.bench.commands import prefix, prefix_report  # noqa: E402
+from anydelta.bench.measure import drafting as spec  # noqa: E402
+from anydelta.bench.measure import drafting_report as spec_report  # noqa: E402
+from anydelta.bench.measure import prefix, prefix_report  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL as MODEL  # noqa: E402
 from conftest import CPU_REASONS, run_program, without  # noqa: E402
 

@@ -218,7 +218,7 @@ def test_mapping_comes_before_decomposition() -> None:
 
 def test_the_benchmark_takes_turns_with_llama(monkeypatch: pytest.MonkeyPatch) -> None:
     from anydelta.bench.commands import executorch as bench
-    from anydelta.bench.commands import ops
+    from anydelta.bench.measure import ops
 
     monkeypatch.setattr(bench, "CALLS", {1: 3})
     monkeypatch.setattr(bench, "HEADS", 2)

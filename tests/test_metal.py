@@ -34,9 +34,9 @@ import torch
 import anydelta
 from anydelta.backends.metal import host as metal
 from anydelta.backends.metal import launch
-from anydelta.bench.commands import ops
-from anydelta.bench.contenders import mac, peers
-from anydelta.bench.measure import cases
+from anydelta.bench.contenders import mac
+from anydelta.bench.contenders import packages as peers
+from anydelta.bench.measure import cases, ops
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
 from anydelta.core import dispatch

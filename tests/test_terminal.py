@@ -27,10 +27,10 @@ from rich.text import Text
 
 import anydelta
 from anydelta import cli, terminal
-from anydelta.bench.commands import drafting as spec
-from anydelta.bench.commands import drafting_report as spec_report
-from anydelta.bench.commands import model, model_report, ops, prefix, prefix_report
-from anydelta.bench.measure import report, small_report
+from anydelta.bench.measure import drafting as spec
+from anydelta.bench.measure import drafting_report as spec_report
+from anydelta.bench.measure import model, model_report, ops, prefix, prefix_report, report, small_report
+from anydelta.bench.measure.runners import Test as Work
 from anydelta.conformance import cli as conform
 from anydelta.conformance.run import FAIL, Result
 from anydelta.tune import cli as tune
@@ -199,7 +199,7 @@ def reports(text: str) -> Iterator[tuple[Any, Any]]:
     records = [
         model.Record(text, "", 1, 1.0, "float32", 1, "tg1", 1, 0, text, text, status="failed", reason=text),
     ]
-    settings = model.Settings((model.Test("tg", 1, 0),), 1, False)
+    settings = model.Settings((Work("tg", 1, 0),), 1, False)
     yield model_report, model.Report(machine, settings, records=records, absent={text: text})
 
 

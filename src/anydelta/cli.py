@@ -5,15 +5,22 @@ How it prints and ends: terminal.py.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, terminal
+from .conformance.run import unavailable
 from .core import dispatch
+from .rule import torch_library
 
 if TYPE_CHECKING:
     import typer
+
+
+COMMANDS = tuple(f"anydelta.{room}.cli" for room in ("conformance", "generate", "bench", "tune"))
+"""Modules whose `register(app)` adds a command. By name: they need typer, which may be missing."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -29,10 +36,6 @@ def main(args: list[str] | None = None) -> None:
 def build_app() -> typer.Typer:
     """The program with all its commands."""
     import typer
-
-    from .conformance.cli import register as register_conform
-    from .generate.cli import register as register_generate
-    from .tune.cli import register as register_tune
 
     app = typer.Typer(
         name="anydelta",
@@ -55,20 +58,13 @@ def build_app() -> typer.Typer:
         else:
             _print_info(facts)
 
-    register_conform(app)
-    register_generate(app)
-    if importlib.util.find_spec("anydelta.bench.commands.cli") is not None:
-        from .bench.commands.cli import register as register_bench
-
-        register_bench(app)
-    register_tune(app)
+    for name in COMMANDS:
+        importlib.import_module(name).register(app)
     return app
 
 
 def gather() -> dict[str, Any]:
     """What `anydelta info` shows."""
-    from .conformance.run import unavailable
-
     backends = {}
     for name in dispatch.NAMES:
         reasons = unavailable(name)
@@ -87,9 +83,7 @@ def gather() -> dict[str, Any]:
 
 
 def _torch_library() -> dict[str, Any]:
-    from .rule.torch_library import find
-
-    path, reason = find()
+    path, reason = torch_library.find()
     return {"available": path is not None, "reason": reason}
 
 

@@ -1,5 +1,8 @@
-"""Measuring the operator against other implementations and against the machine's own limits.
+"""Measuring the operator against other implementations and against the machine's own limits: `anydelta bench`.
 
-cases.py says what is measured, peers.py and ggml.py by whom, ops.py measures, report.py prints and plots,
-cli.py is `anydelta bench`. Results are records; nothing but report.py formats them.
+commands/     one command a file: its options, and what is small enough to be measured there
+contenders/   who is measured: anydelta, ggml, llama.cpp, ExecuTorch, MLX, Transformers
+measure/      what is measured (cases, presets, prompts), how (turns, ops, model, ...), and reports
+
+Results are records; nothing but the modules *report.py formats them.
 """

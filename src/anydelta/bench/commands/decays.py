@@ -10,18 +10,20 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from ... import gated_delta_mixer, gated_delta_rule
 from ...conformance.gates import model_gates
 from ...mixer import reference as mixer_reference
 from ...rule import reference
+from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, check, interleave, torch_threads
-from .ops import Settings, describe_machine
+from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
 
 HEADS, D = 16, 128
 STRONG = {"initialised": "initialised", "trained": "trained", "g16": "-16", "g40": "-40", "faded": "faded"}
@@ -170,3 +172,20 @@ def strong_decays(
             )
         )
     return measured
+
+
+def decays_command(
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-T", help="Tokens of a call, as 1,4,64.")
+    ] = "1,2,4,6,16,64,1024",
+    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time strong decays and faded states against mild ones: rule and mixer, GDA and KDA."""
+    measure = partial(strong_decays, numbers("-T", tokens, 65536), numbers_of_threads(threads, 1))
+    small(measure, rounds, sample_ms, json, csv, md, output)

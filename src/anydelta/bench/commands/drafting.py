@@ -1,211 +1,111 @@
-"""Measure drafting: MTP, prompt lookup, both and an assistant against decoding token by token, all on anydelta.
-
-One process, one model. For each prompt the modes take turns within a round, each from a fresh state, and write the same
-number of tokens greedily; a ratio is taken within a round, and the median of the rounds counts. The text must be that
-of plain decoding, but for ties of the two largest logits.
-"""
+"""`anydelta bench spec`: the command line. Progress goes to stderr, results to stdout or a file."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from ...generate.checkpoint import default_model, need_packages, open_checkpoint, quiet
+from ...generate.write import with_anydelta
+from ...terminal import Refused, progress, refusing
+from ..measure import drafting as spec
+from ..measure import drafting_report as spec_report
+from ..measure import ops
 from ..measure.prompts import PROMPTS
-from ..measure.report import BUSY_PCT
-from ..measure.turns import torch_threads
-from .ops import Others
-
-TIE = 1e-5
-FLAG = 0.05
-"""Runs further than this share from the median of their prompt and mode are flagged."""
+from .options import Csv, Json, Md, Output, Plot, checked, show
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure, and how often."""
-
-    tokens: int = 192
-    rounds: int = 5
-    threads: int = 1
-    lookup: int = 8
-    """Tokens that prompt lookup drafts."""
-    drafts: int | None = None
-    """Tokens that MTP and the assistant draft; None: as many as there are MTP layers, and 3."""
-
-
-@dataclass
-class Record:
-    """One mode on one prompt."""
-
-    prompt: str
-    mode: str
-    detail: str
-    status: str = "ok"
-    """ok; absent: the model has no such layers; wrong: the text is another."""
-    reason: str = ""
-    prompt_tokens: int = 0
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    verifications: int = 0
-    """Forwards of the model, that of the prompt included."""
-    accepted_share: float | None = None
-    tokens_per_verification: float | None = None
-    rounds: int = 0
-    median_tps: float | None = None
-    """New tokens over the time of the whole call, the prompt included; median of the rounds."""
-    low_tps: float | None = None
-    high_tps: float | None = None
-    """Slowest and fastest round."""
-    flagged: int = 0
-    """Rounds more than 5% from the median."""
-    ratio: float | None = None
-    """Plain decoding's time over this one's, median of the rounds."""
-
-
-@dataclass
-class Report:
-    """What was measured, and on what; prefix.py's report too, with settings and records of its own."""
-
-    machine: dict[str, Any]
-    model: str
-    settings: Any
-    notes: list[str] = field(default_factory=list)
-    records: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to write, by the arguments of generate() that it adds."""
-
-    name: str
-    detail: str
-    options: Mapping[str, Any]
-
-
-def modes(model: Any, settings: Settings, assistant: Any = None, name: str = "") -> list[Mode]:
-    """Plain decoding, and what the model can draft with."""
-    config = model.config.get_text_config(decoder=True)
-    drafts = settings.drafts or 3
-    drafter = (model if assistant is None else assistant).generation_config
-    drafter.num_assistant_tokens, drafter.num_assistant_tokens_schedule = drafts, "constant"
-    drafter.assistant_confidence_threshold = 0
-    found = [Mode("plain", "", {})]
-    if layers := getattr(config, "num_mtp_layers", None):
-        count = settings.drafts or layers
-        mtp = {"use_mtp": True, "num_assistant_tokens": count}
-        found.append(Mode("mtp", f"{count} drafts", mtp))
-        both = mtp | {"prompt_lookup_num_tokens": settings.lookup}
-        found.append(Mode("mtp+lookup", f"{count} drafts, then up to {settings.lookup}", both))
-    found.append(Mode("lookup", f"{settings.lookup} drafts", {"prompt_lookup_num_tokens": settings.lookup}))
-    if assistant is not None:
-        found.append(Mode("assistant", f"{name}, {drafts} drafts", {"assistant_model": assistant}))
-    elif "full_attention" in (config.layer_types or ()):
-        depth = config.layer_types.index("full_attention") + 1
-        detail = f"the first {depth} of {config.num_hidden_layers} layers, {drafts} drafts"
-        found.append(Mode("assistant", detail, {"assistant_early_exit": depth}))
-    return found
-
-
-def measure(
-    model: Any,
-    encode: Callable[[str], Any],
-    ways: Sequence[Mode],
-    settings: Settings,
-    report: Report,
-    prompts: Mapping[str, str] = PROMPTS,
-    progress: Callable[[str, float], None] = lambda text, done: None,
+def spec_command(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A folder, or a hub name. Default: the repository's model."),
+    ] = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            "--assistant", "-a", help="A smaller model that drafts. Default: the model's first layers."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--n-gen", "-n", help="New tokens per prompt.")] = 192,
+    rounds: Annotated[int, typer.Option("--repetitions", "--rounds", "-r", help="Interleaved rounds.")] = 3,
+    threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
+    lookup: Annotated[int, typer.Option("--lookup", help="Tokens that prompt lookup drafts.")] = 8,
+    drafts: Annotated[
+        int | None,
+        typer.Option("--drafts", help="Tokens of MTP (default: its layers) and the assistant (default: 3)."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help=f"Only this one (repeat for more): {', '.join(PROMPTS)}."),
+    ] = None,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Add the records of all prompts to the report. `encode` turns a text into ids [1, T]; anydelta is enabled."""
-    with observed(report):
-        for i, (name, text) in enumerate(prompts.items()):
-            ids = encode(text)
-            records = {w.name: Record(name, w.name, w.detail, prompt_tokens=ids.shape[1]) for w in ways}
-            report.records += records.values()
-            _check(model, ids, ways, settings, records)
-            good = [w for w in ways if records[w.name].status == "ok"]
-            seconds: dict[str, list[float]] = {w.name: [] for w in good}
-            for turn in range(settings.rounds):
-                progress(f"{name}, round {turn + 1}", (i + turn / settings.rounds) / len(prompts))
-                for way in good[turn % len(good) :] + good[: turn % len(good)]:
-                    start = time.perf_counter()
-                    _write(model, ids, way, settings)
-                    seconds[way.name].append(time.perf_counter() - start)
-            for way in good:
-                _speeds(records[way.name], seconds[way.name], seconds["plain"])
+    """Time drafting: MTP, prompt lookup and an assistant against decoding token by token.
+
+    Nine fixed prompts, a fresh state for each, greedy; the modes take turns, and must write the same text. The share of
+    accepted drafts, tokens per verification, tokens per second.
+
+    Examples:
+      anydelta bench spec
+      anydelta bench spec -r 5 --lookup 4 --md -o spec.md --plot spec.svg
+      anydelta bench spec -m Qwen/Qwen3.5-4B -a Qwen/Qwen3.5-0.8B -t 8
+    """
+    form = checked(json, csv, md, output, plot)
+    for name, value, most in (
+        ("--n-gen", tokens, 1 << 20), ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
+        ("--lookup", lookup, 1024), ("--drafts", 1 if drafts is None else drafts, 1024),
+    ):  # fmt: skip
+        if not 1 <= value <= most:
+            raise Refused(f"requires {name} from 1 to {most}; got {value}")
+    for one in prompt or ():
+        if one not in PROMPTS:
+            raise Refused(f"requires --prompt of {', '.join(PROMPTS)}; got {one!r}")
+    need_packages()
+    chosen = {name: text for name, text in PROMPTS.items() if not prompt or name in prompt}
+    settings = spec.Settings(tokens, rounds, threads, lookup, drafts)
+    with progress() as tell:
+        report = _measure(model, assistant, chosen, settings, tell)
+
+    show(spec_report, report, form, output, plot)
+    if any(r.status == "wrong" for r in report.records):
+        raise typer.Exit(1)
 
 
-@contextmanager
-def observed(report: Report) -> Iterator[None]:
-    """Inside, torch has the threads of the report's settings; a note says so if other work disturbed."""
-    others = Others()
-    with torch_threads(report.settings.threads):
-        yield
-    busy = others.percent()
-    if busy is not None and busy >= BUSY_PCT:
-        report.notes.append(f"other work took {busy:.0f} % of the CPUs")
+def _measure(
+    name: str | None, helper: str | None, prompts: dict[str, str], settings: spec.Settings, tell: Any
+) -> spec.Report:
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    with quiet():
+        enabled = with_anydelta().context  # says at once if this Transformers is not supported
+    tell("loading the model", 0.0)
+    opened = open_checkpoint(name or default_model(), "auto")
+    other = open_checkpoint(helper, "auto") if helper else None
 
+    def encode(text: str) -> Any:
+        return opened.tokenizer(text, return_tensors="pt")["input_ids"].long()
 
-def difference(model: Any, ids: Any, got: Any, want: Any) -> str:
-    """Where two continuations of `ids` differ, in words; empty if they do not, or only from a tie on."""
-    import torch
-
-    if torch.equal(got, want):
-        return ""
-    at = int((got != want)[0].nonzero()[0])
-    with torch.no_grad():
-        top = model(want[:, :at]).logits[0, -1].float()
-    if abs(float(top[got[0, at]] - top[want[0, at]])) <= TIE:
-        return ""
-    return f"the text is another from new token {at - ids.shape[1]} on"
-
-
-def _write(model: Any, ids: Any, way: Mode, settings: Settings) -> Any:
-    import torch
-
-    n = settings.tokens
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, eos_token_id=None,
-        pad_token_id=0, **way.options,
-    )  # fmt: skip
-
-
-def _check(
-    model: Any, ids: Any, ways: Sequence[Mode], settings: Settings, records: dict[str, Record]
-) -> None:
-    """Count the drafts of each mode, and compare its text with that of plain decoding. Warms up, too."""
-    from ...integrations.transformers.generate import counting
-
-    want = None
-    for way in ways:
-        record = records[way.name]
+    report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
+    with refusing(ValueError):  # a model without such layers
+        on = enabled(opened.model)
+    with on:
+        if other is None:
+            ways = spec.modes(opened.model, settings)
+            spec.measure(opened.model, encode, ways, settings, report, prompts, tell)
+            return report
+        ways = spec.modes(opened.model, settings, other.model, Path(other.name).name)
         try:
-            with counting() as rounds:
-                got = _write(model, ids, way, settings)
-        except (ValueError, RuntimeError) as error:
-            record.status, record.reason = "absent", " ".join(str(error).split())
-            if way.name == "plain":
-                raise
-            continue
-        record.tokens = got.shape[1] - ids.shape[1]
-        record.drafted, record.accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
-        record.verifications = len(rounds) or record.tokens
-        record.accepted_share = record.accepted / record.drafted if record.drafted else None
-        record.tokens_per_verification = record.tokens / record.verifications
-        if want is None:
-            want = got
-        elif reason := difference(model, ids, got, want):
-            record.status, record.reason = "wrong", reason
-
-
-def _speeds(record: Record, seconds: list[float], plain: list[float]) -> None:
-    tps = [record.tokens / s for s in seconds]
-    middle = statistics.median(tps)
-    record.rounds, record.median_tps = len(tps), middle
-    record.low_tps, record.high_tps = min(tps), max(tps)
-    record.flagged = sum(abs(t - middle) > FLAG * middle for t in tps)
-    record.ratio = statistics.median(p / s for p, s in zip(plain, seconds, strict=True))
+            helping = enabled(other.model)
+        except ValueError:  # it has no linear attention layer
+            spec.measure(opened.model, encode, ways, settings, report, prompts, tell)
+            return report
+        with helping:
+            spec.measure(opened.model, encode, ways, settings, report, prompts, tell)
+    return report

@@ -11,17 +11,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 
 from ... import gated_delta_rule, gated_delta_rule_
+from ...core.late import late
 from ...terminal import Refused, refusing
 from ..measure.contender import needs
+from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, bare_kernel, check, interleave, make_inputs, oracle, tensors
-from .ops import Settings, describe_machine
+from .options import Csv, Json, Md, Output, small
+
+if TYPE_CHECKING:
+    from ...export import executorch
+else:
+    executorch = late("anydelta.export.executorch")
 
 HEADS, HEAD = 32, 128
 CALLS = {1: 33, 512: 2}
@@ -66,8 +74,6 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
         Failed: a result is wrong.
     """
     import torch
-
-    from ...export import executorch
 
     if why := needs("executorch", "executorch"):
         raise Refused(why)
@@ -229,3 +235,15 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("executorch")
+
+
+def executorch_command(
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime, on one thread."""
+    small(against_llama, rounds, sample_ms, json, csv, md, output)

@@ -1,462 +1,86 @@
-"""Measure the operator: check every contender, then time all of them in turns in this one process.
-
-A shared machine drifts by more than the differences looked for, so no absolute time is trusted: in every
-round each contender takes its turn (A B C, B C A, ...), a ratio is taken within a round, and the median of
-the rounds counts. The machine's own limits are measured in the same rounds.
-"""
+"""`anydelta bench ops`: the operator against other implementations and the machine's limits."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import numpy as np
+import typer
 
-from ...core import dispatch, native
-from ...rule import reference
-from ...terminal import first_line
-from ..contenders.peers import tensors_on
-from ..measure.cases import Case, Inputs, make_inputs, subnormals
-from ..measure.contender import Contender, Result, Runner
-
-NMSE = 1e-7
-"""The contract's bound for float32 (DESIGN, conformance), on output, state and each snapshot separately."""
-
-ORACLE_ELEMENTS = 5e7
-"""State elements times tokens that the float64 oracle goes through for one case (about a second)."""
-
-COPY_MIB = 128
-"""Each buffer of the copy measurement: several times the last-level cache that a few cores share."""
-
-COPY_SAMPLES = 3
-"""Rounds of a case that measure the copy too; filling its buffers costs more than a round."""
-
-SETTLE_SECONDS = 0.015
-"""Pause between contenders: thread pools spin for some milliseconds after their last call."""
+from ...core.dispatch import get_backend
+from ...terminal import Refused, progress, refusing, say
+from ..contenders import packages
+from ..measure import cases as case_list
+from ..measure import ops
+from ..measure import report as printers
+from ..measure.contender import Contender, tensors_on
+from .options import Csv, Json, Md, Output, Plot, check_rounds, checked, numbers_of_threads, show
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How long to measure."""
+def ops_command(
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cases", help="Groups, names, globs, regular expressions; commas and repeats allowed."
+        ),
+    ] = None,
+    decays: Annotated[
+        str, typer.Option("--decays", help="Measure each case with these: mild, initialised, trained.")
+    ] = "mild,initialised",
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure installed peers too.")] = True,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", help="Only this peer (repeat for more); it must be here.")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help="anydelta's backend.")] = "auto",
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+    plot: Plot = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list cases and packages.")] = False,
+) -> None:
+    """Time the operator: decode, short blocks with snapshots, prefill.
 
-    rounds: int = 7
-    sample_seconds: float = 0.015
-    """Calls are repeated until a sample lasts about this long."""
-    contender_seconds: float = 2.0
-    """A contender whose single call is slow takes part in fewer rounds, at least two."""
+    Every contender's result is compared with a float64 oracle before it is timed. All run in one process, in
+    turns; the table shows times relative to anydelta's and the share of the machine's own limit.
 
-
-@dataclass
-class Record:
-    """One contender on one case with one number of threads."""
-
-    case: str
-    kind: str
-    threads: int
-    contender: str
-    version: str
-    status: str = "ok"
-    """ok; refused: it does not take the case; failed: it raised; wrong: its result is not right."""
-    reason: str = ""
-    detail: str = ""
-    states: int = 1
-    working_set_mib: float | None = None
-    """States that its calls read and write in turn."""
-    nmse_o: float | None = None
-    nmse_state: float | None = None
-    nmse_snapshots: float | None = None
-    """The worst of the snapshots."""
-    checked: str = ""
-    rounds: int = 0
-    calls: int = 0
-    """Calls per sample."""
-    min_us: float | None = None
-    median_us: float | None = None
-    iqr_pct: float | None = None
-    """Interquartile range of the rounds over their median."""
-    ratio: float | None = None
-    """Time over anydelta's, median of the rounds: above 1, anydelta is faster."""
-    ratio_min: float | None = None
-    """The same from the minima."""
-    ratio_iqr: float | None = None
-    limit: str = ""
-    """copy or fma: the slower of what the case needs at least."""
-    limit_value: float | None = None
-    limit_unit: str = ""
-    limit_us: float | None = None
-    limit_pct: float | None = None
-    """The limit's time over the contender's minimum."""
-    others_pct: float | None = None
-    """CPU time that other processes (or a hypervisor) took during the rounds, of all CPUs; Linux only."""
-
-
-@dataclass
-class Report:
-    """What was measured, on what, and who was absent."""
-
-    machine: dict[str, Any]
-    settings: Settings
-    absent: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-
-
-def describe_machine(backend: str = "auto") -> dict[str, Any]:
-    """Facts that a reader needs beside the numbers; nothing that identifies the machine."""
-    import torch
-
-    import anydelta
-
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = named[0].split(":", 1)[1].strip() if named else cpu
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu or platform.machine(),
-        "cpus": available_cpus(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "anydelta": anydelta.__version__,
-    }
-    name = "cpu" if backend == "auto" else backend
-    try:
-        facts["backend"] = {name: dict(dispatch.get_backend(name).describe())}
-    except Exception as error:  # a backend that cannot describe itself still has its row in `anydelta info`
-        facts["backend"] = {name: f"no description: {error}"}
-    return facts
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Others:
-    """How much of the CPUs other work takes: what makes the times of several threads worthless."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float] | None:
-        """Jiffies of all CPUs: total, and neither idle nor ours."""
-        try:
-            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        mine = os.times()
-        own = (mine.user + mine.system) * os.sysconf("SC_CLK_TCK")
-        return float(sum(fields)), sum(fields) - fields[3] - fields[4] - own  # idle, iowait
-
-    def percent(self) -> float | None:
-        end = self._now()
-        if self.start is None or end is None or end[0] <= self.start[0]:
-            return None
-        return max(0.0, 100 * (end[1] - self.start[1]) / (end[0] - self.start[0]))
-
-
-class Limits:
-    """The machine's FMA peak and copy bandwidth, from the extension module; the best sample counts."""
-
-    units = {"fma": "GFLOP/s", "copy": "GB/s"}  # noqa: RUF012
-
-    def __init__(self, kinds: Sequence[str], threads: int):
-        self.best: dict[str, float] = {}
-        self.why_not = ""
-        self._measure: dict[str, Callable[[], float]] = {}
-        if native.why_not:
-            self.why_not = f"no limits: {native.why_not}"
-            return
-        _core = native.core
-        if not hasattr(_core, "fma_peak") or not hasattr(_core, "copy_bandwidth"):
-            self.why_not = "no limits: this anydelta._core has no fma_peak and copy_bandwidth; build it again"
-            return
-        every = {
-            "fma": lambda: _core.fma_peak(threads, 0.02),
-            "copy": lambda: _core.copy_bandwidth(threads, COPY_MIB),
-        }
-        self._measure = {kind: every[kind] for kind in kinds}
-
-    def sample(self, *, copy: bool = True) -> None:
-        for kind, measure in self._measure.items():
-            if copy or kind != "copy":
-                self.best[kind] = max(self.best.get(kind, 0.0), measure())
-
-    def of(self, case: Case) -> tuple[str, float, float] | None:
-        """(kind, its value, least seconds of one call) of what bounds the case; None if unmeasured."""
-        work = {"fma": case.flops, "copy": case.moved_bytes}
-        found = [(kind, value, work[kind] / (value * 1e9)) for kind, value in self.best.items() if value > 0]
-        return max(found, key=lambda f: f[2], default=None)
-
-
-class Oracle:
-    """What a case must produce: float64 on as many heads as fit, and all heads as anydelta once it passed."""
-
-    def __init__(self, case: Case, x: Inputs):
-        self.case = case
-        per_head = case.T * case.D * case.D
-        rows, heads = list(range(case.B)), list(range(case.HV))
-        self.full = per_head * case.B * case.HV <= ORACLE_ELEMENTS
-        if not self.full:
-            rows = sorted({0, case.B - 1})
-            heads = sorted({0, case.HV // 2, case.HV - 1})
-        self.rows, self.heads = np.array(rows)[:, None], np.array(heads)
-        qk = self.heads // (case.HV // case.H)
-
-        def pick(a: Any, heads: Any) -> Any:
-            return a[self.rows[:, 0]][:, :, heads].astype(np.float64)
-
-        self.want = reference.gated_delta_rule(
-            pick(x.q, qk),
-            pick(x.k, qk),
-            pick(x.v, self.heads),
-            g=pick(x.g, self.heads),
-            beta=pick(x.beta, self.heads),
-            initial_state=x.state[self.rows, self.heads].astype(np.float64),
-            snapshots=case.snapshots,
-        )
-        self.standard: Result | None = None
-        """anydelta's result, once it passed."""
-
-    def check(self, got: Result, record: Record) -> str:
-        """Fill in the errors; the reason why the result is wrong, or an empty string."""
-        c = self.case
-        shapes: dict[str, tuple[int, ...]] = {"o": (c.B, c.T, c.HV, c.D), "state": (c.B, c.HV, c.D, c.D)}
-        if c.snapshots:
-            shapes["snapshots"] = (c.snapshots, c.B, c.HV, c.D, c.D)
-        for name, shape in shapes.items():
-            array = getattr(got, name)
-            if array is None or array.shape != shape:
-                got_shape = None if array is None else list(array.shape)
-                return f"{name} must have shape {list(shape)}; got {got_shape}"
-        errors = {
-            "o": nmse(np.swapaxes(got.o, 1, 2)[self.rows, self.heads], np.swapaxes(self.want.o, 1, 2)),
-            "state": nmse(got.state[self.rows, self.heads], self.want.state),
-        }
-        if got.snapshots is not None and self.want.snapshots is not None:
-            pairs = zip(got.snapshots, self.want.snapshots, strict=True)
-            errors["snapshots"] = _worst([nmse(s[self.rows, self.heads], w) for s, w in pairs])
-        record.checked = "float64 oracle" if self.full else f"float64 oracle on {len(self.heads)} heads"
-        if not self.full and self.standard is not None:
-            record.checked += ", all heads against anydelta"
-            for name in errors:
-                errors[name] = _worst([errors[name], nmse(getattr(got, name), getattr(self.standard, name))])
-        for name, error in errors.items():
-            setattr(record, f"nmse_{name}", error)
-        bad = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= NMSE]
-        return f"NMSE must be at most {NMSE:.0e}; got {', '.join(bad)}" if bad else ""
-
-
-def nmse(got: Any, want: Any) -> float:
-    """mean (got - want)^2 over mean want^2; NaN where either has one."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    power = float(np.mean(want * want))
-    return float(np.mean((got - want) ** 2)) / (power or 1.0)
-
-
-def _worst(errors: Sequence[float]) -> float:
-    return float(np.max(errors))  # np.max keeps NaN, which max() may drop
-
-
-@dataclass
-class _Entry:
-    record: Record
-    runner: Runner
-    rounds: int
-    seconds: dict[int, float] = field(default_factory=dict)
-    """Per call, by round."""
-
-
-def measure(
-    cases: Sequence[Case],
-    contenders: Sequence[Contender],
-    *,
-    threads: Sequence[int],
-    settings: Settings | None = None,
-    backend: str = "auto",
-    progress: Callable[[str, float], None] = lambda text, done: None,
-) -> Report:
-    """Measure every case with every contender that is here; the others are compared with the first.
-
-    `progress` is called with what is going on and the finished share of the whole.
+    Examples:
+      anydelta bench ops
+      anydelta bench ops --cases decode -t 1 --no-peers
+      anydelta bench ops --cases 'gda-t512-*,gda-t4-h16x32-d128-b1-s4' --peer ggml --plot ops.svg
     """
-    import torch
+    form = checked(json, csv, md, output, plot)
+    check_rounds(rounds, sample_ms)
+    if peer and not peers:
+        raise Refused("--peer and --no-peers contradict each other; give one of them")
+    with refusing(ValueError):
+        if backend != "auto":
+            get_backend(backend)
+        chosen = case_list.presets() if list_ and not cases else case_list.select(cases or ["default"])
+        chosen = case_list.with_decays(chosen, decays)
+        device = tensors_on(backend)
+        rivals = packages.choose_peers(peer or [], device) if peers else []
+        counts = numbers_of_threads(threads, ops.available_cpus()) if device == "cpu" else [1]
+    field: list[Contender] = [packages.Anydelta(backend), *rivals]
+    if list_:
+        for c in chosen:
+            say(c.name)
+        for one in field:
+            say(f"{one.name}: {one.missing() or one.version()}")
+        return
+    if why := field[0].missing():
+        raise Refused(why)
+    if device != "cpu" and (reasons := get_backend(backend).available()):
+        raise Refused("; ".join(map(str, reasons)))
 
-    settings = settings or Settings()
-    report = Report(describe_machine(backend), settings)
-    present = []
-    for c in contenders:
-        if why := c.missing():
-            report.absent[c.name] = why
-        else:
-            present.append(c)
-    before = torch.get_num_threads()
-    total = len(cases) * len(threads)
-    try:
-        for i, case in enumerate(cases):
-            inputs = make_inputs(case)
-            progress(f"{case.name}: the float64 oracle", i / len(cases))
-            oracle = Oracle(case, inputs)
-            for j, n in enumerate(threads):
-                torch.set_num_threads(n)
-                done = (i * len(threads) + j) / total
+    with progress() as tell:
+        settings = ops.Settings(rounds=rounds, sample_seconds=sample_ms / 1e3)
+        report = ops.measure(chosen, field, threads=counts, settings=settings, backend=backend, progress=tell)
 
-                def tell(text: str, case: Case = case, n: int = n, done: float = done) -> None:
-                    progress(f"{case.name} on {n} threads: {text}", done)
-
-                report.records += _measure_case(
-                    case, inputs, oracle, present, n, settings, report.notes, tell, tensors_on(backend)
-                )
-    finally:
-        torch.set_num_threads(before)
-    progress("done", 1.0)
-    return report
-
-
-def _measure_case(
-    case: Case,
-    inputs: Inputs,
-    oracle: Oracle,
-    contenders: Sequence[Contender],
-    threads: int,
-    settings: Settings,
-    notes: list[str],
-    tell: Callable[[str], None],
-    on: str,
-) -> list[Record]:
-    entries: list[_Entry] = []
-    records: list[Record] = []
-    try:
-        for contender in contenders:
-            tell(f"checking {contender.name}")
-            record = Record(
-                case.name, case.kind, threads, contender.name, contender.version(), states=case.states
-            )
-            records.append(record)
-            runner = _prepare(contender, case, inputs, threads, oracle, record)
-            if runner is not None:
-                entries.append(_calibrate(runner, record, settings))
-        limits = Limits(case.limits if on == "cpu" else (), threads)
-        if on != "cpu":
-            limits.why_not = f"no limits: those that are measured are the CPU's, and the calls run on {on}"
-        if limits.why_not and limits.why_not not in notes:
-            notes.append(limits.why_not)
-        others = Others()
-        if entries:
-            _rounds(entries, limits, settings, tell)
-        disturbed = others.percent()
-        for entry in entries:
-            if lost := subnormals(entry.runner.result().state):
-                notes.append(f"{case.name}: {entry.record.contender} computed with {lost} subnormal numbers")
-    finally:
-        for entry in entries:
-            entry.runner.close()
-    base = entries[0] if entries and entries[0].record is records[0] else None
-    for entry in entries:
-        _fill(entry, base, limits, case)
-        entry.record.others_pct = disturbed
-    return records
-
-
-def _prepare(
-    contender: Contender, case: Case, inputs: Inputs, threads: int, oracle: Oracle, record: Record
-) -> Runner | None:
-    """A runner whose result is right, or None and the reason in the record."""
-    if why := contender.refuses(case):
-        record.status, record.reason = "refused", why
-        return None
-    runner = None
-    try:
-        runner = contender.prepare(case, inputs, threads)
-        record.detail = runner.detail
-        record.working_set_mib = runner.working_set / 2**20
-        got = runner.result()
-    except dispatch.UnsupportedError as error:
-        record.status, record.reason = "refused", str(error)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a peer's failure must not end the run: it is a row of the result
-        record.status, record.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
-    else:
-        why = oracle.check(got, record)
-        if not why:
-            if contender.name == "anydelta":
-                oracle.standard = got
-            return runner
-        record.status, record.reason = "wrong", why
-    if runner is not None:
-        runner.close()
-    return None
-
-
-def _calibrate(runner: Runner, record: Record, settings: Settings) -> _Entry:
-    """How many calls make a sample. The second of two probes counts: the first warms up."""
-    runner.reset()
-    start = time.perf_counter()
-    for _ in range(record.states):  # every buffer once, or the first writes would be timed as page faults
-        runner.run(1)
-        if time.perf_counter() - start > max(settings.contender_seconds, 1.0):
-            break
-    calls, seconds = 1, _time(runner, 1)
-    if seconds < settings.sample_seconds:
-        seconds = _time(runner, 1)
-        calls = max(1, min(10000, round(settings.sample_seconds / max(seconds, 1e-7))))
-        seconds = _time(runner, calls) / calls
-        calls = max(1, min(10000, round(settings.sample_seconds / max(seconds, 1e-7))))
-    fit = int(settings.contender_seconds / max(seconds * calls, 1e-9))
-    record.calls = calls
-    return _Entry(record, runner, max(min(2, settings.rounds), min(settings.rounds, fit)))
-
-
-def _time(runner: Runner, calls: int) -> float:
-    start = time.perf_counter()
-    runner.run(calls)
-    return time.perf_counter() - start
-
-
-def _rounds(entries: list[_Entry], limits: Limits, settings: Settings, tell: Callable[[str], None]) -> None:
-    every = -(-settings.rounds // COPY_SAMPLES)
-    for r in range(settings.rounds):
-        tell(f"round {r + 1} of {settings.rounds}")
-        limits.sample(copy=r % every == 0)
-        first = r % len(entries)  # so that nobody always runs after the same neighbour
-        for entry in entries[first:] + entries[:first]:
-            if r >= entry.rounds:
-                continue
-            time.sleep(SETTLE_SECONDS)
-            entry.runner.reset()
-            calls = entry.record.calls
-            if calls > 1:
-                entry.runner.run(1)
-            entry.seconds[r] = _time(entry.runner, calls) / calls
-
-
-def _fill(entry: _Entry, base: _Entry | None, limits: Limits, case: Case) -> None:
-    record, times = entry.record, list(entry.seconds.values())
-    record.rounds = len(times)
-    record.min_us, record.median_us = min(times) * 1e6, statistics.median(times) * 1e6
-    record.iqr_pct = 100e6 * _iqr(times) / record.median_us
-    if base is not None:
-        ratios = [t / base.seconds[r] for r, t in entry.seconds.items() if r in base.seconds]
-        if ratios:
-            record.ratio, record.ratio_iqr = statistics.median(ratios), _iqr(ratios)
-        record.ratio_min = min(times) / min(base.seconds.values())
-    if (bound := limits.of(case)) is not None:
-        record.limit, record.limit_value, seconds = bound
-        record.limit_unit = limits.units[record.limit]
-        record.limit_us, record.limit_pct = seconds * 1e6, 100 * seconds / min(times)
-
-
-def _iqr(values: Sequence[float]) -> float:
-    low, high = np.percentile(values, [25, 75])
-    return float(high - low)
+    show(printers, report, form, output, plot)
+    if any(r.contender == "anydelta" and r.status in ("wrong", "failed") for r in report.records):
+        raise typer.Exit(1)

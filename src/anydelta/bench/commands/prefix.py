@@ -1,167 +1,80 @@
-"""Measure prefix checkpoints: how soon the next tokens come when a prompt begins as an earlier one did.
-
-For each length of the shared prefix, four situations of a chat: a new question behind the prefix, the next turn behind
-an answer, the same turn edited, and the prefix from a file. Each is run from nothing and from a `PrefixStore`, in
-turns; both must write the same tokens, but for ties of the two largest logits. A ratio is taken within a round, and the
-median of the rounds counts.
-"""
+"""`anydelta bench prefix`: the command line. Progress goes to stderr, results to stdout or a file."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import importlib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .drafting import Report, difference, observed
+import typer
 
-SITUATIONS = {
-    "new question": "the prefix is known, another question follows",
-    "next turn": "the last answer is known, a question follows",
-    "edited turn": "the last question is another than before",
-    "from a file": "as the new question, the checkpoint read from a safetensors file",
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure, and how often."""
-
-    prefixes: tuple[int, ...] = (128, 512, 2048)
-    """Tokens of the shared prefix."""
-    turn: int = 24
-    """Tokens of a question."""
-    tokens: int = 8
-    """New tokens of an answer."""
-    rounds: int = 5
-    threads: int = 1
+from ...generate.checkpoint import default_model, need_packages, open_checkpoint, quiet
+from ...generate.write import with_anydelta
+from ...terminal import Refused, progress, refusing
+from ..measure import drafting as spec
+from ..measure import ops, prefix, prefix_report
+from ..measure.prompts import PROMPTS
+from .options import Csv, Json, Md, Output, checked, show
 
 
-@dataclass
-class Record:
-    """One situation with one prefix."""
-
-    situation: str
-    prefix: int
-    prompt_tokens: int
-    run_tokens: int
-    """Of the prompt, those that are run with checkpoints; without, all are."""
-    status: str = "ok"
-    """ok; wrong: the text is another."""
-    reason: str = ""
-    checkpoint_bytes: int = 0
-    """Of the checkpoint that was used."""
-    rounds: int = 0
-    plain_s: float | None = None
-    """From the prompt to the first token, everything run; median of the rounds."""
-    median_s: float | None = None
-    """The same with checkpoints, looking them up and adding the new one included."""
-    low_s: float | None = None
-    high_s: float | None = None
-    ratio: float | None = None
-    """Plain time over that with checkpoints, median of the rounds."""
-
-
-def measure(
-    model: Any,
-    text: Sequence[int],
-    settings: Settings,
-    report: Report,
-    progress: Callable[[str, float], None] = lambda text, done: None,
+def prefix_command(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A folder, or a hub name. Default: the repository's model."),
+    ] = None,
+    prefixes: Annotated[
+        str, typer.Option("--prefixes", "-p", help="Lengths of the shared prefix, in tokens.")
+    ] = ",".join(map(str, prefix.Settings.prefixes)),
+    turn: Annotated[int, typer.Option("--turn", help="Tokens of a question.")] = prefix.Settings.turn,
+    tokens: Annotated[
+        int, typer.Option("--n-gen", "-n", help="New tokens of an answer.")
+    ] = prefix.Settings.tokens,
+    rounds: Annotated[int, typer.Option("--repetitions", "--rounds", "-r", help="Interleaved rounds.")] = 5,
+    threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
 ) -> None:
-    """Add the records to the report. `text` are tokens to take prefixes and questions from; anydelta is enabled."""
-    with observed(report):
-        for i, prefix in enumerate(settings.prefixes):
-            progress(f"a prefix of {prefix} tokens", i / len(settings.prefixes))
-            _measure_one(model, text, prefix, settings, report)
+    """Time prefix checkpoints: the first token of a chat's next turn, from a checkpoint against computing all anew.
+
+    The texts of both must be the same.
+
+    Examples:
+      anydelta bench prefix
+      anydelta bench prefix -m Qwen/Qwen3.5-0.8B -p 1024,8192 -t 8 --md -o prefix.md
+    """
+    form = checked(json, csv, md, output)
+    lengths = tuple(int(n) if re.fullmatch(" *[0-9]{1,9} *", n) else 0 for n in prefixes.split(","))
+    for name, value, most in (
+        *(("--prefixes", n, 1 << 20) for n in lengths), ("--turn", turn, 1 << 16), ("--n-gen", tokens, 1 << 16),
+        ("--rounds", rounds, 1 << 20), ("--threads", threads, 1024),
+    ):  # fmt: skip
+        least = 2 if name == "--turn" else 1
+        if not least <= value <= most:
+            got = prefixes if name == "--prefixes" else value
+            raise Refused(f"requires {name} from {least} to {most}; got {got}")
+    need_packages()
+    settings = prefix.Settings(lengths, turn, tokens, rounds, threads)
+    with progress() as tell:
+        report = _measure(model, settings, tell)
+
+    show(prefix_report, report, form, output)
+    if any(r.status == "wrong" for r in report.records):
+        raise typer.Exit(1)
 
 
-def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Settings, report: Report) -> None:
-    import torch
-
-    from ...integrations.transformers.prefix import Checkpoint, PrefixStore
-
-    repeated = list(text) * (1 + (prefix + 4 * settings.turn) // len(text))
-    shared = torch.tensor([repeated[:prefix]])
-    first, second, edited = (
-        torch.tensor([repeated[prefix + i * settings.turn :][: settings.turn]]) for i in range(3)
-    )
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        known = PrefixStore(model)
-        # The prefix ends where the question begins: its last token is run again with the question, as always.
-        known.cache_for(torch.cat((shared, first[:, :1]), 1))
-        prompt = torch.cat((shared, first), 1)
-        cache = known.cache_for(prompt)
-        answer = _write(model, prompt, settings.tokens, cache)
-        known.add(answer, cache)
-        start = known.find(prompt)
-        assert start is not None
-        file = Path(folder) / "prefix.safetensors"
-        chat = tuple(known._kept.values())
-
-        def from_memory() -> Any:
-            store = PrefixStore(model)
-            for checkpoint in chat:
-                store.put(checkpoint)
-            return store
-
-        def from_file() -> Any:
-            store = PrefixStore(model)
-            store.put(Checkpoint.load(file))
-            return store
-
-        chat[0].save(file)
-        prompts = {
-            "new question": (torch.cat((shared, second), 1), from_memory),
-            "next turn": (torch.cat((answer, second), 1), from_memory),
-            "edited turn": (torch.cat((shared, edited[:, : settings.turn // 2], first), 1), from_memory),
-            "from a file": (torch.cat((shared, second), 1), from_file),
-        }
-        for situation, (ids, store) in prompts.items():
-            found = store().find(ids)
-            assert found is not None
-            record = Record(
-                situation,
-                prefix,
-                ids.shape[1],
-                ids.shape[1] - len(found.tokens),
-                checkpoint_bytes=found.nbytes,
-            )
-            report.records.append(record)
-            want = _write(model, ids, settings.tokens)
-            got = _write(model, ids, settings.tokens, store().cache_for(ids))
-            record.reason = difference(model, ids, got, want)
-            if record.reason:
-                record.status = "wrong"
-            else:
-                _time(model, ids, store, settings, record)
-
-
-def _write(model: Any, ids: Any, tokens: int, cache: Any = None) -> Any:
-    import torch
-
-    more = {} if cache is None else {"past_key_values": cache}
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None,
-        pad_token_id=0, **more,
-    )  # fmt: skip
-
-
-def _time(model: Any, ids: Any, store: Callable[[], Any], settings: Settings, record: Record) -> None:
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    in_time = record.situation == "from a file"  # reading the file counts
-    for turn in range(settings.rounds):
-        for checkpoints in (turn % 2 == 0, turn % 2 == 1):
-            held = store() if checkpoints and not in_time else None
-            start = time.perf_counter()
-            cache = (store() if held is None else held).cache_for(ids) if checkpoints else None
-            _write(model, ids, 1, cache)
-            seconds[checkpoints].append(time.perf_counter() - start)
-    plain, ours = seconds[False], seconds[True]
-    record.rounds = settings.rounds
-    record.plain_s, record.median_s = statistics.median(plain), statistics.median(ours)
-    record.low_s, record.high_s = min(ours), max(ours)
-    record.ratio = statistics.median(p / s for p, s in zip(plain, ours, strict=True))
+def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> spec.Report:
+    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    with quiet():
+        enabled = with_anydelta().context  # says at once if this Transformers is not supported
+    tell("loading the model", 0.0)
+    opened = open_checkpoint(name or default_model(), "auto")
+    text = opened.tokenizer("\n".join(PROMPTS.values()))["input_ids"]
+    report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
+    with refusing(ValueError):  # a model without such layers
+        on = enabled(opened.model)
+    with on:
+        prefix.measure(opened.model, text, settings, report, tell)
+    return report

@@ -11,18 +11,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from ...conformance.gates import model_gates
 from ...rule import reference
 from ...state import StatePool
-from ...terminal import Failed
+from ...terminal import Failed, Refused
+from ..measure.cases import DECAYS
+from ..measure.ops import NMSE, Others, Settings, describe_machine, nmse
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, torch_threads
-from .ops import NMSE, Others, Settings, describe_machine, nmse
+from .options import Csv, Json, Md, Output, small
 
 STEPS = 16
 """Steps in a row, whose mean is a round's time: a log folds once in several of them."""
@@ -249,3 +253,33 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def rollback_command(
+    layers: Annotated[int, typer.Option("--layers", help="Linear attention layers of the model.")] = 36,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of a verification.")] = 4,
+    snapshots: Annotated[
+        int, typer.Option("--snapshots", "-K", help="States that a log may go back among.")
+    ] = 16,
+    kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
+    decay: Annotated[str, typer.Option("--decay", help="mild, initialised or trained.")] = "mild",
+    threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time verifying drafted tokens and going back, in slots and with a log, in decode steps of the rule."""
+    for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
+        if not 1 <= value <= 1024:
+            raise Refused(f"{name} must be from 1 to 1024; got {value}")
+    if decay not in DECAYS:
+        raise Refused(f"--decay must be one of {', '.join(DECAYS)}; got {decay!r}")
+    if snapshots < tokens:
+        raise Refused(f"-K must be at least -T = {tokens}; got {snapshots}")
+
+    measure = partial(
+        rollback, layers=layers, tokens=tokens, snapshots=snapshots, kda=kda, decay=decay, threads=threads
+    )
+    small(measure, rounds, 15.0, json, csv, md, output)

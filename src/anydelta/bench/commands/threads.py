@@ -9,8 +9,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import (
@@ -24,7 +27,7 @@ from ..measure.turns import (
     tensors,
     torch_threads,
 )
-from .ops import Settings, describe_machine
+from .options import Csv, Json, Md, Output, numbers_of_threads, small
 
 
 @dataclass
@@ -144,3 +147,17 @@ def _take_turns(
         excess_min_pct=100 * (low["both"] / (low["matmul"] + low["op"]) - 1),
         others_pct=others,
     )
+
+
+def threads_command(
+    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time the operator in turns with torch's matmuls: do their threads cost each other anything?"""
+    counts = numbers_of_threads(threads, 1)
+    small(partial(shared_threads, counts), rounds, sample_ms, json, csv, md, output)

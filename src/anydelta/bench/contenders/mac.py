@@ -114,5 +114,5 @@ class _MlxRunner(RunnerBase):
 
 
 def mac_peers() -> list[Contender]:
-    """The peers of an Apple GPU, but for Transformers, which peers.py has for any device."""
+    """The peers of an Apple GPU, but for Transformers, which packages.py has for any device."""
     return [MlxBuiltin(), MlxLm()]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+from ...core.dispatch import get_backend
 from .cases import F32, Case, Inputs
 
 
@@ -157,3 +158,8 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(keep, 2)
         os.close(keep)
         os.close(null)
+
+
+def tensors_on(backend: str) -> str:
+    """The device that a backend's tensors lie on: "cpu", or "mps"."""
+    return "cpu" if backend == "auto" else str(getattr(get_backend(backend), "tensors_on", "cpu"))

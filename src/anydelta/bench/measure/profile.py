@@ -15,10 +15,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from ..commands.model import CompiledRunner, Part, Prepared, TransformersRunner, interleave
+from ...integrations.transformers import FAMILIES
 from .presets import Built
+from .runners import CompiledRunner, Prepared, TransformersRunner, interleave
 
 CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
 MIXER = (CONV, RULE, NORM, GLUE)
@@ -30,6 +32,23 @@ ORDER = (
     "mlp", "lm_head", "rest", "total",
 )  # fmt: skip
 """rest: residual additions, masks, rotary tables, cache bookkeeping, Python between the modules."""
+
+
+@dataclass
+class Part:
+    """The time of one part of a model in one test, by contender."""
+
+    model: str
+    dtype: str
+    threads: int
+    test: str
+    part: str
+    unit: str
+    """ms per prompt, or ms per token."""
+    ms: dict[str, float]
+    """Median of the rounds."""
+    ratio: float | None
+    """Transformers over anydelta, median of the rounds."""
 
 
 class Clock:
@@ -185,8 +204,6 @@ def _linear_attention(model: Any) -> tuple[Any, ...]:
 def _families(model: Any) -> list[tuple[Any, Any, Any]]:
     """(layer class, module, family) of the families that the model has layers of."""
     import sys
-
-    from ...integrations.transformers import FAMILIES
 
     found = []
     for family in FAMILIES:

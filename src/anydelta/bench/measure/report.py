@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..commands.ops import Record, Report
 from . import outputs
+from .ops import Record, Report
 
 if TYPE_CHECKING:
     from rich.console import Group

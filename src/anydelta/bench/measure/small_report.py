@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ... import terminal
-from ..commands.ops import Settings
 from . import outputs
+from .ops import Settings
 from .report import BUSY_PCT
 
 if TYPE_CHECKING:

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ...core import native
+from ...core import dispatch, native
+from ...core.arguments import in_order
 from ...rule import reference
+from ...rule.arguments import Call, Options
+from ...rule.spec import check_call
 from ...terminal import Failed, Refused
-from ..commands.ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
+from .ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
 
 Progress = Callable[[str, float], None]
 
@@ -72,15 +75,10 @@ def bare_kernel(
     """(call, o, state): the extension itself on these tensors in place, every address ready."""
     import torch
 
-    from ...backends.cpu.host import BACKEND
-    from ...core.arguments import in_order
-    from ...rule.arguments import Call, Options
-    from ...rule.spec import check_call
-
     core = extension()
     call = Call(t["q"], t["k"], t["v"], t["g"], t["beta"], t["state"])
     spec = check_call(call, Options(op="gated_delta_rule_"), inplace=True)
-    native = BACKEND.prepare(spec, call).native
+    native = dispatch.host("cpu").BACKEND.prepare(spec, call).native
     call.o = o = torch.empty_like(t["v"])
     call.state_out = call.state_in
     addresses = [0 if x is None else x.data_ptr() for x in in_order(Call)(call)]

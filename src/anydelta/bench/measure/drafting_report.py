@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..measure import outputs
+from . import outputs
 from .drafting import FLAG, Record, Report
 
 if TYPE_CHECKING:

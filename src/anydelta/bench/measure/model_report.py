@@ -7,9 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..measure import outputs
-from ..measure.report import BUSY_PCT, COLOURS
-from .model import Part, Record, Report
+from . import outputs
+from .model import Record, Report
+from .profile import MIXER_TOTAL, ORDER, Part
+from .report import BUSY_PCT, COLOURS
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -160,8 +161,6 @@ def _plot_speed(axis: Any, timed: list[Record], tests: list[str], names: list[st
 def _plot_parts(axis: Any, parts: list[Part], tests: list[str], label: Any) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
-
-    from ..measure.profile import MIXER_TOTAL, ORDER
 
     shown = [p for p in ORDER if p not in (MIXER_TOTAL, "total") and any(q.part == p for q in parts)]
     colours = {part: colormaps["tab20"](i) for i, part in enumerate(shown)}

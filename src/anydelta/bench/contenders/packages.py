@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ...core.dispatch import get_backend
+import anydelta
+
 from ..measure.cases import F32, Case, Inputs
 from ..measure.contender import (
     Contender,
@@ -33,6 +34,7 @@ from ..measure.contender import (
     needs,
     package_version,
     quiet_stderr,
+    tensors_on,
 )
 from .ggml import Ggml
 from .mac import mac_peers
@@ -50,8 +52,6 @@ class Anydelta:
         return None if importlib.util.find_spec("torch") else "PyTorch is not installed (pip install torch)"
 
     def version(self) -> str:
-        import anydelta
-
         return anydelta.__version__
 
     def refuses(self, case: Case) -> str | None:
@@ -59,11 +59,6 @@ class Anydelta:
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
         return _AnydeltaRunner(case, inputs, self.backend)
-
-
-def tensors_on(backend: str) -> str:
-    """The device that a backend's tensors lie on: "cpu", or "mps"."""
-    return "cpu" if backend == "auto" else str(getattr(get_backend(backend), "tensors_on", "cpu"))
 
 
 def finish(device: str) -> None:
@@ -77,8 +72,6 @@ def finish(device: str) -> None:
 class _AnydeltaRunner(RunnerBase):
     def __init__(self, case: Case, inputs: Inputs, backend: str):
         import torch
-
-        import anydelta
 
         self.device = tensors_on(backend)
         self.x = x = {n: torch.from_numpy(v).to(self.device) for n, v in vars(inputs).items()}

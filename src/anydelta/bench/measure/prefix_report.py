@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..measure import outputs
+from . import outputs
 from .drafting import Report
 from .prefix import SITUATIONS, Record
 

@@ -10,11 +10,14 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import gated_delta_rule_
-from ..measure.small_report import Measured
-from ..measure.turns import (
+from ...core.late import late
+from .ops import Settings, describe_machine
+from .overhead import ALLOWED_US, OverheadRecord
+from .small_report import Measured
+from .turns import (
     Progress,
     bare_kernel,
     check,
@@ -24,8 +27,11 @@ from ..measure.turns import (
     tensors,
     torch_threads,
 )
-from .ops import Settings, describe_machine
-from .overhead import ALLOWED_US, OverheadRecord
+
+if TYPE_CHECKING:
+    from ...export import aoti
+else:
+    aoti = late("anydelta.export.aoti")
 
 CALLS = 33
 """In the longer program."""
@@ -39,8 +45,6 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
         RuntimeError: anydelta_torch is not in use, or a result is wrong.
     """
     import torch
-
-    from ...export import aoti
 
     class Repeated(torch.nn.Module):
         def __init__(self, calls: int):

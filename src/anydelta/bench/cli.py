@@ -1,0 +1,32 @@
+"""`anydelta bench`: one command a file of commands/. Progress goes to stderr, results to stdout or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from .commands import decays, drafting, executorch, model, ops, overhead, prefix, rollback, threads
+
+
+def register(app: typer.Typer) -> None:
+    """Add `bench` to the command line."""
+    bench = typer.Typer(
+        help="Measure the operator against other implementations and the machine's limits.",
+        no_args_is_help=True,
+    )
+    commands: dict[str, Callable[..., Any]] = {
+        "ops": ops.ops_command,
+        "overhead": overhead.overhead_command,
+        "executorch": executorch.executorch_command,
+        "threads": threads.threads_command,
+        "decays": decays.decays_command,
+        "rollback": rollback.rollback_command,
+        "spec": drafting.spec_command,
+        "model": model.model_command,
+        "prefix": prefix.prefix_command,
+    }
+    for name, command in commands.items():
+        bench.command(name)(command)
+    app.add_typer(bench, name="bench")
