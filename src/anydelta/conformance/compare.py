@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 
 import anydelta
 
+from .. import mlx
 from ..core import dispatch
+from ..core.native import core as _core
 from ..rule import reference
 from .cases import Case, Inputs, inputs
 from .values import F64, STORAGE, decode, encode, round_to
@@ -310,10 +312,10 @@ def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any
         return call(case, arrays, target.backend)
     if case.inplace:
         raise NotRunnable("MLX arrays are values: the operator has no in-place form on them")
-    from ..mlx import gated_delta_rule
-
     arrays["initial_state"] = arrays.pop("state", None)
-    out = gated_delta_rule(**arrays, output_final_state=not case.nofinal, **_options(case, target.backend))
+    out = mlx.gated_delta_rule(
+        **arrays, output_final_state=not case.nofinal, **_options(case, target.backend)
+    )
     if "snapshots" in held:
         held["snapshots"].take(out[2])
     return out[0], out[1]
@@ -520,8 +522,6 @@ def dirty_memory(case: Case, target: Target) -> Iterator[None]:
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
     freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
     """
-    from ..core.native import core as _core
-
     with contextlib.ExitStack() as stack:
         if _core is not None:
             _core.fill_scratch(0xFF)

@@ -6,13 +6,19 @@ the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.late import late
 from ..rule.arguments import Call, Options
 from .cases import Case, Inputs, inputs
 from .compare import Target, Verdict, buffers, call, judge
+
+if TYPE_CHECKING:
+    from ..rule import autograd
+else:
+    autograd = late("anydelta.rule.autograd")
 
 GRADIENT_CASES: tuple[Case, ...] = tuple(
     Case.parse(line)
@@ -75,8 +81,6 @@ def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
     """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
     import torch
 
-    from ..rule.autograd import gradients
-
     def tensor(x: Any) -> Any:
         return (
             None
@@ -92,7 +96,7 @@ def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
         qk_l2norm=case.l2norm, qk_l2norm_eps=case.eps, state_layout=case.layout, output_final_state=not case.nofinal,
     )  # fmt: skip
     names = [n for n in _NAMES if getattr(whole, n) is not None]
-    found = gradients(whole, options, names, grads[0], grads[-1], backend="reference")
+    found = autograd.gradients(whole, options, names, grads[0], grads[-1], backend="reference")
     return {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}
 
 

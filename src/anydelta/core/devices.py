@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import dispatch
+
 if TYPE_CHECKING:
     import torch
 
@@ -280,8 +282,6 @@ def device(name: str) -> Device:
         ValueError: a name that is not of that form; the text lists the kinds.
         UnsupportedError: its runtime or driver is missing, or there is no such device; with the reasons.
     """
-    from . import dispatch
-
     kind, _, number = name.partition(":") if isinstance(name, str) else ("", "", "")
     if kind not in KINDS or not (number or "0").isdigit():
         raise ValueError(

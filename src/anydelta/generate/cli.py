@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..terminal import Failed, say, tell, to_json
+from . import write
 from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint, quiet
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -107,8 +108,6 @@ def generate_command(
     _check_drafting(mtp, draft, lookup, drafts, plain)
     _check_compile(compile_, pack, mtp or draft is not None or lookup is not None)
     need_packages()
-    from . import write
-
     name = default_model() if model is None else model
     text = _prompt(prompt)
     opened = open_checkpoint(name, dtype)
@@ -153,8 +152,6 @@ def _run(
 ) -> list[Any]:
     import torch
 
-    from . import write
-
     ways = [write.PLAIN, way] if compare else [way]
 
     def show(piece: str) -> None:
@@ -186,8 +183,6 @@ def _run(
 
 
 def _way(plain: bool, mtp: bool, draft: Opened | None, lookup: int | None, drafts: int | None) -> Any:
-    from . import write
-
     if plain:
         return write.PLAIN
     if not mtp and draft is None and lookup is None:

@@ -13,10 +13,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..core.late import late
+from ..integrations import transformers as plug
 from ..terminal import Failed, Refused, first_line
 from .checkpoint import CheckpointError, Opened
+
+if TYPE_CHECKING:
+    from ..integrations.transformers import generate as drafts
+else:
+    drafts = late("anydelta.integrations.transformers.generate")
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -50,8 +57,6 @@ def with_anydelta() -> Way:
         CheckpointError: this Transformers is not one that is supported.
     """
     try:
-        from ..integrations import transformers as plug
-
         plug.status()
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(str(error)) from None
@@ -90,12 +95,11 @@ def drafting(
 
 def packed(way: Way) -> Way:
     """The same with the model's matrices packed for oneDNN (`pack()`)."""
-    from ..integrations.transformers import pack
 
     @contextmanager
     def both(model: Any) -> Iterator[None]:
         try:
-            kept = pack(model)
+            kept = plug.pack(model)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(str(error)) from error
         with way.context(model), kept:
@@ -220,9 +224,7 @@ def _counting(way: Way) -> AbstractContextManager[list[tuple[int, int]]]:
     """Collects the drafted and the accepted tokens of each verification."""
     if not way.drafts:
         return nullcontext([])
-    from ..integrations.transformers.generate import counting
-
-    return counting()
+    return drafts.counting()
 
 
 def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:

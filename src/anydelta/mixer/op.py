@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -301,12 +302,10 @@ _side: Any = None
 
 
 def _torch_side() -> Any:
-    """torch_op, imported with the first torch call and not with anydelta."""
+    """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        from . import torch_ops as torch_op
-
-        _side = torch_op
+        _side = importlib.import_module("anydelta.mixer.torch_ops")
     return _side
 
 

@@ -7,6 +7,7 @@ step pays for one dictionary look-up and not for forty checks. Index data is che
 from __future__ import annotations
 
 import atexit
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -238,12 +239,10 @@ _side: Any = None
 
 
 def _torch_side() -> Any:
-    """torch_op, imported with the first torch call and not with anydelta."""
+    """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        from . import torch_ops as torch_op
-
-        _side = torch_op
+        _side = importlib.import_module("anydelta.rule.torch_ops")
     return _side
 
 

@@ -1,4 +1,4 @@
-"""Commit and rollback: `StatePool` (pool.py), its two forms (slots.py, log.py), checkpoints (snapshots.py)."""
+"""Commit and rollback: `StatePool` (pool.py), its two forms (slots.py, token_log.py), checkpoints (checkpoints.py)."""
 
 from .checkpoints import Snapshot, Snapshots
 from .pool import FORMS, KEY_DTYPES, StatePool

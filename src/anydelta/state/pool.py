@@ -14,7 +14,7 @@ does so by itself.
 A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back in one of two forms:
 
     slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
-    log     one state, and per token since k, the delta d and the decay (log.py); a rollback shortens the log
+    log     one state, and per token since k, the delta d and the decay (token_log.py); a rollback shortens the log
 
 Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
 same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing: what a pool knows
@@ -28,14 +28,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from ..core.devices import KINDS, Device, numpy_dtype
 from ..core.devices import device as open_device
+from .base import Pool
 from .checkpoints import Snapshot
-from .sequence import LiveSequence, Sequences, Step, nbytes
+from .sequence import LiveSequence, Step, nbytes
 from .slots import Slots
 from .token_log import Log
 
@@ -45,7 +46,7 @@ KEY_DTYPES = ("float32", "bfloat16", "float16")
 FLOATS = (*KEY_DTYPES, "float64")
 
 
-class StatePool:
+class StatePool(Pool):
     """The states of up to `capacity` sequences in all layers of a model.
 
     Args:
@@ -127,9 +128,9 @@ class StatePool:
                     f"StatePool: form must be 'slots' on a device of anydelta; got {form!r} on {self.resident.name}"
                 )
         self.dtype = str(dtype)
-        self._sequences: Sequences = [None] * capacity
+        self._sequences = [None] * capacity
         self._batch: list[int] | None = None  # of the last begin
-        self._step: Step | None = None  # what cancel takes back
+        self._step = None
         tail = (HV, K, V) if state_layout == "kv" else (HV, V, K)
         self._form: Any
         if form == "slots":
@@ -149,29 +150,6 @@ class StatePool:
 
     def __copy__(self) -> StatePool:
         return copy.deepcopy(self)
-
-    # ---- arrays of either kind
-
-    def _zeros(self, shape: tuple[int, ...], dtype: str | None = None) -> Array:
-        name = dtype or self.dtype
-        if self.device is not None:
-            import torch
-
-            return torch.zeros(shape, dtype=getattr(torch, name), device=self.device)
-        return np.zeros(shape, numpy_dtype(name))
-
-    def _index(self, values: Any) -> Array:
-        if self.device is not None:
-            import torch
-
-            return torch.tensor(values, dtype=torch.int64, device=self.device)
-        return np.array(values, np.int64)
-
-    def _copy(self, x: Array) -> Array:
-        return x.clone() if self.device is not None else x.copy()
-
-    def _fail(self, method: str, text: str) -> NoReturn:
-        raise ValueError(f"StatePool.{method}: {text}")
 
     # ---- sequences
 
@@ -208,10 +186,6 @@ class StatePool:
             if left
         ]
         return "got a step of which " + " and ".join(parts) + ". Run them, or cancel()"
-
-    def _accept(self, sequences: Sequences) -> None:
-        """The end of every call that changes the pool. What the last step was cannot be cancelled any more."""
-        self._sequences, self._step = sequences, None
 
     def new(self) -> int:
         """A sequence that has seen nothing: states and convolution inputs of zeros.
@@ -652,20 +626,6 @@ class StatePool:
             if old is not None:
                 self._conv[layer, place, start:end] = old  # type: ignore[index]
 
-    def _stack(self, pieces: list[Array]) -> Array:
-        if self.device is not None:
-            import torch
-
-            return torch.stack(pieces)
-        return np.stack(pieces)
-
-    def _join(self, before: Array, own: Array) -> Array:
-        if self.device is not None:
-            import torch
-
-            return torch.cat([before.to(own.dtype), own])
-        return np.concatenate([before.astype(own.dtype, copy=False), own])
-
     # ---- checkpoints
 
     def state(self, sequence: int) -> Array:
@@ -721,19 +681,6 @@ class StatePool:
         if self.resident is not None:
             states = states.astype(numpy_dtype(self.dtype), copy=False)
         return self._start("restore", states, conv, int(snapshot.length))
-
-    def _like(self, x: Array) -> Array:
-        """x as this pool's kind of array."""
-        if self.device is None:
-            if isinstance(x, np.ndarray):
-                return x
-            x = x.detach().cpu()
-            return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()  # NumPy has no bfloat16
-        import torch
-
-        if isinstance(x, np.ndarray) and x.dtype.name == "bfloat16":
-            x = x.astype(np.float32)
-        return torch.as_tensor(x, device=self.device)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: "states" (slots: capacity * snapshots states; log: capacity; and copies that `cancel` needs),

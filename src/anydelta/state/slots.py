@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.dispatch import UnsupportedError
 from ..rule.op import gated_delta_rule_
+from .base import Pool
 from .rows import DeviceRows, HostRows
 from .sequence import LiveSequence, Saved, Sequences, Step, put
-
-if TYPE_CHECKING:
-    from .pool import StatePool
 
 Array = Any
 
@@ -39,7 +37,7 @@ class Slots:
 
     arrays = ()
 
-    def __init__(self, pool: StatePool, tail: tuple[int, ...]):
+    def __init__(self, pool: Pool, tail: tuple[int, ...]):
         self.pool = pool
         self.P = P = pool.capacity * pool.snapshots
         self.rows: HostRows | DeviceRows

@@ -17,22 +17,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..backends.cpu import host as cpu
 from ..core import dispatch
 from ..core.native import core as _core
 from ..rule import reference
 from ..rule.arguments import Call, Options
 from ..rule.op import _grad_enabled, _torch_side, gated_delta_rule_
 from ..rule.spec import CallSpec, check_call
+from .base import Pool
 from .sequence import LiveSequence, Saved, Sequences, Step, nbytes
 
-if TYPE_CHECKING:
-    from .pool import StatePool
-
+cpu = dispatch.host("cpu")  # whose kernels the log has
 Array = Any
 F64 = reference.F64
 Fold = tuple[int, int, int, int]
@@ -106,7 +104,7 @@ class Log:
         parents: [capacity, C] the entry before each; a chain.
     """
 
-    def __init__(self, pool: StatePool, tail: tuple[int, ...]):
+    def __init__(self, pool: Pool, tail: tuple[int, ...]):
         self.pool = pool
         self.C = C = pool.snapshots - 1
         self.P = pool.capacity

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..backends.triton import host as backend
+from ..backends.triton import tables
+from ..bench.measure.cases import select
+from ..core.late import late
 from ..terminal import Failed, Refused, Table, first_line, progress, refusing, say, show, to_json
 
 if TYPE_CHECKING:
-    from .compiling import Trial
-    from .problems import Problem
-    from .search import Outcome
+    from ..backends.triton import aot
+    from . import compiling, problems, search
+else:
+    aot = late("anydelta.backends.triton.aot")
+    compiling, problems, search = (
+        late(f"anydelta.tune.{name}") for name in ("compiling", "problems", "search")
+    )
 
 
 def register(app: typer.Typer) -> None:
@@ -93,15 +100,12 @@ def tune_command(
         _tune(chosen, device, rounds, seconds, output, as_json)
 
 
-def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[Problem]:
-    from ..bench.measure.cases import select
-    from .problems import DEFAULT, DTYPES, problems
-
+def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[problems.Problem]:
     dtypes = [name.strip() for name in dtype.split(",")]
     for name in dtypes:
-        if name not in DTYPES:
-            raise ValueError(f"--dtype must name some of {', '.join(DTYPES)}; got {name!r}")
-    return problems(select(cases or DEFAULT), dtypes, gradients=gradients)
+        if name not in problems.DTYPES:
+            raise ValueError(f"--dtype must name some of {', '.join(problems.DTYPES)}; got {name!r}")
+    return problems.problems(select(cases or problems.DEFAULT), dtypes, gradients=gradients)
 
 
 def _here(device: str | None) -> tuple[str, str]:
@@ -117,14 +121,11 @@ def _here(device: str | None) -> tuple[str, str]:
         raise ValueError(f"--device must be a GPU that is here; got {found!r} ({error})") from None
 
 
-def _dry_run(problems: list[Problem], target: str, as_json: bool) -> None:
-    from ..backends.triton.aot import TARGETS
-    from .compiling import compile_all
-
-    if target not in TARGETS:
-        raise Refused(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
+def _dry_run(chosen: list[problems.Problem], target: str, as_json: bool) -> None:
+    if target not in aot.TARGETS:
+        raise Refused(f"--target must be one of {', '.join(aot.TARGETS)}; got {target!r}")
     with progress() as tell:
-        trials = compile_all(problems, target, tell)
+        trials = compiling.compile_all(chosen, target, tell)
     if as_json:
         say(to_json({"target": target, "trials": [asdict(t) for t in trials]}))
     else:
@@ -134,14 +135,14 @@ def _dry_run(problems: list[Problem], target: str, as_json: bool) -> None:
         compiled = sum(len(t.kernels) for t in trials)
         broken, large = sum(bool(t.error) for t in trials), sum(not t.fits for t in trials)
         say(
-            f"{len(trials)} launches for {len(problems)} rows, {compiled} kernels compiled for {target}; "
+            f"{len(trials)} launches for {len(chosen)} rows, {compiled} kernels compiled for {target}; "
             f"{broken} launches do not compile, {large} take too much shared memory"
         )
     if any(t.error for t in trials):
         raise typer.Exit(1)
 
 
-def _cells(trial: Trial) -> list[str]:
+def _cells(trial: compiling.Trial) -> list[str]:
     """A row of the table; numbers are the largest of its kernels."""
     most = [
         str(max((getattr(k, name) for k in trial.kernels), default=""))
@@ -154,7 +155,7 @@ def _cells(trial: Trial) -> list[str]:
 
 
 def _tune(
-    problems: list[Problem],
+    chosen: list[problems.Problem],
     device: str | None,
     rounds: int,
     seconds: float | None,
@@ -162,9 +163,6 @@ def _tune(
     as_json: bool,
 ) -> None:
     import torch
-
-    from ..backends.triton import tables
-    from .search import Contest, gpu_times, tune
 
     where, arch = _here(device)
     folder = output or tables.user_folder()
@@ -179,7 +177,7 @@ def _tune(
         raise Refused(f"requires a folder that can be written to; got {folder}")
     name = getattr(torch, torch.device(where).type).get_device_name(torch.device(where))
     start = time.monotonic()
-    outcomes: list[Outcome] = []
+    outcomes: list[search.Outcome] = []
 
     def in_time() -> bool:
         return seconds is None or time.monotonic() - start < seconds
@@ -187,18 +185,20 @@ def _tune(
     with progress() as tell, backend.on_device(torch.device(where)):
 
         def on(text: str) -> None:
-            tell(text, len(outcomes) / len(problems))
+            tell(text, len(outcomes) / len(chosen))
 
-        for problem in problems:
+        for problem in chosen:
             if not in_time():
                 break
             try:
-                outcome = tune(Contest(problem, where), gpu_times, rounds=rounds, in_time=in_time, tell=on)
+                outcome = search.tune(
+                    search.Contest(problem, where), search.gpu_times, rounds=rounds, in_time=in_time, tell=on
+                )
             except RuntimeError as error:  # the device's: what was found before is in the table
                 raise Failed(f"the GPU stopped with {first_line(error)}") from error
             outcomes.append(outcome)
             tables.merge(path, {outcome.key: outcome.row(name)})
-    left = [p.key for p in problems[len(outcomes) :]]
+    left = [p.key for p in chosen[len(outcomes) :]]
     if as_json:
         record: dict[str, Any] = {"device": name, "arch": arch, "table": str(path), "left": left}
         say(to_json({**record, "rows": [asdict(o) for o in outcomes]}))
@@ -220,7 +220,7 @@ def _tune(
                 if t.wrong:
                     say(f"WRONG {o.key} {_text(t.change)}: {t.why_not}")
         if left:
-            say(f"--seconds {seconds:g} were over before {len(left)} of {len(problems)} rows")
+            say(f"--seconds {seconds:g} were over before {len(left)} of {len(chosen)} rows")
         say(f"written to {path}")
     if any(t.wrong for o in outcomes for t in o.trials):
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
+from ...rule import op
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
 from ..devices.params import TYPE
@@ -53,8 +54,6 @@ _libraries: dict[tuple[Any, str], Any] = {}
 @contextmanager
 def emulated(host: Any) -> Iterator[None]:
     """Inside, calls run on `host` instead of torch.mps, on tensors of the CPU: an object with `compile_shader`."""
-    from ...rule import op
-
     global _emulator
     before, _emulator = _emulator, host
     op._plans.clear()  # they hold compiled functions

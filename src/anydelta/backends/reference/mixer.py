@@ -16,6 +16,8 @@ from ...core.dispatch import Rejected
 from ...mixer import reference
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, parts
+from ...rule.op import gated_delta_rule, gated_delta_rule_
+from .host import normalised
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +107,6 @@ def compose(
     without `inplace`; with it `state` and `snapshots` are advanced."""
     import torch
     import torch.nn.functional as F
-
-    from ...rule.op import gated_delta_rule, gated_delta_rule_
-    from .host import normalised
 
     r, opt = spec.rule, spec.options
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32

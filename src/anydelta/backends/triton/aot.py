@@ -28,6 +28,7 @@ from ...rule.spec import CallSpec, check_call
 from . import tables
 from .backward import BackwardLaunches, room
 from .config import Machine
+from .host import strides_of
 from .launch import COMPILER, KernelCall, Launches
 from .mixer import calls as mixer_calls
 
@@ -196,8 +197,6 @@ def meta_mixer_call(shape: Shape) -> tuple[MixerSpec, MixerCall]:
 
 def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
     """The launches that a call of this shape makes on a machine."""
-    from .host import strides_of
-
     if shape.mixer:
         mixer_spec, mixer_call = meta_mixer_call(shape)
         return list(mixer_calls(mixer_spec, mixer_call, mixer_call.state, machine))

@@ -17,14 +17,20 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
+from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
+from . import tables
+from .config import MAX_CHUNKED_K, Machine
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import Machine
-    from .launch import Launches
+    from . import backward, interpreter, launch
+else:
+    backward, interpreter, launch = (
+        late(f"anydelta.backends.triton.{name}") for name in ("backward", "interpreter", "launch")
+    )
 
 DEVICES = ("cuda", "xpu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,7 +47,7 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    launches: Launches
+    launches: launch.Launches
     copies: tuple[str, ...]
     """Arrays that are copied first: their last dimension is strided, they are float64, or they lie on the host."""
     pooled_snapshots: bool
@@ -86,8 +92,6 @@ class Triton:
         return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
-        from . import tables
-
         facts: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
         if found := sorted(folder.glob("*.json")) if (folder := tables.user_folder()) else []:
             facts["tables"] = [str(path) for path in found]
@@ -103,15 +107,11 @@ class Triton:
         return {**facts, "devices": devices}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        from .launch import Launches
-
         if interpreted():
-            from .interpreter import quicken
-
-            quicken()
+            interpreter.quicken()
         copies = tuple(name for name in _INPUTS if needs_copy(name, getattr(call, name), call.q.device))
         return _Plan(
-            Launches(spec, machine_of(call.q.device), strides_of(spec, call, copies)),
+            launch.Launches(spec, machine_of(call.q.device), strides_of(spec, call, copies)),
             copies,
             spec.pooled and call.snapshots is not None,
             call.q.device,
@@ -119,11 +119,8 @@ class Triton:
 
     def gradient_reasons(self, spec: CallSpec) -> Sequence[Rejected]:
         """Why the backward pass of a call that runs here has to be the reference's; empty where it need not."""
-        from .config import MAX_CHUNKED_K
-        from .launch import products_fit
-
         no = []
-        if not products_fit(spec):
+        if not launch.products_fit(spec):
             no.append(f"takes qk_l2norm_eps from 1e-27 on for gradients; got {spec.options.qk_l2norm_eps}")
         if spec.K > MAX_CHUNKED_K:
             no.append(f"takes K up to {MAX_CHUNKED_K} for gradients; got {spec.K}")
@@ -137,17 +134,17 @@ class Triton:
         self, spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
     ) -> dict[str, torch.Tensor | None]:
         """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
-        from .backward import BackwardLaunches, of_inputs, room
-
         plan = self.prepare(spec, call)
         inner = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
-        launches = BackwardLaunches(spec, machine_of(plan.device), strides_of(spec, call, plan.copies))
+        launches = backward.BackwardLaunches(
+            spec, machine_of(plan.device), strides_of(spec, call, plan.copies)
+        )
         do = grad_o if grad_o.shape[-1] == 1 or grad_o.stride(-1) == 1 else grad_o.contiguous()
-        found = room(spec, inner)
+        found = backward.room(spec, inner)
         with on_device(plan.device):
             for kernel_call in launches.calls(inner, do, grad_state, found):
                 kernel_call.run()
-        return of_inputs(spec, call, found)
+        return backward.of_inputs(spec, call, found)
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies:
@@ -224,8 +221,6 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 def machine_of(device: torch.device) -> Machine:
     """What a launch depends on in a device; for the interpreter a small machine, so that every path is short."""
     import torch
-
-    from .config import Machine
 
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)

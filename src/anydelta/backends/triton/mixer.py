@@ -11,16 +11,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.dispatch import Rejected
+from ...core.late import late
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, grouped
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name
 from . import host as backend
+from .config import power_of_two
 
 if TYPE_CHECKING:
     import torch
 
-    from .launch import KernelCall
+    from . import interpreter, launch
+    from . import mixer_kernels as mixer
+else:
+    interpreter, launch, mixer = (
+        late(f"anydelta.backends.triton.{name}") for name in ("interpreter", "launch", "mixer_kernels")
+    )
 
 _SMALL = (
     "g", "beta", "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices", "conv_bias", "norm_weight",
@@ -48,9 +55,7 @@ class TritonMixer:
 
     def prepare(self, spec: MixerSpec, call: MixerCall, asked: str) -> _Plan:
         if backend.interpreted():
-            from .interpreter import quicken
-
-            quicken()
+            interpreter.quicken()
         device = call.qkv.device
         copies = [n for n in _SMALL if backend.needs_copy(n, getattr(call, n), device)]
         copies += [
@@ -71,13 +76,9 @@ class TritonMixer:
                 kernel_call.run()
 
 
-def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iterator[KernelCall]:
+def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iterator[launch.KernelCall]:
     """The launches in their order."""
     import torch
-
-    from . import mixer_kernels as mixer
-    from .config import power_of_two
-    from .launch import KernelCall, Launches
 
     r, opt = spec.rule, spec.options
     new = call.qkv.new_empty
@@ -91,7 +92,7 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
         o=call.o.view(r.B, r.T, r.HV, r.V),
     )  # fmt: skip
     rule = replace(r, dtype="float32")
-    launches = Launches(rule, machine, backend.strides_of(rule, inner))
+    launches = launch.Launches(rule, machine, backend.strides_of(rule, inner))
     z, z_strides, z_group = _heads(call.z, r.V, r.HV)
     z_named = dict(zip(("z_b", "z_t", "z_g"), z_strides, strict=True))
     columns = -(-r.V // launches.config.BV)
@@ -114,7 +115,7 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
         beta = beta.float()
         inner.beta = 2 * (beta.sigmoid() if opt.beta_is_logit else beta)
         rule = replace(rule, options=rule.options._replace(beta_is_logit=False))
-        launches = Launches(rule, machine, backend.strides_of(rule, inner))
+        launches = launch.Launches(rule, machine, backend.strides_of(rule, inner))
     inner.o = new((r.B, r.T, r.HV, r.V), dtype=torch.float32) if spec.normed else inner.o
     yield from launches.calls(inner)
     if spec.normed:
@@ -126,16 +127,12 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
             mask_t=launches.inputs["mask_t"], HV=r.HV, V=r.V, BV=power_of_two(r.V), BT=TILE, Z_GROUP=z_group,
             GATE=opt.norm_gate if spec.gated else "",
         )  # fmt: skip
-        yield KernelCall(mixer.gated_norm, slots * r.HV, args, 4)
+        yield launch.KernelCall(mixer.gated_norm, slots * r.HV, args, 4)
 
 
 def _convolutions(
     spec: MixerSpec, call: MixerCall, y: Any, arrivals: Any, *, walk: bool
-) -> Iterator[KernelCall]:
-    from . import mixer_kernels as mixer
-    from .config import power_of_two
-    from .launch import KernelCall
-
+) -> Iterator[launch.KernelCall]:
     r = spec.rule
     key, values = r.H * r.K, r.HV * r.V
     parts: tuple[tuple[Any, int, int], ...]
@@ -167,12 +164,12 @@ def _convolutions(
     if walk:
         tile = power_of_two(min(TILE, max(1, r.T)))
         more = dict(y=y, arrivals=arrivals, BT=tile, WALK=True)
-        yield KernelCall(mixer.convolve, r.N * blocks, {**args, **more}, 4)
+        yield launch.KernelCall(mixer.convolve, r.N * blocks, {**args, **more}, 4)
         return
     args |= dict(arrivals=None, BT=TILE)
-    yield KernelCall(mixer.convolve, _slots(r, TILE) * blocks, {**args, "y": y, "WALK": False}, 4)
+    yield launch.KernelCall(mixer.convolve, _slots(r, TILE) * blocks, {**args, "y": y, "WALK": False}, 4)
     # Only now: each block of tokens has read the old states.
-    yield KernelCall(mixer.convolve, r.N * blocks, {**args, "y": None, "WALK": True}, 4)
+    yield launch.KernelCall(mixer.convolve, r.N * blocks, {**args, "y": None, "WALK": True}, 4)
 
 
 def _slots(r: CallSpec, tile: int) -> int:

@@ -13,15 +13,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core import devices
 from ...core.devices import DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
+from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import VULKAN_FLAGS
+
+if TYPE_CHECKING:
+    from . import device as driver
+else:
+    driver = late("anydelta.backends.vulkan.device")
 
 CHUNK_MIN_TOKENS = 64
 """Per sequence on average. Four chunks: below, the two ways are hardly apart."""
@@ -42,13 +48,11 @@ def open_device(index: int) -> Any:
     Raises:
         UnsupportedError: there is no such device; the text lists those there are.
     """
-    from .device import Facts, VulkanDevice, physical_devices
-
-    found = physical_devices()
+    found = driver.physical_devices()
     if index >= len(found):
-        names = ", ".join(f"vulkan:{i} ({Facts(p).name})" for i, p in enumerate(found))
+        names = ", ".join(f"vulkan:{i} ({driver.Facts(p).name})" for i, p in enumerate(found))
         raise UnsupportedError(f"device vulkan:{index}: the Vulkan drivers here offer {names}")
-    return VulkanDevice(index)
+    return driver.VulkanDevice(index)
 
 
 class _Plan:
@@ -137,7 +141,7 @@ class Vulkan(StagedBackend):
 
     def available(self) -> Sequence[Rejected]:
         try:
-            from . import device as vulkan_device
+            shaders = driver.shader("recurrent")
         except ImportError as error:
             return (
                 Rejected(f"the package vulkan is not installed ({error}): pip install 'anydelta[vulkan]'"),
@@ -145,13 +149,13 @@ class Vulkan(StagedBackend):
         except OSError as error:
             return (Rejected(f"there is no Vulkan loader ({error}); Debian has it in libvulkan1"),)
         no = []
-        if vulkan_device.shader("recurrent") is None:
+        if shaders is None:
             no.append(
                 "this installation was built without glslang, so it has no shaders; install glslang and rebuild"
             )
         try:
-            found = vulkan_device.physical_devices()
-        except vulkan_device.VulkanError as error:
+            found = driver.physical_devices()
+        except driver.VulkanError as error:
             no.append(f"the Vulkan loader finds no driver ({type(error).__name__})")
         else:
             if not found:
@@ -159,9 +163,7 @@ class Vulkan(StagedBackend):
         return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
-        from .device import Facts, physical_devices
-
-        return {f"vulkan:{i}": Facts(p).limits() for i, p in enumerate(physical_devices())}
+        return {f"vulkan:{i}": driver.Facts(p).limits() for i, p in enumerate(driver.physical_devices())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
         device: Any = devices.device(spec.resident or "vulkan:0")
@@ -215,8 +217,6 @@ def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
     """Descriptor sets and command buffer of a call on these states."""
     import vulkan as vk
 
-    from .device import Launch, barrier
-
     device, layout = plan.device, plan.layout
     inputs = device.inputs if device.unified else device.local_inputs
     outputs = device.outputs if device.unified else device.local_outputs
@@ -268,7 +268,7 @@ def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
             region = vk.VkBufferCopy(srcOffset=0, dstOffset=0, size=layout.nbytes_in)
             vk.vkCmdCopyBuffer(cb, device.inputs.buffer, inputs.buffer, 1, [region])
         for pipeline, held, push, grid in zip(pipelines, sets, pushes, grids, strict=True):
-            barrier(cb, compute, vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_SHADER_WRITE_BIT)
+            driver.barrier(cb, compute, vk.VK_ACCESS_SHADER_READ_BIT | vk.VK_ACCESS_SHADER_WRITE_BIT)
             vk.vkCmdBindPipeline(cb, vk.VK_PIPELINE_BIND_POINT_COMPUTE, pipeline)
             vk.vkCmdBindDescriptorSets(
                 cb, vk.VK_PIPELINE_BIND_POINT_COMPUTE, device.layout, 0, 1, [held], 0, None
@@ -278,12 +278,12 @@ def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
             )
             vk.vkCmdDispatch(cb, *grid)
         if not device.unified:
-            barrier(cb, vk.VK_PIPELINE_STAGE_TRANSFER_BIT, vk.VK_ACCESS_TRANSFER_READ_BIT)
+            driver.barrier(cb, vk.VK_PIPELINE_STAGE_TRANSFER_BIT, vk.VK_ACCESS_TRANSFER_READ_BIT)
             region = vk.VkBufferCopy(srcOffset=0, dstOffset=0, size=layout.nbytes_out)
             vk.vkCmdCopyBuffer(cb, outputs.buffer, device.outputs.buffer, 1, [region])
 
     serials = frozenset(x.memory.serial for x in arrays if x is not None)
-    return Launch(pool, device.record(write), serials)
+    return driver.Launch(pool, device.record(write), serials)
 
 
 def _push(

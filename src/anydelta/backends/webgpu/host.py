@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...core import devices
 from ...core.devices import Device, DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
+from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import WEBGPU_FLAGS
+
+if TYPE_CHECKING:
+    from . import device as driver
+else:
+    driver = late("anydelta.backends.webgpu.device")
 
 _serials = count()
 
@@ -30,21 +36,17 @@ def open_device(index: int) -> Device:
     Raises:
         UnsupportedError: there is no such device; the text lists those there are.
     """
-    from .device import WebGPUDevice, adapters
-
-    found = adapters()
+    found = driver.adapters()
     if index >= len(found):
         names = ", ".join(f"webgpu:{i} ({a.info['device']})" for i, a in enumerate(found))
         raise UnsupportedError(f"device webgpu:{index}: the drivers here offer {names}")
-    return WebGPUDevice(index, found[index])
+    return driver.WebGPUDevice(index, found[index])
 
 
 class _Plan:
     """What a call needs besides its arrays."""
 
     def __init__(self, device: Any, spec: CallSpec, call: Call):
-        from .device import UNIFORM_BYTES
-
         groups = -(-spec.K // 4)
         self.serial, self.device = next(_serials), device
         self.lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
@@ -54,9 +56,9 @@ class _Plan:
             self.lanes *= 2
         self.rows4 = -(-groups // self.lanes)
         self.layout = Layout(spec, call, 4 * self.lanes * self.rows4, wide_output=True)
-        self.stage = np.zeros(UNIFORM_BYTES + self.layout.nbytes_in, np.uint8)
+        self.stage = np.zeros(driver.UNIFORM_BYTES + self.layout.nbytes_in, np.uint8)
         """The struct Call, and the inputs."""
-        self.views = self.layout.views(self.stage[UNIFORM_BYTES:])
+        self.views = self.layout.views(self.stage[driver.UNIFORM_BYTES :])
         self.host: HostStates | None = None
 
 
@@ -66,9 +68,7 @@ class WebGPU(StagedBackend):
 
     def available(self) -> Sequence[Rejected]:
         try:
-            from .device import adapters
-
-            found = adapters()
+            found = driver.adapters()
         except ImportError as error:
             return (Rejected(f"the package wgpu is not installed ({error}): pip install 'anydelta[webgpu]'"),)
         except (OSError, RuntimeError) as error:
@@ -86,9 +86,7 @@ class WebGPU(StagedBackend):
         return no
 
     def describe(self) -> dict[str, Any]:
-        from .device import adapters, limits_of
-
-        return {f"webgpu:{i}": limits_of(a) for i, a in enumerate(adapters())}
+        return {f"webgpu:{i}": driver.limits_of(a) for i, a in enumerate(driver.adapters())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
         device: Any = devices.device(spec.resident or "webgpu:0")
@@ -156,8 +154,6 @@ def _bind(
     plan: _Plan, spec: CallSpec, state: DeviceArray, snapshots: DeviceArray | None, indexed: bool
 ) -> Any:
     """Pipeline and bind group of a call on these states."""
-    from .device import UNIFORM_BYTES, Launch
-
     device, layout = plan.device, plan.layout
     state_at, first = device.bound(state)
     snaps_at, first_snap = {"buffer": device.spare.buffer, "offset": 0, "size": device.spare.nbytes}, 0
@@ -169,13 +165,13 @@ def _bind(
     )
     uniforms = layout.call(spec, flags=flags, s_in=first, snap=first if rows else first_snap)
     pipeline = device.pipeline(plan.lanes, plan.rows4, spec.kda, DTYPES.index(spec.dtype))
-    inputs = {"buffer": device.inputs.buffer, "offset": UNIFORM_BYTES, "size": layout.nbytes_in}
+    inputs = {"buffer": device.inputs.buffer, "offset": driver.UNIFORM_BYTES, "size": layout.nbytes_in}
     outputs = {"buffer": device.outputs.buffer, "offset": 0, "size": layout.nbytes_out}
     params = {"buffer": device.inputs.buffer, "offset": 0, "size": len(uniforms)}
     group = device.bind(pipeline, (inputs, inputs, outputs, state_at, snaps_at, params))
     grid = (-(-spec.V // (WORKGROUP // plan.lanes)), spec.HV, spec.N)
     serials = frozenset(x.memory.serial for x in (state, snapshots) if x is not None)  # type: ignore[attr-defined]
-    return Launch(pipeline, group, grid, serials, np.frombuffer(uniforms, np.uint8))
+    return driver.Launch(pipeline, group, grid, serials, np.frombuffer(uniforms, np.uint8))
 
 
 BACKEND = WebGPU()

@@ -26,7 +26,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...core.late import late
 from ..switch import LOCK, Patch, Place, Switch, guarded
+
+_cache = late("anydelta.integrations.mlx_lm.cache")
 
 OLDEST, NEWEST = (0, 32), (0, 32)
 SUPPORTED = "mlx-lm 0.32"
@@ -252,8 +255,6 @@ def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
 
 def _make_trimmable(caches: list[Any], models: list[Any], rollback: int) -> dict[int, Any]:
     """Put a RollbackCache in the place of each linear attention layer's cache. Returns those that were there."""
-    from .cache import RollbackCache
-
     ArraysCache = importlib.import_module("mlx_lm.models.cache").ArraysCache
     kinds = tuple(getattr(importlib.import_module(f.module), f.layer) for f in FAMILIES)
     layers = [layer for model in models for layer in model.layers]
@@ -261,5 +262,5 @@ def _make_trimmable(caches: list[Any], models: list[Any], rollback: int) -> dict
     for place, (cache, layer) in enumerate(zip(caches, layers, strict=False)):
         if type(cache) is ArraysCache and any(isinstance(m, kinds) for m in layer.modules()):
             replaced[place] = cache
-            caches[place] = RollbackCache.of(cache, rollback)
+            caches[place] = _cache.RollbackCache.of(cache, rollback)
     return replaced
