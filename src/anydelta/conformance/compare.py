@@ -22,19 +22,24 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import anydelta
 
-from .. import mlx
 from ..core import dispatch
+from ..core.late import late
 from ..core.native import core as _core
 from ..rule import reference
 from .cases import Case, Inputs, inputs
 from .values import F64, STORAGE, decode, encode, round_to
+
+if TYPE_CHECKING:
+    from .. import mlx
+else:
+    mlx = late("anydelta.mlx")
 
 MAX_NMSE = {"float32": 1e-7, "float64": 1e-20}
 HALF_FACTOR = 2.0

@@ -47,7 +47,7 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
         "T=34 H=1 HV=1 K=140 V=8 kda gate=keep",
     )
 )
-"""Small enough for an interpreter; the larger shapes are a GPU's (bench/gpu.py)."""
+"""Small enough for an interpreter; the larger shapes are a GPU's (scripts/gpu.py)."""
 
 _NAMES = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
 
