@@ -20,6 +20,7 @@ from anydelta.bench.measure import ops, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
 from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
 from anydelta.rule import reference
+from anydelta.terminal import Failed
 from conftest import run_program, without
 
 QUICK = ops.Settings(rounds=2, sample_seconds=1e-4)
@@ -539,3 +540,46 @@ def test_threads_alternate_with_matmuls() -> None:
     measured = threads.shared_threads([1], ops.Settings(rounds=2, sample_seconds=1e-3))
     assert {r.case for r in measured.records} == set(threads.SHAPES)
     assert all(r.nmse < 1e-7 and r.matmul_us > 0 and r.op_us > 0 and r.both_us > 0 for r in measured.records)
+
+
+def test_matrices_are_compared_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta.bench.commands import matrices
+
+    monkeypatch.setattr(matrices, "SHAPES", ((48, 32), (32, 48)))
+    measured = matrices.matrices([1], ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert {r.dtype for r in measured.records} == set(matrices.ERROR)
+    assert {"F.linear", "torch.mv", "read (sum)"} <= {r.way for r in measured.records}
+    assert all(0 < r.low <= r.gb_per_s <= r.high for r in measured.records)
+    assert all(r.error <= matrices.ERROR[r.dtype] for r in measured.records)
+    monkeypatch.setattr(matrices, "ERROR", {"float32": 0.0})
+    with pytest.raises(Failed, match="must be at most 0"):
+        matrices.matrices([1], ops.Settings(rounds=2, sample_seconds=1e-3))
+
+
+def test_a_layer_without_projections_is_compared_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from anydelta.bench.commands import layer
+
+    monkeypatch.setattr(layer, "HEADS", 2)
+    measured = layer.mixer_of_a_layer(5, 1, ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert [(r.call, r.dtype) for r in measured.records] == [
+        (call, dtype) for dtype in layer.ERROR for call in ("prefill of 5", "decode")
+    ]
+    for r in measured.records:
+        assert 0 < r.error <= layer.ERROR[r.dtype]
+        assert 0 < r.ratio_low <= r.ratio <= r.ratio_high
+
+
+def test_the_recurrence_in_mlx_lm_is_compared_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlx_lm")
+    from anydelta.bench.commands import mlx
+
+    monkeypatch.setattr(mlx, "DECODE_STEPS", 1)
+    measured = mlx.in_mlx_lm(3, ("qwen3_5",), ops.Settings(rounds=2))
+    assert [(r.dtype, r.call) for r in measured.records] == [
+        (dtype, call) for dtype in mlx.ERROR for call in ("prefill of 3", "decode")
+    ]
+    for r in measured.records:
+        assert r.error <= mlx.ERROR[r.dtype]
+        assert 0 < r.ratio_low <= r.ratio <= r.ratio_high
+        assert min(r.mlx_lm_us, r.anydelta_us, r.whole_ratio) > 0

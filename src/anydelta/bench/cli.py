@@ -7,7 +7,20 @@ from typing import Any
 
 import typer
 
-from .commands import decays, drafting, executorch, model, ops, overhead, prefix, rollback, threads
+from .commands import (
+    decays,
+    drafting,
+    executorch,
+    layer,
+    matrices,
+    mlx,
+    model,
+    ops,
+    overhead,
+    prefix,
+    rollback,
+    threads,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +36,9 @@ def register(app: typer.Typer) -> None:
         "threads": threads.threads_command,
         "decays": decays.decays_command,
         "rollback": rollback.rollback_command,
+        "layer": layer.layer_command,
+        "matrices": matrices.matrices_command,
+        "mlx": mlx.mlx_command,
         "spec": drafting.spec_command,
         "model": model.model_command,
         "prefix": prefix.prefix_command,

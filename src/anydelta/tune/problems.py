@@ -20,7 +20,7 @@ DEFAULT = (
     "kda-t4096-h32x32-d128-b1",
     "gda-t2048-h16x32-d128-b16",
 )
-"""The calls of Qwen3-Next, Qwen3.5 and Kimi Linear that bench/gpu.py measures."""
+"""The calls of Qwen3-Next, Qwen3.5 and Kimi Linear that scripts/gpu.py measures."""
 DTYPES = ("bfloat16", "float32", "float16")
 
 Change = dict[str, int]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -102,10 +102,20 @@ def torch_threads(n: int) -> Iterator[None]:
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], settings: Settings, progress: Progress
+    calls: dict[str, Callable[[], Any]],
+    settings: Settings,
+    progress: Progress,
+    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
-    """(us per call by round, calls per sample, CPU share of other work); the garbage collector rests meanwhile."""
-    repeats = {name: _calibrate(call, settings.sample_seconds) for name, call in calls.items()}
+    """(us per call by round, calls per sample, CPU share of other work); the garbage collector rests meanwhile.
+
+    `within` are the contexts that calls are made in, by name; entering them is not timed.
+    """
+    around = dict.fromkeys(calls, nullcontext) if within is None else within
+    repeats = {}
+    for name, call in calls.items():
+        with around[name]():
+            repeats[name] = _calibrate(call, settings.sample_seconds)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     others = Others()
@@ -117,8 +127,9 @@ def interleave(
             turn = i % len(names)
             for name in names[turn:] + names[:turn]:
                 time.sleep(SETTLE_SECONDS)  # the last one's threads may still spin
-                calls[name]()
-                samples[name].append(1e6 * _time(calls[name], repeats[name]) / repeats[name])
+                with around[name]():
+                    calls[name]()
+                    samples[name].append(1e6 * _time(calls[name], repeats[name]) / repeats[name])
     finally:
         if collecting:
             gc.enable()

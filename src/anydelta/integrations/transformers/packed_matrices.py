@@ -4,7 +4,7 @@
     with packed: ...           # on for the length of a block; packed.off(), packed.on()
 
 A decode step is mostly one row times each weight. torch's F.linear gives float32 to MKL, which multiplies one row on
-one thread; oneDNN, which torch brings along for torch.compile, takes all threads (`scripts/time_matvec.py`). The sums
+one thread; oneDNN, which torch brings along for torch.compile, takes all threads (`anydelta bench matrices`). The sums
 are the same but for their order.
 """
 

@@ -3,8 +3,8 @@
 # and this checkout, and uses fla-core, flashinfer-python, transformers, pytest and compute-sanitizer where they are
 # installed.
 #
-#   bench/gpu.sh [FOLDER]            at most 8 minutes; records go to FOLDER, default out/gpu
-#   bench/gpu.sh --dry-run [FOLDER]  without a GPU, in Triton's interpreter: shows that the script works. ITS TIMES MEAN NOTHING
+#   scripts/gpu.sh [FOLDER]            at most 8 minutes; records go to FOLDER, default out/gpu
+#   scripts/gpu.sh --dry-run [FOLDER]  without a GPU, in Triton's interpreter: shows that the script works. ITS TIMES MEAN NOTHING
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=""
@@ -40,13 +40,13 @@ if [ -n "$dry" ]; then
   echo "DRY RUN: Triton's interpreter on the CPU. This shows that the script works. Its times mean nothing."
 fi
 export ANYDELTA_TRITON_CONFIGS=  # what ships, and no table of the user's
-step 20 environment "$python" bench/gpu.py environment $dry --out "$out/environment.json"
+step 20 environment "$python" scripts/gpu.py environment $dry --out "$out/environment.json"
 fresh=$(mktemp -d)
-TRITON_CACHE_DIR=$fresh step 45 first "$python" bench/gpu.py first $dry --out "$out/first.json"
+TRITON_CACHE_DIR=$fresh step 45 first "$python" scripts/gpu.py first $dry --out "$out/first.json"
 rm -rf "$fresh"
-step 85 conformance "$python" bench/gpu.py conform $dry --seconds 70 --out "$out/conformance.json"
-step 165 bench "$python" bench/gpu.py bench $dry --seconds 120 --out "$out/bench.json"
-step 40 tune "$python" bench/gpu.py tune $dry --seconds 25 --out "$out/tune.json"
+step 85 conformance "$python" scripts/gpu.py conform $dry --seconds 70 --out "$out/conformance.json"
+step 165 bench "$python" scripts/gpu.py bench $dry --seconds 120 --out "$out/bench.json"
+step 40 tune "$python" scripts/gpu.py tune $dry --seconds 25 --out "$out/tune.json"
 if [ -n "$dry" ]; then
   echo "skipped graphs, sanitizer: they need a GPU"
 else
@@ -57,8 +57,8 @@ else
   fi
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that a stray access leaves its block
   if command -v compute-sanitizer >/dev/null; then
-    step 40 sanitizer compute-sanitizer --error-exitcode 9 "$python" bench/gpu.py conform --sample --seconds 20 --out "$out/sanitized.json"
-    step 35 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$python" bench/gpu.py conform --sample --seconds 15 --out "$out/races.json"
+    step 40 sanitizer compute-sanitizer --error-exitcode 9 "$python" scripts/gpu.py conform --sample --seconds 20 --out "$out/sanitized.json"
+    step 35 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$python" scripts/gpu.py conform --sample --seconds 15 --out "$out/races.json"
   else
     echo "skipped sanitizer: compute-sanitizer is not installed"
   fi

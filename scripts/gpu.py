@@ -1,4 +1,4 @@
-"""The steps of bench/gpu.sh: environment, first, conform, bench, tune. Needs torch, Triton and NumPy only.
+"""The steps of scripts/gpu.sh: environment, first, conform, bench, tune. Needs torch, Triton and NumPy only.
 
 With --dry-run on the CPU, in Triton's interpreter, on shapes that are too small to mean anything.
 """
@@ -99,12 +99,12 @@ def first_calls(dry: bool) -> dict[str, Any]:
     from anydelta.tune.problems import Problem
     from anydelta.tune.search import Contest
 
-    size = dict(H=1, HV=1, K=16, V=16) if dry else {}
+    size: dict[str, Any] = dict(H=1, HV=1, K=16, V=16) if dry else {}
     decode, prefill = (
         aot.Shape(**size),
         aot.Shape(**{**size, "T": 17 if dry else 4096, "N": 1, "inplace": False}),
     )
-    kda = {} if dry else {"H": 32}
+    kda: dict[str, Any] = {} if dry else {"H": 32}
     calls = {
         "decode": decode,
         "decode KDA": replace(decode, kda=True, **kda),
@@ -357,7 +357,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dry_run and device(False) == "xpu" and not torch.xpu.is_available():
         sys.exit(
-            "bench/gpu.py: no GPU is here; --dry-run shows that the script works, its times mean nothing."
+            "scripts/gpu.py: no GPU is here; --dry-run shows that the script works, its times mean nothing."
         )
     args.out.touch()  # what cannot be written is found before the minutes, not after
     facts = environment(args.dry_run)

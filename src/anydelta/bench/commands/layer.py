@@ -1,0 +1,163 @@
+"""`anydelta bench layer`: what the mixer replaces, in one qwen3.5-0.8b layer of Transformers without its projections.
+
+These are replaced by fixed tensors, so that convolution, gates, rule, norm and cache are left. Transformers as it is
+and with anydelta take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from ...generate.checkpoint import need_packages
+from ...integrations import transformers as plug
+from ...terminal import Failed, Refused
+from ..measure.ops import Settings, describe_machine
+from ..measure.report import time as in_words
+from ..measure.small_report import Measured
+from ..measure.turns import Progress, interleave, torch_threads
+from .options import Csv, Json, Md, Output, small
+
+HEADS, SIZE, HIDDEN = 16, 128, 1024
+ERROR = {"float32": 1e-4, "bfloat16": 0.05}
+"""Relative to Transformers' largest output."""
+
+
+@dataclass
+class LayerRecord:
+    """One call of the layer, with and without anydelta."""
+
+    call: str
+    dtype: str
+    rounds: int
+    transformers_us: float
+    """Median of the rounds; here and below."""
+    anydelta_us: float
+    ratio: float
+    ratio_low: float
+    """The least and the most of the rounds."""
+    ratio_high: float
+    error: float
+    others_pct: float | None = None
+
+    def columns(self) -> dict[str, str]:
+        return {
+            "call": self.call, "dtype": self.dtype, "Transformers": in_words(self.transformers_us),
+            "anydelta": in_words(self.anydelta_us),
+            "ratio": f"{self.ratio:.1f} ({self.ratio_low:.1f} to {self.ratio_high:.1f})",
+        }  # fmt: skip
+
+
+def _layer(dtype: Any) -> tuple[Any, Any]:
+    """(the layer with fixed projections, its configuration)."""
+    import torch
+    import transformers
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+
+    class Fixed(torch.nn.Module):
+        """A projection that costs nothing: the same numbers for every input of a shape."""
+
+        def __init__(self, width: int):
+            super().__init__()
+            self.width, self.held = width, dict[Any, torch.Tensor]()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shape = (*x.shape[:2], self.width)
+            if shape not in self.held:
+                self.held[shape] = torch.randn(shape).to(dtype)
+            return self.held[shape]
+
+    config = transformers.Qwen3_5TextConfig(
+        hidden_size=HIDDEN, num_hidden_layers=4, vocab_size=64, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, linear_num_key_heads=HEADS, linear_num_value_heads=HEADS,
+        linear_key_head_dim=SIZE, linear_value_head_dim=SIZE, linear_conv_kernel_dim=4,
+    )  # fmt: skip
+    layer = Qwen3_5GatedDeltaNet(config, 0).eval().to(dtype)
+    for name, width in (("qkv", 3 * HEADS * SIZE), ("z", HEADS * SIZE), ("a", HEADS), ("b", HEADS)):
+        setattr(layer, f"in_proj_{name}", Fixed(width))
+    layer.out_proj = torch.nn.Identity()
+    return layer, config
+
+
+def _step(layer: Any, config: Any, tokens: int, dtype: Any) -> Callable[[], Any]:
+    """A prefill into a new cache, or, for one token, a decode step on a cache that has seen some."""
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    x = torch.randn(1, tokens, HIDDEN).to(dtype)
+    if tokens > 1:
+        return lambda: layer(x, cache_params=transformers.DynamicCache(config=config))
+    cache = transformers.DynamicCache(config=config)
+    layer(torch.randn(1, 8, HIDDEN).to(dtype), cache_params=cache)
+    return lambda: layer(x, cache_params=cache)
+
+
+def mixer_of_a_layer(
+    tokens: int = 512,
+    threads: int = 2,
+    settings: Settings | None = None,
+    progress: Progress = lambda text, done: None,
+) -> Measured:
+    """A prefill of `tokens` and a decode step, in float32 and bfloat16.
+
+    Raises:
+        Failed: a result is wrong.
+    """
+    import torch
+
+    settings = settings or Settings()
+    title = f"A qwen3.5-0.8b layer without projections, {threads} threads"
+    measured = Measured(title, describe_machine(), settings)
+    switches: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "Transformers": plug.disable, "anydelta": plug.enable,
+    }  # fmt: skip
+    with torch_threads(threads), torch.no_grad():
+        for dtype, most in ERROR.items():
+            torch.manual_seed(0)
+            layer, config = _layer(getattr(torch, dtype))
+            for n in (tokens, 1):
+                steps, first = {}, {}
+                for name, switch in switches.items():
+                    with switch():
+                        steps[name] = _step(layer, config, n, getattr(torch, dtype))
+                        first[name] = steps[name]().float()
+                want = first["Transformers"]
+                error = float((first["anydelta"] - want).abs().max() / want.abs().max())
+                if not error <= most:
+                    raise Failed(f"{dtype}, {n} tokens: the error must be at most {most}; got {error:.1e}")
+                samples, _, others = interleave(steps, settings, progress, switches)
+                ratios = [a / b for a, b in zip(samples["Transformers"], samples["anydelta"], strict=True)]
+                theirs, ours = (statistics.median(samples[name]) for name in switches)
+                call = f"prefill of {n}" if n > 1 else "decode"
+                measured.records.append(
+                    LayerRecord(
+                        call, dtype, len(ratios), theirs, ours, statistics.median(ratios), min(ratios), max(ratios),
+                        error, others,
+                    )
+                )  # fmt: skip
+    measured.notes.append("medians of the rounds; ratio: within a round (least to most)")
+    return measured
+
+
+def layer_command(
+    tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of the prefill.")] = 512,
+    threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 9,
+    json: Json = False,
+    csv: Csv = False,
+    md: Md = False,
+    output: Output = None,
+) -> None:
+    """Time what the mixer replaces in a layer of Transformers: convolution, gates, rule, norm and cache."""
+    for name, value, least, most in (("-T", tokens, 2, 65536), ("-t", threads, 1, 1024)):
+        if not least <= value <= most:
+            raise Refused(f"{name} must be from {least} to {most}; got {value}")
+    need_packages()
+    small(partial(mixer_of_a_layer, tokens, threads), rounds, 15.0, json, csv, md, output)
