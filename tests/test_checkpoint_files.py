@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anydelta import Snapshots, StatePool
-from anydelta.state.checkpoints import Snapshot
+from anydelta import Checkpoints, StatePool
+from anydelta.state.checkpoints import Checkpoint as PoolCheckpoint
 
 pytest.importorskip("safetensors")
 torch = pytest.importorskip("torch")
@@ -45,12 +45,12 @@ def checkpoint(model: Any, length: int = 9) -> Checkpoint:
     return Checkpoint.take(ids, cache)
 
 
-def snapshots(torch_ones: bool = False) -> Snapshots:
+def checkpoints(torch_ones: bool = False) -> Checkpoints:
     pool = StatePool(
         H=1, HV=2, K=8, V=4, layers=2, conv_channels=3, conv_width=4, capacity=2,
         device="cpu" if torch_ones else None,
     )  # fmt: skip
-    found = Snapshots()
+    found = Checkpoints()
     for name in ("a", "b"):
         s = pool.new()
         pool.begin(3, [s])
@@ -91,12 +91,12 @@ def _kinds() -> dict[str, tuple[Any, Any]]:
     return {
         "Checkpoint": (good.save, Checkpoint.load),
         "Checkpoint for a model": (good.save, lambda path: Checkpoint.load(path, config=model.config)),
-        "Snapshots": (snapshots().save, Snapshots.load),
-        "Snapshots in torch": (snapshots(True).save, lambda path: Snapshots.load(path, device="cpu")),
+        "Checkpoints": (checkpoints().save, Checkpoints.load),
+        "Checkpoints in torch": (checkpoints(True).save, lambda path: Checkpoints.load(path, device="cpu")),
     }
 
 
-@pytest.fixture(params=["Checkpoint", "Checkpoint for a model", "Snapshots", "Snapshots in torch"])
+@pytest.fixture(params=["Checkpoint", "Checkpoint for a model", "Checkpoints", "Checkpoints in torch"])
 def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A good file of the kind, and what loads it."""
     if not KINDS:
@@ -320,7 +320,7 @@ def test_a_good_checkpoint_of_every_family(family: str, tmp_path: Path) -> None:
     assert float((got - want).abs().max()) < plain_tests.LIMIT
 
 
-# ---- Snapshots
+# ---- Checkpoints
 
 
 @pytest.mark.parametrize(
@@ -333,20 +333,20 @@ def test_a_good_checkpoint_of_every_family(family: str, tmp_path: Path) -> None:
     ids=str,
 )  # fmt: skip
 def test_facts_of_snapshots(tmp_path: Path, change: dict[str, Any]) -> None:
-    snapshots().save(tmp_path / "a")
+    checkpoints().save(tmp_path / "a")
     header, data = parts(tmp_path / "a")
     about = json.loads(header["__metadata__"]["snapshots"])
     about["b"].update(change)
     header["__metadata__"]["snapshots"] = json.dumps(about)
-    refused(Snapshots.load, written(tmp_path / "a", header, data))
+    refused(Checkpoints.load, written(tmp_path / "a", header, data))
     for key in set(change) - {"conv", "tokens"}:
         del about["b"][key]
         header["__metadata__"]["snapshots"] = json.dumps(about)
-        refused(Snapshots.load, written(tmp_path / "a", header, data))
+        refused(Checkpoints.load, written(tmp_path / "a", header, data))
 
 
 def test_names_of_snapshots(tmp_path: Path) -> None:
-    snapshots().save(tmp_path / "a")
+    checkpoints().save(tmp_path / "a")
     header, data = parts(tmp_path / "a")
     about = json.loads(header["__metadata__"]["snapshots"])
     for other in (
@@ -357,18 +357,18 @@ def test_names_of_snapshots(tmp_path: Path) -> None:
         {"a": 3},
     ):
         header["__metadata__"]["snapshots"] = json.dumps(other)
-        refused(Snapshots.load, written(tmp_path / "other", header, data))
+        refused(Checkpoints.load, written(tmp_path / "other", header, data))
 
 
 def test_snapshots_of_earlier_releases(tmp_path: Path) -> None:
-    good = snapshots()
+    good = checkpoints()
     good.save(tmp_path / "a")
     header, data = parts(tmp_path / "a")
     about = json.loads(header["__metadata__"]["snapshots"])
     for facts in about.values():
         del facts["conv"]
     header["__metadata__"]["snapshots"] = json.dumps(about)
-    again = Snapshots.load(written(tmp_path / "old", header, data))
+    again = Checkpoints.load(written(tmp_path / "old", header, data))
     assert all(np.array_equal(again[n].states, good[n].states) for n in good)
     assert all(np.array_equal(again[n].conv, good[n].conv) for n in good)
 
@@ -447,7 +447,7 @@ def test_one_cache_for_many_threads() -> None:
 
 
 def test_snapshots_in_threads(tmp_path: Path) -> None:
-    store = Snapshots({"0": Snapshot(np.zeros((1, 1, 2, 2), np.float32), tokens=(1, 2))})
+    store = Checkpoints({"0": PoolCheckpoint(np.zeros((1, 1, 2, 2), np.float32), tokens=(1, 2))})
     item = store["0"]
 
     def change(seed: int) -> Callable[[], None]:
@@ -467,6 +467,6 @@ def test_snapshots_in_threads(tmp_path: Path) -> None:
         assert len([*store]) >= 1
 
     together(change(1), change(2), read, lambda: store.save(tmp_path / "a"))
-    assert len(Snapshots.load(tmp_path / "a")) >= 1
+    assert len(Checkpoints.load(tmp_path / "a")) >= 1
     store.clear()
     assert not store

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from anydelta import __version__
 from anydelta.conformance import Case, Target
 from anydelta.conformance.cases import DECAYS, DTYPES, GATES, MASKS, MOST_ELEMENTS, STATE_STRIDES, STRIDES
-from anydelta.conformance.log import LogCase
 from anydelta.conformance.mixer import MixerCase
 from anydelta.conformance.run import STATUSES, parse, run_one
+from anydelta.conformance.token_log import LogCase
 from anydelta.core import dispatch
 from conftest import CPU_REASONS, run_program
 

@@ -27,7 +27,7 @@ def test_corpus_fits_the_targets():
 
 @pytest.mark.parametrize("name", loaders.TARGETS)
 def test_loaders(name):
-    if name in ("snapshots", "checkpoint", "model"):
+    if name in ("checkpoints", "checkpoint", "model"):
         pytest.importorskip("torch")
         pytest.importorskip("safetensors")
     if name == "checkpoint":

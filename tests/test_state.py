@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from anydelta import Snapshots, StatePool
+from anydelta import Checkpoints, StatePool
 from anydelta.rule import reference
 from anydelta.state import FORMS
 
@@ -89,7 +89,7 @@ def soak(seed: int, operations: int, form: str, **how: Any) -> None:
     snapshots = int(rng.integers(1, 6))
     pool = make(form, snapshots, capacity=int(rng.integers(1, 5)), **how)
     pasts: dict[int, list[int]] = {}
-    saved: Any = Snapshots()
+    saved: Any = Checkpoints()
     texts: dict[str, list[int]] = {}
     for i in range(operations):
         op = rng.choice(
@@ -356,10 +356,10 @@ def test_checkpoints_survive_a_file(tmp_path: Any, device: str | None, dtype: st
     if dtype == "float32":
         model.step(pool, [a, b], [[1, 2, 3], [4, 5, 6]], [[], []])
         pool.commit([3, 1])
-    saved = Snapshots()
+    saved = Checkpoints()
     saved["a"], saved["b"] = pool.save(a, [1, 2, 3]), pool.save(b, [4])
     saved.save(tmp_path / "states.safetensors")
-    again = Snapshots.load(tmp_path / "states.safetensors", device=device)
+    again = Checkpoints.load(tmp_path / "states.safetensors", device=device)
     assert sorted(again) == ["a", "b"]
     assert again.nearest([1, 2, 3, 9]) == ("a", 3)
     assert again.nearest([4, 4]) == ("b", 1)
@@ -372,7 +372,7 @@ def test_checkpoints_survive_a_file(tmp_path: Any, device: str | None, dtype: st
         model.check(pool, c, [1, 2, 3, 7, 8])
     with pytest.raises(ValueError, match="without '/'"):
         again["a/b"] = again["a"]
-    with pytest.raises(TypeError, match="requires a Snapshot"):
+    with pytest.raises(TypeError, match="requires a Checkpoint"):
         again["c"] = 3  # type: ignore[assignment]
 
 

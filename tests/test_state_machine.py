@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from anydelta import Snapshot, StatePool, state
+from anydelta import Checkpoint, StatePool, state
 from anydelta.rule import reference
 from test_state import HV, LAYERS, C, H, K, Model, V, W, make
 
@@ -153,7 +153,7 @@ class Pools(RuleBasedStateMachine):
         )
         self.past: dict[int, list[int]] = {self.pool.new(): []}
         self.pending: dict[int, int] = {0: 0}
-        self.saved: list[tuple[Snapshot, list[int]]] = []
+        self.saved: list[tuple[Checkpoint, list[int]]] = []
         self.step: dict[str, Any] | None = None
         self.copies = 0
 
@@ -507,7 +507,7 @@ class Pools(RuleBasedStateMachine):
             "run": lambda: pool.run(None, None, None, g=None, beta=None, layer=layer),
             "list": lambda: pool.conv_inputs([[1.0]], layer=layer), "x": lambda: pool.conv_inputs(x[0], layer=layer),
             "no snapshot": lambda: pool.restore(3),  # type: ignore[arg-type]
-            "states": lambda: pool.restore(Snapshot(x, None, "kv", 1)),
+            "states": lambda: pool.restore(Checkpoint(x, None, "kv", 1)),
             "parents": lambda: pool.select([0, 0, 0, 0, 0]),
         }  # fmt: skip
         self.refused(calls[data.draw(st.sampled_from(sorted(calls)), label="nonsense")], r"^StatePool\.\w+: ")

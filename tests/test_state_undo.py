@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from anydelta import Snapshot, StatePool
+from anydelta import Checkpoint, StatePool
 from anydelta.state import FORMS
 from conftest import CPU_REASONS
 from test_state import HV, LAYERS, C, K, Model, V, W, make
@@ -345,10 +345,10 @@ def test_a_failed_restore_leaks_no_place(form: str, device: Any) -> None:
     before = everything(it.pool)
     texts = np.full(good.states.shape, "a")
     for bad in (
-        Snapshot(texts, good.conv, "kv", 3), Snapshot(good.states, texts, "kv", 3),
-        Snapshot(good.states, None, "kv", 3), Snapshot(good.states, good.conv, "vk", 3),
-        Snapshot(good.states, good.conv, "kv", -1), Snapshot(good.states > 0, good.conv, "kv", 3),
-        Snapshot(good.states, good.conv, "kv", None), None, Snapshot(None, good.conv, "kv", 3),
+        Checkpoint(texts, good.conv, "kv", 3), Checkpoint(good.states, texts, "kv", 3),
+        Checkpoint(good.states, None, "kv", 3), Checkpoint(good.states, good.conv, "vk", 3),
+        Checkpoint(good.states, good.conv, "kv", -1), Checkpoint(good.states > 0, good.conv, "kv", 3),
+        Checkpoint(good.states, good.conv, "kv", None), None, Checkpoint(None, good.conv, "kv", 3),
     ):  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=r"StatePool.restore: requires"):
             it.pool.restore(bad)  # type: ignore[arg-type]
@@ -365,7 +365,7 @@ def test_checkpoints_go_between_numpy_and_torch(form: str, dtype: str) -> None:
         pools[0].new()
         ones = np.full((1, LAYERS, HV, K, V), 0.3, np.float32)
         saved = pools[0].save(0)
-        saved = Snapshot(saved.states + pools[0]._like(ones[0]).astype(saved.states.dtype)
+        saved = Checkpoint(saved.states + pools[0]._like(ones[0]).astype(saved.states.dtype)
                          if source is None else saved.states + torch.from_numpy(ones[0]).to(saved.states.dtype),
                          saved.conv, "kv", 3)  # fmt: skip
         s = pools[1].restore(saved)

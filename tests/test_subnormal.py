@@ -93,7 +93,7 @@ def log(x: dict[str, torch.Tensor], S: torch.Tensor) -> torch.Tensor:
         1, H=H, HV=HV, K=D, V=D, snapshots=T + 1, kda=kda, form="log", device="cpu",
         dtype=str(S.dtype).removeprefix("torch."),
     )  # fmt: skip
-    pool.restore(anydelta.Snapshot(S, None, "kv"))
+    pool.restore(anydelta.Checkpoint(S, None, "kv"))
     pool.begin(T)
     pool.run(**x)
     pool.commit(T)

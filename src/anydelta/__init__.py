@@ -16,15 +16,15 @@ from .core.devices import Device, DeviceArray, DeviceError, device
 from .core.dispatch import UnsupportedError
 from .mixer.op import explain_mixer, gated_delta_mixer, gated_delta_mixer_
 from .rule.op import explain, gated_delta_rule, gated_delta_rule_
-from .state import Snapshot, Snapshots, StatePool
+from .state import Checkpoint, Checkpoints, StatePool
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
+    "Checkpoints",
     "Device",
     "DeviceArray",
     "DeviceError",
-    "Snapshot",
-    "Snapshots",
     "StatePool",
     "UnsupportedError",
     "__version__",

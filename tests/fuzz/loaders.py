@@ -36,13 +36,13 @@ def safetensors_of(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
 
-def snapshots(data: bytes) -> None:
-    from anydelta.state import Snapshots
+def checkpoints(data: bytes) -> None:
+    from anydelta.state import Checkpoints
 
     path = FOLDER / "a.safetensors"
     path.write_bytes(safetensors_of(data))
-    only(ValueError, "Snapshots.load: requires ", lambda: Snapshots.load(path))
-    only(ValueError, "Snapshots.load: requires ", lambda: Snapshots.load(path, device="cpu"))
+    only(ValueError, "Checkpoints.load: requires ", lambda: Checkpoints.load(path))
+    only(ValueError, "Checkpoints.load: requires ", lambda: Checkpoints.load(path, device="cpu"))
 
 
 def checkpoint(data: bytes) -> None:
@@ -90,7 +90,7 @@ def model(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    f.__name__: f for f in (snapshots, checkpoint, case, table, model)
+    f.__name__: f for f in (checkpoints, checkpoint, case, table, model)
 }
 FOLDER = Path()
 """Where targets write the files that are read."""

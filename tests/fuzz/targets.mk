@@ -1,6 +1,6 @@
 # Fuzzing: `make fuzz`. Included by the Makefile.
 FUZZ_CORE := $(REPLAYS)
-FUZZ ?= $(FUZZ_CORE) snapshots checkpoint case table model
+FUZZ ?= $(FUZZ_CORE) checkpoints checkpoint case table model
 SECONDS ?= 60
 
 .PHONY: fuzz fuzz-build fuzz-tools

@@ -3,7 +3,7 @@
 cases.py     Case: a call described in one line, and the list that tests and CLI share
 gates.py     decays as models have them, for the cases and for the benchmarks
 mixer.py     the same for the mixer: MixerCase, its list and its comparison
-log.py       the same for the log form of StatePool: LogCase
+token_log.py  the same for the log form of StatePool: LogCase
 compare.py   check(case, target): runs one case and compares it with the float64 oracle
 run.py       run(cases, targets): results as records
 support.py   support(backends): what each backend says it accepts, feature by feature
@@ -12,9 +12,9 @@ cli.py       `anydelta conform`
 
 from .cases import CASES, SHORT_CASES, Case
 from .compare import Target, Verdict, check
-from .log import LOG_CASES, LogCase
 from .mixer import MIXER_CASES, MixerCase
 from .run import FAIL, NOT_SUPPORTED, OK, SKIPPED, Result, run, targets
+from .token_log import LOG_CASES, LogCase
 
 __all__ = [
     "CASES", "FAIL", "LOG_CASES", "MIXER_CASES", "NOT_SUPPORTED", "OK", "SHORT_CASES",

@@ -26,7 +26,6 @@ from ..terminal import (
     to_json,
 )
 from .cases import CASES, Case
-from .log import LOG_CASES
 from .mixer import MIXER_CASES
 from .run import (
     FAIL,
@@ -43,6 +42,7 @@ from .run import (
     unavailable,
 )
 from .support import support
+from .token_log import LOG_CASES
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""

@@ -13,9 +13,9 @@ from ..core import dispatch
 from ..terminal import first_line, one_line
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, check
-from .log import WORD as LOG_WORD
-from .log import LogCase, check_log_case, runs_the_log
 from .mixer import WORD, MixerCase, MixerPrepared, check_mixer_case
+from .token_log import WORD as LOG_WORD
+from .token_log import LogCase, check_log_case, runs_the_log
 
 OK, FAIL, NOT_SUPPORTED, SKIPPED = "OK", "FAIL", "NOT SUPPORTED", "SKIPPED"
 STATUSES = (OK, FAIL, NOT_SUPPORTED, SKIPPED)

@@ -16,7 +16,7 @@ FORMAT = "anydelta.snapshots.1"
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Checkpoint:
     """A copy of one sequence's states, outside of any pool."""
 
     states: Array
@@ -27,31 +27,31 @@ class Snapshot:
     length: int = 0
     """Tokens that the sequence has seen."""
     tokens: tuple[int, ...] | None = None
-    """Which ones, if the caller said so: `Snapshots.nearest` looks for them."""
+    """Which ones, if the caller said so: `Checkpoints.nearest` looks for them."""
 
 
-class Snapshots(MutableMapping[str, Snapshot]):
+class Checkpoints(MutableMapping[str, Checkpoint]):
     """Named checkpoints, in memory and in a file: a shared prefix is computed once. Threads may share one.
 
-    snapshots["system prompt"] = pool.save(s, tokens=prompt)
-    name, start = snapshots.nearest(tokens)         # the longest checkpoint that is a prefix of these tokens
-    s = pool.restore(snapshots[name])               # go on with tokens[start:]
+    checkpoints["system prompt"] = pool.save(s, tokens=prompt)
+    name, start = checkpoints.nearest(tokens)       # the longest checkpoint that is a prefix of these tokens
+    s = pool.restore(checkpoints[name])             # go on with tokens[start:]
     """
 
-    def __init__(self, items: Mapping[str, Snapshot] | None = None):
-        self._items: dict[str, Snapshot] = dict(items or {})
+    def __init__(self, items: Mapping[str, Checkpoint] | None = None):
+        self._items: dict[str, Checkpoint] = dict(items or {})
 
-    def __getitem__(self, name: str) -> Snapshot:
+    def __getitem__(self, name: str) -> Checkpoint:
         return self._items[name]
 
-    def __setitem__(self, name: str, snapshot: Snapshot) -> None:
+    def __setitem__(self, name: str, checkpoint: Checkpoint) -> None:
         if not _is_name(name):
-            raise ValueError(f"Snapshots: a name must be a string without '/'; got {name!r}")
-        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"Checkpoints: a name must be a string without '/'; got {name!r}")
+        if not isinstance(checkpoint, Checkpoint):
             raise TypeError(
-                f"Snapshots: requires a Snapshot, as pool.save returns; got {type(snapshot).__name__}"
+                f"Checkpoints: requires a Checkpoint, as pool.save returns; got {type(checkpoint).__name__}"
             )
-        self._items[name] = snapshot
+        self._items[name] = checkpoint
 
     def __delitem__(self, name: str) -> None:
         del self._items[name]
@@ -64,16 +64,16 @@ class Snapshots(MutableMapping[str, Snapshot]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._items.copy())
 
-    def values(self) -> ValuesView[Snapshot]:
+    def values(self) -> ValuesView[Checkpoint]:
         return self._items.copy().values()
 
-    def items(self) -> ItemsView[str, Snapshot]:
+    def items(self) -> ItemsView[str, Checkpoint]:
         return self._items.copy().items()
 
     def pop(self, name: str, *default: Any) -> Any:
         return self._items.pop(name, *default)
 
-    def popitem(self) -> tuple[str, Snapshot]:
+    def popitem(self) -> tuple[str, Checkpoint]:
         for name, item in self.items():
             if self._items.pop(name, None) is not None:
                 return name, item
@@ -111,24 +111,24 @@ class Snapshots(MutableMapping[str, Snapshot]):
         metadata = {"format": FORMAT, "snapshots": json.dumps(about)}
         torch_ones = [not isinstance(x, np.ndarray) for x in arrays.values()]
         if any(torch_ones) and not all(torch_ones):
-            raise ValueError("Snapshots.save: requires arrays of one kind; got both NumPy's and torch's")
-        module = safetensors("Snapshots.save", "torch" if any(torch_ones) else "numpy")
+            raise ValueError("Checkpoints.save: requires arrays of one kind; got both NumPy's and torch's")
+        module = safetensors("Checkpoints.save", "torch" if any(torch_ones) else "numpy")
         dense = {n: x.contiguous() if any(torch_ones) else np.ascontiguousarray(x) for n, x in arrays.items()}
         module.save_file(dense, str(path), metadata=metadata)
 
     @classmethod
-    def load(cls, path: Any, *, device: Any = None) -> Snapshots:
+    def load(cls, path: Any, *, device: Any = None) -> Checkpoints:
         """The checkpoints of a file, as NumPy arrays or, with a device, as torch tensors.
 
         Raises:
             ImportError: safetensors is missing.
             ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers.
         """
-        file = File("Snapshots.load", path, FORMAT, "numpy" if device is None else "torch")
+        file = File("Checkpoints.load", path, FORMAT, "numpy" if device is None else "torch")
         about = file.parsed("snapshots")
         if not isinstance(about, dict) or not all(map(_is_name, about)):
-            file.refuse("no names of snapshots in its metadata")
-        out = cls({name: _snapshot(file, name, facts) for name, facts in about.items()})
+            file.refuse("no names of checkpoints in its metadata")
+        out = cls({name: _checkpoint(file, name, facts) for name, facts in about.items()})
         file.only(
             f"{n}/{part}"
             for n, x in out.items()
@@ -143,7 +143,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and bool(name) and "/" not in name
 
 
-def _snapshot(file: File, name: str, facts: Any) -> Snapshot:
+def _checkpoint(file: File, name: str, facts: Any) -> Checkpoint:
     if not isinstance(facts, dict) or facts.get("state_layout") not in ("kv", "vk"):
         file.refuse(f"no state_layout of {name!r}")
     states = file.check(f"{name}/states", 4)
@@ -153,12 +153,12 @@ def _snapshot(file: File, name: str, facts: Any) -> Snapshot:
         file.refuse(f"{states.shape[0]} layers of states and {conv.shape[0]} of convolutions in {name!r}")
     length = file.count("a length", facts.get("length"))
     tokens = facts.get("tokens")
-    return Snapshot(
+    return Checkpoint(
         states, conv, facts["state_layout"], length, None if tokens is None else file.tokens("tokens", tokens)
     )
 
 
-def _on(device: Any, item: Snapshot) -> dict[str, Array]:
+def _on(device: Any, item: Checkpoint) -> dict[str, Array]:
     return {
         "states": item.states.to(device),
         "conv": None if item.conv is None else item.conv.to(device),

@@ -35,7 +35,7 @@ import numpy as np
 from ..core.devices import KINDS, Device, numpy_dtype
 from ..core.devices import device as open_device
 from .base import Pool
-from .checkpoints import Snapshot
+from .checkpoints import Checkpoint
 from .sequence import LiveSequence, Step, nbytes
 from .slots import Slots
 from .token_log import Log
@@ -633,8 +633,8 @@ class StatePool(Pool):
         self._not_running("state")
         return self._form.state(sequence, self._get("state", sequence))
 
-    def save(self, sequence: int, tokens: Iterable[int] | None = None) -> Snapshot:
-        """A checkpoint: a copy of the sequence's states, to be kept in `Snapshots` or restored, here or elsewhere.
+    def save(self, sequence: int, tokens: Iterable[int] | None = None) -> Checkpoint:
+        """A checkpoint: a copy of the sequence's states, to be kept in `Checkpoints` or restored, here or elsewhere.
 
         Raises:
             ValueError: no such sequence, or tokens of it that are not committed.
@@ -647,40 +647,40 @@ class StatePool(Pool):
         if self._conv is not None:
             conv = self._copy(self._conv[:, sequence, s.conv_end - self.conv_width + 1 : s.conv_end])
         seen = None if tokens is None else tuple(int(t) for t in tokens)
-        return Snapshot(self._form.state(sequence, s), conv, self.state_layout, s.length, seen)
+        return Checkpoint(self._form.state(sequence, s), conv, self.state_layout, s.length, seen)
 
-    def restore(self, snapshot: Snapshot) -> int:
+    def restore(self, checkpoint: Checkpoint) -> int:
         """A new sequence that goes on from a checkpoint. There is no way back beyond it.
 
         Raises:
             ValueError: the checkpoint is of another kind of pool, or every place is taken.
         """
         self._not_running("restore")
-        if not isinstance(snapshot, Snapshot):
+        if not isinstance(checkpoint, Checkpoint):
             raise TypeError(
-                f"StatePool.restore: requires a Snapshot, as save returns; got {type(snapshot).__name__}"
+                f"StatePool.restore: requires a Checkpoint, as save returns; got {type(checkpoint).__name__}"
             )
         tail = (self.HV, self.K, self.V) if self.state_layout == "kv" else (self.HV, self.V, self.K)
         want: list[Any] = [(self.layers, *tail), self.state_layout, None]
         if self._conv is not None:
             want[2] = (self.layers, self.conv_width - 1, self.conv_channels)
         got = [
-            _shape(snapshot.states),
-            snapshot.state_layout,
-            None if snapshot.conv is None else _shape(snapshot.conv),
+            _shape(checkpoint.states),
+            checkpoint.state_layout,
+            None if checkpoint.conv is None else _shape(checkpoint.conv),
         ]
         if want != got:
             self._fail("restore", f"requires states, layout and convolution inputs {want}; got {got}")
-        for name in ("states", "conv") if snapshot.conv is not None else ("states",):
-            if (dtype := str(getattr(snapshot, name).dtype).removeprefix("torch.")) not in FLOATS:
+        for name in ("states", "conv") if checkpoint.conv is not None else ("states",):
+            if (dtype := str(getattr(checkpoint, name).dtype).removeprefix("torch.")) not in FLOATS:
                 self._fail("restore", f"requires {name} in one of {', '.join(FLOATS)}; got {dtype}")
-        if not _is_int(snapshot.length) or snapshot.length < 0:
-            self._fail("restore", f"requires a length >= 0 in tokens; got {snapshot.length!r}")
-        states = self._like(snapshot.states)
-        conv = 0 if snapshot.conv is None else self._like(snapshot.conv)
+        if not _is_int(checkpoint.length) or checkpoint.length < 0:
+            self._fail("restore", f"requires a length >= 0 in tokens; got {checkpoint.length!r}")
+        states = self._like(checkpoint.states)
+        conv = 0 if checkpoint.conv is None else self._like(checkpoint.conv)
         if self.resident is not None:
             states = states.astype(numpy_dtype(self.dtype), copy=False)
-        return self._start("restore", states, conv, int(snapshot.length))
+        return self._start("restore", states, conv, int(checkpoint.length))
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: "states" (slots: capacity * snapshots states; log: capacity; and copies that `cancel` needs),

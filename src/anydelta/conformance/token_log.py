@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..core import dispatch
-from ..state import Snapshot, StatePool
+from ..state import Checkpoint, StatePool
 from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
 
@@ -88,8 +88,8 @@ def _run(v: Verdict, prepared: Prepared, target: Target) -> None:
         backend="auto" if target.backend == "auto" else target.backend,
     )  # fmt: skip
     states = Buffer(x.state, x.state.shape, c.state_dtype, "dense", target).array
-    mine = [pool.restore(Snapshot(states[i : i + 1], None, c.layout)) for i in range(c.B)]
-    still = [pool.restore(Snapshot(states[:1], None, c.layout)), pool.fork(mine[-1])]
+    mine = [pool.restore(Checkpoint(states[i : i + 1], None, c.layout)) for i in range(c.B)]
+    still = [pool.restore(Checkpoint(states[:1], None, c.layout)), pool.fork(mine[-1])]
     before = [pool.state(s) for s in still]
 
     at = [0] * c.B  # tokens kept
