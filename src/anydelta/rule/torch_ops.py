@@ -418,7 +418,7 @@ reads()  # here and not at the first call, which a tracer may be following
 
 def refuse_old_exporter(op: str) -> None:
     """torch.onnx.export(dynamo=False) has no operators but its own. It says so when it has traced the whole model."""
-    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
         raise dispatch.UnsupportedError(
             f"{op}: torch.onnx.export requires dynamo=True for this operator; got dynamo=False. "
             "See anydelta.export.onnx for programs that run in ONNX Runtime"
