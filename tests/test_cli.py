@@ -251,7 +251,8 @@ def broken(
         call.o *= 2
 
     monkeypatch.setattr(backend, "run", doubled)
-    monkeypatch.setattr(backend, "supports", lambda spec: [dispatch.Rejected(r) for r in against])
+    rules = tuple((lambda spec, reason=reason: reason) for reason in against)
+    monkeypatch.setattr(type(backend), "accepts", backend.accepts.but(rules=rules))
     monkeypatch.setattr(backend, "available", lambda: [dispatch.Rejected(r) for r in available])
 
 

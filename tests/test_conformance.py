@@ -34,6 +34,7 @@ from anydelta.conformance.cases import FLOAT64_CASES, KEYS, MASKS, NORMED_KEYS, 
 from anydelta.conformance.compare import Prepared
 from anydelta.conformance.run import run_one, summary
 from anydelta.core import dispatch
+from anydelta.core.accepts import Row
 from anydelta.rule.arguments import Call
 from anydelta.rule.spec import CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS
@@ -364,8 +365,7 @@ def test_results_are_records(monkeypatch: pytest.MonkeyPatch) -> None:
     class Picky(Reference):
         name = "picky"
 
-        def supports(self, spec: CallSpec) -> tuple[dispatch.Rejected, ...]:
-            return (dispatch.Rejected("takes GDA only"),) if spec.kda else ()
+        accepts = Reference.accepts.but(kda=Row((False,), "takes GDA only"))
 
     name = install(monkeypatch, Picky())
     got = list(run([Case(K=8), Case(K=8, kda=True)], [Target(name)]))

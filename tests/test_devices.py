@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import anydelta
 from anydelta.backends.reference.host import Reference
 from anydelta.core import devices, dispatch
+from anydelta.core.accepts import Row
 from anydelta.core.devices import Device, DeviceArray, Memory
 from anydelta.rule import op
 from anydelta.rule.arguments import Call
@@ -56,8 +57,7 @@ class Toy(Reference):
     def available(self) -> Sequence[dispatch.Rejected]:
         return ()
 
-    def supports(self, spec: CallSpec) -> Sequence[dispatch.Rejected]:
-        return [] if spec.resident.startswith("toy") else [dispatch.Rejected("takes states on a toy")]
+    accepts = Reference.accepts.but(resident=Row(("toy:0", "toy:1"), "takes states on a toy"))
 
     def run(self, plan: None, spec: CallSpec, call: Any) -> None:
         held = {n: x for n in Call.__slots__ if type(x := getattr(call, n)) is DeviceArray}

@@ -6,6 +6,7 @@ import itertools
 import sys
 import types
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,19 @@ def args(framework: str = "numpy", dtype: str = "float32", **shape: Any) -> dict
     return {name: b.array for name, b in held.items()}
 
 
+def _said(reason: str, spec: CallSpec) -> str:
+    return reason
+
+
 class Fake(Reference):
     """A backend with reasons."""
 
     def __init__(self, name: str, available: tuple[str, ...] = (), against: tuple[str, ...] = ()):
-        self.name, self.reasons, self.against, self.ran = name, available, against, 0
+        self.name, self.reasons, self.ran = name, available, 0
+        self.accepts = Reference.accepts.but(rules=tuple(partial(_said, reason) for reason in against))
 
     def available(self) -> list[Rejected]:
         return [Rejected(r) for r in self.reasons]
-
-    def supports(self, spec: CallSpec) -> list[Rejected]:
-        return [Rejected(r) for r in self.against]
 
     def run(self, plan: None, spec: CallSpec, call: Any) -> None:
         self.ran += 1
@@ -193,8 +196,6 @@ def test_an_invalid_call_is_refused_before_any_backend_is_asked(install: Any) ->
         def available(self) -> list[Rejected]:
             raise AssertionError("asked")
 
-        supports = available  # type: ignore[assignment]
-
     install(Silent("silent"))
     bad = args()
     bad["k"] = bad["k"][:, :1]
@@ -262,7 +263,7 @@ def test_an_unknown_isa_lists_the_known_ones() -> None:
         pass
 
 
-# ---- what `supports` accepts, `run` runs
+# ---- what a backend accepts, `run` runs
 # ---------------------------------------------------------------------
 
 

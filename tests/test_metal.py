@@ -215,8 +215,8 @@ def spec(framework: str = "torch", device: str = "mps", **changes: Any) -> CallS
         ({"K": 257}, ["takes K up to 256; got 257"]),
     ],
 )  # fmt: skip
-def test_supports_says_why_not(changes: dict[str, Any], reasons: list[str]) -> None:
-    assert [str(r) for r in metal.BACKEND.supports(spec(**changes))] == reasons
+def test_what_is_not_accepted_has_its_reasons(changes: dict[str, Any], reasons: list[str]) -> None:
+    assert list(dispatch.against(metal.BACKEND, spec(**changes))) == reasons
 
 
 def test_what_it_refuses_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

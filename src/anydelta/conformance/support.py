@@ -1,4 +1,4 @@
-"""What each backend says it accepts (`Backend.supports`), feature by feature: `anydelta conform --support`.
+"""What each backend says it accepts (`Backend.accepts`), feature by feature: `anydelta conform --support`.
 
 A yes says that the backend takes such a call; that it then computes the right thing is what `anydelta conform`
 proves. Nothing here depends on the machine: a backend answers without its hardware.
@@ -37,6 +37,11 @@ def _with(spec: CallSpec, **options: object) -> CallSpec:
     return replace(spec, options=spec.options._replace(**options))  # type: ignore[arg-type]
 
 
+def _given(spec: CallSpec, *names: str, **facts: object) -> CallSpec:
+    """With these arrays of the table."""
+    return replace(spec, given=(*spec.given, *names), **facts)  # type: ignore[arg-type]
+
+
 def _float64(spec: CallSpec) -> CallSpec:
     return replace(spec, dtype="float64", state_dtype="float64", g_dtype="float64", beta_dtype="float64")
 
@@ -45,7 +50,11 @@ FEATURES = (
     Feature("GDA: one decay per head", lambda s: s, lambda c: not c.kda),
     Feature("KDA: one decay per key channel", lambda s: replace(s, kda=True), lambda c: c.kda),
     Feature("linear decays", lambda s: _with(s, decay="linear"), lambda c: c.decay == "linear"),
-    Feature("raw gates (`A_log`, `dt_bias`)", lambda s: _with(s, decay="raw"), lambda c: c.decay == "raw"),
+    Feature(
+        "raw gates (`A_log`, `dt_bias`)",
+        lambda s: _given(_with(s, decay="raw"), "A_log", "dt_bias"),
+        lambda c: c.decay == "raw",
+    ),
     Feature("beta as a logit", lambda s: _with(s, beta_is_logit=True), lambda c: c.logit),
     Feature("q/k L2 norm in the kernel", lambda s: _with(s, qk_l2norm=True), lambda c: c.l2norm),
     Feature("tiled heads (GGUF)", lambda s: _with(s, heads="tiled"), lambda c: c.heads == "tiled"),
@@ -55,11 +64,15 @@ FEATURES = (
     Feature("q k v in float16", lambda s: replace(s, dtype="float16"), lambda c: c.dtype == "float16"),
     Feature("everything in float64", _float64, lambda c: c.dtype == "float64"),
     Feature("state in bfloat16", lambda s: replace(s, state_dtype="bfloat16"), lambda c: c.state_dtype == "bfloat16"),
-    Feature("in place", lambda s: replace(s, inplace=True, has_state=True), lambda c: c.inplace),
-    Feature("packed sequences", lambda s: replace(s, packed=True), lambda c: c.seqlens is not None),
-    Feature("state pool", lambda s: replace(s, pooled=True, P=8, has_state=True), lambda c: c.indices is not None),
-    Feature("mask", lambda s: replace(s, masked=True), lambda c: bool(c.mask)),
-    Feature("last-K snapshots", lambda s: replace(s, snapshots=4), lambda c: c.snapshots > 0),
+    Feature("in place", lambda s: _given(s, "state_in", inplace=True, has_state=True), lambda c: c.inplace),
+    Feature("packed sequences", lambda s: _given(s, "cu_seqlens", packed=True), lambda c: c.seqlens is not None),
+    Feature(
+        "state pool",
+        lambda s: _given(s, "state_in", "state_indices", has_state=True, pooled=True, P=8),
+        lambda c: c.indices is not None,
+    ),
+    Feature("mask", lambda s: _given(s, "mask", masked=True), lambda c: bool(c.mask)),
+    Feature("last-K snapshots", lambda s: _given(s, "snapshots", snapshots=4), lambda c: c.snapshots > 0),
     Feature("NumPy arrays", lambda s: replace(s, framework="numpy"), lambda c: True),
     Feature("torch tensors", lambda s: replace(s, framework="torch"), lambda c: True),
 )  # fmt: skip
@@ -75,13 +88,18 @@ def plain(backend: str) -> CallSpec:
     x, gate = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
     spec = check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
     on = [replace(spec, device=d, framework=f) for d in devices(backend) for f in ("numpy", "torch")]
-    return next((s for s in on if not dispatch.get_backend(backend).supports(s)), spec)
+    return next((s for s in on if not _against(backend, s)), spec)
+
+
+def _against(backend: str, spec: CallSpec) -> tuple[str, ...]:
+    """What the declaration has against a call, the machine aside."""
+    return dispatch.against(dispatch.get_backend(backend), spec, here=False)
 
 
 def answers(backend: str) -> dict[str, list[str]]:
     """Per feature, the backend's reasons against it; none is a yes."""
-    spec, supports = plain(backend), dispatch.get_backend(backend).supports
-    return {f.name: [str(reason) for reason in supports(f.change(spec))] for f in FEATURES}
+    spec = plain(backend)
+    return {f.name: list(_against(backend, f.change(spec))) for f in FEATURES}
 
 
 def support(backends: Iterable[str] = dispatch.NAMES) -> dict[str, Any]:

@@ -91,6 +91,14 @@ def in_order(table: type) -> Callable[[Any], tuple[Any, ...]]:
     return reader(table.__dataclass_fields__)  # type: ignore[attr-defined]
 
 
+def given(call: Any) -> tuple[str, ...]:
+    """The arrays of its table that a call has; those that it makes do not count."""
+    table: type = type(call)
+    rows = fields(table)
+    made = {n for n, f in rows.items() if isinstance(f.row, ArrayRow) and f.row.result}
+    return tuple(n for n in call.__dataclass_fields__ if n not in made and getattr(call, n) is not None)
+
+
 def problem(field: Field, value: Any) -> Exception | None:
     """What is wrong with the value of an option: a TypeError or ValueError to be raised, or None."""
     row, name = field.row, field.name

@@ -1,8 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
-`PRIORITY` is the whole policy: one list per device, best first. A backend answers two questions with
-reasons, not booleans: `available()` (is its runtime here?) and `supports(spec)` (can it run this call?).
-What `supports` accepts, `run` runs. `ANYDELTA_BACKEND` forces one for the whole process.
+`PRIORITY` is the whole policy: one list per device, best first. Two questions are asked of a backend, and answered with
+reasons, not booleans: `available()` (is its runtime here?), and whether its declaration `accepts` has the call
+(core/accepts.py). What is accepted runs. `ANYDELTA_BACKEND` forces one for the whole process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
+
+from .accepts import Accepts, reasons
 
 MLX_GPU = "mlx"
 """The device of a call on MLX arrays whose stream runs on the GPU, in `Spec.device`."""
@@ -85,6 +87,11 @@ class Spec(Protocol):
     @property
     def options(self) -> Any: ...
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The arrays of the table that the call has."""
+        ...
+
     def without_rows(self) -> Spec:
         """The call that is made instead on backends that know dense snapshots only."""
         ...
@@ -95,20 +102,21 @@ class Spec(Protocol):
 class Backend(Protocol):
     """What `BACKEND` of `anydelta.backends.NAME.host` is.
 
-    A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `supports`, `prepare` and `run`
+    A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `accepts`, `prepare` and `run`
     for MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with another
-    host for MLX arrays names in `mlx_host` the module whose HOST it is. One with a backward pass has
-    `gradient_reasons(spec)`, why it does not take a call, and `gradients(spec, call, grad_o, grad_state)`.
+    host for MLX arrays names in `mlx_host` the module whose HOST it is. One with a backward pass declares in
+    `accepts_gradients` of which calls, and has `gradients(spec, call, grad_o, grad_state)`.
     """
 
     name: str
 
-    def available(self) -> Sequence[Rejected]:
-        """Why the backend cannot run at all here; empty when it can."""
+    @property
+    def accepts(self) -> Accepts:
+        """The calls that it runs."""
         ...
 
-    def supports(self, spec: Any) -> Sequence[Rejected]:
-        """Why the backend cannot run this call; empty when it can. All reasons, not the first."""
+    def available(self) -> Sequence[Rejected]:
+        """Why the backend cannot run at all here; empty when it can."""
         ...
 
     def prepare(self, spec: Any, call: Any) -> Any:
@@ -177,9 +185,8 @@ def mixer_of(name: str) -> Any:
 
 def takes_rows(backend: Any, spec: Spec) -> bool:
     """Whether the backend writes to the rows that `snapshot_indices` name, if they are given, by itself."""
-    return all(
-        getattr(backend, flag, False) for flag in ("snapshot_rows", "final_rows") if getattr(spec, flag)
-    )
+    rows = backend.accepts.rows
+    return all(getattr(spec, name) in rows[name].allowed for name in ("snapshot_rows", "final_rows"))
 
 
 def needs_A_log(backend: Any, spec: Spec, call: Any) -> bool:
@@ -191,11 +198,18 @@ def needs_A_log(backend: Any, spec: Spec, call: Any) -> bool:
 
 def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
     runs = implementation(name, spec)
-    if reasons := tuple((get_backend(name) if spec.mixes else runs).available()):
-        return reasons
+    if no := tuple((get_backend(name) if spec.mixes else runs).available()):
+        return no
+    return tuple(map(Rejected, against(runs, spec)))
+
+
+def against(runs: Any, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
+    """What the declaration of an implementation has against a call; `here` as in `reasons`."""
+    if runs is None:
+        return ("has no kernel for the mixer",)
     if not spec.mixes and not takes_rows(runs, spec):
         spec = spec.without_rows()
-    return (Rejected("has no kernel for the mixer"),) if runs is None else tuple(runs.supports(spec))
+    return reasons(runs.accepts, spec, here=here)
 
 
 def _candidates(spec: Spec, backend: str) -> tuple[tuple[str, ...], str | None]:
@@ -220,10 +234,10 @@ def choose(spec: Spec, backend: str = "auto") -> Trace:
     candidates, forced = _candidates(spec, backend)
     rejected: dict[str, tuple[Rejected, ...]] = {}
     for name in candidates:
-        reasons = reasons_against(name, spec)
-        if not reasons:
+        no = reasons_against(name, spec)
+        if not no:
             return Trace(spec, name, rejected, forced)
-        rejected[name] = reasons
+        rejected[name] = no
     return Trace(spec, None, rejected, forced)
 
 
@@ -236,13 +250,13 @@ def with_gradients(spec: Spec, backend: str = "auto") -> Any | None:
     for name in _candidates(spec, backend)[0]:
         runs: Any = get_backend(name)
         if hasattr(runs, "gradients") and not reasons_against(name, spec):
-            reasons = runs.gradient_reasons(spec)
-            if not reasons:
+            no = reasons(runs.accepts_gradients, spec)
+            if not no:
                 return runs
             if not _warned_of_gradients:
                 _warned_of_gradients = True
                 warnings.warn(
-                    f"anydelta: no native backward pass takes this call, so the slow reference runs ({reasons[0]}). "
+                    f"anydelta: no native backward pass takes this call, so the slow reference runs ({no[0]}). "
                     "This warning appears once",
                     RuntimeWarning,
                     stacklevel=4,
@@ -265,19 +279,19 @@ def pick(spec: Spec, backend: str = "auto") -> Any:
     global _warned
     trace = choose(spec, backend)
     if trace.chosen is None:
-        reasons = "; ".join(str(r) for rs in trace.rejected.values() for r in rs)
+        no = "; ".join(str(r) for rs in trace.rejected.values() for r in rs)
         raise UnsupportedError(
-            f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {reasons}. "
+            f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {no}. "
             f'Use backend="auto" to fall back to another backend'
         )
     slow = trace.chosen == "reference" and trace.forced is None and not spec.mixes
     if slow and spec.dtype != "float64" and not _warned:
         _warned = True
-        reasons = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (
+        no = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (
             f"there is no native backend for device {spec.device!r}"
         )
         warnings.warn(
-            f"anydelta: no native kernel takes this call, so the slow reference runs ({reasons}). "
+            f"anydelta: no native kernel takes this call, so the slow reference runs ({no}). "
             f"This warning appears once; anydelta.explain(...) gives the reasons for any call",
             RuntimeWarning,
             stacklevel=4,

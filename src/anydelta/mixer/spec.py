@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from ..core.arguments import given
 from ..rule.arguments import Call
 from ..rule.spec import (
     DTYPES,
@@ -46,6 +47,8 @@ class MixerSpec:
     gated: bool
     conv_snapshots: bool
     options: MixerOptions = field(default_factory=MixerOptions)
+    given: tuple[str, ...] = ()
+    """The arrays that the call has, by their names in the table."""
 
     mixes: ClassVar[bool] = True
     snapshot_rows: ClassVar[bool] = False  # mixers write them by themselves
@@ -163,6 +166,7 @@ def check_mixer(call: MixerCall, options: MixerOptions) -> MixerSpec:
         gated=call.z is not None,
         conv_snapshots=call.conv_snapshots is not None,
         options=options,
+        given=given(call),
     )  # fmt: skip
 
 

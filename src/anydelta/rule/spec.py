@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from ..core.arguments import fields, problem
+from ..core.arguments import fields, given, problem
 from ..core.devices import DeviceArray
 from ..core.dispatch import MLX_GPU
 from .arguments import Call, Options
@@ -67,11 +67,13 @@ class CallSpec:
     resident: str = ""
     """The device ("vulkan:0") that holds the state and the snapshots, and all of the call where q is there."""
     snapshot_rows: bool = False
-    """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that set
+    """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that take
     `snapshot_rows` are shown such a spec; others run on dense snapshots, which op.py then moves."""
     final_rows: bool = False
-    """Whether `snapshot_indices` name the rows for the final states, beside dense snapshots. Only backends that set
+    """Whether `snapshot_indices` name the rows for the final states, beside dense snapshots. Only backends that take
     `final_rows` are shown such a spec; for others op.py copies slot 0 to those rows."""
+    given: tuple[str, ...] = ()
+    """The arrays that the call has, by their names in the table."""
 
     mixes: ClassVar[bool] = False
 
@@ -420,6 +422,7 @@ def check_call(
         resident=resident,
         snapshot_rows=call.snapshot_indices is not None and not final_rows,
         final_rows=final_rows,
+        given=given(call),
     )  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from ...core.accepts import Row
 from ...core.arguments import in_order
 from ...core.dispatch import MLX_GPU, Rejected
 from ...core.native import core as _core
 from ...core.native import why_not
 from ...rule.arguments import Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
+from ..accepts import EITHER, RULE_CALLS
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
 _arrays = in_order(Call)
@@ -97,10 +99,13 @@ class _Plan:
         self.reads = reads
 
 
+DEVICE = Row(("cpu", MLX_GPU), "takes tensors on the CPU; got device {where}")
+"""Apple's GPUs share the CPU's memory."""
+
+
 class Cpu:
     name = "cpu"
-    snapshot_rows = True
-    final_rows = True
+    accepts = RULE_CALLS.but(device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=())
     optional_A_log = True
     mixer = "anydelta.backends.cpu.mixer"
     mlx = True
@@ -108,14 +113,6 @@ class Cpu:
 
     def available(self) -> Sequence[Rejected]:
         return (Rejected(why_not),) if why_not else ()
-
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.device not in ("cpu", MLX_GPU):  # Apple's GPUs share the CPU's memory
-            no.append(f"takes tensors on the CPU; got device {spec.resident or spec.device}")
-        if spec.dtype not in DTYPE:
-            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
-        return tuple(Rejected(reason) for reason in no)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...core.accepts import Row, UpTo
 from ...core.arguments import in_order
-from ...core.dispatch import Rejected
 from ...core.native import core as _core
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import NORM_GATES, MixerSpec, grouped
 from ...rule.arguments import Call
 from ...rule.spec import dtype_name, element_strides
+from ..accepts import MIXER_CALLS
 from . import host as cpu
 
 _ROWS = ("qkv", "k", "v", "z")
@@ -39,11 +40,13 @@ class _Plan:
 class CpuMixer:
     """The mixer of the cpu backend."""
 
-    def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        no = [*cpu.BACKEND.supports(spec.rule)]
-        if _core is not None and _core.max_taps < spec.W:
-            no.append(Rejected(f"takes up to {_core.max_taps} taps of the convolution; got {spec.W}"))
-        return no
+    accepts = MIXER_CALLS.but(
+        device=cpu.DEVICE,
+        W=Row(
+            UpTo(_core.max_taps if _core is not None else 0),
+            "takes {allowed} taps of the convolution; got {got}",
+        ),
+    )
 
     def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> _Plan:
         r, opt = spec.rule, spec.options

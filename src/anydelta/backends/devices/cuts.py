@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+from ...core.accepts import Accepts, Row
 from ...core.devices import Bytes, Device, DeviceArray, DeviceError
-from ...core.dispatch import Rejected, UnsupportedError
+from ...core.dispatch import UnsupportedError
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name
 from ...terminal import first_line
-from .params import ABSENT, GATES, ITEMSIZE, TYPE, WRITTEN, as_bits, as_float32, pack, params_of
+from ..accepts import RULE_CALLS
+from .params import ABSENT, GATES, ITEMSIZE, WRITTEN, as_bits, as_float32, pack, params_of
 from .structs import ARRAYS, PARAMS
 
 _OUT_OF_MEMORY = ("OUT_OF", "ALLOCATION")
@@ -40,6 +42,8 @@ class CutDevice(Device):
     memories: Sequence[str]
     is_cpu: bool
     errors: tuple[type[Exception], ...]
+    most_bytes: int
+    """Of one allocation."""
 
     def settle(self, memories: Sequence[str]) -> None:
         """Choose kernel and memory: the environment's wish, or the first that the device offers."""
@@ -58,6 +62,10 @@ class CutDevice(Device):
     @abstractmethod
     def kernels(self) -> list[str]:
         """The cuts of the kernel that this device can run; the default comes first."""
+
+    def refuses_rows(self, spec: CallSpec) -> str:
+        """Why no cut of the kernel holds the call's rows of K; "" where one does."""
+        return ""
 
     @abstractmethod
     def variant(self, spec: CallSpec) -> tuple[Any, int]:
@@ -87,14 +95,14 @@ class CutDevice(Device):
             self.lost = text
             self.check()
 
-    def refuse_size(self, nbytes: int, limit: int) -> None:
+    def refuse_size(self, nbytes: int) -> None:
         """
         Raises:
             DeviceError: an allocation beyond the driver's limit.
         """
-        if nbytes > limit:
+        if nbytes > self.most_bytes:
             raise DeviceError(
-                f"{self.name} requires arrays of at most {limit} bytes, the driver's limit; got {nbytes}. "
+                f"{self.name} requires arrays of at most {self.most_bytes} bytes, the driver's limit; got {nbytes}. "
                 f"Split the pool"
             )
 
@@ -109,7 +117,8 @@ class Roster(Generic[D]):
         self, kind: str, title: str, labels: Callable[[], Sequence[str]], make: Callable[[str, int], D]
     ):
         self.kind, self.title, self._labels, self._make = kind, title, labels, make
-        self._opened: dict[int, D] = {}
+        self.opened: dict[str, D] = {}
+        """By name."""
         self._lock = threading.Lock()
 
     def open(self, index: int) -> D:
@@ -125,9 +134,10 @@ class Roster(Generic[D]):
                 f"device {self.kind}:{index}: there is no such {self.title} device; there are {names}"
             )
         with self._lock:
-            if index not in self._opened:
-                self._opened[index] = self._make(f"{self.kind}:{index}", index)
-            return self._opened[index]
+            name = f"{self.kind}:{index}"
+            if name not in self.opened:
+                self.opened[name] = self._make(name, index)
+            return self.opened[name]
 
     def default(self) -> D:
         """Where calls with host arrays run: ANYDELTA_<KIND>_DEVICE, or the first device."""
@@ -195,22 +205,37 @@ class CutBackend(ABC, Generic[D]):
     def __init__(self, roster: Roster[D]):
         self.roster = roster
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.device not in ("cpu", self.name, *self.also):
-            no.append(
-                f"takes arrays of the host or of {self.title} device; got device {spec.resident or spec.device}"
-            )
-        if spec.dtype not in TYPE:
-            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
-        return tuple(Rejected(reason) for reason in no)
+    @property
+    def accepts(self) -> Accepts:
+        said = f"takes arrays of the host or of {self.title} device; got device {{where}}"
+        return RULE_CALLS.but(
+            framework=("torch", "numpy", "mlx", "device"), device=Row(("cpu", self.name, *self.also), said),
+            limits=(*RULE_CALLS.limits, self.takes_rows, self.takes_bytes),
+        )  # fmt: skip
+
+    def device(self, spec: CallSpec) -> D:
+        """Where a call runs."""
+        return self.roster.opened[spec.resident] if spec.resident else self.roster.default()
+
+    def takes_rows(self, spec: CallSpec) -> str:
+        return self.device(spec).refuses_rows(spec)
+
+    def takes_bytes(self, spec: CallSpec) -> str:
+        device = self.device(spec)
+        inputs, results = host_bytes(spec)
+        if device.memory == "address" or spec.device in self.also or spec.framework == "device":
+            return ""
+        add = sum if device.memory == "copy" else max
+        for what, sizes in (("inputs", inputs), ("results", results)):
+            if (nbytes := add(sizes)) > device.most_bytes:
+                return f"its driver takes {what} of up to {device.most_bytes} bytes in a call; got {nbytes}"
+        return ""
 
     def describe(self) -> dict[str, Any]:
         return self.roster.describe()
 
     def prepare(self, spec: CallSpec, call: Call) -> Plan:
-        held = next((x for x in (call.q, call.state_in, call.snapshots) if type(x) is DeviceArray), None)
-        device: Any = self.roster.default() if held is None else held.device
+        device = self.device(spec)
         memory = "address" if spec.device in self.also else device.memory
         converts = tuple(
             n for n in GATES if (x := getattr(call, n)) is not None and dtype_name(x) == "float64"
@@ -234,6 +259,26 @@ class CutBackend(ABC, Generic[D]):
     @abstractmethod
     def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Any, groups: int) -> None:
         """Run the cut on the call's arrays and wait."""
+
+
+def host_bytes(spec: CallSpec) -> tuple[list[int], list[int]]:
+    """Bytes of the host arrays of a call, inputs and results, each a multiple of 64; small ones in one sum."""
+    B, T, HV = spec.B, spec.T, spec.HV
+    item = ITEMSIZE[spec.dtype]
+    gates = B * T * HV * (spec.K if spec.kda else 1)
+    states = 0 if spec.resident else HV * spec.K * spec.V * ITEMSIZE[spec.state_dtype]
+    small = 4 * HV * (1 + spec.K) + B * T + 8 * (2 * spec.N + 1)
+    inputs = [B * T * spec.H * spec.K * item] * 2 + [
+        B * T * HV * spec.V * item,
+        4 * gates,
+        4 * B * T * HV,
+        small,
+    ]
+    results = [B * T * HV * spec.V * item, spec.N * states, spec.snapshots * spec.N * states]
+    inputs.append(spec.P * states if spec.has_state else 0)
+    if spec.inplace:
+        results[1] = spec.P * states
+    return tuple([-(-n // 64) * 64 for n in sizes] for sizes in (inputs, results))  # type: ignore[return-value]
 
 
 class Packing:

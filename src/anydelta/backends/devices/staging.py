@@ -16,10 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core import devices
+from ...core.accepts import Accepts, Row, UpTo
 from ...core.devices import Device, DeviceArray
-from ...core.dispatch import Rejected
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, framework_of
+from ..accepts import EITHER, RULE_CALLS
 from .structs import CALL, flags
 
 ALIGN = 16
@@ -81,7 +83,7 @@ class Layout:
         nbytes_in, nbytes_out: of the two buffers.
     """
 
-    def __init__(self, spec: CallSpec, call: Call, KP: int, *, wide_output: bool = False):
+    def __init__(self, spec: CallSpec, KP: int, *, wide_output: bool = False):
         B, T, H, HV, K, V = spec.B, spec.T, spec.H, spec.HV, spec.K, spec.V
         VP = V + V % 2
         f32, i32 = np.float32, np.int32
@@ -94,9 +96,9 @@ class Layout:
             ("q", (B, T, H, KP), data, K), ("k", (B, T, H, KP), data, K), ("v", (B, T, HV, VP), data, V),
             ("g", g, f32, K if spec.kda else HV), ("beta", (B, T, HV), f32, HV),
         ]  # fmt: skip
-        if call.A_log is not None:
+        if spec.options.decay == "raw":
             wanted.append(("A_log", (HV,), f32, HV))
-        if call.dt_bias is not None:
+        if "dt_bias" in spec.given:
             wanted.append(("dt_bias", bias, f32, K if spec.kda else HV))
         if spec.masked:
             wanted.append(("mask", (B, T), i32, T))
@@ -295,28 +297,58 @@ class Launches(Generic[L]):
 
 
 class StagedBackend(ABC):
-    """A backend whose calls are staged, and whose shaders take any K up to MAX_K."""
+    """A backend whose calls are staged, and whose shaders take any K up to MAX_K.
+
+    Its devices say what a driver takes: `max_range`, bytes of a buffer; `max_groups`, workgroups along each axis.
+    """
 
     name: str
-    snapshot_rows = True
     held_dtype = ""
     """Of host states while they are on the device; empty: as they come."""
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.device not in ("cpu", self.name):
-            no.append(
-                f"takes host arrays, and states on the host or on {self.name}; got {spec.resident or spec.device}"
-            )
-        if spec.framework == "device":
-            no.append(
-                "takes q, k, v, g and beta on the host, from where it stages them; got them on the device"
-            )
-        if spec.dtype == "float64":
-            no.append("takes float32, bfloat16 and float16; got float64")
-        if spec.K > MAX_K:
-            no.append(f"takes K up to {MAX_K}; got {spec.K}")
-        return tuple(Rejected(reason) for reason in no)
+    @property
+    def accepts(self) -> Accepts:
+        said = f"takes host arrays, and states on the host or on {self.name}; got {{where}}"
+        host = "takes q, k, v, g and beta on the host, from where it stages them; got them on the device"
+        return RULE_CALLS.but(
+            framework=Row(("torch", "numpy", "mlx"), host), device=Row(("cpu", self.name), said), K=UpTo(MAX_K),
+            snapshot_rows=EITHER, limits=(*RULE_CALLS.limits, self.takes_grid, self.takes_bytes),
+        )  # fmt: skip
+
+    def device(self, spec: CallSpec) -> Any:
+        """Where a call runs."""
+        return devices.device(spec.resident or f"{self.name}:0")
+
+    @abstractmethod
+    def rows(self, device: Any, K: int) -> tuple[int, int]:
+        """(lanes that share a column of S, K padded to the rows that they hold)."""
+
+    def layout(self, device: Any, spec: CallSpec) -> Layout:
+        """Of the call's inputs and its output."""
+        return Layout(spec, self.rows(device, spec.K)[1], wide_output=self.held_dtype == "float32")
+
+    def takes_grid(self, spec: CallSpec) -> str:
+        device = self.device(spec)
+        columns, heads, sequences = device.max_groups
+        columns *= max(WORKGROUP // self.rows(device, spec.K)[0], 1)
+        for n, most, what in (
+            (spec.V, columns, "columns of V"), (spec.HV, heads, "value heads"), (spec.N, sequences, "sequences"),
+        ):  # fmt: skip
+            if n > most:
+                return f"its driver takes up to {most} {what} in a call; got {n}"
+        return ""
+
+    def takes_bytes(self, spec: CallSpec) -> str:
+        device = self.device(spec)
+        layout = self.layout(device, spec)
+        state = spec.N * spec.HV * spec.K * spec.V * devices.ITEMSIZE[self.held_dtype or spec.state_dtype]
+        for what, nbytes in (
+            ("inputs", layout.nbytes_in), ("outputs", layout.nbytes_out), ("states", state),
+            ("snapshots", spec.snapshots * state),
+        ):  # fmt: skip
+            if nbytes > device.max_range:
+                return f"its driver takes {what} of up to {device.max_range} bytes in a call; got {nbytes}"
+        return ""
 
     def run(self, plan: Any, spec: CallSpec, call: Call) -> None:
         device = plan.device

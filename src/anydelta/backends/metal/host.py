@@ -18,11 +18,12 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ...core.accepts import Accepts, Row, UpTo
 from ...core.dispatch import Rejected
 from ...rule import op
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
-from ..devices.params import TYPE
+from ..accepts import EITHER, RULE_CALLS, TORCH
 from .launch import ARRAYS, MAX_K, Launches, chunks_fit
 
 if TYPE_CHECKING:
@@ -190,7 +191,6 @@ def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, fl
 
 class Metal:
     name = "metal"
-    snapshot_rows = True
     mlx_host = "anydelta.backends.metal.mlx_host"
 
     def available(self) -> Sequence[Rejected]:
@@ -209,17 +209,11 @@ class Metal:
             no.append(f"needs torch.mps.compile_shader, which torch {torch.__version__} does not have")
         return tuple(Rejected(reason) for reason in no)
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.framework != "torch":
-            no.append(f"takes torch tensors; got {spec.framework} arrays")
-        elif spec.resident or (spec.device != "mps" and not (spec.device == "cpu" and _emulator is not None)):
-            no.append(f"takes tensors on mps; got device {spec.resident or spec.device}")
-        if spec.dtype not in TYPE:
-            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
-        if spec.K > MAX_K:
-            no.append(f"takes K up to {MAX_K}; got {spec.K}")
-        return tuple(Rejected(reason) for reason in no)
+    @property
+    def accepts(self) -> Accepts:
+        on = ("mps",) if _emulator is None else ("mps", "cpu")
+        device = Row(on, "takes tensors on mps; got device {where}")
+        return RULE_CALLS.but(framework=TORCH, device=device, K=UpTo(MAX_K), snapshot_rows=EITHER)
 
     def describe(self) -> dict[str, Any]:
         if _emulator is not None:

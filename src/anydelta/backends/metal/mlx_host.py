@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from ...core.accepts import ANY, Accepts, Row, UpTo
 from ...core.dispatch import MLX_GPU, Rejected
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
-from ..devices.params import TYPE
+from ..accepts import FLOATS, RULE_CALLS
 from . import host as metal
 from .launch import ARRAYS, MAX_K, Launch, Launches, chunks_fit, text
 
@@ -67,17 +68,13 @@ class MetalForMlx:
             return ()
         return (Rejected("needs an Apple GPU through MLX; mx.metal.is_available() is False"),)
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.device != MLX_GPU and _emulator is None:
-            no.append("takes MLX arrays on a stream of the GPU; the stream runs on the CPU")
-        if spec.dtype not in TYPE or "float64" in (spec.g_dtype, spec.beta_dtype):
-            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}, gates {spec.g_dtype}")
-        if spec.K > MAX_K:
-            no.append(f"takes K up to {MAX_K}; got {spec.K}")
-        if min(spec.B, spec.T, spec.N) < 1:
-            no.append(f"takes at least one token and one sequence; got B={spec.B} T={spec.T} N={spec.N}")
-        return tuple(Rejected(reason) for reason in no)
+    @property
+    def accepts(self) -> Accepts:
+        on = (MLX_GPU,) if _emulator is None else ANY
+        return RULE_CALLS.but(
+            framework=("mlx",), g_dtype=FLOATS, beta_dtype=FLOATS, K=UpTo(MAX_K), rules=(_has_tokens,), limits=(),
+            device=Row(on, "takes MLX arrays on a stream of the GPU; the stream runs on the CPU"),
+        )  # fmt: skip
 
     def prepare(self, spec: CallSpec, call: Call) -> dict[bool, _Plan]:
         return {}  # by whether the prompt runs in chunks, made when first needed
@@ -107,6 +104,12 @@ class MetalForMlx:
         if spec.snapshots:
             out[-1] = _written(spec, call, out[-1])
         return list(out)
+
+
+def _has_tokens(spec: CallSpec) -> str:
+    if min(spec.B, spec.T, spec.N) < 1:
+        return f"takes at least one token and one sequence; got B={spec.B} T={spec.T} N={spec.N}"
+    return ""
 
 
 def _chunked(spec: CallSpec) -> bool:

@@ -182,6 +182,7 @@ class OpenclDevice(CutDevice):
             ) from None
         self.errors = (cl.Error, MemoryError)
         self.is_cpu = bool(device.type & cl.device_type.CPU)
+        self.most_bytes = int(device.max_mem_alloc_size)
         self.shared = bool(device.host_unified_memory)
         fine = getattr(device, "svm_capabilities", 0) & cl.device_svm_capabilities.FINE_GRAIN_SYSTEM
         ways = MEMORIES if fine else MEMORIES[1:] if self.shared else ("copy", "wrap")
@@ -224,7 +225,7 @@ class OpenclDevice(CutDevice):
     def allocate(self, nbytes: int) -> Memory:
         self.check()
         cl = api()
-        self.refuse_size(nbytes, self.cl_device.max_mem_alloc_size)
+        self.refuse_size(nbytes)
         try:
             if self.memory == "address":
                 raw = np.empty(nbytes + 63, np.uint8)
@@ -260,6 +261,12 @@ class OpenclDevice(CutDevice):
         while cut.BLOCK > 1 and _local_bytes(cut) > min(local, 32768) - 1024:
             cut = replace(cut, BLOCK=cut.BLOCK // 2)
         return cut, -(-spec.V // cut.columns) * spec.HV * spec.N
+
+    def refuses_rows(self, spec: CallSpec) -> str:
+        need, local = _local_bytes(self.variant(spec)[0]), int(self.cl_device.local_mem_size)
+        if need <= local:
+            return ""
+        return f"takes rows that fit into its driver's {local} bytes of local memory; got {need} for K = {spec.K}"
 
     def program(self, cut: Variant, entry: str) -> Any:
         """The kernel of a cut, built once: "by_address" or "by_buffer". pyopencl keeps the driver's binary on disk."""
@@ -297,7 +304,9 @@ class _Pinned:
 
     def __init__(self, device: OpenclDevice, inputs: int, outputs: int):
         cl = api()
-        self.inputs, self.outputs = (1 << max(n - 1, 65535).bit_length() for n in (inputs, outputs))
+        self.inputs, self.outputs = (
+            max(n, min(1 << max(n - 1, 65535).bit_length(), device.most_bytes)) for n in (inputs, outputs)
+        )
         flags, context, queue = cl.mem_flags, device.context, device.queue
         self.keep = []
         views = []
@@ -349,7 +358,7 @@ def from_pyopencl(x: Any) -> DeviceArray:
             device.memory = (
                 "wrap" if device.memory == "address" else device.memory
             )  # x is a buffer, not an address
-            _shared[key] = device
+            _shared[key] = roster.opened[device.name] = device
     x.finish()
     memory = _Buffer(device, x.base_data.size, x.base_data)
     return DeviceArray(device, memory, tuple(x.shape), name, x.offset)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...core.accepts import ANY, Row
 from ...core.dispatch import Rejected
 from ...rule import reference
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
+from ..accepts import GATES, RULE_CALLS
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +26,14 @@ if TYPE_CHECKING:
 
 class Reference:
     name = "reference"
+    accepts = RULE_CALLS.but(
+        dtype=GATES, device=ANY, framework=ANY,
+        resident=Row(("",), "takes states on the host; got one on {got}"),
+    )  # fmt: skip
     optional_A_log = True
     mixer = "anydelta.backends.reference.mixer"
 
     def available(self) -> Sequence[Rejected]:
-        return ()
-
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        if spec.resident:
-            return (Rejected(f"takes states on the host; got one on {spec.resident}"),)
         return ()
 
     def describe(self) -> dict[str, Any]:

@@ -6,17 +6,17 @@ dispatched by itself, so it still gets the device's kernel. NumPy arrays go to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...core.dispatch import Rejected
+from ...core.accepts import ANY
 from ...mixer import reference
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, parts
 from ...rule.op import gated_delta_rule, gated_delta_rule_
+from ..accepts import GATES, MIXER_CALLS
 from .host import normalised
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class ComposedMixer:
     """The mixer of the reference backend."""
 
-    def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        return ()
+    accepts = MIXER_CALLS.but(device=ANY, dtype=GATES)
 
     def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> str:
         """The backend that the rule is to run on."""

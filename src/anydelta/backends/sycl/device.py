@@ -140,6 +140,7 @@ class SyclDevice(CutDevice):
         self.queue = host().Queue(index)
         self.errors = (RuntimeError,)
         self.is_cpu = bool(facts["cpu"])
+        self.most_bytes = int(facts["allocation"])
         self.settle(MEMORIES if facts["system_usm"] else MEMORIES[1:])
         self.built: set[Variant] = set()
         self._staging: tuple[_Usm, _Usm] | None = None
@@ -165,7 +166,7 @@ class SyclDevice(CutDevice):
 
     def allocate(self, nbytes: int) -> Memory:
         self.check()
-        self.refuse_size(nbytes, self.facts["allocation"])
+        self.refuse_size(nbytes)
         return _Usm(self, nbytes)
 
     def variant(self, spec: CallSpec) -> tuple[Variant, int]:

@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ...core.accepts import Accepts, Row, UpTo
 from ...core.dispatch import Rejected
 from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
+from ..accepts import EITHER, RULE_CALLS, TORCH
 from . import tables
 from .config import MAX_CHUNKED_K, Machine
 
@@ -33,7 +35,6 @@ else:
     )
 
 DEVICES = ("cuda", "xpu")
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_K = 4096
 """Keys beyond this do not fit the registers of one program: [4096, 1] states are 16 float32 a thread at 8 warps."""
 INTERPRETER_ENV = "TRITON_INTERPRET"
@@ -57,7 +58,6 @@ class _Plan:
 
 class Triton:
     name = "triton"
-    snapshot_rows = True
     optional_A_log = True
     mixer = "anydelta.backends.triton.mixer"
 
@@ -79,17 +79,19 @@ class Triton:
             )
         return ()
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = []
-        if spec.framework != "torch":
-            no.append(f"takes torch tensors; got {spec.framework} arrays")
-        elif spec.device not in DEVICES and not (spec.device == "cpu" and interpreted()):
-            no.append(f"takes tensors on {' or '.join(DEVICES)}; got device {spec.device}")
-        if spec.dtype not in DTYPES:
-            no.append(f"takes float32, bfloat16 and float16; got {spec.dtype}")
-        if spec.K > MAX_K:
-            no.append(f"takes K up to {MAX_K}; got {spec.K}")
-        return tuple(Rejected(reason) for reason in no)
+    @property
+    def accepts(self) -> Accepts:
+        return RULE_CALLS.but(framework=TORCH, device=device_row(), K=UpTo(MAX_K), snapshot_rows=EITHER)
+
+    @property
+    def accepts_gradients(self) -> Accepts:
+        """Other calls that run here have the reference's backward pass."""
+        return self.accepts.but(
+            K=Row(UpTo(MAX_CHUNKED_K), "takes K {allowed} for gradients; got {got}"),
+            # its kernels know d / d log(decay), which says nothing at a decay of 0
+            decay=Row(("log", "raw"), "takes {allowed} gates for gradients; got decay={got!r}"),
+            rules=(_norms_have_gradients,),
+        )
 
     def describe(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
@@ -117,19 +119,6 @@ class Triton:
             call.q.device,
         )
 
-    def gradient_reasons(self, spec: CallSpec) -> Sequence[Rejected]:
-        """Why the backward pass of a call that runs here has to be the reference's; empty where it need not."""
-        no = []
-        if not launch.products_fit(spec):
-            no.append(f"takes qk_l2norm_eps from 1e-27 on for gradients; got {spec.options.qk_l2norm_eps}")
-        if spec.K > MAX_CHUNKED_K:
-            no.append(f"takes K up to {MAX_CHUNKED_K} for gradients; got {spec.K}")
-        if (
-            spec.options.decay == "linear"
-        ):  # its kernels know d / d log(decay), which says nothing at a decay of 0
-            no.append("takes log and raw gates for gradients; got decay='linear'")
-        return tuple(Rejected(reason) for reason in no)
-
     def gradients(
         self, spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
     ) -> dict[str, torch.Tensor | None]:
@@ -153,6 +142,17 @@ class Triton:
             call = replace(call, state_in=call.state_in.clone())
         with on_device(plan.device):
             plan.launches.run(call)
+
+
+def device_row() -> Row:
+    """The devices whose tensors are taken now."""
+    also = ("cpu",) if interpreted() else ()
+    return Row((*DEVICES, *also), f"takes tensors on {' or '.join(DEVICES)}; got device {{where}}")
+
+
+def _norms_have_gradients(spec: CallSpec) -> str:
+    eps = spec.options.qk_l2norm_eps
+    return "" if launch.products_fit(spec) else f"takes qk_l2norm_eps from 1e-27 on for gradients; got {eps}"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

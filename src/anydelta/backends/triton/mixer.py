@@ -6,16 +6,17 @@ states, the rule's chunks, the norm. Nothing waits for the device, masks and pac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...core.dispatch import Rejected
+from ...core.accepts import Accepts, Row, UpTo
 from ...core.late import late
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, grouped
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name
+from ..accepts import MIXER_CALLS, TORCH
 from . import host as backend
 from .config import power_of_two
 
@@ -47,11 +48,12 @@ class _Plan:
 class TritonMixer:
     """The mixer of the triton backend."""
 
-    def supports(self, spec: MixerSpec) -> Sequence[Rejected]:
-        no = list(backend.BACKEND.supports(spec.rule))
-        if spec.rule.final_rows:
-            no.append(Rejected("takes snapshot_indices without dense snapshots; got both"))
-        return tuple(no)
+    @property
+    def accepts(self) -> Accepts:
+        return MIXER_CALLS.but(
+            framework=TORCH, device=backend.device_row(), K=UpTo(backend.MAX_K),
+            final_rows=Row((False,), "takes snapshot_indices without dense snapshots; got both"),
+        )  # fmt: skip
 
     def prepare(self, spec: MixerSpec, call: MixerCall, asked: str) -> _Plan:
         if backend.interpreted():

@@ -304,6 +304,7 @@ class VulkanDevice(Device):
     def __init__(self, index: int):
         self.facts = facts = Facts(physical_devices()[index])
         super().__init__(f"vulkan:{index}", f"{facts.name} ({facts.type})")
+        self.max_range, self.max_groups = facts.max_range, facts.max_groups
         self.lock = threading.RLock()
         self.serials = count()
         self.memories: weakref.WeakSet[VulkanMemory] = weakref.WeakSet()

@@ -15,13 +15,13 @@ from itertools import count
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ...core import devices
+from ...core.accepts import Accepts
 from ...core.devices import DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
 from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
-from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
+from ..devices.staging import DTYPES, WORKGROUP, HostStates, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import VULKAN_FLAGS
 
 if TYPE_CHECKING:
@@ -62,16 +62,14 @@ class _Plan:
         self.serial = next(_serials)
         self.device = device
         facts = device.facts
-        groups = -(-spec.K // 4)
-        self.lanes = lanes_of(groups, facts.subgroup or 32, facts.type == "CPU")
+        self.lanes, self.KP = BACKEND.rows(device, spec.K)
         self.subgroup = bool(facts.subgroup) and self.lanes > 1
-        groups = -(-groups // self.lanes) * self.lanes
-        self.KP = 4 * groups
+        groups = self.KP // 4
         self.chunk_lanes = 1
         while self.chunk_lanes < self.lanes and groups > CHUNK_GROUPS * self.chunk_lanes:
             self.chunk_lanes *= 2
         self.chunk = _chosen_chunk(self, spec, call) if chunk is None else chunk
-        self.layout = Layout(spec, call, self.KP)
+        self.layout = BACKEND.layout(device, spec)
         self.variant = "_half" if facts.half_storage else ""
         self.views: Any = None
         self.o_view: Any = None
@@ -124,8 +122,12 @@ def measure_chunks(
 def _chunk(plan: _Plan, spec: CallSpec) -> int:
     """Tokens per chunk of chunk.comp for a long prompt whose k, q and gates fit into shared memory; else 0."""
     facts, invocations = plan.device.facts, CHUNK_COLUMNS * plan.chunk_lanes
+    between = (
+        4 * spec.N * spec.HV * spec.K * spec.V if spec.snapshots else 0
+    )  # the state between the two passes
     if (
-        spec.T - spec.snapshots < CHUNK_MIN_TOKENS * max(spec.N if spec.packed else 1, 1)
+        between > facts.max_range
+        or spec.T - spec.snapshots < CHUNK_MIN_TOKENS * max(spec.N if spec.packed else 1, 1)
         or invocations > facts.max_invocations
     ):
         return 0
@@ -162,25 +164,31 @@ class Vulkan(StagedBackend):
                 no.append("no Vulkan driver offers a device with Vulkan 1.1")
         return tuple(Rejected(reason) for reason in no)
 
+    @property
+    def accepts(self) -> Accepts:
+        declared = super().accepts
+        return declared.but(limits=(*declared.limits, self.takes_halves))
+
+    def takes_halves(self, spec: CallSpec) -> str:
+        halves = {spec.dtype, spec.state_dtype} & {"bfloat16", "float16"}
+        if not halves or self.device(spec).facts.half_storage:
+            return ""
+        return (
+            "its driver has no 16-bit storage buffers (storageBuffer16BitAccess), so it takes float32 only; got "
+            f"{' and '.join(sorted(halves))}"
+        )
+
+    def rows(self, device: Any, K: int) -> tuple[int, int]:
+        groups = -(-K // 4)
+        lanes = lanes_of(groups, device.facts.subgroup or 32, device.facts.type == "CPU")
+        return lanes, 4 * lanes * -(-groups // lanes)
+
     def describe(self) -> dict[str, Any]:
         return {f"vulkan:{i}": driver.Facts(p).limits() for i, p in enumerate(driver.physical_devices())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        device: Any = devices.device(spec.resident or "vulkan:0")
+        device = self.device(spec)
         device.check()
-        facts = device.facts
-        no = []
-        if not facts.half_storage and {spec.dtype, spec.state_dtype} & {"bfloat16", "float16"}:
-            no.append(
-                "its driver has no 16-bit storage buffers (storageBuffer16BitAccess), so it takes float32 only"
-            )
-        for n, most, what in zip(
-            (spec.HV, spec.N), facts.max_groups[1:], ("value heads", "sequences"), strict=True
-        ):
-            if n > most:
-                no.append(f"its driver takes up to {most} {what} in a call; got {n}")
-        if no:
-            raise UnsupportedError(f"{spec.options.op}: {device.name} cannot run this call: {'; '.join(no)}")
         return _Plan(device, spec, call)
 
     def advance(

@@ -142,7 +142,7 @@ class WebGPUDevice(Device):
             required_limits={name: adapter.limits[name] for name in wanted},
         )
         self.alignment = int(self.handle.limits["min-storage-buffer-offset-alignment"])
-        self.groups = int(self.handle.limits["max-compute-workgroups-per-dimension"])
+        self.max_groups = (int(self.handle.limits["max-compute-workgroups-per-dimension"]),) * 3
         self._pipelines: dict[Any, Any] = {}
         self.inputs: WebGPUMemory | None = None
         self.outputs: WebGPUMemory | None = None

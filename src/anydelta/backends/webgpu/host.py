@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...core import devices
+from ...core.accepts import Accepts
 from ...core.devices import Device, DeviceArray
 from ...core.dispatch import Rejected, UnsupportedError
 from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
-from ..devices.staging import DTYPES, WORKGROUP, HostStates, Layout, StagedBackend, flag_bits, lanes_of
+from ..devices.staging import DTYPES, WORKGROUP, HostStates, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import WEBGPU_FLAGS
 
 if TYPE_CHECKING:
@@ -46,20 +46,21 @@ def open_device(index: int) -> Device:
 class _Plan:
     """What a call needs besides its arrays."""
 
-    def __init__(self, device: Any, spec: CallSpec, call: Call):
-        groups = -(-spec.K // 4)
+    def __init__(self, device: Any, spec: CallSpec):
         self.serial, self.device = next(_serials), device
-        self.lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
-        while (
-            self.lanes < 32 and groups > 32 * self.lanes
-        ):  # more than the subgroup: through workgroup memory
-            self.lanes *= 2
-        self.rows4 = -(-groups // self.lanes)
-        self.layout = Layout(spec, call, 4 * self.lanes * self.rows4, wide_output=True)
+        self.lanes, KP = BACKEND.rows(device, spec.K)
+        self.rows4 = KP // 4 // self.lanes
+        self.layout = BACKEND.layout(device, spec)
         self.stage = np.zeros(driver.UNIFORM_BYTES + self.layout.nbytes_in, np.uint8)
         """The struct Call, and the inputs."""
         self.views = self.layout.views(self.stage[driver.UNIFORM_BYTES :])
         self.host: HostStates | None = None
+
+
+def _held_in_float32(spec: CallSpec) -> str:
+    if spec.resident and spec.state_dtype != "float32":
+        return f"keeps float32 states on its device, WebGPU having no 16-bit storage; got {spec.state_dtype}"
+    return ""
 
 
 class WebGPU(StagedBackend):
@@ -75,28 +76,24 @@ class WebGPU(StagedBackend):
             return (Rejected(f"wgpu-native does not start ({error})"),)
         return () if found else (Rejected("wgpu-native finds no driver (Vulkan, Metal or D3D12)"),)
 
-    def supports(self, spec: CallSpec) -> Sequence[Rejected]:
-        no = [*super().supports(spec)]
-        if spec.resident and spec.state_dtype != "float32":
-            no.append(
-                Rejected(
-                    f"keeps float32 states on its device, WebGPU having no 16-bit storage; got {spec.state_dtype}"
-                )
-            )
-        return no
+    @property
+    def accepts(self) -> Accepts:
+        return super().accepts.but(rules=(_held_in_float32,))
+
+    def rows(self, device: Any, K: int) -> tuple[int, int]:
+        groups = -(-K // 4)
+        lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
+        while lanes < 32 and groups > 32 * lanes:  # more than the subgroup: through workgroup memory
+            lanes *= 2
+        return lanes, 4 * lanes * -(-groups // lanes)
 
     def describe(self) -> dict[str, Any]:
         return {f"webgpu:{i}": driver.limits_of(a) for i, a in enumerate(driver.adapters())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        device: Any = devices.device(spec.resident or "webgpu:0")
+        device = self.device(spec)
         device.check()
-        if max(spec.HV, spec.N) > device.groups:
-            raise UnsupportedError(
-                f"{spec.options.op}: {device.name} cannot run this call: its driver takes up to {device.groups} value "
-                f"heads and sequences; got {spec.HV} and {spec.N}"
-            )
-        return _Plan(device, spec, call)
+        return _Plan(device, spec)
 
     def advance(
         self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
