@@ -123,6 +123,11 @@ def problem(field: Field, value: Any) -> Exception | None:
     return None
 
 
+def options_of(options: Any, *without: str) -> dict[str, Any]:
+    """The options of a call by name, to be given on to a function that takes them."""
+    return {name: getattr(options, name) for name in fields(type(options)) if name not in without}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator of torch.ops.anydelta over a table of arrays and one of options."""

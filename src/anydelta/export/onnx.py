@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..core import libraries
 from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
+from ..rule.arguments import FUNCTIONAL, Options, write_strength
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")
 """What a call becomes: our operator; ONNX Runtime's LinearAttention; that of the ONNX standard (opset 27)."""
@@ -130,16 +131,7 @@ def _gated_delta_rule(
     return o, final
 
 
-_ATTRIBUTES = (
-    "scale",
-    "decay",
-    "lower_bound",
-    "beta_is_logit",
-    "heads",
-    "qk_l2norm",
-    "qk_l2norm_eps",
-    "state_layout",
-)
+_ATTRIBUTES = frozenset(FUNCTIONAL.flags) - {"output_final_state"}
 
 
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, flags: dict[str, Any]) -> list[Any]:
@@ -222,7 +214,7 @@ def _gates(
         A = A[:, None] if g.dim() == 4 else A
         bound = flags.get("lower_bound")
         g = -A * F.softplus(g) if bound is None else bound * torch.sigmoid(A * g)
-    return g, beta.sigmoid() if flags.get("beta_is_logit") else beta
+    return g, write_strength(beta, Options(**flags))
 
 
 # ---- the graph

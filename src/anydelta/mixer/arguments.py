@@ -45,9 +45,10 @@ class MixerOptions(NamedTuple):
     norm_gate: Annotated[str, ChoiceRow(("silu", "sigmoid"))] = "silu"
     state_layout: StateLayout = "kv"
 
-    def of_rule(self) -> Options:
-        """The options of the rule inside."""
-        return Options(**{n: getattr(self, n) for n in Options._fields if n in self._fields})
+    def of_rule(self, *, weighted: bool = False) -> Options:
+        """The options of the rule inside; with `weighted` of one whose beta has its sigmoid behind it."""
+        inside = Options(**{n: getattr(self, n) for n in Options._fields if n in self._fields})
+        return inside._replace(beta_is_logit=False) if weighted else inside
 
 
 @dataclass(slots=True)

@@ -89,3 +89,8 @@ INPLACE = Operator(
 )  # fmt: skip
 OPERATORS = (FUNCTIONAL, SNAPSHOTS, INPLACE)
 """Those that the C++ library has too."""
+
+
+def write_strength(beta: Array, options: Any) -> Array:
+    """beta after its sigmoid; torch's, with the options of a call of rule or mixer."""
+    return beta.sigmoid() if options.beta_is_logit else beta

@@ -10,6 +10,7 @@ import numpy as np
 from ...core.devices import Bytes, DeviceArray
 from ...rule.arguments import Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
+from .structs import OF_OPTIONS
 
 TYPE = {"float32": 0, "bfloat16": 1, "float16": 2}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "int32": 4, "int64": 8}
@@ -57,7 +58,7 @@ def params_of(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]
         qkv_type=TYPE[spec.dtype], g_type=_small_type(call.g), beta_type=_small_type(call.beta),
         a_log_type=_small_type(call.A_log), dt_bias_type=_small_type(call.dt_bias), state_type=TYPE[spec.state_dtype],
         tiled=opt.heads == "tiled", decay=DECAYS.index(opt.decay), has_lower_bound=opt.lower_bound is not None,
-        beta_is_logit=opt.beta_is_logit, l2norm=opt.qk_l2norm,
+        **{member: getattr(opt, name) for member, name in OF_OPTIONS.items()},
         cu64=spec.packed and dtype_name(call.cu_seqlens) == "int64",
         indices64=spec.pooled and dtype_name(call.state_indices) == "int64", out_dense=not spec.inplace,
         scale=spec.scale, eps=opt.qk_l2norm_eps, lower_bound=opt.lower_bound or 0.0,

@@ -22,7 +22,7 @@ from ...core.devices import Device, DeviceArray
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, framework_of
 from ..accepts import EITHER, RULE_CALLS
-from .structs import CALL, flags
+from .structs import CALL, OF_OPTIONS, flags
 
 ALIGN = 16
 """Bytes: a field begins where a vec4 may."""
@@ -251,8 +251,7 @@ def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool)
         "raw": opt.decay == "raw",
         "lower": opt.lower_bound is not None,
         "dt_bias": "dt_bias" in layout.offsets,
-        "logit": opt.beta_is_logit,
-        "l2norm": opt.qk_l2norm,
+        **{flag: getattr(opt, name) for flag, name in OF_OPTIONS.items()},
         "skips": spec.pooled,
         **own,
     }

@@ -79,7 +79,7 @@ PARAMS = Struct(
     ("i", "H", 1), ("i", "HV", 1), ("i", "k_rows", 1), ("i", "V", 1), ("i", "N", 1), ("i", "Ks", 1),
     ("i", "qkv_type", 1), ("i", "g_type", 1), ("i", "beta_type", 1), ("i", "a_log_type", 1), ("i", "dt_bias_type", 1),
     ("i", "state_type", 1),
-    ("i", "tiled", 1), ("i", "decay", 1), ("i", "has_lower_bound", 1), ("i", "beta_is_logit", 1), ("i", "l2norm", 1),
+    ("i", "tiled", 1), ("i", "decay", 1), ("i", "has_lower_bound", 1), ("i", "logit", 1), ("i", "l2norm", 1),
     ("i", "cu64", 1), ("i", "indices64", 1), ("i", "rows64", 1), ("i", "out_dense", 1), ("i", "flags", 1),
     ("f", "scale", 1), ("f", "eps", 1), ("f", "lower_bound", 1), ("f", "padding", 1),
 )  # fmt: skip
@@ -107,3 +107,6 @@ WEBGPU_FLAGS = (
 METAL_FLAGS = (
     "has_state", "writes_state", "has_dt_bias", "masked", "packed", "pooled", "rows", "head", "tail", "in_dense",
 )  # fmt: skip
+
+OF_OPTIONS = {"logit": "beta_is_logit", "l2norm": "qk_l2norm"}
+"""The options that are members or flags as they are, by their names there."""

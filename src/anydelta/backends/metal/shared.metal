@@ -195,7 +195,7 @@ inline bool is_live(Ref P, thread const Arrays& a, thread const Work& w, long t)
 template <typename Ref>
 inline float beta_of(Ref P, thread const Arrays& a, thread const Work& w, long t) {
     const float x = load1(P.beta_type, a.beta, w.b * P.beta[0] + t * P.beta[1] + w.h * P.beta[2]);
-    return P.beta_is_logit ? sigmoid(x) : x;
+    return P.logit ? sigmoid(x) : x;
 }
 
 // The bias of row `row` of a raw gate.

@@ -340,7 +340,7 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
       s.x = ((float*)&a)[0];
 #endif
       F beta = load_one(A->at[BETA], P->beta_type, b * P->beta[0] + t * P->beta[1] + h * P->beta[2]);
-      if (P->beta_is_logit) beta = sigmoid(beta);
+      if (P->logit) beta = sigmoid(beta);
       s.y = ((float*)&beta)[0];
       s.z = !HAS(MASK) || A->at[MASK][b * P->mask[0] + t * P->mask[1]] ? 1.0f : 0.0f;
       s.w = 0.0f;

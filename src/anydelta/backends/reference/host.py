@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.accepts import ANY, Row
+from ...core.arguments import options_of
 from ...core.dispatch import Rejected
 from ...rule import reference
-from ...rule.arguments import Call
+from ...rule.arguments import Call, write_strength
 from ...rule.spec import CallSpec
 from ..accepts import GATES, RULE_CALLS
 
@@ -56,29 +57,11 @@ def _run_numpy(spec: CallSpec, call: Call) -> None:
     def f64(x: Any) -> Any:
         return None if x is None else np.asarray(x).astype(np.float64)
 
-    opt = spec.options
     want = reference.gated_delta_rule(
-        f64(call.q),
-        f64(call.k),
-        f64(call.v),
-        g=f64(call.g),
-        beta=f64(call.beta),
-        initial_state=f64(call.state_in),
-        scale=spec.scale,
-        decay=opt.decay,
-        A_log=f64(call.A_log),
-        dt_bias=f64(call.dt_bias),
-        lower_bound=opt.lower_bound,
-        beta_is_logit=opt.beta_is_logit,
-        heads=opt.heads,
-        qk_l2norm=opt.qk_l2norm,
-        qk_l2norm_eps=opt.qk_l2norm_eps,
-        state_layout=opt.state_layout,
-        cu_seqlens=call.cu_seqlens,
-        state_indices=call.state_indices,
-        mask=call.mask,
-        snapshots=spec.snapshots,
-    )
+        f64(call.q), f64(call.k), f64(call.v), g=f64(call.g), beta=f64(call.beta), initial_state=f64(call.state_in),
+        A_log=f64(call.A_log), dt_bias=f64(call.dt_bias), cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+        mask=call.mask, snapshots=spec.snapshots, **options_of(spec.options, "output_final_state"),
+    )  # fmt: skip
     call.o[...] = want.o
     if call.state_out is not None:
         if spec.inplace and spec.pooled:
@@ -105,7 +88,7 @@ def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.T
         x = g if call.dt_bias is None else g + call.dt_bias.to(dtype).reshape(g.shape[2:])
         g = -A * F.softplus(x) if opt.lower_bound is None else opt.lower_bound * torch.sigmoid(A * x)
     a = g if opt.decay == "linear" else g.exp()
-    return a, beta.sigmoid() if opt.beta_is_logit else beta
+    return a, write_strength(beta, opt)
 
 
 def _live_only(spec: CallSpec, call: Call) -> Call:

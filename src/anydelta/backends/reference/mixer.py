@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.accepts import ANY
+from ...core.arguments import options_of
 from ...mixer import reference
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, parts
+from ...rule.arguments import write_strength
 from ...rule.op import gated_delta_rule, gated_delta_rule_
 from ..accepts import GATES, MIXER_CALLS
 from .host import normalised
@@ -56,16 +58,13 @@ def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     q, k, v = (f64(x) for x in parts(call, spec))
-    opt, r = spec.options, spec.rule
+    r = spec.rule
     want = reference.gated_delta_mixer(
         q, k, v, f64(call.conv_state), f64(call.state),
         g=f64(call.g), beta=f64(call.beta), conv_weight=f64(call.conv_weight), conv_bias=f64(call.conv_bias),
         A_log=f64(call.A_log), dt_bias=f64(call.dt_bias), z=f64(call.z), norm_weight=f64(call.norm_weight),
-        activation=opt.activation, scale=r.scale, decay=opt.decay, lower_bound=opt.lower_bound,
-        beta_is_logit=opt.beta_is_logit, allow_neg_eigval=opt.allow_neg_eigval, heads=opt.heads,
-        qk_l2norm=opt.qk_l2norm, qk_l2norm_eps=opt.qk_l2norm_eps, norm_eps=opt.norm_eps, norm_gate=opt.norm_gate,
-        state_layout=opt.state_layout, cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
-        mask=call.mask, snapshots=r.snapshots,
+        cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, mask=call.mask, snapshots=r.snapshots,
+        **options_of(spec.options),
     )  # fmt: skip
     call.o[...] = want.o
     written = want.rule.snapshot_written
@@ -145,12 +144,11 @@ def compose(
     # what a token that no state sees holds, NaN for instance, must reach no gradient either
     counted = live_tokens[..., None]
     beta = torch.where(counted, call.beta.to(dtype), 0.0)
-    beta = beta.sigmoid() if opt.beta_is_logit else beta
+    beta = write_strength(beta, opt)
     options: dict[str, Any] = dict(
-        g=call.g, beta=2 * beta if opt.allow_neg_eigval else beta, scale=opt.scale, decay=opt.decay, A_log=call.A_log,
-        dt_bias=call.dt_bias, lower_bound=opt.lower_bound, heads=opt.heads, qk_l2norm=opt.qk_l2norm,
-        qk_l2norm_eps=opt.qk_l2norm_eps, state_layout=opt.state_layout, cu_seqlens=call.cu_seqlens,
-        state_indices=call.state_indices, mask=call.mask, snapshots=call.snapshots, backend=backend,
+        g=call.g, beta=2 * beta if opt.allow_neg_eigval else beta, A_log=call.A_log, dt_bias=call.dt_bias,
+        cu_seqlens=call.cu_seqlens, state_indices=call.state_indices, mask=call.mask, snapshots=call.snapshots,
+        backend=backend, **options_of(opt.of_rule(weighted=True), "output_final_state"),
     )  # fmt: skip
     final = None
     if inplace:

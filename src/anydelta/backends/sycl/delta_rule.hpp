@@ -274,7 +274,7 @@ struct Rule {
                     for (int m = 0; m < BLOCKS; ++m) k[m] *= fk, q[m] *= fq;
                 }
                 beta[i] = read(at(P, BETA), P.beta_type, b * P.beta[0] + t * P.beta[1] + h * P.beta[2]);
-                if (P.beta_is_logit) beta[i] = sigmoid(beta[i]);
+                if (P.logit) beta[i] = sigmoid(beta[i]);
                 for (int j = 0; j < NVEC; ++j)
                     if (const int c = first + j * VEC; c < P.V)
                         x[i][j] = load<VEC>(at(P, V), P.qkv_type, b * P.v[0] + t * P.v[1] + h * P.v[2] + c * P.v[3],

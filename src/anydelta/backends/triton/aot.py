@@ -162,8 +162,8 @@ def call_of(shape: Shape, device: str = "meta") -> tuple[CallSpec, Call]:
         snapshots=new(s.snapshots, s.N, s.HV, *tail, dtype=s.state_dtype) if s.snapshots and not s.rows else None,
         snapshot_indices=new(s.snapshots, s.N, dtype="int32") if s.rows else None,
     )  # fmt: skip
-    options = Options(
-        decay=s.decay, qk_l2norm=s.l2norm, state_layout=s.layout, beta_is_logit=raw,
+    options = (MixerOptions().of_rule() if raw else Options())._replace(
+        decay=s.decay, qk_l2norm=s.l2norm, state_layout=s.layout,
         op="gated_delta_rule_" if s.inplace else "gated_delta_rule",
     )  # fmt: skip
     spec = check_call(call, options, inplace=s.inplace)

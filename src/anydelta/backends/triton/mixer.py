@@ -14,7 +14,7 @@ from ...core.accepts import Accepts, Row, UpTo
 from ...core.late import late
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, grouped
-from ...rule.arguments import Call
+from ...rule.arguments import Call, write_strength
 from ...rule.spec import CallSpec, dtype_name
 from ..accepts import MIXER_CALLS, TORCH
 from . import host as backend
@@ -115,8 +115,8 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
 
     if opt.allow_neg_eigval:
         beta = beta.float()
-        inner.beta = 2 * (beta.sigmoid() if opt.beta_is_logit else beta)
-        rule = replace(rule, options=rule.options._replace(beta_is_logit=False))
+        inner.beta = 2 * write_strength(beta, opt)
+        rule = replace(rule, options=opt.of_rule(weighted=True))
         launches = launch.Launches(rule, machine, backend.strides_of(rule, inner))
     inner.o = new((r.B, r.T, r.HV, r.V), dtype=torch.float32) if spec.normed else inner.o
     yield from launches.calls(inner)

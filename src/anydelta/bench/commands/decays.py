@@ -87,6 +87,7 @@ def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, Any]:
         C = 3 * HEADS * D
         x.update(qkv=normal(1, T, C), conv_state=normal(1, C, 3), conv_weight=normal(C, 4) / 2)
         x.update(z=normal(1, T, HEADS * D), norm_weight=1 + normal(D) / 8)
+        x["beta"] = np.log(x["beta"] / (1 - x["beta"]))  # the mixer's is a logit
     x["g"] = _log_decays(kind, (1, T, HEADS, D) if kda else (1, T, HEADS), rng)
     return {name: a.astype(np.float32) for name, a in x.items()}
 
@@ -100,7 +101,7 @@ def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
     qkv, conv = x.pop("qkv"), x.pop("conv_state")
 
     def run() -> tuple[Any, Any]:
-        o, _, after = gated_delta_mixer(qkv, conv, state, **x, decay="log", beta_is_logit=False)
+        o, _, after = gated_delta_mixer(qkv, conv, state, **x, decay="log")
         return o, after
 
     return run
@@ -113,9 +114,7 @@ def _exact(op: str, x: dict[str, Any]) -> tuple[Any, Any]:
         want = reference.gated_delta_rule(**y, initial_state=state, qk_l2norm=True)
         return want.o, want.state
     q, k, v = np.split(y.pop("qkv"), 3, -1)
-    found = mixer_reference.gated_delta_mixer(
-        q, k, v, y.pop("conv_state"), state, **y, decay="log", beta_is_logit=False
-    )
+    found = mixer_reference.gated_delta_mixer(q, k, v, y.pop("conv_state"), state, **y, decay="log")
     return found.o, found.rule.state
 
 
