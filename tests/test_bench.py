@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from anydelta.bench.contenders import packages as peers
-from anydelta.bench.measure import ops, report
+from anydelta.bench.measure import ops, outputs, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
 from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
 from anydelta.rule import reference
@@ -383,13 +383,13 @@ def test_what_cannot_be_written_is_found_before_anything_is_measured(
 
 
 def test_printers_show_every_record(measured):
-    data = json.loads(report.to_text(measured, "json"))
+    data = json.loads(outputs.to_text(report, measured, "json"))
     assert [r["case"] for r in data["records"]] == [r.case for r in measured.records]
     assert data["machine"]["cpus"] >= 1
-    rows = list(csv.DictReader(io.StringIO(report.to_text(measured, "csv"))))
+    rows = list(csv.DictReader(io.StringIO(outputs.to_text(report, measured, "csv"))))
     assert len(rows) == len(measured.records)
     assert float(rows[0]["median_us"]) == measured.records[0].median_us
-    text = report.to_text(measured, "md")
+    text = outputs.to_text(report, measured, "md")
     for name in TINY:
         assert f"**{name}, 1 thread" in text
     assert text.count("| wrong: NMSE must be at most 1e-07; got state") == len(TINY)
@@ -399,7 +399,7 @@ def test_printers_show_every_record(measured):
 
 def test_the_table_prints(measured):
     console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=140)
-    console.print(report.to_table(measured))
+    console.print(outputs.to_table(report, measured))
     assert TINY[0] in console.file.getvalue()
 
 
@@ -424,8 +424,10 @@ def test_nothing_timed_is_nothing_to_plot(measured, tmp_path):
 def test_a_disturbed_case_says_so(measured):
     quiet, noisy = (replace(r, others_pct=p) for r, p in zip(measured.records[:2], (2.0, 60.0), strict=True))
     title = "other work took 60 %"
-    assert title in report.to_text(ops.Report(measured.machine, QUICK, records=[noisy]), "md")
-    assert "other work" not in report.to_text(ops.Report(measured.machine, QUICK, records=[quiet]), "md")
+    assert title in outputs.to_text(report, ops.Report(measured.machine, QUICK, records=[noisy]), "md")
+    assert "other work" not in outputs.to_text(
+        report, ops.Report(measured.machine, QUICK, records=[quiet]), "md"
+    )
 
 
 def test_times_read_well():

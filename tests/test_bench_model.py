@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
-from anydelta.bench.measure import model, model_report, ops, presets, profile  # noqa: E402
+from anydelta.bench.measure import model, model_report, ops, outputs, presets, profile  # noqa: E402
 from anydelta.bench.measure.runners import CompiledRunner, TransformersRunner, prepare  # noqa: E402
 from anydelta.bench.measure.runners import Test as Work  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL, CheckpointError  # noqa: E402
@@ -326,12 +326,12 @@ def command(*args: str) -> Any:
 
 
 def test_printers_show_every_record(measured: model.Report) -> None:
-    rows = list(csv.DictReader(io.StringIO(model_report.to_text(measured, "csv"))))
+    rows = list(csv.DictReader(io.StringIO(outputs.to_text(model_report, measured, "csv"))))
     assert len(rows) == len(measured.records)
-    loaded = json.loads(model_report.to_text(measured, "json"))
+    loaded = json.loads(outputs.to_text(model_report, measured, "json"))
     assert len(loaded["records"]) == len(rows)
     assert len(loaded["parts"]) == len(measured.parts)
-    text = model_report.to_text(measured, "md")
+    text = outputs.to_text(model_report, measured, "md")
     for r in measured.records:
         assert f"| {r.test} | {r.contender} |" in text
     assert "mixer in all" in text

@@ -18,7 +18,7 @@ import transformers  # noqa: E402
 
 from anydelta.bench.measure import drafting as spec  # noqa: E402
 from anydelta.bench.measure import drafting_report as spec_report  # noqa: E402
-from anydelta.bench.measure import prefix, prefix_report  # noqa: E402
+from anydelta.bench.measure import outputs, prefix, prefix_report  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL as MODEL  # noqa: E402
 from conftest import CPU_REASONS, run_program, without  # noqa: E402
 
@@ -79,8 +79,8 @@ def test_the_printers_show_every_record(measured: tuple[dict[str, Any], Path]) -
     data = measured[0]
     records = [spec.Record(**r) for r in data["records"]]
     report = spec.Report(data["machine"], data["model"], spec.Settings(**data["settings"]), [], records)
-    assert len(list(csv.DictReader(io.StringIO(spec_report.to_text(report, "csv"))))) == len(records)
-    text = spec_report.to_text(report, "md")
+    assert len(list(csv.DictReader(io.StringIO(outputs.to_text(spec_report, report, "csv"))))) == len(records)
+    text = outputs.to_text(spec_report, report, "md")
     assert text.count("| song |") == text.count("| median |") == len(MODES)
     bad = replace(records[1], status="wrong", reason="the text is another", median_tps=None)
     assert "wrong: the text is another" in spec_report.row(bad)[3]
@@ -141,6 +141,6 @@ def test_checkpoints_run_only_what_is_new(tmp_path: Path) -> None:
         assert r["low_s"] <= r["median_s"] <= r["high_s"]
     records = [prefix.Record(**r) for r in data["records"]]
     report = spec.Report(data["machine"], data["model"], prefix.Settings(), [], records)
-    assert prefix_report.to_text(report, "md").count("| next turn |") == 2
+    assert outputs.to_text(prefix_report, report, "md").count("| next turn |") == 2
     bad = replace(records[0], status="wrong", reason="another", plain_s=None)
     assert "wrong: another" in prefix_report.row(bad)[3]

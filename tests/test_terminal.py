@@ -29,7 +29,16 @@ import anydelta
 from anydelta import cli, terminal
 from anydelta.bench.measure import drafting as spec
 from anydelta.bench.measure import drafting_report as spec_report
-from anydelta.bench.measure import model, model_report, ops, prefix, prefix_report, report, small_report
+from anydelta.bench.measure import (
+    model,
+    model_report,
+    ops,
+    outputs,
+    prefix,
+    prefix_report,
+    report,
+    small_report,
+)
 from anydelta.bench.measure.runners import Test as Work
 from anydelta.conformance import cli as conform
 from anydelta.conformance.run import FAIL, Result
@@ -206,13 +215,13 @@ def reports(text: str) -> Iterator[tuple[Any, Any]]:
 def test_every_report_of_bench_shows_every_text(hostile: str) -> None:
     for printers, measured in reports(hostile):
         for width in (160, 80, 40):
-            out = printed(printers.to_table(measured), width=width)
+            out = printed(outputs.to_table(printers, measured), width=width)
             holds(out, hostile)
             assert "…" not in out
-        loaded = json.loads(printers.to_text(measured, "json"), parse_constant=pytest.fail)
+        loaded = json.loads(outputs.to_text(printers, measured, "json"), parse_constant=pytest.fail)
         assert hostile in str(loaded) or repr(hostile)[1:-1] in str(loaded)
-        printers.to_text(measured, "csv")
-        text = printers.to_text(measured, "md").replace("\\|", "|").replace("&lt;", "<")
+        outputs.to_text(printers, measured, "csv")
+        text = outputs.to_text(printers, measured, "md").replace("\\|", "|").replace("&lt;", "<")
         holds(text, " ".join(hostile.split()))
 
 

@@ -22,7 +22,7 @@ from ...rule import reference
 from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
-from ..measure.turns import Progress, check, interleave, torch_threads
+from ..measure.turns import Progress, check, interleave, part_of, torch_threads
 from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
 
 HEADS, D = 16, 128
@@ -146,10 +146,7 @@ def strong_decays(
     ]
     for i, (op, kda, T, n) in enumerate(groups):
         name = f"{op}, {'KDA' if kda else 'GDA'}"
-
-        def tell(text: str, part: float, i: int = i, name: str = f"{name}, {T} tokens, {n} threads") -> None:
-            progress(f"{name}: {text}", (i + part) / len(groups))
-
+        tell = part_of(progress, f"{name}, {T} tokens, {n} threads", i, len(groups))
         calls, worst = {}, []
         with torch_threads(n), torch.no_grad():
             for kind in ("mild", *STRONG.values()):

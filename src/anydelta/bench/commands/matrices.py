@@ -17,7 +17,7 @@ import typer
 from ...terminal import Failed, first_line
 from ..measure.ops import Settings, describe_machine
 from ..measure.small_report import Measured
-from ..measure.turns import Progress, interleave, torch_threads
+from ..measure.turns import Progress, interleave, part_of, torch_threads
 from .options import Csv, Json, Md, Output, numbers_of_threads, small
 
 SHAPES = ((6144, 1024), (2048, 1024), (1024, 2048), (3584, 1024), (3584, 1024), (1024, 3584))
@@ -103,7 +103,7 @@ def matrices(
                             f"{name}, {dtype}: the error must be at most {most}; got {errors[name]:.1e}"
                         )
                 samples, _, others = interleave(
-                    ways, settings, partial(_tell, progress, f"{dtype}, {n} threads")
+                    ways, settings, part_of(progress, f"{dtype}, {n} threads", 0, 1)
                 )
             for name, us in samples.items():
                 rates = sorted(size / t / 1e3 for t in us)
@@ -122,10 +122,6 @@ def matrices(
                 )
     measured.notes.append("median of the rounds (slowest to fastest); the sum shows what reading alone takes")
     return measured
-
-
-def _tell(progress: Progress, what: str, text: str, done: float) -> None:
-    progress(f"{what}: {text}", done)
 
 
 def matrices_command(

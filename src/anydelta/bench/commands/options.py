@@ -13,7 +13,7 @@ import typer
 
 from ... import terminal
 from ...terminal import Failed, Refused, progress, refusing
-from ..measure import small_report
+from ..measure import outputs, small_report
 from ..measure.contender import needs
 from ..measure.ops import Settings
 
@@ -79,13 +79,13 @@ def show(printers: Any, report: Any, form: str | None, output: Path | None, plot
         Failed: a file cannot be written, or nothing was timed that could be drawn.
     """
     if form is not None:
-        text = printers.to_text(report, form)
+        text = outputs.to_text(printers, report, form)
         if output is None:
             terminal.say(text, end="")
         else:
             output.write_text(text, encoding="utf-8")
     if form is None or output is not None:
-        terminal.show(printers.to_table(report))
+        terminal.show(outputs.to_table(printers, report))
     if plot is not None:
         try:
             printers.plot(report, plot)

@@ -24,6 +24,7 @@ from ..measure.turns import (
     interleave,
     make_inputs,
     oracle,
+    part_of,
     tensors,
     torch_threads,
 )
@@ -105,10 +106,7 @@ def shared_threads(
         c = torch.empty(rows, columns)
         for n in threads:
             for share in providers:
-
-                def tell(text: str, part: float, done: int = done, name: str = name, n: int = n) -> None:
-                    progress(f"{name}, {n} threads: {text}", (done + part) / total)
-
+                tell = part_of(progress, f"{name}, {n} threads", done, total)
                 with torch_threads(n), torch.no_grad():
                     run, o, state = bare_kernel(tensors(x), threads=n, share_openmp=share)
                     run()

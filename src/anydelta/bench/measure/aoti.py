@@ -6,7 +6,6 @@ difference, per call, less the bare kernel's time in the same round.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -79,21 +78,10 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     bare_us = samples["bare"]
     each = [(many - one) / (CALLS - 1) for many, one in zip(samples[str(CALLS)], samples["1"], strict=True)]
     records = [
-        OverheadRecord(
-            call=name,
-            calls=count,
-            rounds=len(us),
-            min_us=min(us),
-            median_us=statistics.median(us),
-            overhead_us=statistics.median(a - b for a, b in zip(us, bare_us, strict=True)),
-            overhead_min_us=min(us) - min(bare_us),
-            nmse=error,
-            others_pct=others,
-        )
-        for name, us, count, error in (
-            ("bare kernel", bare_us, repeats["bare"], errors[0]),
-            ("AOTInductor, in place", each, repeats[str(CALLS)] * (CALLS - 1), errors[1]),
-        )
+        OverheadRecord.of("bare kernel", repeats["bare"], bare_us, bare_us, errors[0], others),
+        OverheadRecord.of(
+            "AOTInductor, in place", repeats[str(CALLS)] * (CALLS - 1), each, bare_us, errors[1], others
+        ),
     ]
     notes = [
         "float32, B = T = 1, H = HV = 32, K = V = 128, one thread",

@@ -6,14 +6,11 @@ import statistics
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import outputs
 from .drafting import FLAG, Record, Report
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
+KIND = Record
 HEAD = ("prompt", "accepted", "tokens per verification", "tokens/s (range)", "x plain", "flagged")
 COLOURS = {
     "mtp": "#1b6ca8",
@@ -24,14 +21,6 @@ COLOURS = {
 }
 
 
-def to_text(report: Report, form: str) -> str:
-    return outputs.to_text(report, form, Record, header(report), tables(report))
-
-
-def to_table(report: Report) -> Group:
-    return outputs.to_table(header(report), tables(report))
-
-
 def tables(report: Report) -> Iterator[outputs.Table]:
     for title, rows in groups(report):
         yield outputs.Table(title, HEAD, rows, lambda cells: "bold" if cells[0] == "median" else "")
@@ -39,10 +28,9 @@ def tables(report: Report) -> Iterator[outputs.Table]:
 
 def header(report: Report) -> list[str]:
     """The machine and how it was measured, as lines."""
-    m, s = report.machine, report.settings
+    s = report.settings
     return [
-        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"anydelta {m['anydelta']}; {m['date']}",
+        outputs.machine(report.machine),
         f"{report.model}, {s.tokens} new tokens a prompt, greedy, {s.threads} thread{'s' * (s.threads > 1)}, "
         f"{s.rounds} interleaved rounds",
         "tokens/s: of the whole call, median of the rounds; x plain: plain decoding's time over the mode's, likewise",
@@ -94,33 +82,21 @@ def plot(report: Report, path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: nothing was timed, or matplotlib cannot write that kind of file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     timed = [r for r in report.records if r.ratio is not None and r.accepted_share is not None]
     if not timed:
         raise ValueError("no drafts were timed, so there is nothing to plot")
-    plt.rcParams.update(outputs.FIGURE)
-    fig, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    for mode in dict.fromkeys(r.mode for r in timed):
-        mine = [r for r in timed if r.mode == mode]
-        x, y = [100 * (r.accepted_share or 0.0) for r in mine], [r.ratio or 0.0 for r in mine]
-        axis.scatter(x, y, s=22, color=COLOURS.get(mode, "grey"), label=f"{mode}: {mine[0].detail}")
-        for r, at in zip(mine, zip(x, y, strict=True), strict=True):
-            axis.annotate(r.prompt, at, xytext=(4, 2), textcoords="offset points", size=6, color="0.35")
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set_xlim(0, 100)
-    axis.set_ylim(0, None)
-    axis.set_xlabel("accepted drafts, %")
-    axis.set_ylabel("speed over plain decoding's, median of the rounds")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(lw=0.4, alpha=0.5)
-    axis.legend(frameon=False, fontsize=7, loc="upper left")
-    m = report.machine
-    fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {report.model}, {m['date']}", size=9)
-    try:
-        fig.savefig(path, dpi=150)
-    finally:
-        plt.close(fig)
+    with outputs.figure(report, path, (6.5, 4.5)) as (_, (axis,)):
+        for mode in dict.fromkeys(r.mode for r in timed):
+            mine = [r for r in timed if r.mode == mode]
+            x, y = [100 * (r.accepted_share or 0.0) for r in mine], [r.ratio or 0.0 for r in mine]
+            axis.scatter(x, y, s=22, color=COLOURS.get(mode, "grey"), label=f"{mode}: {mine[0].detail}")
+            for r, at in zip(mine, zip(x, y, strict=True), strict=True):
+                axis.annotate(r.prompt, at, xytext=(4, 2), textcoords="offset points", size=6, color="0.35")
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_xlim(0, 100)
+        axis.set_ylim(0, None)
+        axis.set_xlabel("accepted drafts, %")
+        axis.set_ylabel("speed over plain decoding's, median of the rounds")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(lw=0.4, alpha=0.5)
+        axis.legend(frameon=False, fontsize=7, loc="upper left")

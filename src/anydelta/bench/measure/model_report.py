@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import outputs
 from .model import Record, Report
 from .profile import MIXER_TOTAL, ORDER, Part
 from .report import BUSY_PCT, COLOURS
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
+KIND = Record
 HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit error")
-
-
-def to_text(report: Report, form: str) -> str:
-    return outputs.to_text(report, form, Record, header(report), tables(report))
-
-
-def to_table(report: Report) -> Group:
-    return outputs.to_table(header(report), tables(report))
 
 
 def tables(report: Report) -> Iterator[outputs.Table]:
@@ -36,10 +26,8 @@ def tables(report: Report) -> Iterator[outputs.Table]:
 
 def header(report: Report) -> list[str]:
     """The machine, how it was measured, who was absent and what to know, as lines."""
-    m = report.machine
     lines = [
-        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"anydelta {m['anydelta']}; {m['date']}",
+        outputs.machine(report.machine),
         "contenders: " + "; ".join(dict.fromkeys(f"{r.contender} {r.version}" for r in report.records)),
         *(f"absent: {name}: {why}" for name, why in report.absent.items()),
         f"{report.settings.rounds} interleaved rounds; tokens/s: their median ± standard deviation",
@@ -110,11 +98,6 @@ def plot(report: Report, path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: nothing was timed, or matplotlib cannot write that kind of file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     timed = [r for r in report.records if r.ratio is not None]
     if not timed:
         raise ValueError("nothing was timed, so there is nothing to plot")
@@ -125,21 +108,12 @@ def plot(report: Report, path: Path) -> None:
 
     tests = list(dict.fromkeys(label(r) for r in timed))
     names = list(dict.fromkeys(r.contender for r in timed))
-    plt.rcParams.update(outputs.FIGURE)
     panels = 2 if report.parts else 1
-    height = 1.6 + 0.24 * len(names) * len(tests)
-    fig, axes = plt.subplots(
-        1, panels, figsize=(5.5 * panels + 1, height), squeeze=False, layout="constrained"
-    )
-    _plot_speed(axes[0][0], timed, tests, names, label)
-    if report.parts:
-        _plot_parts(axes[0][1], report.parts, tests, label)
-    m = report.machine
-    fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {m['cpus']} CPUs, {m['date']}", size=10)
-    try:
-        fig.savefig(path, dpi=150)
-    finally:
-        plt.close(fig)
+    size = (5.5 * panels + 1, 1.6 + 0.24 * len(names) * len(tests))
+    with outputs.figure(report, path, size, panels) as (_, axes):
+        _plot_speed(axes[0], timed, tests, names, label)
+        if report.parts:
+            _plot_parts(axes[1], report.parts, tests, label)
 
 
 def _plot_speed(axis: Any, timed: list[Record], tests: list[str], names: list[str], label: Any) -> None:

@@ -6,7 +6,9 @@ The printers of a kind of report (report.py, model_report.py, ...) say what stan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import terminal
@@ -40,28 +42,56 @@ class Table(NamedTuple):
     """Of a row on a terminal."""
 
 
-def to_text(report: Any, form: str, kind: Any, header: Iterable[str], tables: Iterable[Table]) -> str:
-    """The report as "json", its records, of dataclass `kind`, as "csv", or what it shows as "md"."""
+def to_text(printers: Any, report: Any, form: str) -> str:
+    """The report as "json", its records as "csv", or what it shows as "md".
+
+    `printers` is the module of a kind of report: its KIND of record, and header(report) and tables(report).
+    """
     if form == "json":
         return to_json(report)
     if form == "csv":
-        return to_csv(kind, report.records)
-    lines = [f"- {terminal.one_line(line)}" for line in header]
-    for table in tables:
-        lines += [
-            "",
-            f"**{terminal.one_line(table.title)}**",
-            "",
-            *terminal.markdown_table(table.head, table.rows),
-        ]
+        return to_csv(printers.KIND or type(report.records[0]), report.records)
+    lines = [f"- {terminal.one_line(line)}" for line in printers.header(report)]
+    for title, head, rows, _ in printers.tables(report):
+        lines += ["", f"**{terminal.one_line(title)}**", "", *terminal.markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
-def to_table(header: Iterable[str], tables: Iterable[Table]) -> Group:
+def to_table(printers: Any, report: Any) -> Group:
     """For a terminal."""
     from rich.console import Group
 
-    parts: list[Any] = [terminal.lines(header, "dim")]
-    for title, head, rows, style in tables:
+    parts: list[Any] = [terminal.lines(printers.header(report), "dim")]
+    for title, head, rows, style in printers.tables(report):
         parts += ["", terminal.Table(title, head, list(rows), style, left=("contender",))]
     return Group(*parts)
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """The line that every report begins with."""
+    return (
+        f"{facts['cpu']}, {facts['cpus']} CPUs, {facts['system']}; Python {facts['python']}, torch {facts['torch']}, "
+        f"anydelta {facts['anydelta']}; {facts['date']}"
+    )
+
+
+@contextmanager
+def figure(
+    report: Any, path: Path, size: tuple[float, float], panels: int = 1, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """(a figure, its panels side by side), written with a title when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(FIGURE)
+    fig, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained", **options)
+    m = report.machine
+    what = getattr(report, "model", f"{m['cpus']} CPUs")
+    try:
+        yield fig, axes[0]
+        fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {what}, {m['date']}", size=10)
+        fig.savefig(path, dpi=150)
+    finally:
+        plt.close(fig)

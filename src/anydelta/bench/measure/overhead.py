@@ -54,6 +54,16 @@ class OverheadRecord:
     nmse: float
     others_pct: float | None = None
 
+    @classmethod
+    def of(
+        cls, call: str, calls: int, us: list[float], bare: list[float], nmse: float, others: float | None
+    ) -> OverheadRecord:
+        """From the times of a call and of the bare kernel, by round."""
+        over = statistics.median(a - b for a, b in zip(us, bare, strict=True))
+        return cls(
+            call, calls, len(us), min(us), statistics.median(us), over, min(us) - min(bare), nmse, others
+        )
+
     def columns(self) -> dict[str, str]:
         return {
             "call": self.call,
@@ -90,17 +100,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
         samples, repeats, others = interleave(calls, settings, progress)
     bare_us = samples["bare kernel"]
     records = [
-        OverheadRecord(
-            call=name,
-            calls=repeats[name],
-            rounds=len(us),
-            min_us=min(us),
-            median_us=statistics.median(us),
-            overhead_us=statistics.median(a - b for a, b in zip(us, bare_us, strict=True)),
-            overhead_min_us=min(us) - min(bare_us),
-            nmse=errors[name],
-            others_pct=others,
-        )
+        OverheadRecord.of(name, repeats[name], us, bare_us, errors[name], others)
         for name, us in samples.items()
     ]
     notes = [

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from . import outputs
 from .drafting import Report
 from .prefix import SITUATIONS, Record
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
+KIND = Record
 HEAD = (
     "situation",
     "tokens run",
@@ -23,14 +20,6 @@ HEAD = (
 )
 
 
-def to_text(report: Report, form: str) -> str:
-    return outputs.to_text(report, form, Record, header(report), tables(report))
-
-
-def to_table(report: Report) -> Group:
-    return outputs.to_table(header(report), tables(report))
-
-
 def tables(report: Report) -> Iterator[outputs.Table]:
     for title, rows in groups(report):
         yield outputs.Table(title, HEAD, rows)
@@ -38,10 +27,9 @@ def tables(report: Report) -> Iterator[outputs.Table]:
 
 def header(report: Report) -> list[str]:
     """The machine and how it was measured, as lines."""
-    m, s = report.machine, report.settings
+    s = report.settings
     return [
-        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"anydelta {m['anydelta']}; {m['date']}",
+        outputs.machine(report.machine),
         f"{report.model}, questions of {s.turn} tokens, answers of {s.tokens}, {s.threads} "
         f"thread{'s' * (s.threads > 1)}, {s.rounds} interleaved rounds",
         *(f"{name}: {meaning}" for name, meaning in SITUATIONS.items()),

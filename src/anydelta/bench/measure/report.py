@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import outputs
 from .ops import Record, Report
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
+KIND = Record
 HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE")
 BUSY_PCT = 10
 """Other work above this is worth a warning."""
@@ -26,14 +24,6 @@ COLOURS = {
 }
 
 
-def to_text(report: Report, form: str) -> str:
-    return outputs.to_text(report, form, Record, header(report), tables(report))
-
-
-def to_table(report: Report) -> Group:
-    return outputs.to_table(header(report), tables(report))
-
-
 def tables(report: Report) -> Iterator[outputs.Table]:
     def style(cells: Sequence[str]) -> str:
         return "bold" if cells[0].partition(" (")[0] == "anydelta" else "" if cells[2] else "dim"
@@ -44,12 +34,8 @@ def tables(report: Report) -> Iterator[outputs.Table]:
 
 def header(report: Report) -> list[str]:
     """The machine, how it was measured, who was absent and what to know, as lines."""
-    m = report.machine
-    lines = [
-        f"{m['cpu']}, {m['cpus']} CPUs, {m['system']}; Python {m['python']}, torch {m['torch']}, "
-        f"anydelta {m['anydelta']}; {m['date']}",
-    ]
-    for name, facts in m["backend"].items():
+    lines = [outputs.machine(report.machine)]
+    for name, facts in report.machine["backend"].items():
         shown = facts if isinstance(facts, str) else ", ".join(f"{k} {_plain(v)}" for k, v in facts.items())
         lines.append(f"backend {name}: {shown}")
     versions = {r.contender: r.version for r in report.records if r.contender != "anydelta"}
@@ -117,10 +103,7 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         ValueError: nothing was timed, or matplotlib cannot write that kind of file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     timed = [r for r in report.records if r.status == "ok" and r.median_us is not None]
@@ -133,55 +116,49 @@ def plot(report: Report, path: Path) -> None:
 
     cases = list(dict.fromkeys(label(r) for r in timed))
     names = list(dict.fromkeys(r.contender for r in timed))
-    spare = plt.get_cmap("tab10")
+    spare = colormaps["tab10"]
     colours = {n: COLOURS.get(n, spare(i % 10)) for i, n in enumerate(names)}
     bar = 0.8 / len(names)
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 7}
-    plt.rcParams.update(outputs.FIGURE)
-    fig, (left, right) = plt.subplots(
-        1, 2, sharey=True, figsize=(11, 1.6 + 0.14 * len(names) * len(cases) + 0.12 * len(cases)),
-        gridspec_kw={"width_ratios": (3, 2)}, layout="constrained",
-    )  # fmt: skip
-    for r in timed:
-        y = cases.index(label(r)) + (names.index(r.contender) - (len(names) - 1) / 2) * bar
-        style = {"height": bar * 0.9, "color": colours[r.contender]}
-        if r.ratio is not None and r.contender != names[0]:
-            left.barh(y, r.ratio - 1, left=1, **style)
-            side = {} if r.ratio >= 1 else {"xytext": (-3, 0), "ha": "right"}
-            left.annotate(f"{r.ratio:.3g}", (r.ratio, y), **(beside | side))
-        if r.limit_pct is not None:
-            right.barh(y, r.limit_pct, **style)
-            text = f"{r.limit_pct:.2g}" if r.limit_pct < 10 else f"{r.limit_pct:.0f}"
-            right.annotate(text, (r.limit_pct, y), **beside)
-    left.set_yticks(range(len(cases)), cases)
-    left.set_ylim(len(cases) - 0.5, -0.5)
-    left.axvline(1, color="black", lw=0.8)
-    ratios = [r.ratio for r in timed if r.ratio]
-    if ratios:
-        left.set_xscale("log")
-        left.set_xlim(min(ratios) * 0.6 if min(ratios) < 1 else 0.9, max(2.0, max(ratios) * 1.7))
-        left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    left.set_xlabel(f"time over {names[0]}'s, median of the rounds\n(right of 1: slower than {names[0]})")
-    shares = [r.limit_pct for r in timed if r.limit_pct is not None]
-    if shares:
-        right.set_xlim(0, max(100.0, max(shares)) * 1.12)
-        right.axvline(100, color="black", lw=0.8, ls=":")
-        right.set_xlabel("% of the limit measured in the same run\n(above 100: the state stays in cache)")
-    else:
-        right.text(0.5, 0.5, "no limits were measured", transform=right.transAxes, ha="center", color="grey")
-        right.set_xticks([])
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", lw=0.4, alpha=0.5)
-        axis.set_axisbelow(True)
-        for y in range(1, len(cases)):
-            axis.axhline(y - 0.5, color="0.85", lw=0.6)
-    handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
-    m = report.machine
-    fig.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    fig.suptitle(f"anydelta {m['anydelta']} on {m['cpu']}, {m['cpus']} CPUs, {m['date']}", size=10)
-    try:
-        fig.savefig(path, dpi=150)
-    finally:
-        plt.close(fig)
+    height = 1.6 + 0.14 * len(names) * len(cases) + 0.12 * len(cases)
+    shape: dict[str, Any] = dict(sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+    with outputs.figure(report, path, (11, height), 2, **shape) as (fig, (left, right)):
+        for r in timed:
+            y = cases.index(label(r)) + (names.index(r.contender) - (len(names) - 1) / 2) * bar
+            style = {"height": bar * 0.9, "color": colours[r.contender]}
+            if r.ratio is not None and r.contender != names[0]:
+                left.barh(y, r.ratio - 1, left=1, **style)
+                side = {} if r.ratio >= 1 else {"xytext": (-3, 0), "ha": "right"}
+                left.annotate(f"{r.ratio:.3g}", (r.ratio, y), **(beside | side))
+            if r.limit_pct is not None:
+                right.barh(y, r.limit_pct, **style)
+                text = f"{r.limit_pct:.2g}" if r.limit_pct < 10 else f"{r.limit_pct:.0f}"
+                right.annotate(text, (r.limit_pct, y), **beside)
+        left.set_yticks(range(len(cases)), cases)
+        left.set_ylim(len(cases) - 0.5, -0.5)
+        left.axvline(1, color="black", lw=0.8)
+        ratios = [r.ratio for r in timed if r.ratio]
+        if ratios:
+            left.set_xscale("log")
+            left.set_xlim(min(ratios) * 0.6 if min(ratios) < 1 else 0.9, max(2.0, max(ratios) * 1.7))
+            left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        left.set_xlabel(f"time over {names[0]}'s, median of the rounds\n(right of 1: slower than {names[0]})")
+        shares = [r.limit_pct for r in timed if r.limit_pct is not None]
+        if shares:
+            right.set_xlim(0, max(100.0, max(shares)) * 1.12)
+            right.axvline(100, color="black", lw=0.8, ls=":")
+            right.set_xlabel("% of the limit measured in the same run\n(above 100: the state stays in cache)")
+        else:
+            right.text(
+                0.5, 0.5, "no limits were measured", transform=right.transAxes, ha="center", color="grey"
+            )
+            right.set_xticks([])
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(axis="y", length=0)
+            axis.grid(axis="x", lw=0.4, alpha=0.5)
+            axis.set_axisbelow(True)
+            for y in range(1, len(cases)):
+                axis.axhline(y - 0.5, color="0.85", lw=0.6)
+        handles = [Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
+        fig.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)

@@ -25,6 +25,11 @@ from .ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
 Progress = Callable[[str, float], None]
 
 
+def part_of(progress: Progress, name: str, i: int, parts: int) -> Progress:
+    """The progress of part i of so many, under its name."""
+    return lambda text, done: progress(f"{name}: {text}", (i + done) / parts)
+
+
 def extension() -> Any:
     if native.why_not:
         raise Refused(native.why_not)
