@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 import anydelta
-from anydelta.core import dispatch
-from anydelta.rule import op
+from anydelta.core import dispatch, plans
 
 SHAPES = {  # B, T, H, HV, K and V
     "tiny call": (1, 1, 1, 1, 16),
@@ -68,18 +67,20 @@ def main() -> None:
             n: c for b in args.backends for n, c in contenders(b, args.cuts).items()
         }.items():
             state = device.zeros((B, HV, K, K)) if resident else np.zeros((B, HV, K, K), np.float32)
-            runs[name] = (device, cut, way, state, {})
-        runs["cpu"] = (None, "", "", np.zeros((B, HV, K, K), np.float32), {})
+            runs[name] = (device, cut, way, state)
+        runs["cpu"] = (None, "", "", np.zeros((B, HV, K, K), np.float32))
         times: dict[str, list[float]] = {name: [] for name in runs}
         staged: dict[str, int] = {}
         for turn in range(args.rounds // min(T, 4 if T < 100 else 10) + 2):
-            for name, (device, cut, way, state, plans) in runs.items():
-                op._plans = plans  # each keeps the plans that were made for its way to memory
+            for name, (device, cut, way, state) in runs.items():
                 if device is not None:
                     device.kernel, device.memory = cut, way
+                backend = "cpu" if device is None else device.kind
+                plans.forget()  # those that were made for another way to memory
+                anydelta.gated_delta_rule_(q, k, v, state, **gates, backend=backend)
+                if device is not None:
                     before = device.staged.to_device + device.staged.from_device
                 start = time.perf_counter()
-                backend = "cpu" if device is None else device.kind
                 anydelta.gated_delta_rule_(q, k, v, state, **gates, backend=backend)
                 if turn > 1:
                     times[name].append(time.perf_counter() - start)

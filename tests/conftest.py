@@ -12,7 +12,7 @@ import pytest
 
 from anydelta.conformance import Target, targets
 from anydelta.conformance.run import unavailable
-from anydelta.rule import op
+from anydelta.core import plans
 
 REQUIRED = tuple(filter(None, os.environ.get("ANYDELTA_REQUIRE", "").split(",")))
 """Backends without which the tests must fail instead of skipping; CI names them."""
@@ -55,6 +55,6 @@ def run_program(*args: str) -> Ran:
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """Plans remember the device and how its kernel was cut: none from before, none left."""
-    op._plans.clear()
+    plans.forget()
     yield
-    op._plans.clear()
+    plans.forget()

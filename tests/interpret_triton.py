@@ -16,7 +16,7 @@ from anydelta.backends.triton import config, launch
 from anydelta.conformance import Case, Target
 from anydelta.conformance.gradients import check_gradients
 from anydelta.conformance.run import parse, run_one
-from anydelta.rule import op
+from anydelta.core import plans
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     launch.KernelCall.run = note  # type: ignore[method-assign]
     for line, changes in json.load(sys.stdin):
-        op._plans.clear()  # a plan remembers its launch
+        plans.forget()  # a plan remembers its launch
         ran.clear()
         target = Target("triton", framework="torch")
         gradients = changes.pop("gradients", False)

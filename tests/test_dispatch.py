@@ -19,9 +19,8 @@ from anydelta.conformance import Case, Target, check
 from anydelta.conformance.cases import inputs
 from anydelta.conformance.compare import buffers, call
 from anydelta.conformance.run import unavailable
-from anydelta.core import dispatch
+from anydelta.core import dispatch, plans
 from anydelta.core.dispatch import Rejected
-from anydelta.rule import op
 from anydelta.rule.spec import CallSpec
 from conftest import CPU_REASONS, CPU_TARGETS, REQUIRED
 
@@ -69,11 +68,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(dispatch, "_warned", False)
         monkeypatch.delenv(dispatch.ENV, raising=False)
         dispatch.get_backend.cache_clear()
-        op._plans.clear()
+        plans.forget()
 
     yield use
     dispatch.get_backend.cache_clear()
-    op._plans.clear()
+    plans.forget()
 
 
 # ---- choosing

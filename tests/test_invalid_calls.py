@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import anydelta
-from anydelta.rule import op
+from anydelta.core import plans
 
 B, T, H, HV, K, V, P, KS = 2, 3, 2, 4, 8, 5, 6, 2
 Args = dict[str, Any]
@@ -432,7 +432,7 @@ def invoke(args: Args, function: str) -> Any:
 
 def complaint(wrong: Wrong, packed: bool, framework: str, function: str, warm: bool) -> str | None:
     """What is not as it should be about the refusal of one call; None when all is well."""
-    op._plans.clear()
+    plans.forget()
     args = valid(packed, framework)
     if warm:
         invoke(args, function)

@@ -39,7 +39,7 @@ from anydelta.bench.contenders import packages as peers
 from anydelta.bench.measure import cases, ops
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
-from anydelta.core import dispatch
+from anydelta.core import dispatch, plans
 from anydelta.rule.arguments import Call, Options
 from anydelta.rule.spec import CallSpec, check_call
 from conftest import without
@@ -277,7 +277,7 @@ def test_the_faster_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
         chosen = {}
         for way in ("0", "1"):
             monkeypatch.setenv(metal.CHUNK_ENV, way)
-            monkeypatch.setattr(anydelta.rule.op, "_plans", {})
+            plans.forget()
             chosen[way] = anydelta.gated_delta_rule(q, k, v, g=g, beta=beta, qk_l2norm=True, backend="metal")
     torch.testing.assert_close(chosen["0"], chosen["1"], rtol=1e-4, atol=1e-5)
 

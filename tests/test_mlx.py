@@ -14,6 +14,7 @@ import pytest
 import anydelta
 from anydelta.conformance import CASES, NOT_SUPPORTED, OK, Case, Target
 from anydelta.conformance.run import run_one
+from anydelta.core import plans
 from conftest import CPU_REASONS, without
 
 if importlib.util.find_spec("mlx") is None:
@@ -172,7 +173,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if emulator.compiler() is None:
         without("there is no C++ compiler for the emulator of Metal")
     out = mlx_host.MetalKernels(emulator.Emulator("check"))
-    monkeypatch.setattr(face, "_plans", {})
+    plans.forget()
     with metal_mlx.emulated(out):
         yield out
 

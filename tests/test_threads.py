@@ -20,6 +20,7 @@ import torch
 
 import anydelta
 from anydelta.backends.cpu import host as cpu
+from anydelta.core import plans
 from conftest import CPU_REASONS
 
 pytestmark = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(CPU_REASONS) or "runs")
@@ -189,9 +190,9 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, int, int], monke
         torch.set_num_threads(threads)
         results.add(digest(framework="torch", **options))
         monkeypatch.setattr(cpu, "default_threads", lambda threads=threads: threads)
-        anydelta.rule.op._plans.clear()  # plans hold what counts the threads
+        plans.forget()  # plans hold what counts the threads
         results.add(digest(framework="numpy", **options))
-    anydelta.rule.op._plans.clear()
+    plans.forget()
     assert len(results) == 1
 
 

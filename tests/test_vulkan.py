@@ -14,8 +14,7 @@ import pytest
 import anydelta
 from anydelta.conformance import OK, SHORT_CASES, Target
 from anydelta.conformance.run import run_one, unavailable
-from anydelta.core import devices
-from anydelta.rule import op
+from anydelta.core import devices, plans
 from conftest import without
 from device_checks import (
     check_only_tokens_are_staged,
@@ -49,12 +48,12 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv("ANYDELTA_VULKAN_COPY", "0" if unified else "1")
         device = vulkan_device.VulkanDevice(0)
         monkeypatch.setattr(devices, "_open", {**devices._open, "vulkan:0": device})
-        op._plans.clear()
+        plans.forget()
         made.append(device)
         return device
 
     yield make
-    op._plans.clear()
+    plans.forget()
     for device in made:
         device.close()
 
@@ -108,7 +107,7 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
-    op._plans.clear()
+    plans.forget()
     long = [
         c for c in SHORT_CASES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
     ]
@@ -122,7 +121,7 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failures("vulkan", [*large, *[c for c in long if c.K <= 32][::4]])
     assert {64, 96, 128, 192, 256} <= {KP for KP, chunk in ran if chunk}
     assert {8, 16} <= {chunk for _, chunk in ran}
-    op._plans.clear()
+    plans.forget()
 
 
 def test_the_way_of_a_long_prompt_is_measured() -> None:

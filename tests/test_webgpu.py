@@ -14,8 +14,7 @@ import pytest
 import anydelta
 from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
-from anydelta.core import devices
-from anydelta.rule import op
+from anydelta.core import devices, plans
 from device_checks import (
     check_only_tokens_are_staged,
     check_resident_calls_leak_nothing,
@@ -42,9 +41,9 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     device = webgpu_device.WebGPUDevice(0, webgpu_device.adapters()[0], copies=True)
     assert not device.unified
     monkeypatch.setattr(devices, "_open", {**devices._open, "webgpu:0": device})
-    op._plans.clear()
+    plans.forget()
     yield device
-    op._plans.clear()
+    plans.forget()
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -54,16 +53,16 @@ def test_the_whole_list(part: int) -> None:
 
 def test_without_subgroups(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev, "subgroup", 0)
-    op._plans.clear()
+    plans.forget()
     assert not failures("webgpu", SOME)
-    op._plans.clear()
+    plans.forget()
 
 
 def test_lanes_as_on_a_gpu(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dev, "is_cpu", False)
-    op._plans.clear()
+    plans.forget()
     assert not failures("webgpu", [c for c in SOME if c.K == 32][:12])
-    op._plans.clear()
+    plans.forget()
 
 
 def test_without_unified_memory(copying: Any) -> None:

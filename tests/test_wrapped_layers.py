@@ -254,7 +254,7 @@ def test_z_that_nobody_keeps_takes_the_output(family: str, monkeypatch: pytest.M
         pytest.skip("its z is a part of a wider projection")
     found: list[bool] = []
     alone = layers._alone
-    monkeypatch.setattr(layers, "_alone", lambda p: (found.append(alone(p)), found[-1])[1])
+    monkeypatch.setattr(layers, "_alone", lambda *p: (found.append(alone(*p)), found[-1])[1])
     with adt.enable():
         decode(build(family), tokens(1, 9))
     assert found

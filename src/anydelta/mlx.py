@@ -15,18 +15,19 @@ ends at it, and inside mx.compile or mx.vmap, where arrays have no values, it is
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .core import dispatch
+from .core.arguments import reader
 from .core.dispatch import UnsupportedError
+from .core.plans import Key, Rest, find, keep
 from .rule import op as _op
-from .rule.arguments import Call, Options
+from .rule.arguments import INPLACE, Call, Options
 from .rule.spec import CallSpec, check_call, check_values, dtype_name
 
 try:
@@ -40,19 +41,18 @@ _INPUTS = (
     "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",
     "snapshots",
 )  # fmt: skip
+_inputs = reader(INPLACE.arguments)
 
 
 @dataclass(slots=True)
-class _Plan:
+class _Chosen:
+    """What is known of calls on arrays of these shapes and dtypes before their values are."""
+
     spec: CallSpec
     backend: dispatch.Backend
-    native: dict[bytes, Any] = field(default_factory=dict)
-    """What the cpu backend prepared, by the strides of the arrays."""
-
-
-_plans: dict[tuple[Any, ...], _Plan] = {}
-_MAX_PLANS = 4096
-atexit.register(_plans.clear)  # they hold native objects, which must go before the extension does
+    rest: Rest
+    native: Any = None
+    """What a backend whose calls become part of MLX's graph has prepared."""
 
 
 def gated_delta_rule(
@@ -106,15 +106,15 @@ def gated_delta_rule(
         q, k, v, g, beta, initial_state, None if isinstance(snapshots, int) else snapshots, A_log, dt_bias, mask,
         cu_seqlens, state_indices,
     )  # fmt: skip
-    plan = _plan(call, options, backend, slots)
-    _check_data(call, plan.spec)
-    if dispatch.needs_A_log(plan.backend, plan.spec, call):
-        call.A_log = mx.zeros((plan.spec.HV,))
-    if hasattr(plan.backend, "run_lazily"):
-        return _results(_lazily(plan, call), output_final_state, snapshots is not None)
+    chosen = _choose(call, options, backend, slots)
+    _check_data(call, chosen.spec)
+    if dispatch.needs_A_log(chosen.backend, chosen.spec, call):
+        call.A_log = mx.zeros((chosen.spec.HV,))
+    if hasattr(chosen.backend, "run_lazily"):
+        return _results(_lazily(chosen, call), output_final_state, snapshots is not None)
     names = [name for name in _INPUTS if getattr(call, name) is not None]
     # A custom function, so that a gradient is refused and not silently zero.
-    compute: Any = mx.custom_function(partial(_compute, plan, names))
+    compute: Any = mx.custom_function(partial(_compute, chosen, names))
     compute.vjp(_no_derivative)
     compute.jvp(_no_derivative)
     return _results(compute(*(getattr(call, n) for n in names)), output_final_state, snapshots is not None)
@@ -127,15 +127,15 @@ def _results(out: Sequence[Any], state: bool, snapshots: bool) -> tuple[Any, ...
     return (o, final, next(left)) if snapshots else (o, final)
 
 
-def _lazily(plan: _Plan, call: Call) -> list[mx.array]:
+def _lazily(chosen: _Chosen, call: Call) -> list[mx.array]:
     """A call that becomes part of MLX's graph."""
-    spec = plan.spec
+    spec = chosen.spec
     if spec.snapshots and call.snapshots is None:
         dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
         call.snapshots = mx.zeros((spec.snapshots, spec.N, spec.HV, *dims), getattr(mx, spec.state_dtype))
-    if b"" not in plan.native:
-        plan.native[b""] = plan.backend.prepare(spec, call)
-    return plan.backend.run_lazily(plan.native[b""], spec, call)  # type: ignore[attr-defined, no-any-return]
+    if chosen.native is None:
+        chosen.native = chosen.backend.prepare(spec, call)
+    return chosen.backend.run_lazily(chosen.native, spec, call)  # type: ignore[attr-defined, no-any-return]
 
 
 def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
@@ -166,24 +166,22 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _plan(call: Call, options: Options, backend: str, slots: int | None) -> _Plan:
-    """Which backend runs calls with arrays of these shapes and dtypes; checked once."""
+def _choose(call: Call, options: Options, backend: str, slots: int | None) -> _Chosen:
+    """Which backend runs calls with arrays of these shapes and dtypes; checked once. Of arrays that MLX has not
+    computed yet, shapes are known and memory is not."""
+    rest: Rest = (*options, backend, "mlx", slots)
     try:
-        key: Any = (
-            options, backend, dispatch.forced_by_env(), slots, str(mx.default_device()),
-            *(None if x is None else (x.shape, x.dtype) for x in (getattr(call, name) for name in _INPUTS)),
-        )  # fmt: skip
-        plan = _plans.get(key)
-    except (AttributeError, TypeError):  # no array, or an unhashable option: the check says which
-        key = plan = None
-    if plan is None:
-        spec = _check(call, options, slots)
-        plan = _Plan(spec, dispatch.pick(spec, backend))
-        if key is not None:
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    return plan
+        arrays = (getattr(call, name) for name in _INPUTS)
+        text = "|".join("-" if x is None else f"{x.shape} {x.dtype}" for x in arrays)
+        found = find((), rest, f"{mx.default_device()} {text}")
+    except AttributeError:  # no array: the check says which
+        found = None
+    if type(found) is _Chosen:
+        return found
+    spec = _check(call, options, slots)
+    chosen = _Chosen(spec, dispatch.pick(spec, backend), rest)
+    keep(found, rest, chosen)
+    return chosen
 
 
 def _check(call: Call, options: Options, slots: int | None) -> CallSpec:
@@ -224,32 +222,28 @@ def _no_derivative(*_: Any) -> Any:
     )
 
 
-def _compute(plan: _Plan, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
+def _compute(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
     """o, then the final state and the snapshots where they are wanted; all of them new arrays."""
-    spec = plan.spec
+    spec = chosen.spec
     _values(spec, *arrays)
     call = Call(**{**dict.fromkeys(("q", "k", "v", "g", "beta")), **dict(zip(names, arrays, strict=True))})
-    if not getattr(plan.backend, "mlx", False):
-        return _through_numpy(plan, call)
+    if not getattr(chosen.backend, "mlx", False):
+        return _through_numpy(chosen, call)
+    found = find(_inputs(call), chosen.rest)  # before the snapshots, which are ours and contiguous
     dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
     state = (spec.N, spec.HV, *dims)
-    out = [_empty(call.v.shape, spec.dtype)]
-    call.o = out[0]
+    call.o = _empty(call.v.shape, spec.dtype)
     if spec.options.output_final_state:
         call.state_out = _empty(state, spec.state_dtype)
-        out.append(call.state_out)
-    key = _op.geometry_of(call)  # before the snapshots, which are ours and contiguous
     if spec.snapshots:
         call.snapshots = _slots(call, spec, state)
-        out.append(call.snapshots)
-    native = None if key is None else plan.native.get(key)
-    if native is None:
-        native = plan.backend.prepare(spec, call)
-        if key is not None:
-            plan.native[key] = native
-    plan.backend.run(native, spec, call)
-    dtypes = [spec.dtype, *[spec.state_dtype] * (len(out) - 1)]
-    return [_as(x, dtype) for x, dtype in zip(out, dtypes, strict=True)]
+    native = found
+    if native is None or type(native) is Key:
+        native = chosen.backend.prepare(spec, call)
+        keep(found, chosen.rest, native)
+    chosen.backend.run(native, spec, call)
+    results = ((call.o, spec.dtype), (call.state_out, spec.state_dtype), (call.snapshots, spec.state_dtype))
+    return [_as(x, dtype) for x, dtype in results if x is not None]
 
 
 # ---- MLX's memory. NumPy has no bfloat16: such memory is uint16 until it is handed out.
@@ -278,16 +272,16 @@ def _slots(call: Call, spec: CallSpec, state: tuple[int, ...]) -> mx.array:
     )
 
 
-def _through_numpy(plan: _Plan, call: Call) -> list[mx.array]:
+def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
     """For a backend that does not read MLX arrays: it gets their memory as NumPy arrays."""
-    spec = plan.spec
+    spec, name = chosen.spec, chosen.backend.name
     bfloat16 = None
     if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):
         try:
             import ml_dtypes
         except ImportError as error:
             raise UnsupportedError(
-                f"{spec.options.op}: {plan.backend.name} reads MLX's bfloat16 through the package ml_dtypes; got none. "
+                f"{spec.options.op}: {name} reads MLX's bfloat16 through the package ml_dtypes; got none. "
                 f"pip install ml_dtypes"
             ) from error
         bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -303,7 +297,7 @@ def _through_numpy(plan: _Plan, call: Call) -> list[mx.array]:
             dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
             dtype = bfloat16 if spec.state_dtype == "bfloat16" else spec.state_dtype
             held.snapshots = np.zeros((spec.snapshots, spec.N, spec.HV, *dims), dtype)
-    o, state = _op.execute(held, spec.options, plan.backend.name, False, _op.geometry_of(held))
+    state, o = _op.execute(_inputs(held), (*spec.options, name))
 
     def back(x: Any) -> mx.array:
         if bfloat16 is not None and x.dtype == bfloat16:  # np.float64 equals None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from .arrays import Arrays
+
 FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -159,13 +161,20 @@ class Operator:
         """The options it takes, in the order of the table."""
         return tuple(n for n in fields(self.options) if n not in self.without)
 
-    def bind(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(arrays by field, flags and backend by name) of a call, whose tensors come by position or by name."""
-        arrays, flags = dict(zip(self.tensors, given, strict=False)), dict(named)
-        for field in self.tensors[len(given) :]:
-            if (name := self.public(field)) in flags:
-                arrays[field] = flags.pop(name)
-        return arrays, flags
+    @cached_property
+    def bind(self) -> Callable[..., tuple[Arrays, tuple[Any, ...]]]:
+        """A function from the operator's arguments, of which the dispatcher leaves out those at their defaults, to all
+        arrays in the order of their table, and all options in theirs with the backend behind. Compiled as `reader`."""
+        defaults = getattr(self.options, "_field_defaults")  # noqa: B009  a NamedTuple's
+        taken = [self.public(n) + ("=None" if self._optional(n) else "") for n in self.tensors]
+        flags = [f"{n}={defaults[n]!r}" for n in self.flags]
+        arrays = [self.public(n) if n in self.tensors else "None" for n in self.arguments]
+        options = [n if n in self.flags else repr(defaults[n]) for n in defaults if n != "op"]
+        found: Callable[..., tuple[Arrays, tuple[Any, ...]]] = eval(
+            f"lambda {', '.join([*taken, '*', *flags])}, backend='auto': "
+            f"(({', '.join(arrays)}), ({self.public_name!r}, {', '.join(options)}, backend))"
+        )
+        return found
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:

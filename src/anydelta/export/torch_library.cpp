@@ -6,10 +6,6 @@
 // generated code calls directly (aoti_torch_cpu_...; declared in export/aoti.py).
 #include <torch/csrc/stable/library.h>
 
-#if !defined(_WIN32)
-#include <dlfcn.h>
-#endif
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +21,7 @@
 #include "spec.h"
 #include "threads.h"
 #include "torch_schemas.h"
+#include "torch_symbols.h"
 
 #if defined(_WIN32)
 #define ANYDELTA_EXPORT extern "C" __declspec(dllexport)
@@ -175,29 +172,11 @@ bool has_tangent(AtenTensorHandle t) {
     return both;
 }
 
-// Two functions of libtorch that its stable ABI lacks, looked up by name where there is one: `bump_version` of variable.h
-// and `ForwardADLevel::try_get_by_idx` of forward_grad.h. Without them calls that write go through Python.
-template <class F>
-F of_torch(const char* name) {
-#if defined(_WIN32)
-    (void)name;
-    return nullptr;
-#else
-    Dl_info here;  // by way of this library, which torch may have been loaded for alone
-    if (!dladdr(reinterpret_cast<void*>(&aoti_torch_is_defined), &here)) return nullptr;
-    void* const library = dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<F>(dlsym(library, name)) : nullptr;
-#endif
-}
-const auto bump_version = of_torch<void (*)(AtenTensorHandle)>(  // a handle points to an at::Tensor, taken by reference
-    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
-#if defined(__APPLE__)
-#define ANYDELTA_UINT64 "y"  // unsigned long long
-#else
-#define ANYDELTA_UINT64 "m"
-#endif
-const auto dual_level = of_torch<std::shared_ptr<void> (*)(uint64_t)>(
-    "_ZN5torch8autograd14ForwardADLevel14try_get_by_idxE" ANYDELTA_UINT64);
+// Without these, calls that write go through Python.
+const void* const torch_library = reinterpret_cast<const void*>(&aoti_torch_is_defined);
+const auto bump_version =  // a handle points to an at::Tensor, taken by reference
+    torch_symbol<void (*)(AtenTensorHandle)>(torch_library, torch_names::BUMP_VERSION);
+const auto dual_level = torch_symbol<std::shared_ptr<void> (*)(uint64_t)>(torch_library, torch_names::DUAL_LEVEL);
 
 bool in_dual_level() { return dual_level && dual_level(0); }
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 from ..core.arguments import ArrayRow, ChoiceRow, Operator
+from ..core.arrays import Array
 from ..rule.arguments import (
     ALog,
-    Array,
     Beta,
     CuSeqlens,
     Decay,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..core import dispatch
+from ..core import dispatch, plans
 from ..core.arguments import reader
-from ..core.native import core as _core
-from ..rule.arguments import Array
+from ..core.arrays import Array, Arrays
+from ..core.plans import Plan, Rest, find
 from ..rule.spec import _Checker, framework_of
 from .arguments import INPLACE, MixerCall, MixerOptions
 from .spec import (
@@ -23,21 +25,6 @@ from .spec import (
     requiring_grad,
     unpack_qkv,
 )
-
-
-@dataclass(slots=True)
-class _Plan:
-    spec: MixerSpec
-    backend: Any
-    native: Any
-    like_z: bool
-    """Whether the output looks like z."""
-    shape: tuple[int, int, int]
-
-
-_plans: dict[tuple[Any, ...], _Plan] = {}
-_MAX_PLANS = 4096
-atexit.register(_plans.clear)  # plans hold native objects, which must go before the extension does
 
 
 def gated_delta_mixer_(
@@ -115,27 +102,27 @@ def gated_delta_mixer_(
         UnsupportedError: the named backend cannot run it.
     """
     q, k, v = (qkv, None, None) if type(qkv) not in (tuple, list) else unpack_qkv("gated_delta_mixer_", qkv)
-    options = MixerOptions(
-        "gated_delta_mixer_", activation, scale, decay, lower_bound, beta_is_logit, allow_neg_eigval, heads,
-        qk_l2norm, qk_l2norm_eps, norm_eps, norm_gate, state_layout,
-    )  # fmt: skip
-    call = MixerCall(
+    arrays = (
         q, k, v, conv_state, state, g, beta, conv_weight, snapshots, conv_snapshots, conv_bias, A_log, dt_bias, z,
         norm_weight, mask, cu_seqlens, state_indices, snapshot_indices,
     )  # fmt: skip
+    rest: Rest = (
+        "gated_delta_mixer_", activation, scale, decay, lower_bound, beta_is_logit, allow_neg_eigval, heads,
+        qk_l2norm, qk_l2norm_eps, norm_eps, norm_gate, state_layout, backend,
+    )  # fmt: skip
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(q, torch.Tensor):
-        return execute(call, options, backend, geometry_of(call))
-    side = _side or _torch_side()
-    if side.is_compiling():
-        return side.traced(call, options, backend)
-    geometry = geometry_of(call)
-    if geometry is None:  # not plain memory, somebody looks on, or gradients are wanted
-        if side.watched(*arrays_of(call).values()):
-            return side.traced(call, options, backend)
-        if torch.is_grad_enabled():
-            refuse_grad(call, options.op)
-    return execute(call, options, backend, geometry)
+    tensors = torch is not None and isinstance(q, torch.Tensor)
+    if tensors and (_side or _torch_side()).is_compiling():
+        return _torch_side().traced(arrays, rest)
+    found = find(arrays, rest)
+    if type(found) is not Plan:
+        if tensors and found is None:  # not plain memory, somebody looks on, or gradients are wanted
+            if _torch_side().watched(*arrays):
+                return _torch_side().traced(arrays, rest)
+            if torch is not None and torch.is_grad_enabled():
+                refuse_grad(MixerCall(*arrays), INPLACE.public_name)
+        found = plan(arrays, rest, found)
+    return found.call(arrays)[0]
 
 
 def gated_delta_mixer(
@@ -298,10 +285,10 @@ def refuse_grad(call: MixerCall, op: str) -> None:
         )
 
 
-_side: Any = None
+_side: ModuleType | None = None
 
 
-def _torch_side() -> Any:
+def _torch_side() -> ModuleType:
     """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
@@ -312,77 +299,77 @@ def _torch_side() -> Any:
 def plan_step(o: Array, qkv: Any, conv_state: Array, state: Array, **arguments: Any) -> Any:
     """For a loop that makes the same call again and again, on torch tensors: an object of the extension, or None.
 
-    Its `run(threads, True, *arrays)` takes the arrays in the order of `cpu.arrays`, `o` among them, where conv_weight
-    may be the [C, 1, W] of a torch Conv1d. It returns False, and has done nothing, if their dtypes, shapes or strides,
-    or ANYDELTA_BACKEND, are not those of this call. What else makes a call invalid is not looked at again.
+    Its `run(*arrays)` takes the arrays in the order of the table, `o` at the end, where conv_weight may be the
+    [C, 1, W] of a torch Conv1d. It returns False, and has done nothing, if their dtypes, shapes or strides, or
+    ANYDELTA_BACKEND, are not those of this call. What else makes a call invalid is not looked at again.
     """
     call, options, backend = _parse(
         qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
         arguments.pop("backend", "auto"), op="gated_delta_mixer_",
     )  # fmt: skip
+    given = _inputs(call)
     weight = call.conv_weight
     call.conv_weight = weight.squeeze(1) if len(weight.shape) == 3 else weight
-    geometry = geometry_of(call)
-    if geometry is None:
+    arrays, rest = _inputs(call), (*options, backend)
+    found = find(arrays, rest)
+    if found is None:
         return None
-    plan = _plan(call, options, backend, geometry)
-    call.o, call.conv_weight = o, weight
-    return plan.backend.step(plan.native, plan.spec, call) if hasattr(plan.backend, "step") else None
-
-
-def execute(call: MixerCall, options: MixerOptions, backend: str, geometry: Any) -> Array:
-    """Run an in-place call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
-    plan = _plan(call, options, backend, geometry)
-    if plan.like_z:
-        import torch
-
-        call.o = torch.empty_like(call.z)
-    elif plan.spec.framework == "torch":
-        call.o = call.qkv.new_empty(plan.shape)
-    else:
-        call.o = np.empty(plan.shape, call.qkv.dtype)
-    if plan.spec.framework == "torch":
-        written = (call.conv_state, call.state, call.conv_snapshots, call.snapshots)
-        _torch_side().mark_written([x for x in written if x is not None])
-    plan.backend.run(plan.native, plan.spec, call)
-    return call.o
-
-
-def arrays_of(call: MixerCall) -> dict[str, Array]:
-    """The arrays of a call by name, absent ones None."""
-    return {name: getattr(call, name) for name in INPLACE.arguments}
+    planned = found if type(found) is Plan else plan(arrays, rest, found)
+    return None if planned.step is None else planned.step(given, (o,))
 
 
 _inputs = reader(INPLACE.arguments)
 
 
-def geometry_of(call: MixerCall) -> Any:
-    """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered."""
-    return None if _core is None else _core.geometry(*_inputs(call))
+def arrays_of(call: MixerCall) -> dict[str, Array]:
+    """The arrays of a call by name, absent ones None."""
+    return dict(zip(INPLACE.arguments, _inputs(call), strict=True))
 
 
-def _plan(call: MixerCall, options: MixerOptions, backend: str, geometry: Any) -> _Plan:
-    """The plan for a call, which is checked as far as its geometry does not tell that it was."""
-    key: Any = None if geometry is None else (geometry, options, backend)
-    try:
-        plan = None if key is None else _plans.get(key)
-    except TypeError:  # an unhashable option: check_mixer says which
-        plan = key = None
-    if plan is None:
-        spec = check_mixer(call, options)
-        check_mixer_values(call, spec)
-        chosen = dispatch.pick(spec, backend)
-        r = spec.rule
-        shape = (r.B, r.T, r.HV * r.V)
-        like_z = (
-            spec.framework == "torch" and call.z is not None and tuple(call.z.shape) == shape
-            and call.z.is_contiguous()
-        )  # fmt: skip
-        plan = _Plan(spec, chosen, chosen.prepare(spec, call, backend), like_z, shape)
-        if key is not None:
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    elif plan.spec.rule.packed or plan.spec.rule.pooled:
-        check_mixer_values(call, plan.spec)
-    return plan
+def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[MixerSpec]:
+    """A new plan, kept under `key`, for a call that is then checked in full.
+
+    Raises:
+        ValueError, TypeError: an invalid call.
+        UnsupportedError: the named backend cannot run it.
+    """
+    call, options, backend = MixerCall(*arrays), MixerOptions(*rest[:-1]), rest[-1]
+    spec = check_mixer(call, options)
+    check_mixer_values(call, spec)
+    chosen = dispatch.pick(spec, backend)
+    native = chosen.prepare(spec, call, backend)
+    launch = chosen.direct(native) if hasattr(chosen, "direct") else None
+    if launch is None:
+
+        def run(call: MixerCall) -> None:
+            chosen.run(native, spec, call)
+
+        launch = plans.launcher(run, MixerCall, _written if spec.framework == "torch" else None)
+    check = partial(_check, spec) if spec.rule.packed or spec.rule.pooled else None
+    step = partial(chosen.step, native, spec) if hasattr(chosen, "step") else None
+    found = Plan(spec, _results(spec, call), launch, check, step)
+    plans.keep(key, rest, found)
+    return found
+
+
+def _check(spec: MixerSpec, arrays: Arrays) -> None:
+    check_mixer_values(MixerCall(*arrays), spec)
+
+
+def _written(call: MixerCall) -> list[Array]:
+    """The caller's arrays that a call changes."""
+    return [call.conv_state, call.state, call.conv_snapshots, call.snapshots]
+
+
+def _results(spec: MixerSpec, call: MixerCall) -> Callable[[Arrays], Arrays]:
+    """What makes (o,) for the arrays of a call."""
+    r = spec.rule
+    shape = (r.B, r.T, r.HV * r.V)
+    if spec.framework != "torch":
+        return lambda arrays: (np.empty(shape, arrays[0].dtype),)
+    if call.z is not None and tuple(call.z.shape) == shape and call.z.is_contiguous():
+        import torch
+
+        empty_like, z = torch.empty_like, INPLACE.arguments.index("z")
+        return lambda arrays: (empty_like(arrays[z]),)
+    return lambda arrays: (arrays[0].new_empty(shape),)

@@ -13,6 +13,8 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..core.arrays import Arrays
+from ..core.plans import Plan, Rest, find
 from ..rule.torch_ops import guard_writes, refuse_old_exporter, refuse_tangents, transformed
 from ..rule.torch_ops import is_compiling as is_compiling
 from ..rule.torch_ops import mark_written as mark_written
@@ -25,18 +27,19 @@ _LIB = torch.library.Library("anydelta", "FRAGMENT")  # must stay alive: droppin
 _LIB.define(INPLACE.schema())
 
 
-def _bind(args: tuple[Any, ...], given: dict[str, Any]) -> tuple[MixerCall, MixerOptions, str]:
-    """The operator's arguments as (MixerCall, MixerOptions, backend)."""
-    arrays, flags = INPLACE.bind(args, given)
-    backend = flags.pop("backend", "auto")
-    call = MixerCall(*unpack_qkv(INPLACE.name, list(arrays.pop("qkv"))), **arrays)
-    return call, MixerOptions(op=INPLACE.name, **flags), backend
+def _bind(*args: Any, **given: Any) -> tuple[Arrays, Rest]:
+    """The operator's arguments as those of the table."""
+    (qkv, _, _, *others), rest = INPLACE.bind(*args, **given)
+    return (*unpack_qkv(INPLACE.name, list(qkv)), *others), rest
 
 
 def _inplace(*args: Any, **given: Any) -> torch.Tensor:
-    call, options, backend = _bind(args, given)
-    _refuse_derivatives(call)
-    result: torch.Tensor = op.execute(call, options, backend, op.geometry_of(call))
+    arrays, rest = _bind(*args, **given)
+    found = find(arrays, rest)
+    if type(found) is not Plan:  # a plan is found for calls alone that nobody differentiates
+        _refuse_derivatives(MixerCall(*arrays))
+        found = op.plan(arrays, rest, found)
+    result: torch.Tensor = found.call(arrays)[0]
     return result
 
 
@@ -47,9 +50,9 @@ def _refuse_derivatives(call: MixerCall) -> None:
 
 
 def _fake(*args: Any, **given: Any) -> torch.Tensor:
-    call, options, _ = _bind(args, given)
-    tensors = (getattr(call, n) for n in MixerCall.__slots__)
-    if all(isinstance(n, int) for x in tensors if x is not None for n in x.shape):
+    arrays, rest = _bind(*args, **given)
+    call, options = MixerCall(*arrays), MixerOptions(*rest[:-1])
+    if all(isinstance(n, int) for x in arrays if x is not None for n in x.shape):
         check_mixer(call, options)
     kv = options.state_layout == "kv"
     HV, V = call.state.shape[1], call.state.shape[3 if kv else 2]
@@ -70,14 +73,15 @@ guard_writes(_LIB, INPLACE.name)
 torch.library.register_fake(f"anydelta::{INPLACE.name}", _fake, lib=_LIB)
 
 
-def traced(call: MixerCall, options: MixerOptions, backend: str) -> torch.Tensor:
+def traced(arrays: Arrays, rest: Rest) -> torch.Tensor:
     """The call as a dispatcher operator, which tracers record."""
+    call, options, backend = MixerCall(*arrays), MixerOptions(*rest[:-1]), rest[-1]
     refuse_old_exporter(options.op)
     _refuse_derivatives(
         call
     )  # here too: a tracer shows the kernel tensors that have forgotten their gradients
     flags = {name: getattr(options, name) for name in INPLACE.flags}
     qkv = [call.qkv] if call.k is None else [call.qkv, call.k, call.v]
-    arrays = [getattr(call, name) for name in INPLACE.tensors if name != "qkv"]
-    result: torch.Tensor = torch.ops.anydelta.gated_delta_mixer_(qkv, *arrays, **flags, backend=backend)
+    tensors = [getattr(call, name) for name in INPLACE.tensors if name != "qkv"]
+    result: torch.Tensor = torch.ops.anydelta.gated_delta_mixer_(qkv, *tensors, **flags, backend=backend)
     return result

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator
-
-Array = Any
-"""A torch.Tensor or a numpy.ndarray, all of a call of one kind; states and snapshots may be `DeviceArray`s instead, and
-all of a call may where the backend takes that (OpenCL, SYCL), but for masks and indices, which are NumPy's then."""
-
+from ..core.arrays import Array
 
 # What rule and mixer share.
 Scale = Annotated[float | None, NumberRow()]

@@ -1,48 +1,28 @@
 """The two public functions: validate, choose a backend, run.
 
-A call's geometry (shapes, strides, dtypes, flags) is checked and planned once and remembered, so that a decode
-step pays for one dictionary look-up and not for forty checks. Index data is checked on every call.
+A call's geometry (shapes, strides, dtypes, flags) is checked and planned once and remembered (core/plans.py), so that a
+decode step pays for one look-up and not for forty checks. Index data is checked on every call.
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..core import dispatch
-from ..core.arguments import reader
+from ..core import dispatch, plans
+from ..core.arrays import Array, Arrays
 from ..core.devices import DeviceArray
-from ..core.native import core as _core
-from .arguments import INPLACE, Array, Call, Options
+from ..core.plans import Plan, Rest, find
+from .arguments import INPLACE, Call, Options
 from .spec import CallSpec, check_call, check_values, framework_of
-
-
-@dataclass(slots=True)
-class _Plan:
-    spec: CallSpec
-    backend: dispatch.Backend
-    native: Any
-    empty_like: Any
-    """torch's allocator for contiguous outputs (three times as quick as by shape), or a device's; None for NumPy."""
-    state_like: bool
-    """Whether a new final state looks like the initial one."""
-    mark: Any
-    """torch's count of a tensor's versions, for autograd's errors; None where no tensor is written."""
-    needs_A_log: bool
-    """Whether the backend is to be given A_log = 0 where the call has none."""
-
-
-_plans: dict[tuple[Any, ...], _Plan] = {}
-_MAX_PLANS = 4096
-atexit.register(_plans.clear)  # plans hold native objects, which must go before the extension does
 
 
 def gated_delta_rule(
@@ -118,12 +98,12 @@ def gated_delta_rule(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = _options((
-        "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
-        state_layout, output_final_state,
-    ))  # fmt: skip
-    call = Call(q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices)
-    return _run(call, options, backend, inplace=False)
+    state, o = _run(
+        (q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, None),
+        ("gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
+         state_layout, output_final_state, backend),
+    )  # fmt: skip
+    return o, state
 
 
 def gated_delta_rule_(
@@ -169,14 +149,11 @@ def gated_delta_rule_(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    options = _options((
-        "gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
-        state_layout, True,
-    ))  # fmt: skip
-    call = Call(
-        q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices
-    )
-    return _run(call, options, backend, inplace=True)[0]
+    return _run(
+        (q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices),
+        ("gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
+         state_layout, True, backend),
+    )[1]  # fmt: skip
 
 
 def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
@@ -203,42 +180,24 @@ def _grad_enabled(q: Array) -> bool:
     return bool(torch is not None and framework_of(q) == "torch" and torch.is_grad_enabled())
 
 
-_options: Callable[[tuple[Any, ...]], Options] = partial(tuple.__new__, Options)  # in 0.1 us instead of 0.4
-_inputs = reader(INPLACE.arguments)
-
-
-def geometry_of(call: Call) -> Any:
-    """What a plan depends on in the arrays of a call, and in the environment; None if it must not be remembered.
-
-    The extension answers in a microsecond; this code stands in where it is not built or cannot read an array.
-    """
-    arrays, resident = _inputs(call), None
-    if DeviceArray in (type(call.q), type(call.state_in), type(call.snapshots)):
-        resident = tuple(
-            (x.device.name, x.shape, x.dtype) if type(x) is DeviceArray else x is None for x in arrays
-        )
-        arrays = tuple(None if type(x) is DeviceArray else x for x in arrays)
-    geometry = None if _core is None else _core.geometry(*arrays)
-    return geometry if resident is None or geometry is None else (geometry, resident)
-
-
-def _run(call: Call, options: Options, backend: str, *, inplace: bool) -> tuple[Array, Array | None]:
+def _run(arrays: Arrays, rest: Rest) -> Arrays:
+    """(final state or None, o). Arrays and options in the order of their tables, the backend behind."""
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(call.q, torch.Tensor):
-        return execute(call, options, backend, inplace, geometry_of(call))
-    side = _side or _torch_side()
-    if side.is_compiling():
-        return side.traced(call, options, backend, inplace)  # type: ignore[no-any-return]
-    geometry = geometry_of(call)
-    if geometry is None:
-        return side.looked_at(call, options, backend, inplace)  # type: ignore[no-any-return]
-    return execute(call, options, backend, inplace, geometry)
+    tensors = torch is not None and isinstance(arrays[0], torch.Tensor)
+    if tensors and (_side or _torch_side()).is_compiling():
+        return _torch_side().traced(arrays, rest)  # type: ignore[no-any-return]
+    found = find(arrays, rest)
+    if type(found) is Plan:
+        return found.call(arrays)
+    if tensors and found is None:
+        return _torch_side().looked_at(arrays, rest)  # type: ignore[no-any-return]
+    return plan(arrays, rest, found).call(arrays)
 
 
-_side: Any = None
+_side: ModuleType | None = None
 
 
-def _torch_side() -> Any:
+def _torch_side() -> ModuleType:
     """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
@@ -246,51 +205,65 @@ def _torch_side() -> Any:
     return _side
 
 
-def execute(
-    call: Call, options: Options, backend: str, inplace: bool, geometry: Any
-) -> tuple[Array, Array | None]:
-    """Run a call on real arrays, without gradients. `geometry` is that of `geometry_of`."""
-    key = (geometry, options, backend)
-    try:
-        plan = None if geometry is None else _plans.get(key)
-    except TypeError:  # an unhashable option: check_call says which
-        plan = geometry = None
-    if plan is None:
-        spec = check_call(call, options, inplace=inplace)
-        check_values(call, spec)
-        chosen = dispatch.pick(spec, backend)
-        needs_A_log = dispatch.needs_A_log(chosen, spec, call)
-        if needs_A_log:
-            call.A_log = unit_A_log(call)
-        if not dispatch.takes_rows(chosen, spec):
-            return _by_dense_snapshots(call, spec, options, backend)
-        mark = None
-        if spec.framework == "torch" and not spec.resident and (inplace or spec.snapshots):
-            mark = _torch_side().mark_written
-        plan = _Plan(spec, chosen, chosen.prepare(spec, call), *_allocation(spec, call), mark, needs_A_log)
-        if geometry is not None:
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    elif plan.spec.packed or plan.spec.pooled:
-        check_values(call, plan.spec)
-    if plan.needs_A_log:
-        call.A_log = unit_A_log(call)
-    spec = plan.spec
+def execute(arrays: Arrays, rest: Rest) -> Arrays:
+    """`_run` on real arrays, without gradients."""
+    found = find(arrays, rest)
+    return (found if type(found) is Plan else plan(arrays, rest, found)).call(arrays)
 
-    call.o = plan.empty_like(call.v) if plan.empty_like else np.empty(call.v.shape, call.v.dtype)
-    if inplace:
-        call.state_out = call.state_in
-    elif spec.options.output_final_state:
-        if plan.state_like and plan.empty_like:
-            call.state_out = plan.empty_like(call.state_in)
-        else:
-            call.state_out = _new_state(call, spec)
-    if plan.mark is not None:
-        state, snapshots = call.state_in, call.snapshots
-        plan.mark((state,) if snapshots is None else (state, snapshots) if inplace else (snapshots,))
-    plan.backend.run(plan.native, spec, call)
-    return call.o, call.state_out
+
+def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[CallSpec]:
+    """A new plan, kept under `key`, for a call that is then checked in full.
+
+    Raises:
+        ValueError, TypeError: an invalid call.
+        UnsupportedError: the named backend cannot run it.
+    """
+    if key is None and DeviceArray in map(type, arrays):
+        key = plans.find_on_devices(arrays, rest)
+        if type(key) is Plan:
+            return key
+    options, backend = Options(*rest[:-1]), rest[-1]
+    call, inplace = Call(*arrays), options.op == INPLACE.public_name
+    spec = check_call(call, options, inplace=inplace)
+    check_values(call, spec)
+    chosen = dispatch.pick(spec, backend)
+    needs_A_log = dispatch.needs_A_log(chosen, spec, call)
+    if needs_A_log:
+        call.A_log = unit_A_log(call)
+    check = partial(_check, spec) if spec.packed or spec.pooled else None
+    make = _results(spec, call)
+    if not dispatch.takes_rows(chosen, spec):
+        lowered = spec.without_rows()
+        chosen = dispatch.pick(lowered, backend)
+
+        def by_rows(call: Call) -> None:
+            _by_dense_snapshots(call, spec, lowered, chosen)
+
+        return Plan(spec, make, plans.launcher(by_rows, Call, None), check)
+    native = chosen.prepare(spec, call)
+    launch = chosen.direct(native) if hasattr(chosen, "direct") else None
+    if launch is None:
+
+        def run(call: Call) -> None:
+            if needs_A_log:
+                call.A_log = unit_A_log(call)
+            chosen.run(native, spec, call)
+
+        launch = plans.launcher(
+            run, Call, _written if spec.framework == "torch" and not spec.resident else None
+        )
+    found = Plan(spec, make, launch, check)
+    plans.keep(key, rest, found)
+    return found
+
+
+def _check(spec: CallSpec, arrays: Arrays) -> None:
+    check_values(Call(*arrays), spec)
+
+
+def _written(call: Call) -> list[Array]:
+    """The caller's arrays that a call changes."""
+    return [call.state_in if call.state_out is call.state_in else None, call.snapshots]
 
 
 def unit_A_log(call: Call) -> Array:
@@ -303,12 +276,10 @@ def unit_A_log(call: Call) -> Array:
     return np.zeros(HV, np.float32)
 
 
-def _by_dense_snapshots(
-    call: Call, spec: CallSpec, options: Options, backend: str
-) -> tuple[Array, Array | None]:
+def _by_dense_snapshots(call: Call, spec: CallSpec, lowered: CallSpec, chosen: dispatch.Backend) -> None:
     """`snapshot_indices` for a backend that knows dense snapshots only: run on those, then move them to their rows."""
     pool, rows = call.state_in, call.snapshot_indices
-    dense = replace(call, snapshot_indices=None)
+    dense = replace(call, snapshot_indices=None, state_out=None)
     shape = (spec.snapshots, spec.N, *pool.shape[1:])
     if spec.final_rows:
         pass  # the caller's own snapshots: slot 0 is the final state
@@ -316,10 +287,6 @@ def _by_dense_snapshots(
         dense.snapshots = pool.device.empty(shape, pool.dtype)
     else:
         dense.snapshots = pool.new_empty(shape) if spec.framework == "torch" else np.empty(shape, pool.dtype)
-    lowered = spec.without_rows()
-    chosen = dispatch.pick(lowered, backend)
-    empty_like, _ = _allocation(spec, call)
-    dense.o = empty_like(call.v) if empty_like else np.empty(call.v.shape, call.v.dtype)
     chosen.run(chosen.prepare(lowered, dense), lowered, dense)
     lengths = [spec.T] * spec.N
     if call.cu_seqlens is not None:
@@ -335,21 +302,35 @@ def _by_dense_snapshots(
                 pool[row].write(dense.snapshots[slot][n])
             else:
                 pool[row] = dense.snapshots[slot, n]
-    return dense.o, pool
 
 
-def _allocation(spec: CallSpec, call: Call) -> tuple[Any, bool]:
-    """(empty_like, state_like) of a plan."""
+def _results(spec: CallSpec, call: Call) -> Callable[[Arrays], Arrays]:
+    """What makes (state_out, o) for the arrays of a call. torch's empty_like is three times as quick as by shape."""
+    empty_like: Callable[[Array], Array] = _empty_like
+    same = False
     if spec.framework == "device":
-        return _empty_like_on_device, False
-    if spec.framework != "torch":
-        return None, False
-    import torch
+        empty_like = _empty_like_on_device
+    elif spec.framework == "torch":
+        import torch
 
-    same = call.state_in is not None and not (spec.pooled or spec.resident) and call.state_in.is_contiguous()
-    if call.v.is_contiguous():
-        return torch.empty_like, same
-    return partial(torch.empty_like, memory_format=torch.contiguous_format), same
+        same = (
+            call.state_in is not None and not (spec.pooled or spec.resident) and call.state_in.is_contiguous()
+        )
+        empty_like = torch.empty_like
+        if not call.v.is_contiguous():
+            empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    v, state = Call.__match_args__.index("v"), Call.__match_args__.index("state_in")
+    if spec.inplace:
+        return lambda arrays: (arrays[state], empty_like(arrays[v]))
+    if not spec.options.output_final_state:
+        return lambda arrays: (None, empty_like(arrays[v]))
+    if same:
+        return lambda arrays: (empty_like(arrays[state]), empty_like(arrays[v]))
+    return lambda arrays: (_new_state(Call(*arrays), spec), empty_like(arrays[v]))
+
+
+def _empty_like(x: Array) -> Array:
+    return np.empty(x.shape, x.dtype)
 
 
 def _empty_like_on_device(x: DeviceArray) -> DeviceArray:

@@ -32,8 +32,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core import dispatch
 from ..core.arguments import Operator
+from ..core.arrays import Arrays
 from ..core.devices import DeviceArray
 from ..core.native import core as _core
+from ..core.plans import Plan, Rest, find
 from . import op, torch_library
 from .arguments import FUNCTIONAL, INPLACE, OPERATORS, SNAPSHOTS, Call, Options
 from .autograd import gradients
@@ -83,22 +85,18 @@ _INPUTS = FUNCTIONAL.tensors
 """The differentiable operator's tensors, in the order of its schema, by their names in Call."""
 
 
-def _bind(operator: Operator, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Call, Options, str]:
-    """An operator's arguments as (Call, Options, backend). The dispatcher leaves out those at their defaults."""
-    arrays, flags = operator.bind(args, given)
-    backend = flags.pop("backend", "auto")
-    return Call(**arrays), Options(op=operator.public_name, **flags), backend
-
-
 def _run(operator: Operator, *args: Any, **given: Any) -> Any:
     """The implementation of each of the three operators."""
-    call, options, backend = _bind(operator, args, given)
-    if operator is not FUNCTIONAL:
-        _refuse_grad(call, options, operator.inplace)
-    o, state = op.execute(call, options, backend, operator.inplace, op.geometry_of(call))
+    arrays, rest = operator.bind(*args, **given)
+    found = find(arrays, rest)
+    if type(found) is not Plan:  # a plan is found for calls alone that nobody differentiates
+        if operator is not FUNCTIONAL:
+            _refuse_grad(Call(*arrays), Options(*rest[:-1]), operator.inplace)
+        found = op.plan(arrays, rest, found)
+    state, o = found.call(arrays)
     if operator.inplace:
         return o
-    return o, state if state is not None else call.q.new_empty(0)
+    return o, state if state is not None else arrays[0].new_empty(0)
 
 
 def _refuse_grad(call: Call, options: Options, inplace: bool) -> None:
@@ -136,9 +134,11 @@ if LIBRARY:
 
 
 def _fake(operator: Operator, *args: Any, **given: Any) -> Any:
-    call, options, _ = _bind(operator, args, given)
-    arrays = (x for name in operator.tensors if (x := getattr(call, name)) is not None)
-    if all(isinstance(n, int) for x in arrays for n in x.shape):  # a dynamic size would be pinned by a check
+    arrays, rest = operator.bind(*args, **given)
+    call, options = Call(*arrays), Options(*rest[:-1])
+    if all(
+        isinstance(n, int) for x in arrays if x is not None for n in x.shape
+    ):  # a dynamic size would be pinned by a check
         check_call(call, options, inplace=operator.inplace)
     o = call.v.new_empty(call.v.shape)
     if operator.inplace:
@@ -329,9 +329,18 @@ _QUESTIONS = {
 }
 """Who may look on, and whether they do. A dispatch mode is FakeTensorMode, make_fx, a counter of FLOPs and the like.
 torch has no public names for these functions."""
-_CALLS = tuple(_QUESTIONS.values())  # the extension borrows these objects
 is_compiling = torch.compiler.is_compiling
-_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_ACCOUNT = dict(
+    types=_PLAIN_TYPES, plain=_PLAIN_KEYS, tracked=_TRACKED, questions=tuple(_QUESTIONS.values()),
+    forward_ad=vars(forward_ad), is_grad_enabled=torch.is_grad_enabled,
+    is_inference_mode_enabled=torch.is_inference_mode_enabled, increment_version=mark_written,
+    get_num_threads=torch.get_num_threads,
+    transform_keys=[
+        int(key) for end in ("FrontMode", "BackMode")
+        if (key := getattr(torch._C.DispatchKey, f"FuncTorchDynamicLayer{end}", None)) is not None
+    ],
+)  # fmt: skip
+"""What the extension has to know of torch; it borrows these objects. `_in_transform` looks for these keys."""
 
 
 def onlooker() -> str | None:
@@ -401,16 +410,17 @@ def _learn() -> None:
         )
         with torch.inference_mode():
             y = torch.empty(7, device="cpu")
+        tensors = (x, y, z, torch.nn.Parameter(x), x[1:], torch._neg_view(x), z.conj())
+        storages = [t.untyped_storage() for t in tensors]
         known = []
-        for t in (x, y, z, torch.nn.Parameter(x), x[1:], torch._neg_view(x), z.conj()):
-            storage = t.untyped_storage()
+        for t, storage in zip(tensors, storages, strict=True):
             keys = torch._C._dispatch_keys(t).raw_repr()
             autograd = t.requires_grad or t._is_view()
-            known.append((t, t._cdata, keys, storage._cdata, storage.data_ptr(), storage.nbytes(), autograd))
+            uses = t._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+            at = storage._cdata, storage.data_ptr(), storage.nbytes()
+            known.append((t, t._cdata, keys, *at, autograd, *uses))
     assert _core is not None
-    _learned = _core.learn_torch(
-        _PLAIN_TYPES, _PLAIN_KEYS, _TRACKED, _CALLS, vars(forward_ad), _is_grad_enabled, _is_inference, known
-    )
+    _learned = _core.learn_torch(_ACCOUNT, known)
 
 
 reads()  # here and not at the first call, which a tracer may be following
@@ -442,24 +452,23 @@ def any_requires_grad(c: Call) -> bool:
         return False
 
 
-def looked_at(
-    call: Call, options: Options, backend: str, inplace: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def looked_at(arrays: Arrays, rest: Rest) -> Arrays:
     """A call whose memory is not simply there to be read, or whose plan must not be remembered."""
-    if watched(*(getattr(call, name) for name in Call.__slots__)):
-        return traced(call, options, backend, inplace)
+    if watched(*arrays):
+        return traced(arrays, rest)
+    call, options, backend = Call(*arrays), Options(*rest[:-1]), rest[-1]
     if torch.is_grad_enabled() and any_requires_grad(call):
-        check_call(call, options, inplace=inplace, grad_enabled=True)
+        check_call(call, options, inplace=options.op == INPLACE.public_name, grad_enabled=True)
         if backend not in ("auto", *dispatch.NAMES):
             dispatch.get_backend(backend)  # raises, naming the known ones
-        return traced(call, options, backend, inplace)
-    return op.execute(call, options, backend, inplace, None)
+        return traced(arrays, rest)
+    return op.plan(arrays, rest, None).call(arrays)
 
 
-def traced(
-    call: Call, options: Options, backend: str, inplace: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def traced(arrays: Arrays, rest: Rest) -> Arrays:
     """The call as a dispatcher operator, which tracers record."""
+    call, options, backend = Call(*arrays), Options(*rest[:-1]), rest[-1]
+    inplace = options.op == INPLACE.public_name
     refuse_old_exporter(options.op)
     for x in (call.state_in, call.snapshots):
         if type(x) is DeviceArray:
@@ -471,10 +480,10 @@ def traced(
         # Here, and not in the kernels alone: a tracer shows them tensors that have forgotten their gradients.
         _refuse_grad(call, options, inplace)
     operator = INPLACE if inplace else FUNCTIONAL if call.snapshots is None else SNAPSHOTS
-    arrays = (getattr(call, name) for name in operator.tensors)
+    tensors = (getattr(call, name) for name in operator.tensors)
     flags = {name: getattr(options, name) for name in operator.flags}
-    result = getattr(torch.ops.anydelta, operator.name)(*arrays, **flags, backend=backend)
+    result = getattr(torch.ops.anydelta, operator.name)(*tensors, **flags, backend=backend)
     if inplace:
-        return result, call.state_in
+        return call.state_in, result
     o, state = result
-    return o, state if options.output_final_state else None
+    return state if options.output_final_state else None, o

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..core import dispatch
 from ..core.native import core as _core
+from ..core.plans import Rest, find, keep
 from ..rule import reference
 from ..rule.arguments import Call, Options
 from ..rule.op import _grad_enabled, _torch_side, gated_delta_rule_
@@ -123,7 +124,6 @@ class Log:
     def connect(self) -> None:
         """What belongs to this process and to these arrays, which stay where they are; a copy has its own."""
         pool = self.pool
-        self.plans: dict[Any, tuple[Any, CallSpec, list[str]]] = {}
         on_cpu = pool.device is None or str(pool.device).partition(":")[0] == "cpu"
         forced = pool.backend if pool.backend != "auto" else dispatch.forced_by_env() or "cpu"
         # Addresses of each layer's arrays: reading them costs more than a small head.
@@ -132,9 +132,13 @@ class Log:
             for i in range(pool.layers if on_cpu else 0)
         ]
         self.native = _core is not None and on_cpu and forced == "cpu"
+        self.facts: Rest = (
+            pool.H, pool.HV, pool.K, pool.V, pool.kda, pool.dtype, pool.key_dtype, pool.state_layout, self.native,
+            str(pool.device),
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("plans", "at", "native")}
+        return {name: x for name, x in self.__dict__.items() if name not in ("facts", "at", "native")}
 
     # ---- rows
 
@@ -349,10 +353,9 @@ class Log:
     def _plan(self, layer: int, call: Call, options: Options, base: Any) -> tuple[Any, CallSpec, list[str]]:
         """(native plan or None, spec, arrays to copy first), checked once per geometry."""
         arrays = (call.q, call.k, call.v, call.g, call.beta, call.A_log, call.dt_bias, call.mask)
-        geometry = None if _core is None else _core.geometry(*arrays)
-        key = (geometry, options, len(base), call.cu_seqlens is None)
-        found: Any = self.plans.get(key) if geometry is not None else None
-        if found is None:
+        rest: Rest = (*options, "StatePool.run", len(base), call.cu_seqlens is None, *self.facts)
+        found: Any = find(arrays, rest)
+        if type(found) is not tuple:
             spec = self._checked(layer, call, options, base)
             if not self.native or spec.dtype not in cpu.DTYPE:
                 return None, spec, []
@@ -360,26 +363,25 @@ class Log:
             copies = [name for name, (_, copied) in strided.items() if copied]
             copies += cpu.scattered(call, ("A_log", "dt_bias"))
             fields, _, _ = cpu.rule_fields(spec, call, {name: st for name, (st, _) in strided.items()})
-            found = (_core.Plan(fields), spec, copies)
-            if geometry is not None:
-                if len(self.plans) >= 256:
-                    self.plans.clear()
-                self.plans[key] = found
+            key, found = found, (self._native_plan(fields), spec, copies)
+            keep(key, rest, found)
         return found  # type: ignore[no-any-return]
+
+    def _native_plan(self, fields: dict[str, Any]) -> Any:
+        number, torch = cpu.threads_of("numpy" if self.pool.device is None else "torch")
+        return _core.Plan(fields, None if torch else number)
 
     def _native(
         self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Any
     ) -> None:
         torch = sys.modules.get("torch") if self.pool.device is not None else None
-        threads = cpu.default_threads()
         if torch is not None:
-            threads = torch.get_num_threads()
             _torch_side().mark_written((self.states, *self.arrays))
         if not cpu.reads_arrays(
             "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
         ):
             arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
-        head = (plan, threads, torch is not None, folding, self.C, cpu.DTYPE[self.pool.key_dtype])
+        head = (plan, folding, self.C, cpu.DTYPE[self.pool.key_dtype])
         if folded is None:
             _core.run_log(*head, *arrays)
         else:  # the call and its mark without a step of the interpreter between them, where Ctrl-C would come
@@ -430,9 +432,9 @@ class Log:
         if not self.native:
             return self._fold_in_float64(group, layer, out)
         places, rows, to, counts = (np.array(x, np.int64) for x in zip(*group, strict=True))
-        spec_key = ("fold", len(group), self.order)
-        found: Any = self.plans.get(spec_key)
-        if found is None:
+        rest: Rest = ("StatePool.fold", len(group), self.order, *self.facts)
+        found: Any = find((), rest)
+        if type(found) is not _core.Plan:
             pool = self.pool
             options = Options(state_layout=pool.state_layout, heads=self.order or "interleaved")
             spec = CallSpec(
@@ -443,11 +445,12 @@ class Log:
             )  # fmt: skip
             nothing = Call(None, None, None, None, None, self.states[0])
             none: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
-            found = self.plans[spec_key] = (_core.Plan(cpu.rule_fields(spec, nothing, none)[0]), spec, [])
+            key, found = found, self._native_plan(cpu.rule_fields(spec, nothing, none)[0])
+            keep(key, rest, found)
         states, entries = self.at[layer]
         target = states if out is None else cpu.address(out)
         self._native(
-            found[0], True, layer, folded, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents,
+            found, True, layer, folded, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents,
             places, counts, None, to,
         )  # fmt: skip
 

@@ -4,10 +4,12 @@
 #include <Python.h>
 
 #include <cstdint>
-#include <string>
+#include <cstring>
 #include <vector>
 
+#include "key.h"
 #include "tensors.h"
+#include "torch_symbols.h"
 
 namespace anydelta {
 
@@ -36,15 +38,17 @@ struct Api {
 
 class ArrayReader {
   public:
-    // What the reader has to know of torch, from torch_op.py.
+    // What the reader has to know of torch, from torch_ops.py.
     struct Torch {
         std::vector<PyObject*> types;  // torch.Tensor first; the types whose objects are tensors and nothing else
         uint64_t plain;  // the dispatch keys that plain memory may have
         uint64_t tracked;  // those that inference tensors lack
-        // Functions that say whether somebody looks on (true: yes), and the names of the module that counts levels of
-        // dual numbers.
+        // Functions that say whether somebody looks on (true: yes): a tracer, a transform, a dispatch mode, a function
+        // mode. The names of the module that counts levels of dual numbers.
         std::vector<PyObject*> questions;
-        PyObject *forward_ad, *grad_enabled, *inference_mode;
+        PyObject* forward_ad;
+        PyObject *grad_enabled, *inference_mode, *increment_version, *num_threads;
+        std::vector<uint16_t> transform_keys;  // the dispatch keys that are included while a transform is active
     };
 
     // Read tensors from now on. False: torch has no exchange API, or keeps its words where they are not found.
@@ -63,18 +67,56 @@ class ArrayReader {
         if (sizeof(void*) != 8 || !words_.learn(known)) return false;
         torch_ = torch;
         api_ = api;
+        symbols_.look_up(reinterpret_cast<const void*>(api->tensor_from_py_object));
         return true;
     }
     bool learned() const { return api_; }
 
     // Whether nobody looks on: no tracer, mode, functorch transform or level of dual numbers.
     bool quiet() const {
-        for (PyObject* question : torch_.questions)
-            if (ask(question)) return false;
+        enum { TRACER, TRANSFORM, DISPATCH_MODE, FUNCTION_MODE };
+        const Symbols& here = symbols_;
+        if (here.tracing_state ? here.tracing_state() != nullptr : ask(torch_.questions[TRACER])) return false;
+        if (here.key_included) {
+            for (const uint16_t key : torch_.transform_keys)
+                if (here.key_included(key)) return false;
+        } else if (ask(torch_.questions[TRANSFORM])) {
+            return false;
+        }
+        if (here.dispatch_modes ? here.dispatch_modes() != 0 : ask(torch_.questions[DISPATCH_MODE])) return false;
+        if (here.function_modes ? here.function_modes() != 0 : ask(torch_.questions[FUNCTION_MODE])) return false;
         static PyObject* const name = PyUnicode_InternFromString("_current_level");
         PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, name);
         return level && PyLong_Check(level) && PyLong_AsLong(level) < 0;
     }
+
+    // torch's number of threads. -1 with a Python error set: it does not say.
+    int threads() const {
+        if (symbols_.threads) return symbols_.threads();
+        PyObject* found = PyObject_CallNoArgs(torch_.num_threads);
+        const long n = found ? PyLong_AsLong(found) : -1;
+        Py_XDECREF(found);
+        return static_cast<int>(n);
+    }
+
+    // Raise a tensor's count of versions, as torch's operators do of what they write; nothing for other arrays. False
+    // with a Python error set.
+    bool count_write(PyObject* x) const {
+        if (x == Py_None || !is_tensor(x)) return true;
+        if (symbols_.bump_version) {
+            const uintptr_t tensor = words_.impl(x);  // an at::Tensor is this pointer and nothing else
+            symbols_.bump_version(&tensor);
+            return true;
+        }
+        PyObject* one = PyTuple_Pack(1, x);
+        PyObject* done = one ? PyObject_CallOneArg(torch_.increment_version, one) : nullptr;
+        Py_XDECREF(one);
+        Py_XDECREF(done);
+        return done != nullptr;
+    }
+
+    // Whether one object holds a tensor, in Python or in C++, and nothing else its memory.
+    bool alone(PyObject* x) const { return api_ && exact(x) && Py_REFCNT(x) == 1 && words_.alone(x); }
 
     // Whether x is a torch tensor, of a subclass or not.
     bool is_tensor(PyObject* x) const {
@@ -91,9 +133,9 @@ class ArrayReader {
     // Append a description of the array to `key`: dtype, device, shape, strides, and whatever else a check looks at. False:
     // not readable, or of a kind that must be looked at in full on every call (NumPy: strided innermost dimension,
     // misaligned memory; torch: not plain, or somebody looks on).
-    bool describe(PyObject* x, std::string& key, Seen& seen) const {
+    bool describe(PyObject* x, Key& key, Seen& seen) const {
         if (x == Py_None) {
-            key.push_back('-');
+            key.push(NONE);
             return true;
         }
         if (is_tensor(x)) {
@@ -109,30 +151,30 @@ class ArrayReader {
         const bool aligned = reinterpret_cast<uintptr_t>(b.buf) % static_cast<uintptr_t>(b.itemsize) == 0;
         const bool plain = b.ndim == 0 || b.shape[b.ndim - 1] <= 1 || b.strides[b.ndim - 1] == b.itemsize;
         if (aligned && plain) {
-            const PyTypeObject* type = Py_TYPE(x);  // MLX's arrays look like NumPy's from here
-            append(key, &type, sizeof type);
-            key += b.format ? b.format : "B";
-            key.push_back(b.readonly ? 'r' : 'w');
-            append(key, b.shape, sizeof(Py_ssize_t) * static_cast<size_t>(b.ndim));
-            append(key, b.strides, sizeof(Py_ssize_t) * static_cast<size_t>(b.ndim));
-            key.push_back(static_cast<char>(b.ndim));
+            const char* format = b.format ? b.format : "B";
+            const auto dims = static_cast<size_t>(b.ndim);
+            key.push(BUFFER | static_cast<uint64_t>(b.readonly) << 8 | dims << 16);
+            key.push(reinterpret_cast<uintptr_t>(Py_TYPE(x)));  // MLX's arrays look like NumPy's from here
+            key.text(format, std::strlen(format));
+            key.push(b.shape, sizeof(Py_ssize_t) * dims);
+            key.push(b.strides, sizeof(Py_ssize_t) * dims);
         }
         PyBuffer_Release(&b);
         return aligned && plain;
     }
 
     // Whether a plan may be remembered for what was seen, and what else its key must say.
-    bool settle(const Seen& seen, std::string& key) const {
+    bool settle(const Seen& seen, Key& key) const {
         if (seen.grad && ask(torch_.grad_enabled)) return false;
-        if (seen.inference) key.push_back(ask(torch_.inference_mode) ? 'I' : 'i');
+        if (seen.inference) key.push(ask(torch_.inference_mode));
         return true;
     }
 
-    // Both for a tensor or None, in one look, where nobody looks on; false for anything else too.
-    bool describe_tensor(PyObject* x, std::string& key, uintptr_t& address, Seen& seen) const {
+    // Describes a tensor or None, with its address, where nobody looks on; false for anything else too.
+    bool describe_tensor(PyObject* x, Key& key, uintptr_t& address, Seen& seen) const {
         address = 0;
         if (x == Py_None) {
-            key.push_back('-');
+            key.push(NONE);
             return true;
         }
         return is_tensor(x) && read(x, key, address, seen);
@@ -172,8 +214,32 @@ class ArrayReader {
         bool of(PyObject* x) const { return truth(def->get(x, def->closure)); }
     };
 
+    // torch's own functions, where they are found: the same answers in 2 ns instead of 60.
+    struct Symbols {
+        const std::shared_ptr<void>& (*tracing_state)() = nullptr;
+        bool (*key_included)(uint16_t) = nullptr;
+        int64_t (*dispatch_modes)() = nullptr;
+        int64_t (*function_modes)() = nullptr;
+        int (*threads)() = nullptr;
+        void (*bump_version)(const void* tensor) = nullptr;
+        void look_up(const void* torch) {
+            const auto find = [torch](auto& f, const char* name) {
+                f = torch_symbol<std::decay_t<decltype(f)>>(torch, name);
+            };
+            find(tracing_state, torch_names::TRACING_STATE);
+            find(key_included, torch_names::KEY_INCLUDED);
+            find(dispatch_modes, torch_names::DISPATCH_MODES);
+            find(function_modes, torch_names::FUNCTION_MODES);
+            find(threads, torch_names::THREADS);
+            find(bump_version, torch_names::BUMP_VERSION);
+        }
+    };
+    // What the first word of an array's part of a key says.
+    enum Kind : uint64_t { NONE, TENSOR, BUFFER };
+
     const dlpack::Api* api_ = nullptr;
     Torch torch_{};
+    Symbols symbols_;
     TensorWords words_;
     Attribute requires_grad_, is_leaf_;
 
@@ -197,7 +263,7 @@ class ArrayReader {
             if (t.shape[i] == 0) return false;
         return true;
     }
-    bool read(PyObject* x, std::string& key, uintptr_t& address, Seen& seen) const {
+    bool read(PyObject* x, Key& key, uintptr_t& address, Seen& seen) const {
         dlpack::Tensor t;
         if (!plain(x)) return false;
         if (api_->tensor_from_py_object(x, &t) != 0) {
@@ -219,16 +285,16 @@ class ArrayReader {
         const bool grad = words_.autograd(x) && requires_grad_.of(x), inference = !(words_.keys(x) & torch_.tracked);
         seen.grad |= grad;
         seen.inference |= inference;
-        const int32_t flags = grad << 2 | (grad && is_leaf_.of(x)) << 1 | inference;
-        const int32_t head[4] = {t.device_type, t.device_id, t.ndim, t.code << 16 | t.bits << 8 | flags};
-        append(key, head, sizeof head);
-        append(key, t.shape, sizeof(int64_t) * static_cast<size_t>(t.ndim));
-        key.push_back(contiguous ? 'c' : 's');  // a key is hashed on every call: the shorter the better
-        if (!contiguous) append(key, t.strides, sizeof(int64_t) * static_cast<size_t>(t.ndim));
+        const auto part = [](auto value, int bits, int at) {
+            return (static_cast<uint64_t>(value) & ((uint64_t{1} << bits) - 1)) << at;
+        };
+        key.push(TENSOR | part(contiguous, 1, 2) | part(grad, 1, 3) | part(grad && is_leaf_.of(x), 1, 4) |
+                 part(inference, 1, 5) | part(t.code, 8, 6) | part(t.bits, 8, 14) | part(t.device_type, 10, 22) |
+                 part(t.device_id, 16, 32) | part(t.ndim, 16, 48));
+        const size_t bytes = sizeof(int64_t) * static_cast<size_t>(t.ndim);
+        key.push(t.shape, bytes);
+        if (!contiguous) key.push(t.strides, bytes);  // a key is hashed on every call: the shorter the better
         return true;
-    }
-    static void append(std::string& key, const void* data, size_t bytes) {
-        key.append(static_cast<const char*>(data), bytes);
     }
 };
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...core.arguments import in_order
 from ...core.dispatch import MLX_GPU, Rejected
 from ...core.native import core as _core
 from ...core.native import why_not
+from ...core.plans import Launch
 from ...rule.arguments import Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 from ..accepts import EITHER, RULE_CALLS
@@ -76,27 +77,18 @@ def address(x: Any) -> int:
     return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
 
 
+@dataclass(slots=True)
 class _Plan:
-    """What `run` needs besides addresses: the native plan, and which arrays must be copied to be contiguous."""
+    """The native plan, and which arrays must be copied to be contiguous."""
 
-    __slots__ = ("copies", "native", "reads", "snapshots_copy", "state_copy", "threads", "torch")
-
-    def __init__(
-        self,
-        native: Any,
-        torch: bool,
-        reads: bool,
-        copies: tuple[str, ...] = (),
-        state_copy: bool = False,
-        snapshots_copy: bool = False,
-    ):
-        self.native = native
-        self.copies = copies
-        self.state_copy = state_copy
-        self.snapshots_copy = snapshots_copy
-        self.torch = torch
-        self.threads: Callable[[], int] = torch_threads() if self.torch else default_threads
-        self.reads = reads
+    native: Any
+    reads: bool
+    """Whether the extension reads these arrays by itself."""
+    threads: tuple[Callable[[], int], bool]
+    """How many, and whether they are torch's."""
+    copies: tuple[str, ...] = ()
+    state_copy: bool = False
+    snapshots_copy: bool = False
 
 
 DEVICE = Row(("cpu", MLX_GPU), "takes tensors on the CPU; got device {where}")
@@ -129,22 +121,25 @@ class Cpu:
         copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices"))
         strides = {name: st for name, (st, _) in rows.items()}
         fields, state_copy, snapshots_copy = rule_fields(spec, call, strides)
-        return _Plan(
-            _core.Plan(fields),
-            spec.framework == "torch",
-            reads_arrays(spec.framework, _arrays(call)),
-            tuple(copies),
-            state_copy,
-            snapshots_copy,
-        )
+        threads = threads_of(spec.framework)
+        native = _core.Plan(fields, None if threads[1] else threads[0])
+        reads = reads_arrays(spec.framework, _arrays(call))
+        return _Plan(native, reads, threads, tuple(copies), state_copy, snapshots_copy)
+
+    def direct(self, plan: _Plan) -> Launch | None:
+        if not plan.reads or plan.copies or plan.state_copy or plan.snapshots_copy:
+            return None
+        launch: Launch = plan.native.run
+        return launch
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies or plan.state_copy or plan.snapshots_copy:
             return _run_with_copies(plan, spec, call)
         if plan.reads:
-            _core.run_arrays(plan.native, plan.threads(), plan.torch, *_arrays(call))
+            plan.native.run(_arrays(call), ())
         else:
-            _core.run(plan.native, plan.threads(), plan.torch, *map(address, _arrays(call)))
+            number, torch = plan.threads
+            plan.native.run_at(number(), torch, *map(address, _arrays(call)))
 
 
 def input_strides(x: Any) -> tuple[tuple[int, ...], bool]:
@@ -227,10 +222,13 @@ def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
     return not any(dtype_name(x) == "bfloat16" for x in arrays if x is not None)
 
 
-def torch_threads() -> Callable[[], int]:
+def threads_of(framework: str) -> tuple[Callable[[], int], bool]:
+    """(how many threads run calls on such arrays, whether they are torch's)"""
+    if framework != "torch":
+        return default_threads, False
     import torch
 
-    return torch.get_num_threads
+    return torch.get_num_threads, True
 
 
 def small_dtype(x: Any) -> int:
@@ -276,7 +274,7 @@ def _run_with_copies(plan: _Plan, spec: CallSpec, call: Call) -> None:
             inner.state_out = inner.state_in
     if plan.snapshots_copy:
         inner.snapshots = contiguous(call.snapshots)
-    BACKEND.run(_Plan(plan.native, plan.torch, plan.reads), spec, inner)
+    BACKEND.run(_Plan(plan.native, plan.reads, plan.threads), spec, inner)
     if plan.state_copy and spec.inplace:
         rows = slice(None)
         if call.state_indices is not None:

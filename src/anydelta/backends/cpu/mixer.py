@@ -8,7 +8,9 @@ from typing import Any
 
 from ...core.accepts import Row, UpTo
 from ...core.arguments import in_order
+from ...core.arrays import Arrays
 from ...core.native import core as _core
+from ...core.plans import Launch
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import NORM_GATES, MixerSpec, grouped
 from ...rule.arguments import Call
@@ -28,8 +30,8 @@ arrays = in_order(MixerCall)
 @dataclass(slots=True)
 class _Plan:
     native: Any
-    threads: Callable[[], int]
-    torch: bool
+    threads: tuple[Callable[[], int], bool]
+    """How many, and whether they are torch's."""
     reads: bool
     """Whether the extension reads these arrays by itself."""
     copies: tuple[str, ...]
@@ -90,6 +92,7 @@ class CpuMixer:
             snaps = element_strides(call.conv_snapshots)  # type: ignore[assignment]
         conv_dtype = cpu.DTYPE[spec.conv_dtype]
         D = r.HV * r.V
+        threads = cpu.threads_of(spec.framework)
         native = _core.MixerPlan(
             rule,
             dict(
@@ -108,24 +111,29 @@ class CpuMixer:
                 gate=1 + NORM_GATES.index(opt.norm_gate) if spec.gated else 0,
                 norm_eps=float(opt.norm_eps),
             ),
+            None if threads[1] else threads[0],
         )  # fmt: skip
-        torch = spec.framework == "torch"
-        threads = cpu.torch_threads() if torch else cpu.default_threads
         return _Plan(
             native,
             threads,
-            torch,
             cpu.reads_arrays(spec.framework, arrays(call)),
             tuple(copies),
             tuple(written),
         )
 
-    def step(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> Any:
+    def direct(self, plan: _Plan) -> Launch | None:
+        if not plan.reads or plan.copies or plan.written:
+            return None
+        launch: Launch = plan.native.run
+        return launch
+
+    def step(self, plan: _Plan, spec: MixerSpec, inputs: Arrays, made: Arrays) -> object:
         """An object of the extension that checks and runs calls like this one, or None: see `op.plan_step`."""
         r = spec.rule
-        if not (plan.torch and plan.reads) or plan.copies or plan.written or r.packed or r.pooled:
+        if not (plan.threads[1] and plan.reads) or plan.copies or plan.written or r.packed or r.pooled:
             return None
-        return _core.MixerStep(plan.native, *arrays(call))
+        step: object = _core.MixerStep(plan.native, *inputs, *made)
+        return step
 
     def run(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> None:
         inner = call
@@ -133,9 +141,10 @@ class CpuMixer:
             names = (*plan.copies, *plan.written)
             inner = replace(call, **{name: cpu.contiguous(getattr(call, name)) for name in names})
         if plan.reads:
-            _core.run_mixer_arrays(plan.native, plan.threads(), plan.torch, *arrays(inner))
+            plan.native.run(arrays(inner), ())
         else:
-            _core.run_mixer(plan.native, plan.threads(), plan.torch, *map(cpu.address, arrays(inner)))
+            number, torch = plan.threads
+            plan.native.run_at(number(), torch, *map(cpu.address, arrays(inner)))
         if "state" in plan.written:
             rows: Any = slice(None)
             if call.state_indices is not None:

@@ -13,6 +13,7 @@
 #include "arrays.h"
 #include "host.h"
 #include "mixer.h"
+#include "plans.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -20,9 +21,16 @@ using namespace anydelta;
 
 namespace {
 
+// On how many threads a plan runs, and whose: torch's for its tensors, otherwise as many as a Python function says.
+struct Threads {
+    bool torch = false;
+    nb::object number;
+};
+
 struct Plan {
     Problem p{};
     bool cu_is_int32 = false, indices_are_int32 = false, rows_are_int32 = false;
+    Threads threads;
 };
 
 template <class T>
@@ -50,8 +58,9 @@ States states(const nb::dict& d, const char* name) {
     return x;
 }
 
-Plan make_plan(const nb::dict& d) {
+Plan make_plan(const nb::dict& d, const nb::object& threads) {
     Plan plan;
+    plan.threads = {threads.is_none(), threads};
     Problem& p = plan.p;
     p.B = field<int64_t>(d, "B");
     p.T = field<int64_t>(d, "T");
@@ -119,9 +128,9 @@ Windows windows(const nb::dict& d, const char* name) {
     return x;
 }
 
-MixerPlan make_mixer_plan(const nb::dict& rule, const nb::dict& d) {
+MixerPlan make_mixer_plan(const nb::dict& rule, const nb::dict& d, const nb::object& threads) {
     MixerPlan plan;
-    plan.rule = make_plan(rule);
+    plan.rule = make_plan(rule, threads);
     plan.rule.p.beta_scale = field<float>(d, "beta_scale");
     Mixer& m = plan.m;
     m.q = grouped_tokens(d, "q");
@@ -241,48 +250,100 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
 }
 
 ArrayReader reader;
+Plans plans;
 
-// A key for the arrays of a call and the environment that dispatch depends on, or None where a key cannot say enough:
-// somebody looks on, a tensor is more than plain memory, gradients are wanted. Equal keys mean that the same plan serves.
-nb::object geometry(const nb::args& arrays) {
-    std::string key;
-    key.reserve(512);
-    if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+// A key for the arrays of a call and the environment that dispatch depends on. False where a key cannot say enough:
+// somebody looks on, a tensor is more than plain memory, gradients are wanted.
+void begin(Key& key) {
+    key.clear();
+    const char* forced = std::getenv("ANYDELTA_BACKEND");
+    key.text(forced, forced ? std::strlen(forced) : 0);
+}
+bool describe(nb::handle arrays, Key& key) {
+    begin(key);
     ArrayReader::Seen seen;
-    for (nb::handle x : arrays) {
-        key.push_back('|');
-        if (!reader.describe(x.ptr(), key, seen)) return nb::none();
-    }
-    if (!reader.settle(seen, key)) return nb::none();
-    return nb::bytes(key.data(), key.size());
+    const Py_ssize_t n = PyTuple_GET_SIZE(arrays.ptr());
+    for (Py_ssize_t i = 0; i < n; ++i)
+        if (!reader.describe(PyTuple_GET_ITEM(arrays.ptr(), i), key, seen)) return false;
+    return reader.settle(seen, key);
 }
 
-// torch_op.py's account of torch; it keeps all the objects alive. False: tensors cannot be read.
-bool learn_torch(const nb::tuple& types, uint64_t plain, uint64_t tracked, const nb::tuple& questions,
-                 nb::handle forward_ad, nb::handle grad_enabled, nb::handle inference_mode, const nb::list& known) {
-    ArrayReader::Torch torch{{}, plain, tracked, {}, forward_ad.ptr(), grad_enabled.ptr(), inference_mode.ptr()};
-    for (nb::handle type : types) torch.types.push_back(type.ptr());
-    for (nb::handle question : questions) torch.questions.push_back(question.ptr());
+// The plan for such arrays and such other arguments, else the key for `keep_plan`, else None: it must not be remembered.
+// `text` describes what is not among `arrays`.
+nb::object find_plan(const nb::tuple& arrays, const nb::tuple& rest, const nb::object& text) {
+    static thread_local Key key;
+    if (!describe(arrays, key)) return nb::none();
+    if (!text.is_none()) {
+        const char* more = PyUnicode_AsUTF8(text.ptr());
+        if (!more) throw nb::python_error();
+        key.text(more, std::strlen(more));
+    }
+    if (PyObject* plan = plans.find(key, rest.ptr())) return nb::borrow(plan);
+    return nb::cast(Key(key));
+}
+
+// torch_ops.py's account of torch; it keeps all the objects alive. False: tensors cannot be read.
+bool learn_torch(const nb::dict& torch, const nb::list& known) {
+    const auto object = [&](const char* name) { return nb::handle(torch[name]).ptr(); };
+    ArrayReader::Torch account{{},
+                               nb::cast<uint64_t>(torch["plain"]),
+                               nb::cast<uint64_t>(torch["tracked"]),
+                               {},
+                               object("forward_ad"),
+                               object("is_grad_enabled"),
+                               object("is_inference_mode_enabled"),
+                               object("increment_version"),
+                               object("get_num_threads"),
+                               nb::cast<std::vector<uint16_t>>(torch["transform_keys"])};
+    for (nb::handle type : nb::cast<nb::tuple>(torch["types"])) account.types.push_back(type.ptr());
+    for (nb::handle question : nb::cast<nb::tuple>(torch["questions"])) account.questions.push_back(question.ptr());
     std::vector<TensorWords::Known> tensors;
     for (nb::handle x : known) {
-        const auto t = nb::cast<nb::tuple>(x);  // (tensor, impl, keys, storage, data, bytes, autograd)
+        const auto t = nb::cast<nb::tuple>(x);
         const auto number = [&](size_t i) { return nb::cast<uint64_t>(t[i]); };
         tensors.push_back({reinterpret_cast<uintptr_t>(nb::handle(t[0]).ptr()), number(1), number(2), number(3),
-                           number(4), number(5), nb::cast<bool>(t[6])});
+                           number(4), number(5), nb::cast<bool>(t[6]), number(7), number(8)});
     }
-    return reader.learn(torch, tensors);
+    return reader.learn(account, tensors);
 }
 
-// A plan on the arrays of its call (or None), in the order of the table.
-template <size_t count, auto run, class P>
-void run_on_arrays(const P& plan, int threads, bool share_openmp, const nb::args& arrays) {
-    uintptr_t a[count] = {};
-    if (arrays.size() != count) throw std::invalid_argument("anydelta._core: wrong number of arrays");
-    for (size_t i = 0; i < count; ++i)
-        if (!reader.address(arrays[i].ptr(), a[i])) throw nb::python_error();
-    run(plan, threads, share_openmp, a);
+int number_of(const Threads& threads) {
+    const int n = threads.torch ? reader.threads() : nb::cast<int>(threads.number());
+    if (n < 0) throw nb::python_error();
+    return n;
 }
-// The same on addresses, 0 for None.
+
+// The arrays that a plan writes besides its results: autograd's count of their versions goes up.
+void count_writes(const Plan& plan, PyObject* const* arrays) {
+    using namespace rule_array;
+    if (!plan.p.out_dense && !reader.count_write(arrays[STATE_IN])) throw nb::python_error();
+    if (!reader.count_write(arrays[SNAPSHOTS])) throw nb::python_error();
+}
+void count_writes(const MixerPlan&, PyObject* const* arrays) {
+    using namespace mixer_array;
+    for (const size_t i : {CONV_STATE, STATE, CONV_SNAPSHOTS, SNAPSHOTS})
+        if (!reader.count_write(arrays[i])) throw nb::python_error();
+}
+const Threads& threads_of(const Plan& plan) { return plan.threads; }
+const Threads& threads_of(const MixerPlan& plan) { return plan.rule.threads; }
+
+// A plan on the arrays of its call and on its results (or None), both in the order of the table.
+template <size_t count, auto run, class P>
+void run_on_arrays(const P& plan, const nb::tuple& arrays, const nb::tuple& results) {
+    PyObject* x[count];
+    uintptr_t a[count];
+    if (arrays.size() + results.size() != count) throw std::invalid_argument("anydelta._core: wrong number of arrays");
+    for (size_t i = 0; i < count; ++i)
+        x[i] =
+            i < arrays.size() ? PyTuple_GET_ITEM(arrays.ptr(), i) : PyTuple_GET_ITEM(results.ptr(), i - arrays.size());
+    for (size_t i = 0; i < count; ++i)
+        if (!reader.address(x[i], a[i])) throw nb::python_error();
+    const Threads& threads = threads_of(plan);
+    const int n = number_of(threads);
+    if (threads.torch) count_writes(plan, x);
+    run(plan, n, threads.torch, a);
+}
+// The same on addresses, 0 for None, with a number of threads.
 template <size_t count, auto run, class P>
 void run_on_addresses(const P& plan, int threads, bool share_openmp, const nb::args& addresses) {
     uintptr_t a[count] = {};
@@ -290,10 +351,10 @@ void run_on_addresses(const P& plan, int threads, bool share_openmp, const nb::a
     for (size_t i = 0; i < count; ++i) a[i] = nb::cast<uintptr_t>(addresses[i]);
     run(plan, threads, share_openmp, a);
 }
-constexpr auto run_arrays = run_on_arrays<rule_array::COUNT, run_plan, Plan>;
-constexpr auto run_addresses = run_on_addresses<rule_array::COUNT, run_plan, Plan>;
-constexpr auto run_mixer_arrays = run_on_arrays<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
-constexpr auto run_mixer = run_on_addresses<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
+constexpr auto run_rule = run_on_arrays<rule_array::COUNT, run_plan, Plan>;
+constexpr auto run_rule_at = run_on_addresses<rule_array::COUNT, run_plan, Plan>;
+constexpr auto run_mixer = run_on_arrays<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
+constexpr auto run_mixer_at = run_on_addresses<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
 
 // A mixer call that is made again and again, as a decode loop does, on torch tensors: checked and run in one call, because
 // between two of them the weights of a layer push everything else out of the caches, and each further Python object that
@@ -302,39 +363,37 @@ class MixerStep {
   public:
     MixerStep(const MixerPlan& plan, const nb::args& arrays) : plan_(plan) {
         uintptr_t a[mixer_array::COUNT];
-        if (!read(arrays, geometry_, a))
+        if (!read(arrays, key_, a))
             throw std::invalid_argument("MixerStep: requires plain torch tensors, and that nobody looks on");
     }
     // False: the arrays or the environment differ from those that it was made with; nothing was read or written.
-    bool run(int threads, bool share_openmp, const nb::args& arrays) const {
-        static thread_local std::string now;
+    bool run(const nb::args& arrays) const {
+        static thread_local Key now;
         uintptr_t a[mixer_array::COUNT];
-        if (!read(arrays, now, a) || now != geometry_) return false;
-        run_mixer_plan(plan_, threads, share_openmp, a);
+        if (!read(arrays, now, a) || !(now == key_)) return false;
+        count_writes(plan_, &PyTuple_GET_ITEM(arrays.ptr(), 0));
+        run_mixer_plan(plan_, number_of(plan_.rule.threads), true, a);
         return true;
     }
 
   private:
     MixerPlan plan_;
-    std::string geometry_;
+    Key key_;
 
-    static bool read(const nb::args& arrays, std::string& key, uintptr_t* a) {
+    static bool read(const nb::args& arrays, Key& key, uintptr_t* a) {
         if (arrays.size() != mixer_array::COUNT) throw std::invalid_argument("MixerStep: wrong number of arrays");
-        key.clear();
-        if (const char* forced = std::getenv("ANYDELTA_BACKEND")) key += forced;
+        if (!reader.learned() || !reader.quiet()) return false;
+        begin(key);
         ArrayReader::Seen seen;
-        for (size_t i = 0; i < mixer_array::COUNT; ++i) {
-            key.push_back('|');
-            if (!reader.describe_tensor(arrays[i].ptr(), key, a[i], seen)) return false;
-        }
+        for (size_t i = 0; i < mixer_array::COUNT; ++i)
+            if (!reader.describe_tensor(PyTuple_GET_ITEM(arrays.ptr(), i), key, a[i], seen)) return false;
         return reader.settle(seen, key);
     }
 };
 
 // The log form (log.h): verify the tokens of a call, or fold entries into the states. `plan` describes the rule and
 // the states; `out` has the strides of `state`. Index arrays are int64.
-void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries, int64_t capacity, int key_dtype,
-             const nb::args& arrays) {
+void run_log(const Plan& plan, bool fold_entries, int64_t capacity, int key_dtype, const nb::args& arrays) {
     enum {
         Q,
         KEY,
@@ -397,11 +456,12 @@ void run_log(const Plan& plan, int threads, bool share_openmp, bool fold_entries
     g.used = static_cast<const int64_t*>(at(a[USED]));
     g.folds = static_cast<const int64_t*>(at(a[FOLDS]));
     g.out_rows = static_cast<const int64_t*>(at(a[OUT_ROWS]));
+    const int threads = number_of(plan.threads);
     nb::gil_scoped_release unlocked;
     if (fold_entries)
-        fold(g, chosen(), threads, share_openmp);
+        fold(g, chosen(), threads, plan.threads.torch);
     else
-        verify(g, chosen(), threads, share_openmp);
+        verify(g, chosen(), threads, plan.threads.torch);
 }
 
 }  // namespace
@@ -414,27 +474,46 @@ NB_MODULE(_core, m) {
             PyErr_SetString(PyExc_MemoryError, OUT_OF_MEMORY);
         }
     });
-    nb::class_<Plan>(m, "Plan").def("__init__", [](Plan* self, const nb::dict& d) { new (self) Plan(make_plan(d)); });
-    m.def("run", run_addresses);
-    m.def("run_arrays", run_arrays);
-    nb::class_<MixerPlan>(m, "MixerPlan").def("__init__", [](MixerPlan* self, const nb::dict& rule, const nb::dict& d) {
-        new (self) MixerPlan(make_mixer_plan(rule, d));
-    });
+    nb::class_<Key>(m, "Key", "Of arrays and environment.");
+    m.def("find_plan", &find_plan, nb::arg("arrays"), nb::arg("rest"), nb::arg("text").none() = nb::none());
+    m.def("keep_plan", [](const Key& key, nb::tuple rest, nb::object plan) { plans.keep(key, rest, plan); });
+    m.def("forget_plans", [] { plans.forget(); });
+    m.def("count_plans", [] { return plans.count(); });
+    // threads: a function that says how many, or None for torch's
+    nb::class_<Plan>(m, "Plan")
+        .def(
+            "__init__",
+            [](Plan* self, const nb::dict& d, const nb::object& threads) { new (self) Plan(make_plan(d, threads)); },
+            nb::arg("fields"), nb::arg("threads").none())
+        .def("run", run_rule)
+        .def("run_at", run_rule_at);
+    nb::class_<MixerPlan>(m, "MixerPlan")
+        .def(
+            "__init__",
+            [](MixerPlan* self, const nb::dict& rule, const nb::dict& d, const nb::object& threads) {
+                new (self) MixerPlan(make_mixer_plan(rule, d, threads));
+            },
+            nb::arg("rule"), nb::arg("fields"), nb::arg("threads").none())
+        .def("run", run_mixer)
+        .def("run_at", run_mixer_at);
     nb::class_<MixerStep>(m, "MixerStep")
         .def("__init__",
              [](MixerStep* self, const MixerPlan& plan, const nb::args& arrays) { new (self) MixerStep(plan, arrays); })
         .def("run", &MixerStep::run);
-    m.def("run_mixer", run_mixer);
-    m.def("run_mixer_arrays", run_mixer_arrays);
     m.attr("max_taps") = MAX_TAPS;
     m.def("run_log", &run_log);
-    m.def("geometry", &geometry);
     m.def("learn_torch", &learn_torch);
     m.def("reads_torch", [] { return reader.learned(); }, "Whether torch tensors are read here.");
     m.def("quiet", [] { return reader.quiet(); }, "Whether nobody looks on: no tracer, mode, transform or dual level.");
     m.def(
         "plain", [](nb::handle x) { return reader.plain(x.ptr()); },
         "Whether a torch tensor is nothing but memory with a dtype, a shape and strides.");
+    m.def(
+        "alone",
+        [](const nb::tuple& held, size_t i) {
+            return i < held.size() && reader.alone(PyTuple_GET_ITEM(held.ptr(), static_cast<Py_ssize_t>(i)));
+        },
+        "Whether nobody but this tuple holds its tensor `i`, and nothing else that tensor's memory.");
     m.def(
         "isas",
         [] {

@@ -1,7 +1,7 @@
 // What a torch tensor is besides memory, shape and dtype, which DLPack tells (arrays.h): which dispatch keys it has, how
 // much memory its storage holds, and whether autograd knows it. torch has no C interface for these that serves every release, and asking in Python
 // takes longer than the kernel of a small head. So the places of the words are learned from tensors for which Python knows
-// the words (torch_op.py). Where they are not found, every call takes the way through Python.
+// the words (torch_ops.py). Where they are not found, every call takes the way through Python.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +17,7 @@ class TensorWords {
         uintptr_t object;
         uint64_t impl, keys, storage, data, bytes;
         bool autograd;  // whether autograd keeps something about it: it requires grad, or is a view
+        uint64_t uses, storage_uses;  // how many hold it in C++, and its storage
     };
 
     // False: this torch keeps them elsewhere.
@@ -36,19 +37,32 @@ class TensorWords {
         const auto impl = [](const Known& x) { return static_cast<uintptr_t>(x.impl); };
         const auto storage = [](const Known& x) { return static_cast<uintptr_t>(x.storage); };
         // The objects of torch 2.10 to 2.13 have 24, 22 and 8 words.
-        return find(
-                   impl_, 6, [](const Known& x) { return x.object; }, [](const Known& x) { return x.impl; }) &&
-               find(keys_, 24, impl, [](const Known& x) { return x.keys; }) &&
-               search(
-                   autograd_, 8, impl, [](const Known& x) { return x.autograd; }, [](uint64_t w) { return w != 0; }) &&
-               find(storage_, 8, impl, [](const Known& x) { return x.storage; }) &&
-               find(data_, 8, storage, [](const Known& x) { return x.data; }) &&
-               find(bytes_, 8, storage, [](const Known& x) { return x.bytes; });
+        const bool found =
+            find(
+                impl_, 6, [](const Known& x) { return x.object; }, [](const Known& x) { return x.impl; }) &&
+            find(keys_, 24, impl, [](const Known& x) { return x.keys; }) &&
+            search(
+                autograd_, 8, impl, [](const Known& x) { return x.autograd; }, [](uint64_t w) { return w != 0; }) &&
+            find(storage_, 8, impl, [](const Known& x) { return x.storage; }) &&
+            find(data_, 8, storage, [](const Known& x) { return x.data; }) &&
+            find(bytes_, 8, storage, [](const Known& x) { return x.bytes; });
+        counted_ = found &&
+                   search(
+                       uses_, 3, impl, [](const Known& x) { return x.uses; }, count) &&
+                   search(storage_uses_, 3, storage, [](const Known& x) { return x.storage_uses; }, count);
+        return found;
     }
 
     uint64_t keys(const void* tensor) const { return word(impl(tensor), keys_); }
     // No: it does not require grad.
     bool autograd(const void* tensor) const { return word(impl(tensor), autograd_) != 0; }
+
+    // Whether one alone holds the tensor in C++, and it alone its storage; false where that is not known.
+    bool alone(const void* tensor) const {
+        const uintptr_t at = impl(tensor), storage = word(at, storage_);
+        return counted_ && storage && count(word(at, uses_)) == 1 && count(word(storage, storage_uses_)) == 1;
+    }
+    uintptr_t impl(const void* tensor) const { return word(reinterpret_cast<uintptr_t>(tensor), impl_); }
 
     // Whether the tensor's storage holds so many bytes from this address on.
     bool holds(const void* tensor, uintptr_t address, uint64_t bytes) const {
@@ -59,9 +73,11 @@ class TensorWords {
     }
 
   private:
-    size_t impl_ = 0, keys_ = 0, autograd_ = 0, storage_ = 0, data_ = 0, bytes_ = 0;
+    size_t impl_ = 0, keys_ = 0, autograd_ = 0, storage_ = 0, data_ = 0, bytes_ = 0, uses_ = 0, storage_uses_ = 0;
+    bool counted_ = false;
 
-    uintptr_t impl(const void* tensor) const { return word(reinterpret_cast<uintptr_t>(tensor), impl_); }
+    // Counts of holders take half a word; the other half counts weak ones.
+    static uint64_t count(uint64_t w) { return w & 0xffffffff; }
     static uint64_t word(uintptr_t object, size_t place) {
         uint64_t value;
         std::memcpy(&value, reinterpret_cast<const char*>(object) + 8 * place, sizeof value);

@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ...core import plans
 from ...core.accepts import Accepts, Row, UpTo
 from ...core.dispatch import Rejected
-from ...rule import op
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
 from ..accepts import EITHER, RULE_CALLS, TORCH
@@ -57,12 +57,12 @@ def emulated(host: Any) -> Iterator[None]:
     """Inside, calls run on `host` instead of torch.mps, on tensors of the CPU: an object with `compile_shader`."""
     global _emulator
     before, _emulator = _emulator, host
-    op._plans.clear()  # they hold compiled functions
+    plans.forget()  # they hold compiled functions
     try:
         yield
     finally:
         _emulator = before
-        op._plans.clear()
+        plans.forget()
 
 
 def _host() -> Any:

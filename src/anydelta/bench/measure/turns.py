@@ -80,7 +80,7 @@ def bare_kernel(
     """(call, o, state): the extension itself on these tensors in place, every address ready."""
     import torch
 
-    core = extension()
+    extension()
     call = Call(t["q"], t["k"], t["v"], t["g"], t["beta"], t["state"])
     spec = check_call(call, Options(op="gated_delta_rule_"), inplace=True)
     native = dispatch.host("cpu").BACKEND.prepare(spec, call).native
@@ -89,7 +89,7 @@ def bare_kernel(
     addresses = [0 if x is None else x.data_ptr() for x in in_order(Call)(call)]
 
     def run(keep: Any = call) -> None:  # the arrays must outlive their addresses
-        core.run(native, threads, share_openmp, *addresses)
+        native.run_at(threads, share_openmp, *addresses)
 
     return run, o, t["state"]
 

@@ -12,15 +12,14 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
 
-from ...core import dispatch
+from ...core import dispatch, native
 from ...mixer.op import gated_delta_mixer_, plan_step
 from ...mixer.spec import unpack_qkv
-from ...rule.torch_ops import FUNCTION_MODE, mark_written, onlooker, plain, quiet
+from ...rule.torch_ops import FUNCTION_MODE, onlooker, plain, quiet
 from .cache import RollbackLayer
 from .functions import (
     _CONV_OPTIONS,
@@ -246,12 +245,11 @@ class _Step:
         for planned in (self.native is not None, False):
             if not planned and not self._plan(layer, p, conv_state, state):
                 return None
-            out = p.z if self.in_place and _alone(p) else p.z.new_empty(self.shape)
+            out = p.z if self.in_place and _alone(p, _Z) else p.z.new_empty(self.shape)
             if self.native.run(
-                _threads(), True, q, k, v, conv_state, state, p.a, p.b, conv.get("weight"), None, None,
+                q, k, v, conv_state, state, p.a, p.b, conv.get("weight"), None, None,
                 conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None, out,
             ):  # fmt: skip
-                mark_written((conv_state, state))
                 return out
         return None
 
@@ -307,20 +305,13 @@ def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
     steps[key] = step
 
 
-def _alone(p: Projected) -> bool:
-    """Whether nobody but `p` holds z, or another tensor on its memory. A hook, a function mode or who took the place
-    of a function between the layer and torch may have kept it: in Python, in C++, or as a view."""
-    return (
-        getrefcount(p.z) == 2
-        and p.z._use_count() == 1  # type: ignore[attr-defined]
-        and _storage_uses(p.z.untyped_storage()._cdata) == 2  # the asking is one
-    )
-
-
+_Z = Projected._fields.index("z")
+_alone: Callable[[Projected, int], bool] = (lambda p, i: False) if native.core is None else native.core.alone
+"""Whether nobody but `p` holds its tensor `i`, or another one on its memory. A hook, a function mode or who took the
+place of a function between the layer and torch may have kept it: in Python, in C++, or as a view."""
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-_threads, _storage_uses = torch.get_num_threads, torch._C._storage_Use_Count
 _OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_idx"}
 """Keywords that a plain step has not."""
 

@@ -1,0 +1,108 @@
+"""The one cache of plans, and the one way from a call to its backend.
+
+A `Plan` is what was found out about a call: what it is, who runs it, what that has prepared, how results are made. It
+is kept for the next call like it. What "like it" means is a key of two parts:
+
+    of the arrays   dtypes, shapes, strides, and what else a check looks at; and ANYDELTA_BACKEND. The extension reads
+                    it in less than a microsecond (backends/cpu/arrays.h), and says no where a plan must not be
+                    remembered: somebody looks on, a tensor is more than plain memory, a gradient is wanted.
+    the rest        a tuple of texts, numbers and None: the options of the call and the backend that was asked for.
+
+So a call like the last one pays for one look-up. Without the extension nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .arrays import Array, Arrays
+from .devices import DeviceArray
+from .native import core
+
+S = TypeVar("S")
+C = TypeVar("C")
+Rest = tuple[Any, ...]
+"""Texts, numbers and None."""
+Launch = Callable[[Arrays, Arrays], object]
+"""Runs a call on its arrays and its results, both in the order of its table."""
+
+
+@dataclass(slots=True)
+class Plan(Generic[S]):
+    spec: S
+    make: Callable[[Arrays], Arrays]
+    """New results for the arrays of a call."""
+    launch: Launch
+    check: Callable[[Arrays], object] | None = None
+    """What no key can say: the values of index arrays, where there are some."""
+    step: Callable[[Arrays, Arrays], object] | None = None
+    """An object of the extension that repeats the call, where the backend has such."""
+
+    def call(self, arrays: Arrays) -> Arrays:
+        """The results."""
+        if self.check is not None:
+            self.check(arrays)
+        made = self.make(arrays)
+        self.launch(arrays, made)
+        return made
+
+
+Key: type = type(None) if core is None else core.Key
+"""What stands for the arrays of a call."""
+
+
+def _nothing(arrays: Arrays, rest: Rest, text: str | None = None) -> object:
+    return None
+
+
+find: Callable[..., object] = _nothing if core is None else core.find_plan
+"""find(arrays, rest, text=None): what was kept for such a call; else its key, for `keep`; else None, where nothing may
+be. `text` says what `arrays` do not."""
+
+
+def find_on_devices(arrays: Arrays, rest: Rest) -> object:
+    """`find`, where some arrays are on an `anydelta.device`, which the extension does not read."""
+    text = [f"{x.device.name} {x.shape} {x.dtype}" if type(x) is DeviceArray else "-" for x in arrays]
+    return find(tuple(None if type(x) is DeviceArray else x for x in arrays), rest, "|".join(text))
+
+
+def keep(key: object, rest: Rest, plan: object) -> None:
+    """Remember a plan under what `find` answered."""
+    if key is not None:
+        core.keep_plan(key, rest, plan)
+
+
+def forget() -> None:
+    """Forget all plans: for whoever changes what they were made from."""
+    if core is not None:
+        core.forget_plans()
+
+
+def count() -> int:
+    """How many plans are kept."""
+    return 0 if core is None else int(core.count_plans())
+
+
+def launcher(
+    run: Callable[[C], object],
+    table: Callable[..., C],
+    written: Callable[[C], list[Array]] | None,
+) -> Launch:
+    """For a backend that takes a call as one object: `table` makes it of arrays and results. `written` names the
+    tensors whose count of versions goes up."""
+
+    def launch(arrays: Arrays, made: Arrays) -> None:
+        call = table(*arrays, *made)
+        if written is not None:
+            import torch
+
+            torch._C._increment_version([x for x in written(call) if x is not None])
+        run(call)
+
+    return launch
+
+
+atexit.register(forget)  # plans hold native objects, which must go before the extension does
