@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -836,3 +838,20 @@ def test_backward_from_several_threads() -> None:
     assert len(results) == 4
     for got in results:
         assert_same(got, want)
+
+
+def test_the_first_call_of_a_process_can_be_compiled() -> None:
+    """Nothing of torch's side is imported before."""
+    code = """
+import torch
+from anydelta import gated_delta_rule
+
+def run(q, g, beta):
+    return gated_delta_rule(q, q, q, g=g, beta=beta)[0]
+
+q, g, beta = torch.randn(1, 4, 2, 8), -torch.rand(1, 4, 2), torch.rand(1, 4, 2)
+compiled = torch.compile(run, backend="eager", fullgraph=True)(q, g, beta)
+assert torch.equal(compiled, run(q, g, beta))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

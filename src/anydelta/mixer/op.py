@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -292,7 +291,9 @@ def _torch_side() -> ModuleType:
     """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        _side = importlib.import_module("anydelta.mixer.torch_ops")
+        import anydelta.mixer.torch_ops as found  # the one kind of import that torch.compile can follow
+
+        _side = found
     return _side
 
 
