@@ -831,7 +831,7 @@ def test_conv(shape: tuple[int, int, int], bias: bool, activation: str | None) -
         want = module_functions().causal_conv1d_fn(x, w, b, activation=activation)
         with adt.enable():
             got = module_functions().causal_conv1d_fn(x, w, b, activation=activation)
-            shifted = functions._conv_shifted(x.transpose(1, 2), w, b, activation, None).transpose(1, 2)
+            shifted = functions.shifted(x.transpose(1, 2), w, b, activation, None).transpose(1, 2)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(shifted, want)
 
