@@ -90,8 +90,10 @@ def need_packages() -> None:
         raise CheckpointError(f"requires {' and '.join(missing)}; got no such package. Run: {INSTALL}")
 
 
-def open_checkpoint(name: str, dtype: str = "auto") -> Opened:
+def open_checkpoint(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> Opened:
     """The model and the tokenizer of a folder, or of a name on the Hugging Face hub.
+
+    `trust_remote_code` runs the Python code that comes with them, where they have their own.
 
     Raises:
         CheckpointError: anything that keeps the model from being loaded whole.
@@ -120,7 +122,9 @@ def open_checkpoint(name: str, dtype: str = "auto") -> Opened:
     else:
         _check_hub(name)
     with quiet():
-        return Opened(name, _load_model(name, dtype), _load_tokenizer(name))
+        return Opened(
+            name, _load_model(name, dtype, trust_remote_code), _load_tokenizer(name, trust_remote_code)
+        )
 
 
 # ---- Before loading
@@ -255,22 +259,27 @@ def _check_hub(name: str) -> None:
 # ---- Loading
 
 
-def _load_model(name: str, dtype: str) -> Any:
+def _load_model(name: str, dtype: str, trust: bool) -> Any:
     transformers = importlib.import_module("transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except Exception as error:  # whatever Transformers or the hub raise, the sentence names it
+        if "trust_remote_code" in str(error) and not trust:
+            raise CheckpointError(
+                f"requires --trust-remote-code for {name}, which comes with Python code; got none. Read the code first"
+            ) from None
         raise CheckpointError(
             f"requires a model that Transformers {transformers.__version__} knows; got {name}: {_line(error)}"
         ) from None
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    own = trust and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"requires a class that writes text (a causal language model); got {name} of model_type "
             f"{config.model_type}, which Transformers has none for"
         )
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=trust
         )
     except Exception as error:
         why = _line(error)
@@ -286,10 +295,10 @@ def _load_model(name: str, dtype: str) -> Any:
     return model.eval()
 
 
-def _load_tokenizer(name: str) -> Any:
+def _load_tokenizer(name: str, trust: bool) -> Any:
     transformers = importlib.import_module("transformers")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         if len(tokenizer):
             return tokenizer
         raise ValueError("it has no tokens. Is tokenizer.json missing?")

@@ -79,6 +79,12 @@ def generate_command(
     compile_: Annotated[
         bool, _option("--compile", "Compile the decode step (torch.compile: minutes), on a static cache.")
     ] = False,
+    fla: Annotated[
+        bool, _option("--fla", "Let the model's code import fla: anydelta.compat.fla.install().")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, _option("--trust-remote-code", "Run the Python code that comes with the model.")
+    ] = False,
     plain: Annotated[bool, _option("--plain", "Transformers alone, without anydelta.")] = False,
     compare: Annotated[
         bool,
@@ -94,6 +100,7 @@ def generate_command(
       anydelta generate -m Qwen/Qwen3.5-0.8B --dtype bfloat16 --chat "What is a gated delta rule?"
       anydelta generate --compare "In the beginning"
       anydelta generate --mtp --compare "In the beginning"
+      anydelta generate -m moonshotai/Kimi-Linear-48B-A3B-Instruct --trust-remote-code --fla "Is 123 a prime?"
     """
     given = {
         name: value
@@ -106,16 +113,35 @@ def generate_command(
     }  # fmt: skip
     _check(max_new_tokens, threads, given, plain and compare)
     _check_drafting(mtp, draft, lookup, drafts, plain)
-    _check_compile(compile_, pack, mtp or draft is not None or lookup is not None)
+    drafts_asked = mtp or draft is not None or lookup is not None
+    _check_compile(compile_, pack, drafts_asked)
+    if fla and (plain or compare or drafts_asked):
+        raise CheckpointError(
+            "requires --fla without --plain, --compare and drafts, which need Transformers as it is; got one of them"
+        )
     need_packages()
     name = default_model() if model is None else model
     text = _prompt(prompt)
-    opened = open_checkpoint(name, dtype)
+    if fla:
+        from ..compat.fla import install
+
+        install()
+    opened = open_checkpoint(name, dtype, trust_remote_code)
     _check_sampling(opened, given)
     if "stop_strings" in given:
         given["tokenizer"] = opened.tokenizer  # generate() needs it to find them
     options = {"max_new_tokens": max_new_tokens, **given}
-    way = _way(plain, mtp, None if draft is None else open_checkpoint(draft, dtype), lookup, drafts)
+    way = (
+        write.with_fla()
+        if fla
+        else _way(
+            plain,
+            mtp,
+            None if draft is None else open_checkpoint(draft, dtype, trust_remote_code),
+            lookup,
+            drafts,
+        )
+    )
     if pack:
         way = write.packed(way)
     if compile_:

@@ -63,6 +63,20 @@ def with_anydelta() -> Way:
     return Way("anydelta", context=plug.enable)
 
 
+def with_fla() -> Way:
+    """What `import fla` found when the model was loaded, with the mixer of enable() where it knows the layers."""
+
+    def context(model: Any) -> AbstractContextManager[Any]:
+        try:
+            from ..integrations import transformers as plug
+
+            return plug.enable(model)
+        except (ImportError, RuntimeError, ValueError):  # layers of its own, which call what they imported
+            return nullcontext()
+
+    return Way("anydelta, fla", context)
+
+
 def drafting(
     *, mtp: bool = False, draft: Opened | None = None, lookup: int | None = None, count: int | None = None
 ) -> Way:

@@ -1,8 +1,18 @@
-"""flash-linear-attention on anydelta: the functions of its `fla.ops`, with the same names, arguments and conventions.
+"""flash-linear-attention on anydelta: the same names, arguments and conventions, for torch tensors on any device.
+
+    from anydelta.compat.fla import chunk_kda       # in the place of: from fla.ops.kda import chunk_kda
+
+    import anydelta.compat.fla
+    anydelta.compat.fla.install()                   # from now on `import fla` works, where fla is not installed
+    model = AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
+    anydelta.compat.fla.uninstall()
 
 - ops: chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, chunk_kda, fused_recurrent_kda
+- gate, norm, convolution, index, simple_gla: what the code of released checkpoints imports beside them
+- offered: the modules `fla` and `causal_conv1d` that are made of these
 """
 
+from .offered import OFFERED, install, uninstall
 from .ops import (
     chunk_gated_delta_rule,
     chunk_gdn,
@@ -13,10 +23,13 @@ from .ops import (
 )
 
 __all__ = [
+    "OFFERED",
     "chunk_gated_delta_rule",
     "chunk_gdn",
     "chunk_kda",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gdn",
     "fused_recurrent_kda",
+    "install",
+    "uninstall",
 ]

@@ -15,8 +15,8 @@ Where this differs from fla, it is stricter or does more:
 - cp_context, return_intermediate_states, gv, a beta per value channel and head_first raise UnsupportedError.
 
 Hints that choose fla's kernels and cannot change a result are checked and then unused: chunk_size,
-cu_seqlens_cpu, disable_recompute, and safe_gate (with the gate computed outside the call, it is a promise
-about g that anydelta does not need).
+cu_seqlens_cpu, autotune_interval (of a fork of fla), disable_recompute, and safe_gate (with the gate computed outside
+the call, it is a promise about g that anydelta does not need).
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def chunk_gated_delta_rule(
     op = "fla.chunk_gated_delta_rule"
     _qkv(op, q, k, v)
     state_v_first = _keywords(
-        op, kwargs, ("use_gate_in_kernel", "A_log", "dt_bias", "chunk_size"), state_v_first
+        op,
+        kwargs,
+        ("use_gate_in_kernel", "A_log", "dt_bias", "chunk_size", "autotune_interval"),
+        state_v_first,
     )
     _chunk_size(op, kwargs, (16, 32, 64))
     _no_context_parallel(op, cp_context)

@@ -1,0 +1,193 @@
+"""install() and uninstall(): `import fla` and `import causal_conv1d` find anydelta where the real packages are missing.
+
+`OFFERED` is the whole of what is there: the names that the code of released checkpoints and Transformers import. Where
+each of them was seen is in docs/fla.md. Any other name raises ImportError or AttributeError, which says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import FunctionType, ModuleType
+from typing import Any
+
+from . import convolution, gate, index, norm, ops, simple_gla
+
+_VERSION = "0.5.2"
+"""The release of fla whose names, arguments and conventions these are."""
+
+
+def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, which also takes packed sequences under the name that Transformers gives them.
+
+    Transformers hands a function what its signature names, and in the models of Kimi Delta Attention it calls
+    `cu_seqlens` as its attention layers do.
+    """
+
+    def rule(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("cu_seqlens") is None and cu_seq_lens_q is not None:
+            kwargs["cu_seqlens"] = cu_seq_lens_q
+        return function(*args, **kwargs)
+
+    rule.__name__ = rule.__qualname__ = function.__name__
+    rule.__doc__, rule.__module__ = function.__doc__, function.__module__
+    own = inspect.signature(function)
+    *named, rest = own.parameters.values()
+    extra = inspect.Parameter("cu_seq_lens_q", inspect.Parameter.KEYWORD_ONLY, default=None)
+    rule.__signature__ = own.replace(parameters=[*named, extra, rest])  # type: ignore[attr-defined]
+    return rule
+
+
+def _names(*objects: Any) -> dict[str, Any]:
+    return {x.__name__: x for x in objects}
+
+
+_GDN = _names(_packed(ops.chunk_gated_delta_rule), _packed(ops.fused_recurrent_gated_delta_rule))
+_KDA = _names(_packed(ops.chunk_kda), _packed(ops.fused_recurrent_kda))
+_GLA = _names(simple_gla.chunk_simple_gla, simple_gla.fused_recurrent_simple_gla)
+
+OFFERED: dict[str, dict[str, Any]] = {
+    "fla": {"__version__": _VERSION},
+    "fla.layers": {},
+    "fla.layers.utils": _names(index.get_unpad_data, index.index_first_axis, index.pad_input),
+    "fla.modules": _names(norm.FusedRMSNormGated, convolution.ShortConvolution),
+    "fla.ops": {**_GDN, **_KDA},
+    "fla.ops.gated_delta_rule": _GDN,
+    "fla.ops.kda": _KDA,
+    "fla.ops.kda.gate": _names(gate.fused_kda_gate),
+    "fla.ops.simple_gla": _GLA,
+    "fla.ops.simple_gla.chunk": _names(simple_gla.chunk_simple_gla),
+    "fla.ops.simple_gla.fused_recurrent": _names(simple_gla.fused_recurrent_simple_gla),
+    "fla.ops.utils": {},
+    "fla.ops.utils.index": _names(index.prepare_cu_seqlens_from_mask, index.prepare_lens_from_mask),
+    "fla.utils": _names(index.tensor_cache),
+    "causal_conv1d": _names(convolution.causal_conv1d_fn, convolution.causal_conv1d_update),
+}
+"""Module, name, object."""
+
+
+def install() -> bool:
+    """Let `import fla` find anydelta, and `import causal_conv1d` too, where the real packages are not installed.
+
+    Returns whether it does. False: the real fla is here, or another one that somebody else put there, and nothing is
+    changed. Code that was imported before keeps what it found then: call this first. Installing twice is installing
+    once.
+    """
+    with _LOCK:
+        if _finder in sys.meta_path:
+            return True
+        if _is_here("fla"):
+            return False
+        _finder.packages = {"fla", *(() if _is_here("causal_conv1d") else ("causal_conv1d",))}
+        sys.meta_path.insert(0, _finder)
+    late = _too_late()
+    if late:
+        warnings.warn(
+            f"anydelta: {', '.join(late)} did not find fla when imported, and keeps its reference functions. Call "
+            "install() before, or use anydelta.integrations.transformers.enable()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return True
+
+
+def uninstall() -> None:
+    """Undo install(): from now on `import fla` finds what it found before. Nothing happens if it is not installed.
+
+    Code that imported names meanwhile keeps them, and they go on to work.
+    """
+    with _LOCK:
+        if _finder not in sys.meta_path:
+            return
+        sys.meta_path.remove(_finder)
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _Module):
+                del sys.modules[name]
+
+
+_LOCK = threading.Lock()
+
+
+def _is_here(package: str) -> bool:
+    """Whether importing it gives something. A mere folder of that name, without code, is nothing."""
+    if package in sys.modules:
+        return True
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds and makes the modules of OFFERED.
+
+    Attributes:
+        packages: those that it answers for.
+    """
+
+    packages: set[str] = set()  # noqa: RUF012
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package = name.partition(".")[0]
+        if package not in self.packages:
+            return None
+        if name not in OFFERED:
+            raise ModuleNotFoundError(_missing(*name.rsplit(".", 1)))
+        # All are packages: Python then asks here for a name that a module lacks, and passes on what is raised.
+        return ModuleSpec(name, self, origin="anydelta", is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Module(
+            spec.name, f"{spec.name} on anydelta: {', '.join(OFFERED[spec.name]) or 'nothing of its own'}."
+        )
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(
+            OFFERED[module.__name__], __all__=[n for n in OFFERED[module.__name__] if n[0] != "_"]
+        )
+
+
+class _Module(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        raise AttributeError(_missing(self.__name__, name))
+
+
+_finder = _Finder()
+
+
+def _too_late() -> list[str]:
+    """The modelling modules of Transformers that looked for fla before, in vain."""
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("transformers.models.") and ".modeling_" in name:
+            functions = [x for x in list(vars(module).values()) if isinstance(x, FunctionType)]
+            if any(map(_looked_in_vain, functions)):
+                found.append(name)
+    return found
+
+
+def _looked_in_vain(function: FunctionType | None) -> bool:
+    """Whether Transformers decorated it, or what it wraps, with the name of fla and a reference of its own."""
+    while function is not None:
+        if "is_new_implementation" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
+            held = inspect.getclosurevars(function).nonlocals
+            return held.get("package") == "fla" and not held["is_new_implementation"]
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _missing(module: str, name: str) -> str:
+    real = {"fla": "flash-linear-attention"}.get(module.partition(".")[0], "it")
+    return (
+        f"anydelta.compat.fla: requires a name that anydelta offers; got {module}.{name}. docs/fla.md lists what is "
+        f"there: ask for more, or install {real}"
+    )
