@@ -413,18 +413,19 @@ def test_plain_generation_stops_recording(pair: tuple[Any, Any]) -> None:
         assert torch.equal(more, greedy(model, tokens(30), 8))
 
 
-def test_an_older_transformers_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.integrations.transformers import generate as transformers_generate
+def test_an_older_transformers_drafts_without_mtp(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_layers import MtpModel
 
-    with (
-        adt.enable()
-    ):  # the module that it asks: `import transformers` may have put another into its place since
-        monkeypatch.setattr(transformers_generate.transformers, "__version__", "5.19.0")
+    model, _ = pair
+    with adt.enable():
+        monkeypatch.delattr(MtpModel, "forward_layer", raising=False)
         with pytest.raises(
-            ValueError, match=r"requires transformers 5\.20 to 5\.23 to draft .* got 5\.19\.0"
+            ValueError, match=r"requires a transformers that can read the MTP layers .* got 5\."
         ):
-            greedy(tiny, tokens(9), 4, prompt_lookup_num_tokens=2)
-        assert greedy(tiny, tokens(9), 4).shape[1] == 13
+            greedy(model, tokens(9), 4, use_mtp=True)
+        assert greedy(model, tokens(9), 4, prompt_lookup_num_tokens=2).shape[1] == 13
 
 
 # ---- Exact rollback

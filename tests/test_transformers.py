@@ -15,7 +15,9 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -25,12 +27,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
+from anydelta.integrations.transformers import find as finding  # noqa: E402
 from anydelta.integrations.transformers import functions as functions  # noqa: E402
+from anydelta.integrations.transformers.find import MAKERS, look_at  # noqa: E402
 from conftest import CPU_REASONS  # noqa: E402
 
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
-if not adt.OLDEST <= VERSION <= adt.NEWEST:
-    pytest.skip(f"transformers {transformers.__version__} is not supported", allow_module_level=True)
 if CPU_REASONS:
     pytest.skip("the cpu backend is not built", allow_module_level=True)
 
@@ -70,19 +72,64 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             num_key_value_heads=4, linear_num_key_heads=4, linear_key_head_dim=12, linear_value_head_dim=24)},
     ),
 }  # fmt: skip
-FAMILIES = [f.name for f in adt.FAMILIES if f.since <= VERSION]
-LAYER = {f.name: f.layer for f in adt.FAMILIES}
+KDA = dict(linear_head_dim=16, linear_num_heads=4, linear_conv_kernel_dim=4)
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    moe_intermediate_size=32, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1,
+)  # fmt: skip
+VISION = dict(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=8, temporal_patch_size=2,
+    spatial_merge_size=2,
+)  # fmt: skip
+CONFIGS |= {
+    # Heads of 16: head_dim is that of KDA here, and becomes that of the rotary positions.
+    "bailing_hybrid": (
+        "BailingHybridConfig", "BailingHybridForCausalLM",
+        {**BASE, **LATENT, **dict(num_local_experts=4, first_k_dense_replace=1, layer_types=LAYERS)},
+    ),
+    # A budget that all tokens of these tests fit into: the choice itself is not continuous.
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig", "Qwen4ExpForCausalLM",
+        {**BASE, **GDN, **MOE, **dict(
+            rope_parameters=ROPE, layer_types=LAYERS, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16,
+            indexer_budget=256, indexer_compress_ratio=4, output_gate_type="sigmoid", hc_count=2, hc_lowrank=8,
+            ple_layer_ids=[1], ngram_vocab_size_base=50, heads_per_ngram=2, split_ngram_parts=1)},
+    ),
+    # Only as the class that sees images: a text config and a vision config.
+    "glm5_next": (
+        "Glm5NextTextConfig", "Glm5NextForConditionalGeneration",
+        {**BASE, **LATENT, **KDA, **dict(
+            q_lora_rank=32, qk_rope_head_dim=0, n_routed_experts=4, index_n_heads=2, index_head_dim=16, index_topk=256,
+            hc_mult=2, hc_sinkhorn_iters=3, layer_types=LAYERS, mlp_layer_types=["dense"] + ["sparse"] * 3)},
+    ),
+    "lara_mini": (
+        "LaraMiniConfig", "LaraMiniForCausalLM",
+        {**BASE, **GDN, **MOE, **dict(
+            num_hidden_layers=5, sliding_window=8,
+            layer_types=["linear_attention", "sliding_attention", "linear_attention", "linear_attention",
+                         "full_attention"])},
+    ),
+}  # fmt: skip
+ROWS = {f.name: f for f in adt.FAMILIES}
+FAMILIES = [name for name in ROWS if importlib.util.find_spec(f"transformers.models.{name}") is not None]
+LAYER = {name: row.layer for name, row in ROWS.items()}
 
 
 def build(family: str, seed: int = 0) -> Any:
     config, cls, options = CONFIGS[family]
     options = {k: v for k, v in options.items() if not (family == "kimi_linear" and k == "head_dim")}
     torch.manual_seed(seed)
-    model = getattr(transformers, cls)(getattr(transformers, config)(**options)).eval()
+    made = getattr(transformers, config)(**options)
+    if cls.endswith("ForConditionalGeneration"):
+        whole = getattr(transformers, config.replace("Text", ""))
+        made = whole(text_config=made.to_dict(), vision_config=VISION)
+    model = getattr(transformers, cls)(made).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("A_log"):
                 p.uniform_(-4, 0)
+            elif name.endswith("ple.conv1d.weight"):  # zeros, as initialised
+                p.normal_()
             elif p.ndim == 2:
                 p.mul_(4)
     return model
@@ -336,9 +383,7 @@ def test_a_decode_step_is_planned_once(model: Any, family: str, monkeypatch: pyt
 
 def test_what_a_projection_gave_to_a_hook_stays_as_it_was(model: Any, family: str) -> None:
     """A planned step writes its output over z, unless somebody else has z."""
-    from anydelta.integrations.transformers.layer import FAMILIES
-
-    projection = FAMILIES[family].z
+    projection = ROWS[family].z
     if not projection:
         pytest.skip("its z is a part of a wider projection, and no output is written over it")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -520,10 +565,9 @@ def test_compiled_with_aot_autograd() -> None:
 
 
 def hooks(family: str) -> dict[str, Any]:
-    f = next(f for f in adt.FAMILIES if f.name == family)
-    module = importlib.import_module(f.module)
-    return {n: getattr(module, n) for n in f.functions} | {
-        "forward": getattr(module, f.layer).__dict__["forward"]
+    module = importlib.import_module(ROWS[family].module)
+    return {n: getattr(module, n) for n in look_at(module).functions} | {
+        "forward": getattr(module, LAYER[family]).__dict__["forward"]
     }
 
 
@@ -784,9 +828,8 @@ def rule_arguments(
 @pytest.mark.parametrize("kind", ["chunk", "recurrent"])
 def test_rule_functions(family: str, kind: str, state: bool, dtype: Any) -> None:
     """Results, their dtypes and whether there is a final state, as Transformers' functions give them."""
-    f = next(f for f in adt.FAMILIES if f.name == family)
-    module = importlib.import_module(f.module)
-    name = f.chunk if kind == "chunk" else f.recurrent
+    module = importlib.import_module(ROWS[family].module)
+    name = next(name for name, hub in look_at(module).functions.items() if MAKERS[hub] == f"{kind}_rule")
     old_heads = (
         VERSION < (5, 23) or family == "kimi_linear"
     )  # before 5.23 the layer repeats q and k, not the rule
@@ -919,34 +962,209 @@ def test_a_forced_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As in a process that has not called enable() yet."""
-    monkeypatch.setattr(adt, "_bound", None)
+    monkeypatch.setattr(adt, "_bound", [])
+    monkeypatch.setattr(adt, "_left", {})
+    monkeypatch.setattr(finding, "_seen", weakref.WeakSet())
     return monkeypatch
 
 
-@pytest.mark.parametrize("version", ["5.14.1", "5.24.0", "4.57.6", "5.24.0.dev0", "unknown"])
-def test_other_versions(fresh: pytest.MonkeyPatch, version: str) -> None:
-    with fresh.context() as patch:
-        patch.setattr(sys.modules["transformers"], "__version__", version)
-        for call in (adt.enable, adt.disable, adt.status):
-            with pytest.raises(
-                ImportError, match=rf"requires transformers 5.15 to 5.23.*got {version}. pip install"
-            ):
-                call()
+@pytest.mark.parametrize("version", ["5.14.1", "5.99.0", "6.0.0.dev0", "unknown"])
+def test_a_number_refuses_nothing(fresh: pytest.MonkeyPatch, version: str) -> None:
+    fresh.setattr(sys.modules["transformers"], "__version__", version)
+    with adt.enable():
+        assert set(FAMILIES) <= set(adt.status().families)
+    assert f"transformers {version}" in str(adt.status())
 
 
-def test_other_hooks(fresh: pytest.MonkeyPatch) -> None:
-    module = module_functions()
+def test_a_family_that_does_not_fit_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
+    """Named once, with the reason; the others run."""
+    module, model, other = module_functions(), build("qwen3_5"), build("olmo_hybrid")
+    theirs, hub_name = module.torch_chunk_gated_delta_rule, finding._hub_name
+
+    def odd(q: Any, k: Any) -> Any:
+        raise AssertionError
+
     with fresh.context() as patch:
-        patch.setattr(module, "causal_conv1d_fn", lambda x, kernel: x)
-        patch.delattr(module, "torch_recurrent_gated_delta_rule")
-        with pytest.raises(
-            RuntimeError, match=r"5\.15 to 5\.23.*qwen3_5.*missing torch_recurrent_gated_delta_rule"
+        patch.setattr(finding, "_hub_name", lambda name, x: hub_name(name, theirs if x is odd else x))
+        patch.setattr(module, "torch_chunk_gated_delta_rule", odd)
+        with pytest.warns(RuntimeWarning, match=r"qwen3_5 is left .*_delta_rule takes \(q, k\)") as seen:
+            adt.enable()
+        with adt.enable(), adt.enable(other):
+            assert module.torch_chunk_gated_delta_rule is odd
+            assert "qwen3_5" not in adt.status().families
+            assert "takes (q, k) and not (query, key," in adt.status().left["qwen3_5"]
+            assert "left as it is: qwen3_5: torch_chunk" in str(adt.status())
+            assert len(adt.status(other).layers) == 3
+            with pytest.raises(ValueError, match="which has none"):
+                adt.enable(model)
+            with pytest.raises(ValueError, match="stateful models"):
+                model.generate(tokens(1, 4), max_new_tokens=2, prompt_lookup_num_tokens=2)
+        adt.disable()
+    assert len([w for w in seen if "qwen3_5 is left" in str(w.message)]) == 1
+
+
+def test_a_family_that_cannot_be_imported_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(
+        finding, "_with_rule", lambda: (ROWS["qwen3_5"].module, "transformers.models.none.modeling_none")
+    )
+    with pytest.warns(
+        RuntimeWarning, match=r"anydelta: none is left as Transformers has it: ModuleNotFoundError"
+    ):
+        adt.status()
+    assert "qwen3_5" in adt.status().families
+
+
+MADE_UP = """
+import torch
+from torch import nn
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.{base}.modeling_{base} import *
+from transformers.models.{base} import modeling_{base} as base
+
+
+@use_kernel_func_from_hub_with_fallback("{hub}", "fla")
+def my_chunks({parameters}, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, **kwargs):
+    options = dict(initial_state=initial_state, output_final_state=output_final_state)
+    return base.{function}(query, key, value, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
+
+
+class Layer(nn.Module):
+    def __init__(self, layer_idx=0):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.a, self.b = nn.Linear(16, {gates}), nn.Linear(16, 2)
+
+    def forward(self, hidden_states, {cache}=None, attention_mask=None, **kwargs):
+        B, T = hidden_states.shape[:2]
+        q = hidden_states.view(B, T, 2, 8)
+        state = None
+        if {cache} is not None:
+            state = {cache}.get_recurrent_state(self.layer_idx)
+            {cache}.update_conv_state(hidden_states.transpose(1, 2), self.layer_idx, conv_kernel_size=4)
+        o, new = my_chunks(
+            q, q.flip(-1), q.roll(1, -1), -self.a(hidden_states).exp().view(B, T, {shape}),
+            self.b(hidden_states).sigmoid(), initial_state=state, output_final_state={cache} is not None,
+            use_qk_l2norm_in_kernel=True, **kwargs,
+        )
+        if {cache} is not None:
+            {cache}.update_recurrent_state(new, self.layer_idx)
+        return o.flatten(2)
+"""
+CHUNK = "query, key, value, g, beta, chunk_size=64"
+
+
+@contextmanager
+def made_up(
+    hub: str = "chunk_gated_delta_rule", parameters: str = CHUNK, cache: str = "cache"
+) -> Iterator[Any]:
+    """A module of a family that nobody has heard of, with Transformers' mark on its functions."""
+    kda = hub == "chunk_kda"
+    text = MADE_UP.format(
+        hub=hub, parameters=parameters, cache=cache, base="kimi_linear" if kda else "qwen3_5",
+        function="chunk_kimi_delta_attention" if kda else "torch_chunk_gated_delta_rule",
+        gates=16 if kda else 2, shape="2, 8" if kda else 2,
+    )  # fmt: skip
+    module = types.ModuleType("modeling_made_up")
+    sys.modules[module.__name__] = module
+    try:
+        exec(text, vars(module))
+        yield module
+    finally:
+        del sys.modules[module.__name__]
+        adt._bound[:] = [b for b in adt._bound if b.module is not module]
+        for name in [name for name in adt._left if name.startswith("made_up")]:
+            del adt._left[name]
+
+
+marked = pytest.mark.skipif(
+    VERSION < (5, 20), reason="earlier versions do not mark functions so that it can be seen"
+)
+
+
+@marked
+@pytest.mark.parametrize("cache", ["cache", "cache_params"])
+@pytest.mark.parametrize("hub", ["chunk_gated_delta_rule", "chunk_kda"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_family_that_nobody_has_heard_of_has_the_rule(hub: str, cache: str, when: str) -> None:
+    """With in-place states, drafts that are rolled back, and no line of ours about it."""
+    with adt.enable() if when == "after" else nullcontext(), made_up(hub, cache=cache) as module:
+        layer, x = module.Layer(), torch.randn(1, 30, 16)
+        function = module.my_chunks
+
+        want = layer(x)
+        taken = counts()[0]
+        with adt.enable():
+            assert "made_up" in adt.status().families
+            assert module.my_chunks is not function
+            assert float((layer(x) - want).abs().max()) < LIMIT
+            assert counts()[0] == taken + 1
+            held = recording()
+            for begin, end in ((0, 20), (20, 21), (21, 26)):
+                layer(x[:, begin:end], **{cache: held})
+            held.layers[0].crop(-4)
+            got = layer(x[:, 22:], **{cache: held})
+            assert float((got - want[:, 22:]).abs().max()) < LIMIT
+        with adt.enable(layer):
+            assert adt.status(layer).layers == ("",)
+            assert (module.my_chunks is function) == (when == "before")
+            assert float((layer(x) - want).abs().max()) < LIMIT
+        assert (module.my_chunks is function) == (when == "before")
+
+
+def recording() -> Any:
+    """A cache of one linear attention layer that can roll back."""
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    from anydelta.integrations.transformers.cache import with_rollback
+
+    cache = with_rollback(Cache(layers=[LinearAttentionLayer()]))
+    cache.activate_past_recording()
+    return cache
+
+
+@marked
+def test_a_made_up_function_that_does_not_fit_is_left_alone() -> None:
+    with made_up(parameters="query, key, value, beta, g, chunk_size=64") as module:
+        theirs, layer = module.my_chunks, module.Layer()
+        with pytest.warns(
+            RuntimeWarning, match=r"made_up is left .*my_chunks takes \(query, key, value, beta, g,"
         ):
             adt.enable()
-    with fresh.context() as patch:
-        patch.setattr(module, "causal_conv1d_fn", lambda x, kernel: x)
-        with pytest.raises(RuntimeError, match=r"causal_conv1d_fn\(x, kernel\)"):
+        adt.disable()
+        with adt.enable():
+            assert module.my_chunks is theirs
+            assert "made_up" not in adt.status().families
+            assert "my_chunks takes (query, key, value, beta, g" in adt.status().left["made_up"]
+            with pytest.raises(ValueError, match="which has none"):
+                adt.enable(layer)
+
+
+@marked
+def test_a_made_up_layer_that_does_not_fit_runs_the_rule_alone() -> None:
+    with made_up(cache="memory") as module:
+        layer, x = module.Layer(), torch.randn(1, 30, 16)
+        want, forward = layer(x), module.Layer.forward
+        with pytest.warns(
+            RuntimeWarning, match=r"made_up\.Layer is left .*its forward takes \(hidden_states, memory,"
+        ):
             adt.enable()
+        adt.disable()
+        with adt.enable():
+            taken = counts()[0]
+            assert module.Layer.forward is forward
+            assert float((layer(x) - want).abs().max()) < LIMIT
+            assert counts()[0] == taken + 1
+            assert "so the rule alone is replaced" in adt.status().left["made_up.Layer"]
+
+
+def test_a_layer_with_a_part_more_goes_to_its_own_forward(family: str) -> None:
+    model = build(family)
+    layer, x = first_layer(model, family), torch.randn(1, 5, 64)
+    layer.more = torch.nn.Linear(2, 2)
+    with adt.enable():
+        assert why_not_mixed(family, lambda: layer(x)) == {
+            f"other modules or parameters than {family} is known for: more"
+        }
 
 
 def test_a_layer_patched_by_someone_else() -> None:
@@ -956,7 +1174,9 @@ def test_a_layer_patched_by_someone_else() -> None:
     original = cls.forward
     try:
         cls.forward = lambda self, hidden_states, **kwargs: hidden_states
-        with pytest.raises(RuntimeError, match="forward of Qwen3_5GatedDeltaNet that is not defined in"):
+        with pytest.raises(
+            RuntimeError, match="requires a forward of Qwen3_5GatedDeltaNet that reads the functions"
+        ):
             adt.enable(model)
     finally:
         cls.forward = original
@@ -972,9 +1192,9 @@ def test_a_missing_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(
-        "anydelta.integrations.transformers: requires torch and transformers 5.15 to 5.23"
+        "anydelta.integrations.transformers: requires torch and a transformers that has"
     )
-    assert "pip install 'transformers>=5.15,<5.24'" in done.stdout
+    assert "pip install 'transformers>=5.15'" in done.stdout
     assert done.stdout.count("\n") == 1
 
 

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrizations, parametrize  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 import test_transformers as plain  # noqa: E402
-from anydelta.integrations.transformers.layer import FAMILIES  # noqa: E402
 from test_transformers import LIMIT, adt, build, first_layer, mixed, tokens, why_not_mixed  # noqa: E402
 
 family = plain.family
@@ -96,7 +95,7 @@ def test_wrapped_parts_count(family: str, wrap: str, part: str, scope: str) -> N
     if wrap == "wrapped" and part == "conv1d":
         pytest.skip("Transformers reads the weight of conv1d and never calls it")
     before = decode(model, ids)
-    WRAPS[wrap](layer, part if part == "conv1d" else FAMILIES[family].norm)
+    WRAPS[wrap](layer, part if part == "conv1d" else plain.ROWS[family].norm)
     want = decode(model, ids)
     if (wrap, part) != (
         "weight_norm by a hook",
@@ -132,7 +131,7 @@ def test_a_part_that_is_wrapped_between_two_steps(family: str) -> None:
 
 def test_peft_adapters(family: str) -> None:
     peft = pytest.importorskip("peft")
-    ids, parts = tokens(1, 9), FAMILIES[family]
+    ids, parts = tokens(1, 9), plain.ROWS[family]
     model = build(family)
     saved = parts.norm
     config = peft.LoraConfig(r=4, target_modules=[parts.out], modules_to_save=[saved])
@@ -250,7 +249,7 @@ def test_z_that_nobody_keeps_takes_the_output(family: str, monkeypatch: pytest.M
     """What the tests above must not lose: a decode step without a new tensor."""
     from anydelta.integrations.transformers import layer as layers
 
-    if not FAMILIES[family].z:
+    if not plain.ROWS[family].z:
         pytest.skip("its z is a part of a wider projection")
     found: list[bool] = []
     alone = layers._alone

@@ -68,16 +68,17 @@ class File:
             self.refuse(f"{name} that are no list")
         return tuple(self.count(name, value) for value in values)
 
-    def check(self, name: str, ndim: int) -> Array:
-        """The array of that name: finite numbers of a floating type, with so many axes."""
+    def check(self, name: str, ndim: int, whole: bool = False) -> Array:
+        """The array of that name: finite numbers of a floating type, or whole ones, with so many axes."""
         if name not in self.arrays:
             self.refuse(f"no array {name!r}")
         x = self.arrays[name]
         kind = str(x.dtype).removeprefix("torch.")
-        if kind not in _PLAIN or x.ndim != ndim:
-            self.refuse(
-                f"{name!r} of {kind} {list(x.shape)}, where it should have {ndim} axes of a floating type"
-            )
+        if kind not in ({"int64"} if whole else _PLAIN) or x.ndim != ndim:
+            what = "int64" if whole else "a floating type"
+            self.refuse(f"{name!r} of {kind} {list(x.shape)}, where it should have {ndim} axes of {what}")
+        if whole:
+            return x
         finite = np.isfinite(x) if isinstance(x, np.ndarray) else x.isfinite()
         if not bool(finite.all()):
             self.refuse(f"numbers in {name!r} that are not finite")

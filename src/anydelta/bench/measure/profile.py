@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import functools
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...integrations.transformers import FAMILIES
 from .presets import Built
 from .runners import CompiledRunner, Prepared, TransformersRunner, interleave
+
+if TYPE_CHECKING:
+    from ...integrations.transformers.find import Found
 
 CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
 MIXER = (CONV, RULE, NORM, GLUE)
@@ -198,32 +201,29 @@ def _inside(module: Any, own: str, projections: str) -> list[tuple[Any, str]]:
 
 def _linear_attention(model: Any) -> tuple[Any, ...]:
     """The layer class of the model's own family."""
-    return tuple(layer for layer, _, _ in _families(model))
+    return tuple(layer for found in _families(model) for layer in found.layers)
 
 
-def _families(model: Any) -> list[tuple[Any, Any, Any]]:
-    """(layer class, module, family) of the families that the model has layers of."""
-    import sys
+def _families(model: Any) -> list[Found]:
+    """The families that the model has layers of."""
+    from ...integrations.transformers.find import look_at
 
-    found = []
-    for family in FAMILIES:
-        module = sys.modules.get(family.module)
-        layer = getattr(module, family.layer, None)
-        if layer is not None and any(isinstance(m, layer) for m in model.modules()):
-            found.append((layer, module, family))
-    return found
+    names = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
+    modules = [module for name in sorted(names) if (module := sys.modules.get(name)) is not None]
+    return [found for module in modules if (found := look_at(module)) is not None and found.layers]
 
 
 def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:
     """Put timers around rule and convolution, wherever the model's layers look them up now."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
-    for layer, module, family in _families(model):
-        scopes = [vars(module)]
+    for found in _families(model):
+        scopes = [vars(found.module)]
+        kinds: Any = tuple(found.layers)
         for m in model.modules():
-            if isinstance(m, layer):
-                scopes += _scopes(m.forward, set(family.functions))
+            if isinstance(m, kinds):
+                scopes += _scopes(m.forward, set(found.functions))
         for scope in {id(s): s for s in scopes}.values():
-            for name in family.functions:
+            for name in found.functions:
                 part = CONV if "conv" in name else RULE
                 undo.append((scope, name, scope[name]))
                 scope[name] = clock.wrap(part, scope[name])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
+import sys
 import types
 import warnings
 from collections import Counter
@@ -28,52 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...core import dispatch
 from ..switch import LOCK, Patch, Place, Switch, guarded, stock, warn
+from .families import BY_LAYER
+from .families import FAMILIES as FAMILIES
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .find import Found
     from .packed_matrices import Packed
-
-OLDEST, NEWEST = (5, 15), (5, 23)
-"""The Transformers releases whose hooks are known. Before 5.15 each layer binds the functions when it is built."""
-SUPPORTED = "transformers 5.15 to 5.23"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model family keeps its linear attention, and which of our functions stands in for which of its."""
-
-    name: str
-    layer: str
-    """The class of the linear attention layer."""
-    chunk: str
-    recurrent: str
-    since: tuple[int, int] = OLDEST
-
-    @property
-    def module(self) -> str:
-        return f"transformers.models.{self.name}.modeling_{self.name}"
-
-    @property
-    def functions(self) -> dict[str, str]:
-        """The module's name of each function: the maker in functions.py of ours."""
-        return {
-            self.chunk: "chunk_rule",
-            self.recurrent: "recurrent_rule",
-            "causal_conv1d_fn": "conv",
-            "causal_conv1d_update": "conv_update",
-        }
-
-
-_GDA = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
-_KDA = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
-FAMILIES: tuple[Family, ...] = (
-    Family("qwen3_next", "Qwen3NextGatedDeltaNet", *_GDA),
-    Family("qwen3_5", "Qwen3_5GatedDeltaNet", *_GDA),
-    Family("qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", *_GDA),
-    Family("olmo_hybrid", "OlmoHybridGatedDeltaNet", *_GDA),
-    Family("kimi_linear", "KimiLinearDeltaAttention", *_KDA, since=(5, 17)),
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +46,9 @@ class Status:
     everywhere: bool
     """Whether `enable()` is in force."""
     families: tuple[str, ...]
-    """Those that this Transformers has."""
+    """Those whose functions ours stand in for."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Families and layers that are left as they are: why."""
     layers: tuple[str, ...] = ()
     """Of the model given: the layers that run ours, by their names."""
     taken: dict[str, int] = field(default_factory=dict)
@@ -94,11 +58,12 @@ class Status:
 
     def __str__(self) -> str:
         lines = [
-            f"transformers {self.transformers} ({', '.join(self.families) or 'no supported family'})",
+            f"transformers {self.transformers} ({', '.join(self.families) or 'no family that fits'})",
             f"all models: {'on' if self.everywhere else 'off'}",
         ]
         if self.layers:
             lines.append(f"this model: {len(self.layers)} layers run anydelta: {', '.join(self.layers)}")
+        lines += [f"left as it is: {name}: {why}" for name, why in self.left.items()]
         lines += [f"taken: {name} x {n}" for name, n in self.taken.items()]
         lines += [f"passed on: {why} x {n}" for why, n in self.passed_on.items()]
         return "\n".join(lines)
@@ -111,9 +76,9 @@ def enable(model: nn.Module | None = None) -> Switch:
     of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
 
     Raises:
-        ImportError: Transformers or torch is missing, or its version is not one of those supported.
-        RuntimeError: the version is right but its functions are not those it is known for.
-        TypeError, ValueError: `model` is no torch.nn.Module, or has no layer that anydelta knows.
+        ImportError: Transformers or torch is missing, or Transformers has no cache of recurrent states.
+        RuntimeError: a layer of the model has a forward that does not read the functions of its module.
+        TypeError, ValueError: `model` is no torch.nn.Module, or has no layer that fits.
     """
     with LOCK:
         bound = _families()
@@ -172,7 +137,8 @@ def status(model: nn.Module | None = None) -> Status:
         return Status(
             transformers=importlib.import_module("transformers").__version__,
             everywhere=_everywhere.on,
-            families=tuple(b.family.name for b in bound),
+            families=tuple(b.name for b in bound),
+            left=dict(_left),
             layers=tuple(name for name, layer, _ in layers if runs_ours(layer)),
             taken=dict(_taken),
             passed_on=dict(_passed_on),
@@ -181,14 +147,15 @@ def status(model: nn.Module | None = None) -> Status:
 
 # ---- What is replaced
 
-_bound: list[_Bound] | None = None
+_bound: list[_Bound] = []
+_left: dict[str, str] = {}
 _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
 def _set_everywhere(on: bool) -> list[str]:
     warnings: list[str] = []
-    for b in _families():
+    for b in _bound:
         for patch in b.patches():
             if on:
                 patch.put()
@@ -202,11 +169,9 @@ _everywhere = Place(_set_everywhere)
 
 @dataclass
 class _Bound:
-    """A family in the running Transformers: what is put into its module and classes."""
+    """A family in this process: what is put into its module and classes."""
 
-    family: Family
-    module: types.ModuleType
-    layer: type[nn.Module]
+    found: Found
     functions: dict[str, Patch] = field(default_factory=dict)
     """By the name in the module."""
     dressed: dict[type, type] = field(default_factory=dict)
@@ -215,44 +180,57 @@ class _Bound:
     def __post_init__(self) -> None:
         from . import functions as transformers_functions
         from .classes import KEPT, Rewired
+        from .find import MAKERS
 
-        for name, maker in self.family.functions.items():
-            make = getattr(transformers_functions, maker)
+        for name, hub in self.found.functions.items():
+            make = getattr(transformers_functions, MAKERS[hub])
             self.functions[name] = Patch(self.module, name, functools.partial(self._function, make, name))
         classes = [c for c in vars(self.module).values() if isinstance(c, type) and hasattr(c, "generate")]
         self.generating = tuple(c for c in classes if c.__module__ == self.module.__name__)
         """The family's models that have `generate`."""
-        self.forward = Patch(self.layer, "forward", self._forward)
-        self.kept = Patch(self.layer, KEPT, lambda _: Rewired())
+        self.layers = tuple(self.found.layers)
+        self.forwards = {c: Patch(c, "forward", functools.partial(self._forward, c)) for c in self.layers}
+        self.kept = [Patch(c, KEPT, lambda _: Rewired()) for c in self.layers]
         self.hooks = [
             Patch(owner, name, functools.partial(_hook, name))
-            for owner in self.generating
+            for owner in (self.generating if self.layers else ())
             for name in _hooks()
         ]
         self.learn()
 
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def module(self) -> types.ModuleType:
+        return self.found.module
+
     def patches(self) -> Iterator[Patch]:
         """All that `enable()` puts in place."""
         self.learn()
-        yield from (*self.functions.values(), self.forward, self.kept, *self.hooks)
+        yield from (*self.functions.values(), *self.forwards.values(), *self.kept, *self.hooks)
 
     def learn(self) -> None:
         """Look at what is there now, unless that is ours or already known."""
-        news = [patch.learn() for patch in (*self.functions.values(), self.forward)]
+        news = [patch.learn() for patch in (*self.functions.values(), *self.forwards.values())]
         if any(news):
             self.dressed = {}
 
     def _function(self, make: Callable[..., Any], name: str, theirs: Any) -> Any:
-        ours = make(theirs, f"{self.family.name}.{name}", _taken, _passed_on)
+        ours = make(theirs, f"{self.name}.{name}", _taken, _passed_on)
         return guarded(theirs, ours, _everywhere)
 
-    def _forward(self, theirs: Any) -> Any:
-        return guarded(theirs, self._fused(theirs), _everywhere, name="forward")
+    def _forward(self, layer: type[nn.Module], theirs: Any) -> Any:
+        return guarded(theirs, self._ours(layer, theirs), _everywhere, name="forward")
 
-    def _fused(self, theirs: Any) -> Any:
+    def _ours(self, layer: type[nn.Module], theirs: Any) -> Any:
+        """The layer's forward with the mixer, where the table has a row for it; else one that records and advances."""
+        from .functions import advancing
         from .layer import fused
 
-        return fused(theirs, self.family.name, _taken, _passed_on)
+        row, cache = BY_LAYER.get((self.module.__name__, layer.__name__)), self.found.layers[layer]
+        return advancing(theirs, cache) if row is None else fused(theirs, cache, row, _taken, _passed_on)
 
     def dress(self, base: type) -> type:
         """The class that `enable(model)` gives a layer, or a part that generates, in the place of `base`."""
@@ -266,18 +244,21 @@ class _Bound:
         return self.dressed[base]
 
     def _methods(self, base: type) -> dict[str, Any]:
-        if not issubclass(base, self.layer):
+        if not issubclass(base, self.layers):
             return {name: make(stock(getattr(base, name))) for name, make in _hooks().items()}
-        if stock(base.forward) is not self.forward.theirs:
+        layer = next(c for c in self.layers if issubclass(base, c))
+        theirs = self.forwards[layer].theirs
+        if stock(base.forward) is not theirs:
             return {}  # a subclass with a forward of its own
         ours = {name: patch.ours.anydelta.ours for name, patch in self.functions.items()}
-        own = _with_globals(self.forward.theirs, self.module, ours)
+        own = _with_globals(theirs, self.module, ours)
         if own is None:
             raise RuntimeError(
-                f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got a forward of "
-                f"{self.family.layer} that is not defined in {self.family.module}. Is it patched by someone else?"
+                f"enable: requires a forward of {layer.__name__} that reads the functions of {self.module.__name__}; "
+                "got one that is not defined there. Is it patched by someone else? Call enable() without a model, or "
+                "enable(model) before that"
             )
-        return {"forward": self._fused(own)}
+        return {"forward": self._ours(layer, own)}
 
 
 def _hooks() -> dict[str, Any]:
@@ -291,68 +272,40 @@ def _hook(name: str, theirs: Any) -> Any:
 
 
 def _families() -> list[_Bound]:
-    """The families of the running Transformers, found once."""
-    global _bound
-    if _bound is None:
-        version = _version()
-        found = [_bind(f) for f in FAMILIES if version >= f.since]
-        _bound = found
+    """The families of this process. Those that have come since the last call are put in place, if all models are on."""
+    _require_transformers()
+    from .classes import LAYERS
+    from .find import find
+
+    new, failed = find()
+    left = dict(failed)
+    for found in new:
+        LAYERS.update(found.layers, found.strangers)
+        left |= {f"{found.name}.{layer}" if layer else found.name: why for layer, why in found.left.items()}
+        if found.functions:
+            _bound.append(bound := _Bound(found))
+            if _everywhere.on:
+                for patch in bound.patches():
+                    patch.put()
+    for name, why in left.items():
+        if _left.get(name) != why:
+            _left[name] = why
+            warn(f"anydelta: {name} is left as Transformers has it: {why}")
     return _bound
 
 
-def _version() -> tuple[int, int]:
-    install = "pip install 'transformers>=5.15,<5.24'"
+def _require_transformers() -> None:
     try:
         importlib.import_module("torch")
-        text = importlib.import_module("transformers").__version__
+        importlib.import_module("transformers")
+        from transformers.cache_utils import LinearAttentionLayer  # noqa: F401
     except ImportError as error:
-        missing = error.name or "a module"
+        version = getattr(sys.modules.get("transformers"), "__version__", "")
+        got = f"transformers {version} without it" if version else f"no {error.name or 'module of that name'}"
         raise ImportError(
-            f"anydelta.integrations.transformers: requires torch and {SUPPORTED}; got no {missing}. {install}"
+            f"anydelta.integrations.transformers: requires torch and a transformers that has LinearAttentionLayer "
+            f"(5.15 or later); got {got}. pip install 'transformers>=5.15'"
         ) from error
-    parts = text.split(".")
-    version = (int(parts[0]), int(parts[1])) if len(parts) > 1 and (parts[0] + parts[1]).isdigit() else (0, 0)
-    if not OLDEST <= version <= NEWEST:
-        raise ImportError(
-            f"anydelta.integrations.transformers: requires {SUPPORTED} (kimi_linear from 5.17); got {text}. {install}"
-        )
-    return version
-
-
-def _bind(family: Family) -> _Bound:
-    """The family's module, after checking that its hooks are the known ones.
-
-    Raises:
-        RuntimeError: a name is missing, or takes other parameters than the function we would put in its place.
-    """
-    from .classes import LAYERS
-
-    module = importlib.import_module(family.module)
-    problems = [n for n in (*family.functions, family.layer) if not hasattr(module, n)]
-    if not problems:
-        bound = _Bound(family, module, getattr(module, family.layer))
-        for name, patch in bound.functions.items():
-            theirs = patch.theirs
-            if not inspect.isroutine(
-                theirs
-            ):  # a module that the kernels library put there: it takes anything
-                continue
-            want, got = _parameters(patch.ours.anydelta.ours), _parameters(inspect.unwrap(theirs))
-            if got[: len(want)] != want:
-                problems.append(f"{name}({', '.join(got)})")
-        if not problems:
-            LAYERS.add(bound.layer)
-            return bound
-    raise RuntimeError(
-        f"anydelta.integrations.transformers: requires the hooks of {SUPPORTED}; got {family.module} with other or "
-        f"missing {'; '.join(problems)}. Install a supported version, or report this one"
-    )
-
-
-def _parameters(f: Callable[..., Any]) -> list[str]:
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    signature = inspect.signature(f, follow_wrapped=False)
-    return [p.name for p in signature.parameters.values() if p.kind not in kinds]
 
 
 # ---- One model
@@ -370,10 +323,10 @@ def _layers(model: Any, bound: list[_Bound], op: str) -> list[tuple[str, nn.Modu
         (name, module, b)
         for name, module in model.named_modules()
         for b in bound
-        if isinstance(module, b.layer)
+        if isinstance(module, b.layers)
     ]
     if not found:
-        families = ", ".join(b.family.name for b in bound)
+        families = ", ".join(b.name for b in bound)
         raise ValueError(
             f"{op}: requires a model with gated delta rule layers ({families}); got {type(model).__name__}, "
             "which has none. Nothing is gained there"

@@ -13,12 +13,23 @@ dropped.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.generation.utils import GenerationMixin
 
+CACHES = ("cache", "cache_params", "past_key_values")
+"""What models and layers call their cache: the first from Transformers 5.24 on."""
+CACHE = next(
+    name
+    for name in CACHES
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+"""What models call it in this Transformers."""
 ROLLBACK = 8
 """Tokens that can be dropped, unless the cache is told otherwise."""
 
@@ -106,6 +117,10 @@ class RollbackLayer(LinearAttentionLayer):
         self.drafts = 0
         self.skip = 0
         self._past = {i: _Past() for i in range(number_of_states)}
+        self._columns: dict[int, torch.Tensor] = {}
+        """Of states that are a window alone, such as those of qwen4_exp's n-grams: the window and those before it."""
+        self._tokens: float = math.inf
+        """Recorded since the layer was empty; inf: it was not when recording began."""
 
     @property
     def is_croppable(self) -> bool:
@@ -115,6 +130,8 @@ class RollbackLayer(LinearAttentionLayer):
     def activate_past_recording(self) -> None:
         if not self.record_past:
             self._forget()
+            if not any(self.has_previous_state.values()):
+                self._tokens = 0
         self.record_past = True
 
     # ---- What the forward of a linear attention layer calls
@@ -147,7 +164,7 @@ class RollbackLayer(LinearAttentionLayer):
     def adopt(self, state_idx: int = 0) -> None:
         """Go on from what the mixer put into the pools."""
         past = self._past[state_idx]
-        self.skip = max(0, self.skip - past.tokens)
+        self._count(past.tokens)
         past.end()
         window = past.window()
         self.recurrent_states[state_idx], self.conv_states[state_idx] = past.state(), window
@@ -175,10 +192,20 @@ class RollbackLayer(LinearAttentionLayer):
                 conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size
             )
         self.has_previous_state[state_idx] = True
-        full = torch.cat((self.conv_states[state_idx], conv_states), -1)
-        self._past[state_idx].columns = full
-        self.conv_states[state_idx] = full[..., -self.conv_kernel_size[state_idx] :].clone()
+        window, k = self.conv_states[state_idx], self.conv_kernel_size[state_idx]
+        full = torch.cat((window, conv_states), -1)
+        if state_idx:  # the first belongs to the rule, whose state is rolled back with it
+            _, limit = self._recorded(conv_states.shape[-1])
+            before = self._columns.get(state_idx, window)
+            self._columns[state_idx] = torch.cat((before, conv_states), -1)[..., -k - limit :].clone()
+        else:
+            self._past[state_idx].columns = full
+        self.conv_states[state_idx] = full[..., -k:].clone()
         return full
+
+    def can_record(self, state_idx: int = 0) -> bool:
+        """Whether the convolution's window is known: a layer that has none, or says it last, cannot be rolled back."""
+        return self.conv_states[state_idx] is not None
 
     def snapshots(
         self, shape: tuple[int, ...], like: torch.Tensor, tokens: int, state_idx: int = 0
@@ -195,11 +222,11 @@ class RollbackLayer(LinearAttentionLayer):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        if not self.record_past:
+        if not self.record_past or not self.can_record(state_idx):
             return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)  # type: ignore[no-any-return]
         self.is_recurrent_states_initialized[state_idx] = True
         past, window = self._past[state_idx], self.conv_states[state_idx]
-        self.skip = max(0, self.skip - past.tokens)
+        self._count(past.tokens)
         if past.holds(recurrent_states):
             past.put_windows(window)
             past.end()
@@ -214,6 +241,10 @@ class RollbackLayer(LinearAttentionLayer):
         if not self.has_previous_state[state_idx]:
             return None, None
         return self.recurrent_states[state_idx], self.conv_states[state_idx]
+
+    def _count(self, tokens: int) -> None:
+        self.skip = max(0, self.skip - tokens)
+        self._tokens += tokens
 
     def _recorded(self, tokens: int) -> tuple[int, int]:
         """Of how many tokens' states are kept, and how many states at most."""
@@ -247,6 +278,12 @@ class RollbackLayer(LinearAttentionLayer):
             past.drop(-tokens_to_remove)
             if tokens_to_remove:
                 self.recurrent_states[i], self.conv_states[i] = past.state(), past.window()
+        self._tokens += tokens_to_remove
+        for i, columns in self._columns.items() if tokens_to_remove else ():
+            self._columns[i] = columns = columns[..., :tokens_to_remove]
+            self.conv_states[i] = columns[..., -self.conv_kernel_size[i] :].clone()
+            if not self._tokens:  # before any token, a window of zeros is not what the layer starts from
+                self.has_previous_state[i] = False
 
     def _used(self) -> dict[int, _Past]:
         return {i: past for i, past in self._past.items() if self.is_recurrent_states_initialized[i]}
@@ -254,6 +291,8 @@ class RollbackLayer(LinearAttentionLayer):
     def _forget(self) -> None:
         for past in self._past.values():
             past.clear()
+        self._columns = {}
+        self._tokens = math.inf
 
     def keep_newest(self) -> None:
         """Let go of all states but the newest, and of their memory."""
@@ -281,6 +320,7 @@ class RollbackLayer(LinearAttentionLayer):
         super().reset()
         self.skip = 0
         self._forget()
+        self._tokens = 0
 
 
 class Pools(NamedTuple):

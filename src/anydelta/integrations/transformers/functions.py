@@ -22,7 +22,7 @@ from ...core import dispatch
 from ...mixer.convolution import blocked, sequence_ids, shifted
 from ...rule.op import explain, gated_delta_rule, gated_delta_rule_
 from ...rule.torch_ops import DUAL_NUMBERS, TRACER, TRANSFORM, onlooker
-from .cache import RollbackLayer
+from .cache import CACHES, RollbackLayer
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Conv = Callable[..., torch.Tensor]
@@ -181,7 +181,7 @@ def _rule(
             qk_l2norm=bool(l2norm), output_final_state=bool(final),
         )  # fmt: skip
         return o, new if final else None
-    if record is not None and cu_seqlens is None:
+    if record is not None and cu_seqlens is None and record.can_record():
         states = record.snapshots((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), v, v.shape[1])
         o, _ = gated_delta_rule(
             q, k, v, g=g, beta=beta, initial_state=state, qk_l2norm=bool(l2norm), snapshots=states,
@@ -381,7 +381,17 @@ def _why_not_conv(
 # ---- The layer
 
 
-def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among a layer's keywords, taken out of them under whatever name it has there."""
+    found = None
+    for name in CACHES:
+        if name in kwargs:
+            given = kwargs.pop(name)
+            found = given if found is None else found
+    return found
+
+
+def advancing(theirs: Callable[..., torch.Tensor], cache_name: str) -> Callable[..., torch.Tensor]:
     """A layer's forward that tells the rule what may become of the cached state.
 
     A cache that records the past gets the state after each token. Otherwise the rule may advance the state in
@@ -394,19 +404,22 @@ def advancing(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def forward(
         self: Any,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if cache_params is not None and not torch.compiler.is_compiling():
-            layers = getattr(cache_params, "layers", ())
+        if cache is None and kwargs:
+            cache = cache_of(kwargs)
+        if cache is not None and not torch.compiler.is_compiling():
+            layers = getattr(cache, "layers", ())
             layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
             if isinstance(layer, RollbackLayer) and layer.record_past:
                 layer.begin()
                 kwargs[RECORD] = layer
-            elif hidden_states.shape[1] == 1 and _copies_states(cache_params, layer):
+            elif hidden_states.shape[1] == 1 and _copies_states(cache, layer):
                 kwargs[ADVANCE] = True
-        return theirs(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        kwargs[cache_name] = cache
+        return theirs(self, hidden_states, attention_mask=attention_mask, **kwargs)
 
     forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
     return forward

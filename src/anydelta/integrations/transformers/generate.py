@@ -18,24 +18,18 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 
-from .cache import RollbackCache
+from .cache import CACHE, CACHES, RollbackCache
 from .classes import require_ours
 from .copies import copy_for_call
 from .mtp import Mtp, check_mtp
 
 Method = Callable[..., Any]
-
-SINCE = (5, 20)
-"""The first Transformers whose `generate` drafts as the methods here expect; earlier ones cannot read the MTP layers of
-these families, and crop caches otherwise."""
-
 
 _rounds: ContextVar[list[tuple[int, int]] | None] = ContextVar("_rounds", default=None)
 
@@ -63,7 +57,7 @@ def generate(theirs: Method) -> Method:
         configs = (given.get("generation_config"), self.generation_config)
         if (
             given.get("assistant_model") is not None
-            or isinstance(given.get("past_key_values"), RollbackCache)
+            or any(isinstance(given.get(name), RollbackCache) for name in CACHES)
             or any(given.get(name) or any(getattr(c, name, None) for c in configs) for name in _ASKED)
         ):
             cls: Any = type(self)
@@ -91,24 +85,15 @@ class Drafting(GenerationMixin):
 
     _is_stateful = False
 
-    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> Any:
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and _version() < SINCE:
-            raise ValueError(
-                f"generate: requires transformers {SINCE[0]}.{SINCE[1]} to 5.23 to draft tokens with "
-                f"{type(self).__name__}; got {transformers.__version__}. pip install 'transformers>=5.20,<5.24', or "
-                f"{_INSTEAD[0].lower()}{_INSTEAD[1:]}"
-            )
-        return super()._validate_generation_mode(generation_mode, *args, **kwargs)
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, *args: Any
     ) -> Any:
         """Make a RollbackCache where tokens may be dropped; one given by the user must be that."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant:
             require_ours(self)
             if cache is None and _is_dynamic(generation_config):
-                cache = model_kwargs["past_key_values"] = self._rollback_cache()
+                cache = model_kwargs[CACHE] = self._rollback_cache()
                 cache.is_assistants = True
                 cache.activate_past_recording()
             if isinstance(cache, RollbackCache):  # it drafts token by token, and is cropped afterwards
@@ -117,7 +102,7 @@ class Drafting(GenerationMixin):
         elif generation_mode == GenerationMode.ASSISTED_GENERATION:
             _check(self, generation_config, model_kwargs, batch_size)
             if cache is None:
-                model_kwargs["past_key_values"] = self._rollback_cache()
+                model_kwargs[CACHE] = self._rollback_cache()
                 return None
         elif isinstance(cache, RollbackCache):
             cache.stop_recording()
@@ -131,7 +116,7 @@ class Drafting(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
     ) -> Any:  # Transformers looks for the parameter inputs_embeds
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, RollbackCache) and cache.is_assistants and not cache.get_seq_length():
             cache.skip(input_ids.shape[1] - 2)  # it may be rolled back to the prompt's last token but one
             kwargs["is_first_iteration"] = True  # so that it gets to see images
@@ -178,7 +163,7 @@ class Drafting(GenerationMixin):
             assistant_tokenizer=assistant_tokenizer,
             model_kwargs=model_kwargs,
         )
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE]
         cache.activate_past_recording()
         new = _new_tokens(input_ids, generation_config, model_kwargs)
         cache.skip(new - 1)  # nobody will drop the prompt
@@ -248,11 +233,7 @@ class Drafting(GenerationMixin):
                 settings.num_assistant_tokens = drafter.num_assistant_tokens
         if not generation_config.return_dict_in_generate:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **record.kept)
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache}, **record.kept)
 
 
 def _is_dynamic(config: Any) -> bool:
@@ -262,7 +243,7 @@ def _is_dynamic(config: Any) -> bool:
 def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
     """Refuse what cannot be drafted for, before anything is touched."""
     require_ours(model)
-    name, cache = type(model).__name__, model_kwargs.get("past_key_values")
+    name, cache = type(model).__name__, model_kwargs.get(CACHE)
     if batch_size > 1:
         raise ValueError(
             f"generate: requires one sequence to draft tokens; got {batch_size}. Call it once for each, or "
@@ -280,13 +261,13 @@ def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
     if cache is not None and not isinstance(cache, RollbackCache):
         raise ValueError(
             f"generate: requires a RollbackCache to draft tokens with {name}; got "
-            f"{type(cache).__name__}, which cannot drop a token. Leave past_key_values out, or pass an "
+            f"{type(cache).__name__}, which cannot drop a token. Leave {CACHE} out, or pass an "
             "anydelta.integrations.transformers.cache.RollbackCache(config=model.config)"
         )
     depth = config.assistant_early_exit
     if depth is not None:
         text = model.config.get_text_config(decoder=True)
-        first = text.layer_types.index("full_attention") + 1
+        first = next(i for i, kind in enumerate(text.layer_types, 1) if kind != "linear_attention")
         if not first <= depth <= text.num_hidden_layers:
             raise ValueError(
                 f"generate: requires assistant_early_exit from {first}, so that the first attention layer (number "
@@ -310,7 +291,7 @@ def _new_tokens(input_ids: torch.Tensor, config: Any, model_kwargs: Any) -> int:
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     given: int = (input_ids if embeds is None else embeds).shape[1]
     whole = getattr(config, "_mask_length", given) if mask is None else mask.shape[1]
-    return given - (model_kwargs["past_key_values"].get_seq_length() if given == whole else 0)
+    return given - (model_kwargs[CACHE].get_seq_length() if given == whole else 0)
 
 
 def _choose(

@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from ...mixer.op import gated_delta_mixer_, plan_step
 from ...mixer.spec import unpack_qkv
 from ...rule.torch_ops import FUNCTION_MODE, onlooker, plain, quiet
 from .cache import RollbackLayer
+from .families import Family, Projected
 from .functions import (
     _CONV_OPTIONS,
     _DTYPES,
@@ -29,80 +30,12 @@ from .functions import (
     _count,
     _cu_seqlens,
     advancing,
+    cache_of,
 )
 from .packed_matrices import PackedLinear
 
 Forward = Callable[..., torch.Tensor]
 
-
-class Projected(NamedTuple):
-    """What a family's projections give, in the mixer's terms."""
-
-    qkv: Any
-    """[B, T, C], or (q, k, v)."""
-    z: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
-    A_log: torch.Tensor
-    dt_bias: torch.Tensor
-
-
-class Parts(NamedTuple):
-    """Where a family keeps what the mixer needs."""
-
-    project: Callable[[Any, torch.Tensor], Projected]
-    norm: str
-    out: str
-    heads: tuple[str, str, str]
-    """Attributes with HV, K and V."""
-    z: str = ""
-    """The projection whose whole output is z; where there is none, z is a part of another."""
-
-
-def _qwen3_5(layer: Any, x: torch.Tensor) -> Projected:
-    m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
-    return Projected(
-        m["in_proj_qkv"](x),
-        m["in_proj_z"](x),
-        m["in_proj_a"](x),
-        m["in_proj_b"](x),
-        layer.A_log,
-        layer.dt_bias,
-    )
-
-
-def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
-    """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
-    groups, K = layer.num_k_heads, layer.head_k_dim
-    values = layer.num_v_heads // groups
-    V = values * layer.head_v_dim
-    qkvz = layer.in_proj_qkvz(x).unflatten(-1, (groups, 2 * K + 2 * V))
-    q, k, v, z = qkvz.split((K, K, V, V), -1)
-    b, a = layer.in_proj_ba(x).unflatten(-1, (groups, 2 * values)).split(values, -1)
-    return Projected((q, k, v), z, a.flatten(-2), b.flatten(-2), layer.A_log, layer.dt_bias)
-
-
-def _olmo_hybrid(layer: Any, x: torch.Tensor) -> Projected:
-    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
-    return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x), layer.A_log, layer.dt_bias)
-
-
-def _kimi_linear(layer: Any, x: torch.Tensor) -> Projected:
-    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
-    forget = layer.forget_gate
-    a = forget.f_b_proj(forget.f_a_proj(x)).unflatten(-1, (layer.num_heads, layer.head_dim))
-    z = layer.g_b_proj(layer.g_a_proj(x))
-    return Projected(qkv, z, a, layer.b_proj(x), forget.A_log.view(-1), forget.dt_bias)
-
-
-_QWEN_HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
-FAMILIES: dict[str, Parts] = {
-    "qwen3_next": Parts(_qwen3_next, "norm", "out_proj", _QWEN_HEADS),
-    "qwen3_5": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
-    "qwen3_5_moe": Parts(_qwen3_5, "norm", "out_proj", _QWEN_HEADS, "in_proj_z"),
-    "olmo_hybrid": Parts(_olmo_hybrid, "o_norm", "o_proj", _QWEN_HEADS, "g_proj"),
-    "kimi_linear": Parts(_kimi_linear, "o_norm", "o_proj", ("num_heads", "head_dim", "head_dim"), "g_b_proj"),
-}
 
 MIXER_DEVICES: frozenset[str] = frozenset(
     device
@@ -113,51 +46,62 @@ MIXER_DEVICES: frozenset[str] = frozenset(
 """Devices with a native kernel for the mixer."""
 
 
-def fused(theirs: Forward, family: str, taken: Counter[str], passed_on: Counter[str]) -> Forward:
+def fused(
+    theirs: Forward, cache_name: str, parts: Family, taken: Counter[str], passed_on: Counter[str]
+) -> Forward:
     """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
-    parts, name = FAMILIES[family], f"{family}.mixer"
-    stock = advancing(theirs)
+    name = f"{parts.name}.mixer"
+    stock = advancing(theirs, cache_name)
     steps: dict[int, _Step] = {}
 
     @functools.wraps(theirs)
     def forward(
         self: Any,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if cache is None and kwargs:
+            cache = cache_of(kwargs)
         if not _is_compiling():
             step = steps.get(id(self))
-            if step is not None and attention_mask is None:
-                held = step.takes(hidden_states, cache_params, kwargs)
+            if step is not None:
+                held = step.takes(hidden_states, cache, kwargs)
                 if held is not None:
                     taken[name] += 1
+                    if attention_mask is not None:
+                        hidden_states = _without_padding(hidden_states, attention_mask)
                     return step.run(self, hidden_states, held)
-            why_not = _why_not(self, family, hidden_states, cache_params, kwargs)
+            why_not = _why_not(self, parts, hidden_states, cache, kwargs)
             if why_not is None:
                 taken[name] += 1
                 keep = functools.partial(_keep, steps, self)
                 cu_seqlens = _cu_seqlens(kwargs)
-                return _mix(self, parts, hidden_states, cache_params, attention_mask, cu_seqlens, keep)
+                return _mix(self, parts, hidden_states, cache, attention_mask, cu_seqlens, keep)
             _count(name, why_not, taken, passed_on)
-        return stock(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        return stock(self, hidden_states, cache, attention_mask, **kwargs)
 
     forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
     return forward
 
 
+def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As Transformers does: padding is zero, and counts as a token."""
+    return (x * mask[:, :, None]).to(x.dtype)
+
+
 def _mix(
     self: Any,
-    parts: Parts,
+    parts: Family,
     x: torch.Tensor,
     cache: Any,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     keep: Callable[[_Step], None],
 ) -> torch.Tensor:
-    if attention_mask is not None:  # as Transformers does: padding is zero, and counts as a token
-        x = (x * attention_mask[:, :, None]).to(x.dtype)
+    if attention_mask is not None:
+        x = _without_padding(x, attention_mask)
     held = None if cache is None else cache.layers[self.layer_idx]
     read = written = None
     recording: Any = held if held is not None and held.record_past else None
@@ -173,7 +117,7 @@ def _mix(
     if held is not None and recording is None and quiet():
         step = _Step(self, parts, cache)
         out = step.mix(self, p, conv_state, state)
-        if out is not None and x.shape[1] == 1 and attention_mask is None:
+        if out is not None and x.shape[1] == 1:
             keep(step)
     if out is None:
         out = _call(
@@ -195,7 +139,7 @@ def _mix(
 
 
 def _call(
-    self: Any, parts: Parts, p: Projected, conv_state: torch.Tensor, state: torch.Tensor, **more: Any
+    self: Any, parts: Family, p: Projected, conv_state: torch.Tensor, state: torch.Tensor, **more: Any
 ) -> torch.Tensor:
     arguments = _arguments(self, parts, p)
     arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
@@ -203,13 +147,13 @@ def _call(
     return out
 
 
-def _arguments(self: Any, parts: Parts, p: Projected) -> dict[str, Any]:
+def _arguments(self: Any, parts: Family, p: Projected) -> dict[str, Any]:
     """Of the mixer; conv_weight still [C, 1, W]."""
     conv, norm = self.conv1d, getattr(self, parts.norm)
     return dict(
         g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z, conv_weight=conv.weight, conv_bias=conv.bias,
         norm_weight=norm.weight, norm_eps=norm.variance_epsilon, norm_gate=norm.activation,
-        allow_neg_eigval=getattr(self, "allow_neg_eigval", False),
+        allow_neg_eigval=getattr(self, "allow_neg_eigval", False), lower_bound=p.lower_bound,
     )  # fmt: skip
 
 
@@ -221,7 +165,7 @@ class _Step:
     is looked at; the extension compares dtypes, shapes and strides.
     """
 
-    def __init__(self, layer: Any, parts: Parts, cache: Any):
+    def __init__(self, layer: Any, parts: Family, cache: Any):
         self.parts, self.layer_idx = parts, layer.layer_idx
         self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
         self.hooks: tuple[Any, ...] = tuple(
@@ -235,6 +179,7 @@ class _Step:
         self.in_place = type(self.z) in (torch.nn.Linear, PackedLinear)
 
         self.native: Any = None
+        self.lower_bound: float | None = None
 
     def mix(
         self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
@@ -242,7 +187,7 @@ class _Step:
         """Run the mixer on what `plan` knows, or on a new plan. None: the backend runs no such plans."""
         q, k, v = (p.qkv, None, None) if type(p.qkv) is _Tensor else unpack_qkv("", p.qkv)
         weights, conv = self.norm._parameters, self.conv._parameters
-        for planned in (self.native is not None, False):
+        for planned in (self.native is not None and p.lower_bound == self.lower_bound, False):
             if not planned and not self._plan(layer, p, conv_state, state):
                 return None
             out = p.z if self.in_place and _alone(p, _Z) else p.z.new_empty(self.shape)
@@ -258,6 +203,7 @@ class _Step:
         self.device, self.shape = p.z.device.type, torch.Size((*p.b.shape[:2], HV * V))
         self.in_place = self.in_place and p.z.shape == self.shape and p.z.is_contiguous()
         out = p.z.new_empty(self.shape)
+        self.lower_bound = p.lower_bound
         self.native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
         return self.native is not None
 
@@ -317,7 +263,7 @@ _OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_
 
 
 def _states(
-    self: Any, parts: Parts, x: torch.Tensor, held: Any, cu_seqlens: torch.Tensor | None
+    self: Any, parts: Family, x: torch.Tensor, held: Any, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's cached states, made if this is its first call; without a cache zeros that nobody keeps."""
     if held is not None and held.has_previous_state[0]:
@@ -342,22 +288,24 @@ def _states(
     return held.conv_states[0], held.recurrent_states[0]
 
 
-def _why_not(self: Any, family: str, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_not(self: Any, parts: Family, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
     """The reason to leave a call to the layer's own forward, or None."""
     who = None if quiet() else onlooker()
     if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
         return f"{who} looks on"
     if not plain(x):
         return f"the tensor type {type(x).__name__}, or a lazy view"
-    parts = FAMILIES[family]
+    own = self.__dict__
+    if (holds := own["_modules"].keys() | own["_parameters"].keys()) != parts.holds:
+        return f"other modules or parameters than {parts.name} is known for: {', '.join(sorted(holds ^ parts.holds))}"
     conv, norm = self.conv1d, getattr(self, parts.norm)
     if type(conv) is not torch.nn.Conv1d or conv._parameters.get("weight") is None:
         return f"its conv1d is a {type(conv).__name__}, with a weight of its own making"
-    if not _is_norm(norm, family):
+    if not _is_norm(norm, type(self)):
         return f"its norm is a {type(norm).__name__}"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
         return "gradients are wanted"
-    if x.dtype not in _DTYPES or conv.weight.dtype != x.dtype:
+    if x.dtype not in _DTYPES or conv.weight.dtype not in (x.dtype, torch.float32):
         return f"inputs of {x.dtype} with weights of {conv.weight.dtype}"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
@@ -412,11 +360,11 @@ def _wrapped(module: Any, x: torch.Tensor) -> bool:
 _IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook")
 
 
-def _is_norm(norm: Any, family: str) -> bool:
+def _is_norm(norm: Any, layer: type) -> bool:
     """Whether it is the family's own norm, and not one that wraps it or computes its weight."""
     kind = type(norm)
     return (
-        kind.__module__ == f"transformers.models.{family}.modeling_{family}"
+        kind.__module__ == layer.__module__
         and kind.__name__.endswith("RMSNormGated")
         and norm._parameters.get("weight") is not None
     )
@@ -429,7 +377,7 @@ def _known_caches() -> tuple[Any, Any]:
     return Cache, LinearAttentionLayer
 
 
-def _why_not_cache(self: Any, parts: Parts, x: torch.Tensor, cache: Any) -> str | None:
+def _why_not_cache(self: Any, parts: Family, x: torch.Tensor, cache: Any) -> str | None:
     """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
     Cache, Known = _known_caches()
     layers = getattr(cache, "layers", None)

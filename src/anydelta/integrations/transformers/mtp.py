@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, MtpCache
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -15,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_layers import MtpModel
 from transformers.utils import output_capturing
 
+from .cache import CACHE
 from .copies import copy_for_call
 
 _DRAFTS = GenerationConfig._get_default_generation_params().get("num_assistant_tokens")
@@ -33,6 +35,11 @@ def check_mtp(model: Any, config: Any) -> None:
         raise ValueError(
             f"generate: requires MTP layers of full_attention for use_mtp; got {others[0]} in mtp_layer_types, which "
             "Transformers' MTP layers cannot run. Use assistant_model or prompt_lookup_num_tokens"
+        )
+    if not hasattr(MtpModel, "forward_layer"):
+        raise ValueError(
+            "generate: requires a transformers that can read the MTP layers of this family (5.20 or later) for use_mtp"
+            f"; got {transformers.__version__}. Use assistant_model or prompt_lookup_num_tokens"
         )
     if (count := _count(model, config)) < 1:
         raise ValueError(f"generate: requires num_assistant_tokens of at least 1 for use_mtp; got {count}")
@@ -230,7 +237,7 @@ class _MtpModel(MtpModel):
                 hidden,
                 position_embeddings=angles,
                 position_ids=positions,
-                past_key_values=cache,
+                **{CACHE: cache},
                 **masks,
             )
             if self.use_shared_post_norm:

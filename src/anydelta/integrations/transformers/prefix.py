@@ -21,15 +21,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ...state.files import File, safetensors
-from .cache import ROLLBACK, RollbackCache
+from .cache import CACHE, ROLLBACK, RollbackCache
 
 FORMAT = "anydelta prefix 1"
-_NAME = re.compile(r"[0-9]{1,6}\.(?:(?P<kind>keys|values)|(?P<state>conv|recurrent)\.[0-9])")
-_AXES = {"keys": 4, "values": 4, "conv": 3, "recurrent": 4}
-_PARTNER = {"keys": "values", "values": "keys", "conv": "recurrent", "recurrent": "conv"}
+_NAME = re.compile(
+    r"(?P<layer>[0-9]{1,6})\.(?:(?P<kind>keys|values|indexer|positions)|(?P<state>conv|recurrent)\.(?P<index>[0-9]))"
+)
+_AXES = {"keys": 4, "values": 4, "indexer": 3, "positions": 3, "conv": 3, "recurrent": 4}
+_PARTNER = {
+    "keys": "values", "values": "keys", "indexer": "keys", "positions": "indexer", "conv": "recurrent",
+    "recurrent": "conv",
+}  # fmt: skip
+"""What is not there without the other; windows after the first stand alone."""
 _FACTS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
@@ -39,6 +46,15 @@ _FACTS = (
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
 """Of a config: what tells one model from another."""
+_MORE = (
+    "linear_lower_bound", "kda_safe_gate", "kda_lower_bound", "output_gate_type", "hc_mult", "hc_count", "index_topk",
+    "index_kpool", "index_n_heads", "indexer_types", "indexer_budget", "indexer_compress_ratio", "indexer_n_heads",
+    "ple_layer_ids", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "seed",
+)  # fmt: skip
+"""The same for families that came later: they count where a config has them, so that older digests stand."""
+_GROWING = (DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer))
+"""Attention layers that keep all tokens."""
+_INDEXER = {"indexer": "indexer_keys", "positions": "indexer_position_ids"}
 _lock = threading.Lock()
 """Of all stores' books; models run without it. (A lock in a store would keep it from being copied.)"""
 
@@ -49,7 +65,8 @@ class Checkpoint:
 
     tokens: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
-    """By "layer.keys", "layer.values", "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
+    """By "layer.keys", "layer.values", "layer.indexer" and "layer.positions" (of attention that chooses its tokens),
+    "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
     model: str | None = None
     """`fingerprint` of the config of the model that it is of; None: not known."""
     file: str | None = None
@@ -76,13 +93,21 @@ class Checkpoint:
                 for j in range(layer.number_of_states):
                     if layer.has_previous_state[j]:
                         tensors[f"{i}.conv.{j}"] = layer.conv_states[j].clone()
+                    if layer.has_previous_state[j] and layer.recurrent_states[j] is not None:
                         tensors[f"{i}.recurrent.{j}"] = layer.recurrent_states[j].clone()
-            elif type(layer) is DynamicLayer:
+            elif type(layer) is DynamicSlidingWindowLayer:  # while it records, it holds more than the window
+                begin = max(0, layer.keys.shape[-2] - layer.sliding_window + 1)
+                tensors[f"{i}.keys"] = layer.keys[..., begin:, :].clone()
+                tensors[f"{i}.values"] = layer.values[..., begin:, :].clone()
+            elif type(layer) in _GROWING:
                 tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys, layer.values
+                for kind, name in _INDEXER.items():
+                    if getattr(layer, name, None) is not None:
+                        tensors[f"{i}.{kind}"] = getattr(layer, name)
             else:
                 raise ValueError(
-                    f"Checkpoint: requires attention layers that keep all tokens; got a {type(layer).__name__}. "
-                    "Sliding windows are not supported"
+                    f"Checkpoint: requires attention layers that keep all tokens, or a window of them; got a "
+                    f"{type(layer).__name__}. It is not supported"
                 )
         config = getattr(cache, "config", None)
         model = None if config is None else fingerprint(config)
@@ -100,17 +125,26 @@ class Checkpoint:
         """
         self.check(config)
         cache = RollbackCache(config=config, rollback=rollback)
-        for name, x in self.tensors.items():
+        for name, x in sorted(self.tensors.items()):  # keys before values
             index, kind, *state = name.split(".")
             layer = cache.layers[int(index)]
             if kind in ("keys", "values"):
-                layer.dtype, layer.device, layer.is_initialized = x.dtype, x.device, True
+                if kind == "keys":
+                    layer.lazy_initialization(x, self.tensors[f"{index}.values"])
+                    if hasattr(layer, "cumulative_length"):
+                        layer.cumulative_length = len(self.tokens)
                 setattr(layer, kind, x)
+                continue
+            if kind in _INDEXER:
+                if kind == "indexer":
+                    layer.lazy_initialization_indexer(x)
+                setattr(layer, _INDEXER[kind], x)
                 continue
             i = int(state[0])
             (layer.conv_states if kind == "conv" else layer.recurrent_states)[i] = x.clone()
             if kind == "conv":
-                layer.dtype, layer.device = x.dtype, x.device
+                if not i:
+                    layer.dtype, layer.device = x.dtype, x.device
                 layer.conv_kernel_size[i] = x.shape[-1]
                 layer.is_conv_states_initialized[i] = layer.has_previous_state[i] = True
             else:
@@ -134,7 +168,7 @@ class Checkpoint:
         for name, x in self.tensors.items():
             if tuple(x.shape) not in want[name]:
                 self._refuse(text, f"{name} of {list(x.shape)} instead of {list(want[name][0])}")
-            if dtype is not None and ".recurrent." not in name and x.dtype != dtype:
+            if dtype is not None and ".recurrent." not in name and x.is_floating_point() and x.dtype != dtype:
                 self._refuse(text, f"{name} of {x.dtype} instead of {dtype}")
 
     def _refuse(self, text: Any, got: str) -> NoReturn:
@@ -170,12 +204,18 @@ class Checkpoint:
             if match is None:
                 file.refuse(f"an array {name!r}, which is of no layer")
             kind = match["kind"] or match["state"]
-            x = file.check(name, _AXES[kind])
-            if name.replace(kind, _PARTNER[kind]) not in file.arrays:
+            whole = kind == "positions" or (match["index"] not in (None, "0") and kind == "conv")
+            whole = whole and file.arrays[name].dtype == torch.int64
+            x = file.check(name, 2 if whole and kind == "conv" else _AXES[kind], whole)
+            partner = name.replace(kind, _PARTNER[kind])
+            if partner not in file.arrays and not (kind == "conv" and match["index"] != "0"):
                 file.refuse(f"{name!r} without its {_PARTNER[kind]}")
-            if x.shape[0] != 1 or (kind in ("keys", "values") and x.shape[2] != len(tokens)):
+            rows = x.shape[1 if kind == "positions" else 0]
+            if rows != 1 or (
+                kind in ("keys", "values", "indexer", "positions") and _length(kind, x) > len(tokens)
+            ):
                 file.refuse(f"{name!r} of {list(x.shape)} for one row of {len(tokens)} tokens")
-            if kind != "recurrent":
+            if kind != "recurrent" and not whole:
                 dtypes.add(x.dtype)
         if len(dtypes) != 1:
             file.refuse(f"arrays of {', '.join(map(str, dtypes)) or 'no type'}, where a model has one type")
@@ -190,6 +230,9 @@ def fingerprint(config: Any) -> str:
     """A digest of what a model's config says about its layers, the same in all releases of Transformers."""
     text = config.get_text_config(decoder=True)
     facts = {name: getattr(text, name, None) for name in _FACTS}
+    facts |= {name: found for name in _MORE if (found := getattr(text, name, None)) is not None}
+    if "sliding_attention" in (text.layer_types or ()):
+        facts["sliding_window"] = text.sliding_window
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -212,15 +255,38 @@ def _shapes(config: Any, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
         keys = [(1, rank), (heads, config.qk_nope_head_dim + rope)]
         values = [(1, rope), (heads, config.v_head_dim)]
     found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    chosen = False
     for i, layer in enumerate(RollbackCache(config=config).layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for j in range(layer.number_of_states):
-                found[f"{i}.conv.{j}"] = ((1, C, W), (1, C, W - 1))
-                found[f"{i}.recurrent.{j}"] = ((1, HV, K, V),)
-        else:
-            found[f"{i}.keys"] = tuple((1, h, tokens, d) for h, d in keys)
-            found[f"{i}.values"] = tuple((1, h, tokens, d) for h, d in values)
+            found[f"{i}.conv.0"] = ((1, C, W), (1, C, W - 1))
+            found[f"{i}.recurrent.0"] = ((1, HV, K, V),)
+            if i + 1 in (
+                getattr(config, "ple_layer_ids", None) or ()
+            ):  # qwen4_exp's n-grams: values, and tokens
+                width = (config.ple_conv_kernel_size - 1) * config.ngram_size
+                found[f"{i}.conv.1"] = ((1, config.hc_count * config.hidden_size, width),)
+                found[f"{i}.conv.2"] = ((1, config.ngram_size - 1),)
+            continue
+        held = min(tokens, layer.sliding_window - 1) if getattr(layer, "is_sliding", False) else tokens
+        found[f"{i}.keys"] = tuple((1, h, held, d) for h, d in keys)
+        found[f"{i}.values"] = tuple((1, h, held, d) for h, d in values)
+        if (
+            hasattr(layer, "indexer_keys")
+            and (getattr(config, "indexer_types", None) or {i: "full"})[i] == "full"
+        ):
+            own = getattr(
+                config, "indexer_head_dim", None
+            )  # glm5_next: keys, scores and whether there is a token
+            found[f"{i}.indexer"] = ((1, tokens, own or 2 * config.index_head_dim + 1),)
+            if own and not chosen:  # qwen4_exp: of all layers together
+                found[f"{i}.positions"] = ((3, 1, tokens),)
+            chosen = True
     return found
+
+
+def _length(kind: str, x: torch.Tensor) -> int:
+    """The tokens of an attention layer's tensor."""
+    return x.shape[{"indexer": 1, "positions": 2}.get(kind, -2)]
 
 
 class PrefixStore:
@@ -296,7 +362,7 @@ class PrefixStore:
         if known < input_ids.shape[1] - 1:
             with torch.no_grad():
                 self.model(
-                    input_ids=input_ids[:, known:-1], past_key_values=cache, use_cache=True, logits_to_keep=1
+                    input_ids=input_ids[:, known:-1], **{CACHE: cache}, use_cache=True, logits_to_keep=1
                 )
             self.add(input_ids, cache)
         return cache

@@ -1,0 +1,156 @@
+"""The table of families: what Transformers' models that use the rule are, a row each.
+
+What a family has is found by looking (.find); a row adds what cannot be seen from outside: how its projections become
+the arguments of the mixer. So a family without a row runs the rule, and with a row the mixer as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Projected(NamedTuple):
+    """What a family's projections give, in the mixer's terms."""
+
+    qkv: Any
+    """[B, T, C], or (q, k, v)."""
+    z: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    lower_bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A layer of Transformers, and where it keeps what the mixer needs."""
+
+    name: str
+    layer: str
+    """The class of the linear attention layer, in the module `transformers.models.<name>.modeling_<name>`."""
+    since: str
+    """The first release of Transformers that has it, of those whose functions can be replaced (5.15 and later)."""
+    rule: str
+    """GDA or KDA."""
+    project: Callable[[Any, torch.Tensor], Projected]
+    holds: frozenset[str]
+    """The modules and parameters of a layer that `project` knows; one with others is another layer."""
+    norm: str
+    out: str
+    heads: tuple[str, str, str]
+    """Attributes with HV, K and V."""
+    z: str = ""
+    """The projection whose whole output is z; where there is none, z is a part of another."""
+    mtp: bool = False
+    """Whether Transformers can run multi-token prediction layers of the family."""
+    multimodal: str = ""
+    """The family's class that sees images."""
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.name}.modeling_{self.name}"
+
+
+def _qkvz(layer: Any, x: torch.Tensor) -> Projected:
+    m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
+    return Projected(
+        m["in_proj_qkv"](x),
+        m["in_proj_z"](x),
+        m["in_proj_a"](x),
+        m["in_proj_b"](x),
+        layer.A_log,
+        layer.dt_bias,
+    )
+
+
+def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
+    """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
+    groups, K = layer.num_k_heads, layer.head_k_dim
+    values = layer.num_v_heads // groups
+    V = values * layer.head_v_dim
+    qkvz = layer.in_proj_qkvz(x).unflatten(-1, (groups, 2 * K + 2 * V))
+    q, k, v, z = qkvz.split((K, K, V, V), -1)
+    b, a = layer.in_proj_ba(x).unflatten(-1, (groups, 2 * values)).split(values, -1)
+    return Projected((q, k, v), z, a.flatten(-2), b.flatten(-2), layer.A_log, layer.dt_bias)
+
+
+def _olmo_hybrid(layer: Any, x: torch.Tensor) -> Projected:
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x), layer.A_log, layer.dt_bias)
+
+
+def _low_rank(layer: Any, x: torch.Tensor) -> Projected:
+    """KDA whose decay and output gate each go through two narrow projections (kimi_linear, glm5_next)."""
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    forget = layer.forget_gate
+    a = forget.f_b_proj(forget.f_a_proj(x)).unflatten(-1, (layer.num_heads, layer.head_dim))
+    z = layer.g_b_proj(layer.g_a_proj(x))
+    bound = getattr(forget, "safe_gate_lower_bound", None)
+    return Projected(qkv, z, a, layer.b_proj(x), forget.A_log.view(-1), forget.dt_bias, bound)
+
+
+def _full_rank(layer: Any, x: torch.Tensor) -> Projected:
+    """KDA with one projection each for the decay and the output gate (bailing_hybrid)."""
+    qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    forget = layer.forget_gate
+    a = forget.f_proj(x).unflatten(-1, (layer.num_heads, layer.head_dim))
+    bound = forget.lower_bound if forget.safe_gate else None
+    return Projected(qkv, layer.g_proj(x), a, layer.b_proj(x), forget.A_log, forget.dt_bias, bound)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_GDN = _names("conv1d norm out_proj A_log dt_bias")
+_QKVZ = _GDN | _names("in_proj_qkv in_proj_z in_proj_a in_proj_b")
+_KDA = _names("q_proj k_proj v_proj b_proj conv1d forget_gate o_norm o_proj")
+_HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
+_SQUARE = ("num_heads", "head_dim", "head_dim")
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "qwen3_next", "Qwen3NextGatedDeltaNet", "5.15", "GDA", _qwen3_next,
+        _GDN | _names("in_proj_qkvz in_proj_ba"), "norm", "out_proj", _HEADS, mtp=True,
+    ),
+    Family(
+        "qwen3_5", "Qwen3_5GatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+        mtp=True, multimodal="Qwen3_5ForConditionalGeneration",
+    ),
+    Family(
+        "qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+        mtp=True, multimodal="Qwen3_5MoeForConditionalGeneration",
+    ),
+    Family(
+        "olmo_hybrid", "OlmoHybridGatedDeltaNet", "5.15", "GDA", _olmo_hybrid,
+        _names("q_proj k_proj v_proj g_proj a_proj b_proj conv1d o_norm o_proj A_log dt_bias"), "o_norm", "o_proj",
+        _HEADS, "g_proj", mtp=True,
+    ),
+    Family(
+        "kimi_linear", "KimiLinearDeltaAttention", "5.17", "KDA", _low_rank, _KDA | _names("g_a_proj g_b_proj"),
+        "o_norm", "o_proj", _SQUARE, "g_b_proj", mtp=True,
+    ),
+    Family(
+        "qwen4_exp", "Qwen4ExpTextGatedDeltaNet", "5.16", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+        multimodal="Qwen4ExpForConditionalGeneration",
+    ),
+    Family(
+        "glm5_next", "Glm5NextTextLinearAttention", "5.17", "KDA", _low_rank, _KDA | _names("g_a_proj g_b_proj"),
+        "o_norm", "o_proj", _SQUARE, "g_b_proj", multimodal="Glm5NextForConditionalGeneration",
+    ),
+    Family(
+        "bailing_hybrid", "BailingHybridDeltaAttention", "5.20", "KDA", _full_rank, _KDA | _names("g_proj"), "o_norm",
+        "o_proj", _SQUARE, "g_proj", mtp=True,
+    ),
+    Family(
+        "lara_mini", "LaraMiniGatedDeltaNet", "5.24", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+    ),
+)  # fmt: skip
+
+BY_LAYER = {(f.module, f.layer): f for f in FAMILIES}

@@ -1,0 +1,182 @@
+"""Which modules of this process have the rule, and whether ours can stand in: found by what they are.
+
+Transformers marks a function that a kernel may replace by the kernel's name on the hub, `use_kernel_func_from_hub_with_
+fallback("chunk_kda", "fla")`. A module that has such functions for the rule is taken, whatever it is called, where they
+have the parameters that ours have. In it each layer is taken whose forward calls them and has the parameters that ours
+passes on. Whatever does not fit is left as it is, with a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..switch import stock
+from . import functions
+from .cache import CACHES
+from .families import FAMILIES
+
+MAKERS = {
+    "chunk_gated_delta_rule": "chunk_rule",
+    "fused_recurrent_gated_delta_rule": "recurrent_rule",
+    "recurrent_gated_delta_rule": "recurrent_rule",
+    "chunk_kda": "chunk_rule",
+    "fused_recurrent_kda": "recurrent_rule",
+    "causal_conv1d_fn": "conv",
+    "causal_conv1d_update": "conv_update",
+}
+"""By the name on the hub: what in .functions makes ours."""
+_UNMARKED = {
+    "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
+    "torch_recurrent_gated_delta_rule": "fused_recurrent_gated_delta_rule",
+    "chunk_kimi_delta_attention": "chunk_kda",
+    "recurrent_kimi_delta_attention": "fused_recurrent_kda",
+    "causal_conv1d_fn": "causal_conv1d_fn",
+    "causal_conv1d_update": "causal_conv1d_update",
+}
+"""Up to 5.19 the name on the hub cannot be seen from outside: it is known by that of the function."""
+
+
+@dataclass
+class Found:
+    """A module that has the rule."""
+
+    module: ModuleType
+    functions: dict[str, str] = field(default_factory=dict)
+    """By the name in the module: the name on the hub."""
+    layers: dict[type[nn.Module], str] = field(default_factory=dict)
+    """The layers that fit: what each calls its cache."""
+    left: dict[str, str] = field(default_factory=dict)
+    """What does not fit: the reason, by the name of the layer, or by "" for the whole module."""
+    strangers: list[type[nn.Module]] = field(default_factory=list)
+    """Layers that call the rule and do not fit."""
+
+    @property
+    def name(self) -> str:
+        """As Transformers names its families: modeling_qwen3_5 is qwen3_5."""
+        return self.module.__name__.rpartition(".")[2].removeprefix("modeling_")
+
+
+_seen: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+
+
+def find() -> tuple[list[Found], dict[str, str]]:
+    """Modules that were not known at the last call, and why some of Transformers' could not be imported."""
+    failed: dict[str, str] = {}
+    for name in _with_rule():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever it is: the others are to work
+            failed[name.rpartition(".")[2].removeprefix("modeling_")] = (
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
+    new = []
+    for module in list(sys.modules.values()):
+        if not isinstance(module, ModuleType) or module in _seen:
+            continue
+        if (spec := getattr(module, "__spec__", None)) is not None and getattr(spec, "_initializing", False):
+            continue  # another thread is importing it
+        _seen.add(module)
+        if (found := look_at(module)) is not None:
+            new.append(found)
+    return new, failed
+
+
+@functools.cache
+def _with_rule() -> tuple[str, ...]:
+    """Transformers' modules whose text names the rule; those of the table where there is no text."""
+    models = importlib.import_module("transformers.models")
+    names = [f'"{hub}"'.encode() for hub, maker in MAKERS.items() if maker.endswith("rule")]
+    files = [p for folder in models.__path__ for p in Path(folder).glob("*/modeling_*.py")]
+    if not files:
+        return tuple(f.module for f in FAMILIES)
+    found = []
+    for file in sorted(files):
+        text = file.read_bytes()
+        if any(name in text for name in names):
+            found.append(f"transformers.models.{file.parent.name}.{file.stem}")
+    return tuple(found)
+
+
+def look_at(module: ModuleType) -> Found | None:
+    """What a module has of the rule; None where that is nothing."""
+    own = vars(module)
+    found = Found(module)
+    marked = [(name, hub) for name, x in list(own.items()) if (hub := _hub_name(name, x)) is not None]
+    rules = {name for name, hub in marked if MAKERS[hub].endswith("rule")}
+    if not rules:
+        return None
+    users = [cls for cls in list(own.values()) if _calls(cls, module, rules)]
+    if not users and not any(getattr(own[name], "__module__", None) == module.__name__ for name in rules):
+        return None  # it only hands them on
+    if problems := [p for name, hub in marked if (p := _misfit(name, own[name], hub))]:
+        found.left[""] = "; ".join(problems)
+        found.strangers = users
+        return found
+    found.functions = dict(marked)
+    for cls in users:
+        names = list(inspect.signature(inspect.unwrap(stock(cls.forward))).parameters)
+        cache = next((c for c in CACHES if c in names), None)
+        if names[1:4] == ["hidden_states", cache, "attention_mask"] and "kwargs" in names:
+            found.layers[cls] = str(cache)
+        else:
+            found.left[cls.__name__] = (
+                f"its forward takes ({', '.join(names[1:])}) and not (hidden_states, cache, attention_mask, **kwargs), "
+                "so the rule alone is replaced"
+            )
+            found.strangers.append(cls)
+    return found
+
+
+def _hub_name(name: str, x: Any) -> str | None:
+    """The name on the hub of one of Transformers' functions, if it is one of ours to replace."""
+    kind = type(x)  # not isinstance, which asks proxies what they stand for
+    if issubclass(kind, nn.Module):  # the kernels library has put itself there
+        hub = getattr(kind, "kernel_layer_name", None)
+    elif kind is FunctionType:
+        x = stock(x)
+        code = x.__code__
+        try:
+            hub = x.__closure__[code.co_freevars.index("func_name")].cell_contents
+        except (TypeError, ValueError):
+            hub = None
+        if hub is None and str(getattr(x, "__module__", "")).startswith("transformers.models."):
+            hub = _UNMARKED.get(name)
+    else:
+        return None
+    return hub if isinstance(hub, str) and hub in MAKERS else None
+
+
+def _calls(cls: Any, module: ModuleType, rules: set[str]) -> bool:
+    """Whether it is a layer of this module whose forward calls the rule."""
+    if not (issubclass(type(cls), type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__):
+        return False
+    code = getattr(inspect.unwrap(stock(cls.forward)), "__code__", None)
+    return code is not None and not rules.isdisjoint(code.co_names)
+
+
+def _misfit(name: str, theirs: Any, hub: str) -> str | None:
+    if not inspect.isroutine(theirs):  # the kernels library's: it takes anything
+        return None
+    want = parameters(getattr(functions, MAKERS[hub])(theirs, name, {}, {}))
+    got = parameters(inspect.unwrap(theirs))
+    if got[: len(want)] == want:
+        return None
+    return f"{name} takes ({', '.join(got)}) and not ({', '.join(want)})"
+
+
+def parameters(f: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters, without *args and **kwargs."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    signature = inspect.signature(f, follow_wrapped=False)
+    return [p.name for p in signature.parameters.values() if p.kind not in kinds]
