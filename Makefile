@@ -19,8 +19,8 @@ DEMO_CONFORM := T=17
 EXPORT_RUNTIMES := aoti executorch onnx
 EXPORT_RUNNERS := aoti executorch
 EXPORT_PROMPT := In the beginning God created
-# Transformers that `make test-transformers` tests beside the newest, which `make test` has: the oldest and one between.
-TRANSFORMERS := 5.15.0 5.17.0
+# Transformers that `make test-transformers` tests: the oldest, two between, and the one that `make test` has.
+TRANSFORMERS := 5.15.0 5.20.0 5.23.0 5.24.0
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
@@ -46,7 +46,7 @@ backends: $(VENV)/.installed ## Install the runtimes of the GPU backends, with d
 test: $(VENV)/.built lint ## Check style and types, then run all tests
 	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-transformers: $(VENV)/.built ## Test the plug on older Transformers, installed below build/: TRANSFORMERS="5.15.0 5.17.0"
+test-transformers: $(VENV)/.built ## Test the plug on other Transformers, installed below build/: TRANSFORMERS="5.15.0 5.20.0"
 	for version in $(TRANSFORMERS); do \
 	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \
 	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -c 'import transformers; print(transformers.__version__)' && \
@@ -86,8 +86,9 @@ format: $(VENV)/.installed ## Format Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-readme: $(VENV)/.built ## Write the generated table of README.md anew
+readme: $(VENV)/.built ## Write the generated tables of README.md and docs/transformers.md anew
 	$(ISOLATE) $(BIN)/anydelta conform --support --json | $(ISOLATE) $(BIN)/python scripts/support_table.py --from - --write README.md
+	$(ISOLATE) $(BIN)/python scripts/families_table.py --write docs/transformers.md
 
 # The core without Python; the recipes are in tests/cpp.
 -include tests/cpp/targets.mk

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import families_table  # noqa: E402
 import run_examples  # noqa: E402
 import support_table  # noqa: E402
 
@@ -53,6 +54,19 @@ def test_a_broken_example_is_found(tmp_path: Path) -> None:
 def test_the_support_table_is_the_one_of_today() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == support_table.replaced(text, ROOT / "README.md", support()), "run: make readme"
+
+
+def test_the_table_of_families_is_the_one_of_today() -> None:
+    path = ROOT / "docs" / "transformers.md"
+    text = path.read_text(encoding="utf-8")
+    assert text == families_table.replaced(text, path), "run: make readme"
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    """What the table says was tested runs over the rows that tests/test_transformers.py has configurations of."""
+    text = (ROOT / "tests" / "test_transformers.py").read_text(encoding="utf-8")
+    for family in families_table.FAMILIES:
+        assert f'"{family.name}": (' in text
 
 
 def test_the_support_table_is_made_from_the_json_of_the_command(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ TIE = 1e-5
 """Two largest logits no further apart may come out in either order."""
 TINY = Path(__file__).parents[1] / "examples" / "tiny_model"
 TYPES = ["linear_attention", "full_attention"] * 2
+WINDOWS = ["linear_attention", "sliding_attention", "linear_attention", "full_attention"]
+"""lara_mini's."""
 EXIT = 2
 LAST = {
     "olmo_hybrid": ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -49,7 +51,8 @@ def build(family: str, **changes: Any) -> Any:
     These change little, so that an exit before them guesses right at times.
     """
     config, cls, options = plain_tests.CONFIGS[family]
-    more: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": TYPES, **changes}
+    types = WINDOWS if family == "lara_mini" else TYPES
+    more: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": types, **changes}
     saved = plain_tests.CONFIGS[family]
     plain_tests.CONFIGS[family] = (config, cls, {**options, **more})
     try:
@@ -76,12 +79,16 @@ def with_mtp(model: Any, folder: Path, layers: int = 2) -> Any:
     model.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     random = torch.Generator().manual_seed(2)
+    # Ling 3 counts them on behind the other layers.
+    ling = config.model_type == "bailing_hybrid"
+    where, first = ("model.layers.", config.num_hidden_layers) if ling else ("mtp.layers.", 0)
     for name, x in (
         MtpModel(model, layers).layers.state_dict().items()
     ):  # experts of MoE layers are not initialised
         wide = x.ndim > 1
         x = torch.randn(x.shape, generator=random) * 0.05 if wide else torch.ones_like(x)
-        weights["mtp.layers." + name.replace("mtp_block.", "")] = x
+        index, _, rest = name.replace("mtp_block.", "").partition(".")
+        weights[f"{where}{int(index) + first}.{rest}"] = x
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return type(model).from_pretrained(folder).eval()
 
@@ -135,9 +142,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def pair(family: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A model with MTP layers, and another that drafts for it."""
+    """A model, with MTP layers where the family has them, and another that drafts for it."""
     if family not in _models:
-        model = with_mtp(build(family), tmp_path_factory.mktemp(family))
+        model = build(family)
+        if plain_tests.ROWS[family].mtp:
+            model = with_mtp(model, tmp_path_factory.mktemp(family))
         _models[family] = (model, noisy(model))
     return _models[family]
 
@@ -169,6 +178,17 @@ def prompts(count: int = PROMPTS) -> list[torch.Tensor]:
         ids = tokens(3 + 5 * seed % 17, seed)
         found.append(ids if seed % 2 else torch.cat((ids, ids), 1))
     return found
+
+
+def modes(model: Any) -> list[str]:
+    """The ways of drafting that it has."""
+    has_mtp = bool(getattr(model.config.get_text_config(), "num_mtp_layers", None))
+    return [mode for mode in MODES if has_mtp or "mtp" not in mode]
+
+
+def needs(model: Any, mode: str) -> None:
+    if mode not in modes(model):
+        pytest.skip("the family has no MTP layers")
 
 
 def drafting(model: Any, assistant: Any, mode: str, length: int) -> dict[str, Any]:
@@ -243,6 +263,7 @@ _plain: dict[tuple[str, int], torch.Tensor] = {}
 @drafts
 def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], family: str, mode: str) -> None:
     model, assistant = pair
+    needs(model, mode)
     with adt.enable():
         same_texts(model, assistant, mode, family)
 
@@ -274,7 +295,7 @@ def test_prompts_of_one_token(pair: tuple[Any, Any]) -> None:
     model, assistant = pair
     with adt.enable():
         want = greedy(model, tokens(1))
-        for mode in MODES:
+        for mode in modes(model):
             got = greedy(model, tokens(1), **drafting(model, assistant, mode, 3))
             same_text(model, got, want, mode)
 
@@ -286,7 +307,7 @@ def test_text_after_a_given_cache(pair: tuple[Any, Any]) -> None:
     ids = tokens(30)
     with adt.enable():
         want = greedy(model, ids)
-        for mode in MODES:
+        for mode in modes(model):
             cache = RollbackCache(config=model.config)
             model(ids[:, :20], past_key_values=cache)
             got = greedy(model, ids, past_key_values=cache, **drafting(model, assistant, mode, 3))
@@ -300,6 +321,7 @@ def test_mtp_drafts_are_those_of_transformers(pair: tuple[Any, Any], monkeypatch
     from anydelta.integrations.transformers import mtp as generating
 
     model, _ = pair
+    needs(model, "mtp")
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     ours = generating._MtpModel.draft
 
@@ -396,7 +418,8 @@ def test_a_cache_that_cannot_drop_tokens_is_refused(pair: tuple[Any, Any]) -> No
             greedy(model, tokens(9), 4, prompt_lookup_num_tokens=2, past_key_values=cache)
         with pytest.raises(ValueError, match="requires assistant_early_exit from 2"):
             greedy(model, tokens(9), 4, assistant_early_exit=1)
-        del model.config.num_mtp_layers
+        needs(model, "mtp")
+        model.config.num_mtp_layers = 0
         with pytest.raises(ValueError, match="requires a model with MTP layers"):
             greedy(model, tokens(9), 4, use_mtp=True)
         model.config.num_mtp_layers = 2
@@ -419,6 +442,7 @@ def test_an_older_transformers_drafts_without_mtp(
     from transformers.modeling_layers import MtpModel
 
     model, _ = pair
+    needs(model, "mtp")
     with adt.enable():
         monkeypatch.delattr(MtpModel, "forward_layer", raising=False)
         with pytest.raises(
@@ -435,9 +459,17 @@ def states(cache: Any) -> list[torch.Tensor]:
     found = []
     for layer in cache.layers:
         if isinstance(layer, RollbackLayer):
-            found += [layer.recurrent_states[0], layer.conv_states[0]]
+            found += [
+                x for x in (*layer.recurrent_states.values(), *layer.conv_states.values()) if x is not None
+            ]
         else:
-            found += [layer.keys, layer.values]
+            seen = layer.sliding_window - 1 if layer.is_sliding else layer.keys.shape[-2]
+            found += [layer.keys[..., -seen:, :], layer.values[..., -seen:, :]]
+            found += [
+                x
+                for name in ("indexer_keys", "indexer_position_ids")
+                if (x := getattr(layer, name, None)) is not None
+            ]
     return [x.clone() for x in found]
 
 
@@ -675,7 +707,11 @@ def test_a_chat_goes_on_from_checkpoints(pair: tuple[Any, Any], tmp_path: Path) 
             want = greedy(model, turn, 8)
             assert torch.equal(greedy(model, turn, 8, past_key_values=store.cache_for(turn)), want)
             drafted = greedy(
-                model, turn, 8, past_key_values=store.cache_for(turn), **drafting(model, assistant, "mtp", 2)
+                model,
+                turn,
+                8,
+                past_key_values=store.cache_for(turn),
+                **drafting(model, assistant, modes(model)[0], 2),
             )
             assert torch.equal(drafted, want)
         found = store.find(answer)

@@ -1,8 +1,8 @@
 """Models of true shape with random weights, for `anydelta bench model`; and the repository's trained one.
 
-A preset is a configuration of Transformers under a name. Two are cut, because a full one is far beyond the memory of
-the machines that this benchmark is for: fewer layers, and fewer experts to choose from (a token still goes through as
-many of them as in the full model). What is cut stands in the record.
+A preset is a configuration of Transformers under a name. The larger ones are cut, because a full one is far
+beyond the memory of the machines that this benchmark is for: fewer layers, fewer experts to choose from (a token still
+goes through as many of them as in the full model), and fewer words. What is cut stands in the record.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ class Preset:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     cut: str = ""
     """What is missing against the model of that name."""
+    around: str = ""
+    """The class of the configuration that this one is a part of, where a text model has no class of its own."""
 
 
+_WORDS = 32768
 _QWEN3_5 = dict(vocab_size=248320, head_dim=256, num_key_value_heads=2, tie_word_embeddings=True)
 """Of the small ones; heads of the gated delta rule are 16 of 128 for q and k, and 16 or 32 for v."""
 
@@ -57,6 +60,21 @@ PRESETS = (
     Preset(
         "kimi-linear", "KimiLinearConfig", dict(num_hidden_layers=4, num_local_experts=16),
         "4 of 27 layers, 16 of 256 experts (8 a token)",
+    ),
+    Preset(
+        "ling-3", "BailingHybridConfig", dict(num_hidden_layers=4, num_local_experts=32, vocab_size=_WORDS),
+        "4 of 42 layers, 32 of 512 experts (8 a token), 32768 of 157184 words",
+    ),
+    Preset(
+        "glm5-next", "Glm5NextTextConfig", dict(num_hidden_layers=4, n_routed_experts=16, vocab_size=_WORDS),
+        "4 of 45 layers, 16 of 288 experts (8 a token), 32768 of 154880 words", "Glm5NextConfig",
+    ),
+    Preset(
+        "qwen3.8", "Qwen4ExpTextConfig",
+        dict(num_hidden_layers=4, num_experts=32, vocab_size=_WORDS, output_gate_type="sigmoid", indexer_n_heads=16,
+             indexer_kv_heads=1, indexer_head_dim=128, indexer_budget=2048, indexer_compress_ratio=16),
+        "4 of 40 layers, 32 of 512 experts (10 a token), 32768 of 248320 words, no n-grams; the sizes of the class, "
+        "and an indexer of our own choice",
     ),
 )  # fmt: skip
 """Sizes that are not given are the defaults of the class, which are those of the published model."""
@@ -107,7 +125,7 @@ def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
     if not hasattr(transformers, preset.config):
         raise CheckpointError(
             f"requires a Transformers that has {preset.config}; got {transformers.__version__}. "
-            "Run: pip install 'transformers>=5.17,<5.24'"
+            "Run: pip install -U transformers"
         )
     most, cut = preset.sizes["num_hidden_layers"], preset.cut
     if layers is not None and not 1 <= layers <= most:
@@ -120,10 +138,17 @@ def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
         **{**preset.sizes, "num_hidden_layers": n, "layer_types": types}
     )
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
+    auto = transformers.AutoModelForCausalLM
+    if preset.around:
+        eyes = dict(
+            depth=1, hidden_size=64, num_heads=1, intermediate_size=64, out_hidden_size=config.hidden_size
+        )
+        config = getattr(transformers, preset.around)(text_config=config.to_dict(), vision_config=eyes)
+        auto = transformers.AutoModelForImageTextToText
     torch.manual_seed(seed)
     wanted = getattr(torch, "float32" if dtype == "auto" else dtype)
     with quiet(), torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+        model = auto.from_config(config, dtype=wanted).eval()
         _slow_decays(model)
     return Built(preset.name, model, cut)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.utils import GenerationMixin
 
 CACHES = ("cache", "cache_params", "past_key_values")
@@ -53,29 +53,29 @@ class RollbackCache(DynamicCache):
 
     @property
     def rollback(self) -> int:
-        return max((layer.rollback for layer in _linear(self)), default=0)
+        return max((layer.rollback for layer in _rolling(self)), default=0)
 
     @rollback.setter
     def rollback(self, tokens: int) -> None:
         if tokens < 0:
             raise ValueError(f"RollbackCache: requires rollback >= 0; got {tokens}. It is a number of tokens")
-        for layer in _linear(self):
+        for layer in _rolling(self):
             layer.rollback = tokens
 
     def skip(self, tokens: int) -> None:
         """Keep no states for so many coming tokens: a prompt, which nobody will drop."""
-        for layer in _linear(self):
+        for layer in _rolling(self):
             layer.skip = max(0, tokens)
 
     def allow(self, drafts: int) -> None:
         """Let one forward record so many tokens, though it be more than `rollback`."""
-        for layer in _linear(self):
+        for layer in _rolling(self):
             layer.drafts = drafts
 
     def stop_recording(self) -> None:
         """Go on as a plain cache, which decodes in place, until `activate_past_recording` is called again."""
         for layer in self.layers:
-            if isinstance(layer, RollbackLayer) and layer.record_past:
+            if isinstance(layer, RollbackLayer | RollbackWindow) and layer.record_past:
                 layer.keep_newest()
             if hasattr(layer, "record_past"):
                 layer.record_past = False
@@ -87,21 +87,95 @@ class RollbackCache(DynamicCache):
             RuntimeError: no past is recorded.
             ValueError: a positive number, or more tokens than are recorded.
         """
-        for layer in _linear(self):
+        for layer in _rolling(self):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
 
 def with_rollback(cache: Cache) -> Cache:
-    """Put layers that can roll back in the place of an empty cache's linear attention layers; returns the cache."""
+    """Put layers that can roll back in the place of an empty cache's; returns the cache."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
             cache.layers[i] = RollbackLayer(number_of_states=layer.number_of_states)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = RollbackWindow(sliding_window=layer.sliding_window)
     return cache
 
 
-def _linear(cache: Cache) -> list[RollbackLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, RollbackLayer)]
+def _rolling(cache: Cache) -> list[RollbackLayer | RollbackWindow]:
+    return [layer for layer in cache.layers if isinstance(layer, RollbackLayer | RollbackWindow)]
+
+
+def _check(tokens_to_remove: int, recording: bool, known: float, rollback: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop: requires a negative number of tokens, or 0; got {tokens_to_remove}. -n drops the last n"
+        )
+    if not recording:
+        raise RuntimeError(
+            "crop: requires that the past is recorded; got a cache without. Call activate_past_recording() before "
+            "the tokens that may be dropped"
+        )
+    if -tokens_to_remove > max(0, known):
+        raise ValueError(
+            f"crop: requires at most {max(0, known)} tokens, whose states are recorded; got {-tokens_to_remove}. "
+            f"Set the cache's `rollback` (now {rollback}), or crop before more tokens are run"
+        )
+
+
+class RollbackWindow(DynamicSlidingWindowLayer):
+    """Keys and values of a window, and while recording those before it that come back when tokens are dropped.
+
+    Transformers' own cuts them to the window at each `crop`, so that no second one can follow.
+    """
+
+    def __init__(self, sliding_window: int, **kwargs: Any):
+        super().__init__(sliding_window=sliding_window, **kwargs)
+        self.record_past: bool = False
+        self.rollback = ROLLBACK
+        self.drafts = self.skip = 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            tokens = key_states.shape[-2]
+            kept, seen = (
+                self.sliding_window - 1 + max(self.rollback, min(self.drafts, tokens)),
+                self.sliding_window - 1,
+            )
+            self.keys, self.values = self.keys[..., -kept:, :], self.values[..., -kept:, :]
+            keys, values = keys[..., -seen - tokens :, :], values[..., -seen - tokens :, :]
+        return keys, values
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise as `crop` would."""
+        held, known = self.cumulative_length, math.inf
+        if held > (here := self.keys.shape[-2] if self.is_initialized else 0):
+            known = here - self.sliding_window + 1
+        _check(tokens_to_remove, self.record_past, known, self.rollback)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last n tokens for -n."""
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            self.keys, self.values = (
+                self.keys[..., :tokens_to_remove, :],
+                self.values[..., :tokens_to_remove, :],
+            )
+            self.cumulative_length += tokens_to_remove
+
+    def keep_newest(self) -> None:
+        """Let go of what is before the window."""
+        if self.is_initialized and (window := self.sliding_window - 1):
+            self.keys, self.values = (
+                self.keys[..., -window:, :].clone(),
+                self.values[..., -window:, :].clone(),
+            )
 
 
 class RollbackLayer(LinearAttentionLayer):
@@ -255,21 +329,8 @@ class RollbackLayer(LinearAttentionLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise as `crop` would."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop: requires a negative number of tokens, or 0; got {tokens_to_remove}. -n drops the last n"
-            )
-        if not self.record_past:
-            raise RuntimeError(
-                "crop: requires that the past is recorded; got a cache without. Call activate_past_recording() before "
-                "the tokens that may be dropped"
-            )
         known = min((len(past.slots) - 1 for past in self._used().values()), default=-tokens_to_remove)
-        if -tokens_to_remove > max(0, known):
-            raise ValueError(
-                f"crop: requires at most {max(0, known)} tokens, whose states are recorded; got {-tokens_to_remove}. "
-                f"Set the cache's `rollback` (now {self.rollback}), or crop before more tokens are run"
-            )
+        _check(tokens_to_remove, self.record_past, known, self.rollback)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last n tokens for -n; the errors are those of `check_crop`, and change nothing."""

@@ -31,6 +31,11 @@ def check_mtp(model: Any, config: Any) -> None:
             f"{type(model).__name__} without. Use assistant_model or prompt_lookup_num_tokens"
         )
     kinds = getattr(text, "mtp_layer_types", None) or ()
+    if not kinds and getattr(text, "layer_types", None) is not None:
+        raise ValueError(
+            f"generate: requires mtp_layer_types in the config of {type(model).__name__} for use_mtp, since its layers "
+            "are of several kinds; got none. Set model.config.mtp_layer_types, or use prompt_lookup_num_tokens"
+        )
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise ValueError(
             f"generate: requires MTP layers of full_attention for use_mtp; got {others[0]} in mtp_layer_types, which "
@@ -295,9 +300,11 @@ def _read(main_model: Any, weight: torch.Tensor) -> _MtpModel:
     main = copy_for_call(main_model)
     main.config = copy.deepcopy(main.config)
     main.config.dtype = weight.dtype  # the model may have been cast, or made without a dtype
-    main._keys_to_ignore_on_load_unexpected = main._keys_to_ignore_on_load_unexpected or [
-        r"^mtp\."
-    ]  # kimi_linear
+    if (
+        not main._keys_to_ignore_on_load_unexpected
+    ):  # kimi_linear; bailing_hybrid, whose decoder has the pattern
+        decoders = getattr(main.get_decoder(), "_keys_to_ignore_on_load_unexpected", None) or ()
+        main._keys_to_ignore_on_load_unexpected = [*decoders, r"^mtp\."]
     try:
         if not main.config.name_or_path:
             raise OSError("a model that was not loaded from a folder")

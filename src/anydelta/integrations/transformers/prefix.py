@@ -95,7 +95,9 @@ class Checkpoint:
                         tensors[f"{i}.conv.{j}"] = layer.conv_states[j].clone()
                     if layer.has_previous_state[j] and layer.recurrent_states[j] is not None:
                         tensors[f"{i}.recurrent.{j}"] = layer.recurrent_states[j].clone()
-            elif type(layer) is DynamicSlidingWindowLayer:  # while it records, it holds more than the window
+            elif isinstance(
+                layer, DynamicSlidingWindowLayer
+            ):  # while it records, it holds more than the window
                 begin = max(0, layer.keys.shape[-2] - layer.sliding_window + 1)
                 tensors[f"{i}.keys"] = layer.keys[..., begin:, :].clone()
                 tensors[f"{i}.values"] = layer.values[..., begin:, :].clone()
