@@ -465,11 +465,8 @@ def states(cache: Any) -> list[torch.Tensor]:
         else:
             seen = layer.sliding_window - 1 if layer.is_sliding else layer.keys.shape[-2]
             found += [layer.keys[..., -seen:, :], layer.values[..., -seen:, :]]
-            found += [
-                x
-                for name in ("indexer_keys", "indexer_position_ids")
-                if (x := getattr(layer, name, None)) is not None
-            ]
+            indexer = (getattr(layer, name, None) for name in ("indexer_keys", "indexer_position_ids"))
+            found += [x for x in indexer if x is not None]
     return [x.clone() for x in found]
 
 
