@@ -129,6 +129,9 @@ class RollbackWindow(DynamicSlidingWindowLayer):
     Transformers' own cuts them to the window at each `crop`, so that no second one can follow.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, sliding_window: int, **kwargs: Any):
         super().__init__(sliding_window=sliding_window, **kwargs)
         self.record_past: bool = False
