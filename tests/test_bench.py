@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from anydelta.bench.contenders import packages as peers
 from anydelta.bench.measure import ops, outputs, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
 from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
+from anydelta.conformance.run import unavailable
 from anydelta.rule import reference
 from anydelta.terminal import Failed
 from conftest import run_program, without
@@ -585,3 +587,37 @@ def test_the_recurrence_in_mlx_lm_is_compared_and_timed(monkeypatch: pytest.Monk
         assert r.error <= mlx.ERROR[r.dtype]
         assert 0 < r.ratio_low <= r.ratio <= r.ratio_high
         assert min(r.mlx_lm_us, r.anydelta_us, r.whole_ratio) > 0
+
+
+@pytest.mark.parametrize("kinds", [("vulkan", "webgpu"), ("opencl", "sycl")], ids=" ".join)
+@pytest.mark.parametrize("more", [(), ("--prompts", "5")], ids=["calls", "prompts"])
+def test_devices_are_compared_with_the_cpu_and_timed(kinds: tuple[str, ...], more: tuple[str, ...]) -> None:
+    """In a process of its own: drivers that run on the CPU bring LLVMs that do not get on with each other."""
+    here = [kind for kind in kinds if not unavailable(kind)]
+    if not here:
+        pytest.skip(f"neither of {kinds} is here")
+    command = [
+        "-m",
+        "anydelta.cli",
+        "bench",
+        "devices",
+        *here,
+        *more,
+        "--cuts",
+        "columns",
+        "-r",
+        "2",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, *command, "--sample-ms", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)["records"]
+    names = {r["way"] for r in records}
+    assert "cpu" in names
+    assert all(any(name.startswith(kind) for name in names) for kind in here)
+    assert ("vulkan chunks" in names) == bool("vulkan" in here and more)
+    for r in records:
+        assert r["nmse"] <= 1e-7
+        assert 0 < r["low_us"] <= r["median_us"] <= r["high_us"]
+        if r["way"] in ("webgpu", "opencl columns copy"):
+            assert r["staged_bytes"] > 2 * 16 * 16 * 4  # the state, there and back

@@ -9,6 +9,7 @@ import typer
 
 from .commands import (
     decays,
+    devices,
     drafting,
     executorch,
     layer,
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
         "executorch": executorch.executorch_command,
         "threads": threads.threads_command,
         "decays": decays.decays_command,
+        "devices": devices.devices_command,
         "rollback": rollback.rollback_command,
         "layer": layer.layer_command,
         "matrices": matrices.matrices_command,

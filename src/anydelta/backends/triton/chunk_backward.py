@@ -157,21 +157,6 @@ def back(
         tl.store(d_initial + at, dS, mask=inside)
 
 
-@triton.jit
-def _times_transposed(a, b, acc):
-    """acc + a b^T for float32 matrices."""
-    a_high, a_low = split(a)
-    b_high, b_low = split(b)
-    return product(a_high, a_low, tl.trans(b_high), tl.trans(b_low), acc, False, False)
-
-
-@triton.jit
-def _times(a, b_high, b_low, acc):
-    """acc + a b for a float32 matrix a."""
-    a_high, a_low = split(a)
-    return product(a_high, a_low, b_high, b_low, acc, False, False)
-
-
 @triton.jit(do_not_specialize=["N", "T", "scale", "lower_bound", "columns"])
 def pairs(
     g, do,
