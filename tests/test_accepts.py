@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +19,7 @@ import torch
 
 import anydelta
 from anydelta.backends.metal.mlx_host import HOST as METAL_FOR_MLX
+from anydelta.backends.triton.host import interpreted
 from anydelta.conformance.run import unavailable
 from anydelta.core import dispatch
 from anydelta.core.accepts import ANY, Accepts, Row, UpTo, reasons
@@ -307,8 +312,22 @@ def test_what_is_accepted_runs(name: str, framework: str) -> None:
     backend = name.removesuffix(" mixer")
     if why := unavailable(backend):
         pytest.skip("; ".join(why))
+    if framework not in ALL[name].accepts.rows["framework"].allowed:
+        pytest.skip(f"{name} takes no {framework} arrays")
     if name in MIXERS:
-        drive(backend, mixer.INPLACE, framework, anydelta.gated_delta_mixer_, 60)
+        drive(backend, mixer.INPLACE, framework, anydelta.gated_delta_mixer_, 40)
     else:
         drive(backend, rule.FUNCTIONAL, framework, anydelta.gated_delta_rule, 30)
         drive(backend, rule.INPLACE, framework, anydelta.gated_delta_rule_, 30)
+
+
+@pytest.mark.skipif(
+    interpreted() or find_spec("triton") is None, reason="the interpreter runs, or is not here"
+)
+def test_what_triton_accepts_runs_in_its_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "what_is_accepted and triton"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.startswith("s.s."), done.stdout[-2000:]
