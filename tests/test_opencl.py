@@ -158,7 +158,7 @@ def test_memory_beyond_the_limit_is_one_sentence(device: OpenclDevice) -> None:
 def test_a_kernel_that_does_not_build_is_one_sentence(
     device: OpenclDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opencl_device, "_source", lambda: "kernel void by_address(nonsense x) {}")
+    monkeypatch.setattr(opencl_device, "source", lambda *_: "kernel void by_address(nonsense x) {}")
     monkeypatch.setattr(device, "programs", {})
     check_a_kernel_that_does_not_build("opencl", device, "driver that compiles delta_rule.cl")
 

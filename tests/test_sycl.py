@@ -193,7 +193,7 @@ def test_memory_beyond_the_limit_is_one_sentence() -> None:
 
 def test_a_kernel_that_does_not_build_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     device = sycl.roster.default()
-    monkeypatch.setattr(sycl_device, "_text", lambda name: "nonsense")
+    monkeypatch.setattr(sycl_device, "source", lambda *_: "nonsense")
     monkeypatch.setattr(device, "built", set())
     check_a_kernel_that_does_not_build("sycl", device, "run-time compiler that builds delta_rule.hpp")
 

@@ -186,7 +186,7 @@ def test_nothing_leaks_over_ten_thousand_calls() -> None:
 def test_too_large_an_array_is_refused() -> None:
     dev: Any = anydelta.device("vulkan:0")
     with pytest.raises(anydelta.DeviceError, match=r"vulkan:0 requires arrays of at most \d+ bytes"):
-        dev.empty((dev.facts.max_range // 4 + 1,))
+        dev.empty((dev.most_bytes // 4 + 1,))
 
 
 def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_refusals(dev: Any) -> None:
     with pytest.raises(anydelta.UnsupportedError, match=r"keeps float32 states on its device.*got bfloat16"):
         anydelta.gated_delta_rule_(q, k, v, dev.zeros((1, 2, 16, 16), "bfloat16"), **gates)
     with pytest.raises(anydelta.DeviceError, match=r"webgpu:0 requires arrays of at most \d+ bytes"):
-        dev.empty((dev.max_range // 4 + 1,))
+        dev.empty((dev.most_bytes // 4 + 1,))
 
 
 def test_what_the_driver_refuses_is_raised(dev: Any) -> None:

@@ -14,6 +14,7 @@ A backend offers devices through a function `open_device(index)` in its module, 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ class Device(ABC):
     """As `anydelta.device` takes it: "vulkan:0"."""
     description: str
     """The driver's name for it."""
+    most_bytes: int = sys.maxsize
+    """Of one array, as the driver says."""
     lost: str = ""
     """Why every array on it is invalid, once the driver has lost it; else empty."""
 
@@ -92,10 +95,10 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Memory:
-        """Memory with undefined contents.
+        """Memory with undefined contents, of at most `most_bytes`.
 
         Raises:
-            DeviceError: there is not enough, or a limit of the device is exceeded.
+            DeviceError: there is not enough.
         """
 
     @abstractmethod
@@ -118,13 +121,19 @@ class Device(ABC):
 
         Raises:
             ValueError: a dtype that devices do not hold.
-            DeviceError: out of memory.
+            DeviceError: out of memory, or more than the driver takes in one array.
         """
         if dtype not in ITEMSIZE:
             raise ValueError(f"{self.name}: dtype must be one of {', '.join(ITEMSIZE)}; got {dtype!r}")
         self.check()
         dims = tuple(int(n) for n in shape)
-        memory = self.allocate(max(math.prod(dims) * ITEMSIZE[dtype], 4))
+        nbytes = max(math.prod(dims) * ITEMSIZE[dtype], 4)
+        if nbytes > self.most_bytes:
+            raise DeviceError(
+                f"{self.name} requires arrays of at most {self.most_bytes} bytes, the driver's limit; got {nbytes}. "
+                f"Split the states over several arrays"
+            )
+        memory = self.allocate(nbytes)
         return DeviceArray(self, memory, dims, dtype)
 
     def zeros(self, shape: Sequence[int], dtype: str = "float32") -> DeviceArray:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,7 @@ from ...rule.spec import CallSpec, dtype_name
 from ...terminal import first_line
 from ..accepts import RULE_CALLS
 from .params import ABSENT, GATES, ITEMSIZE, WRITTEN, as_bits, as_float32, pack, params_of
+from .roster import Roster
 from .structs import ARRAYS, PARAMS
 
 _OUT_OF_MEMORY = ("OUT_OF", "ALLOCATION")
@@ -42,8 +44,6 @@ class CutDevice(Device):
     memories: Sequence[str]
     is_cpu: bool
     errors: tuple[type[Exception], ...]
-    most_bytes: int
-    """Of one allocation."""
 
     def settle(self, memories: Sequence[str]) -> None:
         """Choose kernel and memory: the environment's wish, or the first that the device offers."""
@@ -95,62 +95,12 @@ class CutDevice(Device):
             self.lost = text
             self.check()
 
-    def refuse_size(self, nbytes: int) -> None:
-        """
-        Raises:
-            DeviceError: an allocation beyond the driver's limit.
-        """
-        if nbytes > self.most_bytes:
-            raise DeviceError(
-                f"{self.name} requires arrays of at most {self.most_bytes} bytes, the driver's limit; got {nbytes}. "
-                f"Split the pool"
-            )
-
 
 D = TypeVar("D", bound=CutDevice)
 
 
-class Roster(Generic[D]):
-    """The devices of a backend, in the order in which they are numbered; each is opened once."""
-
-    def __init__(
-        self, kind: str, title: str, labels: Callable[[], Sequence[str]], make: Callable[[str, int], D]
-    ):
-        self.kind, self.title, self._labels, self._make = kind, title, labels, make
-        self.opened: dict[str, D] = {}
-        """By name."""
-        self._lock = threading.Lock()
-
-    def open(self, index: int) -> D:
-        """The device of that index; see `anydelta.device`.
-
-        Raises:
-            UnsupportedError: there is no such device; the text lists those that there are.
-        """
-        labels = self._labels()
-        if not 0 <= index < len(labels):
-            names = "; ".join(f"{self.kind}:{i} {label}" for i, label in enumerate(labels))
-            raise UnsupportedError(
-                f"device {self.kind}:{index}: there is no such {self.title} device; there are {names}"
-            )
-        with self._lock:
-            name = f"{self.kind}:{index}"
-            if name not in self.opened:
-                self.opened[name] = self._make(name, index)
-            return self.opened[name]
-
-    def default(self) -> D:
-        """Where calls with host arrays run: ANYDELTA_<KIND>_DEVICE, or the first device."""
-        env = f"ANYDELTA_{self.kind.upper()}_DEVICE"
-        wanted = os.environ.get(env, "0")
-        if wanted.isdigit():
-            return self.open(int(wanted))
-        labels = self._labels()
-        for index, label in enumerate(labels):
-            if wanted.lower() in label.lower():
-                return self.open(index)
-        names = "; ".join(f"{i} {label}" for i, label in enumerate(labels))
-        raise UnsupportedError(f"{env} must be an index or a part of a name of {names}; got {wanted!r}")
+class CutRoster(Roster[D]):
+    """The devices of a backend whose kernel comes in cuts."""
 
     def isas(self) -> list[str]:
         """The cuts of the kernel that the default device can run, its default last."""
@@ -193,6 +143,10 @@ class Plan:
         self.device, self.memory, self.tail, self.converts = device, memory, tail, converts
         self.cuts: dict[str, tuple[Any, int]] = {}
 
+    def params(self, addresses: Sequence[int]) -> bytes:
+        """What a launch is given, with the addresses of ARRAYS."""
+        return struct.pack(f"={len(ARRAYS)}Q", *addresses) + self.tail
+
 
 class CutBackend(ABC, Generic[D]):
     """A backend over such devices."""
@@ -202,7 +156,7 @@ class CutBackend(ABC, Generic[D]):
     also: tuple[str, ...] = ()
     """torch's devices whose tensors it takes where they are."""
 
-    def __init__(self, roster: Roster[D]):
+    def __init__(self, roster: CutRoster[D]):
         self.roster = roster
 
     @property
@@ -279,6 +233,18 @@ def host_bytes(spec: CallSpec) -> tuple[list[int], list[int]]:
     if spec.inplace:
         results[1] = spec.P * states
     return tuple([-(-n // 64) * 64 for n in sizes] for sizes in (inputs, results))  # type: ignore[return-value]
+
+
+def padded(K: int, sizes: Sequence[int]) -> int:
+    """The head size that a kernel is built for, of `sizes` or beyond them a multiple of 64, which holds K rows."""
+    return next((n for n in sizes if n >= K), -(-K // 64) * 64)
+
+
+def cpu_columns(width: int, rows: int) -> tuple[int, int]:
+    """(floats of a vector, vectors) of a work-item, which is one core's thread: vectors as wide as its registers, and
+    so many that a broadcast k or q serves several FMAs, while the panel (at most 32 KiB) stays close."""
+    vec = min(max(width, 4), 16)
+    return vec, max(1, min(4, 8192 // (rows * vec)))
 
 
 class Packing:

@@ -298,10 +298,12 @@ class Launches(Generic[L]):
 class StagedBackend(ABC):
     """A backend whose calls are staged, and whose shaders take any K up to MAX_K.
 
-    Its devices say what a driver takes: `max_range`, bytes of a buffer; `max_groups`, workgroups along each axis.
+    Its devices say what a driver takes: `most_bytes` of a buffer; `max_groups`, workgroups along each axis.
     """
 
     name: str
+    header = 0
+    """Bytes before the inputs, in their buffer."""
     held_dtype = ""
     """Of host states while they are on the device; empty: as they come."""
 
@@ -342,11 +344,11 @@ class StagedBackend(ABC):
         layout = self.layout(device, spec)
         state = spec.N * spec.HV * spec.K * spec.V * devices.ITEMSIZE[self.held_dtype or spec.state_dtype]
         for what, nbytes in (
-            ("inputs", layout.nbytes_in), ("outputs", layout.nbytes_out), ("states", state),
+            ("inputs", self.header + layout.nbytes_in), ("outputs", layout.nbytes_out), ("states", state),
             ("snapshots", spec.snapshots * state),
         ):  # fmt: skip
-            if nbytes > device.max_range:
-                return f"its driver takes {what} of up to {device.max_range} bytes in a call; got {nbytes}"
+            if nbytes > device.most_bytes:
+                return f"its driver takes {what} of up to {device.most_bytes} bytes in a call; got {nbytes}"
         return ""
 
     def run(self, plan: Any, spec: CallSpec, call: Call) -> None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
 from typing import Any
+
+
+@cache
+def source(backend: str, file: str) -> str:
+    """The text of a file of device code."""
+    return (resources.files("anydelta") / "backends" / backend / file).read_text(encoding="utf-8")
+
 
 TYPES: dict[str, dict[str, str]] = {
     "opencl": {"Q": "ulong", "q": "long", "i": "int", "I": "uint", "f": "float"},

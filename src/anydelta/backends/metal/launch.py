@@ -9,11 +9,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
+from ..devices import structs
 from ..devices.params import TYPE, dense_strides, params_of
 from ..devices.structs import METAL_FLAGS, PARAMS, bits, flags
 
@@ -49,10 +49,9 @@ class Launch:
     group_size: tuple[int, int, int] = (THREADS, 1, 1)
 
 
-@cache
 def text(name: str) -> str:
     """A file of backends/metal."""
-    return (resources.files("anydelta") / "backends" / "metal" / f"{name}.metal").read_text(encoding="utf-8")
+    return structs.source("metal", f"{name}.metal")
 
 
 @cache

@@ -7,7 +7,7 @@ import threading
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +17,10 @@ import numpy as np
 from ...core.devices import Bytes, DeviceArray, DeviceError, Memory, numpy_dtype
 from ...rule.spec import CallSpec
 from ...terminal import first_line
-from ..devices.cuts import CutDevice, Roster
+from ..devices.cuts import CutDevice, CutRoster, cpu_columns, padded
 from ..devices.llvm import load_triton_first
 from ..devices.params import TYPE
-from ..devices.structs import PARAMS
+from ..devices.structs import PARAMS, source
 
 MEMORIES = ("address", "wrap", "copy")
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
@@ -225,7 +225,6 @@ class OpenclDevice(CutDevice):
     def allocate(self, nbytes: int) -> Memory:
         self.check()
         cl = api()
-        self.refuse_size(nbytes)
         try:
             if self.memory == "address":
                 raw = np.empty(nbytes + 63, np.uint8)
@@ -238,14 +237,11 @@ class OpenclDevice(CutDevice):
             ) from None
 
     def variant(self, spec: CallSpec) -> tuple[Variant, int]:
-        kp = next((n for n in _ROWS if n >= spec.K), -(-spec.K // 64) * 64)
+        kp = padded(spec.K, _ROWS)
         local = self.cl_device.local_mem_size
         if self.kernel == "columns":
             if self.is_cpu:
-                # One work-item is one core's thread: vectors as wide as its registers, and so many of them that a
-                # broadcast k or q serves several FMAs, while the panel (at most 32 KiB) stays close.
-                vec = min(max(self.cl_device.native_vector_width_float, 4), 16)
-                nvec = max(1, min(4, 8192 // (kp * vec)))
+                vec, nvec = cpu_columns(self.cl_device.native_vector_width_float, kp)
                 nvec = 1 if vec >= spec.V else nvec
                 cut = Variant(kp, int(spec.kda), vec, nvec, 1, 1, 8, 0, 0, 2)
             else:
@@ -273,6 +269,7 @@ class OpenclDevice(CutDevice):
         built = self.programs.get((cut, entry))
         if built is None:
             cl = api()
+            text = source("opencl", "delta_rule.cl").replace("  PARAMS\n", PARAMS.text("opencl"), 1)
             options = [f"-D{name}={value}" for name, value in vars(cut).items()]
             options.append(f"-DENTRY={int(entry == 'by_buffer')}")
             if self.is_cpu:
@@ -280,7 +277,7 @@ class OpenclDevice(CutDevice):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", cl.CompilerWarning)
-                    built = cl.Kernel(cl.Program(self.context, _source()).build(options), entry)
+                    built = cl.Kernel(cl.Program(self.context, text).build(options), entry)
             except cl.Error as error:
                 raise DeviceError(
                     f"{self.name} requires a driver that compiles delta_rule.cl; got {first_line(error)} from "
@@ -323,12 +320,6 @@ class _Pinned:
 def _local_bytes(cut: Variant) -> int:
     scratch = 2 * cut.WG * cut.VEC if cut.MEET == 1 else cut.VEC
     return 4 * (cut.BLOCK * ((2 + cut.KDA) * cut.KP + cut.columns + 6) + scratch)
-
-
-@cache
-def _source() -> str:
-    text = (resources.files("anydelta") / "backends" / "opencl" / "delta_rule.cl").read_text(encoding="utf-8")
-    return text.replace("  PARAMS\n", PARAMS.text("opencl"), 1)
 
 
 _shared: dict[int, OpenclDevice] = {}
@@ -378,7 +369,7 @@ def to_pyopencl(x: DeviceArray) -> Any:
     return Array(x.device.queue, x.shape, numpy_dtype(x.dtype), data=x.memory.buffer, offset=x.offset)
 
 
-roster = Roster(
+roster = CutRoster(
     "opencl",
     "OpenCL",
     labels=lambda: [label_of(d) for d in found()],

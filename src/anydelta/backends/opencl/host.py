@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +66,7 @@ class Opencl(CutBackend[OpenclDevice]):
 def _run_address(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
     """The kernel reads and writes every array where it is."""
     at = [address(getattr(call, name)) for name in ARRAYS]
-    _launch(plan.device, kernel, struct.pack("=14Q", *at) + plan.tail, (), size, group)
+    _launch(plan.device, kernel, plan.params(at), (), size, group)
     plan.device.queue.finish()
 
 
@@ -98,7 +97,7 @@ def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, gr
             at[i], buffers[i] = start + skip(getattr(call, ARRAYS[i])) - low, buffer
         if written:
             results.append((buffer, high - low))
-    _launch(device, kernel, struct.pack("=14Q", *at) + plan.tail, buffers, size, group)
+    _launch(device, kernel, plan.params(at), buffers, size, group)
     for buffer, nbytes in results:  # mapping is what makes the results the host's
         view, _ = cl.enqueue_map_buffer(
             device.queue, buffer, cl.map_flags.READ, 0, (nbytes,), np.uint8, is_blocking=False
@@ -124,7 +123,7 @@ def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, gr
     for buffer, host in sent:
         if host.size:
             cl.enqueue_copy(device.queue, buffer, host, is_blocking=False)
-    _launch(device, kernel, struct.pack("=14Q", *at) + plan.tail, buffers, size, group)
+    _launch(device, kernel, plan.params(at), buffers, size, group)
     if packing.nbytes_out:
         cl.enqueue_copy(
             device.queue, staging.host_out[: packing.nbytes_out], staging.device_out, is_blocking=True

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,9 @@ import numpy as np
 from ...core.devices import Bytes, DeviceArray, DeviceError, Memory, numpy_dtype
 from ...rule.spec import CallSpec, dtype_name
 from ...terminal import first_line
-from ..devices.cuts import CutDevice, Roster
+from ..devices.cuts import CutDevice, CutRoster, cpu_columns, padded
 from ..devices.params import ITEMSIZE, TYPE, dense_strides
-from ..devices.structs import PARAMS
+from ..devices.structs import PARAMS, source
 from ..opencl.device import intel_runtime
 
 MEMORIES = ("address", "copy")
@@ -166,7 +165,6 @@ class SyclDevice(CutDevice):
 
     def allocate(self, nbytes: int) -> Memory:
         self.check()
-        self.refuse_size(nbytes)
         return _Usm(self, nbytes)
 
     def variant(self, spec: CallSpec) -> tuple[Variant, int]:
@@ -175,7 +173,7 @@ class SyclDevice(CutDevice):
         return cut, -(-items // cut.group)
 
     def _cut(self, spec: CallSpec) -> Variant:
-        kp = next((n for n in _ROWS if n >= spec.K), -(-spec.K // 64) * 64)
+        kp = padded(spec.K, _ROWS)
         if self.kernel == "subgroups":
             # 4 columns: a row of 16 bytes per load, and 64 registers of state at K = 128
             sizes = self.facts["subgroups"]
@@ -183,17 +181,15 @@ class SyclDevice(CutDevice):
             return Variant(kp, spec.kda, 8, 4, 1, 1, size, max(64, size))
         if not self.is_cpu:
             return Variant(kp, spec.kda, 1, 1, 1, 1, 0, 64)
-        vec = min(max(self.facts["vector"], 4), 16)
-        # On a CPU: vectors as wide as its registers, and so many that a k or q serves several FMAs, while the panel (at
-        # most 32 KiB) stays close. Two tokens at a time are faster than one where T > 1: docs/backends/sycl.md.
-        nvec = max(1, min(4, 8192 // (kp * vec)))
+        vec, nvec = cpu_columns(self.facts["vector"], kp)
+        # Two tokens at a time are faster than one where T > 1: docs/backends/sycl.md.
         return Variant(kp, spec.kda, 1, vec, nvec, 2 if self.kernel == "chunks" and spec.T > 1 else 1, 0, 1)
 
     def build(self, cut: Variant) -> None:
         """Compile a cut, once."""
         if cut in self.built:
             return
-        headers = [(name, _text(name)) for name in ("params.hpp", "delta_rule.hpp")]
+        headers = [(name, source("sycl", name)) for name in ("params.hpp", "delta_rule.hpp")]
         headers.append(("params_members.hpp", PARAMS.text("c++")))
         try:
             options = _OPTIONS + _FLUSH if self.is_cpu else _OPTIONS
@@ -213,11 +209,6 @@ class SyclDevice(CutDevice):
             host = _Usm(self, size, host=True)
             self._staging = (host, host if self.facts["unified"] and not self.is_cpu else _Usm(self, size))
         return self._staging
-
-
-@cache
-def _text(name: str) -> str:
-    return (resources.files("anydelta") / "backends" / "sycl" / name).read_text(encoding="utf-8")
 
 
 class _Foreign(Memory):
@@ -322,7 +313,7 @@ def _dlpack(capsule: Any) -> tuple[int, tuple[int, ...], bool, int]:
     return (tensor.data or 0) + tensor.byte_offset, shape, dense, tensor.bits // 8
 
 
-roster = Roster(
+roster = CutRoster(
     "sycl",
     "SYCL",
     labels=lambda: [label_of(facts) for _, facts in found()],

@@ -12,7 +12,6 @@ ANYDELTA_SYCL_MEMORY=copy forces the transfer, ANYDELTA_SYCL_KERNEL one of `isas
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 from ...core.devices import DeviceArray
@@ -70,7 +69,7 @@ class Sycl(CutBackend[SyclDevice]):
             _run_copy(plan, spec, call, cut, groups)
             return
         at = [address(getattr(call, name)) for name in ARRAYS]
-        device.queue.run(cut.symbol, struct.pack("=14Q", *at) + plan.tail, groups, cut.group)
+        device.queue.run(cut.symbol, plan.params(at), groups, cut.group)
         device.queue.wait()
 
 
@@ -95,7 +94,7 @@ def _run_copy(plan: Plan, spec: CallSpec, call: Call, cut: Variant, groups: int)
     sent = behind + packing.nbytes_out if kept else behind
     if there is not here and sent:
         device.queue.copy(there.address, here.address, sent)
-    device.queue.run(cut.symbol, struct.pack("=14Q", *at) + plan.tail, groups, cut.group)
+    device.queue.run(cut.symbol, plan.params(at), groups, cut.group)
     if there is not here and packing.nbytes_out:
         device.queue.copy(here.address + behind, there.address + behind, packing.nbytes_out)
     device.queue.wait()

@@ -304,7 +304,7 @@ class VulkanDevice(Device):
     def __init__(self, index: int):
         self.facts = facts = Facts(physical_devices()[index])
         super().__init__(f"vulkan:{index}", f"{facts.name} ({facts.type})")
-        self.max_range, self.max_groups = facts.max_range, facts.max_groups
+        self.most_bytes, self.max_groups = facts.max_range, facts.max_groups
         self.lock = threading.RLock()
         self.serials = count()
         self.memories: weakref.WeakSet[VulkanMemory] = weakref.WeakSet()
@@ -401,11 +401,6 @@ class VulkanDevice(Device):
 
     def allocate(self, nbytes: int) -> VulkanMemory:
         self.check()
-        if nbytes > self.facts.max_range:
-            raise DeviceError(
-                f"{self.name} requires arrays of at most {self.facts.max_range} bytes (maxStorageBufferRange); got "
-                f"{nbytes}. Split the states over several arrays"
-            )
         local = [_DEVICE_LOCAL | _MAPPED, _DEVICE_LOCAL] if self.unified else [_DEVICE_LOCAL]
         with self.lock:
             return VulkanMemory(self, -(-nbytes // 4) * 4, flags=local, what=f"an array of {nbytes} bytes")
@@ -430,11 +425,6 @@ class VulkanDevice(Device):
     def _grown(self, memory: VulkanMemory | None, nbytes: int, flags: list[int]) -> VulkanMemory:
         if memory is not None and memory.nbytes >= nbytes:
             return memory
-        if nbytes > self.facts.max_range:
-            raise DeviceError(
-                f"{self.name} requires calls of at most {self.facts.max_range} bytes (maxStorageBufferRange); got "
-                f"{nbytes}. States are as they were: call it on fewer tokens"
-            )
         size = min(1 << max(nbytes - 1, 65535).bit_length(), self.facts.max_range)
         return VulkanMemory(self, size, flags=flags, what=f"the {nbytes} bytes of a call")
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.accepts import Accepts
 from ...core.devices import DeviceArray
-from ...core.dispatch import Rejected, UnsupportedError
+from ...core.dispatch import Rejected
 from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
+from ..devices.roster import Roster
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import VULKAN_FLAGS
 
@@ -42,17 +43,13 @@ CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
 _serials = count()
 
 
-def open_device(index: int) -> Any:
-    """The device "vulkan:INDEX".
-
-    Raises:
-        UnsupportedError: there is no such device; the text lists those there are.
-    """
-    found = driver.physical_devices()
-    if index >= len(found):
-        names = ", ".join(f"vulkan:{i} ({driver.Facts(p).name})" for i, p in enumerate(found))
-        raise UnsupportedError(f"device vulkan:{index}: the Vulkan drivers here offer {names}")
-    return driver.VulkanDevice(index)
+roster: Roster[Any] = Roster(
+    "vulkan",
+    "Vulkan",
+    labels=lambda: [f"({driver.Facts(p).name})" for p in driver.physical_devices()],
+    make=lambda name, index: driver.VulkanDevice(index),
+)
+open_device = roster.open
 
 
 class _Plan:

@@ -12,22 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import wgpu
 from wgpu.backends.wgpu_native import ffi, lib
 
-import anydelta
-
 from ...core.devices import Bytes, Device, DeviceArray, DeviceError, Memory
 from ..devices.llvm import load_triton_first
 from ..devices.staging import WORKGROUP, Launches
-from ..devices.structs import CALL, WEBGPU_FLAGS, bits
+from ..devices.structs import CALL, WEBGPU_FLAGS, bits, source
 
-UNIFORM_BYTES = 256
-"""Before the inputs, in their buffer: the struct Call of recurrent.wgsl. No driver asks for a coarser alignment."""
 _USAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
 _SCOPES = (lib.WGPUErrorFilter_OutOfMemory, lib.WGPUErrorFilter_Validation)
 """wgpu-native has no third: what else goes wrong shows when the result is mapped."""
@@ -37,14 +32,6 @@ _ERRORS = {
     lib.WGPUErrorType_Validation: wgpu.GPUValidationError,
 }
 _serials = count()
-
-
-def source(name: str) -> str:
-    for folder in anydelta.__path__:
-        path = Path(folder, "backends", "webgpu", f"{name}.wgsl")
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise FileNotFoundError(name)
 
 
 @cache
@@ -129,7 +116,7 @@ class WebGPUDevice(Device):
         )
         self.adapter, self.lock = adapter, threading.RLock()
         self.launches: Launches[Launch] = Launches(lambda launch: None)
-        self.max_range = int(adapter.limits["max-storage-buffer-binding-size"])
+        self.most_bytes = int(adapter.limits["max-storage-buffer-binding-size"])
         smallest = int(info.get("subgroup_min_size") or info.get("stackgroup_min_size") or 0)
         self.subgroup = smallest if "subgroup" in adapter.features else 0
         wanted = ("max-storage-buffer-binding-size", "max-buffer-size", "min-storage-buffer-offset-alignment")
@@ -172,11 +159,6 @@ class WebGPUDevice(Device):
             self.check()
 
     def allocate(self, nbytes: int) -> WebGPUMemory:
-        if nbytes > self.max_range:
-            raise DeviceError(
-                f"{self.name} requires arrays of at most {self.max_range} bytes (max-storage-buffer-binding-size); got "
-                f"{nbytes}. Split the states over several arrays"
-            )
         with self.lock:
             return WebGPUMemory(self, -(-nbytes // 4) * 4)
 
@@ -194,15 +176,9 @@ class WebGPUDevice(Device):
 
     def reserve(self, nbytes_in: int, nbytes_out: int) -> None:
         """Make the staging buffers at least this large."""
-        for need in (nbytes_in, nbytes_out):
-            if need > self.max_range:
-                raise DeviceError(
-                    f"{self.name} requires calls of at most {self.max_range} bytes; got {need}. States are as they "
-                    f"were: call it on fewer tokens"
-                )
 
         def size(n: int) -> int:
-            return min(1 << max(n - 1, 65535).bit_length(), self.max_range)
+            return min(1 << max(n - 1, 65535).bit_length(), self.most_bytes)
 
         old, usage = (self.inputs, self.outputs), wgpu.BufferUsage
         if self.inputs is None or self.inputs.nbytes < nbytes_in:
@@ -230,13 +206,13 @@ class WebGPUDevice(Device):
             head += f"struct Call {{\n{CALL.text('wgsl')}}}\n" + bits(
                 WEBGPU_FLAGS, "const {name} = {value}u;"
             )
-            body = source("recurrent")
+            body = source("webgpu", "recurrent.wgsl")
             builtins = ", @builtin(subgroup_id) sg: u32, @builtin(subgroup_size) sgs: u32, " \
                        "@builtin(subgroup_invocation_id) sgi: u32"  # fmt: skip
             body = body.replace(" SUBGROUP_BUILTINS\n", f"{builtins if subgroup else ''}\n", 1)
             body = body.replace("= INVOCATION;", "= sg * sgs + sgi;" if subgroup else "= local;", 1)
-            lanes_file = "lanes_one" if lanes == 1 else "lanes_subgroup" if subgroup else "lanes_shared"
-            code = head + source(lanes_file) + body
+            lanes_file = f"lanes_{'one' if lanes == 1 else 'subgroup' if subgroup else 'shared'}.wgsl"
+            code = head + source("webgpu", lanes_file) + body
             with self.guarded("compiling"):
                 module = self.handle.create_shader_module(code=code)
                 self._pipelines[key] = self.handle.create_compute_pipeline(

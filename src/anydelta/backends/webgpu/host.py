@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.accepts import Accepts
-from ...core.devices import Device, DeviceArray
-from ...core.dispatch import Rejected, UnsupportedError
+from ...core.devices import DeviceArray
+from ...core.dispatch import Rejected
 from ...core.late import late
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec
+from ..devices.roster import Roster
 from ..devices.staging import DTYPES, WORKGROUP, HostStates, StagedBackend, flag_bits, lanes_of
 from ..devices.structs import WEBGPU_FLAGS
 
@@ -30,17 +31,15 @@ else:
 _serials = count()
 
 
-def open_device(index: int) -> Device:
-    """The device "webgpu:INDEX".
-
-    Raises:
-        UnsupportedError: there is no such device; the text lists those there are.
-    """
-    found = driver.adapters()
-    if index >= len(found):
-        names = ", ".join(f"webgpu:{i} ({a.info['device']})" for i, a in enumerate(found))
-        raise UnsupportedError(f"device webgpu:{index}: the drivers here offer {names}")
-    return driver.WebGPUDevice(index, found[index])
+roster: Roster[Any] = Roster(
+    "webgpu",
+    "WebGPU",
+    labels=lambda: [f"({a.info['device']})" for a in driver.adapters()],
+    make=lambda name, index: driver.WebGPUDevice(index, driver.adapters()[index]),
+)
+open_device = roster.open
+HEADER = 256
+"""Bytes of the struct Call of recurrent.wgsl before the inputs, in their buffer. No driver aligns more coarsely."""
 
 
 class _Plan:
@@ -51,9 +50,9 @@ class _Plan:
         self.lanes, KP = BACKEND.rows(device, spec.K)
         self.rows4 = KP // 4 // self.lanes
         self.layout = BACKEND.layout(device, spec)
-        self.stage = np.zeros(driver.UNIFORM_BYTES + self.layout.nbytes_in, np.uint8)
+        self.stage = np.zeros(HEADER + self.layout.nbytes_in, np.uint8)
         """The struct Call, and the inputs."""
-        self.views = self.layout.views(self.stage[driver.UNIFORM_BYTES :])
+        self.views = self.layout.views(self.stage[HEADER:])
         self.host: HostStates | None = None
 
 
@@ -66,6 +65,7 @@ def _held_in_float32(spec: CallSpec) -> str:
 class WebGPU(StagedBackend):
     name = "webgpu"
     held_dtype = "float32"
+    header = HEADER
 
     def available(self) -> Sequence[Rejected]:
         try:
@@ -162,7 +162,7 @@ def _bind(
     )
     uniforms = layout.call(spec, flags=flags, s_in=first, snap=first if rows else first_snap)
     pipeline = device.pipeline(plan.lanes, plan.rows4, spec.kda, DTYPES.index(spec.dtype))
-    inputs = {"buffer": device.inputs.buffer, "offset": driver.UNIFORM_BYTES, "size": layout.nbytes_in}
+    inputs = {"buffer": device.inputs.buffer, "offset": HEADER, "size": layout.nbytes_in}
     outputs = {"buffer": device.outputs.buffer, "offset": 0, "size": layout.nbytes_out}
     params = {"buffer": device.inputs.buffer, "offset": 0, "size": len(uniforms)}
     group = device.bind(pipeline, (inputs, inputs, outputs, state_at, snaps_at, params))
