@@ -1,32 +1,25 @@
-"""What backends declare: a row of the table that none of them knows is refused, and what they accept they run."""
+"""What backends declare, and that a row of the table that none of them knows is refused. What they accept runs:
+test_dispatch.py."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
 import pytest
-import torch
 
 import anydelta
 from anydelta.backends.metal.mlx_host import HOST as METAL_FOR_MLX
-from anydelta.backends.triton.host import interpreted
-from anydelta.conformance.run import unavailable
 from anydelta.core import dispatch
 from anydelta.core.accepts import ANY, Accepts, Row, UpTo, reasons
-from anydelta.core.arguments import ArrayRow, ChoiceRow, FlagRow, Operator, fields
-from anydelta.core.devices import numpy_dtype
+from anydelta.core.arguments import ArrayRow, ChoiceRow, FlagRow
 from anydelta.mixer import arguments as mixer
-from anydelta.mixer.spec import check_mixer, unpack_qkv
+from anydelta.mixer.spec import check_mixer
 from anydelta.rule import arguments as rule
 from anydelta.rule import op
 from anydelta.rule.spec import check_call
@@ -35,7 +28,6 @@ RULES: dict[str, Any] = {name: dispatch.get_backend(name) for name in dispatch.N
 MIXERS = {f"{n} mixer": found for n in dispatch.NAMES if (found := dispatch.mixer_of(n)) is not None}
 ALL = {**RULES, "metal for MLX": METAL_FOR_MLX, **MIXERS}
 DECLARED = ("dtype", "state_dtype", "g_dtype", "beta_dtype", "framework", "device", "kda")
-FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 # ---- a made-up row
@@ -165,169 +157,3 @@ def test_reasons_are_sentences_and_all_of_them() -> None:
     limited = Accepts(frozenset(spec.given), limits=(lambda s: "takes little; got much",))
     assert reasons(limited, spec) == ("takes little; got much",)
     assert reasons(limited, spec, here=False) == ()
-
-
-# ---- what is accepted runs
-
-
-class Draw:
-    """Valid calls at random, made from the rows of a table: every choice, flag and array that it has."""
-
-    def __init__(self, operator: Operator, framework: str, rng: Any):
-        self.operator, self.framework, self.rng = operator, framework, rng
-        self.mixes = operator.arrays is mixer.MixerCall
-
-    def one_of(self, *values: Any) -> Any:
-        return values[self.rng.integers(len(values))]
-
-    def options(self) -> dict[str, Any]:
-        out = {}
-        for name in self.operator.flags:
-            field = fields(self.operator.options)[name]
-            row: Any = field.row
-            if isinstance(row, ChoiceRow):
-                out[name] = self.one_of(*row.values)
-            elif isinstance(row, FlagRow):
-                out[name] = self.one_of(False, True)
-            else:
-                number = float(self.rng.uniform(max(row.minimum, -2.0), min(row.maximum, 2.0)))
-                out[name] = self.one_of(None, number) if field.optional else number
-        if out["decay"] != "raw":
-            out["lower_bound"] = None
-        return out
-
-    def arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        packed, pooled = self.one_of(False, True), self.one_of(False, True)
-        H, W = self.one_of(1, 2), self.one_of(1, 4)
-        N, T = (
-            (self.one_of(0, 1, 3), self.one_of(1, 4)) if packed else (self.one_of(1, 2), self.one_of(0, 1, 5))
-        )
-        T = 0 if N == 0 else T
-        n = dict(
-            B=1 if packed else N, T=T, H=H, HV=H * self.one_of(1, 3), K=self.one_of(3, 8), V=self.one_of(1, 6)
-        )
-        n |= dict(N=N, Ks=self.one_of(1, 3), W=W, S=W - 1 + self.one_of(0, 1))
-        n["C"] = 2 * n["H"] * n["K"] + n["HV"] * n["V"]
-        pool = N * (1 + n["Ks"]) + 1 if pooled else N
-        dtype, state = self.one_of(*FLOATS), self.one_of("float32", "bfloat16")
-        state = "float64" if dtype == "float64" else state
-        conv = self.one_of(dtype, "float32") if dtype != "float64" else dtype
-        out: dict[str, Any] = {}
-        for name in self.operator.tensors:
-            row: Any = fields(self.operator.arrays)[name].row
-            optional = fields(self.operator.arrays)[name].optional and name not in self.operator.required
-            with_it = {"cu_seqlens": packed, "state_indices": pooled}.get(name, self.one_of(False, True))
-            if name in ("A_log", "dt_bias"):
-                with_it = options["decay"] == "raw" and (with_it or options["lower_bound"] is None)
-            if name == "state_in" and pooled:
-                with_it = True
-            if name == "snapshot_indices":
-                with_it = with_it and pooled and "snapshots" not in out
-            if name == "conv_snapshots":
-                with_it = with_it and "snapshots" in out
-            if name == "z":
-                with_it = with_it and "norm_weight" in out
-            if not optional or with_it:
-                shape = self.shape(name, row.shape, n, pool, options["state_layout"])
-                kind = {"state_in": state, "state": state, "snapshots": state, "conv_state": conv,
-                        "conv_snapshots": conv}.get(name, dtype)  # fmt: skip
-                small = "[HV" in row.shape or name in ("g", "beta", "conv_weight", "conv_bias", "norm_weight")
-                out[name] = self.values(
-                    name, shape, self.one_of(*FLOATS) if small else kind, n, pool, options
-                )
-        return out
-
-    def shape(self, name: str, legend: str, n: dict[str, int], pool: int, layout: str) -> tuple[int, ...]:
-        dims = self.one_of(*re.findall(r"\[(.*?)\]", legend)) if name != "qkv" else "B, T, 2 H K + HV V"
-        texts = [self.one_of(*dim.split(" or ")) for dim in dims.split(",")]
-        shape = [int(eval(re.sub(r"(?<=\w) (?=\w)", "*", text.strip()), {}, n)) for text in texts]
-        if layout == "vk" and name in ("state_in", "state", "snapshots"):
-            shape[-2:] = shape[:-3:-1]
-        return (pool, *shape[1:]) if name in ("state_in", "state", "conv_state") else tuple(shape)
-
-    def values(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        n: dict[str, int],
-        pool: int,
-        options: dict[str, Any],
-    ) -> Any:
-        rng = self.rng
-        if name == "mask":
-            x: Any = rng.random(shape) < 0.7
-        elif name == "cu_seqlens":
-            x = np.array(
-                [0, *np.sort(rng.integers(0, n["T"] + 1, max(n["N"] - 1, 0))), *[n["T"]] * (n["N"] > 0)]
-            )
-        elif name == "state_indices":
-            x = np.where(rng.random(shape) < 0.2, -1, np.arange(n["N"]))
-        elif name == "snapshot_indices":
-            x = (n["N"] + np.arange(n["Ks"] * n["N"])).reshape(shape)
-        else:
-            x = 0.3 * rng.standard_normal(shape)
-            if name == "g" and options["decay"] != "raw":
-                x = np.abs(x).clip(0, 1) if options["decay"] == "linear" else -np.abs(x)
-            if self.framework == "torch":
-                return torch.from_numpy(np.asarray(x)).to(getattr(torch, dtype))
-            return x.astype(numpy_dtype(dtype))
-        return torch.from_numpy(x) if self.framework == "torch" else x
-
-
-def drive(name: str, operator: Operator, framework: str, function: Any, wanted: int) -> None:
-    """Draw until so many calls were accepted; each must run."""
-    draw = Draw(operator, framework, np.random.default_rng(7))
-    runs = ALL[f"{name} mixer" if draw.mixes else name]
-    accepted = tried = 0
-    while accepted < wanted:
-        tried += 1
-        assert tried < 60 * wanted, "too few calls are valid and accepted"
-        flags = draw.options()
-        arrays = draw.arrays(flags)
-        options = operator.options(operator.public_name, **flags)
-        try:
-            if draw.mixes:
-                others = {n: x for n, x in arrays.items() if n != "qkv"}
-                call = mixer.MixerCall(*unpack_qkv("", arrays["qkv"]), **others)
-                spec: Any = check_mixer(call, options)
-            else:
-                spec = check_call(rule.Call(**arrays), options, inplace=operator.inplace)
-        except ValueError:
-            continue
-        if dispatch.against(runs, spec):
-            continue
-        accepted += 1
-        o = function(**{operator.public(n): x for n, x in arrays.items()}, **flags, backend=name)
-        o = o[0] if isinstance(o, tuple) else o
-        assert np.isfinite(
-            torch.as_tensor(o.astype(np.float32) if framework == "numpy" else o).float().numpy()
-        ).all()
-
-
-@pytest.mark.filterwarnings("ignore:anydelta")
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
-@pytest.mark.parametrize("name", [*RULES, *MIXERS])
-def test_what_is_accepted_runs(name: str, framework: str) -> None:
-    backend = name.removesuffix(" mixer")
-    if why := unavailable(backend):
-        pytest.skip("; ".join(why))
-    if framework not in ALL[name].accepts.rows["framework"].allowed:
-        pytest.skip(f"{name} takes no {framework} arrays")
-    if name in MIXERS:
-        drive(backend, mixer.INPLACE, framework, anydelta.gated_delta_mixer_, 40)
-    else:
-        drive(backend, rule.FUNCTIONAL, framework, anydelta.gated_delta_rule, 30)
-        drive(backend, rule.INPLACE, framework, anydelta.gated_delta_rule_, 30)
-
-
-@pytest.mark.skipif(
-    interpreted() or find_spec("triton") is None, reason="the interpreter runs, or is not here"
-)
-def test_what_triton_accepts_runs_in_its_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "what_is_accepted and triton"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.startswith("s.s."), done.stdout[-2000:]

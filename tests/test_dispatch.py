@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,10 +19,12 @@ import torch
 
 import anydelta
 from anydelta.backends.reference.host import Reference
-from anydelta.conformance import Case, Target, check
+from anydelta.backends.triton import host as triton
+from anydelta.conformance import NOT_SUPPORTED, OK, Case, Target
 from anydelta.conformance.cases import inputs
 from anydelta.conformance.compare import buffers, call
-from anydelta.conformance.run import unavailable
+from anydelta.conformance.mixer import random_mixer_case
+from anydelta.conformance.run import run_one, unavailable
 from anydelta.core import dispatch, plans
 from anydelta.core.dispatch import Rejected
 from anydelta.rule.spec import CallSpec
@@ -319,25 +325,54 @@ def test_a_required_backend_runs(backend: str) -> None:
     assert unavailable(backend) == ()
 
 
+def check_accepted(
+    backend: str, runs: Any, framework: str, cases: Sequence[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the cases that `runs` accepts come out right, and are not refused any more when they are to run."""
+
+    def strict(method: Any, *given: Any) -> Any:
+        try:
+            return method(*given)
+        except anydelta.UnsupportedError as error:
+            raise AssertionError(f"accepted, and then refused: {error}") from error
+
+    for name in ("prepare", "run"):
+        monkeypatch.setattr(runs, name, partial(strict, getattr(runs, name)))
+    plans.forget()
+    results = [run_one(case, Target(backend, framework=framework)) for case in cases]
+    bad = [f"{r.reproduce()}: {r.reasons}" for r in results if r.status not in (OK, NOT_SUPPORTED)]
+    assert not bad, "\n".join(bad)
+    refused = sum(r.status == NOT_SUPPORTED for r in results)
+    assert refused < len(cases) // 2
+    assert backend != "reference" or not refused
+
+
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("kind", ["rule", "mixer"])
 @pytest.mark.parametrize("backend", dispatch.NAMES)
-def test_what_a_backend_accepts_it_runs(backend: str, framework: str) -> None:
+def test_what_a_backend_accepts_it_runs(
+    backend: str, kind: str, framework: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if reasons := unavailable(backend):
         pytest.skip("; ".join(reasons))
-    cases = specs()[:: 3 if backend == "reference" else 1]
-    assert len(cases) >= 300
-    refused, bad = 0, []
-    for case in cases:
-        try:
-            verdict = check(case, Target(backend, framework=framework))
-        except anydelta.UnsupportedError:
-            refused += 1
-        else:
-            bad += [f"{case}: {error}" for error in verdict.errors]
-    assert not bad, "\n".join(bad)
-    assert refused < len(cases) // 2
-    if backend == "reference":
-        assert refused == 0
+    runs = dispatch.mixer_of(backend) if kind == "mixer" else dispatch.get_backend(backend)
+    if runs is None or framework not in runs.accepts.rows["framework"].allowed:
+        pytest.skip(f"{backend} has no {kind} on {framework} arrays")
+    rng = np.random.default_rng(4)
+    cases: Any = specs() if kind == "rule" else [random_mixer_case(rng) for _ in range(60)]
+    assert len(cases) >= (300 if kind == "rule" else 60)
+    every = 3 if backend == "reference" else 12 if triton.interpreted() else 1
+    check_accepted(backend, runs, framework, cases[::every], monkeypatch)
+
+
+@pytest.mark.skipif(find_spec("triton") is None or triton.interpreted(), reason="not here, or it runs above")
+def test_what_triton_accepts_runs_in_its_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "accepts_it_runs and triton and torch"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    assert done.stdout.startswith(".."), done.stdout[-2000:]
+    assert done.returncode == 0
 
 
 def test_torch_and_numpy_plans_do_not_mix() -> None:

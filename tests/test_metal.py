@@ -40,10 +40,10 @@ from anydelta.bench.measure import cases, ops
 from anydelta.conformance import SHORT_CASES, Case
 from anydelta.conformance.run import FAIL, NOT_SUPPORTED, OK
 from anydelta.core import dispatch, plans
-from anydelta.rule.arguments import FUNCTIONAL, INPLACE, Call, Options
+from anydelta.rule.arguments import Call, Options
 from anydelta.rule.spec import CallSpec, check_call
 from conftest import without
-from test_accepts import drive
+from test_dispatch import check_accepted, specs
 
 if emulator.compiler() is None:
     without("there is no C++ compiler for the emulator of Metal")
@@ -237,10 +237,9 @@ def test_what_it_refuses_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) 
         assert ("takes K up to 256; got 257" in "".join(str(w.message) for w in said)) == (K == 257)
 
 
-def test_what_is_accepted_runs() -> None:
+def test_what_is_accepted_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with metal.emulated(emulator.Emulator()):
-        drive("metal", FUNCTIONAL, "torch", anydelta.gated_delta_rule, 6)
-        drive("metal", INPLACE, "torch", anydelta.gated_delta_rule_, 6)
+        check_accepted("metal", metal.BACKEND, "torch", specs()[::20], monkeypatch)
 
 
 def test_a_compiler_that_refuses_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The SYCL backend on the CPU device of intel-opencl-rt: each cut of the kernel, each way to reach memory."""
+"""SYCL alone: sizes of sub-groups, USM and DLPack of others, drivers. What it shares is in test_every_device.py."""
 
 from __future__ import annotations
 
@@ -13,47 +13,18 @@ import torch
 import anydelta
 from anydelta.backends.sycl import device as sycl_device
 from anydelta.backends.sycl import host as sycl
-from anydelta.conformance import SHORT_CASES, Case
+from anydelta.conformance import Case
 from anydelta.conformance.run import unavailable
 from anydelta.core import dispatch
 from anydelta.rule.arguments import Call, Options
 from anydelta.rule.spec import check_call
-from device_checks import (
-    check_a_call_on_the_device_stages_nothing,
-    check_a_kernel_that_does_not_build,
-    check_a_large_array_is_refused,
-    check_driver_errors,
-    check_host_calls_leak_nothing,
-    check_only_tokens_are_staged,
-    check_resident_pools_and_snapshots,
-    failures,
-    tokens,
-)
+from device_checks import check_a_call_on_the_device_stages_nothing, failures, tokens
 
 REASONS = unavailable("sycl")
 if REASONS:
     pytest.skip("; ".join(REASONS), allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("fresh_plans")
-BATCH = 110
-
-
-@pytest.fixture(params=sycl_device.MEMORIES)
-def memory(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sycl.roster.default(), "memory", request.param)
-    return str(request.param)
-
-
-@pytest.mark.parametrize("start", range(0, len(SHORT_CASES), BATCH))
-def test_every_case(start: int) -> None:
-    assert not failures("sycl", SHORT_CASES[start : start + BATCH])
-
-
-def test_every_cut_and_memory(memory: str) -> None:
-    few = [c for c in SHORT_CASES if c.K <= 32]  # one build per cut, for GDA and for KDA
-    for i, kernel in enumerate(sycl.roster.default().kernels()):
-        cases = tuple(few[3 * i + len(memory) :: 30])
-        assert not failures("sycl", cases, kernel, "torch" if i % 2 else "numpy")
 
 
 @pytest.mark.parametrize("size", [8, 32])
@@ -65,24 +36,6 @@ def test_any_subgroup_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failures(
         "sycl", (Case(B=2, T=9, H=2, HV=4, K=32, V=24, kda=True, snapshots=3, mask="random"),), "subgroups"
     )
-
-
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
-def test_resident_pools_and_snapshots(memory: str, framework: str) -> None:
-    check_resident_pools_and_snapshots(anydelta.device("sycl:0"), framework)
-
-
-def test_a_resident_state_stages_the_token_only(memory: str) -> None:
-    check_only_tokens_are_staged(anydelta.device("sycl:0"), crosses=memory == "copy")
-
-
-def test_ten_thousand_calls_leak_nothing(memory: str) -> None:
-    check_host_calls_leak_nothing("sycl")
-
-
-def test_a_call_on_the_device_stages_nothing(memory: str) -> None:
-    there = anydelta.device("sycl:0")
-    check_a_call_on_the_device_stages_nothing(there, there.array)
 
 
 def test_usm_of_another_library_is_a_state() -> None:
@@ -184,20 +137,3 @@ def test_without_the_extension_there_is_a_reason(monkeypatch: pytest.MonkeyPatch
     sycl_device.host.cache_clear()
     monkeypatch.setattr(sycl, "found", lambda: ())
     assert "no SYCL device has a driver" in str(sycl.BACKEND.available()[0])
-
-
-def test_memory_beyond_the_limit_is_one_sentence() -> None:
-    device = sycl.roster.default()
-    check_a_large_array_is_refused(device, device.facts["allocation"])
-
-
-def test_a_kernel_that_does_not_build_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = sycl.roster.default()
-    monkeypatch.setattr(sycl_device, "source", lambda *_: "nonsense")
-    monkeypatch.setattr(device, "built", set())
-    check_a_kernel_that_does_not_build("sycl", device, "run-time compiler that builds delta_rule.hpp")
-
-
-def test_what_the_driver_reports_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    full, gone = (RuntimeError(f"UR_RESULT_ERROR_{x}") for x in ("OUT_OF_DEVICE_MEMORY", "DEVICE_LOST"))
-    check_driver_errors(sycl.BACKEND, sycl.roster.default(), monkeypatch, full, gone)

@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 
 import anydelta
+from anydelta.backends.vulkan import host as vulkan
 from anydelta.conformance import OK, SHORT_CASES, Target
 from anydelta.conformance.run import run_one, unavailable
-from anydelta.core import devices, plans
+from anydelta.core import devices
+from anydelta.rule.arguments import Call, Options
+from anydelta.rule.spec import check_call
 from conftest import without
-from device_checks import (
-    check_only_tokens_are_staged,
-    check_resident_calls_leak_nothing,
-    check_resident_pools_and_snapshots,
-    failures,
-    tokens,
-)
+from device_checks import check_a_lost_device_voids_its_states, failures, tokens
 
-REASONS = unavailable("vulkan")
-pytestmark = pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS) or "runs")
+if REASONS := unavailable("vulkan"):
+    pytest.skip("; ".join(REASONS), allow_module_level=True)
+
+from anydelta.backends.vulkan import device as vulkan_device
+from anydelta.backends.vulkan.device import vk
+
+pytestmark = pytest.mark.usefixtures("fresh_plans")
 SOME = tuple(c for c in SHORT_CASES if c.work < 100_000 and c.K <= 32)[::4]
 """Cases for the ways that this machine's driver does not need."""
 
@@ -33,8 +35,6 @@ SOME = tuple(c for c in SHORT_CASES if c.work < 100_000 and c.K <= 32)[::4]
 @pytest.fixture
 def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """other_device(fact=value, ...): a second vulkan:0, which believes these facts of its driver."""
-    from anydelta.backends.vulkan import device as vulkan_device
-
     made = []
 
     def make(unified: bool = True, **facts: Any) -> Any:
@@ -48,20 +48,16 @@ def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv("ANYDELTA_VULKAN_COPY", "0" if unified else "1")
         device = vulkan_device.VulkanDevice(0)
         monkeypatch.setattr(devices, "_open", {**devices._open, "vulkan:0": device})
-        plans.forget()
         made.append(device)
         return device
 
     yield make
-    plans.forget()
     for device in made:
         device.close()
 
 
 def test_the_whole_list_under_the_validation_layers() -> None:
     """In processes of their own, which the loader gives the layers. They print what they find on stdout."""
-    import vulkan as vk
-
     layer = "VK_LAYER_KHRONOS_validation"
     if layer not in {x.layerName for x in vk.vkEnumerateInstanceLayerProperties()}:
         without(f"{layer}, which Debian has in vulkan-validationlayers")
@@ -103,11 +99,8 @@ def test_torch_tensors() -> None:
 
 
 def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.vulkan import host as vulkan
-
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
-    plans.forget()
     long = [
         c for c in SHORT_CASES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
     ]
@@ -121,14 +114,9 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failures("vulkan", [*large, *[c for c in long if c.K <= 32][::4]])
     assert {64, 96, 128, 192, 256} <= {KP for KP, chunk in ran if chunk}
     assert {8, 16} <= {chunk for _, chunk in ran}
-    plans.forget()
 
 
 def test_the_way_of_a_long_prompt_is_measured() -> None:
-    from anydelta.backends.vulkan import host as vulkan
-    from anydelta.rule.arguments import Call, Options
-    from anydelta.rule.spec import check_call
-
     (q, k, v), gates = tokens(70)
     call = Call(q, k, v, **gates, state_in=np.zeros((1, 2, 16, 16), np.float32))
     spec = check_call(call, Options(), inplace=False)
@@ -167,31 +155,10 @@ def test_without_16_bit_storage(other_device: Any) -> None:
     assert "storageBuffer16BitAccess" in result.reasons[0]
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
-def test_resident_pools_and_snapshots(framework: str) -> None:
-    check_resident_pools_and_snapshots(anydelta.device("vulkan:0"), framework)
-
-
-def test_a_resident_decode_stages_only_its_tokens() -> None:
-    check_only_tokens_are_staged(anydelta.device("vulkan:0"))
-
-
-def test_nothing_leaks_over_ten_thousand_calls() -> None:
-    check_resident_calls_leak_nothing(anydelta.device("vulkan:0"), "vulkan")
-
-
 # ---- errors
 
 
-def test_too_large_an_array_is_refused() -> None:
-    dev: Any = anydelta.device("vulkan:0")
-    with pytest.raises(anydelta.DeviceError, match=r"vulkan:0 requires arrays of at most \d+ bytes"):
-        dev.empty((dev.most_bytes // 4 + 1,))
-
-
 def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.vulkan.device import vk
-
     dev: Any = anydelta.device("vulkan:0")
     state = dev.array(np.ones((1, 2, 16, 16), np.float32))
 
@@ -216,31 +183,12 @@ def test_out_of_memory_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_lost_device_voids_its_states(other_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.backends.vulkan.device import vk
-
-    dev = other_device()
-    state = dev.zeros((1, 2, 16, 16))
-    (q, k, v), gates = tokens()
-
     wait = vk.vkWaitForFences
 
     def lost(*args: Any) -> None:
         wait(*args)  # the driver is not lost: it must not be working still when the buffers go
         raise vk.VkErrorDeviceLost
 
-    monkeypatch.setattr(vk, "vkWaitForFences", lost)
-    for _ in range(2):
-        with pytest.raises(
-            anydelta.DeviceError, match=r"is lost \(while running the operator\).*states are invalid"
-        ):
-            anydelta.gated_delta_rule_(q, k, v, state, **gates)
-    with pytest.raises(anydelta.DeviceError, match="is lost"):
-        state.numpy()
-
-
-def test_no_driver_is_one_reason() -> None:
-    code = "import anydelta; anydelta.device('vulkan:0')"
-    env = os.environ | {"VK_ICD_FILENAMES": os.devnull, "VK_DRIVER_FILES": os.devnull}
-    done = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True)
-    assert "UnsupportedError: device vulkan:0: " in done.stderr
-    assert "driver" in done.stderr.splitlines()[-1]
+    check_a_lost_device_voids_its_states(
+        other_device(), lambda: monkeypatch.setattr(vk, "vkWaitForFences", lost)
+    )

@@ -125,7 +125,7 @@ class CutRoster(Roster[D]):
         """For `anydelta info`."""
         default = self.default()
         out: dict[str, Any] = {"default": default.name, "kernel": default.kernel}
-        for index in range(len(self._labels())):
+        for index in range(len(self.labels())):
             device = self.open(index)
             limits = "; ".join(
                 f"{k} {', '.join(v) if isinstance(v, list) else v}" for k, v in device.limits().items()
