@@ -21,7 +21,6 @@ from anydelta.core.arguments import ArrayRow, ChoiceRow, FlagRow
 from anydelta.mixer import arguments as mixer
 from anydelta.mixer.spec import check_mixer
 from anydelta.rule import arguments as rule
-from anydelta.rule import op
 from anydelta.rule.spec import check_call
 
 RULES: dict[str, Any] = {name: dispatch.get_backend(name) for name in dispatch.NAMES}
@@ -114,17 +113,16 @@ def test_a_backward_pass_refuses_it_too(name: str) -> None:
     assert reasons(runs.accepts_gradients, plain(runs, sigil=np.zeros(1))) == ("takes no sigil; got one",)
 
 
-def test_dispatch_refuses_it_before_anything_is_touched() -> None:
+def test_dispatch_refuses_it() -> None:
     x, gate = np.ones((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
-    call = wider_call(rule.Call(x, x, x, gate, gate, np.ones((1, 2, 16, 16), np.float32)), sigil=np.zeros(1))
-    trace = dispatch.choose(check_call(call, rule.Options(), inplace=True))
+    spec = check_call(wider_call(rule.Call(x, x, x, gate, gate), sigil=gate), rule.Options(), inplace=False)
+    trace = dispatch.choose(spec)
     assert trace.chosen is None
     assert "reference: no: takes no sigil; got one" in str(trace)
     with pytest.raises(
         anydelta.UnsupportedError, match=r"auto cannot run this call: .*takes no sigil; got one"
     ):
-        op.execute(call, rule.Options(), "auto", True, None)
-    assert (call.state_in == 1).all()
+        dispatch.pick(spec)
 
 
 # ---- what is declared, and said
