@@ -592,7 +592,6 @@ def test_the_recurrence_in_mlx_lm_is_compared_and_timed(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kinds", [("vulkan", "webgpu"), ("opencl", "sycl")], ids=" ".join)
 @pytest.mark.parametrize("more", [(), ("--prompts", "5")], ids=["calls", "prompts"])
 def test_devices_are_compared_with_the_cpu_and_timed(kinds: tuple[str, ...], more: tuple[str, ...]) -> None:
-    """In a process of its own: drivers that run on the CPU bring LLVMs that do not get on with each other."""
     here = [kind for kind in kinds if not unavailable(kind)]
     if not here:
         pytest.skip(f"neither of {kinds} is here")

@@ -1,8 +1,7 @@
 """`anydelta bench devices`: whole calls on devices, every cut of the kernel and every way to memory beside the CPU's.
 
 A tiny call (one head of 16) is dispatch and waiting alone; a decode step with its state on the device stages q, k, v,
-g, beta and o only. Results are compared with the cpu backend's before anything is timed. Drivers that run on the CPU
-(lavapipe, Intel's) each bring an LLVM and may not get on in one process: name few kinds at a time there.
+g, beta and o only. Results are compared with the cpu backend's before anything is timed.
 """
 
 from __future__ import annotations
@@ -144,14 +143,14 @@ def on_devices(
     field = [Way("cpu"), *(way for kind in kinds for way in ways(kind, cuts, bool(prompts)))]
     for i, (label, (T, H, HV, K)) in enumerate(calls.items()):
         x = _inputs(T, H, HV, K, kda)
-        states: dict[str, Any] = {way.name: way.state(K, HV) for way in field}
         runs: dict[str, Callable[[], Any]] = {}
         found: dict[str, tuple[float, int]] = {}
         want: Any = None
         for way in field:
-            backend, state = "cpu" if way.device is None else way.device.kind, states[way.name]
-            runs[way.name] = run = partial(gated_delta_rule_, **x, state=state, backend=backend)
+            backend = "cpu" if way.device is None else way.device.kind
             with way.active():
+                state = way.state(K, HV)  # in memory that goes with the way
+                runs[way.name] = run = partial(gated_delta_rule_, **x, state=state, backend=backend)
                 count = way.device.staged if way.device else None
                 before = count.to_device + count.from_device if count else 0
                 o = run()
