@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import anydelta
 from anydelta import StatePool
 from anydelta.backends.cpu import host as cpu
 from anydelta.conformance import LOG_CASES, OK, LogCase, run, targets
 from anydelta.conformance.run import parse
+from anydelta.core import dispatch
 from conftest import CPU_REASONS
 
 pytestmark = pytest.mark.skipif(bool(CPU_REASONS), reason="; ".join(map(str, CPU_REASONS)))
@@ -202,6 +204,30 @@ def test_the_list_of_cases(backend: str) -> None:
     assert not bad, bad[:3]
 
 
+def test_a_backend_without_a_log_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = dict(HV=2, K=4, V=4, snapshots=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch.get_backend("triton"), "available", list)
+        with pytest.raises(anydelta.UnsupportedError, match=r"backend='triton' .* no kernel for the log"):
+            StatePool(1, **sizes, form="log", backend="triton")
+        patch.setenv(dispatch.ENV, "triton")
+        with pytest.raises(anydelta.UnsupportedError, match="ANYDELTA_BACKEND=triton cannot run"):
+            StatePool(1, **sizes, form="log")
+    trace = StatePool(1, **sizes, form="log", backend="reference").explain()
+    assert (trace.chosen, trace.forced) == ("reference", "backend='reference'")
+    assert "log of 3 entries, keys in float32" in str(trace)
+    with pytest.raises(ValueError, match='explain: requires form="log"; got "slots"'):
+        StatePool(1, **sizes).explain()
+
+
+def test_a_pool_takes_to_the_next_backend_for_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(type(dispatch.get_backend("cpu")), "log")
+    monkeypatch.setattr(dispatch, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="cpu: has no kernel for the log"):
+        pool = StatePool(1, HV=2, K=4, V=4, snapshots=4, form="log")
+    assert pool.explain().chosen == "reference"
+
+
 def test_a_line_of_the_list_is_its_case() -> None:
     assert len(set(LOG_CASES)) == len(LOG_CASES)
     assert all(parse(str(c)) == c for c in LOG_CASES)
@@ -210,7 +236,7 @@ def test_a_line_of_the_list_is_its_case() -> None:
 
 
 def test_a_wrong_fold_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anydelta.state import token_log as log
+    from anydelta.backends.reference import log
 
     monkeypatch.setattr(log, "fold", lambda S, k, d, a: a[0][:, :, None] * S)
     on = targets(("reference",), (), ("numpy",))

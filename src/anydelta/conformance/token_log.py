@@ -20,8 +20,6 @@ from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
 
 WORD = "log "
-BACKENDS = ("cpu", "reference", "auto")
-"""Those on which the log runs: by its own kernels, and in float64."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _step(
 
 def runs_the_log(backend: str) -> bool:
     """Whether the backend is asked these cases."""
-    return backend in BACKENDS and (backend == "auto" or dispatch.get_backend(backend) is not None)
+    return backend == "auto" or dispatch.part_of(backend, "log") is not None
 
 
 # ---- the list

@@ -64,8 +64,8 @@ class Spec(Protocol):
     """A valid call without its data, of the rule or of the mixer: what dispatch reads of it."""
 
     @property
-    def mixes(self) -> bool:
-        """Whether it is a call of the mixer."""
+    def part(self) -> str:
+        """What a backend must have a kernel for, beside the rule: "mixer", "log" or ""."""
         ...
 
     @property
@@ -103,8 +103,9 @@ class Backend(Protocol):
     """What `BACKEND` of `anydelta.backends.NAME.host` is.
 
     A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `accepts`, `prepare` and `run`
-    for MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with another
-    host for MLX arrays names in `mlx_host` the module whose HOST it is. One with a backward pass declares in
+    for MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with kernels
+    for a log names in `log` the module whose LOG is a `state.log_spec.LogBackend`. One with another host for MLX
+    arrays names in `mlx_host` the module whose HOST it is. One with a backward pass declares in
     `accepts_gradients` of which calls, and has `gradients(spec, call, grad_o, grad_state)`.
     """
 
@@ -168,19 +169,24 @@ class Trace:
 
 
 def implementation(name: str, spec: Spec) -> Any:
-    """What runs such calls on a backend: itself for the rule, or its host for MLX arrays; its mixer or None for the
-    mixer."""
+    """What runs such calls on a backend: itself for the rule, or its host for MLX arrays; for the mixer and the log its
+    part for them, or None."""
     backend = get_backend(name)
-    if spec.mixes:
-        return mixer_of(name)
+    if spec.part:
+        return part_of(name, spec.part)
     module = getattr(backend, "mlx_host", None) if spec.framework == "mlx" else None
     return importlib.import_module(module).HOST if module else backend
 
 
+def part_of(name: str, part: str) -> Any:
+    """What runs the mixer or the log on a backend, or None where it has no kernel for it."""
+    module = getattr(get_backend(name), part, None)
+    return getattr(importlib.import_module(module), part.upper()) if module else None
+
+
 def mixer_of(name: str) -> Any:
-    """What runs the mixer on a backend, or None where it has no kernel for it."""
-    module = getattr(get_backend(name), "mixer", None)
-    return importlib.import_module(module).MIXER if module else None
+    """What runs the mixer on a backend, or None."""
+    return part_of(name, "mixer")
 
 
 def takes_rows(backend: Any, spec: Spec) -> bool:
@@ -198,7 +204,7 @@ def needs_A_log(backend: Any, spec: Spec, call: Any) -> bool:
 
 def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
     runs = implementation(name, spec)
-    if no := tuple((get_backend(name) if spec.mixes else runs).available()):
+    if no := tuple((get_backend(name) if spec.part else runs).available()):
         return no
     return tuple(map(Rejected, against(runs, spec)))
 
@@ -206,8 +212,8 @@ def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
 def against(runs: Any, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
     """What the declaration of an implementation has against a call; `here` as in `reasons`."""
     if runs is None:
-        return ("has no kernel for the mixer",)
-    if not spec.mixes and not takes_rows(runs, spec):
+        return (f"has no kernel for the {spec.part}",)
+    if not spec.part and not takes_rows(runs, spec):
         spec = spec.without_rows()
     return reasons(runs.accepts, spec, here=here)
 
@@ -284,7 +290,7 @@ def pick(spec: Spec, backend: str = "auto") -> Any:
             f"{spec.options.op}: {trace.forced or 'auto'} cannot run this call: {no}. "
             f'Use backend="auto" to fall back to another backend'
         )
-    slow = trace.chosen == "reference" and trace.forced is None and not spec.mixes
+    slow = trace.chosen == "reference" and trace.forced is None and spec.part != "mixer"
     if slow and spec.dtype != "float64" and not _warned:
         _warned = True
         no = "; ".join(f"{n}: {r}" for n, rs in trace.rejected.items() for r in rs) or (

@@ -116,10 +116,21 @@ Owned empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     return Owned(t);
 }
 
+void* data_of(AtenTensorHandle t) {
+    void* data;
+    ok(aoti_torch_get_data_ptr(t, &data), "to show a tensor's memory");
+    return data;
+}
+
 int32_t dtype_of(AtenTensorHandle t) {
     int32_t dtype;
     ok(aoti_torch_get_dtype(t, &dtype), "to show a tensor");
     return dtype;
+}
+
+Type type_of(AtenTensorHandle t) {
+    bool defined = false;
+    return !t || aoti_torch_is_defined(t, &defined) || !defined ? Type::other : Types::get().of(dtype_of(t));
 }
 
 // A contiguous copy; float64 gates become float32, the type they are computed in.
@@ -281,11 +292,11 @@ Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask
 
     Results r;
     r.o = empty({spec.B, spec.T, spec.HV, spec.V}, dtype_of(t.q));
-    call.o = read(r.o.get()).data;
+    call.o = data_of(r.o.get());
     if (final_state) {
         const int64_t rows = spec.vk ? spec.V : spec.K, columns = spec.vk ? spec.K : spec.V;
         r.state = empty({spec.N, spec.HV, rows, columns}, Types::get().code[static_cast<int>(spec.state_type)]);
-        call.state_out = read(r.state.get()).data;
+        call.state_out = data_of(r.state.get());
     }
     Prepared prepared;
     prepare(call, opt, spec, prepared);
@@ -373,7 +384,7 @@ class Stack {
 // What the CPU kernels do not take, or another backend is asked for: Python decides which one runs, or says why none.
 bool for_python(const Stack& s) {
     const bool writes = s.options.inplace || s.tensors.snapshots;
-    const bool unknown = read(s.tensors.q).type == Type::f64 || (writes && !(bump_version && dual_level));
+    const bool unknown = type_of(s.tensors.q) == Type::f64 || (writes && !(bump_version && dual_level));
     if (unknown && python_attached.load(std::memory_order_relaxed)) return true;
     if (s.backend == "cpu") return false;
     if (s.backend != "auto") return true;

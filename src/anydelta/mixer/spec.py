@@ -50,7 +50,7 @@ class MixerSpec:
     given: tuple[str, ...] = ()
     """The arrays that the call has, by their names in the table."""
 
-    mixes: ClassVar[bool] = True
+    part: ClassVar[str] = "mixer"
     snapshot_rows: ClassVar[bool] = False  # mixers write them by themselves
 
     def without_rows(self) -> MixerSpec:

@@ -223,8 +223,14 @@ def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[CallSpec]:
         key = plans.find_on_devices(arrays, rest)
         if type(key) is Plan:
             return key
-    options, backend = Options(*rest[:-1]), rest[-1]
-    call, inplace = Call(*arrays), options.op == INPLACE.public_name
+    found = planned(Call(*arrays), Options(*rest[:-1]), rest[-1])
+    plans.keep(key, rest, found)
+    return found
+
+
+def planned(call: Call, options: Options, backend: str) -> Plan[CallSpec]:
+    """`plan`, of a call in one piece, kept nowhere."""
+    inplace = options.op == INPLACE.public_name
     spec = check_call(call, options, inplace=inplace)
     check_values(call, spec)
     chosen = dispatch.pick(spec, backend)
@@ -253,9 +259,7 @@ def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[CallSpec]:
         launch = plans.launcher(
             run, Call, _written if spec.framework == "torch" and not spec.resident else None
         )
-    found = Plan(spec, make, launch, check)
-    plans.keep(key, rest, found)
-    return found
+    return Plan(spec, make, launch, check)
 
 
 def _check(spec: CallSpec, arrays: Arrays) -> None:

@@ -75,7 +75,7 @@ class CallSpec:
     given: tuple[str, ...] = ()
     """The arrays that the call has, by their names in the table."""
 
-    mixes: ClassVar[bool] = False
+    part: ClassVar[str] = ""
 
     def without_rows(self) -> CallSpec:
         """The call that op.py makes of one with `snapshot_indices` for other backends: functional, dense snapshots."""

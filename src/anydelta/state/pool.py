@@ -34,6 +34,7 @@ import numpy as np
 
 from ..core.devices import KINDS, Device, numpy_dtype
 from ..core.devices import device as open_device
+from ..core.dispatch import Trace
 from .base import Pool
 from .checkpoints import Checkpoint
 from .sequence import LiveSequence, Step, nbytes
@@ -64,7 +65,7 @@ class StatePool(Pool):
         state_layout: "kv" or "vk".
         device: None for NumPy arrays; a torch device for tensors; or one of `anydelta.device`, by its name ("vulkan:0")
             or opened, on which the states then stay. The other arrays are NumPy's there, and the form is "slots".
-        backend: as for `gated_delta_rule_`.
+        backend: as for `gated_delta_rule_`; for a log, one with kernels for it.
 
     Raises:
         ValueError, TypeError: a size below 1, an unknown form, layout or dtype.
@@ -150,6 +151,16 @@ class StatePool(Pool):
 
     def __copy__(self) -> StatePool:
         return copy.deepcopy(self)
+
+    def explain(self) -> Trace:
+        """Which backend runs the steps of a pool with form="log", and why the others do not. Runs nothing.
+
+        Raises:
+            ValueError: the form is "slots", whose steps are calls that `anydelta.explain` explains.
+        """
+        if not isinstance(self._form, Log):
+            self._fail("explain", 'requires form="log"; got "slots". Use anydelta.explain for its calls')
+        return self._form.explain()
 
     # ---- sequences
 

@@ -6,73 +6,36 @@ With the base state S0, entries s = 0 .. n-1 and A(s, t) the product of the deca
 
 An entry is 2 K + V numbers at most where a state is K V. Verifying tokens reads the base state and appends entries,
 going back drops the newest ones, and committing costs nothing: when the log has no room for a step, that step folds
-what is committed into the state on its way through it. The kernels are backends/cpu/log.inl.h; where they do not run,
-`verify` and `fold` below compute the same in float64, and are the oracle.
+what is committed into the state on its way through it. Backends run the tokens and the folds (backends/NAME/log.py);
+here is the book-keeping.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..core import dispatch
-from ..core.native import core as _core
+from ..core.arrays import Array
 from ..core.plans import Rest, find, keep
-from ..rule import reference
 from ..rule.arguments import Call, Options
 from ..rule.op import _grad_enabled, _torch_side, gated_delta_rule_
-from ..rule.spec import CallSpec, check_call
+from ..rule.spec import CallSpec, check_call, device_name, framework_of
 from .base import Pool
+from .log_spec import Fold, Index, LogBackend, LogSpec, LogSteps
 from .sequence import LiveSequence, Saved, Sequences, Step, nbytes
 
-cpu = dispatch.host("cpu")  # whose kernels the log has
-Array = Any
-F64 = reference.F64
-Fold = tuple[int, int, int, int]
-"""(sequence, row of its state, row that receives the folded one, entries)"""
 
+class _Prepared(NamedTuple):
+    """A call that the log takes."""
 
-def fold(S: F64, k: F64, d: F64, a: F64) -> F64:
-    """S [HV, K, V] after the entries k [n, HV, K], d [n, HV, V], a [n, HV, 1] or [n, HV, K], oldest first."""
-    for k_t, d_t, a_t in zip(k, d, a, strict=True):
-        S = a_t[:, :, None] * S + k_t[:, :, None] * d_t[:, None, :]
-    return S
-
-
-def verify(
-    S: F64, entries: list[tuple[F64, F64, F64]], parents: list[int], q: F64, k: F64, v: F64, a: F64, beta: F64
-) -> F64:
-    """Tokens q, k [T, HV, K], v [T, HV, V], a [T, HV, 1] or [T, HV, K], beta [T, HV] behind the logged `entries`.
-
-    parents[e] is the entry before entry e (-1: the base state S); entries grow by one (k, d, a) per token.
-
-    Returns:
-        o [T, HV, V] = S_t^T q_t, with q scaled already.
-    """
-
-    def state(e: int) -> F64:
-        way = []
-        while e >= 0:
-            way.append(entries[e])
-            e = parents[e]
-        out = S
-        for k_s, d_s, a_s in reversed(way):
-            out = a_s[:, :, None] * out + k_s[:, :, None] * d_s[:, None, :]
-        return out
-
-    o = np.zeros(v.shape)
-    for t in range(len(q)):
-        decayed = a[t][:, :, None] * state(parents[len(entries)])
-        d = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", decayed, k[t]))
-        entries.append((k[t], d, a[t]))
-        o[t] = np.einsum("hkv,hk->hv", decayed + k[t][:, :, None] * d[:, None, :], q[t])
-    return o
+    backend: LogBackend
+    plan: object
+    spec: LogSpec
 
 
 @dataclass
@@ -108,6 +71,7 @@ class Log:
     def __init__(self, pool: Pool, tail: tuple[int, ...]):
         self.pool = pool
         self.C = C = pool.snapshots - 1
+        self.layers, self.key_dtype = pool.layers, pool.key_dtype
         self.P = pool.capacity
         n, N, H, HV, K, V = pool.layers, pool.capacity, pool.H, pool.HV, pool.K, pool.V
         self.states = pool._zeros((n, N, *tail))
@@ -123,22 +87,42 @@ class Log:
 
     def connect(self) -> None:
         """What belongs to this process and to these arrays, which stay where they are; a copy has its own."""
+        self.steps: dict[str, LogSteps] = {}
+        chosen = dispatch.pick(LogSpec(self.rule(1), self.C, self.key_dtype), self.pool.backend)
+        self.folds_late = chosen.folds_late
+        self.folding = self._on(chosen)
+
+    def _on(self, chosen: LogBackend) -> LogSteps:
+        """This log on a backend."""
+        found = self.steps.get(chosen.name)
+        if found is None:
+            found = self.steps[chosen.name] = chosen.attach(self)
+        return found
+
+    def rule(self, sequences: int) -> CallSpec:
+        """A call in float32 without tokens on the states of so many sequences."""
         pool = self.pool
-        on_cpu = pool.device is None or str(pool.device).partition(":")[0] == "cpu"
-        forced = pool.backend if pool.backend != "auto" else dispatch.forced_by_env() or "cpu"
-        # Addresses of each layer's arrays: reading them costs more than a small head.
-        self.at = [
-            (cpu.address(self.states[i]), tuple(cpu.address(x[i]) for x in self.arrays))
-            for i in range(pool.layers if on_cpu else 0)
-        ]
-        self.native = _core is not None and on_cpu and forced == "cpu"
-        self.facts: Rest = (
-            pool.H, pool.HV, pool.K, pool.V, pool.kda, pool.dtype, pool.key_dtype, pool.state_layout, self.native,
-            str(pool.device),
+        dtype = "float64" if pool.dtype == "float64" else "float32"
+        return CallSpec(
+            B=sequences, T=0, H=pool.H, HV=pool.HV, K=pool.K, V=pool.V, N=sequences, P=pool.capacity, kda=pool.kda,
+            dtype=dtype, state_dtype=pool.dtype, g_dtype=dtype, beta_dtype=dtype, scale=1.0, packed=False,
+            pooled=False, masked=False, has_state=True, snapshots=0, inplace=True, requires_grad=False,
+            framework=framework_of(self.states) or "", device=device_name(self.states),
+            options=Options(state_layout=pool.state_layout, heads=self.order or "interleaved"),
         )  # fmt: skip
 
+    def like(self, x: Array) -> Array:
+        """A NumPy array as the pool's kind of array."""
+        return self.pool._like(x)
+
+    def explain(self) -> dispatch.Trace:
+        """Which backend runs the steps of this log in float32, and why the others do not."""
+        return dispatch.choose(LogSpec(self.rule(1), self.C, self.key_dtype), self.pool.backend)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("facts", "at", "native")}
+        return {
+            name: x for name, x in self.__dict__.items() if name not in ("steps", "folds_late", "folding")
+        }
 
     # ---- rows
 
@@ -175,7 +159,7 @@ class Log:
         folds = self._folds(sequences, wanted, alone) if wanted else []
         # The kernel folds on its way where all of the log is committed and the state is this sequence's alone.
         late: list[Fold] = []
-        if folds and self.native and not alone:
+        if folds and self.folds_late and not alone:
             holders = Counter(s.rows[0] for s in step.before if s)
             late = [f for f in folds if holders[f[1]] == 1 and not _get(sequences, f[0]).pending]
             folds = [f for f in folds if f not in late]
@@ -264,7 +248,7 @@ class Log:
             if straight:
                 o = self._by_parts(step, layer, call, options)
             else:
-                if plan.late and prepared[0] is None:
+                if plan.late and not prepared[0].folds_late:
                     self._fold_late(plan, layer)
                 folded = layer in plan.folded
                 index, folding = (
@@ -332,61 +316,28 @@ class Log:
         return o
 
     def _verify(
-        self, layer: int, call: Call, prepared: tuple[Any, CallSpec, list[str]], index: Any,
-        folded: dict[int, None] | None = None,
-    ) -> Array:  # fmt: skip
+        self, layer: int, call: Call, prepared: _Prepared, index: Index, folded: dict[int, None] | None = None
+    ) -> Array:
         """Run tokens that the log takes; `folded` learns of the layer if entries are folded on the way."""
-        plan, spec, copies = prepared
-        base, rows, used, folds = index
-        if plan is None:
-            return self._verify_in_float64(layer, call, spec, base, rows, used)
-        for name in copies:
-            setattr(call, name, cpu.contiguous(getattr(call, name)))
-        o = _like_v(call)
-        self._native(
-            plan, False, layer, folded, call.q, call.k, call.v, call.g, call.beta, o, self.at[layer][0], None,
-            call.A_log, call.dt_bias, call.mask, call.cu_seqlens, base, *self.at[layer][1], self.parents, rows, used,
-            folds, None,
-        )  # fmt: skip
-        return o
+        chosen, plan, spec = prepared
+        return self._on(chosen).verify(plan, spec, layer, call, index, folded)
 
-    def _plan(self, layer: int, call: Call, options: Options, base: Any) -> tuple[Any, CallSpec, list[str]]:
-        """(native plan or None, spec, arrays to copy first), checked once per geometry."""
+    def _plan(self, layer: int, call: Call, options: Options, base: Array) -> _Prepared:
+        """Who runs a call, checked and planned once per geometry."""
+        pool = self.pool
         arrays = (call.q, call.k, call.v, call.g, call.beta, call.A_log, call.dt_bias, call.mask)
-        rest: Rest = (*options, "StatePool.run", len(base), call.cu_seqlens is None, *self.facts)
-        found: Any = find(arrays, rest)
-        if type(found) is not tuple:
-            spec = self._checked(layer, call, options, base)
-            if not self.native or spec.dtype not in cpu.DTYPE:
-                return None, spec, []
-            strided = {name: cpu.input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
-            copies = [name for name, (_, copied) in strided.items() if copied]
-            copies += cpu.scattered(call, ("A_log", "dt_bias"))
-            fields, _, _ = cpu.rule_fields(spec, call, {name: st for name, (st, _) in strided.items()})
-            key, found = found, (self._native_plan(fields), spec, copies)
-            keep(key, rest, found)
-        return found  # type: ignore[no-any-return]
-
-    def _native_plan(self, fields: dict[str, Any]) -> Any:
-        number, torch = cpu.threads_of("numpy" if self.pool.device is None else "torch")
-        return _core.Plan(fields, None if torch else number)
-
-    def _native(
-        self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Any
-    ) -> None:
-        torch = sys.modules.get("torch") if self.pool.device is not None else None
-        if torch is not None:
-            _torch_side().mark_written((self.states, *self.arrays))
-        if not cpu.reads_arrays(
-            "torch" if torch is not None else "numpy", (x for x in arrays if hasattr(x, "dtype"))
-        ):
-            arrays = tuple(cpu.address(x) if hasattr(x, "dtype") else x for x in arrays)
-        head = (plan, folding, self.C, cpu.DTYPE[self.pool.key_dtype])
-        if folded is None:
-            _core.run_log(*head, *arrays)
-        else:  # the call and its mark without a step of the interpreter between them, where Ctrl-C would come
-            call = partial(_core.run_log, *head, *arrays[:-1])
-            folded.update(zip((layer,), map(call, arrays[-1:]), strict=True))
+        rest: Rest = (
+            "StatePool.run", *options[1:], pool.backend, len(base), call.cu_seqlens is None, pool.H, pool.HV, pool.K,
+            pool.V, pool.kda, self.C, pool.capacity, pool.dtype, pool.key_dtype, str(pool.device),
+        )  # fmt: skip
+        found = find(arrays, rest)
+        if type(found) is _Prepared:
+            return found
+        spec = LogSpec(self._checked(layer, call, options, base), self.C, pool.key_dtype)
+        chosen = dispatch.pick(spec, pool.backend)
+        prepared = _Prepared(chosen, self._on(chosen).prepare(spec, call), spec)
+        keep(found, rest, prepared)
+        return prepared
 
     # ---- folding
 
@@ -429,104 +380,7 @@ class Log:
         self, group: list[Fold], layer: int, out: Array = None, folded: dict[int, None] | None = None
     ) -> None:
         """Folds of different sequences in one layer, into `out` if it is given; `folded` learns of the layer."""
-        if not self.native:
-            return self._fold_in_float64(group, layer, out)
-        places, rows, to, counts = (np.array(x, np.int64) for x in zip(*group, strict=True))
-        rest: Rest = ("StatePool.fold", len(group), self.order, *self.facts)
-        found: Any = find((), rest)
-        if type(found) is not _core.Plan:
-            pool = self.pool
-            options = Options(state_layout=pool.state_layout, heads=self.order or "interleaved")
-            spec = CallSpec(
-                B=len(group), T=0, H=pool.H, HV=pool.HV, K=pool.K, V=pool.V, N=len(group), P=pool.capacity,
-                kda=pool.kda, dtype="float32", state_dtype=pool.dtype, g_dtype="float32", beta_dtype="float32",
-                scale=1.0, packed=False, pooled=False, masked=False, has_state=True, snapshots=0, inplace=True,
-                requires_grad=False, framework="", device="cpu", options=options,
-            )  # fmt: skip
-            nothing = Call(None, None, None, None, None, self.states[0])
-            none: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
-            key, found = found, self._native_plan(cpu.rule_fields(spec, nothing, none)[0])
-            keep(key, rest, found)
-        states, entries = self.at[layer]
-        target = states if out is None else cpu.address(out)
-        self._native(
-            found, True, layer, folded, *[None] * 6, states, target, *[None] * 4, rows, *entries, self.parents,
-            places, counts, None, to,
-        )  # fmt: skip
-
-    # ---- the same in float64
-
-    def _entries(self, layer: int, place: int, n: int) -> list[tuple[F64, F64, F64]]:
-        """Entries 0 to n - 1, keys spread over the value heads."""
-        k, factors, d, a = (
-            np.asarray(_host(x[layer, place, :, :n])).astype(np.float64).swapaxes(0, 1) for x in self.arrays
-        )
-        k = (factors[..., None] * k)[:, self._heads(self.order)]
-        a = a if self.pool.kda else a[..., None]
-        return list(zip(k, d, a, strict=True))
-
-    def _heads(self, order: str | None) -> Any:
-        return reference.head_map(self.pool.H, self.pool.HV, order or "interleaved")
-
-    def _fold_in_float64(self, group: list[Fold], layer: int, out: Array) -> None:
-        target = self.states[layer] if out is None else out
-        for place, row, to, n in group:
-            S = self._state64(layer, row)
-            for k, d, a in self._entries(layer, place, n):
-                S = fold(S, k[None], d[None], a[None])
-            S = S if self.pool.state_layout == "kv" else S.swapaxes(-1, -2)
-            target[to] = self.pool._like(np.ascontiguousarray(S))
-
-    def _state64(self, layer: int, row: int) -> F64:
-        S = np.asarray(_host(self.states[layer, row])).astype(np.float64)
-        return S if self.pool.state_layout == "kv" else S.swapaxes(-1, -2)
-
-    def _verify_in_float64(
-        self, layer: int, call: Call, spec: CallSpec, base: Any, rows: Any, used: Any
-    ) -> Array:
-        opt = spec.options
-        names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias")
-        x: dict[str, Any] = {
-            n: None if getattr(call, n) is None else np.asarray(_host(getattr(call, n))).astype(np.float64)
-            for n in names
-        }
-        a = reference.decays(
-            x["g"], decay=opt.decay, A_log=x["A_log"], dt_bias=x["dt_bias"], lower_bound=opt.lower_bound
-        )
-        a = a if spec.kda else a[..., None]
-        beta = reference.sigmoid(x["beta"]) if opt.beta_is_logit else x["beta"]
-        q, k, v = x["q"], x["k"], x["v"]
-        factors = np.ones(k.shape[:3])
-        if opt.qk_l2norm:
-            q = reference.l2norm(q, opt.qk_l2norm_eps)
-            factors = 1 / np.sqrt((k**2).sum(-1) + opt.qk_l2norm_eps)
-        live = np.ones(q.shape[:2], bool) if call.mask is None else np.asarray(_host(call.mask))
-        q = np.where(live[..., None, None], q, 0.0) * spec.scale
-        k = np.where(live[..., None, None], k, 0.0)
-        v = np.where(live[..., None, None], v, 0.0)
-        a = np.where(live[..., None, None], a, 1.0)
-        beta = np.where(live[..., None], beta, 0.0)
-        head = self._heads(opt.heads)
-        keys = factors[..., None] * k
-        o = np.zeros(v.shape)
-        cu = None if call.cu_seqlens is None else call.cu_seqlens.tolist()
-        counts = (x.tolist() for x in (base, rows, used))
-        for n, (row, place, m) in enumerate(zip(*counts, strict=True)):
-            b, first, last = (n, 0, spec.T) if cu is None else (0, cu[n], cu[n + 1])
-            here = (b, slice(first, last))
-            entries = self._entries(layer, place, m)
-            o[here] = verify(
-                self._state64(layer, row), entries, self.parents[place].tolist(), q[here][:, head], keys[here][:, head],
-                v[here], a[here], beta[here],
-            )  # fmt: skip
-            for e in range(m, m + last - first):
-                decay = entries[e][2] if spec.kda else entries[e][2][:, 0]
-                new = (k[b, first + e - m], factors[b, first + e - m], entries[e][1], decay)
-                for array, value in zip(self.arrays, new, strict=True):
-                    array[layer, place, :, e] = self.pool._like(value)
-        if self.pool.device is not None:
-            return self.pool._like(o).to(call.v.dtype)
-        return o.astype(call.v.dtype)
+        self.folding.fold(group, layer, out, folded)
 
     # ---- copies
 
@@ -550,13 +404,3 @@ def _like_v(call: Call) -> Array:
     """Room for o."""
     v = call.v
     return np.empty(v.shape, v.dtype) if isinstance(v, np.ndarray) else v.new_empty(v.shape)
-
-
-def _host(x: Array) -> Array:
-    return (
-        x
-        if isinstance(x, np.ndarray)
-        else x.detach().cpu().double().numpy()
-        if x.is_floating_point()
-        else x.cpu().numpy()
-    )

@@ -100,6 +100,7 @@ class Cpu:
     accepts = RULE_CALLS.but(device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=())
     optional_A_log = True
     mixer = "anydelta.backends.cpu.mixer"
+    log = "anydelta.backends.cpu.log"
     mlx = True
     """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
 

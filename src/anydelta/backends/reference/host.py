@@ -33,6 +33,7 @@ class Reference:
     )  # fmt: skip
     optional_A_log = True
     mixer = "anydelta.backends.reference.mixer"
+    log = "anydelta.backends.reference.log"
 
     def available(self) -> Sequence[Rejected]:
         return ()
