@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,41 +27,11 @@ from typing import Any
 
 from ...core.late import late
 from ..switch import LOCK, Patch, Place, Switch, guarded
+from .families import RULE, Found, look
 
 _cache = late("anydelta.integrations.mlx_lm.cache")
 
-OLDEST, NEWEST = (0, 32), (0, 32)
-SUPPORTED = "mlx-lm 0.32"
-"""The releases whose hooks are known. Before 0.32 the models normalise q and k with another epsilon."""
 _INSTALL = "pip install 'anydelta[mlx-lm]'"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model family keeps its linear attention."""
-
-    name: str
-    layer: str
-    """The class of the linear attention layer, whose cache's last slot is the recurrent state."""
-    convolutions: tuple[str, ...]
-    """Per slot of the layer's cache: the path to the convolution whose last inputs the slot holds."""
-
-    @property
-    def module(self) -> str:
-        return f"mlx_lm.models.{self.name}"
-
-
-_THREE = ("q_conv1d", "k_conv1d", "v_conv1d")
-FAMILIES: tuple[Family, ...] = (
-    Family("qwen3_next", "Qwen3NextGatedDeltaNet", ("conv1d",)),
-    Family("qwen3_5", "GatedDeltaNet", ("conv1d",)),  # and qwen3_5_moe, which uses its layers
-    Family("kimi_linear", "KimiDeltaAttention", ("q_conv.conv", "k_conv.conv", "v_conv.conv")),
-    Family("olmo_hybrid", "GatedDeltaNet", _THREE),
-)
-_PARAMETERS = [
-    "q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "mask", "use_kernel", "lower_bound", "allow_neg_eigval",
-]  # fmt: skip
-"""Of mlx-lm's gated_delta_update."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +41,19 @@ class Status:
     mlx_lm: str
     enabled: bool
     families: tuple[str, ...]
+    """Those that this mlx-lm has."""
     taken: int
     """Calls that anydelta ran."""
     passed_on: dict[str, int] = field(default_factory=dict)
     """Calls that went on to mlx-lm, by reason."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Families that are left as they are, or in part, and why."""
 
     def __str__(self) -> str:
         lines = [f"mlx-lm {self.mlx_lm} ({', '.join(self.families)}): {'on' if self.enabled else 'off'}"]
         lines.append(f"taken: {self.taken}")
         lines += [f"passed on: {why} x {n}" for why, n in self.passed_on.items()]
+        lines += [f"left as it is: {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
 
@@ -91,8 +64,7 @@ def enable() -> Switch:
     of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
 
     Raises:
-        ImportError: mlx or mlx-lm is missing, or its version is not one of those supported.
-        RuntimeError: the version is right but its functions are not those it is known for.
+        ImportError: mlx or mlx-lm is missing.
     """
     return _switch(True)
 
@@ -104,7 +76,7 @@ def disable() -> Switch:
     that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
 
     Raises:
-        ImportError, RuntimeError: as `enable`.
+        ImportError: as `enable`.
     """
     return _switch(False)
 
@@ -112,12 +84,14 @@ def disable() -> Switch:
 def status() -> Status:
     """What is replaced, and how many calls went where."""
     _hooks()
+    found, left = _families()
     return Status(
         importlib.import_module("mlx_lm").__version__,
         _everywhere.on,
-        tuple(f.name for f in FAMILIES),
-        _taken["gated_delta_update"],
+        tuple(f.name for f in found),
+        _taken[RULE],
         dict(_passed_on),
+        left,
     )
 
 
@@ -129,7 +103,7 @@ def make_prompt_cache(model: Any, rollback: int) -> list[Any]:
 
     Raises:
         ValueError: rollback < 1, or a layer's cache cannot be made so.
-        ImportError, RuntimeError: as `enable`.
+        ImportError: as `enable`.
     """
     if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
         raise ValueError(f"make_prompt_cache: rollback must be a number of tokens >= 1; got {rollback!r}")
@@ -138,15 +112,17 @@ def make_prompt_cache(model: Any, rollback: int) -> list[Any]:
     _make_trimmable(caches, [model], rollback)
     stuck = [f"{i} ({type(c).__name__})" for i, c in enumerate(caches) if not c.is_trimmable()]
     if stuck:
+        known = ", ".join(f.name for f in _families()[0] if f.layer is not None)
         raise ValueError(
-            f"make_prompt_cache: requires layers whose caches can be trimmed, or linear attention of "
-            f"{', '.join(f.name for f in FAMILIES)}; got {type(model).__module__} with layers {', '.join(stuck)}"
+            f"make_prompt_cache: requires layers whose caches can be trimmed, or linear attention of {known}; got "
+            f"{type(model).__module__} with layers {', '.join(stuck)}"
         )
     return list(caches)
 
 
 # ---- What is replaced
 
+_STEP = "speculative_generate_step"
 _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
@@ -175,51 +151,37 @@ def _guarded(make: Callable[..., Any], *more: Any) -> Callable[[Any], Any]:
 
 
 @functools.cache
-def _hooks() -> tuple[Patch, ...]:
-    """All of them, after a check that they are the known ones."""
-    _check_version()
-    functions = importlib.import_module("anydelta.integrations.mlx_lm.functions")
-    hooks = []
-    problems = []
-    for family in FAMILIES:
-        module = importlib.import_module(family.module)
-        update, layer = getattr(module, "gated_delta_update", None), getattr(module, family.layer, None)
-        if layer is None or update is None or list(inspect.signature(update).parameters) != _PARAMETERS:
-            problems.append(family.module)
-            continue
-        hooks.append(Patch(module, "gated_delta_update", _guarded(functions.update, _taken, _passed_on)))
-        hooks.append(Patch(layer, "__call__", _guarded(functions.layer, family.convolutions)))
-    generate = importlib.import_module("mlx_lm.generate")
-    name = "speculative_generate_step"
-    if not {"model", "draft_model", "num_draft_tokens", "prompt_cache"} <= set(_parameters(generate, name)):
-        problems.append("mlx_lm.generate")
-    if problems:
-        raise RuntimeError(
-            f"anydelta.integrations.mlx_lm: requires the hooks of {SUPPORTED}; got other ones in "
-            f"{', '.join(problems)}. Install a supported version, or report this one"
-        )
-    hooks.append(Patch(generate, name, _drafting))
-    return tuple(hooks)
-
-
-def _parameters(module: types.ModuleType, name: str) -> list[str]:
-    found = getattr(module, name, None)
-    return [] if found is None else list(inspect.signature(found).parameters)
-
-
-def _check_version() -> None:
+def _families() -> tuple[list[Found], dict[str, str]]:
+    """What the running mlx-lm has, looked at once."""
     try:
-        importlib.import_module("mlx.core")
-        text = importlib.import_module("mlx_lm").__version__
+        for name in ("mlx.core", "mlx_lm"):
+            importlib.import_module(name)
     except ImportError as error:
         missing = error.name or "a module"
         raise ImportError(
-            f"anydelta.integrations.mlx_lm: requires mlx and {SUPPORTED}; got no {missing}. {_INSTALL}"
+            f"anydelta.integrations.mlx_lm: requires mlx and mlx-lm; got no {missing}. {_INSTALL}"
         ) from error
-    parts = text.split(".")
-    version = (int(parts[0]), int(parts[1])) if len(parts) > 1 and (parts[0] + parts[1]).isdigit() else (0, 0)
-    if not OLDEST <= version <= NEWEST:
-        raise ImportError(f"anydelta.integrations.mlx_lm: requires {SUPPORTED}; got {text}. {_INSTALL}")
+    found, left = look()
+    wanted = {"model", "draft_model", "num_draft_tokens", "prompt_cache"}
+    generate = importlib.import_module("mlx_lm.generate")
+    if not wanted <= set(inspect.signature(getattr(generate, _STEP, lambda: None)).parameters):
+        left["drafting"] = f"mlx_lm.generate.{_STEP} does not take {', '.join(sorted(wanted))}"
+    return found, left
+
+
+@functools.cache
+def _hooks() -> tuple[Patch, ...]:
+    """All of them."""
+    found, left = _families()
+    functions = importlib.import_module("anydelta.integrations.mlx_lm.functions")
+    hooks = []
+    for family in found:
+        hooks.append(Patch(family.module, RULE, _guarded(functions.update, _taken, _passed_on)))
+        if family.layer is not None:
+            hooks.append(Patch(family.layer, "__call__", _guarded(functions.layer, family.convolutions)))
+    if "drafting" not in left:
+        hooks.append(Patch(importlib.import_module("mlx_lm.generate"), _STEP, _drafting))
+    return tuple(hooks)
 
 
 # ---- Drafting
@@ -227,6 +189,7 @@ def _check_version() -> None:
 
 def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
     """speculative_generate_step, with caches of hybrid models that can be trimmed while it runs."""
+    hand_over = importlib.import_module("anydelta.integrations.mlx_lm.cache").hand_over
     signature = inspect.signature(theirs)
     make_cache = importlib.import_module("mlx_lm.models.cache").make_prompt_cache
 
@@ -247,7 +210,7 @@ def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
             yield from theirs(*call.args, **call.kwargs)
         finally:  # what could be taken back no longer can: the caller's caches are as mlx-lm made them
             for place, cache in plain.items():
-                cache.state = caches[place].state
+                hand_over(caches[place], cache)
                 caches[place] = cache
 
     return speculative_generate_step
@@ -256,7 +219,7 @@ def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
 def _make_trimmable(caches: list[Any], models: list[Any], rollback: int) -> dict[int, Any]:
     """Put a RollbackCache in the place of each linear attention layer's cache. Returns those that were there."""
     ArraysCache = importlib.import_module("mlx_lm.models.cache").ArraysCache
-    kinds = tuple(getattr(importlib.import_module(f.module), f.layer) for f in FAMILIES)
+    kinds = tuple(f.layer for f in _families()[0] if f.layer is not None)
     layers = [layer for model in models for layer in model.layers]
     replaced = {}
     for place, (cache, layer) in enumerate(zip(caches, layers, strict=False)):

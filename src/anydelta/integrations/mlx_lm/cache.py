@@ -25,6 +25,8 @@ class RollbackCache(ArraysCache):
     """
 
     depth = 0
+    advances = False
+    """Whether the layers of this mlx-lm count the tokens on (from 0.31.2)."""
     cache: list[Any]
     left_padding: Any
     lengths: Any
@@ -38,7 +40,8 @@ class RollbackCache(ArraysCache):
     def of(cls, cache: ArraysCache, depth: int) -> RollbackCache:
         """One that goes on from what an ArraysCache holds."""
         out = cls(len(cache.cache), depth)
-        out.state = list(cache.cache), cache.left_padding, cache.lengths
+        hand_over(cache, out)
+        out._forget()
         return out
 
     def _forget(self) -> None:
@@ -96,7 +99,8 @@ class RollbackCache(ArraysCache):
             kept[:] = [read] if state is not None else []
             self.cache[slot] = read[:, read.shape[1] - taps + 1 :] if state is not None else None
         self.cache[-1] = state
-        self.advance(-n)
+        if self.advances:
+            self.advance(-n)
         return n
 
     def __setitem__(self, idx: int, value: Any) -> None:
@@ -105,11 +109,11 @@ class RollbackCache(ArraysCache):
 
     @property
     def state(self) -> Any:
-        return self.cache, self.left_padding, self.lengths
+        return super().state  # whatever this mlx-lm takes for it
 
     @state.setter
     def state(self, v: Any) -> None:
-        self.cache, self.left_padding, self.lengths = v
+        ArraysCache.state.fset(self, v)
         self._forget()
 
     def filter(self, batch_indices: Any) -> None:
@@ -128,6 +132,11 @@ class RollbackCache(ArraysCache):
     def nbytes(self) -> int:
         held = [x for kept in self._inputs for x in kept] + [x for x in self._past if x is not None]
         return int(super().nbytes) + sum(x.nbytes for x in held)
+
+
+def hand_over(cache: ArraysCache, to: ArraysCache) -> None:
+    """What one cache holds, to another."""
+    to.cache, to.left_padding, to.lengths = list(cache.cache), cache.left_padding, cache.lengths
 
 
 # mlx-lm's prompt cache files name the class of each cache, and only its own can be loaded: a plain one, there.
@@ -166,4 +175,5 @@ class Step:
             self.windows[idx] = value
 
     def advance(self, n: int) -> None:
+        self.cache.advances = True
         self.cache.advance(n)

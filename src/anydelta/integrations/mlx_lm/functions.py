@@ -31,13 +31,13 @@ def update(
         state: Any = None,  # [B, HV, V, K], or a Step
         mask: mx.array | None = None,  # [B, T]
         use_kernel: bool = True,
-        lower_bound: float | None = None,
-        allow_neg_eigval: bool = False,
+        **options: Any,  # lower_bound, allow_neg_eigval, and what a later release may add
     ) -> tuple[Any, Any]:
         step = state if isinstance(state, Step) else None
         before = step.cache.cache[-1] if step else state
         slots = min(step.cache.depth + 1, q.shape[1]) if step else None
-        why = _why_not(q, v, before, use_kernel)
+        lower_bound, allow_neg_eigval = options.get("lower_bound"), options.get("allow_neg_eigval", False)
+        why = _why_not(q, v, before, use_kernel, options)
         if not why:
             try:
                 out = gated_delta_rule(
@@ -61,10 +61,7 @@ def update(
                 why = str(error)
         if why:
             passed_on[why] += 1
-            o, new = theirs(
-                q, k, v, a, b, A_log, dt_bias, before, mask, use_kernel=use_kernel, lower_bound=lower_bound,
-                allow_neg_eigval=allow_neg_eigval,
-            )  # fmt: skip
+            o, new = theirs(q, k, v, a, b, A_log, dt_bias, before, mask, use_kernel=use_kernel, **options)
             states = [new]
         else:
             taken["gated_delta_update"] += 1
@@ -78,8 +75,11 @@ def update(
     return gated_delta_update
 
 
-def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool) -> str | None:
+def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool, options: dict[str, Any]) -> str | None:
     """Why mlx-lm's function runs instead."""
+    for name, value in options.items():
+        if name not in ("lower_bound", "allow_neg_eigval") and value is not None and value is not False:
+            return f"the argument {name}"
     if not use_kernel:
         return "the model is in training mode"
     if q.dtype != v.dtype or q.dtype not in (mx.float32, mx.bfloat16, mx.float16):
@@ -94,6 +94,10 @@ def layer(theirs: Callable[..., Any], convolutions: tuple[str, ...]) -> Callable
 
     @functools.wraps(theirs)
     def __call__(self: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> Any:
+        if mask is None and hasattr(self, "_decode_core"):
+            # Without a mask such a layer compiles its decode step on Metal, with the functions and for the cache of
+            # the day that it does: it would go on to run ours, and cannot take a Step.
+            mask = mx.ones(x.shape[:2], mx.bool_)
         if not isinstance(cache, RollbackCache):
             return theirs(self, x, mask, cache)
         step = Step(cache)
