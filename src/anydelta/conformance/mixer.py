@@ -17,8 +17,10 @@ import anydelta
 
 from ..core import dispatch
 from ..mixer import reference
+from ..mixer.arguments import MixerOptions
 from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs
 from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused
+from .options import options_of_case
 from .values import F64, round_to
 
 WORD = "mixer "
@@ -132,10 +134,10 @@ def mixer_inputs(c: MixerCase) -> MixerInputs:
 
 def _options(c: MixerCase) -> dict[str, Any]:
     return {
-        "activation": None if c.linear else "silu", "scale": c.scale, "decay": c.decay, "lower_bound": c.lower_bound,
-        "beta_is_logit": c.logit, "allow_neg_eigval": c.neg, "heads": c.heads, "qk_l2norm": c.l2norm,
-        "qk_l2norm_eps": c.eps, "state_layout": c.layout, "norm_gate": "sigmoid" if c.norm == "sigmoid" else "silu",
-    }  # fmt: skip
+        **options_of_case(c, MixerOptions),
+        "activation": None if c.linear else "silu",
+        "norm_gate": "sigmoid" if c.norm == "sigmoid" else "silu",
+    }
 
 
 def _flat(c: MixerCase, r: Inputs) -> tuple[F64, F64, F64]:

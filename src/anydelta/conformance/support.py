@@ -17,6 +17,7 @@ from ..core import dispatch
 from ..rule.arguments import Call, Options
 from ..rule.spec import CallSpec, check_call
 from .cases import CASES, FLOAT64_CASES, Case
+from .options import from_words
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Feature:
         return sum(self.used_by(case) for case in (*CASES, *FLOAT64_CASES))
 
 
-def _with(spec: CallSpec, **options: object) -> CallSpec:
-    return replace(spec, options=spec.options._replace(**options))  # type: ignore[arg-type]
+def _with(spec: CallSpec, **words: object) -> CallSpec:
+    """With these options, in the words of a case."""
+    return replace(spec, options=spec.options._replace(**from_words(**words)))
 
 
 def _given(spec: CallSpec, *names: str, **facts: object) -> CallSpec:
@@ -55,10 +57,10 @@ FEATURES = (
         lambda s: _given(_with(s, decay="raw"), "A_log", "dt_bias"),
         lambda c: c.decay == "raw",
     ),
-    Feature("beta as a logit", lambda s: _with(s, beta_is_logit=True), lambda c: c.logit),
-    Feature("q/k L2 norm in the kernel", lambda s: _with(s, qk_l2norm=True), lambda c: c.l2norm),
+    Feature("beta as a logit", lambda s: _with(s, logit=True), lambda c: c.logit),
+    Feature("q/k L2 norm in the kernel", lambda s: _with(s, l2norm=True), lambda c: c.l2norm),
     Feature("tiled heads (GGUF)", lambda s: _with(s, heads="tiled"), lambda c: c.heads == "tiled"),
-    Feature("state as [V, K]", lambda s: _with(s, state_layout="vk"), lambda c: c.layout == "vk"),
+    Feature("state as [V, K]", lambda s: _with(s, layout="vk"), lambda c: c.layout == "vk"),
     Feature("any head size, K != V", lambda s: replace(s, K=7, V=33), lambda c: (c.K, c.V) == (7, 33)),
     Feature("q k v in bfloat16", lambda s: replace(s, dtype="bfloat16"), lambda c: c.dtype == "bfloat16"),
     Feature("q k v in float16", lambda s: replace(s, dtype="float16"), lambda c: c.dtype == "float16"),

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..core import dispatch
+from ..rule.arguments import Options
 from ..state import Checkpoint, StatePool
 from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
+from .options import options_of_case
 
 WORD = "log "
 
@@ -139,8 +141,7 @@ def _step(
     o = pool.run(
         array("q", c.dtype), array("k", c.dtype), array("v", c.dtype), g=array("g", c.gate_dtype),
         beta=array("beta", c.gate_dtype), A_log=array("A_log", "float32"), dt_bias=array("dt_bias", c.gate_dtype),
-        mask=array("mask", "bool"), scale=c.scale, decay=c.decay, lower_bound=c.lower_bound, beta_is_logit=c.logit,
-        heads=c.heads, qk_l2norm=c.l2norm, qk_l2norm_eps=c.eps,
+        mask=array("mask", "bool"), **options_of_case(c, Options, "state_layout"),
     )  # fmt: skip
     want = part(exact)
     got = fetch(v, "o", o, want.shape, c.dtype, target)
