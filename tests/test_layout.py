@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+SOURCES = Path(__file__).parents[1] / "src" / "anydelta"
+
+
+def ours(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return bool(node.level) or (node.module or "").partition(".")[0] == "anydelta"
+    return isinstance(node, ast.Import) and any(a.name.partition(".")[0] == "anydelta" for a in node.names)
+
+
+def imports_in_functions(tree: ast.AST) -> Iterator[int]:
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from (node.lineno for node in ast.walk(function) if ours(node))  # type: ignore[attr-defined]
+
+
+def test_modules_of_ours_are_imported_at_the_top() -> None:
+    found = {
+        f"{path.relative_to(SOURCES)}:{line}"
+        for path in SOURCES.rglob("*.py")
+        for line in imports_in_functions(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    # torch.compile follows this one kind of late import, and rule and mixer must not need torch.
+    assert {name.partition(":")[0] for name in found} <= {"mixer/op.py", "rule/op.py"}
 
 
 @pytest.mark.parametrize("module", ["anydelta", "anydelta.cli", "anydelta.bench.commands.ops"])
@@ -14,3 +41,9 @@ def test_importing_needs_no_optional_package(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     optional = {"torch", "triton", "transformers", "mlx.core", "vulkan", "wgpu", "pyopencl", "matplotlib"}
     assert not optional & {*done.stdout.split()}
+
+
+def test_importing_anydelta_imports_no_backend() -> None:
+    code = "import sys, anydelta; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not [name for name in done.stdout.split() if name.startswith("anydelta.backends")]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.late import late
 from ..terminal import Failed, say, tell, to_json
 from . import write
 from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint, quiet
+
+if TYPE_CHECKING:
+    from ..compat import fla as fla_names
+else:
+    fla_names = late("anydelta.compat.fla")
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Options that only count when tokens are drawn."""
@@ -123,9 +129,7 @@ def generate_command(
     name = default_model() if model is None else model
     text = _prompt(prompt)
     if fla:
-        from ..compat.fla import install
-
-        install()
+        fla_names.install()
     opened = open_checkpoint(name, dtype, trust_remote_code)
     _check_sampling(opened, given)
     if "stop_strings" in given:

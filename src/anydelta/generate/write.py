@@ -68,8 +68,6 @@ def with_fla() -> Way:
 
     def context(model: Any) -> AbstractContextManager[Any]:
         try:
-            from ..integrations import transformers as plug
-
             return plug.enable(model)
         except (ImportError, RuntimeError, ValueError):  # layers of its own, which call what they imported
             return nullcontext()

@@ -19,11 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...core.late import late
 from .presets import Built
 from .runners import CompiledRunner, Prepared, TransformersRunner, interleave
 
 if TYPE_CHECKING:
+    from ...integrations.transformers import find
     from ...integrations.transformers.find import Found
+else:
+    find = late("anydelta.integrations.transformers.find")
 
 CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
 MIXER = (CONV, RULE, NORM, GLUE)
@@ -206,11 +210,9 @@ def _linear_attention(model: Any) -> tuple[Any, ...]:
 
 def _families(model: Any) -> list[Found]:
     """The families that the model has layers of."""
-    from ...integrations.transformers.find import look_at
-
     names = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
     modules = [module for name in sorted(names) if (module := sys.modules.get(name)) is not None]
-    return [found for module in modules if (found := look_at(module)) is not None and found.layers]
+    return [found for module in modules if (found := find.look_at(module)) is not None and found.layers]
 
 
 def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:

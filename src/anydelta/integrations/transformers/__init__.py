@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...core import dispatch
+from ...core.late import late
 from ..switch import LOCK, Patch, Place, Switch, guarded, stock, warn
 from .families import BY_LAYER
 from .families import FAMILIES as FAMILIES
@@ -34,8 +35,19 @@ from .families import FAMILIES as FAMILIES
 if TYPE_CHECKING:
     from torch import nn
 
+    from . import classes as _classes
+    from . import find as _find
+    from . import functions as _functions
+    from . import generate as _generate
+    from . import layer as _layer
+    from . import packed_matrices as _packed_matrices
     from .find import Found
     from .packed_matrices import Packed
+else:  # they import torch and Transformers
+    _classes, _find, _functions, _generate, _layer, _packed_matrices = (
+        late(f"{__name__}.{name}")
+        for name in ("classes", "find", "functions", "generate", "layer", "packed_matrices")
+    )
 
 
 @dataclass(frozen=True)
@@ -122,15 +134,11 @@ def pack(model: nn.Module) -> Packed:
         TypeError, ValueError: `model` is no torch.nn.Module, or has no nn.Linear in float32 or bfloat16 on the CPU.
         RuntimeError: this torch has no oneDNN.
     """
-    from .packed_matrices import pack
-
-    return pack(model)
+    return _packed_matrices.pack(model)
 
 
 def status(model: nn.Module | None = None) -> Status:
     """What is replaced, in all models and in the given one, and how many calls went where."""
-    from .classes import runs_ours
-
     with LOCK:
         bound = _families()
         layers = [] if model is None else _layers(model, bound, "status")
@@ -139,7 +147,7 @@ def status(model: nn.Module | None = None) -> Status:
             everywhere=_everywhere.on,
             families=tuple(b.name for b in bound),
             left=dict(_left),
-            layers=tuple(name for name, layer, _ in layers if runs_ours(layer)),
+            layers=tuple(name for name, layer, _ in layers if _classes.runs_ours(layer)),
             taken=dict(_taken),
             passed_on=dict(_passed_on),
         )
@@ -178,19 +186,15 @@ class _Bound:
     """Classes for single modules, by those that they stand for."""
 
     def __post_init__(self) -> None:
-        from . import functions as transformers_functions
-        from .classes import KEPT, Rewired
-        from .find import MAKERS
-
         for name, hub in self.found.functions.items():
-            make = getattr(transformers_functions, MAKERS[hub])
+            make = getattr(_functions, _find.MAKERS[hub])
             self.functions[name] = Patch(self.module, name, functools.partial(self._function, make, name))
         classes = [c for c in vars(self.module).values() if isinstance(c, type) and hasattr(c, "generate")]
         self.generating = tuple(c for c in classes if c.__module__ == self.module.__name__)
         """The family's models that have `generate`."""
         self.layers = tuple(self.found.layers)
         self.forwards = {c: Patch(c, "forward", functools.partial(self._forward, c)) for c in self.layers}
-        self.kept = [Patch(c, KEPT, lambda _: Rewired()) for c in self.layers]
+        self.kept = [Patch(c, _classes.KEPT, lambda _: _classes.Rewired()) for c in self.layers]
         self.hooks = [
             Patch(owner, name, functools.partial(_hook, name))
             for owner in (self.generating if self.layers else ())
@@ -226,21 +230,20 @@ class _Bound:
 
     def _ours(self, layer: type[nn.Module], theirs: Any) -> Any:
         """The layer's forward with the mixer, where the table has a row for it; else one that records and advances."""
-        from .functions import advancing
-        from .layer import fused
-
         row, cache = BY_LAYER.get((self.module.__name__, layer.__name__)), self.found.layers[layer]
-        return advancing(theirs, cache) if row is None else fused(theirs, cache, row, _taken, _passed_on)
+        return (
+            _functions.advancing(theirs, cache)
+            if row is None
+            else _layer.fused(theirs, cache, row, _taken, _passed_on)
+        )
 
     def dress(self, base: type) -> type:
         """The class that `enable(model)` gives a layer, or a part that generates, in the place of `base`."""
-        from .classes import dressed, is_dressed
-
-        if is_dressed(base):
+        if _classes.is_dressed(base):
             return base
         self.learn()
         if base not in self.dressed:
-            self.dressed[base] = dressed(base, self._methods(base), _everywhere)
+            self.dressed[base] = _classes.dressed(base, self._methods(base), _everywhere)
         return self.dressed[base]
 
     def _methods(self, base: type) -> dict[str, Any]:
@@ -262,9 +265,7 @@ class _Bound:
 
 
 def _hooks() -> dict[str, Any]:
-    from .generate import HOOKS
-
-    return HOOKS
+    return _generate.HOOKS
 
 
 def _hook(name: str, theirs: Any) -> Any:
@@ -274,13 +275,10 @@ def _hook(name: str, theirs: Any) -> Any:
 def _families() -> list[_Bound]:
     """The families of this process. Those that have come since the last call are put in place, if all models are on."""
     _require_transformers()
-    from .classes import LAYERS
-    from .find import find
-
-    new, failed = find()
+    new, failed = _find.find()
     left = dict(failed)
     for found in new:
-        LAYERS.update(found.layers, found.strangers)
+        _classes.LAYERS.update(found.layers, found.strangers)
         left |= {f"{found.name}.{layer}" if layer else found.name: why for layer, why in found.left.items()}
         if found.functions:
             _bound.append(bound := _Bound(found))
@@ -338,19 +336,15 @@ def _places(
     model: nn.Module, layers: list[tuple[str, nn.Module, _Bound]], bound: list[_Bound]
 ) -> list[Place]:
     """The model's layers and the parts of it that generate. Raises before anything is changed."""
-    from .classes import place
-
     modules = [(layer, b) for _, layer, b in layers]
     modules += [(m, b) for m in model.modules() for b in bound if isinstance(m, b.generating)]
     for module, b in modules:
         b.dress(type(module))
-    return [place(module, b.dress) for module, b in modules]
+    return [_classes.place(module, b.dress) for module, b in modules]
 
 
 def _warn_of_strangers(layers: list[tuple[str, nn.Module, _Bound]]) -> None:
-    from .classes import runs_ours
-
-    for kind in {type(layer).__name__ for _, layer, _ in layers if not runs_ours(layer)}:
+    for kind in {type(layer).__name__ for _, layer, _ in layers if not _classes.runs_ours(layer)}:
         warn(f"anydelta: a {kind} already has a forward of its own (a kernel?), which stays")
 
 
@@ -389,9 +383,7 @@ def _copy_function(function: Any, scope: dict[str, Any], closure: tuple[types.Ce
 
 
 def _warn_without_backend() -> None:
-    from .functions import NATIVE_DEVICES
-
-    if not NATIVE_DEVICES and dispatch.forced_by_env() is None:
+    if not _functions.NATIVE_DEVICES and dispatch.forced_by_env() is None:
         reasons = "; ".join(
             f"{n}: {r}"
             for n in dispatch.NAMES
