@@ -312,6 +312,41 @@ def test_embeddings_as_inputs(tiny: Any, ids: Any, mode: str, both: bool) -> Non
 
 
 @modes
+def test_a_cache_that_holds_the_whole_prompt(tiny: Any, ids: Any, mode: str) -> None:
+    texts = []
+    for options in ({}, drafting(tiny, tiny, mode, 3)):
+        cache = RollbackCache(config=tiny.config)
+        tiny(ids, past_key_values=cache)
+        texts.append(generate(tiny, ids, past_key_values=cache, **options))
+    assert torch.equal(*texts)
+
+
+@modes
+def test_token_healing(tiny: Any, tokenizer: Any, ids: Any, mode: str) -> None:
+    options = {"token_healing": True, "tokenizer": tokenizer}
+    assert torch.equal(
+        generate(tiny, ids, **options, **drafting(tiny, tiny, mode, 3)), generate(tiny, ids, **options)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 0}, {"prompt_lookup_num_tokens": 2.5}, {"assistant_early_exit": 0},
+        {"assistant_early_exit": "4"}, {"assistant_early_exit": True},
+        {"use_mtp": True, "prompt_lookup_num_tokens": 2.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_are_none(tiny: Any, ids: Any, options: dict[str, Any]) -> None:
+    name = list(options)[-1]
+    with pytest.raises(
+        ValueError, match=f"requires {name} to be a whole number from 1; got {options[name]!r}"
+    ):
+        generate(tiny, ids, **options)
+
+
+@modes
 def test_a_padded_prompt(tiny: Any, ids: Any, mode: str) -> None:
     padded = torch.cat((torch.zeros(1, 3).long(), ids), 1)
     mask = torch.cat((torch.zeros(1, 3).long(), torch.ones_like(ids)), 1)

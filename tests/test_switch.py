@@ -554,3 +554,56 @@ def test_a_class_derived_from_ours_stays_and_follows_the_switch() -> None:
     with adt.enable(model):
         assert len(adt.status(model).layers) == 3
     assert not adt.status(model).layers
+
+
+class Unchanged(torch.nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 1
+
+
+@pytest.mark.parametrize("when", ["before", "while on"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", "qwen3_5", "olmo_hybrid"]
+)  # with a parameter in the layer itself
+def test_a_parametrization_that_is_taken_off(family: str, when: str) -> None:
+    from torch.nn.utils import parametrize
+
+    model = build(family)
+    layer = layers_of(model)[0]
+    kind = type(layer)
+    if when == "before":
+        parametrize.register_parametrization(layer, "A_log", Unchanged())
+    adt.enable(model)
+    if when == "while on":
+        parametrize.register_parametrization(layer, "A_log", Unchanged())
+        adt.disable(model)
+    parametrize.remove_parametrizations(layer, "A_log")
+    assert runs_ours(model) == (when == "before")
+    adt.disable(model)
+    assert not runs_ours(model)
+    assert type(layer) is kind
+
+
+@drafts
+@pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 4}, {"assistant_early_exit": 4}])
+def test_a_draft_that_is_switched_off_says_so(mode: dict[str, Any]) -> None:
+    model = build("qwen3_5")
+
+    class SwitchesOff:
+        puts = 0
+
+        def put(self, _: Any) -> None:
+            self.puts += 1
+            if self.puts == 2:  # behind the prompt and a round
+                adt.disable()
+
+        def end(self) -> None: ...
+
+    adt.enable()
+    try:
+        with pytest.raises(ValueError, match=r"requires anydelta to stay enabled while it drafts"):
+            text(model, streamer=SwitchesOff(), **mode)
+    finally:
+        adt.disable()

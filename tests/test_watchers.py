@@ -263,6 +263,47 @@ def test_every_transform_gives_the_derivative(entry: str) -> None:
         assert torch.allclose(tangent, (want * along).sum(), **close)
 
 
+def test_compiled_tangents_are_those_of_the_eager_call() -> None:
+    x = tokens()
+    v, along = x["v"], torch.randn_like(x["v"])
+
+    def f(v: Any) -> Any:
+        return rule({**x, "v": v})[0] + v
+
+    for derivative in (lambda v, d: torch.func.jvp(f, (v,), (d,))[1], lambda v, _: torch.func.jacfwd(f)(v)):
+        compiled = torch.compile(derivative, backend="eager")
+        assert torch.allclose(compiled(v, along), derivative(v, along))
+
+
+def test_a_compiled_tangent_through_a_written_state_is_refused() -> None:
+    x, S = tokens(), state()
+    f = torch.compile(
+        lambda v: torch.func.jvp(lambda v: rule_({**x, "v": v}, S), (v,), (v,)), backend="eager"
+    )
+    before = S.clone()
+    with pytest.raises(Exception, match="Calls that write to an argument have no derivative"):
+        f(x["v"])
+    assert torch.equal(S, before)
+
+
+def test_batched_gradients() -> None:
+    x = tokens()
+    v = x["v"].requires_grad_()
+    o, _ = rule(x)
+    along = torch.randn(3, *o.shape)
+    (got,) = torch.autograd.grad(o, v, along, is_grads_batched=True, retain_graph=True)
+    want = [torch.autograd.grad(o, v, d, retain_graph=True)[0] for d in along]
+    assert torch.allclose(got, torch.stack(want), atol=1e-6)
+
+    y, S, w = layer(), state(), window()
+
+    def mixed(qkv: Any) -> Any:
+        return mixer({**y, "qkv": qkv}, S, w)[0]
+
+    got, want = (torch.autograd.functional.jacobian(mixed, y["qkv"], vectorize=b) for b in (True, False))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_the_hessian() -> None:
     x, S = tokens(), state()
     x = {n: a[:, :3] for n, a in x.items()}

@@ -117,7 +117,9 @@ States states_of(const Array& a) {  // [slot,] n, h, row, column
 
 std::unique_ptr<Memory> exact_copy(const std::vector<int64_t>& values) {
     auto m = std::make_unique<Memory>(values.size() * 8);
-    std::memcpy(m->data(), values.data(), values.size() * 8);
+    if (!values.empty()) {  // a copy of 0 bytes from null is undefined too
+        std::memcpy(m->data(), values.data(), values.size() * 8);
+    }
     return m;
 }
 

@@ -25,7 +25,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -157,6 +157,11 @@ for _operator in OPERATORS:
     torch.library.register_fake(f"anydelta::{_operator.name}", partial(_fake, _operator), lib=_LIB)
 
 
+def _batched(x: torch.Tensor) -> bool:
+    """Whether a vmap follows the tensor: torch.func's, or the older one that batches gradients."""
+    return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
+
+
 class _Differentiable(torch.autograd.Function):
     """The functional operator with a gradient. Tensors in the order of its schema, absent ones None."""
 
@@ -170,11 +175,15 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is itself to be differentiated
+        # create_graph=True: the gradient is itself to be differentiated. is_grads_batched=True: vmap has no rule for
+        # the operator below.
+        again = torch.is_grad_enabled()
+        if again or _batched(grad_o) or _batched(grad_state):
             call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
             names = [_INPUTS[i] for i in wanted]
             flags = {name: value for name, value in ctx.flags.items() if name != "backend"}
-            found = gradients(call, Options(**flags), names, grad_o, grad_state, create_graph=True)
+            with torch.enable_grad():
+                found = gradients(call, Options(**flags), names, grad_o, grad_state, create_graph=True)
             return (None, None, *(found.get(name) for name in _INPUTS))
         grads: list[torch.Tensor | None] = [None] * len(_INPUTS)
         results = torch.ops.anydelta.gated_delta_rule_backward(
@@ -191,7 +200,7 @@ _BELOW = torch._C._after_autograd_keyset
 def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> Any:
     """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
     if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
-        return _by_recurrence(tensors, flags)
+        return _by_recurrence(*tensors, **flags)
     if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         absent = (None,) * (len(_INPUTS) - len(tensors))
         return _Differentiable.apply(keys, flags, *tensors, *absent)  # type: ignore[no-untyped-call]
@@ -280,7 +289,7 @@ _LIB.impl("gated_delta_rule_backward", _backward_op, "CompositeExplicitAutograd"
 torch.library.register_fake("anydelta::gated_delta_rule_backward", _fake_backward, lib=_LIB)
 
 
-def _by_recurrence(tensors: tuple[torch.Tensor | None, ...], flags: dict[str, Any]) -> Any:
+def _by_recurrence(*tensors: torch.Tensor | None, **flags: Any) -> Any:
     """The functional operator as the recurrence in torch's own operators, which all transforms go through."""
     _warn_of_recurrence()
     flags = {name: value for name, value in flags.items() if name != "backend"}
@@ -292,6 +301,10 @@ def _by_recurrence(tensors: tuple[torch.Tensor | None, ...], flags: dict[str, An
         return o.to(call.v.dtype), call.q.new_empty(0)
     state = state if spec.options.state_layout == "kv" else state.transpose(-1, -2)
     return o.to(call.v.dtype), state.to(getattr(torch, spec.state_dtype)).contiguous()
+
+
+_LIB.define("gated_delta_rule_by_recurrence" + SCHEMAS["gated_delta_rule"].removeprefix("gated_delta_rule"))
+_LIB.impl("gated_delta_rule_by_recurrence", _by_recurrence, "CompositeImplicitAutograd")
 
 
 @cache
@@ -482,7 +495,10 @@ def traced(arrays: Arrays, rest: Rest) -> Arrays:
     operator = INPLACE if inplace else FUNCTIONAL if call.snapshots is None else SNAPSHOTS
     tensors = (getattr(call, name) for name in operator.tensors)
     flags = {name: getattr(options, name) for name in operator.flags}
-    result = getattr(torch.ops.anydelta, operator.name)(*tensors, **flags, backend=backend)
+    name = operator.name
+    if operator is FUNCTIONAL and is_compiling() and forward_ad._current_level >= 0:
+        name = "gated_delta_rule_by_recurrence"  # the compiled program enters a level where Python does not see it
+    result = getattr(torch.ops.anydelta, name)(*tensors, **flags, backend=backend)
     if inplace:
         return call.state_in, result
     o, state = result

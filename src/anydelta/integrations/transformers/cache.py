@@ -119,7 +119,8 @@ def _check(tokens_to_remove: int, recording: bool, known: float, rollback: int) 
     if -tokens_to_remove > max(0, known):
         raise ValueError(
             f"crop: requires at most {max(0, known)} tokens, whose states are recorded; got {-tokens_to_remove}. "
-            f"Set the cache's `rollback` (now {rollback}), or crop before more tokens are run"
+            f"Set the cache's `rollback` (now {rollback}), crop before more tokens are run, and run them under "
+            "torch.no_grad(): nothing is recorded where gradients are wanted"
         )
 
 

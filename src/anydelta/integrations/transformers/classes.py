@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..switch import LOCK, Place, guarded, held, mark, stock
 
@@ -56,7 +57,7 @@ def dressed(base: type, methods: dict[str, Callable[..., Any]], everywhere: Plac
     def is_on(self: Any, *_: Any) -> bool:
         if type(self) is cls:
             return True
-        # Off, unless someone derived a class from ours for this module (parametrizations do): that stays when we leave.
+        # A class that someone derived from ours for this module stays where we leave.
         return isinstance(self, cls) and (torch.compiler.is_compiling() or _is_on(self))
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # the later protocols insist on the very class
@@ -113,11 +114,16 @@ def is_dressed(kind: type) -> bool:
 
 def _change(module: weakref.ref[nn.Module], dress: Callable[[type], type], on: bool) -> tuple[str, ...]:
     here = module()
-    if here is not None:
-        if on:
-            here.__class__ = dress(type(here))
-        elif not on and BASE in vars(type(here)):
-            here.__class__ = vars(type(here))[BASE]
+    if here is None:
+        return ()
+    outer, kind = None, type(here)
+    while is_parametrized(here) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+        outer, kind = kind, kind.__bases__[0]  # which torch made for this module, and takes off by its base
+    now = dress(kind) if on else vars(kind).get(BASE, kind)
+    if outer is None:
+        here.__class__ = now
+    elif now is not kind:
+        outer.__bases__ = (now, *outer.__bases__[1:])
     return ()
 
 
@@ -142,6 +148,14 @@ def runs_ours(layer: nn.Module) -> bool:
     return any(m.is_on(layer) for m in marks if m is not None)
 
 
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether a layer's forward is another than its family's and ours."""
+    if vars(layer).keys() & {KEPT, "forward"}:
+        return True
+    owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+    return owner not in LAYERS and BASE not in vars(owner)
+
+
 def require_ours(model: nn.Module) -> None:
     """Refuse to draft where a layer does not run ours, so that nobody would record its states, or where Transformers
     cannot draft with any model.
@@ -151,7 +165,12 @@ def require_ours(model: nn.Module) -> None:
     """
     instead = "or leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
     kinds: Any = tuple(LAYERS)
-    strangers = [name for name, m in model.named_modules() if isinstance(m, kinds) and not runs_ours(m)]
+    strangers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not runs_ours(m)}
+    if strangers and not any(_has_own_forward(m) for m in strangers.values()):
+        raise ValueError(
+            "generate: requires anydelta to stay enabled while it drafts; got a call of disable() meanwhile, so that "
+            f"nobody recorded the states of {', '.join(strangers)}. Switch off when the call has ended, {instead}"
+        )
     if strangers:
         raise ValueError(
             "generate: requires linear attention layers that run anydelta to draft tokens, since nobody else records "

@@ -58,7 +58,11 @@ def generate(theirs: Method) -> Method:
         if (
             given.get("assistant_model") is not None
             or any(isinstance(given.get(name), RollbackCache) for name in CACHES)
-            or any(given.get(name) or any(getattr(c, name, None) for c in configs) for name in _ASKED)
+            or any(
+                value is not None and value is not False
+                for name in _ASKED
+                for value in (given.get(name), *(getattr(c, name, None) for c in configs))
+            )
         ):
             cls: Any = type(self)
             self = copy_for_call(self, _drafting(cls))
@@ -216,7 +220,11 @@ class Drafting(GenerationMixin):
                 if finished or tokens > count or not torch.equal(token, draft):
                     break
             record.add_layers(outputs, count, tokens)
-            cache.crop(tokens - count - 1)
+            try:
+                cache.crop(tokens - count - 1)
+            except ValueError:
+                require_ours(self)  # it did when the call began
+                raise
             if streamer is not None:
                 streamer.put(input_ids[:, known:].cpu())
             drafter.update_candidate_strategy(input_ids, logits, tokens - 1)
@@ -243,6 +251,12 @@ def _is_dynamic(config: Any) -> bool:
 def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
     """Refuse what cannot be drafted for, before anything is touched."""
     require_ours(model)
+    for option in ("prompt_lookup_num_tokens", "assistant_early_exit"):
+        value = getattr(config, option)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"generate: requires {option} to be a whole number from 1; got {value!r}. Leave it out to draft none"
+            )
     name, cache = type(model).__name__, model_kwargs.get(CACHE)
     if batch_size > 1:
         raise ValueError(
@@ -284,14 +298,14 @@ def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
 
 
 def _new_tokens(input_ids: torch.Tensor, config: Any, model_kwargs: Any) -> int:
-    """How many tokens of the prompt the cache does not hold.
+    """How many tokens of the prompt the cache does not hold; all where it holds every one, as without drafts.
 
     The inputs are all tokens, or those that are not in the cache; embeddings are always all. The mask is that of all.
     """
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     given: int = (input_ids if embeds is None else embeds).shape[1]
     whole = getattr(config, "_mask_length", given) if mask is None else mask.shape[1]
-    return given - (model_kwargs[CACHE].get_seq_length() if given == whole else 0)
+    return given - (model_kwargs[CACHE].get_seq_length() if given == whole else 0) or given
 
 
 def _choose(
@@ -402,7 +416,7 @@ def _only_draft(drafter: AssistedCandidateGenerator) -> None:
     """Let its model do what drafts are made of: where the text stops, and what is returned, is the main model's."""
     config, given = drafter.generation_config, drafter.assistant_kwargs
     config.stop_strings = config.assistant_early_exit = config.prompt_lookup_num_tokens = None
-    config.use_mtp = False
+    config.use_mtp = config.token_healing = False
     for name in ("output_attentions", "output_hidden_states", "output_logits"):
         setattr(config, name, False)
         given.pop(name, None)
