@@ -22,10 +22,12 @@ from anydelta.mixer import arguments as mixer
 from anydelta.mixer.spec import check_mixer
 from anydelta.rule import arguments as rule
 from anydelta.rule.spec import check_call
+from anydelta.state.log_spec import LogSpec
 
 RULES: dict[str, Any] = {name: dispatch.get_backend(name) for name in dispatch.NAMES}
 MIXERS = {f"{n} mixer": found for n in dispatch.NAMES if (found := dispatch.mixer_of(n)) is not None}
-ALL = {**RULES, "metal for MLX": METAL_FOR_MLX, **MIXERS}
+LOGS = {f"{n} log": found for n in dispatch.NAMES if (found := dispatch.part_of(n, "log")) is not None}
+ALL = {**RULES, "metal for MLX": METAL_FOR_MLX, **MIXERS, **LOGS}
 DECLARED = ("dtype", "state_dtype", "g_dtype", "beta_dtype", "framework", "device", "kda")
 
 
@@ -66,6 +68,9 @@ def plain(runs: Any, options: Callable[[Any], Any] = lambda o: o, **more: Any) -
         spec: Any = check_mixer(wider_call(call, **more), options(mixer.MixerOptions(decay="log")))
         return replace(spec, rule=_for(runs, spec.rule))
     call = wider_call(rule.Call(x, x, x, gate, gate, state), **more)
+    if runs in LOGS.values():
+        spec = LogSpec(check_call(call, options(rule.Options()), inplace=True), 4, "float32")
+        return replace(spec, rule=_for(runs, spec.rule))
     return _for(runs, check_call(call, options(rule.Options()), inplace=False))
 
 
@@ -99,7 +104,9 @@ def test_a_new_word_of_a_known_option_is_refused(name: str) -> None:
     runs = ALL[name]
     for option, word in (("decay", "root"), ("heads", "woven"), ("state_layout", "kkv")):
         spec = plain(runs)
-        spec = replace(spec, options=spec.options._replace(**{option: word}))
+        inner = spec.rule if runs in LOGS.values() else spec
+        inner = replace(inner, options=inner.options._replace(**{option: word}))
+        spec = replace(spec, rule=inner) if runs in LOGS.values() else inner
         (reason,) = dispatch.against(runs, spec, here=False)
         assert re.fullmatch(rf"takes {option} .*; got {word}", reason)
 
@@ -155,3 +162,11 @@ def test_reasons_are_sentences_and_all_of_them() -> None:
     limited = Accepts(frozenset(spec.given), limits=(lambda s: "takes little; got much",))
     assert reasons(limited, spec) == ("takes little; got much",)
     assert reasons(limited, spec, here=False) == ()
+
+
+def test_mlx_in_bfloat16_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(plain(RULES["reference"]), framework="mlx", state_dtype="bfloat16")
+    monkeypatch.setattr("anydelta.backends.accepts.find_spec", lambda name: None)
+    (reason,) = dispatch.against(RULES["reference"], spec)
+    assert "ml_dtypes, which is not installed; pip install ml_dtypes" in reason
+    assert dispatch.against(RULES["cpu"], spec) == ()

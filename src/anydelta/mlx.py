@@ -277,13 +277,8 @@ def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
     spec, name = chosen.spec, chosen.backend.name
     bfloat16 = None
     if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise UnsupportedError(
-                f"{spec.options.op}: {name} reads MLX's bfloat16 through the package ml_dtypes; got none. "
-                f"pip install ml_dtypes"
-            ) from error
+        import ml_dtypes  # or dispatch has refused the call
+
         bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
     def view(x: Any) -> Any:

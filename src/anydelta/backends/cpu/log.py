@@ -15,7 +15,7 @@ from ...core.plans import Rest, find, keep
 from ...rule.arguments import Call
 from ...rule.spec import framework_of
 from ...state.log_spec import Fold, Index, LogArrays, LogSpec
-from ..accepts import FLOATS
+from ..accepts import FLOATS, RULE_CALLS
 from . import host as cpu
 
 
@@ -105,8 +105,12 @@ class CpuLog:
     """The log of the cpu backend."""
 
     name = "cpu"
-    accepts = cpu.BACKEND.accepts.but(
-        device=("cpu",), framework=("torch", "numpy"), key_dtype=Row(FLOATS), entries=ANY
+    accepts = RULE_CALLS.but(
+        device=Row(("cpu",), cpu.DEVICE.said),
+        framework=("torch", "numpy"),
+        key_dtype=FLOATS,
+        entries=ANY,
+        limits=(),
     )
     folds_late = True
 

@@ -10,7 +10,7 @@ from ...core.arrays import Array
 from ...rule import reference
 from ...rule.arguments import Call
 from ...state.log_spec import Fold, Index, LogArrays, LogSpec
-from . import host
+from ..accepts import GATES, RULE_CALLS
 
 F64 = reference.F64
 
@@ -141,7 +141,7 @@ class ReferenceLog:
     """The log of the reference backend."""
 
     name = "reference"
-    accepts = host.BACKEND.accepts.but(key_dtype=ANY, entries=ANY, limits=())
+    accepts = RULE_CALLS.but(dtype=GATES, device=ANY, framework=ANY, key_dtype=ANY, entries=ANY, limits=())
     folds_late = False
 
     def attach(self, log: LogArrays) -> ReferenceSteps:

@@ -85,8 +85,10 @@ class Triton:
 
     @property
     def accepts_gradients(self) -> Accepts:
-        """Other calls that run here have the reference's backward pass."""
-        return self.accepts.but(
+        """Other calls that run here have the reference's backward pass. Nothing that only the forward pass takes."""
+        return RULE_CALLS.but(
+            framework=TORCH,
+            device=device_row(),
             K=Row(UpTo(MAX_CHUNKED_K), "takes K {allowed} for gradients; got {got}"),
             # its kernels know d / d log(decay), which says nothing at a decay of 0
             decay=Row(("log", "raw"), "takes {allowed} gates for gradients; got decay={got!r}"),
