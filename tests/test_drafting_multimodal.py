@@ -1,4 +1,7 @@
-"""Drafting for the classes of Qwen3.5's checkpoints, which see images: the text of decoding without drafts."""
+"""Drafting for the classes of Qwen's checkpoints, which see images: the text of decoding without drafts.
+
+glm5_next has no other class, so all tests of the plug run on that; its processor's images are another matter.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,18 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe"])
+QWEN4 = dict(
+    indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=256, indexer_compress_ratio=4,
+    hc_count=2, hc_lowrank=8, output_gate_type="sigmoid",
+)  # fmt: skip
+SEEING = [
+    f.name
+    for f in adt.FAMILIES
+    if f.multimodal and f.name in (*plain_tests.FAMILIES,) and f.name != "glm5_next"
+]
+
+
+@pytest.fixture(scope="module", params=SEEING)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A model with vision and MTP layers, and another that drafts for it."""
     torch.manual_seed(0)
@@ -44,6 +58,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         text = transformers.Qwen3_5TextConfig(**TEXT)
         config: Any = transformers.Qwen3_5Config(text_config=text.to_dict(), **COMMON)
         model = transformers.Qwen3_5ForConditionalGeneration(config)
+    elif request.param == "qwen4_exp":
+        text = transformers.Qwen4ExpTextConfig(**TEXT, **EXPERTS, **QWEN4)
+        config = transformers.Qwen4ExpConfig(text_config=text.to_dict(), **COMMON)
+        model = transformers.Qwen4ExpForConditionalGeneration(config)
     else:
         text = transformers.Qwen3_5MoeTextConfig(**TEXT, **EXPERTS)
         config = transformers.Qwen3_5MoeConfig(text_config=text.to_dict(), **COMMON)
@@ -57,7 +75,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "down_proj",
         ):
             p.data *= 0.2  # so that an exit before them guesses right at times
-    model = speculative.with_mtp(model.eval(), tmp_path_factory.mktemp(request.param))
+    model.eval()
+    if plain_tests.ROWS[request.param].mtp:
+        model = speculative.with_mtp(model, tmp_path_factory.mktemp(request.param))
     return model, speculative.noisy(model)
 
 
@@ -116,6 +136,7 @@ def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], mode: str, wh
     from anydelta.integrations.transformers.generate import counting
 
     model, assistant = pair
+    speculative.needs(model, mode)
     with adt.enable():
         want = greedy(model, PROMPTS[what])
         with counting() as rounds, speculative.guesses(want):
@@ -127,6 +148,7 @@ def test_greedy_text_is_that_without_drafts(pair: tuple[Any, Any], mode: str, wh
 @pytest.mark.parametrize("mode", ["mtp", "early exit"])
 def test_enable_for_one_model(pair: tuple[Any, Any], mode: str) -> None:
     model, _ = pair
+    speculative.needs(model, mode)
     with adt.enable(model):
         want = greedy(model, PROMPTS["image"])
         assert torch.equal(
@@ -138,11 +160,7 @@ def test_a_text_model_drafts_for_one_with_images(pair: tuple[Any, Any]) -> None:
     """It is given the tokens alone."""
     model, _ = pair
     text = model.config.get_text_config()
-    cls = (
-        transformers.Qwen3_5ForCausalLM
-        if text.model_type == "qwen3_5_text"
-        else transformers.Qwen3_5MoeForCausalLM
-    )
+    cls = getattr(transformers, type(text).__name__.replace("TextConfig", "ForCausalLM"))
     assistant = cls(text).eval()
     assistant.model.load_state_dict(model.get_decoder().state_dict())
     assistant.lm_head.load_state_dict(model.lm_head.state_dict())
@@ -156,6 +174,7 @@ def test_a_text_model_drafts_for_one_with_images(pair: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("mode", speculative.MODES)
 def test_a_second_turn_with_another_image(pair: tuple[Any, Any], mode: str) -> None:
     model, assistant = pair
+    speculative.needs(model, mode)
     first = prompt(3, (4, 4), 6)
     with adt.enable():
         answer = greedy(model, first, 8)
@@ -189,6 +208,7 @@ def test_mtp_reads_images_as_the_model_does(pair: tuple[Any, Any], monkeypatch: 
     from anydelta.integrations.transformers import mtp as mtp
 
     model, _ = pair
+    speculative.needs(model, "mtp")
     given, seen = PROMPTS["image"], []
     ours = mtp._MtpModel.draft
 

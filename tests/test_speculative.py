@@ -29,7 +29,9 @@ from anydelta.integrations.transformers.cache import RollbackCache, RollbackLaye
 
 STEPS = int(os.environ.get("ANYDELTA_TEST_STEPS", "16"))
 PROMPTS = int(os.environ.get("ANYDELTA_TEST_PROMPTS", "1"))
-LENGTHS = range(1, 9) if PROMPTS >= 20 else (2, 7)
+LENGTHS: Any = range(1, 9) if PROMPTS >= 20 else (2, 7)
+if given := os.environ.get("ANYDELTA_TEST_LENGTHS"):
+    LENGTHS = [int(n) for n in given.split(",")]
 TIE = 1e-5
 """Two largest logits no further apart may come out in either order."""
 TINY = Path(__file__).parents[1] / "examples" / "tiny_model"

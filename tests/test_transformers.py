@@ -310,6 +310,29 @@ def test_bfloat16_is_no_further_from_float32(family: str) -> None:
     assert ours <= theirs
 
 
+def test_half_weights_beside_float32(family: str) -> None:
+    """Checkpoints of the KDA families keep the convolution and the decay in float32: the mixer takes them so."""
+    half = build(family).bfloat16()
+    for layer in half.modules():
+        if type(layer).__name__ == LAYER[family]:
+            layer.conv1d.float()
+            for name, p in layer.named_parameters():
+                if name.endswith(("A_log", "dt_bias")):
+                    p.data = p.data.float()
+    exact = copy.deepcopy(half).float()
+    ids = tokens(1, 12)
+    want = decode(exact, ids=ids)
+
+    def error(got: torch.Tensor) -> float:
+        return float((got.float() - want).square().mean().sqrt())
+
+    theirs, before = error(decode(half, ids=ids)), mixed(family)
+    with adt.enable():
+        ours = error(decode(half, ids=ids))
+    assert mixed(family) == before + 3 * 4
+    assert ours <= theirs
+
+
 # ---- The mixer
 
 
@@ -1155,6 +1178,26 @@ def test_a_made_up_layer_that_does_not_fit_runs_the_rule_alone() -> None:
             assert float((layer(x) - want).abs().max()) < LIMIT
             assert counts()[0] == taken + 1
             assert "so the rule alone is replaced" in adt.status().left["made_up.Layer"]
+
+
+def test_a_gate_that_somebody_looks_at(family: str) -> None:
+    """The mixer reads the gate's parameters and never calls it."""
+    if not ROWS[family].gate:
+        pytest.skip("its layer has the decay's parameters itself")
+    model, x = build(family), torch.randn(1, 5, 64)
+    layer = first_layer(model, family)
+    gate = getattr(layer, ROWS[family].gate)
+    handle = gate.register_forward_hook(lambda module, args, out: out * 0.5)
+    want = layer(x)
+    with adt.enable():
+        assert why_not_mixed(family, lambda: layer(x)) == {f"hooks on its {type(gate).__name__}"}
+        assert float((layer(x) - want).abs().max()) < LIMIT
+    handle.remove()
+    gate.more = torch.nn.Linear(2, 2)
+    with adt.enable():
+        assert why_not_mixed(family, lambda: layer(x)) == {
+            f"other modules or parameters than {family} is known for: {ROWS[family].gate}.more"
+        }
 
 
 def test_a_layer_with_a_part_more_goes_to_its_own_forward(family: str) -> None:

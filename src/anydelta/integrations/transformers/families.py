@@ -45,6 +45,8 @@ class Family:
     out: str
     heads: tuple[str, str, str]
     """Attributes with HV, K and V."""
+    gate: str = ""
+    """The module that has the decay's parameters, where that is not the layer: `project` reads them, and never calls it."""
     z: str = ""
     """The projection whose whole output is z; where there is none, z is a part of another."""
     mtp: bool = False
@@ -110,7 +112,10 @@ def _names(text: str) -> frozenset[str]:
 
 _GDN = _names("conv1d norm out_proj A_log dt_bias")
 _QKVZ = _GDN | _names("in_proj_qkv in_proj_z in_proj_a in_proj_b")
-_KDA = _names("q_proj k_proj v_proj b_proj conv1d forget_gate o_norm o_proj")
+_KDA = _names(
+    "q_proj k_proj v_proj b_proj conv1d forget_gate o_norm o_proj forget_gate.A_log forget_gate.dt_bias"
+)
+_NARROW = _KDA | _names("g_a_proj g_b_proj forget_gate.f_a_proj forget_gate.f_b_proj")
 _HEADS = ("num_v_heads", "head_k_dim", "head_v_dim")
 _SQUARE = ("num_heads", "head_dim", "head_dim")
 
@@ -120,36 +125,36 @@ FAMILIES: tuple[Family, ...] = (
         _GDN | _names("in_proj_qkvz in_proj_ba"), "norm", "out_proj", _HEADS, mtp=True,
     ),
     Family(
-        "qwen3_5", "Qwen3_5GatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+        "qwen3_5", "Qwen3_5GatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, z="in_proj_z",
         mtp=True, multimodal="Qwen3_5ForConditionalGeneration",
     ),
     Family(
-        "qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
-        mtp=True, multimodal="Qwen3_5MoeForConditionalGeneration",
+        "qwen3_5_moe", "Qwen3_5MoeGatedDeltaNet", "5.15", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS,
+        z="in_proj_z", mtp=True, multimodal="Qwen3_5MoeForConditionalGeneration",
     ),
     Family(
         "olmo_hybrid", "OlmoHybridGatedDeltaNet", "5.15", "GDA", _olmo_hybrid,
         _names("q_proj k_proj v_proj g_proj a_proj b_proj conv1d o_norm o_proj A_log dt_bias"), "o_norm", "o_proj",
-        _HEADS, "g_proj", mtp=True,
+        _HEADS, z="g_proj", mtp=True,
     ),
     Family(
-        "kimi_linear", "KimiLinearDeltaAttention", "5.17", "KDA", _low_rank, _KDA | _names("g_a_proj g_b_proj"),
-        "o_norm", "o_proj", _SQUARE, "g_b_proj", mtp=True,
+        "kimi_linear", "KimiLinearDeltaAttention", "5.17", "KDA", _low_rank, _NARROW, "o_norm", "o_proj", _SQUARE,
+        "forget_gate", "g_b_proj", mtp=True,
     ),
     Family(
-        "qwen4_exp", "Qwen4ExpTextGatedDeltaNet", "5.16", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
-        multimodal="Qwen4ExpForConditionalGeneration",
+        "qwen4_exp", "Qwen4ExpTextGatedDeltaNet", "5.16", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS,
+        z="in_proj_z", multimodal="Qwen4ExpForConditionalGeneration",
     ),
     Family(
-        "glm5_next", "Glm5NextTextLinearAttention", "5.17", "KDA", _low_rank, _KDA | _names("g_a_proj g_b_proj"),
-        "o_norm", "o_proj", _SQUARE, "g_b_proj", multimodal="Glm5NextForConditionalGeneration",
+        "glm5_next", "Glm5NextTextLinearAttention", "5.17", "KDA", _low_rank, _NARROW, "o_norm", "o_proj", _SQUARE,
+        "forget_gate", "g_b_proj", multimodal="Glm5NextForConditionalGeneration",
     ),
     Family(
-        "bailing_hybrid", "BailingHybridDeltaAttention", "5.20", "KDA", _full_rank, _KDA | _names("g_proj"), "o_norm",
-        "o_proj", _SQUARE, "g_proj", mtp=True,
+        "bailing_hybrid", "BailingHybridDeltaAttention", "5.20", "KDA", _full_rank,
+        _KDA | _names("g_proj forget_gate.f_proj"), "o_norm", "o_proj", _SQUARE, "forget_gate", "g_proj", mtp=True,
     ),
     Family(
-        "lara_mini", "LaraMiniGatedDeltaNet", "5.24", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, "in_proj_z",
+        "lara_mini", "LaraMiniGatedDeltaNet", "5.24", "GDA", _qkvz, _QKVZ, "norm", "out_proj", _HEADS, z="in_proj_z",
     ),
 )  # fmt: skip
 

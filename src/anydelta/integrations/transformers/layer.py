@@ -168,8 +168,12 @@ class _Step:
     def __init__(self, layer: Any, parts: Family, cache: Any):
         self.parts, self.layer_idx = parts, layer.layer_idx
         self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
+        self.gate = layer._modules.get(parts.gate)
         self.hooks: tuple[Any, ...] = tuple(
-            h for m in (self.conv, self.norm) for h in (m._forward_hooks, m._forward_pre_hooks)
+            h
+            for m in (self.conv, self.norm, self.gate)
+            if m is not None
+            for h in (m._forward_hooks, m._forward_pre_hooks)
         )
         self.constants = (type(self.conv), type(self.norm), self.norm.variance_epsilon, self.norm.activation)
         self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
@@ -223,6 +227,8 @@ class _Step:
             or modules["conv1d"] is not conv
             or any(self.hooks)
             or modules.get(self.parts.z) is not self.z
+            or modules.get(self.parts.gate) is not self.gate
+            or (self.gate is not None and "forward" in self.gate.__dict__)
             or "forward" in norm.__dict__
             or "forward" in conv.__dict__
             or (type(conv), type(norm), norm.variance_epsilon, norm.activation) != self.constants
@@ -296,11 +302,19 @@ def _why_not(self: Any, parts: Family, x: torch.Tensor, cache: Any, kwargs: dict
     if not plain(x):
         return f"the tensor type {type(x).__name__}, or a lazy view"
     own = self.__dict__
-    if (holds := own["_modules"].keys() | own["_parameters"].keys()) != parts.holds:
+    holds = own["_modules"].keys() | own["_parameters"].keys()
+    gate = own["_modules"].get(parts.gate)
+    if gate is not None:
+        holds |= {
+            f"{parts.gate}.{name}" for kind in ("_modules", "_parameters") for name in gate.__dict__[kind]
+        }
+    if holds != parts.holds:
         return f"other modules or parameters than {parts.name} is known for: {', '.join(sorted(holds ^ parts.holds))}"
     conv, norm = self.conv1d, getattr(self, parts.norm)
     if type(conv) is not torch.nn.Conv1d or conv._parameters.get("weight") is None:
         return f"its conv1d is a {type(conv).__name__}, with a weight of its own making"
+    if gate is not None and type(gate).__module__ != type(self).__module__:
+        return f"its {parts.gate} is a {type(gate).__name__}"
     if not _is_norm(norm, type(self)):
         return f"its norm is a {type(norm).__name__}"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -318,7 +332,7 @@ def _why_not(self: Any, parts: Family, x: torch.Tensor, cache: Any, kwargs: dict
         )
     if self.activation not in ("silu", "swish"):
         return f"the activation {self.activation}"
-    for module in (conv, norm):
+    for module in (conv, norm) if gate is None else (conv, norm, gate):
         own = module.__dict__
         if _wrapped(module, x) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return f"hooks on its {type(module).__name__}"
