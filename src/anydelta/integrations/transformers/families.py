@@ -46,7 +46,7 @@ class Family:
     heads: tuple[str, str, str]
     """Attributes with HV, K and V."""
     gate: str = ""
-    """The module that has the decay's parameters, where that is not the layer: `project` reads them, and never calls it."""
+    """The module that has the decay's parameters, where the layer has not: `project` reads them and never calls it."""
     z: str = ""
     """The projection whose whole output is z; where there is none, z is a part of another."""
     mtp: bool = False
