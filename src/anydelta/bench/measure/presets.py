@@ -72,7 +72,9 @@ PRESETS = (
     Preset(
         "qwen3.8", "Qwen4ExpTextConfig",
         dict(num_hidden_layers=4, num_experts=32, vocab_size=_WORDS, output_gate_type="sigmoid", indexer_n_heads=16,
-             indexer_kv_heads=1, indexer_head_dim=128, indexer_budget=2048, indexer_compress_ratio=16),
+             indexer_kv_heads=1, indexer_head_dim=128, indexer_budget=2048, indexer_compress_ratio=16,
+             rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25,
+                                  mrope_section=[11, 11, 10])),
         "4 of 40 layers, 32 of 512 experts (10 a token), 32768 of 248320 words, no n-grams; the sizes of the class, "
         "and an indexer of our own choice",
     ),

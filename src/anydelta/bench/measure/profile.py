@@ -179,8 +179,10 @@ def parts(model: Any) -> list[tuple[Any, str]]:
     from torch import nn
 
     linear: Any = _linear_attention(model)
-    base = model.base_model
-    found: list[tuple[Any, str]] = [(base.get_input_embeddings(), "embedding"), (base.norm, "norms")]
+    base = model.get_decoder()
+    found: list[tuple[Any, str]] = [(base.get_input_embeddings(), "embedding")]
+    if (norm := getattr(base, "norm", None)) is not None:
+        found.append((norm, "norms"))
     if (head := model.get_output_embeddings()) is not None:
         found.append((head, "lm_head"))
     for layer in base.layers:

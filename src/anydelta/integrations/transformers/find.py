@@ -125,7 +125,7 @@ def look_at(module: ModuleType) -> Found | None:
         return found
     found.functions = dict(marked)
     for cls in users:
-        names = list(inspect.signature(inspect.unwrap(stock(cls.forward))).parameters)
+        names = list(inspect.signature(_undecorated(cls, module), follow_wrapped=False).parameters)
         cache = next((c for c in CACHES if c in names), None)
         if names[1:4] == ["hidden_states", cache, "attention_mask"] and "kwargs" in names:
             found.layers[cls] = str(cache)
@@ -161,8 +161,23 @@ def _calls(cls: Any, module: ModuleType, rules: set[str]) -> bool:
     """Whether it is a layer of this module whose forward calls the rule."""
     if not (issubclass(type(cls), type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__):
         return False
-    code = getattr(inspect.unwrap(stock(cls.forward)), "__code__", None)
+    code = getattr(_undecorated(cls, module), "__code__", None)
     return code is not None and not rules.isdisjoint(code.co_names)
+
+
+def _undecorated(cls: type[nn.Module], module: ModuleType) -> Any:
+    """A class's forward as it is written in the module. Up to 5.16 a decorator keeps it in a cell alone."""
+    rest = [inspect.unwrap(stock(cls.forward))]
+    while rest:
+        function = rest.pop()
+        if getattr(function, "__globals__", None) is vars(module):
+            return function
+        rest += [
+            f
+            for cell in getattr(function, "__closure__", None) or ()
+            if type(f := cell.cell_contents) is FunctionType
+        ]
+    return cls.forward
 
 
 def _misfit(name: str, theirs: Any, hub: str) -> str | None:
