@@ -1,8 +1,8 @@
 """Write what C++ takes from the tables of arguments: `python scripts/generate_arguments.py FOLDER`, as CMake does.
 
-arguments.h has the order in which Python hands over the arrays of a call, torch_schemas.h the schemas of
-torch.ops.anydelta, the others what the SYCL host and the Vulkan shaders have of backends/devices/structs.py. Needs
-nothing but the standard library.
+arguments.h has the order in which Python hands over the arrays of a call and the arrays by name, torch_schemas.h the
+schemas of torch.ops.anydelta, the others what the SYCL host and the Vulkan shaders have of backends/devices/structs.py.
+Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "anydelta"
 
 
-def tables() -> tuple[dict[str, type], list[str]]:
-    """(classes of arrays by the name of their order, schemas), read without importing the package's __init__."""
+def tables() -> tuple[dict[str, type], tuple[Any, ...]]:
+    """(classes of arrays by the name of their order, operators), read without importing the package's __init__."""
     package = types.ModuleType("anydelta")
     package.__path__ = [str(ROOT)]
     sys.modules.setdefault("anydelta", package)
     from anydelta.mixer.arguments import MixerCall
     from anydelta.rule.arguments import OPERATORS, Call
 
-    return {"rule_array": Call, "mixer_array": MixerCall}, [o.schema() for o in OPERATORS]
+    return {"rule_array": Call, "mixer_array": MixerCall}, OPERATORS
 
 
 def structs() -> dict[str, str]:
@@ -35,7 +36,36 @@ def structs() -> dict[str, str]:
     }
 
 
-def header(orders: dict[str, type]) -> str:
+def lists(operators: tuple[Any, ...]) -> list[str]:
+    """The arrays of the rule as macros that apply X to each. In C++ an array has its name of the in-place operator."""
+    from anydelta.rule.arguments import FUNCTIONAL, INPLACE, TOKENS, TRACKED
+
+    def apply(name: str, items: list[str]) -> str:
+        return f"#define ANYDELTA_{name}(X) {' '.join(items)}"
+
+    def array(name: str) -> str:
+        public = INPLACE.public(name)
+        return f'X({public}, {name.upper()}, "{FUNCTIONAL.public(name)}", "{public}")'
+
+    out = [
+        "// X(member, its place in rule_array, its names in the functional and in the in-place operator)",
+        apply("ARRAYS", [array(name) for name in INPLACE.tensors]),
+        "// Those that each token has of its own.",
+        apply("TOKENS", [array(name) for name in TOKENS]),
+        "// Those that may have a gradient.",
+        apply("TRACKED", [array(name) for name in TRACKED]),
+        "// The tensors of an operator in its order: X(required or optional, member, kind)",
+    ]
+    for o in operators:
+        words = [
+            f"X({'optional' if o.optional(n) else 'required'}, {INPLACE.public(n)}, {o.row(n).kind})"
+            for n in o.tensors
+        ]
+        out.append(apply(f"ARGUMENTS_{o.name}", words))
+    return out
+
+
+def header(orders: dict[str, type], operators: tuple[Any, ...]) -> str:
     lines = [
         "// Written by scripts/generate_arguments.py from the tables of arguments.",
         "#pragma once",
@@ -46,15 +76,15 @@ def header(orders: dict[str, type]) -> str:
     for name, table in orders.items():
         names = ", ".join(field.upper() for field in table.__dataclass_fields__)  # type: ignore[attr-defined]
         lines += [f"namespace {name} {{", f"enum : size_t {{ {names}, COUNT }};", "}"]
-    return "\n".join([*lines, "}  // namespace anydelta", ""])
+    return "\n".join([*lines, "}  // namespace anydelta", "", *lists(operators), ""])
 
 
 def main(folder: Path) -> None:
-    orders, schemas = tables()
+    orders, operators = tables()
     folder.mkdir(parents=True, exist_ok=True)
-    texts = ",\n    ".join(f'R"schema({schema})schema"' for schema in schemas)
+    texts = ",\n    ".join(f'R"schema({schema})schema"' for schema in (o.schema() for o in operators))
     files = {
-        "arguments.h": header(orders),
+        "arguments.h": header(orders, operators),
         "torch_schemas.h": f"static const char* const SCHEMAS[] = {{\n    {texts}}};\n",
         **structs(),
     }

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .core import dispatch
+from .core.arguments import arrays as arrays_of
 from .core.arguments import reader
 from .core.dispatch import UnsupportedError
 from .core.plans import Key, Rest, find, keep
@@ -37,10 +38,7 @@ except ImportError as error:
 
 __all__ = ["UnsupportedError", "explain", "gated_delta_rule"]
 
-_INPUTS = (
-    "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",
-    "snapshots",
-)  # fmt: skip
+_INPUTS = tuple(n for n in arrays_of(Call) if n != "snapshot_indices")
 _inputs = reader(INPLACE.arguments)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rule.arguments import TOKENS
 from .gates import KINDS, model_gates
 from .values import F64, round_to
 
@@ -374,8 +375,9 @@ def inputs(case: Case) -> Inputs:
     )
     if c.strides != "expanded":
         dead = ~_rows(c, out.live(c))
-        for x in (out.q, out.k, out.v, out.g, out.beta):
-            x[dead] = np.nan
+        for name in TOKENS:
+            if (x := getattr(out, name)) is not None:
+                x[dead] = np.nan
     return out
 
 

@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 import anydelta
 
 from ..core import dispatch
+from ..core.arguments import arrays as arrays_of
 from ..core.late import late
 from ..core.native import core as _core
 from ..rule import reference
+from ..rule.arguments import FUNCTIONAL, INPLACE, TOKENS, Call
 from .cases import Case, Inputs, inputs
 from .values import F64, STORAGE, decode, encode, round_to
 
@@ -220,27 +222,10 @@ def _layout(shape: tuple[int, ...], mode: str, spread_last: bool) -> tuple[list[
 def oracle(case: Case, values: Inputs) -> reference.Expected:
     """The exact answer, from the values as the call holds them."""
     with np.errstate(all="ignore"):  # NaN in tokens that nobody may read
+        arrays = {n: getattr(values, n) for n in FUNCTIONAL.tensors if n != "state_in"}
+        q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
         return reference.gated_delta_rule(
-            values.q,
-            values.k,
-            values.v,
-            g=values.g,
-            beta=values.beta,
-            initial_state=values.state,
-            scale=case.scale,
-            decay=case.decay,
-            A_log=values.A_log,
-            dt_bias=values.dt_bias,
-            lower_bound=case.lower_bound,
-            beta_is_logit=case.logit,
-            heads=case.heads,
-            qk_l2norm=case.l2norm,
-            qk_l2norm_eps=case.eps,
-            state_layout=case.layout,
-            cu_seqlens=values.cu_seqlens,
-            state_indices=values.state_indices,
-            mask=values.mask,
-            snapshots=case.snapshots,
+            q, k, v, **arrays, initial_state=values.state, **_options(case), snapshots=case.snapshots
         )
 
 
@@ -262,17 +247,15 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
     """The arrays of the call by argument name."""
     index_dtype = "int64" if case.int64 else "int32"
     dtypes = {
-        "q": case.dtype, "k": case.dtype, "v": case.dtype, "g": case.gate_dtype, "beta": case.gate_dtype,
-        "A_log": "float32", "dt_bias": case.gate_dtype, "mask": "bool", "cu_seqlens": index_dtype,
-        "state_indices": index_dtype, "snapshot_indices": index_dtype,
+        "token": case.dtype, "gate": case.gate_dtype, "weight": case.gate_dtype, "flag": "bool", "index": index_dtype,
     }  # fmt: skip
     out = {}
-    for name, dtype in dtypes.items():
+    for name in arrays_of(Call, *dtypes):
         x = getattr(values, name)
         if x is not None:
+            dtype = "float32" if name == "A_log" else dtypes[INPLACE.row(name).kind]
             # Only arrays with a batch axis can be expanded along it; the last axis only for g [B, T, HV, K].
-            batched = name in ("q", "k", "v", "g", "beta")
-            mode = case.strides if batched or case.strides != "expanded" else "dense"
+            mode = case.strides if name in TOKENS or case.strides != "expanded" else "dense"
             # Where index data lies on a GPU it is not checked: what must be refused stays on the host.
             host = case.refused and name == "state_indices"
             out[name] = Buffer(x, x.shape, dtype, mode, replace(target, device="cpu") if host else target)
@@ -294,7 +277,7 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     arrays = dict(arrays)
     q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
     state = arrays.pop("state", None)
-    options = _options(case, backend)
+    options = {**_options(case), "backend": backend}
     if case.inplace:
         return anydelta.gated_delta_rule_(q, k, v, state, **arrays, **options), state
     return anydelta.gated_delta_rule(
@@ -302,11 +285,11 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     )
 
 
-def _options(case: Case, backend: str) -> dict[str, Any]:
+def _options(case: Case) -> dict[str, Any]:
     return {
         "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit,
         "heads": case.heads, "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout,
-        "scale": case.scale, "backend": backend,
+        "scale": case.scale,
     }  # fmt: skip
 
 
@@ -319,7 +302,7 @@ def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any
         raise NotRunnable("MLX arrays are values: the operator has no in-place form on them")
     arrays["initial_state"] = arrays.pop("state", None)
     out = mlx.gated_delta_rule(
-        **arrays, output_final_state=not case.nofinal, **_options(case, target.backend)
+        **arrays, output_final_state=not case.nofinal, **_options(case), backend=target.backend
     )
     if "snapshots" in held:
         held["snapshots"].take(out[2])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.late import late
-from ..rule.arguments import Call, Options
+from ..rule.arguments import TRACKED, Call, Options
 from .cases import Case, Inputs, inputs
 from .compare import Target, Verdict, buffers, call, judge
 
@@ -49,8 +49,6 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
 )
 """Small enough for an interpreter; the larger shapes are a GPU's (scripts/gpu.py)."""
 
-_NAMES = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
-
 
 def check_gradients(case: Case, target: Target) -> Verdict:
     """Run the case on the target's backend with every input requiring grad, and compare the gradients."""
@@ -60,11 +58,11 @@ def check_gradients(case: Case, target: Target) -> Verdict:
     rng = np.random.default_rng(len(str(case)))
     held = buffers(case, values, target)
     leaves: dict[str, Any] = {n: b.array for n, b in held.items()}
-    leaves.update({n: x.detach().requires_grad_() for n, x in leaves.items() if n in ("state", *_NAMES)})
+    leaves.update({n: x.detach().requires_grad_() for n, x in leaves.items() if n in ("state", *TRACKED)})
     o, state = call(case, leaves, target.backend)
     outputs: list[Any] = [o] if case.nofinal else [o, state]
     grads = [torch.from_numpy(rng.standard_normal(x.shape)).to(x) for x in outputs]
-    wanted = [n for n in ("state", *_NAMES) if n in leaves]
+    wanted = [n for n in ("state", *TRACKED) if n in leaves]
     got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
     exact = _exact(case, values, [g.detach().cpu().double() for g in grads])
     v = Verdict()
@@ -88,14 +86,14 @@ def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
             else torch.from_numpy(np.where(np.isnan(x), 0.0, x) if x.dtype == np.float64 else x)
         )
 
-    names = [n for n in _NAMES if n != "state_in"]
+    names = [n for n in TRACKED if n != "state_in"]
     arrays = {n: tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
     whole = Call(**arrays, state_in=tensor(values.state))
     options = Options(
         scale=case.scale, decay=case.decay, lower_bound=case.lower_bound, beta_is_logit=case.logit, heads=case.heads,
         qk_l2norm=case.l2norm, qk_l2norm_eps=case.eps, state_layout=case.layout, output_final_state=not case.nofinal,
     )  # fmt: skip
-    names = [n for n in _NAMES if getattr(whole, n) is not None]
+    names = [n for n in TRACKED if getattr(whole, n) is not None]
     found = autograd.gradients(whole, options, names, grads[0], grads[-1], backend="reference")
     return {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}
 

@@ -24,7 +24,11 @@ class ArrayRow:
 
     shape: str
     """Its legend, as in errors and docstrings."""
+    kind: str = "token"
+    """What it holds, and so its dtypes: "token" q's; "gate", "weight" any float's; "state"; "flag" bool; "index"."""
     optional: bool = False
+    explicit: bool = False
+    """Optional, but in schemas at the place that it had when it was required: who leaves it out says None."""
     result: bool = False
     """Made by the call, and no argument."""
     written: bool = False
@@ -80,6 +84,16 @@ def fields(table: Hashable) -> Mapping[str, Field]:
         optional = row.optional if isinstance(row, ArrayRow) else type(None) in get_args(inner)
         found[name] = Field(name, kinds[0], optional, row)
     return found
+
+
+def arrays(table: Hashable, *kinds: str) -> tuple[str, ...]:
+    """The arguments of a table that are arrays of these kinds, or of any, in its order."""
+    rows = {name: field.row for name, field in fields(table).items()}
+    return tuple(
+        name
+        for name, row in rows.items()
+        if isinstance(row, ArrayRow) and not row.result and (not kinds or row.kind in kinds)
+    )
 
 
 def reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -150,11 +164,10 @@ class Operator:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """The fields of the arrays it takes, in the order of its schema: the required ones first."""
-        rows = {n: f.row for n, f in fields(self.arrays).items() if n not in self.without}
-        taken = [n for n, row in rows.items() if isinstance(row, ArrayRow) and not row.result]
-        needed = [n for n in taken if not self._optional(n)]
-        return (*needed, *(n for n in taken if self._optional(n)))
+        """The fields of the arrays it takes, in the order of its schema: those that have no default first."""
+        taken = [n for n in arrays(self.arrays) if n not in self.without]
+        needed = [n for n in taken if not self._default(n)]
+        return (*needed, *(n for n in taken if self._default(n)))
 
     @cached_property
     def flags(self) -> tuple[str, ...]:
@@ -166,7 +179,7 @@ class Operator:
         """A function from the operator's arguments, of which the dispatcher leaves out those at their defaults, to all
         arrays in the order of their table, and all options in theirs with the backend behind. Compiled as `reader`."""
         defaults = getattr(self.options, "_field_defaults")  # noqa: B009  a NamedTuple's
-        taken = [self.public(n) + ("=None" if self._optional(n) else "") for n in self.tensors]
+        taken = [self.public(n) + ("=None" if self._default(n) else "") for n in self.tensors]
         flags = [f"{n}={defaults[n]!r}" for n in self.flags]
         arrays = [self.public(n) if n in self.tensors else "None" for n in self.arguments]
         options = [n if n in self.flags else repr(defaults[n]) for n in defaults if n != "op"]
@@ -185,24 +198,31 @@ class Operator:
 
     def public(self, name: str) -> str:
         """The name of an array among the arguments."""
+        return self.row(name).public[self.inplace] or name
+
+    def row(self, name: str) -> ArrayRow:
+        """That of an array."""
         row = fields(self.arrays)[name].row
         assert isinstance(row, ArrayRow)
-        return row.public[self.inplace] or name
+        return row
 
-    def _optional(self, name: str) -> bool:
-        return fields(self.arrays)[name].optional and name not in self.required
+    def optional(self, name: str) -> bool:
+        """Whether an array may be None."""
+        return self.row(name).optional and name not in self.required
+
+    def _default(self, name: str) -> bool:
+        return self.optional(name) and not self.row(name).explicit
 
     def schema(self) -> str:
         """As torch.library defines it."""
         texts, letters = [], iter("abcdefgh")
         for name in self.tensors:
-            row = fields(self.arrays)[name].row
-            assert isinstance(row, ArrayRow)
+            row = self.row(name)
             kind = "Tensor[]" if name in self.lists else "Tensor"
             if row.written or (self.inplace and row.public[1]):
                 kind += f"({next(letters)}!)"
-            mark = "?" if self._optional(name) else ""
-            texts.append(f"{kind}{mark} {self.public(name)}" + ("=None" if mark else ""))
+            mark = "?" if self.optional(name) else ""
+            texts.append(f"{kind}{mark} {self.public(name)}" + ("=None" if self._default(name) else ""))
         texts.append("*")
         for name in self.flags:
             f = fields(self.options)[name]

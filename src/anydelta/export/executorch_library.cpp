@@ -120,7 +120,7 @@ void compute(const OperatorOf<const Tensor*>& op, Span<EValue*> stack) {
                           std::to_string(stack.size()) + ". Export the program again with this version of anydelta");
     const Values values(op.op(), stack);
     TensorsOf<const Tensor*> tensors{};
-    for (size_t i = 0; i < op.tensors.size(); ++i) tensors.*op.tensors[i] = values.tensor(i, i >= op.required);
+    for (size_t i = 0; i < op.tensors.size(); ++i) tensors.*op.tensors[i] = values.tensor(i, op.optional(i));
 
     Options opt;
     opt.op = op.op();
@@ -139,7 +139,7 @@ void compute(const OperatorOf<const Tensor*>& op, Span<EValue*> stack) {
     const Tensor* out = values.tensor(op.arguments(), false);
     const Tensor* state_out = op.inplace ? nullptr : values.tensor(op.arguments() + 1, false);
 
-    std::array<Sizes, 13> geometry;
+    std::array<Sizes, rule_array::COUNT> geometry;
     size_t used = 0;
     Call call = call_of(tensors, [&](const Tensor* t) {
         Array x;
@@ -158,8 +158,9 @@ void compute(const OperatorOf<const Tensor*>& op, Span<EValue*> stack) {
     });
     const Spec spec = check(call, opt);
     if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
-    for (const Array* x : {&call.q, &call.k, &call.v, &call.g, &call.beta, &call.state, &call.A_log, &call.dt_bias,
-                           &call.mask, &call.snapshots})
+#define ANYDELTA_ADDRESS_OF(name, ...) &call.name,
+    for (const Array* x : {ANYDELTA_TRACKED(ANYDELTA_ADDRESS_OF) & call.mask, &call.snapshots})
+#undef ANYDELTA_ADDRESS_OF
         if (x->given() && !x->contiguous())
             fail(op.op(),
                  "ExecuTorch tensors must be contiguous, and gates not float64. Convert them in the exported program");

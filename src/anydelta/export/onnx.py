@@ -103,28 +103,35 @@ def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta"
 # ---- the nodes: decompositions of torch.ops.anydelta.gated_delta_rule
 
 
-def _gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
-    A_log: Tensor | None = None, dt_bias: Tensor | None = None, mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, state_indices: Tensor | None = None, **flags: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+_DTYPES = {"gate": torch.float32, "weight": torch.float32, "index": torch.int64}
+"""Of the node's inputs, by the kinds of the table; others keep theirs."""
+
+
+def _bind(tensors: tuple[Tensor | None, ...], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays by name, the options that were given)."""
+    arrays, _ = FUNCTIONAL.bind(*tensors, **given)
+    return dict(zip(FUNCTIONAL.arguments, arrays, strict=True)), {
+        n: given[n] for n in FUNCTIONAL.flags if n in given
+    }
+
+
+def _gated_delta_rule(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """anydelta.GatedDeltaRule, with the types that it has."""
-
-    def to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if x is None else x.to(dtype)
-
-    real, index = torch.float32, torch.int64
-    inputs = [q, k, v, to(g, real), to(beta, real), initial_state, to(A_log, real), to(dt_bias, real), mask,
-              to(cu_seqlens, index), to(state_indices, index)]  # fmt: skip
+    arrays, flags = _bind(tensors, options)
+    q, v, initial_state = arrays["q"], arrays["v"], arrays.get("state_in")
+    inputs = []
+    for name in FUNCTIONAL.tensors:
+        x = arrays.get(name)
+        inputs.append(None if x is None else x.to(_DTYPES.get(FUNCTIONAL.row(name).kind, x.dtype)))
     while inputs[-1] is None:
         inputs.pop()
     keep = {name: value for name, value in flags.items() if value is not None and name in _ATTRIBUTES}
-    state = _state_shape(q, v, cu_seqlens, flags)
+    state = _state_shape(q, v, arrays.get("cu_seqlens"), flags)
     o, final = torch.onnx.ops.symbolic_multi_out(
         "anydelta::GatedDeltaRule",
         inputs,
         {name: int(value) if isinstance(value, bool) else value for name, value in keep.items()},
-        dtypes=(v.dtype, real if initial_state is None else initial_state.dtype),
+        dtypes=(v.dtype, torch.float32 if initial_state is None else initial_state.dtype),
         shapes=(v.shape, state),
         version=1,
     )
@@ -140,16 +147,19 @@ def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, flags: dict[st
     return [N, v.shape[2], *((K, V) if flags.get("state_layout", "kv") == "kv" else (V, K))]
 
 
+_LINEAR_ATTENTION = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
+"""The arrays of a call that can become one."""
+
+
 def _linear_attention(domain: str) -> Any:
     """LinearAttention of the standard or of com.microsoft: log decay, beta and normalised keys are made before it."""
 
-    def write(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None,
-        A_log: Tensor | None = None, dt_bias: Tensor | None = None, mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None, state_indices: Tensor | None = None, **flags: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        named = {"a mask": mask, "cu_seqlens": cu_seqlens, "state_indices": state_indices}
-        refused = [name for name, value in named.items() if value is not None]
+    def write(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        arrays, flags = _bind(tensors, options)
+        found = {name: x for name, x in arrays.items() if x is not None}
+        taken = [found.pop(name, None) for name in _LINEAR_ATTENTION]
+        refused = ["a mask" if name == "mask" else name for name in found]
+        q, k, v, g, beta, initial_state, A_log, dt_bias = taken
         if q.dtype != torch.float32:
             refused.append(f"{str(q.dtype).removeprefix('torch.')} q, k and v")
         if flags.get("scale") == 0:

@@ -141,7 +141,7 @@ struct Kernel {
         for (size_t i = 0; i < std::min(count, order.tensors.size()); ++i)
             ok(api, ort::KernelContext_GetInput(api, context, i, &(inputs.*order.tensors[i])), "an input");
 
-        std::array<Sizes, 13> geometry;
+        std::array<Sizes, rule_array::COUNT> geometry;
         size_t used = 0;
         Call call = call_of(inputs, [&](const ort::Value* v) { return read(api, v, geometry[used++]); });
         const Spec spec = check(call, options);
@@ -208,11 +208,16 @@ Typed typed(int tokens, int state) {
     op.GetInputTypeCount = [](const ort::CustomOp*) { return FUNCTIONAL<const ort::Value*>.tensors.size(); };
     op.GetInputType = [](const ort::CustomOp* op, size_t i) {
         const auto* self = static_cast<const Typed*>(op);
-        if (i < 3) return self->tokens;
-        if (i == 5) return self->state;
-        return i == 8 ? ort::BOOL : i > 8 ? ort::INT64 : ort::FLOAT;
+        const int token = self->tokens, gate = ort::FLOAT, weight = ort::FLOAT, state = self->state, flag = ort::BOOL,
+                  index = ort::INT64;
+#define ANYDELTA_TYPE(presence, name, kind) kind,
+        const int types[] = {ANYDELTA_ARGUMENTS_gated_delta_rule(ANYDELTA_TYPE)};
+#undef ANYDELTA_TYPE
+        return types[i];
     };
-    op.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) { return i < 5 ? ort::REQUIRED : ort::OPTIONAL; };
+    op.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) {
+        return FUNCTIONAL<const ort::Value*>.optional(i) ? ort::OPTIONAL : ort::REQUIRED;
+    };
     op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 2; };
     op.GetOutputType = [](const ort::CustomOp* op, size_t i) {
         const auto* self = static_cast<const Typed*>(op);

@@ -1,5 +1,5 @@
 // The order of the operators' arguments (rule/arguments.py), for runtimes that hand them over as a list: the tensors in
-// this order (the first `required` of them always there), then the flags
+// this order, then the flags
 //     scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps, state_layout,
 //     output_final_state (not of the in-place operator), backend
 #pragma once
@@ -15,40 +15,41 @@ namespace anydelta {
 // The tensors of one call in the runtime's own type.
 template <class T>
 struct TensorsOf {
-    T q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices;
+#define ANYDELTA_MEMBER(name, ...) T name;
+    ANYDELTA_ARRAYS(ANYDELTA_MEMBER)
+#undef ANYDELTA_MEMBER
 };
+
+enum class Presence { required, optional };
 
 template <class T>
 struct OperatorOf {
     const char* name;
     bool inplace;
     std::vector<T TensorsOf<T>::*> tensors;
-    size_t required;
+    std::vector<Presence> presence;  // of the tensors
 
     size_t flags() const { return inplace ? 9 : 10; }
     size_t arguments() const { return tensors.size() + flags(); }
+    bool optional(size_t i) const { return presence[i] == Presence::optional; }
     // The name in error messages: that of the public function.
     const char* op() const { return inplace ? "gated_delta_rule_" : "gated_delta_rule"; }
 };
 
-template <class T, class S = TensorsOf<T>>
-inline const OperatorOf<T> FUNCTIONAL{"gated_delta_rule",
-                                      false,
-                                      {&S::q, &S::k, &S::v, &S::g, &S::beta, &S::state, &S::A_log, &S::dt_bias,
-                                       &S::mask, &S::cu_seqlens, &S::state_indices},
-                                      5};
-template <class T, class S = TensorsOf<T>>
-inline const OperatorOf<T> SNAPSHOTS{"gated_delta_rule_snapshots",
-                                     false,
-                                     {&S::q, &S::k, &S::v, &S::g, &S::beta, &S::snapshots, &S::state, &S::A_log,
-                                      &S::dt_bias, &S::mask, &S::cu_seqlens, &S::state_indices},
-                                     6};
-template <class T, class S = TensorsOf<T>>
-inline const OperatorOf<T> INPLACE{"gated_delta_rule_",
-                                   true,
-                                   {&S::q, &S::k, &S::v, &S::g, &S::beta, &S::state, &S::snapshots, &S::A_log,
-                                    &S::dt_bias, &S::mask, &S::cu_seqlens, &S::state_indices, &S::snapshot_indices},
-                                   6};
+#define ANYDELTA_ADDRESS(presence, name, kind) &TensorsOf<T>::name,
+#define ANYDELTA_PRESENCE(presence, name, kind) Presence::presence,
+#define ANYDELTA_OPERATOR(name, inplace)                                 \
+    {                                                                    \
+        #name, inplace, {ANYDELTA_ARGUMENTS_##name(ANYDELTA_ADDRESS)}, { \
+            ANYDELTA_ARGUMENTS_##name(ANYDELTA_PRESENCE)                 \
+        }                                                                \
+    }
+template <class T>
+inline const OperatorOf<T> FUNCTIONAL ANYDELTA_OPERATOR(gated_delta_rule, false);
+template <class T>
+inline const OperatorOf<T> SNAPSHOTS ANYDELTA_OPERATOR(gated_delta_rule_snapshots, false);
+template <class T>
+inline const OperatorOf<T> INPLACE ANYDELTA_OPERATOR(gated_delta_rule_, true);
 
 // A program without Python has these kernels and no other backend.
 inline void require_cpu(const char* op, const std::string& backend) {
@@ -61,10 +62,9 @@ inline void require_cpu(const char* op, const std::string& backend) {
 template <class T, class Read>
 Call call_of(const TensorsOf<T>& t, Read read) {
     Call call;
-    call.q = read(t.q), call.k = read(t.k), call.v = read(t.v), call.g = read(t.g), call.beta = read(t.beta);
-    call.state = read(t.state), call.A_log = read(t.A_log), call.dt_bias = read(t.dt_bias), call.mask = read(t.mask);
-    call.cu_seqlens = read(t.cu_seqlens), call.state_indices = read(t.state_indices);
-    call.snapshots = read(t.snapshots), call.snapshot_indices = read(t.snapshot_indices);
+#define ANYDELTA_READ(name, ...) call.name = read(t.name);
+    ANYDELTA_ARRAYS(ANYDELTA_READ)
+#undef ANYDELTA_READ
     return call;
 }
 

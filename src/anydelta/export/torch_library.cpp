@@ -196,12 +196,9 @@ void refuse_gradients(const Tensors& t, const Options& opt) {
     const bool grads = aoti_torch_grad_mode_is_enabled(), duals = in_dual_level();
     if (!grads && !duals) return;
     std::string names;
-    const std::pair<const char*, AtenTensorHandle> all[] = {
-        {"q", t.q},         {"k", t.k},
-        {"v", t.v},         {"g", t.g},
-        {"beta", t.beta},   {opt.inplace ? "state" : "initial_state", t.state},
-        {"A_log", t.A_log}, {"dt_bias", t.dt_bias},
-    };
+#define ANYDELTA_NAMED(member, place, functional, in_place) {opt.inplace ? in_place : functional, t.member},
+    const std::pair<const char*, AtenTensorHandle> all[] = {ANYDELTA_TRACKED(ANYDELTA_NAMED)};
+#undef ANYDELTA_NAMED
     for (const auto& [name, tensor] : all)
         if ((grads && requires_grad(tensor)) || (duals && has_tangent(tensor)))
             names += (names.empty() ? "" : ", ") + std::string(name);
@@ -226,21 +223,9 @@ void count_write(AtenTensorHandle t) {
 
 // Freed storage is neither an absent argument nor one that may be read.
 void require_memory(const Call& c, const Options& opt) {
-    const std::pair<const char*, const Array*> all[] = {
-        {"q", &c.q},
-        {"k", &c.k},
-        {"v", &c.v},
-        {"g", &c.g},
-        {"beta", &c.beta},
-        {opt.inplace ? "state" : "initial_state", &c.state},
-        {"A_log", &c.A_log},
-        {"dt_bias", &c.dt_bias},
-        {"mask", &c.mask},
-        {"cu_seqlens", &c.cu_seqlens},
-        {"state_indices", &c.state_indices},
-        {"snapshots", &c.snapshots},
-        {"snapshot_indices", &c.snapshot_indices},
-    };
+#define ANYDELTA_NAMED(member, place, functional, in_place) {opt.inplace ? in_place : functional, &c.member},
+    const std::pair<const char*, const Array*> all[] = {ANYDELTA_ARRAYS(ANYDELTA_NAMED)};
+#undef ANYDELTA_NAMED
     for (const auto& [name, x] : all) {
         bool elements = x->given() && !x->data;
         for (int64_t i = 0; elements && i < x->dims; ++i) elements = x->sizes[i] > 0;
@@ -285,8 +270,10 @@ Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask
         x = read(copies.back().get());
         return copies.back().get();
     };
-    plain(call.q, t.q, false), plain(call.k, t.k, false), plain(call.v, t.v, false), plain(call.g, t.g, false);
-    plain(call.beta, t.beta, false), plain(call.A_log, t.A_log, true), plain(call.dt_bias, t.dt_bias, true);
+#define ANYDELTA_PLAIN(name, ...) plain(call.name, t.name, false);
+    ANYDELTA_TOKENS(ANYDELTA_PLAIN)
+#undef ANYDELTA_PLAIN
+    plain(call.A_log, t.A_log, true), plain(call.dt_bias, t.dt_bias, true);
     const AtenTensorHandle state_copy = plain(call.state, t.state, false);
     const AtenTensorHandle snapshots_copy = plain(call.snapshots, t.snapshots, false);
 
@@ -321,7 +308,7 @@ class Stack {
                                      " is not the one that anydelta_torch was built for. Build anydelta again");
         for (size_t i = 0; i < op.tensors.size(); ++i) {
             StableIValue value = stack[i];
-            if (i >= op.required) {
+            if (op.optional(i)) {
                 if (!value) continue;
                 value = *to<StableIValue*>(value);
             }
@@ -344,8 +331,8 @@ class Stack {
     ~Stack() {
         if (!stack_) return;
         for (size_t i = 0; i < op_.tensors.size(); ++i) {
-            const auto t = i < op_.required ? std::optional(to<AtenTensorHandle>(stack_[i]))
-                                            : to<std::optional<AtenTensorHandle>>(stack_[i]);
+            const auto t = op_.optional(i) ? to<std::optional<AtenTensorHandle>>(stack_[i])
+                                           : std::optional(to<AtenTensorHandle>(stack_[i]));
             if (t) aoti_torch_delete_tensor_object(*t);
         }
         const size_t f = op_.tensors.size();
@@ -491,77 +478,34 @@ AOTITorchError shim(bool inplace, const Tensors& t, const Flags& f, bool final_s
     }
 }
 
-AtenTensorHandle maybe(const AtenTensorHandle* t) { return t ? *t : nullptr; }
+AtenTensorHandle given(AtenTensorHandle t) { return t; }
+AtenTensorHandle given(const AtenTensorHandle* t) { return t ? *t : nullptr; }
 
 }  // namespace
 
 using Handle = AtenTensorHandle;
 
-ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule(
-    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle* state, Handle* A_log, Handle* dt_bias, Handle* mask,
-    Handle* cu_seqlens, Handle* state_indices, double* scale, const char* decay, double* lower_bound,
-    int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps, const char* layout, int32_t final_state,
-    const char* backend, Handle* o, Handle* state_out) {
-    const Tensors t{q,
-                    k,
-                    v,
-                    g,
-                    beta,
-                    maybe(state),
-                    maybe(A_log),
-                    maybe(dt_bias),
-                    maybe(mask),
-                    maybe(cu_seqlens),
-                    maybe(state_indices),
-                    nullptr,
-                    nullptr};
-    return shim(false, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, final_state,
-                backend, o, state_out);
-}
-
-ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule_snapshots(
-    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle snapshots, Handle* state, Handle* A_log,
-    Handle* dt_bias, Handle* mask, Handle* cu_seqlens, Handle* state_indices, double* scale, const char* decay,
-    double* lower_bound, int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps, const char* layout,
-    int32_t final_state, const char* backend, Handle* o, Handle* state_out) {
-    const Tensors t{q,
-                    k,
-                    v,
-                    g,
-                    beta,
-                    maybe(state),
-                    maybe(A_log),
-                    maybe(dt_bias),
-                    maybe(mask),
-                    maybe(cu_seqlens),
-                    maybe(state_indices),
-                    snapshots,
-                    nullptr};
-    return shim(false, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, final_state,
-                backend, o, state_out);
-}
-
-ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_gated_delta_rule_(
-    Handle q, Handle k, Handle v, Handle g, Handle beta, Handle state, Handle* snapshots, Handle* A_log,
-    Handle* dt_bias, Handle* mask, Handle* cu_seqlens, Handle* state_indices, Handle* snapshot_indices, double* scale,
-    const char* decay, double* lower_bound, int32_t beta_is_logit, const char* heads, int32_t qk_l2norm, double eps,
-    const char* layout, const char* backend, Handle* o) {
-    const Tensors t{q,
-                    k,
-                    v,
-                    g,
-                    beta,
-                    state,
-                    maybe(A_log),
-                    maybe(dt_bias),
-                    maybe(mask),
-                    maybe(cu_seqlens),
-                    maybe(state_indices),
-                    maybe(snapshots),
-                    maybe(snapshot_indices)};
-    return shim(true, t, {scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, eps, layout}, false, backend, o,
-                nullptr);
-}
+// A function for each operator. The flags stand in Flags' order; `more` is what only some operators have.
+#define ANYDELTA_PARAMETER_required Handle
+#define ANYDELTA_PARAMETER_optional Handle*
+#define ANYDELTA_PARAMETER(presence, name, kind) ANYDELTA_PARAMETER_##presence name,
+#define ANYDELTA_SET(presence, name, kind) t.name = given(name);
+#define ANYDELTA_FLAGS                                                                                               \
+    double *scale, const char *decay, double *lower_bound, int32_t beta_is_logit, const char *heads, int32_t l2norm, \
+        double eps, const char *layout
+#define ANYDELTA_SHIM(name, inplace, final_state, results, ...)                                                        \
+    ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_##name(ANYDELTA_ARGUMENTS_##name(ANYDELTA_PARAMETER) ANYDELTA_FLAGS, \
+                                                         __VA_ARGS__) {                                                \
+        Tensors t{};                                                                                                   \
+        ANYDELTA_ARGUMENTS_##name(ANYDELTA_SET) return shim(                                                           \
+            inplace, t, {scale, decay, lower_bound, beta_is_logit, heads, l2norm, eps, layout}, final_state, backend,  \
+            o, results);                                                                                               \
+    }
+ANYDELTA_SHIM(gated_delta_rule, false, final_state, state_out, int32_t final_state, const char* backend, Handle* o,
+              Handle* state_out)
+ANYDELTA_SHIM(gated_delta_rule_snapshots, false, final_state, state_out, int32_t final_state, const char* backend,
+              Handle* o, Handle* state_out)
+ANYDELTA_SHIM(gated_delta_rule_, true, false, nullptr, const char* backend, Handle* o)
 
 // ---- for Python
 

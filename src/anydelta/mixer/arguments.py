@@ -61,18 +61,18 @@ class MixerCall:
     qkv: Annotated[Array, ArrayRow("[B, T, 2 H K + HV V] or q [B, T, H * K]")]
     k: Array
     v: Array
-    conv_state: Annotated[Array, ArrayRow("[N, C, S]", written=True)]
-    state: Annotated[Array, ArrayRow("[N, HV, K, V]", written=True)]
+    conv_state: Annotated[Array, ArrayRow("[N, C, S]", "state", written=True)]
+    state: Annotated[Array, ArrayRow("[N, HV, K, V]", "state", written=True)]
     g: Gate
     beta: Beta
-    conv_weight: Annotated[Array, ArrayRow("[C, W]")]
+    conv_weight: Annotated[Array, ArrayRow("[C, W]", "weight")]
     snapshots: Snapshots = None
-    conv_snapshots: Annotated[Array, ArrayRow("[Ks, N, C, S]", optional=True, written=True)] = None
-    conv_bias: Annotated[Array, ArrayRow("[C]", optional=True)] = None
+    conv_snapshots: Annotated[Array, ArrayRow("[Ks, N, C, S]", "state", optional=True, written=True)] = None
+    conv_bias: Annotated[Array, ArrayRow("[C]", "weight", optional=True)] = None
     A_log: ALog = None
     dt_bias: DtBias = None
     z: Annotated[Array, ArrayRow("[B, T, HV * V]", optional=True)] = None
-    norm_weight: Annotated[Array, ArrayRow("[V]", optional=True)] = None
+    norm_weight: Annotated[Array, ArrayRow("[V]", "weight", optional=True)] = None
     mask: Mask = None
     cu_seqlens: CuSeqlens = None
     state_indices: StateIndices = None

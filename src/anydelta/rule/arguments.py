@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator
+from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator, arrays
 from ..core.arrays import Array
 
 # What rule and mixer share.
@@ -17,15 +17,15 @@ Flag = Annotated[bool, FlagRow()]
 Eps = Annotated[float, NumberRow(minimum=0)]
 StateLayout = Annotated[str, ChoiceRow(("kv", "vk"))]
 
-Gate = Annotated[Array, ArrayRow("[B, T, HV] or [B, T, HV, K]")]
-Beta = Annotated[Array, ArrayRow("[B, T, HV]")]
-Snapshots = Annotated[Array, ArrayRow("[Ks, N, HV, K, V]", optional=True, written=True)]
-ALog = Annotated[Array, ArrayRow("[HV]", optional=True)]
-DtBias = Annotated[Array, ArrayRow("[HV], for KDA [HV, K] or [HV * K]", optional=True)]
-Mask = Annotated[Array, ArrayRow("[B, T]", optional=True)]
-CuSeqlens = Annotated[Array, ArrayRow("[N+1]", optional=True)]
-StateIndices = Annotated[Array, ArrayRow("[N]", optional=True)]
-SnapshotIndices = Annotated[Array, ArrayRow("[Ks, N]", optional=True)]
+Gate = Annotated[Array, ArrayRow("[B, T, HV] or [B, T, HV, K]", "gate")]
+Beta = Annotated[Array, ArrayRow("[B, T, HV]", "gate")]
+Snapshots = Annotated[Array, ArrayRow("[Ks, N, HV, K, V]", "state", optional=True, written=True)]
+ALog = Annotated[Array, ArrayRow("[HV]", "weight", optional=True)]
+DtBias = Annotated[Array, ArrayRow("[HV], for KDA [HV, K] or [HV * K]", "weight", optional=True)]
+Mask = Annotated[Array, ArrayRow("[B, T]", "flag", optional=True)]
+CuSeqlens = Annotated[Array, ArrayRow("[N+1]", "index", optional=True)]
+StateIndices = Annotated[Array, ArrayRow("[N]", "index", optional=True)]
+SnapshotIndices = Annotated[Array, ArrayRow("[Ks, N]", "index", optional=True)]
 
 
 class Options(NamedTuple):
@@ -58,7 +58,7 @@ class Call:
     g: Gate
     beta: Beta
     state_in: Annotated[
-        Array, ArrayRow("[N, HV, K, V]", optional=True, public=("initial_state", "state"))
+        Array, ArrayRow("[N, HV, K, V]", "state", optional=True, public=("initial_state", "state"))
     ] = None
     snapshots: Snapshots = None
     A_log: ALog = None
@@ -67,9 +67,14 @@ class Call:
     cu_seqlens: CuSeqlens = None
     state_indices: StateIndices = None
     snapshot_indices: SnapshotIndices = None
-    state_out: Annotated[Array, ArrayRow("[N, HV, K, V]", result=True)] = None
+    state_out: Annotated[Array, ArrayRow("[N, HV, K, V]", "state", result=True)] = None
     o: Annotated[Array, ArrayRow("[B, T, HV, V]", result=True)] = None
 
+
+TOKENS = arrays(Call, "token", "gate")
+"""What each token has of its own."""
+TRACKED = tuple(n for n in arrays(Call, "token", "gate", "weight", "state") if n != "snapshots")
+"""The arguments that may have a gradient."""
 
 FUNCTIONAL = Operator(
     "gated_delta_rule", "gated_delta_rule", Call, Options, "(Tensor, Tensor)", False,

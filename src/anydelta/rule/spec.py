@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from ..core.arguments import fields, given, problem
 from ..core.devices import DeviceArray
 from ..core.dispatch import MLX_GPU
-from .arguments import Call, Options
+from .arguments import TRACKED, Call, Options
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STATE_DTYPES = ("float32", "bfloat16", "float64")
@@ -433,7 +433,7 @@ def check_gradients(call: Call, op: str, inplace: bool) -> list[str]:
         ValueError: the call is in place or takes snapshots, and an input requires grad.
     """
     tracked = []
-    for name in ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias"):
+    for name in TRACKED:
         x = getattr(call, name)
         if x is not None and x.requires_grad:
             tracked.append(("state" if inplace else "initial_state") if name == "state_in" else name)

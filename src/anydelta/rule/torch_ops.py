@@ -31,13 +31,13 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core import dispatch
-from ..core.arguments import Operator
+from ..core.arguments import Operator, fields
 from ..core.arrays import Arrays
 from ..core.devices import DeviceArray
 from ..core.native import core as _core
 from ..core.plans import Plan, Rest, find
 from . import op, torch_library
-from .arguments import FUNCTIONAL, INPLACE, OPERATORS, SNAPSHOTS, Call, Options
+from .arguments import FUNCTIONAL, INPLACE, OPERATORS, SNAPSHOTS, TRACKED, Call, Options
 from .autograd import gradients
 from .spec import check_call, check_gradients, check_values
 
@@ -73,12 +73,10 @@ _LIB = torch.library.Library("anydelta", "FRAGMENT" if LIBRARY else "DEF")
 if not LIBRARY:
     for _schema in SCHEMAS.values():
         _LIB.define(_schema)
-_FLAGS = SCHEMAS["gated_delta_rule"].partition("*, ")[2].partition(", bool output_final_state")[0]
+_TENSORS, _, _FLAGS = FUNCTIONAL.schema().partition("(")[2].partition(") ->")[0].partition(", *, ")
 _LIB.define(
-    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, "
-    "Tensor? A_log, Tensor? dt_bias, Tensor? mask, Tensor? cu_seqlens, Tensor? state_indices, "
-    f"Tensor grad_o, Tensor grad_state, int[] wanted, *, {_FLAGS}, bool output_final_state=True, "
-    'str backend="auto") -> Tensor[]'
+    f"gated_delta_rule_backward({_TENSORS.replace('=None', '')}, Tensor grad_o, Tensor grad_state, int[] wanted, *, "
+    f"{_FLAGS}) -> Tensor[]"
 )
 
 _INPUTS = FUNCTIONAL.tensors
@@ -448,19 +446,20 @@ def refuse_old_exporter(op: str) -> None:
         )
 
 
+_ask_requires_grad: Callable[[Call], bool] = eval(
+    "lambda c: "
+    + " or ".join(
+        f"(c.{n} is not None and c.{n}.requires_grad)" if fields(Call)[n].optional else f"c.{n}.requires_grad"
+        for n in TRACKED
+    )
+)
+
+
 def any_requires_grad(c: Call) -> bool:
-    """Spelled out, because every decode step with gradients enabled asks. Other kinds of array have no gradient."""
+    """Written out by the table, because every decode step with gradients enabled asks. Other kinds of array have no
+    gradient."""
     try:
-        return bool(
-            c.q.requires_grad
-            or c.k.requires_grad
-            or c.v.requires_grad
-            or c.g.requires_grad
-            or c.beta.requires_grad
-            or (c.state_in is not None and c.state_in.requires_grad)
-            or (c.A_log is not None and c.A_log.requires_grad)
-            or (c.dt_bias is not None and c.dt_bias.requires_grad)
-        )
+        return _ask_requires_grad(c)
     except AttributeError:  # not tensors: check_call says which
         return False
 

@@ -21,7 +21,7 @@ from ...core.dispatch import MLX_GPU, Rejected
 from ...core.native import core as _core
 from ...core.native import why_not
 from ...core.plans import Launch
-from ...rule.arguments import Call
+from ...rule.arguments import TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 from ..accepts import EITHER, RULE_CALLS
 
@@ -117,10 +117,8 @@ class Cpu:
         }
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
-        rows = {name: input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
-        copies = [name for name, (_, copied) in rows.items() if copied]
+        strides, copies = token_strides(call)
         copies += scattered(call, ("A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices"))
-        strides = {name: st for name, (st, _) in rows.items()}
         fields, state_copy, snapshots_copy = rule_fields(spec, call, strides)
         threads = threads_of(spec.framework)
         native = _core.Plan(fields, None if threads[1] else threads[0])
@@ -143,14 +141,20 @@ class Cpu:
             plan.native.run_at(number(), torch, *map(address, _arrays(call)))
 
 
-def input_strides(x: Any) -> tuple[tuple[int, ...], bool]:
-    """((dtype, b, t, h) strides of q, k, v, g or beta, whether it is copied first)."""
-    st = element_strides(x)
-    copied = (len(st) == 4 and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64"
-    if copied:
-        st = contiguous_strides(tuple(x.shape))
-    dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
-    return (DTYPE[dtype], *st[:3]), copied
+def token_strides(call: Call) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """What _core.Plan takes of each array of tokens that the call has, and which of them are copied first."""
+    strides, copies = {}, []
+    for name in TOKENS:
+        x = getattr(call, name)
+        if x is None:
+            continue
+        st = element_strides(x)
+        if (len(st) == 4 and st[3] != 1 and x.shape[3] > 1) or dtype_name(x) == "float64":
+            copies.append(name)
+            st = contiguous_strides(tuple(x.shape))
+        dtype = dtype_name(x) if dtype_name(x) != "float64" else "float32"
+        strides[name] = (DTYPE[dtype], *st[:3], x.shape[2])
+    return strides, copies
 
 
 def scattered(call: Any, names: Sequence[str]) -> list[str]:
@@ -167,7 +171,8 @@ def scattered(call: Any, names: Sequence[str]) -> list[str]:
 def rule_fields(
     spec: CallSpec, call: Any, strides: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Any], bool, bool]:
-    """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` of the inputs."""
+    """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` as token_strides
+    has them, of the arrays that there are."""
     opt = spec.options
     B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
     dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)
@@ -194,8 +199,8 @@ def rule_fields(
         lower_bound=float(opt.lower_bound or 0.0),
         decay=DECAYS.index(opt.decay),
         scale=spec.scale,
-        **strides,
-        o=(DTYPE[spec.dtype], T * HV * V, HV * V, V),
+        **{name: strides.get(name, (0, 0, 0, 0, 0)) for name in TOKENS},
+        o=(DTYPE[spec.dtype], T * HV * V, HV * V, V, HV),
         A_log_dtype=small_dtype(call.A_log),
         dt_bias_dtype=small_dtype(call.dt_bias),
         mask_b=mask[0],

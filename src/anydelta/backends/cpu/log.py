@@ -37,10 +37,9 @@ class CpuSteps:
         ]
 
     def prepare(self, spec: LogSpec, call: Call) -> _Plan:
-        strided = {name: cpu.input_strides(getattr(call, name)) for name in ("q", "k", "v", "g", "beta")}
-        copies = [name for name, (_, copied) in strided.items() if copied]
+        strides, copies = cpu.token_strides(call)
         copies += cpu.scattered(call, ("A_log", "dt_bias"))
-        fields, _, _ = cpu.rule_fields(spec.rule, call, {name: st for name, (st, _) in strided.items()})
+        fields, _, _ = cpu.rule_fields(spec.rule, call, strides)
         return _Plan(self._native(fields), copies)
 
     def verify(
@@ -68,8 +67,7 @@ class CpuSteps:
         found: Any = find((), rest)
         if type(found) is not _Plan:
             nothing = Call(None, None, None, None, None, log.states[0])
-            none: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
-            key, found = found, _Plan(self._native(cpu.rule_fields(spec, nothing, none)[0]), [])
+            key, found = found, _Plan(self._native(cpu.rule_fields(spec, nothing, {})[0]), [])
             keep(key, rest, found)
         states, entries = self.at[layer]
         target = states if out is None else cpu.address(out)

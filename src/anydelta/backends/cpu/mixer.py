@@ -54,18 +54,16 @@ class CpuMixer:
         r, opt = spec.rule, spec.options
         copies: list[str] = []
         written: list[str] = []
-        inputs = {name: cpu.input_strides(getattr(call, name)) for name in ("g", "beta")}
-        copies += [name for name, (_, copied) in inputs.items() if copied]
         copies += cpu.scattered(call, _SMALL)
         if dtype_name(call.conv_weight) == "float64":
             copies.append("conv_weight")
 
-        rows: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "g", "beta"), (0, 0, 0, 0))
-        rows.update({name: st for name, (st, _) in inputs.items()})
         inner = Call(
             None, None, None, call.g, call.beta, call.state, call.snapshots, call.A_log, call.dt_bias, call.mask,
             call.cu_seqlens, call.state_indices, call.snapshot_indices,
         )  # fmt: skip
+        rows, scattered = cpu.token_strides(inner)
+        copies += scattered
         rule, state_copy, snapshots_copy = cpu.rule_fields(r, inner, rows)
         written += [n for n, copied in (("state", state_copy), ("snapshots", snapshots_copy)) if copied]
 

@@ -39,12 +39,13 @@ T field(const nb::dict& d, const char* name) {
 }
 
 Tokens tokens(const nb::dict& d, const char* name) {
-    const auto t = field<nb::tuple>(d, name);  // (dtype, b, t, h)
+    const auto t = field<nb::tuple>(d, name);  // (dtype, b, t, h, heads)
     Tokens x;
     x.dtype = static_cast<DType>(nb::cast<int>(t[0]));
     x.b = nb::cast<int64_t>(t[1]);
     x.t = nb::cast<int64_t>(t[2]);
     x.h = nb::cast<int64_t>(t[3]);
+    x.heads = nb::cast<int64_t>(t[4]);
     return x;
 }
 
@@ -79,11 +80,9 @@ Plan make_plan(const nb::dict& d, const nb::object& threads) {
     p.lower_bound = field<float>(d, "lower_bound");
     p.decay = static_cast<Decay>(field<int>(d, "decay"));
     p.scale = field<float>(d, "scale");
-    p.q = tokens(d, "q");
-    p.k = tokens(d, "k");
-    p.v = tokens(d, "v");
-    p.g = tokens(d, "g");
-    p.beta = tokens(d, "beta");
+#define ANYDELTA_TAKE(name, ...) p.name = tokens(d, #name);
+    ANYDELTA_TOKENS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
     p.o = tokens(d, "o");
     p.A_log_dtype = static_cast<DType>(field<int>(d, "A_log_dtype"));
     p.dt_bias_dtype = static_cast<DType>(field<int>(d, "dt_bias_dtype"));
@@ -194,11 +193,9 @@ struct Indices {
 void run_plan(const Plan& plan, int threads, bool share_openmp, const uintptr_t* a) {
     using namespace rule_array;
     Problem p = plan.p;
-    p.q.data = at(a[Q]);
-    p.k.data = at(a[K]);
-    p.v.data = at(a[V]);
-    p.g.data = at(a[G]);
-    p.beta.data = at(a[BETA]);
+#define ANYDELTA_TAKE(name, place, ...) p.name.data = at(a[place]);
+    ANYDELTA_TOKENS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
     p.o.data = at(a[O]);
     p.in.data = at(a[STATE_IN]);
     p.out.data = at(a[STATE_OUT]);

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arguments.h"
+
 namespace anydelta {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -18,7 +20,7 @@ enum class Decay : int { log = 0, linear = 1, raw = 2 };
 struct Tokens {
     void* data = nullptr;
     DType dtype = DType::f32;
-    int64_t b = 0, t = 0, h = 0;
+    int64_t b = 0, t = 0, h = 0, heads = 0;
 };
 
 // [N or P, HV, rows, columns] (kv: rows = K, columns = V); the columns are contiguous. Strides count elements.
@@ -34,7 +36,10 @@ struct Problem {
     float scale, l2norm_eps, lower_bound;
     float beta_scale = 1.0f;
 
-    Tokens q, k, v, g, beta, o;
+#define ANYDELTA_MEMBER(name, ...) Tokens name;
+    ANYDELTA_TOKENS(ANYDELTA_MEMBER)  // as in rule/arguments.py
+#undef ANYDELTA_MEMBER
+    Tokens o;
     const void* A_log = nullptr;    // [HV]
     const void* dt_bias = nullptr;  // [HV] or [HV, K], or null
     DType A_log_dtype = DType::f32, dt_bias_dtype = DType::f32;

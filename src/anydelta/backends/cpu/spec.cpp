@@ -221,7 +221,10 @@ std::vector<int64_t> widen(const Array& x) {
 
 DType dtype(Type t) { return t == Type::f32 ? DType::f32 : t == Type::bf16 ? DType::bf16 : DType::f16; }
 
-Tokens tokens(const Array& x) { return Tokens{x.data, dtype(x.type), x.strides[0], x.strides[1], x.strides[2]}; }
+Tokens tokens(const Array& x) {
+    if (!x.given()) return {};
+    return Tokens{x.data, dtype(x.type), x.strides[0], x.strides[1], x.strides[2], x.sizes[2]};
+}
 
 // snapshot_indices [Ks, N] into the rows of the in-place op's pool.
 void check_snapshot_indices(const Checker& c, const Call& call, const Options& opt, int64_t N) {
@@ -372,8 +375,10 @@ void prepare(const Call& call, const Options& opt, const Spec& s, Prepared& out)
     p.has_lower_bound = opt.has_lower_bound, p.lower_bound = static_cast<float>(opt.lower_bound);
     p.decay = opt.decay == "log" ? Decay::log : opt.decay == "linear" ? Decay::linear : Decay::raw;
     p.scale = static_cast<float>(opt.has_scale ? opt.scale : std::pow(static_cast<double>(s.K), -0.5));
-    p.q = tokens(call.q), p.k = tokens(call.k), p.v = tokens(call.v), p.g = tokens(call.g), p.beta = tokens(call.beta);
-    p.o = Tokens{call.o, p.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V};
+#define ANYDELTA_TAKE(name, ...) p.name = tokens(call.name);
+    ANYDELTA_TOKENS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
+    p.o = Tokens{call.o, p.v.dtype, s.T * s.HV * s.V, s.HV * s.V, s.V, s.HV};
     if (call.A_log.given()) p.A_log = call.A_log.data, p.A_log_dtype = dtype(call.A_log.type);
     if (call.dt_bias.given()) p.dt_bias = call.dt_bias.data, p.dt_bias_dtype = dtype(call.dt_bias.type);
     if (call.mask.given()) {

@@ -34,10 +34,12 @@ struct Array {
     }
 };
 
-// The arrays of one call, by the names of spec.py's Call; `state` is its state_in. `o` and `state_out` are the host's to
+// The arrays of one call, by their names in the in-place operator. `o` and `state_out` are the host's to
 // allocate: o contiguous like v; state_out contiguous [N, HV, K, V] (or [N, HV, V, K]), or absent.
 struct Call {
-    Array q, k, v, g, beta, state, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshots, snapshot_indices;
+#define ANYDELTA_MEMBER(name, ...) Array name;
+    ANYDELTA_ARRAYS(ANYDELTA_MEMBER)
+#undef ANYDELTA_MEMBER
     void* o = nullptr;
     void* state_out = nullptr;
 };

@@ -17,7 +17,7 @@ from ...core.accepts import ANY, Row
 from ...core.arguments import options_of
 from ...core.dispatch import Rejected
 from ...rule import reference
-from ...rule.arguments import Call, write_strength
+from ...rule.arguments import TOKENS, Call, write_strength
 from ...rule.spec import CallSpec
 from ..accepts import GATES, RULE_CALLS
 
@@ -111,7 +111,8 @@ def _live_only(spec: CallSpec, call: Call) -> Call:
     def kept(x: torch.Tensor) -> torch.Tensor:
         return torch.where(live.reshape(spec.B, spec.T, *[1] * (x.ndim - 2)), x, x.new_ones(()))
 
-    return replace(call, q=kept(call.q), k=kept(call.k), v=kept(call.v), g=kept(call.g), beta=kept(call.beta))
+    tokens = {name: getattr(call, name) for name in TOKENS}
+    return replace(call, **{name: kept(x) for name, x in tokens.items() if x is not None})
 
 
 def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.accepts import Accepts, Row, UpTo
 from ...core.dispatch import Rejected
 from ...core.late import late
-from ...rule.arguments import Call
+from ...rule.arguments import TOKENS, Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
 from ..accepts import EITHER, RULE_CALLS, TORCH
 from . import tables
@@ -38,7 +38,7 @@ DEVICES = ("cuda", "xpu")
 MAX_K = 4096
 """Keys beyond this do not fit the registers of one program: [4096, 1] states are 16 float32 a thread at 8 warps."""
 INTERPRETER_ENV = "TRITON_INTERPRET"
-_INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices")
+_INPUTS = (*TOKENS, "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices")
 
 
 def interpreted() -> bool:
@@ -170,7 +170,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def needs_copy(name: str, x: Any, device: torch.device) -> bool:
     if x is None:
         return False
-    if name in ("q", "k", "v", "g", "beta"):
+    if name in TOKENS:
         strides = element_strides(x)
         spread = len(strides) == 4 and strides[3] != 1 and x.shape[3] > 1
         return spread or dtype_name(x) == "float64"
@@ -192,9 +192,11 @@ def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
 def strides_of(spec: CallSpec, call: Call, copies: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
     """Strides in elements by argument; those of states by axis (.., K, V), whatever their layout is."""
     out = {}
-    for name in ("q", "k", "v", "g", "beta"):
+    for name in TOKENS:
         x = getattr(call, name)
-        out[name] = (_dense(tuple(x.shape)) if name in copies else element_strides(x))[:3]
+        out[name] = (
+            (0, 0, 0) if x is None else (_dense(tuple(x.shape)) if name in copies else element_strides(x))[:3]
+        )
     out["mask"] = (0, 0) if call.mask is None else element_strides(call.mask)
     vk = spec.options.state_layout == "vk"
     rows, columns = (spec.V, spec.K) if vk else (spec.K, spec.V)

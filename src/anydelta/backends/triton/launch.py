@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...rule.arguments import Call
+from ...rule.arguments import TOKENS, Call
 from ...rule.spec import CallSpec
 from . import chunk, recurrent
 from .chunk_parts import FACTORS as _FACTORS
@@ -66,7 +66,7 @@ class Launches:
             lower_bound=float(opt.lower_bound or 0.0),
         )  # fmt: skip
         self.inputs: dict[str, int] = {}
-        for name in ("q", "k", "v", "g", "beta"):
+        for name in TOKENS:
             self.inputs |= _named(name, "bth", strides[name])
         self.inputs |= _named("mask", "bt", strides["mask"])
         self.chunked = chunked(spec, self.config)
