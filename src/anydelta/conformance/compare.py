@@ -22,6 +22,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -300,6 +301,8 @@ def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any
         return call(case, arrays, target.backend)
     if case.inplace:
         raise NotRunnable("MLX arrays are values: the operator has no in-place form on them")
+    if missing := sorted({*arrays} - {*signature(mlx.gated_delta_rule).parameters, "state"}):
+        raise NotRunnable(f"anydelta.mlx has no argument {missing[0]}")
     arrays["initial_state"] = arrays.pop("state", None)
     out = mlx.gated_delta_rule(
         **arrays, output_final_state=not case.nofinal, **_options(case), backend=target.backend

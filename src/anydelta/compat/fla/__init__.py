@@ -7,29 +7,14 @@
     model = AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
     anydelta.compat.fla.uninstall()
 
-- ops: chunk_gated_delta_rule, fused_recurrent_gated_delta_rule, chunk_kda, fused_recurrent_kda
+- ops: the functions of `fla.ops`; its head says which
 - gate, norm, convolution, index, simple_gla: what the code of released checkpoints imports beside them
 - offered: the modules `fla` and `causal_conv1d` that are made of these
 """
 
+from . import ops
 from .offered import OFFERED, install, uninstall
-from .ops import (
-    chunk_gated_delta_rule,
-    chunk_gdn,
-    chunk_kda,
-    fused_recurrent_gated_delta_rule,
-    fused_recurrent_gdn,
-    fused_recurrent_kda,
-)
+from .ops import *  # noqa: F403
 
-__all__ = [
-    "OFFERED",
-    "chunk_gated_delta_rule",
-    "chunk_gdn",
-    "chunk_kda",
-    "fused_recurrent_gated_delta_rule",
-    "fused_recurrent_gdn",
-    "fused_recurrent_kda",
-    "install",
-    "uninstall",
-]
+__all__ = ["OFFERED", "install", "uninstall"]
+__all__ += ops.__all__

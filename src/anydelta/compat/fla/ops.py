@@ -30,6 +30,15 @@ import torch.nn.functional as F
 from ...core.dispatch import UnsupportedError
 from ...rule.op import gated_delta_rule
 
+__all__ = [
+    "chunk_gated_delta_rule",
+    "chunk_gdn",
+    "chunk_kda",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
+    "fused_recurrent_kda",
+]
+
 Pair = tuple[torch.Tensor, "torch.Tensor | None"]
 
 
