@@ -396,7 +396,46 @@ def wrong_options() -> Iterator[Wrong]:
         yield Wrong(name, "is missing", lambda a, n=name: a.pop(n))
 
 
-KINDS = [*wrong_arrays(), *wrong_written(), *wrong_values(), *wrong_options()]
+def wrong_erase() -> Iterator[Wrong]:
+    """The key that is read, which stands in the place of beta."""
+
+    def instead(change: Callable[[Args], None]) -> Callable[[Args], None]:
+        """In a call that has it."""
+
+        def both(args: Args) -> None:
+            args.update(erase=args["k"] * 1, beta=None)
+            change(args)
+
+        return both
+
+    yield Wrong("beta", "stands beside erase", lambda a: a.update(erase=a["k"]))
+    yield Wrong("beta", "is a logit beside erase", instead(put(beta_is_logit=True)))
+    for text, thing in (("a string", "abc"), ("a number", 3.0), ("an object", object()), ("a list", [1.0])):
+        yield Wrong("erase", f"is {text}", instead(put(erase=thing)))
+    yield Wrong(
+        "erase", "is NumPy among torch", instead(swap("erase", lambda x: x.numpy())), framework="torch"
+    )
+    yield Wrong(
+        "erase", "is on the meta device", instead(swap("erase", lambda x: x.to("meta"))), framework="torch"
+    )
+    yield Wrong("erase", "is misaligned", instead(swap("erase", misaligned)), framework="numpy")
+    for how, change in (
+        ("has a leading axis too many", lambda x: x[None]), ("has an axis too few", lambda x: x[0]),
+        ("has no heads", lambda x: x[:, :, 0]), ("lacks a token", lambda x: x[:, 1:]),
+        ("lacks a channel", lambda x: x[..., 1:]), ("has no head", lambda x: x[:, :, :0]),
+        ("has other heads", lambda x: zeros(x, (*x.shape[:2], 3 * HV, K))),
+        ("has the channels of v", lambda x: zeros(x, (*x.shape[:2], HV, K + 1))),
+    ):  # fmt: skip
+        yield Wrong("erase", how, instead(swap("erase", change)))
+    for dtype in ("int32", "bool", "float16", "float64", "complex64"):
+        yield Wrong("erase", f"is {dtype}", instead(swap("erase", as_dtype(dtype))))
+    yield Wrong(
+        "erase", "requires grad in place", instead(swap("erase", lambda x: x.clone().requires_grad_())),
+        framework="torch", function="_",
+    )  # fmt: skip
+
+
+KINDS = [*wrong_arrays(), *wrong_written(), *wrong_values(), *wrong_options(), *wrong_erase()]
 SIZES_COME_FROM = ("q", "v", "g", "cu_seqlens")
 """Their shapes say what the others' must be, so a wrong one may be reported as another argument's
 mismatch."""

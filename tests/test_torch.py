@@ -24,7 +24,7 @@ from anydelta.core import dispatch
 from anydelta.rule import torch_ops as torch_op  # noqa: F401  (registers the operators)
 
 OPS = torch.ops.anydelta  # there from the import of anydelta.rule.torch_ops or the first torch call on
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias", "erase")
 POSITIONAL = ("q", "k", "v", "g", "beta")
 
 
@@ -55,6 +55,7 @@ def make(
     rows: tuple[int, ...] | None = None,
     P: int | None = None,
     mask: bool = False,
+    erase: int = 0,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> dict[str, Any]:
@@ -72,6 +73,9 @@ def make(
     g, beta = normal(*gate), normal(B, T, HV)
     x["g"] = g if decay == "raw" else -0.3 * g.abs() if decay == "log" else g.sigmoid()
     x["beta"] = beta if logit else beta.sigmoid()
+    if erase:
+        del x["beta"]
+        x["erase"] = 0.3 * normal(B, T, erase, K)
     if decay == "raw":
         x |= dict(A_log=0.3 * normal(HV), dt_bias=normal(HV, K) if kda else normal(HV))
     if state:
@@ -103,6 +107,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "packed pool": make(lengths=(2, 3, 1), rows=(0, 4, 2), P=5, layout="vk", kda=True),
     "bfloat16": make(dtype=torch.bfloat16),
     "no tokens": make(T=0),
+    "erase": make(erase=1, mask=True),
+    "erase, kda": make(erase=4, kda=True, H=2, HV=4, layout="vk", lengths=(3, 0, 4)),
 }
 calls = pytest.mark.parametrize("name", CALLS)
 
@@ -130,7 +136,7 @@ def snapshots_for(x: dict[str, Any], Ks: int = 3) -> Tensor:
 
 
 def positional(x: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(x[n] for n in POSITIONAL), {n: a for n, a in x.items() if n not in POSITIONAL}
+    return tuple(x.get(n) for n in POSITIONAL), {n: a for n, a in x.items() if n not in POSITIONAL}
 
 
 def inplace(x: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def inplace(x: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 
 
-few = pytest.mark.parametrize("name", ["gda", "raw kda, bounded", "packed pool", "no tokens"])
+few = pytest.mark.parametrize("name", ["gda", "raw kda, bounded", "packed pool", "no tokens", "erase, kda"])
 
 
 @few
@@ -169,8 +175,8 @@ def test_opcheck_backward(name: str) -> None:
     x = CALLS[name]
     o, state = anydelta.gated_delta_rule(**x)
     arrays = [x.get(n) for n in (*POSITIONAL, "initial_state", "A_log", "dt_bias")]
-    arrays += [x.get(n) for n in ("mask", "cu_seqlens", "state_indices")]
-    wanted = [i for i, a in enumerate(arrays[:8]) if a is not None]
+    arrays += [x.get(n) for n in ("mask", "cu_seqlens", "state_indices", "erase")]
+    wanted = [i for i, a in enumerate(arrays) if a is not None and a.is_floating_point()]
     flags = {n: a for n, a in x.items() if not isinstance(a, Tensor)}
     args = (*arrays, torch.ones_like(o), torch.ones_like(state), wanted)
     torch.library.opcheck(OPS.gated_delta_rule_backward.default, args, flags)
@@ -366,7 +372,7 @@ def test_a_compiled_call_checks_its_indices() -> None:
     assert torch.equal(x["state"], before)
 
 
-@pytest.mark.parametrize("name", ["gda", "raw kda, bounded", "masked", "packed pool"])
+@pytest.mark.parametrize("name", ["gda", "raw kda, bounded", "masked", "packed pool", "erase"])
 def test_compiled_training(name: str) -> None:
     def loss(x: dict[str, Any]) -> Tensor:
         o, state = anydelta.gated_delta_rule(**x)

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rule.arguments import TOKENS
+from ..rule.reference import head_map
 from .gates import KINDS, model_gates
 from .values import F64, round_to
 
@@ -102,6 +103,8 @@ class Case:
     """Initial states: "normal", "faded": 1e-39, below float32's normal numbers."""
     beta: str = "mid"
     """Write strength: "mid" U(0, 1), "zero", "one", "ends" 0 or 1, "weak" about 1e-6."""
+    erase: str = ""
+    """With a key of its own that is read, in the place of beta: "H" [B, T, H, K], "HV" [B, T, HV, K]."""
 
     def __post_init__(self) -> None:
         if self.seqlens is not None:
@@ -111,7 +114,7 @@ class Case:
             ("strides", STRIDES), ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")),
             ("state", STATES), ("dtype", DTYPES), ("gate_dtype", DTYPES),
             ("state_dtype", ("float32", "bfloat16", "float64")), ("decay", DECAYS), ("heads", HEADS),
-            ("layout", ("kv", "vk")),
+            ("layout", ("kv", "vk")), ("erase", ("", "H", "HV")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
@@ -142,6 +145,7 @@ class Case:
             ),
             (self.scattered and self._rows_left() < 0, "scattered needs a row of the pool for each snapshot"),
             (self.scattered and self.elsewhere, "scattered says where all snapshots go, elsewhere one"),
+            (bool(self.erase) and (self.logit or self.beta != "mid"), "erase stands in the place of beta"),
             (self.noA and (self.lower_bound is None or self.decay != "raw"), "noA goes with a lower bound"),
             (self.key in NORMED_KEYS and not self.l2norm, "such keys go with l2norm"),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),
@@ -315,7 +319,8 @@ class Inputs:
     k: F64
     v: F64
     g: F64
-    beta: F64
+    beta: Any
+    """None with erase."""
     state: F64 | None
     A_log: F64 | None = None
     dt_bias: F64 | None = None
@@ -323,6 +328,7 @@ class Inputs:
     cu_seqlens: NDArray[np.int64] | None = None
     state_indices: NDArray[np.int64] | None = None
     snapshot_indices: NDArray[np.int64] | None = None
+    erase: F64 | None = None
 
     def live(self, case: Case) -> list[NDArray[np.bool_]]:
         """Per sequence: which of its tokens the operator must process."""
@@ -364,7 +370,7 @@ def inputs(case: Case) -> Inputs:
         k=round_to(k, c.dtype),
         v=round_to(v, c.dtype),
         g=round_to(g, c.gate_dtype),
-        beta=round_to(beta, c.gate_dtype),
+        beta=None if c.erase else round_to(beta, c.gate_dtype),
         state=None if state is None else round_to(state, c.state_dtype),
         A_log=None if A_log is None else round_to(A_log, "float32"),
         dt_bias=None if dt_bias is None else round_to(dt_bias, c.gate_dtype),
@@ -372,6 +378,7 @@ def inputs(case: Case) -> Inputs:
         cu_seqlens=None if c.seqlens is None else np.cumsum([0, *c.seqlens]),
         state_indices=None if c.indices is None else np.array(c.indices, np.int64),
         snapshot_indices=_snapshot_rows(c, rng) if c.scattered or c.elsewhere else None,
+        erase=round_to(_erase(c, k, rng), c.dtype) if c.erase else None,
     )
     if c.strides != "expanded":
         dead = ~_rows(c, out.live(c))
@@ -489,6 +496,18 @@ def _betas(c: Case, rng: np.random.Generator) -> F64:
     ends = rng.choice([0.0, 1.0], shape)
     table = {"mid": rng.uniform(0, 1, shape), "zero": np.zeros(shape), "one": np.ones(shape), "ends": ends}
     return table.get(c.beta, rng.uniform(1e-6, 2e-6, shape))
+
+
+def _erase(c: Case, k: F64, rng: np.random.Generator) -> F64:
+    """Near the keys as they are written, for 1 - k . erase to be in (0, 1): each channel times U(0, 1), and another
+    direction."""
+    k = _unit(k) if c.l2norm else k
+    k = k if c.erase == "H" else k[:, :, head_map(c.H, c.HV, c.heads)]
+    aside = 0.3 * np.linalg.norm(k, axis=-1, keepdims=True) * _unit(rng.standard_normal(k.shape))
+    erase: F64 = rng.uniform(0, 1, k.shape) * k + aside
+    if c.strides == "expanded":
+        erase[:] = erase[:1]
+    return erase
 
 
 def _mask(c: Case, rng: np.random.Generator) -> NDArray[np.bool_] | None:
@@ -847,6 +866,46 @@ def random_case(rng: np.random.Generator) -> Case:
     return replace(c, nofinal=c.snapshots > 0 and chance(0.2))
 
 
+def _erases() -> Iterator[Case]:
+    """The key that is read: heads, chunk edges, decays, types, layouts and strides, as the plain rule has them."""
+    for kda in (False, True):
+        for erase in ("H", "HV"):
+            for T in (1, 2, 3, 4, 5, 6, 7, 13, 16, 17, 48, 49, 64, 65, 100, 200):
+                yield Case(T=T, H=1, HV=2, K=32, V=48, kda=kda, erase=erase, gate="mixed", inplace=T % 2 == 0)
+            for T in (1, 4, 70):
+                base = Case(B=2, T=T, H=2, HV=4, K=40, V=64, kda=kda, erase=erase)
+                for layout in ("kv", "vk"):
+                    for dtype in ("bfloat16", "float16"):
+                        yield replace(base, layout=layout, dtype=dtype, state_dtype="bfloat16", l2norm=True)
+                    yield replace(base, layout=layout, heads="tiled", snapshots=3, inplace=T == 4)
+                    yield replace(base, layout=layout, mask="random", snapshots=2, gate="one")
+                yield replace(base, K=33, V=31, strides="strided", state_strides="padded", decay="linear")
+                yield replace(
+                    base, strides="fused", dtype="bfloat16", decay="raw", dt_bias="full", gate="trained"
+                )
+                yield replace(base, strides="expanded", key="gaps", gate="keep")
+                for gate in ("keep", "twenty", "wipe", "inf", "-16", "initialised"):
+                    yield replace(base, gate=gate, key="alike", fresh=gate == "keep")
+            base = Case(H=2, HV=4, K=32, V=32, kda=kda, erase=erase, l2norm=True)
+            yield replace(base, seqlens=(0, 3, 1, 17, 70), snapshots=2, gate="keep", layout="vk")
+            yield replace(
+                base, seqlens=(5, 1, 33), pool=6, indices=(4, -1, 0), inplace=True, dtype="bfloat16"
+            )
+            yield replace(
+                base, B=3, T=4, pool=12, indices=(7, 2, 5), inplace=True, snapshots=3, scattered=True
+            )
+            yield replace(base, B=3, T=9, mask="left", fresh=True, gate="one")
+        yield Case(T=64, K=128, V=128, H=16, HV=32, kda=kda, erase="HV", dtype="bfloat16")
+        yield Case(B=2, T=4, K=128, V=128, H=4, HV=8, kda=kda, erase="H", inplace=True, snapshots=4)
+        yield Case(T=1000, H=1, HV=2, K=64, V=64, kda=kda, erase="HV", gate="keep")
+        yield Case(T=20, H=1, HV=1, K=300, V=16, kda=kda, erase="H")
+    rng = np.random.default_rng(20262)
+    for i in range(60):
+        c = random_case(rng)
+        if c.key != "huge":
+            yield replace(c, erase=("H", "HV")[i % 2], beta="mid", logit=False)
+
+
 def _random(count: int) -> Iterator[Case]:
     rng = np.random.default_rng(20261)
     for _ in range(count):
@@ -856,7 +915,7 @@ def _random(count: int) -> Iterator[Case]:
 def _all() -> Iterator[Case]:
     for group in (
         _ggml(), _chunks(), _sizes(), _heads(), _dtypes(), _forms(), _regimes(), _subnormal(), _strides(),
-        _packed(), _pools(), _scattered(), _masks(), _snapshots(), _random(150),
+        _packed(), _pools(), _scattered(), _masks(), _snapshots(), _random(150), _erases(),
     ):  # fmt: skip
         yield from group
 

@@ -56,7 +56,7 @@ class Call:
     k: Annotated[Array, ArrayRow("[B, T, H, K]")]
     v: Annotated[Array, ArrayRow("[B, T, HV, V]")]
     g: Gate
-    beta: Beta
+    beta: Annotated[Array, ArrayRow("[B, T, HV]", "gate", optional=True, explicit=True)] = None
     state_in: Annotated[
         Array, ArrayRow("[N, HV, K, V]", "state", optional=True, public=("initial_state", "state"))
     ] = None
@@ -67,6 +67,7 @@ class Call:
     cu_seqlens: CuSeqlens = None
     state_indices: StateIndices = None
     snapshot_indices: SnapshotIndices = None
+    erase: Annotated[Array, ArrayRow("[B, T, H or HV, K]", optional=True)] = None
     state_out: Annotated[Array, ArrayRow("[N, HV, K, V]", "state", result=True)] = None
     o: Annotated[Array, ArrayRow("[B, T, HV, V]", result=True)] = None
 

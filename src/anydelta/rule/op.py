@@ -30,7 +30,7 @@ def gated_delta_rule(
     v: Array,
     *,
     g: Array,
-    beta: Array,
+    beta: Array | None = None,
     initial_state: Array | None = None,
     scale: float | None = None,
     decay: str = "log",
@@ -45,6 +45,7 @@ def gated_delta_rule(
     cu_seqlens: Array | None = None,
     state_indices: Array | None = None,
     mask: Array | None = None,
+    erase: Array | None = None,
     snapshots: Array | None = None,
     output_final_state: bool = True,
     backend: str = "auto",
@@ -65,7 +66,7 @@ def gated_delta_rule(
         v: [B, T, HV, V], dtype of q; HV is a multiple of H.
         g: [B, T, HV] (GDA) or [B, T, HV, K] (KDA): the natural log of the decay, <= 0, -inf allowed;
             see `decay` for other forms.
-        beta: [B, T, HV]: write strength, after the sigmoid unless `beta_is_logit`.
+        beta: [B, T, HV]: write strength, after the sigmoid unless `beta_is_logit`. None with `erase`.
         initial_state: [N, HV, K, V] float32 or bfloat16, zeros if None; with `state_indices` a pool [P, HV, K, V].
         scale: factor of the output; K**-0.5 if None.
         decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
@@ -84,6 +85,9 @@ def gated_delta_rule(
         state_indices: [N] int32 or int64: the pool row of each sequence; -1 skips it (output zeros). Rows may repeat:
             nothing is written to them.
         mask: [B, T] bool: a False token leaves the state alone and outputs zeros.
+        erase: [B, T, H, K], with the heads of q and k, or [B, T, HV, K], dtype of q: the key that is read before k is
+            written, d_t = v_t - S^T erase_t; `qk_l2norm` does not touch it. beta is then None. The plain rule is
+            erase = beta k with beta v for v, Gated DeltaNet 2 erase = b * k with w * v, its gates b [K] and w [V].
         snapshots: [Ks, N, HV, K, V], written: slot 0 is the state after the last token, slot s that of s tokens
             earlier. Slots s >= T and those of skipped sequences keep what they held.
         output_final_state: False saves writing the final state when snapshots are all that is wanted.
@@ -98,7 +102,7 @@ def gated_delta_rule(
         UnsupportedError: the named backend cannot run it.
     """
     state, o = _run(
-        (q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, None),
+        (q, k, v, g, beta, initial_state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, None, erase),
         ("gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
          state_layout, output_final_state, backend),
     )  # fmt: skip
@@ -112,7 +116,7 @@ def gated_delta_rule_(
     state: Array,
     *,
     g: Array,
-    beta: Array,
+    beta: Array | None = None,
     scale: float | None = None,
     decay: str = "log",
     A_log: Array | None = None,
@@ -126,6 +130,7 @@ def gated_delta_rule_(
     cu_seqlens: Array | None = None,
     state_indices: Array | None = None,
     mask: Array | None = None,
+    erase: Array | None = None,
     snapshots: Array | None = None,
     snapshot_indices: Array | None = None,
     backend: str = "auto",
@@ -149,7 +154,8 @@ def gated_delta_rule_(
         UnsupportedError: the named backend cannot run it.
     """
     return _run(
-        (q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices),
+        (q, k, v, g, beta, state, snapshots, A_log, dt_bias, mask, cu_seqlens, state_indices, snapshot_indices,
+         erase),
         ("gated_delta_rule_", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
          state_layout, True, backend),
     )[1]  # fmt: skip

@@ -7,6 +7,7 @@ Per sequence and value head, with the state S of shape [K, V]:
     S   = S + k_t d_t^T               update
     o_t = scale * S^T q_t             output   reads the updated state
 
+With erase, the key that is read, d_t = v_t - S^T erase_t.
 Gated DeltaNet: arXiv 2412.06464, equation 10; Kimi Delta Attention: arXiv 2510.26692, equation 1.
 NumPy only, one token at a time, all heads of a token at once. It shares no code with any kernel.
 """
@@ -86,7 +87,7 @@ def gated_delta_rule(
     v: F64,
     *,
     g: F64,
-    beta: F64,
+    beta: F64 | None = None,
     initial_state: F64 | None = None,
     scale: float | None = None,
     decay: str = "log",
@@ -101,6 +102,7 @@ def gated_delta_rule(
     cu_seqlens: NDArray[np.int64] | None = None,
     state_indices: NDArray[np.int64] | None = None,
     mask: NDArray[np.bool_] | None = None,
+    erase: F64 | None = None,
     snapshots: int = 0,
 ) -> Expected:
     """The contract of `anydelta.gated_delta_rule` on float64 arrays; `snapshots` is the number of slots."""
@@ -108,11 +110,15 @@ def gated_delta_rule(
     HV, V = v.shape[2:]
     scale = K**-0.5 if scale is None else scale
     a = decays(g, decay=decay, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
-    beta = sigmoid(beta) if beta_is_logit else beta
     if qk_l2norm:
         q, k = l2norm(q, qk_l2norm_eps), l2norm(k, qk_l2norm_eps)
     qk_head = head_map(H, HV, heads)
     q, k = q[:, :, qk_head], k[:, :, qk_head]
+    if erase is not None:
+        read, strength = erase if erase.shape[2] == HV else erase[:, :, qk_head], np.ones(v.shape[:3])
+    else:
+        assert beta is not None
+        read, strength = k, sigmoid(beta) if beta_is_logit else beta
 
     # A sequence is a row of the batch, or a range of the only row when packed.
     if cu_seqlens is None:
@@ -138,7 +144,7 @@ def gated_delta_rule(
             if mask is None or mask[b, t]:
                 decay_t = a[b, t][:, None, None] if a.ndim == 3 else a[b, t][:, :, None]
                 S = decay_t * S
-                d = beta[b, t][:, None] * (v[b, t] - np.einsum("hkv,hk->hv", S, k[b, t]))
+                d = strength[b, t][:, None] * (v[b, t] - np.einsum("hkv,hk->hv", S, read[b, t]))
                 S = S + k[b, t][:, :, None] * d[:, None, :]
                 o[b, t] = scale * np.einsum("hkv,hk->hv", S, q[b, t])
             slot = end - 1 - t

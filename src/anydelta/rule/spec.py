@@ -92,6 +92,7 @@ class CallSpec:
                 ("pooled", self.pooled),
                 ("masked", self.masked),
                 (f"snapshots={self.snapshots}", self.snapshots),
+                ("erase", "erase" in self.given),
                 ("grad", self.requires_grad),
             )
             if on
@@ -345,8 +346,13 @@ def check_call(
         c.fail(f'lower_bound goes with decay="raw" only; got decay={options.decay!r}')
 
     here = c.array("q", call.q, None)
-    for name in ("k", "v", "g", "beta"):
+    for name in ("k", "v", "g", "beta" if call.erase is None else "erase"):
         c.array(name, getattr(call, name), here)
+    if call.erase is not None and (call.beta is not None or options.beta_is_logit):
+        c.fail(
+            "beta must be None with erase, and beta_is_logit False: d = v - S^T erase has no other write strength; "
+            f"got {'beta' if call.beta is not None else 'beta_is_logit=True'}. Multiply v and erase by it"
+        )
 
     # q, k [B, T, H, K]; v [B, T, HV, V]
     dtype = c.dtype("q", call.q, DTYPES)
@@ -366,17 +372,28 @@ def check_call(
     if HV % H:
         c.fail(f"v must have a multiple of q's heads (HV a multiple of H); got HV={HV}, H={H}")
 
-    # g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV]
+    # g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV] or erase [B, T, H or HV, K]
     if shape_of(call.g) not in ((B, T, HV), (B, T, HV, K)):
         c.fail(
             f"g must be [B, T, HV] or [B, T, HV, K]; got {shape_of(call.g)} with B = {B}, T = {T}, HV = {HV}, K = {K}"
         )
     kda = len(call.g.shape) == 4
-    c.shape("beta", call.beta, (B, T, HV), "[B, T, HV]")
-    g_dtype = c.dtype("g", call.g, DTYPES)
-    beta_dtype = c.dtype("beta", call.beta, DTYPES)
+    if call.erase is None:
+        c.shape("beta", call.beta, (B, T, HV), "[B, T, HV]")
+    elif shape_of(call.erase) not in ((B, T, H, K), (B, T, HV, K)):
+        c.fail(
+            f"erase must be [B, T, H, K] or [B, T, HV, K]; got {shape_of(call.erase)} with B = {B}, T = {T}, H = {H}, "
+            f"HV = {HV}, K = {K}"
+        )
+    g_dtype = beta_dtype = c.dtype("g", call.g, DTYPES)
+    if call.erase is None:
+        beta_dtype = c.dtype("beta", call.beta, DTYPES)
+    else:
+        c.dtype("erase", call.erase, (dtype,))
 
     c.sizes(q=(B, T, H, K), v=(B, T, HV, V), g=(B, T, HV, K) if kda else (B, T, HV))
+    if call.erase is not None:
+        c.sizes(erase=shape_of(call.erase))
     _check_raw(c, call, options, here, kda=kda, HV=HV, K=K)
     N = _check_sequences(c, call, here, B=B, T=T)
     c.sizes(**{"the state [N, HV, K, V]": (N, HV, K, V)})

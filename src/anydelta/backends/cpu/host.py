@@ -97,7 +97,9 @@ DEVICE = Row(("cpu", MLX_GPU), "takes tensors on the CPU; got device {where}")
 
 class Cpu:
     name = "cpu"
-    accepts = RULE_CALLS.but(device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=())
+    accepts = RULE_CALLS.but(
+        arrays=("erase",), device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=()
+    )
     optional_A_log = True
     mixer = "anydelta.backends.cpu.mixer"
     log = "anydelta.backends.cpu.log"

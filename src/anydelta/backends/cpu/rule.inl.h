@@ -1,15 +1,15 @@
 // The gated delta rule on one CPU, written once over the primitives of an ISA (isa_*.h) and compiled per ISA.
 //
 //     S   = diag(a_t) S               decay    a_t in [0, 1]^K (a scalar gate fills the vector)
-//     d_t = beta_t (v_t - S^T k_t)    delta
+//     d_t = beta_t (v_t - S^T e_t)    delta    e_t = k_t, or the call's erase_t with beta_t = 1
 //     S   = S + k_t d_t^T             update
 //     o_t = scale * S^T q_t           output                              all in float32
 //
 // C tokens are taken per pass over the state. With Gamma_t = a_1 .. a_t (products inside the block, never
 // quotients, so nothing overflows) and w_s^t = k_s a_(s+1) .. a_t, the block is, in terms of the state S0 before it,
 //
-//     P_t = S0^T (Gamma_t k_t)     R_t = S0^T (scale Gamma_t q_t)                     2 K V FMAs a token: `dots`
-//     d_t = beta_t (v_t - P_t - sum_{s<t} (w_s^t . k_t) d_s)
+//     P_t = S0^T (Gamma_t e_t)     R_t = S0^T (scale Gamma_t q_t)                     2 K V FMAs a token: `dots`
+//     d_t = beta_t (v_t - P_t - sum_{s<t} (w_s^t . e_t) d_s)
 //     o_t = R_t + sum_{s<=t} (w_s^t . scale q_t) d_s                                  C V FMAs a token: `solve`
 //     S_C = Gamma_C S0 + sum_s w_s^C d_s^T                                            K V FMAs a token: `update`
 //
@@ -43,7 +43,7 @@ constexpr int AHEAD = 2;
 // with states in memory, half as fast where the same 8 MiB are written again and again and would have stayed in L3.
 constexpr int64_t STREAM_BYTES = int64_t{4} << 20;
 // Rows of a prepared block, each [LD] per segment.
-constexpr int ROW_KQ = 0;                  // C rows Gamma_t k_t, then C rows scale Gamma_t q_t
+constexpr int ROW_EQ = 0;                  // C rows Gamma_t e_t, then C rows scale Gamma_t q_t
 constexpr int ROW_W = 2 * C_MAX;           // C rows w_s^C
 constexpr int ROW_GAMMA = 3 * C_MAX;       // Gamma_C
 constexpr int ROW_A = 3 * C_MAX + 1;       // C rows a_t, for snapshots
@@ -53,7 +53,7 @@ constexpr int ROWS = 5 * C_MAX + 1;
 struct Block {
     int C;
     float beta[C_MAX];
-    float kk[C_MAX][C_MAX];   // [t][s], s < t: beta_t w_s^t . k_t
+    float ke[C_MAX][C_MAX];   // [t][s], s < t: beta_t w_s^t . e_t
     float kq[C_MAX][C_MAX];   // [t][s], s <= t: w_s^t . scale q_t
     bool emits;               // a snapshot is taken inside this block
     int64_t slot[C_MAX];      // snapshot slot after token t, or -1
@@ -185,6 +185,8 @@ AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
 
 AD_INLINE int64_t qk_head(const Problem& p, int64_t hv) { return p.tiled ? hv % p.H : hv / (p.HV / p.H); }
 
+AD_INLINE int64_t erase_head(const Problem& p, int64_t hv) { return p.erase.heads == p.HV ? hv : qk_head(p, hv); }
+
 // Fetch n channels of a row ahead of their use. Always inlined, like all that only prefetches: GCC takes such a function
 // for one without effects and drops the call.
 template <bool write>
@@ -211,19 +213,21 @@ struct Arena {
 };
 
 struct Scratch {  // one token, [segments * SEG] each
-    float *k, *q, *a;
+    float *k, *q, *a, *e;
     void carve(Arena& arena, int64_t segments) {
         k = arena.take<float>(segments * SEG);
         q = arena.take<float>(segments * SEG);
         a = arena.take<float>(segments * SEG);
+        e = arena.take<float>(segments * SEG);
     }
     void pad(int64_t K) const {
-        for (int64_t i = K; i < round_up(K, L); ++i) k[i] = q[i] = a[i] = 0.0f;
+        for (int64_t i = K; i < round_up(K, L); ++i) k[i] = q[i] = a[i] = e[i] = 0.0f;
     }
 };
 
 struct Token {
     const float *k, *q;        // k_t / k_factor, scale q_t / q_factor: the caller's memory, or scratch
+    const float* e;            // erase_t, where the call has it
     const float* a;            // a_t (KDA)
     float k_factor, q_factor;  // from the L2 norm and the scale
     float alpha;               // a_t (GDA)
@@ -273,7 +277,10 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
             x.k_factor = inverse_length(x.k, n, 1.0f, p.l2norm_eps, s.k);
             x.q_factor *= inverse_length(x.q, n, 1.0f, p.l2norm_eps, s.q);
         }
-        betas[c] = read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
+        if (p.erase.data)
+            x.e = channels(p, token(p.erase, b, t[c], erase_head(p, hv)), p.erase.dtype, s.e), betas[c] = 1.0f;
+        else
+            betas[c] = read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
         const void* g = token(p.g, b, t[c], hv);
         x.a = s.a;
         if (p.kda) {
@@ -296,26 +303,27 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
-template <int t, bool kda>
+template <int t, bool kda, bool erase>
 static void append_token(const Problem& p, const Token& x, Block& blk) {
-    V kk[t + 1], kq[t + 1];
-    AD_UNROLL for (int u = 0; u <= t; ++u) kk[u] = kq[u] = vzero();
+    V ke[t + 1], kq[t + 1];
+    AD_UNROLL for (int u = 0; u <= t; ++u) ke[u] = kq[u] = vzero();
     const V k_factor = vset(x.k_factor), q_factor = vset(x.q_factor), alpha = vset(kda ? 0.0f : x.alpha);
     for (int64_t seg = 0; seg < segments(p); ++seg) {
         float* rows = blk.rows + seg * ROWS * LD;
         const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         const float *k = x.k + seg * SEG, *q = x.q + seg * SEG, *a = x.a + seg * SEG;
+        const float* e = erase ? x.e + seg * SEG : nullptr;
         for (int64_t i = 0; i < n; i += L) {
             const V ki = vmul(k_factor, vload(k + i)), qi = vmul(q_factor, vload(q + i));
-            const V ai = kda ? vload(a + i) : alpha;
+            const V ai = kda ? vload(a + i) : alpha, ei = erase ? vload(e + i) : ki;
             const V gamma = t == 0 ? ai : vmul(vload(rows + ROW_GAMMA * LD + i), ai);
             vstore(rows + ROW_GAMMA * LD + i, gamma);
-            vstore(rows + (ROW_KQ + t) * LD + i, vmul(gamma, ki));
-            vstore(rows + (ROW_KQ + blk.C + t) * LD + i, vmul(gamma, qi));
+            vstore(rows + (ROW_EQ + t) * LD + i, vmul(gamma, ei));
+            vstore(rows + (ROW_EQ + blk.C + t) * LD + i, vmul(gamma, qi));
             AD_UNROLL for (int u = 0; u < t; ++u) {
                 const V w = vmul(vload(rows + (ROW_W + u) * LD + i), ai);
                 vstore(rows + (ROW_W + u) * LD + i, w);
-                kk[u] = vfma(w, ki, kk[u]);
+                ke[u] = vfma(w, ei, ke[u]);
                 kq[u] = vfma(w, qi, kq[u]);
             }
             vstore(rows + (ROW_W + t) * LD + i, ki);
@@ -326,20 +334,24 @@ static void append_token(const Problem& p, const Token& x, Block& blk) {
             }
         }
     }
-    AD_UNROLL for (int u = 0; u < t; ++u) blk.kk[t][u] = blk.beta[t] * vsum(kk[u]);
+    AD_UNROLL for (int u = 0; u < t; ++u) blk.ke[t][u] = blk.beta[t] * vsum(ke[u]);
     AD_UNROLL for (int u = 0; u <= t; ++u) blk.kq[t][u] = vsum(kq[u]);
 }
 
-template <bool kda>
-static void append(const Problem& p, const Token& x, Block& blk, int t) {
+template <bool kda, bool erase>
+static void append_as(const Problem& p, const Token& x, Block& blk, int t) {
     switch (t) {
-        case 0: return append_token<0, kda>(p, x, blk);
-        case 1: return append_token<1, kda>(p, x, blk);
-        case 2: return append_token<2, kda>(p, x, blk);
-        case 3: return append_token<3, kda>(p, x, blk);
-        case 4: return append_token<4, kda>(p, x, blk);
-        default: return append_token<5, kda>(p, x, blk);
+        case 0: return append_token<0, kda, erase>(p, x, blk);
+        case 1: return append_token<1, kda, erase>(p, x, blk);
+        case 2: return append_token<2, kda, erase>(p, x, blk);
+        case 3: return append_token<3, kda, erase>(p, x, blk);
+        case 4: return append_token<4, kda, erase>(p, x, blk);
+        default: return append_token<5, kda, erase>(p, x, blk);
     }
+}
+static void append(const Problem& p, const Token& x, Block& blk, int t) {
+    if (p.erase.data) return p.kda ? append_as<true, true>(p, x, blk, t) : append_as<false, true>(p, x, blk, t);
+    return p.kda ? append_as<true, false>(p, x, blk, t) : append_as<false, false>(p, x, blk, t);
 }
 static_assert(C_MAX == 6, "append and the step tables below list the block sizes");
 
@@ -365,12 +377,12 @@ AD_INLINE void dots(const float* rows, const float* S, int64_t n, float* out, bo
         AD_UNROLL for (int j = 0; j < N; ++j) vstore(out + (r * N + j) * L, acc[r][j]);
 }
 
-// dots for the C key rows and C query rows of a block: PR [2C][N L]
+// dots for the C rows e and C query rows of a block: PR [2C][N L]
 template <int C, int N>
 AD_INLINE void block_dots(const Problem& p, const Block& blk, const float* tile, float* PR) {
     constexpr int R = 2 * C * N <= ACCUMULATORS ? 2 * C : C;  // rows per pass
     for (int64_t seg = 0; seg < segments(p); ++seg) {
-        const float* rows = blk.rows + (seg * ROWS + ROW_KQ) * LD;
+        const float* rows = blk.rows + (seg * ROWS + ROW_EQ) * LD;
         const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         for (int r = 0; r < 2 * C; r += R)
             dots<R, N>(rows + r * LD, tile + seg * SEG * W, n, PR + r * N * L, seg > 0, rows + (r + R) * LD);
@@ -378,7 +390,7 @@ AD_INLINE void block_dots(const Problem& p, const Block& blk, const float* tile,
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// solve: the triangular part, on L columns.  D_t = beta_t (v_t - P_t) - sum kk[t][s] D_s,  o_t = R_t + sum kq[t][s] D_s.
+// solve: the triangular part, on L columns.  D_t = beta_t (v_t - P_t) - sum ke[t][s] D_s,  o_t = R_t + sum kq[t][s] D_s.
 // P, R [C] each with row stride ldp; D may be P. As soon as D_s is known it is subtracted from all later tokens, so
 // that the chain is C FMAs long and not C^2 / 2.
 
@@ -389,7 +401,7 @@ AD_INLINE void solve(const Block& blk, const float* P, const float* R, int64_t l
     AD_UNROLL for (int t = 0; t < C; ++t)
         d[t] = vmul(vset(blk.beta[t]), vsub(vload(v + t * ldv), vload(P + t * ldp)));
     AD_UNROLL for (int s = 0; s < C; ++s)
-        AD_UNROLL for (int t = s + 1; t < C; ++t) d[t] = vfnma(vset(blk.kk[t][s]), d[s], d[t]);
+        AD_UNROLL for (int t = s + 1; t < C; ++t) d[t] = vfnma(vset(blk.ke[t][s]), d[s], d[t]);
     AD_UNROLL for (int t = 0; t < C; ++t) {
         V y = vload(R + t * ldp);
         AD_UNROLL for (int s = 0; s <= t; ++s) y = vfma(vset(blk.kq[t][s]), d[s], y);
@@ -584,7 +596,7 @@ static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t l
     for (int64_t i = 0; i < 2 * C * ldp; i += L) vstore(PR + i, vzero());
     constexpr int G = REGISTERS == 32 ? 8 : 4;
     for (int64_t i = 0; i < p.K;) {
-        const float* rows = blk.rows + (i / SEG * ROWS + ROW_KQ) * LD + i % SEG;
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_EQ) * LD + i % SEG;
         if (i + G <= p.K) {
             dots_rows<C, G, 2>(rows, i, S + i * lds, lds, cols, PR, ldp, next, next_row);
             i += G;
@@ -640,7 +652,7 @@ static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds
         AD_UNROLL for (int r = 0; r < 2 * C; ++r)
             AD_UNROLL for (int u = 0; u < M; ++u) acc[r][u] = vzero();
         for (int64_t seg = 0; seg < segments(p); ++seg) {
-            const float* rows = blk.rows + (seg * ROWS + ROW_KQ) * LD;
+            const float* rows = blk.rows + (seg * ROWS + ROW_EQ) * LD;
             const St* s0 = S + m * lds + seg * SEG;
             const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
             for (int64_t i = 0; i < n; i += L) {
@@ -986,14 +998,12 @@ class Runner {
                 fetch<false>(p.v, seq.b, ahead, h->hv, job.col0, job.cols);
             }
             if (ahead < seq.end && p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
+            if (ahead < seq.end && p.erase.data) fetch<false>(p.erase, seq.b, ahead, erase_head(p, h->hv), 0, p.K);
         }
         Token tokens[C_MAX];
         read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, tokens, blk.beta);
         for (int c = 0; c < n; ++c) {
-            if (p.kda)
-                append<true>(p, tokens[c], blk, c);
-            else
-                append<false>(p, tokens[c], blk, c);
+            append(p, tokens[c], blk, c);
             float* v = v_rows + c * ldv;
             if (!made)
                 read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);

@@ -285,7 +285,13 @@ Spec check(const Call& call, const Options& opt) {
 
     for (auto [name, x] : {std::pair{"q", &call.q}, std::pair{"k", &call.k}, std::pair{"v", &call.v},
                            std::pair{"g", &call.g}, std::pair{"beta", &call.beta}})
-        if (!x->given()) c.fail(std::string(name) + " must be a torch.Tensor or a numpy.ndarray; got NoneType");
+        if (!x->given() && !(x == &call.beta && call.erase.given()))
+            c.fail(std::string(name) + " must be a torch.Tensor or a numpy.ndarray; got NoneType");
+    if (call.erase.given() && (call.beta.given() || opt.beta_is_logit))
+        c.fail(
+            std::string("beta must be None with erase, and beta_is_logit False: d = v - S^T erase has no other write "
+                        "strength; got ") +
+            (call.beta.given() ? "beta" : "beta_is_logit=True") + ". Multiply v and erase by it");
 
     // q, k [B, T, H, K]; v [B, T, HV, V]
     c.type("q", call.q, FLOATS);
@@ -312,18 +318,27 @@ Spec check(const Call& call, const Options& opt) {
     if (s.HV % s.H)
         c.fail("v must have a multiple of q's heads (HV a multiple of H); got HV=" + n(s.HV) + ", H=" + n(s.H));
 
-    // g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV]
+    // g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV] or erase [B, T, H or HV, K]
     s.kda = is(call.g, {s.B, s.T, s.HV, s.K});
     if (!s.kda && !is(call.g, {s.B, s.T, s.HV}))
         c.fail("g must be [B, T, HV] or [B, T, HV, K]; got " + text(dims_of(call.g), '(', ')') + " with B = " + n(s.B) +
                ", T = " + n(s.T) + ", HV = " + n(s.HV) + ", K = " + n(s.K));
-    if (!is(call.beta, {s.B, s.T, s.HV})) c.shape("beta", call.beta, {s.B, s.T, s.HV}, "[B, T, HV]");
+    if (!call.erase.given())
+        c.shape("beta", call.beta, {s.B, s.T, s.HV}, "[B, T, HV]");
+    else if (!is(call.erase, {s.B, s.T, s.H, s.K}) && !is(call.erase, {s.B, s.T, s.HV, s.K}))
+        c.fail("erase must be [B, T, H, K] or [B, T, HV, K]; got " + text(dims_of(call.erase), '(', ')') +
+               " with B = " + n(s.B) + ", T = " + n(s.T) + ", H = " + n(s.H) + ", HV = " + n(s.HV) +
+               ", K = " + n(s.K));
     c.type("g", call.g, FLOATS);
-    c.type("beta", call.beta, FLOATS);
+    if (call.erase.given())
+        c.type("erase", call.erase, {call.q.type});
+    else
+        c.type("beta", call.beta, FLOATS);
 
     c.sizes("q", {s.B, s.T, s.H, s.K});
     c.sizes("v", {s.B, s.T, s.HV, s.V});
     c.sizes("g", s.kda ? Dims{s.B, s.T, s.HV, s.K} : Dims{s.B, s.T, s.HV});
+    if (call.erase.given()) c.sizes("erase", dims_of(call.erase));
     check_raw(c, call, opt, s.kda, s.HV, s.K);
     s.N = check_sequences(c, call, s.B);
     c.sizes("the state [N, HV, K, V]", {s.N, s.HV, s.K, s.V});

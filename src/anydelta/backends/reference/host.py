@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Reference:
     name = "reference"
     accepts = RULE_CALLS.but(
-        dtype=GATES, device=ANY, framework=ANY,
+        arrays=("erase",), dtype=GATES, device=ANY, framework=ANY,
         resident=Row(("",), "takes states on the host; got one on {got}"),
     )  # fmt: skip
     optional_A_log = True
@@ -59,8 +59,9 @@ def _run_numpy(spec: CallSpec, call: Call) -> None:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     want = reference.gated_delta_rule(
-        f64(call.q), f64(call.k), f64(call.v), g=f64(call.g), beta=f64(call.beta), initial_state=f64(call.state_in),
-        A_log=f64(call.A_log), dt_bias=f64(call.dt_bias), cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
+        f64(call.q), f64(call.k), f64(call.v), g=f64(call.g), beta=f64(call.beta), erase=f64(call.erase),
+        initial_state=f64(call.state_in), A_log=f64(call.A_log), dt_bias=f64(call.dt_bias),
+        cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
         mask=call.mask, snapshots=spec.snapshots, **options_of(spec.options, "output_final_state"),
     )  # fmt: skip
     call.o[...] = want.o
@@ -77,12 +78,13 @@ def _run_numpy(spec: CallSpec, call: Call) -> None:
 
 
 def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decays in [0, 1] and beta after the sigmoid, in `dtype`."""
+    """Decays in [0, 1] and beta after the sigmoid, ones with erase, in `dtype`."""
     import torch
     import torch.nn.functional as F
 
     opt = spec.options
-    g, beta = call.g.to(dtype), call.beta.to(dtype)
+    g = call.g.to(dtype)
+    beta = g.new_ones(call.v.shape[:3]) if call.beta is None else call.beta.to(dtype)
     if opt.decay == "raw":
         A = g.new_ones(spec.HV) if call.A_log is None else call.A_log.to(dtype).exp()
         A = A[:, None] if spec.kda else A
@@ -151,6 +153,10 @@ def torch_recurrence(
         q, k = (normalised(x, opt.qk_l2norm_eps) for x in (q, k))
     head = torch.as_tensor(reference.head_map(spec.H, spec.HV, opt.heads), device=q.device)
     q, k = q[:, :, head] * spec.scale, k[:, :, head]
+    read = k
+    if call.erase is not None:
+        read = call.erase.to(dtype)
+        read = read if read.shape[2] == spec.HV else read[:, :, head]
     a = a[..., None, None] if not spec.kda else a[..., None]
 
     def tokens(S: torch.Tensor, b: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +164,7 @@ def torch_recurrence(
         for t in range(start, end):
             if call.mask is None or bool(call.mask[b, t]):
                 S = a[b, t] * S
-                d = beta[b, t][:, None] * (v[b, t] - torch.einsum("hkv,hk->hv", S, k[b, t]))
+                d = beta[b, t][:, None] * (v[b, t] - torch.einsum("hkv,hk->hv", S, read[b, t]))
                 S = S + k[b, t][:, :, None] * d[:, None, :]
                 outs.append(torch.einsum("hkv,hk->hv", S, q[b, t]))
             else:
