@@ -1,16 +1,16 @@
 """Prefill: the recurrence in chunks of C tokens, as products that run on tensor cores.
 
     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
-    d_t = beta_t (v_t - S^T k_t)      delta
+    d_t = beta_t (v_t - S^T r_t)      delta    r_t = k_t, or the call's erase_t with beta_t = 1
     S   = S + k_t d_t^T               update
     o_t = scale * S^T q_t             output
 
 Within a chunk that starts from the state S0, with e(j, i) = exp(g_{j+1} + ... + g_i) (elementwise over K for KDA),
 U [C, V] the rows d_t and E_i = exp(g_1 + ... + g_i):
 
-    A_ij = beta_i <k_i * e(j, i), k_j>  for i > j         T = (I + A)^-1 diag(beta)
+    A_ij = beta_i <r_i * e(j, i), k_j>  for i > j         T = (I + A)^-1 diag(beta)
     P_ij = scale <q_i * e(j, i), k_j>   for i >= j
-    U    = T (v - (k * E) S0)                             the WY form (Gated DeltaNet, arXiv 2412.06464, section 3.3)
+    U    = T (v - (r * E) S0)                             the WY form (Gated DeltaNet, arXiv 2412.06464, section 3.3)
     o    = scale (q * E) S0 + P U
     S    = diag(E_C) S0 + (k * e(., C))^T U
 
@@ -47,14 +47,14 @@ from .common import narrow, product, qk_head, split, tokens_of, widen, write_str
 
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
 def scores(
-    q, k, g, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    q, k, g, erase, A_log, dt_bias, mask, cu_seqlens, state_indices,
     out,                              # [slots, HV, 2, C, C] float32: A without beta, P; where i >= j
     N, T, Ks, scale, eps, lower_bound,
-    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, mask_b, mask_t,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, erase_b, erase_t, erase_h, mask_b, mask_t,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
     DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """KDA: <k_i * e(j, i), k_j> and scale <q_i * e(j, i), k_j> for 16 tokens i of a chunk and all its j <= i.
+    """KDA: <r_i * e(j, i), k_j> and scale <q_i * e(j, i), k_j> for 16 tokens i of a chunk and all its j <= i.
 
     Grid: slots * HV * C / 16. Columns of earlier blocks of 16 factor at the first token of the block of i; within
     the block every pair has its own exponent, and the sum over K is made for one j after the other.
@@ -82,6 +82,11 @@ def scores(
     t = start + r
     live = alive(mask, mask_t, t, end)
     k_i = normed(k, k_t, t, live, i_k, in_k, eps, L2NORM)
+    r_i = k_i
+    if erase is not None:
+        r_i = widen(
+            rows(erase + b * erase_b + (hv if ERASE == HV else h) * erase_h, erase_t, t, live, i_k, in_k)
+        )
     q_i = normed(q, q_t, t, live, i_k, in_k, eps, L2NORM) * scale
     g_i = gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
 
@@ -93,7 +98,7 @@ def scores(
         j = 15 - step
         k_j = tl.sum(tl.where(r[:, None] == j, k_i, 0.0), 0)  # [BK]
         term = k_j[None, :] * tl.exp(D)
-        kk = tl.where(r[None, :] == j, tl.sum(k_i * term, 1)[:, None], kk)
+        kk = tl.where(r[None, :] == j, tl.sum(r_i * term, 1)[:, None], kk)
         qk = tl.where(r[None, :] == j, tl.sum(q_i * term, 1)[:, None], qk)
         g_j = tl.sum(tl.where(r[:, None] == j, g_i, 0.0), 0)
         D += tl.where(r[:, None] >= j, g_j[None, :], 0.0)
@@ -103,7 +108,7 @@ def scores(
 
     # Earlier blocks: e(j, i) = exp(sum from j + 1 to the block's start) * exp(sum from there to i).
     to_i = tl.exp(tl.cumsum(g_i, 0))
-    k_high, k_low = split(k_i * to_i)
+    r_high, r_low = split(r_i * to_i)
     q_high, q_low = split(q_i * to_i)
     between = tl.zeros([BK], tl.float32)
     for step in range(0, block):
@@ -120,7 +125,7 @@ def scores(
         j_low = tl.trans(j_low)
         zero = tl.zeros([16, 16], tl.float32)
         columns = (J * 16 + r)[None, :]
-        tl.store(out + columns, product(k_high, k_low, j_high, j_low, zero, False, False))
+        tl.store(out + columns, product(r_high, r_low, j_high, j_low, zero, False, False))
         tl.store(out + C * C + columns, product(q_high, q_low, j_high, j_low, zero, False, False))
         g_j = gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)
         between += tl.sum(g_j, 0)
@@ -128,20 +133,22 @@ def scores(
 
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
 def prepare(
-    q, k, g, beta, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    q, k, g, beta, erase, A_log, dt_bias, mask, cu_seqlens, state_indices,
     found,                            # [slots, HV, 2, C, C] float32: A without beta, P; from `scores` for KDA
     out,                              # [slots, HV, 4, C, C] bfloat16: T (or Y) high, low, P high, low
     factors,                          # [slots, HV, FACTORS, C] float32: what rows of k, q, again k are multiplied with
     N, T, Ks, scale, eps, lower_bound,
-    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
+    erase_b, erase_t, erase_h, mask_b, mask_t,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
-    TILED: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr, SLICE: tl.constexpr,
+    TILED: tl.constexpr, ERASE: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
 
-    Factors, where EXACT: E_i / |k_i|; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y in place of T (see
-    chunk_backward.py), the factor beta, and for GDA `found` is written.
+    Factors, where EXACT: E_i / |k_i|, or E_i with erase; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y in place
+    of T (see chunk_backward.py), the factor beta, and for GDA `found` is written.
     """
     slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
@@ -152,8 +159,11 @@ def prepare(
     if mask is not None:
         mask += b * mask_b
     live = alive(mask, mask_t, t, end)
-    strength = tl.load(beta + b * beta_b + hv * beta_h + t.to(tl.int64) * beta_t, mask=live, other=0.0)
-    strength = tl.where(live, write_strength(strength, LOGIT), 0.0)
+    if erase is None:
+        strength = tl.load(beta + b * beta_b + hv * beta_h + t.to(tl.int64) * beta_t, mask=live, other=0.0)
+        strength = tl.where(live, write_strength(strength, LOGIT), 0.0)
+    else:
+        strength = tl.where(live, 1.0, 0.0)
     below = i[:, None] > i[None, :]
     upto = i[:, None] >= i[None, :]
     at_factors = (slot.to(tl.int64) * HV + hv) * (FACTORS * C) + i
@@ -165,6 +175,8 @@ def prepare(
         h = qk_head(hv, H, HV, TILED)
         q += b * q_b + h * q_h
         k += b * k_b + h * k_h
+        if erase is not None:
+            erase += b * erase_b + (hv if ERASE == HV else h) * erase_h
         A = tl.zeros([C, C], tl.float32)
         P = tl.zeros([C, C], tl.float32)
         k_length = tl.zeros([C], tl.float32)
@@ -176,7 +188,11 @@ def prepare(
             rows_k = rows(k, k_t, t, live, i_k, i_k < K)
             k_high, k_low = parts(rows_k, EXACT)
             q_high, q_low = parts(rows_q, EXACT)
-            A = product(k_high, k_low, tl.trans(k_high), tl.trans(k_low), A, EXACT, EXACT)
+            r_high = k_high
+            r_low = k_low
+            if erase is not None:
+                r_high, r_low = parts(rows(erase, erase_t, t, live, i_k, i_k < K), EXACT)
+            A = product(r_high, r_low, tl.trans(k_high), tl.trans(k_low), A, EXACT, EXACT)
             P = product(q_high, q_low, tl.trans(k_high), tl.trans(k_low), P, EXACT, EXACT)
             if L2NORM:
                 k_length += tl.sum(widen(rows_k) * widen(rows_k), 1)
@@ -186,19 +202,22 @@ def prepare(
         if L2NORM:
             r_k = tl.rsqrt(tl.where(live, k_length + eps, 1.0))
             r_q = tl.rsqrt(tl.where(live, q_length + eps, 1.0))
+        r_r = r_k
+        if erase is not None:
+            r_r = tl.full([C], 1.0, tl.float32)
         A_gate, bias = gate_parameters(A_log, dt_bias, hv, i, live, K, False, DECAY)
         g += b * g_b + hv * g_h
         gate, E, to_end, last = chunk_decays(
             g, g_t, mask, mask_t, t, end, i, live, A_gate, bias, lower_bound, C, False, DECAY, BOUNDED
         )
         decay = pair_decays(gate, C)
-        A = tl.where(below, A * decay * (r_k[:, None] * r_k[None, :]), 0.0)
+        A = tl.where(below, A * decay * (r_r[:, None] * r_k[None, :]), 0.0)
         P = tl.where(upto, P * (scale * decay) * (r_q[:, None] * r_k[None, :]), 0.0)
         if BACKWARD:
             tl.store(found + at_found, A)
             tl.store(found + at_found + C * C, P)
         if EXACT:
-            tl.store(factors + at_factors, E * r_k)
+            tl.store(factors + at_factors, E * r_r)
             tl.store(factors + at_factors + C, scale * E * r_q)
             tl.store(factors + at_factors + 2 * C, to_end * r_k)
             tl.store(factors + at_factors + 3 * C, i * 0.0 + last)
@@ -219,12 +238,13 @@ def prepare(
 
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound"])
 def operands(
-    q, k, g, A_log, dt_bias, mask, cu_seqlens, state_indices,
-    out,                              # [slots, HV, 6, C, K] bfloat16: k * E, scale (q * E), k * e(., C); high, low each
+    q, k, g, erase, A_log, dt_bias, mask, cu_seqlens, state_indices,
+    out,                              # [slots, HV, 6, C, K] bfloat16: r * E, scale (q * E), k * e(., C); high, low each
     last,                             # [slots, HV, K] float32: E_C
     N, T, Ks, scale, eps, lower_bound,
-    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, mask_b, mask_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, erase_b, erase_t, erase_h, mask_b, mask_t,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, KDA: tl.constexpr,
+    ERASE: tl.constexpr,
     DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What the scan multiplies the state and U with, for one chunk and head. Grid: slots * HV."""
@@ -252,8 +272,12 @@ def operands(
     at = (slot.to(tl.int64) * HV + hv) * (6 * C * K) + i[:, None] * K + i_k[None, :]
     tl.store(last + (slot.to(tl.int64) * HV + hv) * K + i_k, E_C, mask=in_k)
     row = normed(k + b * k_b + h * k_h, k_t, t, live, i_k, in_k, eps, L2NORM)
-    store_split(out + at, row * E, C * K, in_k[None, :])
     store_split(out + at + 4 * C * K, row * to_end, C * K, in_k[None, :])
+    if erase is not None:
+        row = widen(
+            rows(erase + b * erase_b + (hv if ERASE == HV else h) * erase_h, erase_t, t, live, i_k, in_k)
+        )
+    store_split(out + at, row * E, C * K, in_k[None, :])
     row = normed(q + b * q_b + h * q_h, q_t, t, live, i_k, in_k, eps, L2NORM)
     store_split(out + at + 2 * C * K, row * E * scale, C * K, in_k[None, :])
 
@@ -261,6 +285,7 @@ def operands(
 @triton.jit(do_not_specialize=["N", "T", "Ks"])
 def scan(
     q, k, v, o,                       # q, k [B, T, H, K]; v, o [B, T, HV, V]
+    erase,                            # [B, T, ERASE, K] or None
     solved, factors,                  # what `prepare` wrote
     ready, ready_last,                # what `operands` wrote, where not EXACT
     state, state_out,                 # [N or P, HV, K, V], may be None
@@ -268,11 +293,12 @@ def scan(
     states,                           # [slots, HV, K, V] float32 for the backward pass, else None
     mask, cu_seqlens, state_indices,
     N, T, Ks,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mask_b, mask_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    erase_b, erase_t, erase_h, mask_b, mask_t,
     s_n, s_h, s_k, s_v, u_n, u_h, u_k, u_v,  # strides of state and state_out
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, TILED: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr,
-    SEGMENTS: tl.constexpr, TRANSITIONS: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, TILED: tl.constexpr, ERASE: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr,
+    EXACT: tl.constexpr, SEGMENTS: tl.constexpr, TRANSITIONS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The walk through the chunks of a sequence. Grid: N * HV * segments * column blocks. EXACT: GDA in bfloat16.
 
@@ -363,6 +389,8 @@ def scan(
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + hv * v_h
+    if erase is not None:
+        erase += b * erase_b + (hv if ERASE == HV else h) * erase_h
     if mask is not None:
         mask += b * mask_b
     slot = first_slot(n, cu_seqlens, T, C).to(tl.int64)
@@ -381,11 +409,14 @@ def scan(
         at_factors = ((slot + c) * HV + hv) * (FACTORS * C) + i_c
         at_ready = ((slot + c) * HV + hv) * (6 * C * K) + i_c[:, None] * K + i_k[None, :]
 
-        # R = v - (k * E) S,  U = T R
+        # R = v - (r * E) S,  U = T R
         if EXACT:
             rows_k = rows(k, k_t, t, live, i_k, in_k)
             to_k = tl.load(factors + at_factors)
-            R -= product(rows_k, rows_k, S_high, S_low, zero, True, False) * to_k[:, None]
+            rows_r = rows_k
+            if erase is not None:
+                rows_r = rows(erase, erase_t, t, live, i_k, in_k)
+            R -= product(rows_r, rows_r, S_high, S_low, zero, True, False) * to_k[:, None]
         else:
             k_high = tl.load(ready + at_ready, mask=in_k[None, :], other=0.0)
             k_low = tl.load(ready + at_ready + C * K, mask=in_k[None, :], other=0.0)

@@ -81,7 +81,9 @@ class Triton:
 
     @property
     def accepts(self) -> Accepts:
-        return RULE_CALLS.but(framework=TORCH, device=device_row(), K=UpTo(MAX_K), snapshot_rows=EITHER)
+        return RULE_CALLS.but(
+            arrays=("erase",), framework=TORCH, device=device_row(), K=UpTo(MAX_K), snapshot_rows=EITHER
+        )
 
     @property
     def accepts_gradients(self) -> Accepts:
@@ -92,7 +94,7 @@ class Triton:
             K=Row(UpTo(MAX_CHUNKED_K), "takes K {allowed} for gradients; got {got}"),
             # its kernels know d / d log(decay), which says nothing at a decay of 0
             decay=Row(("log", "raw"), "takes {allowed} gates for gradients; got decay={got!r}"),
-            rules=(_norms_have_gradients,),
+            rules=(_norms_have_gradients, _erase_has_no_gradient),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -155,6 +157,10 @@ def device_row() -> Row:
 def _norms_have_gradients(spec: CallSpec) -> str:
     eps = spec.options.qk_l2norm_eps
     return "" if launch.products_fit(spec) else f"takes qk_l2norm_eps from 1e-27 on for gradients; got {eps}"
+
+
+def _erase_has_no_gradient(spec: CallSpec) -> str:
+    return "takes beta for gradients; got erase" if "erase" in spec.given else ""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

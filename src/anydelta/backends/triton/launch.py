@@ -106,14 +106,14 @@ class Launches:
         spec, config, opt = self.spec, self.config, self.spec.options
         pool_out = spec.inplace and spec.pooled
         args = dict(
-            q=call.q, k=call.k, v=call.v, g=call.g, beta=call.beta, o=call.o,
+            q=call.q, k=call.k, v=call.v, g=call.g, beta=call.beta, erase=call.erase, o=call.o,
             state=state, state_out=None if spec.snapshot_rows else call.state_out,
             snapshots=call.state_in if spec.snapshot_rows else call.snapshots,
             snapshot_indices=call.snapshot_indices, **_shared(call), **self.numbers, **self.inputs,
             **_named("s", "nhkv", carry or self.strides["state"]),
             **_named("u", "nhkv", self.strides["state_out"]), **_named("w", "snhkv", self.strides["snapshots"]),
             **self.sizes, V=spec.V, BV=config.BV, KDA=spec.kda, **self.gates, LOGIT=opt.beta_is_logit,
-            L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled",
+            L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", ERASE=_heads(call.erase),
             POOL_IN=(pool_out and not dense) if tail else spec.pooled, POOL_OUT=pool_out, TAIL=tail,
             AHEAD=spec.T > 1, VV=power_of_two(spec.V), **norm,
         )  # fmt: skip
@@ -148,9 +148,10 @@ class Launches:
         spec, config, opt, inputs = self.spec, self.config, self.spec.options, self.inputs
         heads = scratch.slots * spec.HV
         args = dict(
-            q=call.q, k=call.k, g=call.g, **_shared(call), **self.numbers,
-            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "g_", "ma")}, **self.sizes, C=scratch.C,
-            **self.gates, L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled", TAIL=spec.snapshots > 0,
+            q=call.q, k=call.k, g=call.g, erase=call.erase, **_shared(call), **self.numbers,
+            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "g_", "er", "ma")}, **self.sizes, C=scratch.C,
+            ERASE=_heads(call.erase), **self.gates, L2NORM=opt.qk_l2norm, TILED=opt.heads == "tiled",
+            TAIL=spec.snapshots > 0,
         )  # fmt: skip
         if spec.kda or backward:
             scratch.found = call.q.new_empty(
@@ -174,13 +175,13 @@ class Launches:
         """The arguments of `scan`, but for what it writes beside o."""
         spec, config, inputs = self.spec, self.config, self.inputs
         return dict(
-            q=call.q, k=call.k, v=call.v, o=call.o, solved=scratch.solved, factors=scratch.factors,
+            q=call.q, k=call.k, v=call.v, o=call.o, erase=call.erase, solved=scratch.solved, factors=scratch.factors,
             ready=scratch.ready, ready_last=scratch.ready_last, state=call.state_in, mask=_shared(call)["mask"],
             cu_seqlens=call.cu_seqlens, state_indices=call.state_indices,
             N=spec.N, T=spec.T, Ks=spec.snapshots,
-            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "v_", "ma")},
+            **{n: s for n, s in inputs.items() if n[:2] in ("q_", "k_", "v_", "er", "ma")},
             **_named("s", "nhkv", self.strides["state"]), **self.sizes, V=spec.V, BV=config.scan_BV, C=scratch.C,
-            EXACT=scratch.exact, TILED=spec.options.heads == "tiled", TAIL=spec.snapshots > 0,
+            EXACT=scratch.exact, TILED=spec.options.heads == "tiled", ERASE=_heads(call.erase), TAIL=spec.snapshots > 0,
             STAGES=config.scan_stages,
         )  # fmt: skip
 
@@ -208,6 +209,10 @@ def chunked(spec: CallSpec, config: Config) -> bool:
         return False
     tokens = spec.T / spec.N if spec.packed else spec.T
     return tokens - min(spec.snapshots, tokens) > config.short
+
+
+def _heads(x: Any) -> int:
+    return 0 if x is None else int(x.shape[2])
 
 
 def products_fit(spec: CallSpec) -> bool:

@@ -1,7 +1,7 @@
 """Decode and short blocks: the recurrence token by token, the state in registers.
 
     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
-    d_t = beta_t (v_t - S^T k_t)      delta
+    d_t = beta_t (v_t - S^T e_t)      delta    e_t = k_t, or the call's erase_t with beta_t = 1
     S   = S + k_t d_t^T               update
     o_t = scale * S^T q_t             output
 
@@ -30,12 +30,13 @@ from .common import (
 
 @triton.jit
 def _token(
-    q, k, v, g, beta, mask, t, end,
-    q_t, k_t, v_t, g_t, beta_t, mask_t, A, bias, lower_bound, eps,
+    q, k, v, g, beta, erase, mask, t, end,
+    q_t, k_t, v_t, g_t, beta_t, erase_t, mask_t, A, bias, lower_bound, eps,
     i_k, i_v, K: tl.constexpr, V: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """(q [BK], k [BK], v [BV], decay [BK] or scalar, beta, live) of token t; pointers stand at the head's token 0.
+    """(q [BK], k [BK], e [BK], v [BV], decay [BK] or scalar, beta, live) of token t; pointers stand at the head's token
+    0. e is k without erase.
 
     What is masked is not read: it may hold anything.
     """
@@ -48,7 +49,10 @@ def _token(
     row_q = widen(tl.load(q + at * q_t + i_k, mask=in_k, other=0.0))
     row_k = widen(tl.load(k + at * k_t + i_k, mask=in_k, other=0.0))
     row_v = widen(tl.load(v + at * v_t + i_v, mask=in_v, other=0.0))
-    strength = write_strength(tl.load(beta + at * beta_t, mask=live, other=0.0), LOGIT)
+    if erase is None:
+        strength = write_strength(tl.load(beta + at * beta_t, mask=live, other=0.0), LOGIT)
+    else:
+        strength = tl.where(live, 1.0, 0.0)
     if KDA:
         gate = tl.load(g + at * g_t + i_k, mask=in_k, other=0.0)
     else:
@@ -60,7 +64,10 @@ def _token(
     if L2NORM:
         row_q *= inverse_length(tl.sum(squares(row_q, SMALL)), tl.sum(squares(row_q, LARGE)), eps)
         row_k *= inverse_length(tl.sum(squares(row_k, SMALL)), tl.sum(squares(row_k, LARGE)), eps)
-    return row_q, row_k, row_v, decay, strength, live
+    row_e = row_k
+    if erase is not None:
+        row_e = widen(tl.load(erase + at * erase_t + i_k, mask=in_k, other=0.0))
+    return row_q, row_k, row_e, row_v, decay, strength, live
 
 
 @triton.jit
@@ -85,6 +92,7 @@ def _beside(z, norm_weight, t, z_t, i_v, live, V: tl.constexpr, GATE: tl.constex
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound", "norm_eps"])
 def recurrent(
     q, k, v, g, beta, o,              # q, k [B, T, H, K]; v, o [B, T, HV, V]; g [B, T, HV(, K)]; beta [B, T, HV]
+    erase,                            # [B, T, ERASE, K] in the place of beta, or None
     state, state_out, snapshots,      # [N or P, HV, K, V]; [N or P, HV, K, V]; [Ks, N, HV, K, V]; each may be None
     A_log, dt_bias, mask,             # [HV]; [HV] or [HV, K]; [B, T] uint8; each may be None
     cu_seqlens, state_indices,        # [N + 1], [N]; may be None
@@ -92,13 +100,14 @@ def recurrent(
     z, norm_weight,                   # the mixer's: [B, T, groups, ..] or None; [V]; None without a norm
     plain, arrivals,                  # [B, T, HV, V] float32, [N, HV] int32 zeros: for a norm over several programs
     N, T, Ks, scale, eps, lower_bound, norm_eps,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, beta_b, beta_t, beta_h, mask_b, mask_t, z_b, z_t, z_g,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
+    erase_b, erase_t, erase_h, mask_b, mask_t, z_b, z_t, z_g,
     s_n, s_h, s_k, s_v,               # strides of state, in elements, by axis and not by order in memory
     u_n, u_h, u_k, u_v,               # of state_out
     w_s, w_n, w_h, w_k, w_v,          # of snapshots
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
-    TILED: tl.constexpr, POOL_IN: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr,
+    TILED: tl.constexpr, ERASE: tl.constexpr, POOL_IN: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr,
     AHEAD: tl.constexpr, DOUBLE: tl.constexpr, GATE: tl.constexpr, Z_GROUP: tl.constexpr, VV: tl.constexpr,
 ):  # fmt: skip
     """Grid: N * HV * ceil(V / BV). POOL_IN, POOL_OUT: state, state_out are pools, with a row state_indices[n] for
@@ -151,7 +160,10 @@ def recurrent(
     k += b * k_b + h * k_h
     v += b * v_b + hv * v_h
     g += b * g_b + hv * g_h
-    beta += b * beta_b + hv * beta_h
+    if erase is not None:
+        erase += b * erase_b + (hv if ERASE == HV else h) * erase_h
+    else:
+        beta += b * beta_b + hv * beta_h
     if norm_weight is not None:
         if GATE != "":
             z += b * z_b + hv // Z_GROUP * z_g + hv % Z_GROUP * V
@@ -172,31 +184,33 @@ def recurrent(
 
     if AHEAD:
         # The next token is on its way while this one is computed: its address does not depend on the state.
-        q1, k1, v1, decay1, beta1, live1 = _token(
-            q, k, v, g, beta, mask, start, end, q_t, k_t, v_t, g_t, beta_t, mask_t, A, bias, lower_bound, eps,
-            i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
+        q1, k1, e1, v1, decay1, beta1, live1 = _token(
+            q, k, v, g, beta, erase, mask, start, end, q_t, k_t, v_t, g_t, beta_t, erase_t, mask_t,
+            A, bias, lower_bound, eps, i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
         )  # fmt: skip
     for i in range(start, end):
         t = i
         if AHEAD:
-            qt, kt, vt, decay, strength, live = q1, k1, v1, decay1, beta1, live1
-            q1, k1, v1, decay1, beta1, live1 = _token(
-                q, k, v, g, beta, mask, t + 1, end, q_t, k_t, v_t, g_t, beta_t, mask_t, A, bias, lower_bound, eps,
-                i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
+            qt, kt, et, vt, decay, strength, live = q1, k1, e1, v1, decay1, beta1, live1
+            q1, k1, e1, v1, decay1, beta1, live1 = _token(
+                q, k, v, g, beta, erase, mask, t + 1, end, q_t, k_t, v_t, g_t, beta_t, erase_t, mask_t,
+                A, bias, lower_bound, eps, i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
             )  # fmt: skip
         else:
-            qt, kt, vt, decay, strength, live = _token(
-                q, k, v, g, beta, mask, t, end, q_t, k_t, v_t, g_t, beta_t, mask_t, A, bias, lower_bound, eps,
-                i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
+            qt, kt, et, vt, decay, strength, live = _token(
+                q, k, v, g, beta, erase, mask, t, end, q_t, k_t, v_t, g_t, beta_t, erase_t, mask_t,
+                A, bias, lower_bound, eps, i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,
             )  # fmt: skip
         if DOUBLE:
             strength *= 2.0
-        # S' = decay S;  d = beta (v - S'^T k);  S = S' + k d^T
+        # S' = decay S;  d = beta (v - S'^T e);  S = S' + k d^T
         if KDA:
             faded = S * decay[:, None]
         else:
             faded = S * decay
-        d = strength * (vt - tl.sum(faded * kt[:, None], 0))
+        if erase is None:
+            et = kt
+        d = strength * (vt - tl.sum(faded * et[:, None], 0))
         fresh = faded + kt[:, None] * d[None, :]
         # o = scale * sum_k S[k, :] q[k]
         out = scale * tl.sum(fresh * qt[:, None], 0)
