@@ -25,6 +25,7 @@ import numpy as np
 from .core import dispatch
 from .core.arguments import arrays as arrays_of
 from .core.arguments import reader
+from .core.arrays import Array
 from .core.dispatch import UnsupportedError
 from .core.plans import Key, Rest, find, keep
 from .rule import op as _op
@@ -118,7 +119,7 @@ def gated_delta_rule(
     return _results(compute(*(getattr(call, n) for n in names)), output_final_state, snapshots is not None)
 
 
-def _results(out: Sequence[Any], state: bool, snapshots: bool) -> tuple[Any, ...]:
+def _results(out: Sequence[Array], state: bool, snapshots: bool) -> tuple[Any, ...]:
     """(o, final state or None[, snapshots])."""
     left = iter(out)
     o, final = next(left), next(left) if state else None
@@ -279,7 +280,7 @@ def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
 
         bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
-    def view(x: Any) -> Any:
+    def view(x: Array) -> Any:
         return None if x is None else _bits(x).view(bfloat16) if dtype_name(x) == "bfloat16" else _bits(x)
 
     held = Call(**{name: view(getattr(call, name)) for name in _INPUTS})
@@ -292,7 +293,7 @@ def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
             held.snapshots = np.zeros((spec.snapshots, spec.N, spec.HV, *dims), dtype)
     state, o = _op.execute(_inputs(held), (*spec.options, name))
 
-    def back(x: Any) -> mx.array:
+    def back(x: Array) -> mx.array:
         if bfloat16 is not None and x.dtype == bfloat16:  # np.float64 equals None
             return _as(mx.array(x.view(np.uint16)), "bfloat16")
         return mx.array(x, dtype=mx.float64 if x.dtype == np.float64 else None)

@@ -6,13 +6,11 @@ into q). Their layouts differ from each other: see the two functions.
 
 from __future__ import annotations
 
-from typing import Any
-
+from ..core.arrays import Array
 from ..rule.op import gated_delta_rule as _functional
 from ..rule.op import gated_delta_rule_ as _in_place
 from ..rule.spec import dtype_name, framework_of
 
-Array = Any
 """A torch.Tensor or a numpy.ndarray; all arrays of a call are of one kind."""
 
 

@@ -15,14 +15,12 @@ The scale is 1/sqrt(S); q and k come normalised. Everything is float32. There is
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ..core.arrays import Array
 from ..rule.op import gated_delta_rule
 from ..rule.spec import dtype_name, framework_of
 
-Array = Any
 """A torch.Tensor or a numpy.ndarray; all arrays of a call are of one kind."""
 
 OP = "ggml.gated_delta_net"

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import dispatch
+from .arrays import Array
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +143,7 @@ class Device(ABC):
         out.zero()
         return out
 
-    def array(self, values: Any) -> DeviceArray:
+    def array(self, values: Array) -> DeviceArray:
         """A copy of a NumPy array or a torch tensor on the CPU, in its dtype."""
         out = self.empty(values.shape, _dtype_name(values))
         out.write(values)
@@ -195,7 +196,7 @@ class DeviceArray:
         if self.nbytes:
             self.memory.zero(self.offset, self.nbytes)
 
-    def write(self, values: Any) -> None:
+    def write(self, values: Array) -> None:
         """Copy values in: a host array, or an array of the same device that does not overlap this one.
 
         Raises:
@@ -256,7 +257,7 @@ def _on(device: Device, values: NDArray[Any]) -> DeviceArray:
     return device.array(values)
 
 
-def _dtype_name(x: Any) -> str:
+def _dtype_name(x: Array) -> str:
     return getattr(x.dtype, "name", None) or str(x.dtype).rsplit(".", 1)[-1]
 
 
@@ -269,7 +270,7 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def host_bytes(x: Any) -> Bytes:
+def host_bytes(x: Array) -> Bytes:
     """The bytes of a host array, C-contiguous: a view where it is so already, else a copy."""
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x).reshape(-1).view(np.uint8)

@@ -27,7 +27,7 @@ from .spec import (
 
 
 def gated_delta_mixer_(
-    qkv: Any,
+    qkv: Array,
     conv_state: Array,
     state: Array,
     *,
@@ -125,7 +125,7 @@ def gated_delta_mixer_(
 
 
 def gated_delta_mixer(
-    qkv: Any,
+    qkv: Array,
     conv_state: Array,
     state: Array,
     *,
@@ -191,8 +191,8 @@ def gated_delta_mixer(
 
 def _gather(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
     """The pool rows that the call names, in its order, zeros for -1; and state_indices into those."""
-    rows: Any = call.state_indices
-    index: Any
+    rows: Array = call.state_indices
+    index: Array
     if spec.framework == "torch":
         import torch
 
@@ -207,7 +207,7 @@ def _gather(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
 
 
 def explain_mixer(
-    qkv: Any, conv_state: Array, state: Array, *, backend: str = "auto", **arguments: Any
+    qkv: Array, conv_state: Array, state: Array, *, backend: str = "auto", **arguments: Any
 ) -> dispatch.Trace:
     """Which backend would run `gated_delta_mixer_(...)`, and why the others would not. Runs nothing.
 
@@ -224,7 +224,7 @@ def explain_mixer(
 
 
 def _parse(
-    qkv: Any, conv_state: Array, state: Array, snapshots: Any, conv_snapshots: Any, arguments: dict[str, Any],
+    qkv: Array, conv_state: Array, state: Array, snapshots: Array, conv_snapshots: Array, arguments: dict[str, Any],
     backend: str, op: str = "gated_delta_mixer",
 ) -> tuple[MixerCall, MixerOptions, str]:  # fmt: skip
     """Keyword arguments as a call and its options.
@@ -254,7 +254,7 @@ _FLAGS = frozenset(MixerOptions._fields) - {"op"}
 def _writable(call: MixerCall) -> MixerCall:
     """The call as it will run, on states that may be written: those given may be read-only or share memory."""
 
-    def fresh(x: Any) -> Any:
+    def fresh(x: Array) -> Any:
         kind = framework_of(x)
         if kind == "torch":
             return x.new_empty(x.shape)
@@ -297,7 +297,7 @@ def _torch_side() -> ModuleType:
     return _side
 
 
-def plan_step(o: Array, qkv: Any, conv_state: Array, state: Array, **arguments: Any) -> Any:
+def plan_step(o: Array, qkv: Array, conv_state: Array, state: Array, **arguments: Any) -> Any:
     """For a loop that makes the same call again and again, on torch tensors: an object of the extension, or None.
 
     Its `run(*arrays)` takes the arrays in the order of the table, `o` at the end, where conv_weight may be the

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..core.arguments import given
+from ..core.arrays import Array
 from ..rule.arguments import Call
 from ..rule.spec import (
     DTYPES,
@@ -74,7 +75,7 @@ class MixerSpec:
         return f"{self.rule.shape_line()} W={self.W} {norm}"
 
 
-def grouped(x: Any, width: int, heads: int) -> tuple[int, int] | None:
+def grouped(x: Array, width: int, heads: int) -> tuple[int, int] | None:
     """(groups, heads per group) of an array [B, T, groups, heads per group * width] or [B, T, heads * width]."""
     shape = shape_of(x)
     groups = 1 if len(shape) == 3 else shape[2] if len(shape) == 4 else 0
@@ -93,7 +94,7 @@ def parts(call: MixerCall, spec: MixerSpec) -> tuple[Any, Any, Any]:
     return call.qkv[..., :key], call.qkv[..., key : 2 * key], call.qkv[..., 2 * key :]
 
 
-def unpack_qkv(op: str, qkv: Any) -> tuple[Any, Any, Any]:
+def unpack_qkv(op: str, qkv: Array) -> tuple[Any, Any, Any]:
     """(qkv, None, None) of a packed array, (q, k, v) of a sequence of one or three.
 
     Raises:
@@ -243,7 +244,7 @@ def _check_rule(
     return check_call(inner, options.of_rule(), inplace=True)
 
 
-def _like(x: Any, shape: tuple[int, ...]) -> Any:
+def _like(x: Array, shape: tuple[int, ...]) -> Any:
     """An array of x's kind, dtype and device with another shape, that takes no memory."""
     if framework_of(x) == "torch":
         return x.new_empty((1,)).expand(shape)

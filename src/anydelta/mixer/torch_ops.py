@@ -27,13 +27,13 @@ _LIB = torch.library.Library("anydelta", "FRAGMENT")  # must stay alive: droppin
 _LIB.define(INPLACE.schema())
 
 
-def _bind(*args: Any, **given: Any) -> tuple[Arrays, Rest]:
+def _bind(*args: object, **given: object) -> tuple[Arrays, Rest]:
     """The operator's arguments as those of the table."""
     (qkv, _, _, *others), rest = INPLACE.bind(*args, **given)
     return (*unpack_qkv(INPLACE.name, list(qkv)), *others), rest
 
 
-def _inplace(*args: Any, **given: Any) -> torch.Tensor:
+def _inplace(*args: object, **given: object) -> torch.Tensor:
     arrays, rest = _bind(*args, **given)
     found = find(arrays, rest)
     if type(found) is not Plan:  # a plan is found for calls alone that nobody differentiates

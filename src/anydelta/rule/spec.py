@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from ..core.arguments import fields, given, problem
+from ..core.arrays import Array
 from ..core.devices import DeviceArray
 from ..core.dispatch import MLX_GPU
 from .arguments import TRACKED, Call, Options
@@ -107,7 +108,7 @@ class CallSpec:
         )
 
 
-def framework_of(x: Any) -> str | None:
+def framework_of(x: Array) -> str | None:
     """ "torch", "numpy", "mlx", "device" for an anydelta.device's array, or None for anything else."""
     if type(x) is DeviceArray:
         return "device"
@@ -122,13 +123,13 @@ def framework_of(x: Any) -> str | None:
     return None
 
 
-def dtype_name(x: Any) -> str:
+def dtype_name(x: Array) -> str:
     """The dtype of an array without the name of its framework, for instance "bfloat16"."""
     dtype = x.dtype
     return getattr(dtype, "name", None) or str(dtype).rsplit(".", 1)[-1]
 
 
-def element_strides(x: Any) -> tuple[int, ...]:
+def element_strides(x: Array) -> tuple[int, ...]:
     """Strides in elements, for any framework."""
     if type(x) is DeviceArray:
         return tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
@@ -138,7 +139,7 @@ def element_strides(x: Any) -> tuple[int, ...]:
     return tuple(s // held.itemsize for s in held.strides or ())
 
 
-def device_name(x: Any) -> str:
+def device_name(x: Array) -> str:
     """MLX's arrays lie in memory that CPU and GPU share: what counts is where their stream runs."""
     framework = framework_of(x)
     if framework == "mlx":
@@ -147,7 +148,7 @@ def device_name(x: Any) -> str:
     return str(x.device.type) if framework == "torch" else "cpu"
 
 
-def shape_of(x: Any) -> tuple[int, ...]:
+def shape_of(x: Array) -> tuple[int, ...]:
     return tuple(int(n) for n in x.shape)
 
 
@@ -155,7 +156,7 @@ def torch_inference_mode() -> bool:
     return bool(sys.modules["torch"].is_inference_mode_enabled())
 
 
-def without_memory(x: Any) -> bool:
+def without_memory(x: Array) -> bool:
     """Whether a torch tensor has elements and no memory that holds them, such as one whose storage was freed.
 
     Tensors of a class of their own, on a meta device or inside a transform of torch.func say nothing of memory: False.
@@ -170,7 +171,7 @@ def without_memory(x: Any) -> bool:
     return bool(held < (x.storage_offset() + last + 1) * x.element_size())
 
 
-def overlaps(x: Any) -> bool:
+def overlaps(x: Array) -> bool:
     """Whether elements of x may share memory: each axis must step over all that the finer axes span."""
     if 0 in shape_of(x):
         return False
@@ -199,7 +200,7 @@ class _Checker:
     def fail(self, text: str) -> None:
         raise ValueError(f"{self.op}: {text}")
 
-    def array(self, name: str, x: Any, like: tuple[str, str] | None) -> tuple[str, str]:
+    def array(self, name: str, x: Array, like: tuple[str, str] | None) -> tuple[str, str]:
         framework = framework_of(x)
         if framework == "device":
             if like is None and not (self.devices and name == self.first):
@@ -251,7 +252,7 @@ class _Checker:
             self.fail(f"{name} must be on {self.first}'s device {like[1]}; got {here[1]}")
         return here
 
-    def held(self, name: str, x: Any, here: tuple[str, str]) -> str:
+    def held(self, name: str, x: Array, here: tuple[str, str]) -> str:
         """A state or snapshots: an array like q, or one on a device, whose name is returned ("" for the former)."""
         if type(x) is not DeviceArray or here[0] == "device":
             self.array(name, x, here)
@@ -260,14 +261,14 @@ class _Checker:
             self.fail(f"q must be on the CPU when {name} is on {x.device.name}; got {here[1]}")
         return x.device.name
 
-    def host(self, name: str, x: Any, here: tuple[str, str]) -> None:
+    def host(self, name: str, x: Array, here: tuple[str, str]) -> None:
         """Small arrays beside arrays on a device are NumPy's."""
         if here[0] == "device" and framework_of(x) != "numpy":
             raise TypeError(
                 f"{self.op}: {name} must be a numpy.ndarray where q is on {here[1]}; got {type(x).__name__}"
             )
 
-    def dtype(self, name: str, x: Any, allowed: Sequence[str]) -> str:
+    def dtype(self, name: str, x: Array, allowed: Sequence[str]) -> str:
         got = dtype_name(x)
         if got not in allowed:
             self.fail(f"{name} must have dtype {' or '.join(allowed)}; got {got}")
@@ -280,7 +281,7 @@ class _Checker:
             if error := problem(row, getattr(options, name)):
                 raise type(error)(f"{self.op}: {error}")
 
-    def index(self, name: str, x: Any, here: tuple[str, str]) -> None:
+    def index(self, name: str, x: Array, here: tuple[str, str]) -> None:
         """Index arrays may stay on the host when q is elsewhere, and must where q is a `DeviceArray`."""
         self.host(name, x, here)
         framework, device = self.array(name, x, None)
@@ -299,11 +300,11 @@ class _Checker:
                     f"{name} must have at most 2^48 numbers (a size of 0 counts as 1); got {list(dims)}"
                 )
 
-    def shape(self, name: str, x: Any, want: tuple[int, ...], legend: str) -> None:
+    def shape(self, name: str, x: Array, want: tuple[int, ...], legend: str) -> None:
         if shape_of(x) != want:
             self.fail(f"{name} must be {legend} = {list(want)}; got {list(shape_of(x))}")
 
-    def writable(self, name: str, x: Any) -> None:
+    def writable(self, name: str, x: Array) -> None:
         """In-place targets: every element its own memory, and memory that may be written."""
         if overlaps(x):
             self.fail(

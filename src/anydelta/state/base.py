@@ -6,10 +6,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..core.arrays import Array
 from ..core.devices import Device, numpy_dtype
 from .sequence import Sequences, Step
-
-Array = Any
 
 
 class Pool:
@@ -50,7 +49,7 @@ class Pool:
             return torch.zeros(shape, dtype=getattr(torch, name), device=self.device)
         return np.zeros(shape, numpy_dtype(name))
 
-    def _index(self, values: Any) -> Array:
+    def _index(self, values: Array) -> Array:
         if self.device is not None:
             import torch
 

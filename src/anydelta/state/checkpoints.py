@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.arrays import Array
 from .files import File, safetensors
 
-Array = Any
 FORMAT = "anydelta.snapshots.1"
 
 
@@ -98,7 +98,7 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
         Raises:
             ImportError: safetensors is missing.
         """
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, Array] = {}
         about = {}
         for name, item in self.items():
             arrays[f"{name}/states"] = item.states

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-Array = Any
+from ..core.arrays import Array
+
 _PLAIN = {"float16", "bfloat16", "float32", "float64"}
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.arrays import Array
 from ..core.devices import KINDS, Device, numpy_dtype
 from ..core.devices import device as open_device
 from ..core.dispatch import Trace
@@ -41,7 +42,6 @@ from .sequence import LiveSequence, Step, nbytes
 from .slots import Slots
 from .token_log import Log
 
-Array = Any
 FORMS = ("slots", "log")
 KEY_DTYPES = ("float32", "bfloat16", "float16")
 FLOATS = (*KEY_DTYPES, "float64")
@@ -709,9 +709,9 @@ def _resident(device: Any) -> Device | None:
     return device if isinstance(device, Device) else None
 
 
-def _is_int(x: Any) -> bool:
+def _is_int(x: object) -> bool:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
-def _shape(x: Any) -> tuple[int, ...]:
+def _shape(x: Array) -> tuple[int, ...]:
     return tuple(getattr(x, "shape", ()))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ..core.arrays import Array
 from ..core.devices import Device, DeviceArray
 from .sequence import nbytes
-
-Array = Any
 
 
 class HostRows:

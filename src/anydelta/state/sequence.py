@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..core.arrays import Array
 from ..core.devices import DeviceArray
-
-Array = Any
 
 
 class LiveSequence(NamedTuple):
@@ -106,5 +105,5 @@ def _empty(x: Array, rows: int) -> Array:
     return np.empty(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(shape)
 
 
-def nbytes(x: Any) -> int:
+def nbytes(x: Array) -> int:
     return int(x.nbytes) if isinstance(x, (np.ndarray, DeviceArray)) else x.element_size() * x.numel()

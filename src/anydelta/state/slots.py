@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
 
+from ..core.arrays import Array
 from ..core.dispatch import UnsupportedError
 from ..rule.op import gated_delta_rule_
 from .base import Pool
 from .rows import DeviceRows, HostRows
 from .sequence import LiveSequence, Saved, Sequences, Step, put
-
-Array = Any
 
 
 @dataclass

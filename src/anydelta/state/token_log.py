@@ -46,7 +46,7 @@ class _Plan:
     """What is folded before a layer runs: first those whose state goes to another row, which others fold in place."""
     late: list[Fold]
     """What the kernel folds on its way through the state."""
-    index: tuple[Any, ...]
+    index: tuple[Array, ...]
     """[N] each: rows of the states, sequences, entries before the step, and whether the kernel folds them."""
     after: tuple[Any, ...]
     """The same when `late` has been folded."""
@@ -270,7 +270,7 @@ class Log:
             step.saved.add(layer)
         self._fold_and_move(step.plan.folds, layer, step.before)
 
-    def _checked(self, layer: int, call: Call, options: Options, base: Any) -> CallSpec:
+    def _checked(self, layer: int, call: Call, options: Options, base: Array) -> CallSpec:
         call.state_in, call.state_indices = self.states[layer], self.pool._index(base)
         spec = check_call(call, options, inplace=True, grad_enabled=_grad_enabled(call.q))
         pool = self.pool

@@ -81,7 +81,7 @@ class CpuSteps:
         return _core.Plan(fields, None if torch else number)
 
     def _run(
-        self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Any
+        self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Array
     ) -> None:
         log = self.log
         if self.torch:

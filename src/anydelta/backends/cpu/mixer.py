@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.accepts import Row, UpTo
 from ...core.arguments import in_order
-from ...core.arrays import Arrays
+from ...core.arrays import Array, Arrays
 from ...core.native import core as _core
 from ...core.plans import Launch
 from ...mixer.arguments import MixerCall
@@ -67,7 +67,7 @@ class CpuMixer:
         rule, state_copy, snapshots_copy = cpu.rule_fields(r, inner, rows)
         written += [n for n, copied in (("state", state_copy), ("snapshots", snapshots_copy)) if copied]
 
-        def tokens(name: str, x: Any, width: int, heads: int) -> tuple[int, ...]:
+        def tokens(name: str, x: Array, width: int, heads: int) -> tuple[int, ...]:
             """(dtype, b, t, group, heads per group)"""
             if x is None:
                 return (0, 0, 0, 0, 1)
@@ -144,7 +144,7 @@ class CpuMixer:
             number, torch = plan.threads
             plan.native.run_at(number(), torch, *map(cpu.address, arrays(inner)))
         if "state" in plan.written:
-            rows: Any = slice(None)
+            rows: object = slice(None)
             if call.state_indices is not None:
                 named = call.state_indices if call.snapshot_indices is None else call.snapshot_indices
                 rows = named[(named >= 0) & (named < spec.rule.P)]

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...core.accepts import ANY, Row
 from ...core.arguments import options_of
+from ...core.arrays import Array
 from ...core.dispatch import Rejected
 from ...rule import reference
 from ...rule.arguments import TOKENS, Call, write_strength
@@ -55,7 +56,7 @@ class Reference:
 
 
 def _run_numpy(spec: CallSpec, call: Call) -> None:
-    def f64(x: Any) -> Any:
+    def f64(x: Array) -> Any:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     want = reference.gated_delta_rule(
@@ -132,7 +133,7 @@ def torch_recurrence(
     spec: CallSpec,
     call: Call,
     *,
-    snapshots: Any = None,
+    snapshots: Array = None,
     checkpointed: bool = True,
     checkpoint_every: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...core.accepts import ANY
 from ...core.arguments import options_of
+from ...core.arrays import Array
 from ...mixer import reference
 from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, parts
@@ -54,7 +55,7 @@ class ComposedMixer:
 
 
 def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
-    def f64(x: Any) -> Any:
+    def f64(x: Array) -> Any:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     q, k, v = (f64(x) for x in parts(call, spec))
