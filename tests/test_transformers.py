@@ -522,6 +522,26 @@ def test_beam_search(model: Any) -> None:
     same_text(model, tokens(1, 13), num_beams=4, max_new_tokens=16, min_new_tokens=16)
 
 
+def test_sampled_text(model: Any) -> None:
+    """Of one seed: the logits are so near that the same tokens are drawn."""
+
+    def sample() -> list[list[int]]:
+        torch.manual_seed(3)
+        return generate(
+            model,
+            tokens(1, 13),
+            do_sample=True,
+            top_k=0,
+            temperature=0.7,
+            max_new_tokens=16,
+            min_new_tokens=16,
+        )
+
+    plain = sample()
+    with adt.enable():
+        assert sample() == plain
+
+
 def test_static_cache(model: Any) -> None:
     same_text(
         model,
@@ -747,6 +767,16 @@ def test_a_function_replaced_meanwhile_stays() -> None:
         module.causal_conv1d_fn = original
     with adt.enable():
         assert module.causal_conv1d_fn.__wrapped__ is original
+
+
+def test_weights_that_are_fetched_for_each_call(family: str) -> None:
+    """accelerate's offload: a gate's own parameters come only when the gate is called, which the mixer never does."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = build(family), tokens(1, 10)
+    plain = decode(model, ids=ids)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with adt.enable():
+        assert float((decode(model, ids=ids) - plain).abs().max()) < LIMIT
 
 
 def test_training_goes_to_transformers(family: str) -> None:
