@@ -327,8 +327,7 @@ Spec check(const Call& call, const Options& opt) {
         c.shape("beta", call.beta, {s.B, s.T, s.HV}, "[B, T, HV]");
     else if (!is(call.erase, {s.B, s.T, s.H, s.K}) && !is(call.erase, {s.B, s.T, s.HV, s.K}))
         c.fail("erase must be [B, T, H, K] or [B, T, HV, K]; got " + text(dims_of(call.erase), '(', ')') +
-               " with B = " + n(s.B) + ", T = " + n(s.T) + ", H = " + n(s.H) + ", HV = " + n(s.HV) +
-               ", K = " + n(s.K));
+               " with B = " + n(s.B) + ", T = " + n(s.T) + ", H = " + n(s.H) + ", HV = " + n(s.HV) + ", K = " + n(s.K));
     c.type("g", call.g, FLOATS);
     if (call.erase.given())
         c.type("erase", call.erase, {call.q.type});
