@@ -27,6 +27,10 @@ DEMO_PROMPT := "And it came to pass in those days, that"
 BACKENDS_APT := libvulkan1 mesa-vulkan-drivers vulkan-validationlayers glslang-tools pocl-opencl-icd
 BACKENDS_PIP := vulkan webgpu opencl sycl
 
+# Files of tests run beside each other, one for each CPU. Threads that wait for others then give their CPU away.
+BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(ISOLATE) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(BESIDE)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup backends test test-transformers lint format demo demo-export wheel readme clean distclean
 .DELETE_ON_ERROR:
@@ -44,13 +48,13 @@ backends: $(VENV)/.installed ## Install the runtimes of the GPU backends, with d
 	rm -f $(VENV)/.built
 
 test: $(VENV)/.built lint ## Check style and types, then run all tests
-	$(ISOLATE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-transformers: $(VENV)/.built ## Test the plug on other Transformers, installed below build/: TRANSFORMERS="5.15.0 5.20.0"
 	for version in $(TRANSFORMERS); do \
 	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \
 	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -c 'import transformers; print(transformers.__version__)' && \
-	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest tests/test_transformers.py tests/test_speculative.py $(PYTEST_ARGS) || exit 1; done
+	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest $(BESIDE) tests/test_transformers.py tests/test_speculative.py $(PYTEST_ARGS) || exit 1; done
 
 demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measure it: out/model.svg, out/ops.svg
 	mkdir -p out

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 
-from anydelta.conformance import Target, targets
+from anydelta.conformance import SHORT_CASES, Target, targets
 from anydelta.conformance.run import unavailable
 from anydelta.core import plans
 
@@ -20,6 +20,11 @@ CPU_REASONS = unavailable("cpu")
 """Why the cpu backend does not run here; empty when it does."""
 CPU_TARGETS: list[Target] = [] if CPU_REASONS else targets(["cpu"])
 """Every instruction set with every framework."""
+
+WITHOUT_ERASE = tuple(c for c in SHORT_CASES if not c.erase)
+"""For the backends that do not take it; test_accepts.py shows that they say so."""
+NO_ERASE = r"^(?!.* erase=)"
+"""The same for `anydelta conform --filter`."""
 
 
 def without(why: str) -> NoReturn:

@@ -255,7 +255,7 @@ def test_what_belongs_together(tmp_path: Path) -> None:
     refused(Checkpoint.load, changed(**{"3_keys": x[:, :, :-1]}), "for one row of 9 tokens")
     refused(Checkpoint.load, changed(**{"3_keys": x.repeat(2, 1, 1, 1)}), "for one row of 9 tokens")
     refused(Checkpoint.load, changed(**{"3_keys": x.to(torch.bfloat16)}), "one type")
-    refused(Checkpoint.load, changed(**{"3_window": x.clone()}), "of no layer")
+    refused(Checkpoint.load, changed(**{"3_other": x.clone()}), "of no layer")
 
 
 def test_another_models_checkpoint(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_conform_support_shows_a_table_and_the_reasons(program: Any, monkeypatch
 
 
 def test_filter_by_text_or_regex(program: Any) -> None:
-    for text in ("T=1000 H=1 HV=2 K=64 V=64 gate=keep", r"T=1000 .*V=64 gate=k\w+$"):
+    for text in ("T=1000 H=1 HV=2 K=64 V=64 gate=mixed", r"T=1000 .*V=64 gate=m\w+$"):
         _, out, _ = program(*REFERENCE, "--filter", text, "--json")
-        assert [r["case"] for r in json.loads(out)["results"]] == ["B=1 T=1000 H=1 HV=2 K=64 V=64 gate=keep"]
+        assert [r["case"] for r in json.loads(out)["results"]] == ["B=1 T=1000 H=1 HV=2 K=64 V=64 gate=mixed"]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ MUTANTS = [
     Mutant("ignores_norm", option(qk_l2norm=False)),
     Mutant("ignores_logit", option(beta_is_logit=False)),
     Mutant("ignores_lower_bound", option(lower_bound=None)),
-    Mutant("ignores_scale", lambda spec, call: replace(spec, scale=spec.K**-0.5)),
+    Mutant("ignores_scale", option(scale=None)),
     Mutant("forgets_mask", forgets_mask), Mutant("no_decay", no_decay),
     Mutant("gates_as_gda", first_channel_gate), Mutant("raises", raises), Mutant("nan_in_o", None, nan_in_o),
     Mutant("stale_slot", None, stale_slot), Mutant("one_slot_late", None, one_slot_late),

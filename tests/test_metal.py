@@ -58,9 +58,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def assert_ok(*arguments: str, every: int = 1) -> None:
-    """All of the list but what the documents say is refused: K over 256."""
+    """All of the list but what the documents say is refused: K over 256, and erase."""
     cases = SHORT_CASES[::every]
-    refused = sum(c.K > launch.MAX_K for c in cases)
+    refused = sum(c.K > launch.MAX_K or bool(c.erase) for c in cases)
     done = run("--jobs", str(min(os.cpu_count() or 1, 8)), "--every", str(every), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     count = f"{len(cases) - refused} OK" + (f", {refused} NOT SUPPORTED" if refused else "") + ";"
@@ -89,7 +89,7 @@ def test_under_address_sanitizer(kernel: tuple[str, ...]) -> None:
 
 def test_every_argument_is_in_the_list() -> None:
     """What must run, by the number of cases that have it and that Metal takes."""
-    taken = [c for c in SHORT_CASES if c.K <= launch.MAX_K]
+    taken = [c for c in SHORT_CASES if c.K <= launch.MAX_K and not c.erase]
     assert {c.K for c in taken} >= set(range(32, 257, 32)) - {224}  # below
     for has in (
         lambda c: c.K != c.V, lambda c: c.heads == "tiled" and c.HV > c.H, lambda c: c.seqlens, lambda c: c.pool,

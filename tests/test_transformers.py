@@ -115,8 +115,9 @@ FAMILIES = [name for name in ROWS if importlib.util.find_spec(f"transformers.mod
 LAYER = {name: row.layer for name, row in ROWS.items()}
 
 
-def build(family: str, seed: int = 0) -> Any:
+def build(family: str, seed: int = 0, **changes: Any) -> Any:
     config, cls, options = CONFIGS[family]
+    options = {**options, **changes}
     options = {k: v for k, v in options.items() if not (family == "kimi_linear" and k == "head_dim")}
     torch.manual_seed(seed)
     made = getattr(transformers, config)(**options)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import anydelta
-from anydelta.conformance import SHORT_CASES
 from anydelta.conformance.run import unavailable
 from anydelta.core import devices
+from conftest import WITHOUT_ERASE
 from device_checks import (
     check_a_lost_device_voids_its_states,
     check_only_tokens_are_staged,
@@ -24,7 +24,7 @@ if REASONS := unavailable("webgpu"):
 from anydelta.backends.webgpu.device import WebGPUDevice, adapters, wgpu
 
 pytestmark = pytest.mark.usefixtures("fresh_plans")
-SOME = tuple(c for c in SHORT_CASES if c.K in (32, 64) and c.work < 200_000)[::6]
+SOME = tuple(c for c in WITHOUT_ERASE if c.K in (32, 64) and c.work < 200_000)[::6]
 
 
 @pytest.fixture

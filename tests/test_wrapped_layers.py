@@ -172,11 +172,9 @@ def test_strided_gates(family: str) -> None:
 
 def test_as_many_value_heads_as_key_heads(family: str) -> None:
     """qwen3_next then gives a and b with a stride: they lie in turns in one projection."""
-    config, cls, options = plain.CONFIGS[family]
-    options = {k: v for k, v in options.items() if not (family == "kimi_linear" and k == "head_dim")}
-    if "linear_num_value_heads" in options:
-        options["linear_num_value_heads"] = options["linear_num_key_heads"]
-    model = getattr(transformers, cls)(getattr(transformers, config)(**options)).eval()
+    options = plain.CONFIGS[family][2]
+    alike = {n: options["linear_num_key_heads"] for n in ("linear_num_value_heads",) if n in options}
+    model = plain.build(family, **alike)
     ids = tokens(2, 9)
     want = decode(model, ids)
     taken = mixed(family)

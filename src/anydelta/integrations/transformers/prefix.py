@@ -213,9 +213,10 @@ class Checkpoint:
             if partner not in file.arrays and not (kind == "conv" and match["index"] != "0"):
                 file.refuse(f"{name!r} without its {_PARTNER[kind]}")
             rows = x.shape[1 if kind == "positions" else 0]
-            if rows != 1 or (
-                kind in ("keys", "values", "indexer", "positions") and _length(kind, x) > len(tokens)
-            ):
+            lengths = [_length(kind, x)] if kind in ("keys", "values", "indexer", "positions") else []
+            if kind == "keys":
+                lengths.append(_length(kind, file.arrays[partner]))
+            if rows != 1 or max(lengths, default=0) > len(tokens) or len(set(lengths)) > 1:
                 file.refuse(f"{name!r} of {list(x.shape)} for one row of {len(tokens)} tokens")
             if kind != "recurrent" and not whole:
                 dtypes.add(x.dtype)
