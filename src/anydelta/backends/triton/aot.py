@@ -85,6 +85,7 @@ class Shape:
     pool: bool = False
     packed: bool = False
     masked: bool = False
+    erase: bool = False
     snapshots: int = 0
     rows: bool = False
     """The snapshots are rows of the pool."""
@@ -92,7 +93,7 @@ class Shape:
     mixer: bool = False
 
     def __str__(self) -> str:
-        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "rows", "backward", "mixer")
+        names = ("kda", "l2norm", "inplace", "pool", "packed", "masked", "erase", "rows", "backward", "mixer")
         flags = [n for n in names if getattr(self, n)]
         sizes = f"T={self.T} N={self.N} H={self.H} HV={self.HV} K={self.K} V={self.V}"
         more = f"snapshots={self.snapshots}" if self.snapshots else ""
@@ -111,9 +112,12 @@ def shipped() -> Iterator[Shape]:
     yield replace(decode, kda=True, H=32)
     yield replace(decode, kda=True, H=32, K=256, V=256)
     yield replace(decode, kda=True, H=32, decay="raw", pool=True, state_dtype="bfloat16", layout="vk")
+    yield replace(decode, erase=True, l2norm=False)
     yield prefill
     yield replace(prefill, dtype="float32")
     yield replace(prefill, kda=True, H=32)
+    yield replace(prefill, erase=True, l2norm=False)
+    yield replace(prefill, kda=True, H=32, erase=True, l2norm=False)
     yield replace(
         prefill,
         K=96,
@@ -152,10 +156,12 @@ def call_of(shape: Shape, device: str = "meta") -> tuple[CallSpec, Call]:
     tail = (s.K, s.V) if s.layout == "kv" else (s.V, s.K)
     raw = s.decay == "raw"
     call = Call(
-        q, k, v, new(*gate, *([s.K] if s.kda else []), dtype=s.dtype if raw else "float32"), new(*gate),
+        q, k, v, new(*gate, *([s.K] if s.kda else []), dtype=s.dtype if raw else "float32"),
+        None if s.erase else new(*gate),
         state_in=new(4 * s.N if s.pool else s.N, s.HV, *tail, dtype=s.state_dtype),
         A_log=new(s.HV) if raw else None,
         dt_bias=new(s.HV, *([s.K] if s.kda else [])) if raw else None,
+        erase=new(B, T, s.HV, s.K, dtype=s.dtype) if s.erase else None,
         mask=new(B, T, dtype="bool") if s.masked else None,
         cu_seqlens=new(s.N + 1, dtype="int32") if s.packed else None,
         state_indices=new(s.N, dtype="int32") if s.pool else None,

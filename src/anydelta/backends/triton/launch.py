@@ -139,8 +139,9 @@ class Launches:
         if pieces > 1:
             grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // config.scan_BV))
             yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": True}, config.scan_warps)
-        # The product with M [K, K] at the start of a segment takes as many registers again.
-        warps = config.scan_warps if pieces == 1 else 8
+        # The product with M [K, K] at the start of a segment takes as many registers again. With erase, four warps put
+        # 72 bytes of a thread on the stack (sm_100).
+        warps = config.scan_warps if pieces == 1 and call.erase is None else 8
         yield KernelCall(chunk.scan, programs * pieces, {**args, "TRANSITIONS": False}, warps)
 
     def prepare(self, call: Call, scratch: Scratch, *, backward: bool = False) -> Iterator[KernelCall]:
