@@ -265,6 +265,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         // heads one by one, with exactly as much scratch memory as asked for
         x.restore();
         const Memory workspace(kernels->mixer_workspace(x.m, 1));
+        const FlushSubnormals flushed;  // as `run` does
         for (int64_t n = 0; n < x.m.rule.N; ++n)
             for (int64_t h = 0; h < x.m.rule.H; ++h) kernels->mix(x.m, MixerTask{n, h, 1}, workspace.data());
         check(x.bytes() == one, "smaller tasks differ");

@@ -87,6 +87,11 @@ class Checker {
         if (!(std::abs(value) <= 3.4028234663852886e38))
             fail(std::string(name) + " must be finite in float32; got " + text(value));
     }
+    // Tensors have no such size; a host that describes an array by hand may.
+    void not_negative(const char* name, const Array& x) const {
+        for (int i = 0; x.given() && i < x.dims; ++i)
+            if (x.sizes[i] < 0) fail(std::string(name) + " must have sizes >= 0; got " + text(dims_of(x)));
+    }
     // As spec.py's `sizes`: an array that exists or that a call implies, where a size of 0 counts as 1.
     void sizes(const char* name, const Dims& dims) const {
         int64_t left = MAX_NUMBERS;
@@ -94,13 +99,13 @@ class Checker {
         if (left < 1)
             fail(std::string(name) + " must have at most 2^48 numbers (a size of 0 counts as 1); got " + text(dims));
     }
-    // Each element its own memory: an axis must step over all that the finer axes span. The array is not too large, nor
-    // are its strides: it lies in memory.
+    // Each element its own memory: an axis must step over all that the finer axes span. No memory spans FAR elements.
     void writable(const char* name, const Array& x) const {
+        constexpr int64_t FAR = int64_t{1} << 62;
         std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
         for (int i = 0; i < x.dims; ++i) {
             if (x.sizes[i] == 0) return;
-            if (x.sizes[i] > 1) axes.emplace_back(std::abs(x.strides[i]), x.sizes[i]);
+            if (x.sizes[i] > 1) axes.emplace_back(std::abs(std::max(x.strides[i], -FAR)), x.sizes[i]);
         }
         std::sort(axes.begin(), axes.end());
         int64_t reach = 0;
@@ -109,7 +114,7 @@ class Checker {
                 fail(std::string(name) +
                      " is written and must not be a view whose elements share memory; got strides " +
                      text(Dims(x.strides, x.strides + x.dims)) + " for " + text(dims_of(x)) + ". Copy it first");
-            reach += stride * (n - 1);
+            reach = stride > (FAR - reach) / (n - 1) ? FAR : reach + stride * (n - 1);
         }
     }
 
@@ -283,6 +288,10 @@ Spec check(const Call& call, const Options& opt) {
         if (opt.lower_bound > 0) c.fail("lower_bound must be <= 0, as the log decay is; got " + text(opt.lower_bound));
     }
 
+#define ANYDELTA_SIZES(member, place, functional, in_place) \
+    c.not_negative(opt.inplace ? in_place : functional, call.member);
+    ANYDELTA_ARRAYS(ANYDELTA_SIZES)
+#undef ANYDELTA_SIZES
     for (auto [name, x] : {std::pair{"q", &call.q}, std::pair{"k", &call.k}, std::pair{"v", &call.v},
                            std::pair{"g", &call.g}, std::pair{"beta", &call.beta}})
         if (!x->given() && !(x == &call.beta && call.erase.given()))
