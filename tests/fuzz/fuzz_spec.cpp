@@ -232,6 +232,7 @@ void run_all(Description& d, anydelta::Call& call, const Spec& spec) {
         if (x->given() && !x->plain()) return;  // they are copied first
     for (const anydelta::Array* x : {&call.A_log, &call.dt_bias})
         if (x->given() && !x->contiguous()) return;
+    if (static_cast<double>(spec.B * spec.T) * static_cast<double>(spec.HV * spec.V) > 1e6) return;
     const Memory o(static_cast<size_t>(spec.B * spec.T * spec.HV * spec.V * bytes_of(call.q.type)));
     call.o = o.data();
     std::unique_ptr<Memory> state;
