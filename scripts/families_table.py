@@ -7,16 +7,15 @@ python scripts/families_table.py --check docs/transformers.md  exit 1 if the fil
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from pathlib import Path
+
+from table_between_marks import parser, run
 
 from anydelta.integrations.transformers import FAMILIES
 from anydelta.integrations.transformers.families import Family
 
-BEGIN = "<!-- families: written by `make readme` -->"
-END = "<!-- end of the families -->"
+MARKS = ("<!-- families: written by `make readme` -->", "<!-- end of the families -->")
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 
 
@@ -47,33 +46,8 @@ def _number(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split("."))
 
 
-def replaced(text: str, path: Path) -> str:
-    """The text of a file with the table of today."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"families_table: {path} must hold the lines {BEGIN!r} and {END!r}.")
-    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", type=Path, metavar="FILE")
-    action.add_argument("--check", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    path = args.write or args.check
-    if path is None:
-        print(table())
-        return
-    old = path.read_text(encoding="utf-8")
-    new = replaced(old, path)
-    if args.write:
-        path.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit(f"families_table: the table in {path} is old; run: make readme.")
+    run(parser(__doc__).parse_args(), table(), MARKS)
 
 
 if __name__ == "__main__":

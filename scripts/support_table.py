@@ -10,16 +10,16 @@ command does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from table_between_marks import parser, run
+
 from anydelta.conformance.support import support
 
-BEGIN = "<!-- support table: written by `make readme` -->"
-END = "<!-- end of the support table -->"
+MARKS = ("<!-- support table: written by `make readme` -->", "<!-- end of the support table -->")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -56,35 +56,11 @@ def read(source: str | None) -> dict[str, Any]:
     return found
 
 
-def replaced(text: str, path: Path, found: dict[str, Any]) -> str:
-    """The text of a file with the table of `found`."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"support_table: {path} must hold the lines {BEGIN!r} and {END!r}.")
-    return f"{head}{BEGIN}\n{table(found)}\n{END}{tail}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", type=Path, metavar="FILE")
-    action.add_argument("--check", type=Path, metavar="FILE")
-    parser.add_argument("--from", dest="source", metavar="FILE")
-    args = parser.parse_args()
-    found = read(args.source)
-    path = args.write or args.check
-    if path is None:
-        print(table(found))
-        return
-    old = path.read_text(encoding="utf-8")
-    new = replaced(old, path, found)
-    if args.write:
-        path.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit(f"support_table: the table in {path} is old; run: make readme.")
+    options = parser(__doc__)
+    options.add_argument("--from", dest="source", metavar="FILE")
+    args = options.parse_args()
+    run(args, table(read(args.source)), MARKS)
 
 
 if __name__ == "__main__":

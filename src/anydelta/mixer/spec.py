@@ -15,6 +15,7 @@ from ..rule.arguments import Call
 from ..rule.spec import (
     DTYPES,
     STATE_DTYPES,
+    AroundRule,
     CallSpec,
     _Checker,
     check_call,
@@ -29,7 +30,7 @@ NORM_GATES = ("silu", "sigmoid")
 
 
 @dataclass(frozen=True)
-class MixerSpec:
+class MixerSpec(AroundRule):
     """A valid call, without its data: what a backend needs to say yes or no."""
 
     rule: CallSpec
@@ -52,22 +53,6 @@ class MixerSpec:
     """The arrays that the call has, by their names in the table."""
 
     part: ClassVar[str] = "mixer"
-    snapshot_rows: ClassVar[bool] = False  # mixers write them by themselves
-
-    def without_rows(self) -> MixerSpec:
-        return self
-
-    @property
-    def device(self) -> str:
-        return self.rule.device
-
-    @property
-    def dtype(self) -> str:
-        return self.rule.dtype
-
-    @property
-    def framework(self) -> str:
-        return self.rule.framework
 
     def shape_line(self) -> str:
         """The call in one line, in the names of the contract."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ..core.arguments import fields, given, problem
 from ..core.arrays import Array
@@ -106,6 +106,32 @@ class CallSpec:
                 *extra,
             ]
         )
+
+
+T = TypeVar("T")
+
+
+class AroundRule:
+    """What dispatch reads of a call that holds one of the rule: the mixer's, and a log's step."""
+
+    rule: CallSpec
+    snapshot_rows: ClassVar[bool] = False  # they write their snapshots by themselves
+    final_rows: ClassVar[bool] = False
+
+    @property
+    def device(self) -> str:
+        return self.rule.device
+
+    @property
+    def dtype(self) -> str:
+        return self.rule.dtype
+
+    @property
+    def framework(self) -> str:
+        return self.rule.framework
+
+    def without_rows(self: T) -> T:
+        return self
 
 
 def framework_of(x: Array) -> str | None:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from ..core.accepts import Accepts
 from ..core.arrays import Array
 from ..rule.arguments import Call, Options
-from ..rule.spec import CallSpec
+from ..rule.spec import AroundRule, CallSpec
 
 Fold = tuple[int, int, int, int]
 """(sequence, row of its state, row that receives the folded one, entries)"""
@@ -17,7 +17,7 @@ Index = tuple[Array, ...]
 
 
 @dataclass(frozen=True)
-class LogSpec:
+class LogSpec(AroundRule):
     """A valid step of a log, without its data: what a backend needs to say yes or no."""
 
     rule: CallSpec
@@ -27,20 +27,6 @@ class LogSpec:
     key_dtype: str
 
     part: ClassVar[str] = "log"
-    snapshot_rows: ClassVar[bool] = False
-    final_rows: ClassVar[bool] = False
-
-    @property
-    def device(self) -> str:
-        return self.rule.device
-
-    @property
-    def dtype(self) -> str:
-        return self.rule.dtype
-
-    @property
-    def framework(self) -> str:
-        return self.rule.framework
 
     @property
     def options(self) -> Options:
@@ -49,9 +35,6 @@ class LogSpec:
     @property
     def given(self) -> tuple[str, ...]:
         return self.rule.given
-
-    def without_rows(self) -> LogSpec:
-        return self
 
     def shape_line(self) -> str:
         """The step in one line, in the names of the contract."""
