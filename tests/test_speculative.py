@@ -84,6 +84,13 @@ def with_mtp(model: Any, folder: Path, layers: int = 2) -> Any:
     # Ling 3 counts them on behind the other layers.
     ling = config.model_type == "bailing_hybrid"
     where, first = ("model.layers.", config.num_hidden_layers) if ling else ("mtp.layers.", 0)
+    if ling and plain_tests.VERSION < (
+        5,
+        24,
+    ):  # which knows the one layer of the released model, by its number
+        type(model)._keys_to_ignore_on_load_unexpected = [
+            rf"model\.layers\.{first + i}\." for i in range(layers)
+        ]
     for name, x in (
         MtpModel(model, layers).layers.state_dict().items()
     ):  # experts of MoE layers are not initialised
@@ -492,6 +499,8 @@ def test_crop_is_exact_in_the_same_blocks(pair: tuple[Any, Any]) -> None:
             want = run(model, ids[:, : 29 - n], [20, *[1] * (9 - n)])
             assert cropped.get_seq_length() == want.get_seq_length() == 29 - n
             assert all(map(torch.equal, states(cropped), states(want)))
+            if hasattr(cropped, "position_ids"):  # of qwen4_exp in Transformers 5.20
+                assert torch.equal(cropped.position_ids, want.position_ids)
             # Going on, in place and recording, gives the same bits as well.
             more = tokens(3, seed=9)
             assert torch.equal(

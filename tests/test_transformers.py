@@ -1103,7 +1103,7 @@ class Layer(nn.Module):
         q = hidden_states.view(B, T, 2, 8)
         state = None
         if {cache} is not None:
-            state = {cache}.get_recurrent_state(self.layer_idx)
+            state = {cache}.layers[self.layer_idx].recurrent_states[0]
             {cache}.update_conv_state(hidden_states.transpose(1, 2), self.layer_idx, conv_kernel_size=4)
         o, new = my_chunks(
             q, q.flip(-1), q.roll(1, -1), -self.a(hidden_states).exp().view(B, T, {shape}),

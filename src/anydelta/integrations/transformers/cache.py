@@ -30,6 +30,8 @@ CACHE = next(
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 """What models call it in this Transformers."""
+POSITIONS = "position_ids"
+"""Where Transformers 5.20 keeps qwen4_exp's positions of all tokens: an attribute of the cache itself."""
 ROLLBACK = 8
 """Tokens that can be dropped, unless the cache is told otherwise."""
 
@@ -90,6 +92,8 @@ class RollbackCache(DynamicCache):
         for layer in _rolling(self):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+        if tokens_to_remove and (positions := getattr(self, POSITIONS, None)) is not None:
+            setattr(self, POSITIONS, positions[..., :tokens_to_remove])
 
 
 def with_rollback(cache: Cache) -> Cache:

@@ -25,7 +25,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from ...state.files import File, safetensors
-from .cache import CACHE, ROLLBACK, RollbackCache
+from .cache import CACHE, POSITIONS, ROLLBACK, RollbackCache
 
 FORMAT = "anydelta prefix 1"
 _NAME = re.compile(
@@ -88,6 +88,7 @@ class Checkpoint:
                 f"{tuple(input_ids.shape)}"
             )
         tensors: dict[str, torch.Tensor] = {}
+        positions = getattr(cache, POSITIONS, None)
         for i, layer in enumerate(cache.layers):
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for j in range(layer.number_of_states):
@@ -106,6 +107,8 @@ class Checkpoint:
                 for kind, name in _INDEXER.items():
                     if getattr(layer, name, None) is not None:
                         tensors[f"{i}.{kind}"] = getattr(layer, name)
+                if positions is not None and f"{i}.indexer" in tensors:
+                    tensors[f"{i}.positions"], positions = positions, None
             else:
                 raise ValueError(
                     f"Checkpoint: requires attention layers that keep all tokens, or a window of them; got a "
@@ -140,7 +143,10 @@ class Checkpoint:
             if kind in _INDEXER:
                 if kind == "indexer":
                     layer.lazy_initialization_indexer(x)
-                setattr(layer, _INDEXER[kind], x)
+                if hasattr(layer, _INDEXER[kind]):
+                    setattr(layer, _INDEXER[kind], x)
+                else:
+                    setattr(cache, POSITIONS, x)
                 continue
             i = int(state[0])
             (layer.conv_states if kind == "conv" else layer.recurrent_states)[i] = x.clone()
