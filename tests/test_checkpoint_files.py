@@ -256,6 +256,32 @@ def test_what_belongs_together(tmp_path: Path) -> None:
     refused(Checkpoint.load, changed(**{"3_keys": x.repeat(2, 1, 1, 1)}), "for one row of 9 tokens")
     refused(Checkpoint.load, changed(**{"3_keys": x.to(torch.bfloat16)}), "one type")
     refused(Checkpoint.load, changed(**{"3_other": x.clone()}), "of no layer")
+    x = good.tensors["0.recurrent.0"]
+    refused(Checkpoint.load, changed(**{"0_recurrent_0": x.double()}), "where states are float32")
+
+
+def test_windows_of_tokens_and_positions(tmp_path: Path) -> None:
+    if not hasattr(transformers, plain_tests.CONFIGS["qwen4_exp"][0]):
+        pytest.skip("this Transformers has no qwen4_exp")
+    model = build("qwen4_exp")
+    good, path = checkpoint(model), tmp_path / "a file.safetensors"
+    vocabulary = model.config.get_text_config().vocab_size
+    for name, value, config in (
+        ("0.conv.2", -7, None), ("0.conv.2", 1 << 62, None), ("3.positions", -1, None), ("0.conv.2", vocabulary, model),
+    ):  # fmt: skip
+        tensors = {n: x.clone() for n, x in good.tensors.items()}
+        tensors[name].view(-1)[-1] = value
+        Checkpoint(good.tokens, tensors).save(path)
+        refused(lambda p, c=config: Checkpoint.load(p, config=c and c.config), path, str(value))
+
+
+def test_what_a_store_takes() -> None:
+    store = PrefixStore(build("qwen3_5"))
+    for ids in (
+        [1, 2], torch.tensor([1, 2]), torch.ones(2, 3, dtype=torch.long), torch.ones(1, 3), torch.ones(1, 0).long()
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"PrefixStore: requires input_ids \[1, T\]"):
+            store.cache_for(ids)
 
 
 def test_another_models_checkpoint(tmp_path: Path) -> None:

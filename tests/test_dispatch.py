@@ -106,8 +106,25 @@ def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -
             run(**args(), backend="cuda")
     monkeypatch.setenv(dispatch.ENV, "cuda")
     for run in (anydelta.gated_delta_rule, anydelta.explain):
-        with pytest.raises(ValueError, match=f"{known}; got 'cuda'"):
+        with pytest.raises(ValueError, match=f"ANYDELTA_BACKEND: .*{known}; got 'cuda'"):
             run(**args())
+    monkeypatch.setenv(dispatch.ENV, "auto")
+    assert anydelta.explain(**args()).forced is None
+
+
+def test_explain_takes_the_arguments_of_the_call() -> None:
+    x = args()
+    q = x.pop("q")
+    for given, more, message in (
+        ((), {}, "missing a required argument: 'q'"), ((q, q, q, q), {}, "multiple values for argument 'k'"),
+        ((q,), {"q": q}, "multiple values for argument 'q'"),
+        ((q,), {"state": q}, "unexpected keyword argument 'state'"),
+        ((q,), {"op": "gated_delta_rule_"}, "unexpected keyword argument 'op'"),
+    ):  # fmt: skip
+        with pytest.raises(
+            TypeError, match=f"explain: requires the arguments of gated_delta_rule.*{message}"
+        ):
+            anydelta.explain(*given, **{**x, **more})
 
 
 def test_the_first_backend_without_reasons_runs(install: Any) -> None:

@@ -122,6 +122,16 @@ def test_asking_for_a_name_that_is_missing_does_not_raise() -> None:
     assert fla.__version__ == "0.5.2"
 
 
+def test_inner_modules_are_attributes_and_functions_can_be_pickled() -> None:
+    code = (
+        "import pickle; from anydelta.compat.fla import install; install(); import fla;"
+        "f = fla.ops.kda.chunk_kda; assert pickle.loads(pickle.dumps(f)) is f;"
+        "assert fla.modules.ShortConvolution and fla.ops.utils.index"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_uninstall_leaves_no_trace() -> None:
     modules, finders = set(sys.modules), list(sys.meta_path)
     for _ in range(2):
@@ -335,8 +345,8 @@ def test_the_short_convolution_in_pieces_and_with_all_that_it_takes() -> None:
     cu = torch.tensor([0, 9])
     for call, message in (
         (lambda: conv(x[0]), "x must be"),
-        (lambda: conv(x, cu_seqlens=cu), "cu_seqlens requires x"),
-        (lambda: conv(x[:1], cu_seqlens=torch.tensor([0, 8])), "cu_seqlens requires x"),
+        (lambda: conv(x, cu_seqlens=cu), "requires B = 1; got B = 2"),
+        (lambda: conv(x[:1], cu_seqlens=torch.tensor([0, 8])), "cu_seqlens must rise"),
         (lambda: conv(x[:1], mask=mask[:1], cu_seqlens=cu), "exclude each other"),
         (lambda: conv(x, cache=torch.zeros(2, 6, 2)), "cache must be"),
         (lambda: ShortConvolution(6, 3, activation="gelu"), "activation must be"),
@@ -393,6 +403,21 @@ def test_causal_conv1d(bias: bool, activation: str | None) -> None:
     for call, message in (
         (lambda: causal_conv1d_fn(x, weight, activation="gelu"), "activation must be"),
         (lambda: causal_conv1d_fn(x, weight, seq_idx=ids, initial_states=before), "exclude each other"),
+        (
+            lambda: causal_conv1d_fn(x[:1], weight, cu_seq_lens_q=torch.tensor([0, 99])),
+            "cu_seq_lens_q must rise",
+        ),
+        (
+            lambda: causal_conv1d_fn(x[:1], weight, cu_seq_lens_q=torch.tensor([2, 3])),
+            "cu_seq_lens_q must rise",
+        ),
+        (
+            lambda: causal_conv1d_fn(x[:1], weight, cu_seq_lens_q=torch.tensor([0, 3, 2])),
+            "cu_seq_lens_q must rise",
+        ),
+        (lambda: causal_conv1d_fn(x[:1], weight, cu_seq_lens_q=torch.tensor([])), "must be a tensor"),
+        (lambda: causal_conv1d_fn(x[:1], weight, cu_seq_lens_q=[0, 3]), "must be a tensor"),
+        (lambda: causal_conv1d_fn(x[:1], weight, seq_idx=ids[:1].expand(5, -1)), "seq_idx must be"),
         (lambda: causal_conv1d_fn(x, weight[:5]), "weight"),
         (lambda: causal_conv1d_fn(x, weight, initial_states=before[..., 1:]), "initial_states must be"),
         (lambda: causal_conv1d_update(x, state[..., :2], weight), "with L >= 3"),
@@ -460,7 +485,10 @@ def test_simple_gla_that_does_not_fit_is_refused() -> None:
         (lambda: chunk_simple_gla(q, q, q, g, g[0, 0]), "exclude each other"),
         (lambda: chunk_simple_gla(q, q, q, g_gamma=torch.ones(3)), "g_gamma must be"),
         (lambda: chunk_simple_gla(q, q, q, initial_state=torch.zeros(2, 2, 5, 5)), "initial_state must be"),
-        (lambda: chunk_simple_gla(q, q, q, cu_seqlens=torch.tensor([0, 3])), "cu_seqlens requires"),
+        (
+            lambda: chunk_simple_gla(q, q, q, cu_seqlens=torch.tensor([0, 3])),
+            "cu_seqlens must rise from 0 to T",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

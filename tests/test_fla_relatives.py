@@ -157,6 +157,14 @@ def test_half_types_round_no_product(kind: str) -> None:
     close(got[1], S)  # float32
 
 
+@pytest.mark.parametrize("kind", KINDS[2:])
+@pytest.mark.parametrize("cu", [[0, 2], [0, 2, 1, 3], [], [0.0, 3.0]], ids=str)
+def test_packed_sequences_that_are_none_are_refused(kind: str, cu: list[float]) -> None:
+    x = make(2, rows=1, tokens=3)
+    with pytest.raises(ValueError, match=r"^fla\.\w+: cu_seqlens must"):
+        call("chunk", kind, x, cu_seqlens=torch.tensor(cu))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences(kind: str) -> None:
     x = make(2, rows=1, tokens=90)

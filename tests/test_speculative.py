@@ -509,6 +509,21 @@ def test_crop_is_exact_in_the_same_blocks(pair: tuple[Any, Any]) -> None:
             assert all(map(torch.equal, states(cropped), states(want)))
 
 
+def test_crop_back_to_the_first_tokens(pair: tuple[Any, Any]) -> None:
+    """Where windows reach before the text."""
+    model, _ = pair
+    ids = tokens(9)
+    with adt.enable():
+        for first in (1, 2, 3, 4, 8):
+            for kept in range(first + 1):
+                cache = run(model, ids[:, :first], [first])
+                cache.crop(kept - first)
+                rest = ids[:, kept : kept + 1]
+                got = model(rest, past_key_values=cache).logits[0, -1]
+                want = model(ids[:, : kept + 1], use_cache=False).logits[0, -1]
+                assert float((got - want).abs().max()) < 1e-4, (first, kept)
+
+
 def test_crop_of_a_block(tiny: Any) -> None:
     """Nine tokens in one forward, as in verification, against one token at a time: within 1e-6 on a real model."""
     ids = tokens(29)
@@ -560,6 +575,11 @@ def test_a_copied_cache_goes_on_alone(pair: tuple[Any, Any], how: Any) -> None:
 def test_what_crop_refuses(pair: tuple[Any, Any]) -> None:
     model, _ = pair
     with adt.enable():
+        empty = RollbackCache(config=model.config)
+        empty.activate_past_recording()
+        with pytest.raises(ValueError, match="requires at most 0 tokens"):
+            empty.crop(-1)
+        empty.crop(0)
         cache = RollbackCache(config=model.config, rollback=3)
         model(tokens(9), past_key_values=cache)
         with pytest.raises(RuntimeError, match="requires that the past is recorded"):

@@ -1145,6 +1145,38 @@ marked = pytest.mark.skipif(
 )
 
 
+def test_modules_that_answer_with_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost by them, nor by an interruption."""
+
+    class Odd(types.ModuleType):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("no comparison")
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("no attribute")
+
+    finding.find()  # imports Transformers' modules, which do not stand such a neighbour
+    monkeypatch.setattr(finding, "_seen", {})
+    monkeypatch.setitem(sys.modules, "odd", Odd("odd"))
+    known = {f.name for f in finding.find()[0]}
+    assert set(FAMILIES) <= known
+    monkeypatch.setattr(finding, "_seen", {})
+    look = finding.look_at
+
+    def interrupted(module: Any) -> Any:
+        if module.__name__.endswith("modeling_qwen3_5"):
+            raise KeyboardInterrupt
+        return look(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finding, "look_at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finding.find()
+    assert {f.name for f in finding.find()[0]} == known
+
+
 @marked
 @pytest.mark.parametrize("cache", ["cache", "cache_params"])
 @pytest.mark.parametrize("hub", ["chunk_gated_delta_rule", "chunk_kda"])

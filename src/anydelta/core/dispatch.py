@@ -43,7 +43,8 @@ ENV = "ANYDELTA_BACKEND"
 
 def forced_by_env() -> str | None:
     """The backend that ANYDELTA_BACKEND names, or None."""
-    return os.environ.get(ENV) or None
+    name = os.environ.get(ENV) or "auto"
+    return None if name == "auto" else name
 
 
 class UnsupportedError(RuntimeError):
@@ -221,6 +222,11 @@ def against(runs: Any, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
 def _candidates(spec: Spec, backend: str) -> tuple[tuple[str, ...], str | None]:
     """The backends to ask, and what forced the only one."""
     if backend == "auto" and (name := forced_by_env()):
+        if name not in NAMES:
+            known = ", ".join(map(repr, NAMES))
+            raise ValueError(
+                f"{spec.options.op}: {ENV}: backend must be 'auto' or one of {known}; got {name!r}"
+            )
         return (name,), f"{ENV}={name}"
     if backend != "auto":
         return (backend,), f"backend={backend!r}"

@@ -6,6 +6,7 @@ decode step pays for one look-up and not for forty checks. Index data is checked
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,15 +168,15 @@ def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
     Raises:
         ValueError, TypeError: as the call itself would.
     """
-    names = ("q", "k", "v")
-    if len(args) > len(names):
-        raise TypeError(f"explain: takes q, k, v by position; got {len(args)} positional arguments")
-    arrays = dict(zip(names, args, strict=False))
-    arrays["state_in"] = kwargs.pop("initial_state", None)
-    known = {*Call.__slots__} - {"state_in", "state_out", "o"}
-    arrays.update({n: kwargs.pop(n) for n in list(kwargs) if n in known})
-    call = Call(**arrays)
-    spec = check_call(call, Options(**kwargs), inplace=False, grad_enabled=_grad_enabled(call.q))
+    try:
+        given = inspect.signature(gated_delta_rule).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(
+            f"explain: requires the arguments of gated_delta_rule; got a call with {error}"
+        ) from None
+    arrays = {n: given.pop(n) for n in list(given) if n in Call.__slots__}
+    call = Call(**arrays, state_in=given.pop("initial_state", None))
+    spec = check_call(call, Options(**given), inplace=False, grad_enabled=_grad_enabled(call.q))
     check_values(call, spec)
     return dispatch.choose(spec, backend)
 

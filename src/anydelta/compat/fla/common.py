@@ -212,6 +212,35 @@ def no_context_parallel(op: str, cp_context: Any) -> None:
         raise UnsupportedError(f"{op}: cp_context (context parallelism) is not supported; leave it None")
 
 
+def sequences(op: str, name: str, bounds: Any, B: int, T: int, least: int | None = None) -> None:
+    """Whether packed sequences are: B = 1, integers that rise from 0 to T, or to `least` at least. Their values are
+    looked at on the host alone, and not by torch.compile."""
+    if (
+        not isinstance(bounds, torch.Tensor)
+        or bounds.ndim != 1
+        or not len(bounds)
+        or bounds.dtype not in _INTEGERS
+    ):
+        what = (
+            f"{bounds.dtype} {list(bounds.shape)}"
+            if isinstance(bounds, torch.Tensor)
+            else type(bounds).__name__
+        )
+        raise ValueError(f"{op}: {name} must be a tensor [N+1] of int32 or int64; got {what}")
+    if B != 1:
+        raise ValueError(f"{op}: {name} packs all sequences into one row and requires B = 1; got B = {B}")
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    found = bounds.tolist()
+    if found[0] != 0 or not (T if least is None else least) <= found[-1] <= T or sorted(found) != found:
+        raise ValueError(
+            f"{op}: {name} must rise from 0 to T = {T}; got {found if len(found) <= 16 else '...'}"
+        )
+
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
 def host_copy(op: str, cu_seqlens: Any, cu_seqlens_cpu: Any) -> None:
     """cu_seqlens_cpu spares fla a device sync; here only a copy that contradicts matters."""
     if cu_seqlens_cpu is None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...core.dispatch import UnsupportedError
 from ...mixer.convolution import convolve, sequence_ids
+from .common import sequences
 
 _SILU = ("silu", "swish")
 
@@ -85,12 +86,9 @@ class ShortConvolution(nn.Conv1d):
                 raise ValueError(f"{op}: mask and cu_seqlens exclude each other; got both")
             x = x * mask.unsqueeze(-1)
         weight, width = self.weight.squeeze(1), self.weight.shape[2]
+        if cu_seqlens is not None:
+            sequences(op, "cu_seqlens", cu_seqlens, x.shape[0], x.shape[1])
         N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        if cu_seqlens is not None and (x.shape[0] != 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != x.shape[1]):
-            raise ValueError(
-                f"{op}: cu_seqlens requires x [1, T, D] and values from 0 to T; got {list(x.shape)} and "
-                f"{cu_seqlens.tolist()}"
-            )
         if cache is not None and cache.shape != (N, self.hidden_size, width):
             raise ValueError(
                 f"{op}: cache must be [N, D, W] = {[N, self.hidden_size, width]}; got {list(cache.shape)}"
@@ -159,6 +157,15 @@ def causal_conv1d_fn(
             f"{op}: x must be [B, D, T] and weight [D, W]; got {list(x.shape)}, {list(weight.shape)}"
         )
     row, T, width = x.transpose(1, 2), x.shape[2], weight.shape[1]
+    if seq_idx is not None:
+        if (
+            seq_idx.ndim != 2
+            or seq_idx.shape[0] not in (1, x.shape[0])
+            or not 0 < seq_idx.shape[1] <= max(T, 1)
+        ):
+            raise ValueError(f"{op}: seq_idx must be [B, T] = {[x.shape[0], T]}; got {list(seq_idx.shape)}")
+    elif cu_seq_lens_q is not None:  # of both: columns in front of those that are numbered come from a cache
+        sequences(op, "cu_seq_lens_q", cu_seq_lens_q, 1, T, least=0)  # all rows are packed alike
     ids = sequence_ids(T, seq_idx, cu_seq_lens_q, x.device) if packed else None
     if initial_states is not None:
         if initial_states.shape != (x.shape[0], x.shape[1], width - 1):

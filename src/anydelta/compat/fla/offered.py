@@ -6,6 +6,7 @@ each of them was seen is in docs/fla.md. Any other name raises ImportError or At
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -35,8 +36,8 @@ def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["cu_seqlens"] = cu_seq_lens_q
         return function(*args, **kwargs)
 
-    rule.__name__ = rule.__qualname__ = function.__name__
-    rule.__doc__, rule.__module__ = function.__doc__, function.__module__
+    rule.__name__ = rule.__qualname__ = function.__name__  # of this module: pickle finds it here
+    rule.__doc__ = function.__doc__
     own = inspect.signature(function)
     *named, rest = own.parameters.values()
     extra = inspect.Parameter("cu_seq_lens_q", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -48,8 +49,11 @@ def _names(*objects: Any) -> dict[str, Any]:
     return {x.__name__: x for x in objects}
 
 
-_GDN = _names(_packed(ops.chunk_gated_delta_rule), _packed(ops.fused_recurrent_gated_delta_rule))
-_KDA = _names(_packed(ops.chunk_kda), _packed(ops.fused_recurrent_kda))
+chunk_gated_delta_rule = _packed(ops.chunk_gated_delta_rule)
+fused_recurrent_gated_delta_rule = _packed(ops.fused_recurrent_gated_delta_rule)
+chunk_kda, fused_recurrent_kda = _packed(ops.chunk_kda), _packed(ops.fused_recurrent_kda)
+_GDN = _names(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
+_KDA = _names(chunk_kda, fused_recurrent_kda)
 _GLA = _names(simple_gla.chunk_simple_gla, simple_gla.fused_recurrent_simple_gla)
 
 OFFERED: dict[str, dict[str, Any]] = {
@@ -158,6 +162,8 @@ class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if (inner := f"{self.__name__}.{name}") in OFFERED and _finder in sys.meta_path:
+            return importlib.import_module(inner)
         raise AttributeError(_missing(self.__name__, name))
 
 

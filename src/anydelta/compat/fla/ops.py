@@ -52,6 +52,7 @@ from .common import (
     no_context_parallel,
     qkv,
     run,
+    sequences,
     shape,
     summed_decays,
     wide,
@@ -753,6 +754,8 @@ def _preconditioned(
             raise ValueError(f"{op}: {name} must be {'> 0' if name == 'x' else '>= 0'}; got {number}")
     q_n, k_n = _keys(op, rest, q, k)
     cu_seqlens = rest["cu_seqlens"]
+    if cu_seqlens is not None:
+        sequences(op, "cu_seqlens", cu_seqlens, B, k.shape[1])
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_A_state is None:
         A = k_n.new_zeros(N, H, K)

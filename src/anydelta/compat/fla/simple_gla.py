@@ -17,6 +17,7 @@ import torch
 
 from ...core.dispatch import UnsupportedError
 from ...mixer.convolution import wide
+from .common import sequences
 
 _CHUNK = 64
 Pair = tuple[torch.Tensor, "torch.Tensor | None"]
@@ -108,11 +109,9 @@ def _simple_gla(
         raise ValueError(f"{op}: g must be [B, T, H] = {[B, T, H]}; got {list(g.shape)}")
     if g_gamma is not None and g_gamma.numel() != H:
         raise ValueError(f"{op}: g_gamma must be [H] = {[H]}; got {list(g_gamma.shape)}")
-    bounds = None if cu_seqlens is None else [int(i) for i in cu_seqlens]
-    if bounds is not None and (B != 1 or bounds[0] != 0 or bounds[-1] != T or sorted(bounds) != bounds):
-        raise ValueError(
-            f"{op}: cu_seqlens requires B = 1 and rises from 0 to T = {T}; got B = {B}, {bounds}"
-        )
+    if cu_seqlens is not None:
+        sequences(op, "cu_seqlens", cu_seqlens, B, T)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     N = B if bounds is None else len(bounds) - 1
     want = (N, H, V, K) if v_first else (N, H, K, V)
     if state is not None and state.shape != want:

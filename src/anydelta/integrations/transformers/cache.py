@@ -47,7 +47,7 @@ class RollbackCache(DynamicCache):
 
     def __init__(self, *args: Any, config: Any = None, rollback: int = ROLLBACK, **kwargs: Any):
         super().__init__(*args, config=config, **kwargs)
-        with_rollback(self)
+        with_rollback(self, config)
         self.config = config
         self.rollback = rollback
         self.is_assistants = False
@@ -96,11 +96,14 @@ class RollbackCache(DynamicCache):
             setattr(self, POSITIONS, positions[..., :tokens_to_remove])
 
 
-def with_rollback(cache: Cache) -> Cache:
-    """Put layers that can roll back in the place of an empty cache's; returns the cache."""
+def with_rollback(cache: Cache, config: Any = None) -> Cache:
+    """Put layers that can roll back in the place of an empty cache's; returns the cache. `config` is the model's."""
+    text = None if config is None else config.get_text_config(decoder=True)
+    end = getattr(text, "eos_token_id", None)
     for i, layer in enumerate(cache.layers):
         if type(layer) is LinearAttentionLayer:
-            cache.layers[i] = RollbackLayer(number_of_states=layer.number_of_states)
+            cache.layers[i] = ours = RollbackLayer(number_of_states=layer.number_of_states)
+            ours.token_before = (end[0] if isinstance(end, list) else end) or 0
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = RollbackWindow(sliding_window=layer.sliding_window)
     return cache
@@ -201,6 +204,8 @@ class RollbackLayer(LinearAttentionLayer):
         self._past = {i: _Past() for i in range(number_of_states)}
         self._columns: dict[int, torch.Tensor] = {}
         """Of states that are a window alone, such as those of qwen4_exp's n-grams: the window and those before it."""
+        self.token_before = 0
+        """In windows of tokens, such as those of n-grams: what stands before the first one."""
         self._tokens: float = math.inf
         """Recorded since the layer was empty; inf: it was not when recording began."""
 
@@ -273,6 +278,8 @@ class RollbackLayer(LinearAttentionLayer):
             self.lazy_initialization(
                 conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size
             )
+            if not conv_states.is_floating_point():
+                self.conv_states[state_idx].fill_(self.token_before)
         self.has_previous_state[state_idx] = True
         window, k = self.conv_states[state_idx], self.conv_kernel_size[state_idx]
         full = torch.cat((window, conv_states), -1)
@@ -337,7 +344,8 @@ class RollbackLayer(LinearAttentionLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise as `crop` would."""
-        known = min((len(past.slots) - 1 for past in self._used().values()), default=-tokens_to_remove)
+        unused = -tokens_to_remove if math.isinf(self._tokens) else self._tokens
+        known = min((len(past.slots) - 1 for past in self._used().values()), default=unused)
         _check(tokens_to_remove, self.record_past, known, self.rollback)
 
     def crop(self, tokens_to_remove: int) -> None:

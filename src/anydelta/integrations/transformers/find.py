@@ -67,7 +67,8 @@ class Found:
         return self.module.__name__.rpartition(".")[2].removeprefix("modeling_")
 
 
-_seen: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+_seen: dict[int, weakref.ref[ModuleType]] = {}
+"""By id: a module's class may have no hash, and need not compare."""
 
 
 def find() -> tuple[list[Found], dict[str, str]]:
@@ -80,16 +81,26 @@ def find() -> tuple[list[Found], dict[str, str]]:
             failed[name.rpartition(".")[2].removeprefix("modeling_")] = (
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             )
-    new = []
-    for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or module in _seen:
-            continue
-        if (spec := getattr(module, "__spec__", None)) is not None and getattr(spec, "_initializing", False):
-            continue  # another thread is importing it
-        _seen.add(module)
-        if (found := look_at(module)) is not None:
-            new.append(found)
+    new, looked = [], {}
+    for name, module in list(sys.modules.items()):
+        try:
+            if not isinstance(module, ModuleType) or _is_seen(module):
+                continue
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                continue  # another thread is importing it
+            looked[id(module)] = weakref.ref(module)
+            if (found := look_at(module)) is not None:
+                new.append(found)
+        except Exception as error:  # a module may be any object, and answer with anything
+            if name in _with_rule():
+                failed[name.rpartition(".")[2].removeprefix("modeling_")] = f"{type(error).__name__}: {error}"
+    _seen.update(looked)  # all or, where this is interrupted, none
     return new, failed
+
+
+def _is_seen(module: ModuleType) -> bool:
+    found = _seen.get(id(module))
+    return found is not None and found() is module
 
 
 @functools.cache

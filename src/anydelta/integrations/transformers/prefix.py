@@ -176,6 +176,8 @@ class Checkpoint:
         for name, x in self.tensors.items():
             if tuple(x.shape) not in want[name]:
                 self._refuse(text, f"{name} of {list(x.shape)} instead of {list(want[name][0])}")
+            if ".conv." in name and not x.is_floating_point() and int(x.max()) >= text.vocab_size:
+                self._refuse(text, f"{name} with token {int(x.max())} of a vocabulary of {text.vocab_size}")
             if dtype is not None and ".recurrent." not in name and x.is_floating_point() and x.dtype != dtype:
                 self._refuse(text, f"{name} of {x.dtype} instead of {dtype}")
 
@@ -224,6 +226,10 @@ class Checkpoint:
                 lengths.append(_length(kind, file.arrays[partner]))
             if rows != 1 or max(lengths, default=0) > len(tokens) or len(set(lengths)) > 1:
                 file.refuse(f"{name!r} of {list(x.shape)} for one row of {len(tokens)} tokens")
+            if kind == "recurrent" and x.dtype not in (torch.float32, torch.bfloat16):
+                file.refuse(f"{name!r} of {x.dtype}, where states are float32")
+            if whole and not 0 <= int(x.min()) <= int(x.max()) < 1 << 31:
+                file.refuse(f"{name!r} with numbers from {int(x.min())} to {int(x.max())}")
             if kind != "recurrent" and not whole:
                 dtypes.add(x.dtype)
         if len(dtypes) != 1:
@@ -345,7 +351,19 @@ class PrefixStore:
         return checkpoint
 
     def find(self, input_ids: torch.Tensor) -> Checkpoint | None:
-        """The longest checkpoint that these tokens [1, T] begin with, and that leaves one of them to run."""
+        """The longest checkpoint that these tokens [1, T] begin with, and that leaves one of them to run.
+
+        Raises:
+            ValueError: other tokens than one row of integers.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
+            got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"PrefixStore: requires input_ids [1, T]; got {got}")
+        if input_ids.is_floating_point() or not input_ids.shape[1]:
+            raise ValueError(
+                f"PrefixStore: requires input_ids [1, T] of integers, one at least; got {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
         tokens = tuple(input_ids[0].tolist())
         with _lock:
             fits = [t for t in self._kept if len(t) < len(tokens) and tokens[: len(t)] == t]
@@ -359,6 +377,9 @@ class PrefixStore:
         """A cache that holds all of these tokens [1, T] but the last, for `generate` to go on from.
 
         What lies behind the nearest checkpoint is run, and kept as another.
+
+        Raises:
+            ValueError: as `find`.
         """
         found = self.find(input_ids)
         config = self.model.config.get_text_config(decoder=True)
