@@ -1,8 +1,8 @@
 """Write what C++ takes from the tables of arguments: `python scripts/generate_arguments.py FOLDER`, as CMake does.
 
-arguments.h has the order in which Python hands over the arrays of a call and the arrays by name, torch_schemas.h the
-schemas of torch.ops.anydelta, the others what the SYCL host and the Vulkan shaders have of backends/devices/structs.py.
-Needs nothing but the standard library.
+arguments.h has the order in which Python hands over the arrays of a call, the arrays and the options by name,
+torch_schemas.h the schemas of torch.ops.anydelta, the others what the SYCL host and the Vulkan shaders have of
+backends/devices/structs.py. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -65,6 +65,33 @@ def lists(operators: tuple[Any, ...]) -> list[str]:
     return out
 
 
+def options() -> list[str]:
+    """The options of the rule as macros, like `lists`."""
+    from anydelta.core.arguments import ChoiceRow, NumberRow, fields
+    from anydelta.rule.arguments import INPLACE, PLAIN, Options
+
+    def literal(value: object) -> str:
+        return f'"{value}"' if isinstance(value, str) else repr(value).lower()
+
+    def option(name: str) -> str:
+        field, default = fields(Options)[name], Options._field_defaults[name]
+        if isinstance(field.row, ChoiceRow):
+            return f"X(choice, {name}, {literal(default)}, {', '.join(map(literal, field.row.values))})"
+        if isinstance(field.row, NumberRow):
+            allowed = f'{field.row.minimum}, {field.row.maximum}, "{field.row.why}"'
+            kind, absent = ("maybe", "{}") if field.optional else ("number", default)
+            return f"X({kind}, {name}, {absent}, {allowed})"
+        return f"X(flag, {name}, {literal(default)}, )"
+
+    plain = [f"X({'bool' if fields(Options)[n].type is bool else 'float'}, {n})" for n in PLAIN]
+    return [
+        "// The options that every operator has, in its order: X(kind, member, default, what its row allows ...)",
+        f"#define ANYDELTA_OPTIONS(X) {' '.join(map(option, INPLACE.flags))}",
+        "// Those that the kernels read as they are: X(type, member)",
+        f"#define ANYDELTA_PLAIN_OPTIONS(X) {' '.join(plain)}",
+    ]
+
+
 def header(orders: dict[str, type], operators: tuple[Any, ...]) -> str:
     lines = [
         "// Written by scripts/generate_arguments.py from the tables of arguments.",
@@ -76,7 +103,7 @@ def header(orders: dict[str, type], operators: tuple[Any, ...]) -> str:
     for name, table in orders.items():
         names = ", ".join(field.upper() for field in table.__dataclass_fields__)  # type: ignore[attr-defined]
         lines += [f"namespace {name} {{", f"enum : size_t {{ {names}, COUNT }};", "}"]
-    return "\n".join([*lines, "}  // namespace anydelta", "", *lists(operators), ""])
+    return "\n".join([*lines, "}  // namespace anydelta", "", *lists(operators), *options(), ""])
 
 
 def main(folder: Path) -> None:

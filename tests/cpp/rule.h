@@ -131,10 +131,10 @@ std::unique_ptr<Call> make_call(const Case& c) {
     Problem& p = x.p;
     const int64_t N = x.N = c.packed ? c.packed : c.B;
     p.B = c.B, p.T = c.T, p.H = c.H, p.HV = c.HV, p.K = c.K, p.V = c.V, p.N = N;
-    p.kda = c.kda, p.tiled = c.tiled, p.vk = c.vk, p.beta_is_logit = c.logit, p.l2norm = c.l2norm;
+    p.kda = c.kda, p.tiled = c.tiled, p.vk = c.vk, p.beta_is_logit = c.logit, p.qk_l2norm = c.l2norm;
     p.has_lower_bound = c.lower_bound, p.decay = c.decay;
     p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c.K)));
-    p.l2norm_eps = r.chance(0.5) ? 1e-6f : 0.05f;
+    p.qk_l2norm_eps = r.chance(0.5) ? 1e-6f : 0.05f;
     p.lower_bound = -5;
 
     x.q = Array({c.B, c.T, c.H, c.K}, c.dtype, c.strided, 1, r);
@@ -363,7 +363,7 @@ struct Step {
         }
         if (c.l2norm)
             for (auto* y : {&k, &q}) {
-                double s = static_cast<double>(p.l2norm_eps);
+                double s = static_cast<double>(p.qk_l2norm_eps);
                 for (const X& z : *y) s += value_of(z) * value_of(z);
                 for (X& z : *y) z = z * X(1 / std::sqrt(s));
             }

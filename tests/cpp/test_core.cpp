@@ -848,8 +848,8 @@ struct Strong {
     }
     Problem rule() {
         Problem p{};
-        p.B = p.N = 1, p.T = T, p.H = H, p.HV = HV, p.K = p.V = D, p.kda = kda, p.l2norm = true;
-        p.decay = Decay::log, p.scale = 0.1f, p.l2norm_eps = 1e-6f;
+        p.B = p.N = 1, p.T = T, p.H = H, p.HV = HV, p.K = p.V = D, p.kda = kda, p.qk_l2norm = true;
+        p.decay = Decay::log, p.scale = 0.1f, p.qk_l2norm_eps = 1e-6f;
         p.q = dense(qkv, H, D, C), p.k = dense(qkv, H, D, C, H * D), p.v = dense(qkv, HV, D, C, 2 * H * D);
         p.g = dense(g, HV, kda ? D : 1, 0), p.beta = dense(beta, HV, 1, 0), p.o = dense(o, HV, D, 0);
         p.in.data = state.data(), p.in.n = HV * D * D, p.in.h = D * D, p.in.row = D;

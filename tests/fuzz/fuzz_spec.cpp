@@ -118,8 +118,9 @@ struct Description {
         options.inplace = flag(4), options.op = options.inplace ? "gated_delta_rule_" : "gated_delta_rule";
         options.decay = raw ? "raw" : flag(5) ? "log" : "linear";
         options.heads = flag(6) ? "interleaved" : "tiled", options.state_layout = vk ? "vk" : "kv";
-        options.beta_is_logit = flag(7), options.qk_l2norm = flag(8), options.has_scale = flag(9), options.scale = 0.5;
-        options.has_lower_bound = raw && flag(10), options.lower_bound = -5;
+        options.beta_is_logit = flag(7), options.qk_l2norm = flag(8);
+        if (flag(9)) options.scale = 0.5;
+        if (raw && flag(10)) options.lower_bound = -5;
         state_out = flag(11);
         arrays[Q].set({batch, T, H, k}, type), arrays[K].set({batch, T, H, k}, type);
         arrays[V].set({batch, T, HV, v}, type);
@@ -174,7 +175,9 @@ struct Description {
         }
         std::string* const texts[] = {&options.decay, &options.heads, &options.state_layout};
         *texts[in.below(3)] = in.pick({"", "log", "linear", "raw", "interleaved", "tiled", "kv", "vk", "'\n\xff"});
-        options.inplace = in.flag(), options.has_scale = in.flag(), options.has_lower_bound = in.flag();
+        options.inplace = in.flag();
+        options.scale = in.flag() ? Options::maybe(options.scale.value_or(0.5)) : std::nullopt;
+        options.lower_bound = in.flag() ? Options::maybe(options.lower_bound.value_or(-5)) : std::nullopt;
     }
 
     anydelta::Call call() const {

@@ -35,8 +35,9 @@ from ..core.arguments import arrays as arrays_of
 from ..core.late import late
 from ..core.native import core as _core
 from ..rule import reference
-from ..rule.arguments import FUNCTIONAL, INPLACE, TOKENS, Call
+from ..rule.arguments import FUNCTIONAL, INPLACE, TOKENS, Call, Options
 from .cases import Case, Inputs, inputs
+from .options import options_of_case
 from .values import F64, STORAGE, decode, encode, round_to
 
 if TYPE_CHECKING:
@@ -226,8 +227,8 @@ def oracle(case: Case, values: Inputs) -> reference.Expected:
         arrays = {n: getattr(values, n) for n in FUNCTIONAL.tensors if n != "state_in"}
         q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
         return reference.gated_delta_rule(
-            q, k, v, **arrays, initial_state=values.state, **_options(case), snapshots=case.snapshots
-        )
+            q, k, v, **arrays, initial_state=values.state, snapshots=case.snapshots, **options_of_case(case, Options),
+        )  # fmt: skip
 
 
 @dataclass
@@ -278,20 +279,12 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     arrays = dict(arrays)
     q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
     state = arrays.pop("state", None)
-    options = {**_options(case), "backend": backend}
+    options = {**options_of_case(case, Options), "backend": backend}
     if case.inplace:
         return anydelta.gated_delta_rule_(q, k, v, state, **arrays, **options), state
     return anydelta.gated_delta_rule(
         q, k, v, initial_state=state, output_final_state=not case.nofinal, **arrays, **options
     )
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return {
-        "decay": case.decay, "lower_bound": case.lower_bound, "beta_is_logit": case.logit,
-        "heads": case.heads, "qk_l2norm": case.l2norm, "qk_l2norm_eps": case.eps, "state_layout": case.layout,
-        "scale": case.scale,
-    }  # fmt: skip
 
 
 def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any]:
@@ -305,8 +298,8 @@ def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any
         raise NotRunnable(f"anydelta.mlx has no argument {missing[0]}")
     arrays["initial_state"] = arrays.pop("state", None)
     out = mlx.gated_delta_rule(
-        **arrays, output_final_state=not case.nofinal, **_options(case), backend=target.backend
-    )
+        **arrays, output_final_state=not case.nofinal, backend=target.backend, **options_of_case(case, Options),
+    )  # fmt: skip
     if "snapshots" in held:
         held["snapshots"].take(out[2])
     return out[0], out[1]

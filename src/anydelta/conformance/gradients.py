@@ -14,6 +14,7 @@ from ..core.late import late
 from ..rule.arguments import TRACKED, Call, Options
 from .cases import Case, Inputs, inputs
 from .compare import Target, Verdict, buffers, call, judge
+from .options import options_of_case
 
 if TYPE_CHECKING:
     from ..rule import autograd
@@ -89,10 +90,7 @@ def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
     names = [n for n in TRACKED if n != "state_in"]
     arrays = {n: tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
     whole = Call(**arrays, state_in=tensor(values.state))
-    options = Options(
-        scale=case.scale, decay=case.decay, lower_bound=case.lower_bound, beta_is_logit=case.logit, heads=case.heads,
-        qk_l2norm=case.l2norm, qk_l2norm_eps=case.eps, state_layout=case.layout, output_final_state=not case.nofinal,
-    )  # fmt: skip
+    options = Options(**options_of_case(case, Options), output_final_state=not case.nofinal)
     names = [n for n in TRACKED if getattr(whole, n) is not None]
     found = autograd.gradients(whole, options, names, grads[0], grads[-1], backend="reference")
     return {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}

@@ -96,6 +96,12 @@ def arrays(table: Hashable, *kinds: str) -> tuple[str, ...]:
     )
 
 
+def plain(table: Hashable, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of these options that are a flag, or a number that is always there."""
+    rows = {name: fields(table)[name] for name in names}
+    return tuple(n for n, f in rows.items() if isinstance(f.row, FlagRow | NumberRow) and not f.optional)
+
+
 def reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
     """A function from a call to these fields of it. Compiled from the names: half the time of an attrgetter."""
     found: Callable[[Any], tuple[Any, ...]] = eval(f"lambda c: ({' '.join(f'c.{n},' for n in names)})")

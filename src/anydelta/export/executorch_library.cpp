@@ -76,13 +76,19 @@ class Values {
         if (!optional || !v.isNone()) wrong(i, optional ? "a tensor or None" : "a tensor");
         return nullptr;
     }
-    std::optional<double> number(size_t i) const {
+    // None leaves a number at its default.
+    template <class Number>
+    void take(size_t i, Number& out) const {
         const EValue& v = *values_[i];
-        if (v.isDouble()) return v.toDouble();
-        if (v.isInt()) return static_cast<double>(v.toInt());
-        if (!v.isNone()) wrong(i, "a number or None");
-        return std::nullopt;
+        if (v.isDouble())
+            out = v.toDouble();
+        else if (v.isInt())
+            out = static_cast<double>(v.toInt());
+        else if (!v.isNone())
+            wrong(i, "a number or None");
     }
+    void take(size_t i, bool& out) const { out = flag(i); }
+    void take(size_t i, std::string& out) const { out = text(i); }
     bool flag(size_t i) const {
         if (!values_[i]->isBool()) wrong(i, "a bool");
         return values_[i]->toBool();
@@ -125,16 +131,9 @@ void compute(const OperatorOf<const Tensor*>& op, Span<EValue*> stack) {
     Options opt;
     opt.op = op.op();
     opt.inplace = op.inplace;
-    const size_t f = op.tensors.size();
-    if (const auto scale = values.number(f)) opt.has_scale = true, opt.scale = *scale;
-    opt.decay = values.text(f + 1);
-    if (const auto bound = values.number(f + 2)) opt.has_lower_bound = true, opt.lower_bound = *bound;
-    opt.beta_is_logit = values.flag(f + 3);
-    opt.heads = values.text(f + 4);
-    opt.qk_l2norm = values.flag(f + 5);
-    if (const auto eps = values.number(f + 6)) opt.qk_l2norm_eps = *eps;
-    opt.state_layout = values.text(f + 7);
-    const bool final_state = !op.inplace && values.flag(f + 8);
+    size_t i = op.tensors.size();
+    opt.each([&](const char*, auto& option) { values.take(i++, option); });
+    const bool final_state = !op.inplace && values.flag(i);
     require_cpu(op.op(), values.text(op.arguments() - 1));
     const Tensor* out = values.tensor(op.arguments(), false);
     const Tensor* state_out = op.inplace ? nullptr : values.tensor(op.arguments() + 1, false);

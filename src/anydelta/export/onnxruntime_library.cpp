@@ -6,7 +6,7 @@
 //         q, k [B, T, H, K], v, o [B, T, HV, V]   T: float32, float16 or bfloat16
 //         initial_state, final_state              S: float32 or bfloat16; they may be one memory (bound by the caller)
 //         g, beta, A_log, dt_bias float32; mask bool; cu_seqlens, state_indices int64
-//         attributes: scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps, state_layout
+//         attributes: the options
 //
 // as the functional operator of rule/arguments.py. export/onnx.py writes the calls.
 #include <algorithm>
@@ -121,14 +121,7 @@ struct Kernel {
     Options options;
 
     Kernel(Api* api, const ort::KernelInfo* info) : api(api) {
-        options.has_scale = number(info, "scale", options.scale);
-        options.has_lower_bound = number(info, "lower_bound", options.lower_bound);
-        number(info, "qk_l2norm_eps", options.qk_l2norm_eps);
-        options.beta_is_logit = flag(info, "beta_is_logit");
-        options.qk_l2norm = flag(info, "qk_l2norm");
-        text(info, "decay", options.decay);
-        text(info, "heads", options.heads);
-        text(info, "state_layout", options.state_layout);
+        options.each([&](const char* name, auto& option) { take(info, name, option); });
     }
 
     void compute(ort::KernelContext* context) const {
@@ -176,17 +169,16 @@ struct Kernel {
         if (status) ort::ReleaseStatus(api, status);
         return !status;
     }
-    bool number(const ort::KernelInfo* info, const char* name, double& out) const {
+    template <class Number>
+    void take(const ort::KernelInfo* info, const char* name, Number& out) const {
         float value;
-        if (!given(ort::KernelInfoGetAttribute_float(api, info, name, &value))) return false;
-        out = static_cast<double>(value);
-        return true;
+        if (given(ort::KernelInfoGetAttribute_float(api, info, name, &value))) out = static_cast<double>(value);
     }
-    bool flag(const ort::KernelInfo* info, const char* name) const {
-        int64_t value = 0;
-        return given(ort::KernelInfoGetAttribute_int64(api, info, name, &value)) && value != 0;
+    void take(const ort::KernelInfo* info, const char* name, bool& out) const {
+        int64_t value;
+        if (given(ort::KernelInfoGetAttribute_int64(api, info, name, &value))) out = value != 0;
     }
-    void text(const ort::KernelInfo* info, const char* name, std::string& out) const {
+    void take(const ort::KernelInfo* info, const char* name, std::string& out) const {
         size_t size = 0;  // with the zero at the end
         if (!given(ort::KernelInfoGetAttribute_string(api, info, name, nullptr, &size)) || size == 0) return;
         std::vector<char> buffer(size);

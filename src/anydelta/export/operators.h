@@ -1,7 +1,5 @@
 // The order of the operators' arguments (rule/arguments.py), for runtimes that hand them over as a list: the tensors in
-// this order, then the flags
-//     scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps, state_layout,
-//     output_final_state (not of the in-place operator), backend
+// this order, then the options, output_final_state (not of the in-place operator), backend
 #pragma once
 #include <cstddef>
 #include <stdexcept>
@@ -29,8 +27,11 @@ struct OperatorOf {
     std::vector<T TensorsOf<T>::*> tensors;
     std::vector<Presence> presence;  // of the tensors
 
-    size_t flags() const { return inplace ? 9 : 10; }
-    size_t arguments() const { return tensors.size() + flags(); }
+    size_t arguments() const {
+#define ANYDELTA_COUNT(...) +1
+        return tensors.size() + (0 ANYDELTA_OPTIONS(ANYDELTA_COUNT)) + (inplace ? 1 : 2);
+#undef ANYDELTA_COUNT
+    }
     bool optional(size_t i) const { return presence[i] == Presence::optional; }
     // The name in error messages: that of the public function.
     const char* op() const { return inplace ? "gated_delta_rule_" : "gated_delta_rule"; }

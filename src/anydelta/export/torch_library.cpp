@@ -314,19 +314,12 @@ class Stack {
             }
             tensors.*op.tensors[i] = to<AtenTensorHandle>(value);
         }
-        const size_t f = op.tensors.size();
         options.op = op.op();
         options.inplace = op.inplace;
-        options.has_scale = optional(stack[f], options.scale);
-        options.decay = string(stack[f + 1]);
-        options.has_lower_bound = optional(stack[f + 2], options.lower_bound);
-        options.beta_is_logit = to<bool>(stack[f + 3]);
-        options.heads = string(stack[f + 4]);
-        options.qk_l2norm = to<bool>(stack[f + 5]);
-        options.qk_l2norm_eps = to<double>(stack[f + 6]);
-        options.state_layout = string(stack[f + 7]);
-        if (!op.inplace) final_state = to<bool>(stack[f + 8]);
-        backend = string(stack[op.arguments() - 1]);
+        size_t i = op.tensors.size();
+        options.each([&](const char*, auto& option) { take(stack[i++], option); });
+        if (!op.inplace) take(stack[i++], final_state);
+        take(stack[i], backend);
     }
     ~Stack() {
         if (!stack_) return;
@@ -335,10 +328,9 @@ class Stack {
                                            : std::optional(to<AtenTensorHandle>(stack_[i]));
             if (t) aoti_torch_delete_tensor_object(*t);
         }
-        const size_t f = op_.tensors.size();
-        for (size_t i : {f, f + 2}) (void)to<std::optional<double>>(stack_[i]);
-        for (size_t i : {f + 1, f + 4, f + 7, static_cast<size_t>(op_.arguments() - 1)})
-            torch_delete_string(to<StringHandle>(stack_[i]));
+        size_t i = op_.tensors.size();
+        options.each([&](const char*, auto& option) { release(stack_[i++], option); });
+        release(stack_[op_.arguments() - 1], backend);
     }
     Stack(const Stack&) = delete;
     Stack& operator=(const Stack&) = delete;
@@ -354,18 +346,25 @@ class Stack {
     const Op& op_;
     StableIValue* stack_;
 
-    static std::string string(StableIValue value) {
+    // One value of the stack, by its C++ type; `release` frees what it holds.
+    template <class T>
+    static void take(StableIValue value, T& out) {
+        out = to<T>(value);
+    }
+    static void take(StableIValue value, std::string& out) {
         const auto handle = to<StringHandle>(value);
         size_t length;
         const char* data;
         ok(torch_string_length(handle, &length) || torch_string_c_str(handle, &data), "to show a text");
-        return std::string(data, length);
+        out.assign(data, length);
     }
-    static bool optional(StableIValue value, double& out) {
-        if (!value) return false;
-        out = to<double>(*to<StableIValue*>(value));
-        return true;
+    static void take(StableIValue value, std::optional<double>& out) {
+        if (value) out = to<double>(*to<StableIValue*>(value));
     }
+    template <class T>
+    static void release(StableIValue, const T&) {}
+    static void release(StableIValue value, const std::string&) { torch_delete_string(to<StringHandle>(value)); }
+    static void release(StableIValue value, const std::optional<double>&) { (void)to<std::optional<double>>(value); }
 };
 
 // What the CPU kernels do not take, or another backend is asked for: Python decides which one runs, or says why none.
@@ -442,31 +441,17 @@ void on_torch_threads(int threads, void (*work)(void*), void* context) {
 
 namespace {
 
-struct Flags {
-    const double* scale;
-    const char* decay;
-    const double* lower_bound;
-    int32_t beta_is_logit;
-    const char* heads;
-    int32_t qk_l2norm;
-    double qk_l2norm_eps;
-    const char* state_layout;
-};
+// An option as the generated code passes it.
+using C_flag = int32_t;
+using C_number = double;
+using C_maybe = const double*;
+using C_choice = const char*;
 
-AOTITorchError shim(bool inplace, const Tensors& t, const Flags& f, bool final_state, const char* backend,
+AOTITorchError shim(bool inplace, const Tensors& t, Options opt, bool final_state, const char* backend,
                     AtenTensorHandle* o, AtenTensorHandle* state) {
     try {
-        Options opt;
         opt.op = inplace ? "gated_delta_rule_" : "gated_delta_rule";
         opt.inplace = inplace;
-        if ((opt.has_scale = f.scale)) opt.scale = *f.scale;
-        opt.decay = f.decay;
-        if ((opt.has_lower_bound = f.lower_bound)) opt.lower_bound = *f.lower_bound;
-        opt.beta_is_logit = f.beta_is_logit;
-        opt.heads = f.heads;
-        opt.qk_l2norm = f.qk_l2norm;
-        opt.qk_l2norm_eps = f.qk_l2norm_eps;
-        opt.state_layout = f.state_layout;
         require_cpu(opt.op, backend);
         Results r = compute(t, opt, final_state, false);
         if (o) *o = r.o.release();
@@ -480,26 +465,32 @@ AOTITorchError shim(bool inplace, const Tensors& t, const Flags& f, bool final_s
 
 AtenTensorHandle given(AtenTensorHandle t) { return t; }
 AtenTensorHandle given(const AtenTensorHandle* t) { return t ? *t : nullptr; }
+template <class T, class C>
+void set(T& option, C value) {
+    option = static_cast<T>(value);
+}
+void set(std::optional<double>& option, const double* value) {
+    if (value) option = *value;
+}
 
 }  // namespace
 
 using Handle = AtenTensorHandle;
 
-// A function for each operator. The flags stand in Flags' order; `more` is what only some operators have.
+// A function for each operator; `...` is what stands behind its options.
 #define ANYDELTA_PARAMETER_required Handle
 #define ANYDELTA_PARAMETER_optional Handle*
 #define ANYDELTA_PARAMETER(presence, name, kind) ANYDELTA_PARAMETER_##presence name,
 #define ANYDELTA_SET(presence, name, kind) t.name = given(name);
-#define ANYDELTA_FLAGS                                                                                               \
-    double *scale, const char *decay, double *lower_bound, int32_t beta_is_logit, const char *heads, int32_t l2norm, \
-        double eps, const char *layout
-#define ANYDELTA_SHIM(name, inplace, final_state, results, ...)                                                        \
-    ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_##name(ANYDELTA_ARGUMENTS_##name(ANYDELTA_PARAMETER) ANYDELTA_FLAGS, \
-                                                         __VA_ARGS__) {                                                \
-        Tensors t{};                                                                                                   \
-        ANYDELTA_ARGUMENTS_##name(ANYDELTA_SET) return shim(                                                           \
-            inplace, t, {scale, decay, lower_bound, beta_is_logit, heads, l2norm, eps, layout}, final_state, backend,  \
-            o, results);                                                                                               \
+#define ANYDELTA_OPTION(kind, name, ...) C_##kind name,
+#define ANYDELTA_SET_OPTION(kind, name, ...) set(options.name, name);
+#define ANYDELTA_SHIM(name, inplace, final_state, results, ...)                                               \
+    ANYDELTA_EXPORT AOTITorchError aoti_torch_cpu_##name(ANYDELTA_ARGUMENTS_##name(ANYDELTA_PARAMETER)        \
+                                                             ANYDELTA_OPTIONS(ANYDELTA_OPTION) __VA_ARGS__) { \
+        Tensors t{};                                                                                          \
+        Options options;                                                                                      \
+        ANYDELTA_ARGUMENTS_##name(ANYDELTA_SET) ANYDELTA_OPTIONS(ANYDELTA_SET_OPTION) return shim(            \
+            inplace, t, std::move(options), final_state, backend, o, results);                                \
     }
 ANYDELTA_SHIM(gated_delta_rule, false, final_state, state_out, int32_t final_state, const char* backend, Handle* o,
               Handle* state_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator, arrays
+from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator, arrays, plain
 from ..core.arrays import Array
 
 # What rule and mixer share.
@@ -89,6 +89,8 @@ INPLACE = Operator(
     "gated_delta_rule_", "gated_delta_rule_", Call, Options, "Tensor", True, required=("state_in",),
     without=("output_final_state",),
 )  # fmt: skip
+PLAIN = plain(Options, INPLACE.flags)
+"""The options that the CPU's kernels read as they are. Choices, and numbers that may be None, are made into others."""
 OPERATORS = (FUNCTIONAL, SNAPSHOTS, INPLACE)
 """Those that the C++ library has too."""
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core import dispatch
+from ..core.arguments import options_of
 from ..core.arrays import Array
 from ..core.plans import Rest, find, keep
 from ..rule.arguments import Call, Options
@@ -291,8 +292,7 @@ class Log:
         """Steps longer than the log, or certain ones: the first tokens run on the state, sequence by sequence."""
         pool, plan = self.pool, step.plan
         o = _like_v(call)
-        flags = {n: getattr(options, n) for n in ("scale", "decay", "lower_bound", "beta_is_logit", "heads",
-                                                  "qk_l2norm", "qk_l2norm_eps", "state_layout")}  # fmt: skip
+        flags = options_of(options, "output_final_state")
         start = 0
         for i, (n, straight) in enumerate(zip(step.lengths, plan.straight, strict=True)):
             at = (slice(0, 1), start, start + n) if step.cu is not None else (slice(i, i + 1), 0, n)

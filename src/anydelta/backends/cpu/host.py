@@ -21,7 +21,7 @@ from ...core.dispatch import MLX_GPU, Rejected
 from ...core.native import core as _core
 from ...core.native import why_not
 from ...core.plans import Launch
-from ...rule.arguments import TOKENS, Call
+from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 from ..accepts import EITHER, RULE_CALLS
 
@@ -194,9 +194,7 @@ def rule_fields(
         kda=spec.kda,
         tiled=opt.heads == "tiled",
         vk=opt.state_layout == "vk",
-        beta_is_logit=opt.beta_is_logit,
-        qk_l2norm=opt.qk_l2norm,
-        qk_l2norm_eps=float(opt.qk_l2norm_eps),
+        **{name: getattr(opt, name) for name in PLAIN},
         has_lower_bound=opt.lower_bound is not None,
         lower_bound=float(opt.lower_bound or 0.0),
         decay=DECAYS.index(opt.decay),

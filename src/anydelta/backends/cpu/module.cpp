@@ -73,9 +73,9 @@ Plan make_plan(const nb::dict& d, const nb::object& threads) {
     p.kda = field<bool>(d, "kda");
     p.tiled = field<bool>(d, "tiled");
     p.vk = field<bool>(d, "vk");
-    p.beta_is_logit = field<bool>(d, "beta_is_logit");
-    p.l2norm = field<bool>(d, "qk_l2norm");
-    p.l2norm_eps = field<float>(d, "qk_l2norm_eps");
+#define ANYDELTA_TAKE(type, name) p.name = field<type>(d, #name);
+    ANYDELTA_PLAIN_OPTIONS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
     p.has_lower_bound = field<bool>(d, "has_lower_bound");
     p.lower_bound = field<float>(d, "lower_bound");
     p.decay = static_cast<Decay>(field<int>(d, "decay"));

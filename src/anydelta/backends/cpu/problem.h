@@ -31,13 +31,16 @@ struct States {
 
 struct Problem {
     int64_t B, T, H, HV, K, V, N;
-    bool kda, tiled, vk, beta_is_logit, l2norm, has_lower_bound;
+    bool kda, tiled, vk, has_lower_bound;
     Decay decay;
-    float scale, l2norm_eps, lower_bound;
+    float scale, lower_bound;
+#define ANYDELTA_MEMBER(type, name) type name;
+    ANYDELTA_PLAIN_OPTIONS(ANYDELTA_MEMBER)  // as in rule/arguments.py, like the arrays below
+#undef ANYDELTA_MEMBER
     float beta_scale = 1.0f;
 
 #define ANYDELTA_MEMBER(name, ...) Tokens name;
-    ANYDELTA_TOKENS(ANYDELTA_MEMBER)  // as in rule/arguments.py
+    ANYDELTA_TOKENS(ANYDELTA_MEMBER)
 #undef ANYDELTA_MEMBER
     Tokens o;
     const void* A_log = nullptr;    // [HV]

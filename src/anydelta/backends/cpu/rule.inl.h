@@ -273,9 +273,9 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
         x.q = channels(p, token(p.q, b, t[c], h), p.q.dtype, s.q);
         x.k_factor = 1.0f;
         x.q_factor = p.scale;
-        if (p.l2norm) {
-            x.k_factor = inverse_length(x.k, n, 1.0f, p.l2norm_eps, s.k);
-            x.q_factor *= inverse_length(x.q, n, 1.0f, p.l2norm_eps, s.q);
+        if (p.qk_l2norm) {
+            x.k_factor = inverse_length(x.k, n, 1.0f, p.qk_l2norm_eps, s.k);
+            x.q_factor *= inverse_length(x.q, n, 1.0f, p.qk_l2norm_eps, s.q);
         }
         if (p.erase.data)
             x.e = channels(p, token(p.erase, b, t[c], erase_head(p, hv)), p.erase.dtype, s.e), betas[c] = 1.0f;

@@ -75,7 +75,9 @@ class Checker {
         if (x.dims == static_cast<int>(want.size()) && std::equal(want.begin(), want.end(), x.sizes)) return;
         fail(std::string(name) + " must be " + legend + " = " + text(want) + "; got " + text(dims_of(x)));
     }
-    void choice(const char* name, const std::string& value, std::initializer_list<const char*> allowed) const {
+    // An option, by what its row in the table of arguments allows.
+    void option(const char*, bool, std::initializer_list<int>) const {}
+    void option(const char* name, const std::string& value, std::initializer_list<const char*> allowed) const {
         std::string names;
         for (const char* a : allowed) {
             if (value == a) return;
@@ -83,9 +85,20 @@ class Checker {
         }
         fail(std::string(name) + " must be one of " + names + "; got '" + value + "'");
     }
-    void number(const char* name, double value) const {
-        if (!(std::abs(value) <= 3.4028234663852886e38))
-            fail(std::string(name) + " must be finite in float32; got " + text(value));
+    struct Range {
+        double minimum, maximum;
+        const char* why;
+    };
+    void option(const char* name, double value, const Range& allowed) const {
+        char limit[24];
+        const auto bound = [&](double x) { return std::snprintf(limit, sizeof limit, "%g", x), limit; };
+        const std::string must = std::string(name) + " must be ";
+        if (!(std::abs(value) <= 3.4028234663852886e38)) fail(must + "finite in float32; got " + text(value));
+        if (value < allowed.minimum) fail(must + ">= " + bound(allowed.minimum) + "; got " + text(value));
+        if (value > allowed.maximum) fail(must + "<= " + bound(allowed.maximum) + allowed.why + "; got " + text(value));
+    }
+    void option(const char* name, const std::optional<double>& value, const Range& allowed) const {
+        if (value) option(name, *value, allowed);
     }
     // Tensors have no such size; a host that describes an array by hand may.
     void not_negative(const char* name, const Array& x) const {
@@ -141,7 +154,7 @@ void check_raw(const Checker& c, const Call& call, const Options& opt, bool kda,
     if (call.A_log.given()) {
         c.type("A_log", call.A_log, FLOATS);
         c.shape("A_log", call.A_log, {HV}, "[HV]");
-    } else if (!opt.has_lower_bound) {
+    } else if (!opt.lower_bound) {
         c.fail("decay=\"raw\" requires A_log [HV], or a lower_bound; got None");
     }
     if (!call.dt_bias.given()) return;
@@ -276,17 +289,11 @@ void check_snapshot_rows(const Checker& c, const Call& call, const Spec& s) {
 
 Spec check(const Call& call, const Options& opt) {
     const Checker c(opt.op);
-    c.choice("decay", opt.decay, {"log", "linear", "raw"});
-    c.choice("heads", opt.heads, {"interleaved", "tiled"});
-    c.choice("state_layout", opt.state_layout, {"kv", "vk"});
-    c.number("qk_l2norm_eps", opt.qk_l2norm_eps);
-    if (opt.qk_l2norm_eps < 0) c.fail("qk_l2norm_eps must be >= 0; got " + text(opt.qk_l2norm_eps));
-    if (opt.has_scale) c.number("scale", opt.scale);
-    if (opt.has_lower_bound) {
-        if (opt.decay != "raw") c.fail("lower_bound goes with decay=\"raw\" only; got decay=" + quoted(opt.decay));
-        c.number("lower_bound", opt.lower_bound);
-        if (opt.lower_bound > 0) c.fail("lower_bound must be <= 0, as the log decay is; got " + text(opt.lower_bound));
-    }
+#define ANYDELTA_CHECK(kind, name, value, ...) c.option(#name, opt.name, {__VA_ARGS__});
+    ANYDELTA_OPTIONS(ANYDELTA_CHECK)
+#undef ANYDELTA_CHECK
+    if (opt.lower_bound && opt.decay != "raw")
+        c.fail("lower_bound goes with decay=\"raw\" only; got decay=" + quoted(opt.decay));
 
 #define ANYDELTA_SIZES(member, place, functional, in_place) \
     c.not_negative(opt.inplace ? in_place : functional, call.member);
@@ -393,11 +400,12 @@ void prepare(const Call& call, const Options& opt, const Spec& s, Prepared& out)
     Problem& p = out.problem;
     p.B = s.B, p.T = s.T, p.H = s.H, p.HV = s.HV, p.K = s.K, p.V = s.V, p.N = s.N;
     p.kda = s.kda, p.vk = s.vk, p.tiled = opt.heads == "tiled";
-    p.beta_is_logit = opt.beta_is_logit, p.l2norm = opt.qk_l2norm;
-    p.l2norm_eps = static_cast<float>(opt.qk_l2norm_eps);
-    p.has_lower_bound = opt.has_lower_bound, p.lower_bound = static_cast<float>(opt.lower_bound);
+#define ANYDELTA_TAKE(type, name) p.name = static_cast<type>(opt.name);
+    ANYDELTA_PLAIN_OPTIONS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
+    p.has_lower_bound = opt.lower_bound.has_value(), p.lower_bound = static_cast<float>(opt.lower_bound.value_or(0));
     p.decay = opt.decay == "log" ? Decay::log : opt.decay == "linear" ? Decay::linear : Decay::raw;
-    p.scale = static_cast<float>(opt.has_scale ? opt.scale : std::pow(static_cast<double>(s.K), -0.5));
+    p.scale = static_cast<float>(opt.scale.value_or(std::pow(static_cast<double>(s.K), -0.5)));
 #define ANYDELTA_TAKE(name, ...) p.name = tokens(call.name);
     ANYDELTA_TOKENS(ANYDELTA_TAKE)
 #undef ANYDELTA_TAKE

@@ -2,6 +2,7 @@
 // tests/test_torch_library.py gives every wrong call of tests/test_invalid_calls.py to both and compares the texts.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,9 +47,24 @@ struct Call {
 
 struct Options {
     const char* op = "gated_delta_rule";
-    bool has_scale = false, has_lower_bound = false, beta_is_logit = false, qk_l2norm = false, inplace = false;
-    double scale = 0, lower_bound = 0, qk_l2norm_eps = 1e-6;
-    std::string decay = "log", heads = "interleaved", state_layout = "kv";
+    bool inplace = false;
+
+    // As in rule/arguments.py.
+    using flag = bool;
+    using number = double;
+    using maybe = std::optional<double>;
+    using choice = std::string;
+#define ANYDELTA_MEMBER(kind, name, value, ...) kind name = value;
+    ANYDELTA_OPTIONS(ANYDELTA_MEMBER)
+#undef ANYDELTA_MEMBER
+
+    // f("name", member) for each, in the order of the operators.
+    template <class F>
+    void each(F f) {
+#define ANYDELTA_EACH(kind, name, ...) f(#name, name);
+        ANYDELTA_OPTIONS(ANYDELTA_EACH)
+#undef ANYDELTA_EACH
+    }
 };
 
 // The sizes of a valid call, as in docs/conventions.md.
