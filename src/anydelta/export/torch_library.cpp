@@ -6,9 +6,11 @@
 // generated code calls directly (aoti_torch_cpu_...; declared in export/aoti.py).
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <iostream>
 #include <memory>
 #include <optional>
@@ -106,15 +108,18 @@ Array read(AtenTensorHandle t) {
     return x;
 }
 
-Owned empty(const std::vector<int64_t>& sizes, int32_t dtype) {
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+Owned empty(const int64_t* sizes, size_t dims, int32_t dtype) {
     AtenTensorHandle t;
-    ok(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                Types::get().cpu, 0, &t),
+    std::array<int64_t, 8> few;
+    std::vector<int64_t> many(dims > few.size() ? dims : 0);
+    int64_t *strides = many.empty() ? few.data() : many.data(), step = 1;
+    for (size_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
+    ok(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, dtype, Types::get().cpu, 0, &t),
        "memory for a result");
     return Owned(t);
 }
+
+Owned empty(std::initializer_list<int64_t> sizes, int32_t dtype) { return empty(sizes.begin(), sizes.size(), dtype); }
 
 void* data_of(AtenTensorHandle t) {
     void* data;
@@ -136,7 +141,7 @@ Type type_of(AtenTensorHandle t) {
 // A contiguous copy; float64 gates become float32, the type they are computed in.
 Owned contiguous(AtenTensorHandle t, const Array& x) {
     const Type type = x.type == Type::f64 ? Type::f32 : x.type;
-    Owned copy = empty({x.sizes, x.sizes + x.dims}, Types::get().code[static_cast<int>(type)]);
+    Owned copy = empty(x.sizes, static_cast<size_t>(x.dims), Types::get().code[static_cast<int>(type)]);
     ok(aoti_torch_copy_(copy.get(), t, 0), "to copy a tensor");
     return copy;
 }

@@ -164,12 +164,10 @@ char* scratch(size_t bytes) {
 
 void Work::share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp) {
     threads_ = static_cast<int>(std::min<int64_t>({threads, tasks, MAX_THREADS}));
-    Share shares[MAX_THREADS];
-    for (int i = 0; i < threads_; ++i) {
-        shares[i].next.store(tasks * i / threads_, std::memory_order_relaxed);
-        shares[i].end = tasks * (i + 1) / threads_;
-    }
-    shares_ = shares;
+    alignas(Share) char memory[MAX_THREADS * sizeof(Share)];  // an array of Share would be cleared whole, at every call
+    shares_ = reinterpret_cast<Share*>(memory);
+    for (int i = 0; i < threads_; ++i)
+        new (shares_ + i) Share{{false}, tasks * i / threads_, tasks * (i + 1) / threads_};
     workspace_ = (workspace + 63) / 64 * 64;
     workspaces_ = scratch(workspace_ * static_cast<size_t>(threads_));
     parallel(threads_, share_openmp, [](void* context) { static_cast<Work*>(context)->work(); }, this);
@@ -183,9 +181,9 @@ int worthwhile(int threads, double fmas) {
 struct RuleWork final : Work {
     const Problem& p;
     const Kernels& kernels;
-    int64_t heads;   // per task
+    int64_t heads;  // per task
     int64_t groups;  // of heads per sequence
-    int64_t split;   // column ranges per head
+    int64_t split;  // column ranges per head
     int64_t panels_per_range;
 
     RuleWork(const Problem& problem, const Kernels& k, int64_t together, int64_t ranges, int64_t panels)

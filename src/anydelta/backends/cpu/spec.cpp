@@ -1,6 +1,7 @@
 #include "spec.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,10 +13,24 @@ namespace {
 
 using Dims = std::vector<int64_t>;
 
-std::string text(const Dims& dims, char open = '[', char close = ']') {
+// Sizes that lie elsewhere: a valid call allocates nothing for its checks.
+struct Sizes {
+    const int64_t* first;
+    size_t count;
+
+    Sizes(std::initializer_list<int64_t> x) : Sizes(x.begin(), x.size()) {}  // for one expression
+    Sizes(const int64_t* x, size_t n) : first(x), count(n) {}
+    Sizes(const Dims& x) : first(x.data()), count(x.size()) {}
+    Sizes(const Array& x) : first(x.sizes), count(static_cast<size_t>(std::max(x.dims, 0))) {}
+    const int64_t* begin() const { return first; }
+    const int64_t* end() const { return first + count; }
+    bool operator==(const Sizes& x) const { return std::equal(begin(), end(), x.begin(), x.end()); }
+};
+
+std::string text(Sizes dims, char open = '[', char close = ']') {
     std::string s(1, open);
-    for (size_t i = 0; i < dims.size(); ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
-    if (open == '(' && dims.size() == 1) s += ',';
+    for (size_t i = 0; i < dims.count; ++i) s += (i ? ", " : "") + std::to_string(dims.first[i]);
+    if (open == '(' && dims.count == 1) s += ',';
     return s + close;
 }
 
@@ -53,8 +68,6 @@ const char* name_of(Type t, const char* other = nullptr) {
 
 const char* name_of(const Array& x) { return name_of(x.type, x.type_name); }
 
-Dims dims_of(const Array& x) { return Dims(x.sizes, x.sizes + x.dims); }
-
 class Checker {
   public:
     explicit Checker(const char* op) : op_(op) {}
@@ -71,9 +84,9 @@ class Checker {
         }
         fail(std::string(name) + " must have dtype " + names + "; got " + name_of(x));
     }
-    void shape(const char* name, const Array& x, const Dims& want, const char* legend) const {
-        if (x.dims == static_cast<int>(want.size()) && std::equal(want.begin(), want.end(), x.sizes)) return;
-        fail(std::string(name) + " must be " + legend + " = " + text(want) + "; got " + text(dims_of(x)));
+    void shape(const char* name, const Array& x, Sizes want, const char* legend) const {
+        if (x.given() && want == x) return;
+        fail(std::string(name) + " must be " + legend + " = " + text(want) + "; got " + text(x));
     }
     // An option, by what its row in the table of arguments allows.
     void option(const char*, bool, std::initializer_list<int>) const {}
@@ -90,6 +103,7 @@ class Checker {
         const char* why;
     };
     void option(const char* name, double value, const Range& allowed) const {
+        if (value >= allowed.minimum && value <= std::min(allowed.maximum, 3.4028234663852886e38)) return;
         char limit[24];
         const auto bound = [&](double x) { return std::snprintf(limit, sizeof limit, "%g", x), limit; };
         const std::string must = std::string(name) + " must be ";
@@ -103,10 +117,10 @@ class Checker {
     // Tensors have no such size; a host that describes an array by hand may.
     void not_negative(const char* name, const Array& x) const {
         for (int i = 0; x.given() && i < x.dims; ++i)
-            if (x.sizes[i] < 0) fail(std::string(name) + " must have sizes >= 0; got " + text(dims_of(x)));
+            if (x.sizes[i] < 0) fail(std::string(name) + " must have sizes >= 0; got " + text(x));
     }
     // As spec.py's `sizes`: an array that exists or that a call implies, where a size of 0 counts as 1.
-    void sizes(const char* name, const Dims& dims) const {
+    void sizes(const char* name, Sizes dims) const {
         int64_t left = MAX_NUMBERS;
         for (int64_t n : dims) left /= std::max<int64_t>(n, 1);
         if (left < 1)
@@ -115,18 +129,20 @@ class Checker {
     // Each element its own memory: an axis must step over all that the finer axes span. No memory spans FAR elements.
     void writable(const char* name, const Array& x) const {
         constexpr int64_t FAR = int64_t{1} << 62;
-        std::vector<std::pair<int64_t, int64_t>> axes;  // (stride, size)
+        std::array<std::pair<int64_t, int64_t>, 5> axes;  // (stride, size); snapshots have most
+        auto end = axes.begin();
         for (int i = 0; i < x.dims; ++i) {
             if (x.sizes[i] == 0) return;
-            if (x.sizes[i] > 1) axes.emplace_back(std::abs(std::max(x.strides[i], -FAR)), x.sizes[i]);
+            if (x.sizes[i] > 1) *end++ = {std::abs(std::max(x.strides[i], -FAR)), x.sizes[i]};
         }
-        std::sort(axes.begin(), axes.end());
+        std::sort(axes.begin(), end);
         int64_t reach = 0;
-        for (const auto& [stride, n] : axes) {
+        for (auto axis = axes.begin(); axis != end; ++axis) {
+            const auto [stride, n] = *axis;
             if (stride <= reach)
                 fail(std::string(name) +
                      " is written and must not be a view whose elements share memory; got strides " +
-                     text(Dims(x.strides, x.strides + x.dims)) + " for " + text(dims_of(x)) + ". Copy it first");
+                     text(Sizes(x.strides, static_cast<size_t>(x.dims))) + " for " + text(x) + ". Copy it first");
             reach = stride > (FAR - reach) / (n - 1) ? FAR : reach + stride * (n - 1);
         }
     }
@@ -161,7 +177,7 @@ void check_raw(const Checker& c, const Call& call, const Options& opt, bool kda,
     c.type("dt_bias", call.dt_bias, FLOATS);
     if (kda ? !is(call.dt_bias, {HV, K}) && !is(call.dt_bias, {HV * K}) : !is(call.dt_bias, {HV}))
         c.fail(std::string("dt_bias must be ") + (kda ? "[HV, K] or [HV * K]" : "[HV]") + "; got " +
-               text(dims_of(call.dt_bias)) + " with HV = " + std::to_string(HV) + ", K = " + std::to_string(K));
+               text(call.dt_bias) + " with HV = " + std::to_string(HV) + ", K = " + std::to_string(K));
 }
 
 // cu_seqlens [N+1] of integers with B = 1. Returns N.
@@ -169,7 +185,7 @@ int64_t check_sequences(const Checker& c, const Call& call, int64_t B) {
     const Array& cu = call.cu_seqlens;
     if (!cu.given()) return B;
     c.type("cu_seqlens", cu, INDICES);
-    if (cu.dims != 1 || cu.sizes[0] < 1) c.fail("cu_seqlens must be [N+1]; got " + text(dims_of(cu)));
+    if (cu.dims != 1 || cu.sizes[0] < 1) c.fail("cu_seqlens must be [N+1]; got " + text(cu));
     if (B != 1) c.fail("cu_seqlens packs all sequences into one row and requires B = 1; got B = " + std::to_string(B));
     return cu.sizes[0] - 1;
 }
@@ -178,14 +194,13 @@ int64_t check_sequences(const Checker& c, const Call& call, int64_t B) {
 void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s) {
     const char* layout = s.vk ? "V, K" : "K, V";
     const std::string name = opt.inplace ? "state" : "initial_state";
-    const Dims tail = s.vk ? Dims{s.HV, s.V, s.K} : Dims{s.HV, s.K, s.V};
+    const std::array<int64_t, 4> all = {s.N, s.HV, s.vk ? s.V : s.K, s.vk ? s.K : s.V};
+    const Sizes tail(all.data() + 1, 3);
     const bool f64 = call.q.type == Type::f64;
     const auto type = [&](const char* who, const Array& x) {
         f64 ? c.type(who, x, {Type::f64}) : c.type(who, x, {Type::f32, Type::bf16});
     };
-    const auto rows = [&](const Array& x, int skip) {
-        return std::equal(tail.begin(), tail.end(), x.sizes + skip, x.sizes + x.dims);
-    };
+    const auto rows = [&](const Array& x, int skip) { return std::equal(tail.begin(), tail.end(), x.sizes + skip); };
     s.P = s.N;
     s.state_type = f64 ? Type::f64 : Type::f32;
     if (call.state_indices.given()) {
@@ -198,12 +213,12 @@ void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s
         const Array& x = call.state;
         if (x.dims != 4 || !rows(x, 1))
             c.fail(name + " must be [N, HV, " + layout + "] with [HV, " + layout + "] = " + text(tail) + "; got " +
-                   text(dims_of(x)));
+                   text(x));
         if (!call.state_indices.given() && x.sizes[0] != s.N)
             c.fail(name + " must have N = " + std::to_string(s.N) + " rows, one per sequence; got " +
                    std::to_string(x.sizes[0]) + ". For a pool give state_indices");
         s.P = x.sizes[0];
-        c.sizes(name.c_str(), dims_of(x));
+        c.sizes(name.c_str(), x);
         type(name.c_str(), x);
         s.state_type = x.type;
         if (opt.inplace) c.writable(name.c_str(), x);
@@ -211,12 +226,10 @@ void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s
     if (call.snapshots.given()) {
         const Array& x = call.snapshots;
         if (x.dims != 5 || x.sizes[1] != s.N || !rows(x, 2) || x.sizes[0] < 1) {
-            Dims want = tail;
-            want.insert(want.begin(), s.N);
             c.fail(std::string("snapshots must be [Ks, N, HV, ") + layout + "] with Ks >= 1 and [N, HV, " + layout +
-                   "] = " + text(want) + "; got " + text(dims_of(x)));
+                   "] = " + text(Sizes(all.data(), all.size())) + "; got " + text(x));
         }
-        c.sizes("snapshots", dims_of(x));
+        c.sizes("snapshots", x);
         type("snapshots", x);
         if (call.state.given() && x.type != s.state_type)
             c.fail("snapshots must have " + name + "'s dtype " + name_of(s.state_type) + "; got " + name_of(x.type));
@@ -251,11 +264,10 @@ void check_snapshot_indices(const Checker& c, const Call& call, const Options& o
     if (!call.state_indices.given()) c.fail("snapshot_indices name rows of a pool and require state_indices; got None");
     c.type("snapshot_indices", x, INDICES);
     if (x.dims != 2 || x.sizes[0] < 1 || x.sizes[1] != N)
-        c.fail("snapshot_indices must be [Ks, N] with Ks >= 1 and N = " + std::to_string(N) + "; got " +
-               text(dims_of(x)));
+        c.fail("snapshot_indices must be [Ks, N] with Ks >= 1 and N = " + std::to_string(N) + "; got " + text(x));
     if (call.snapshots.given() && x.sizes[0] != 1)
         c.fail("snapshot_indices must be [1, N], rows for the final states, where snapshots take the others; got " +
-               text(dims_of(x)));
+               text(x));
 }
 
 // No row may be written twice, nor written for one sequence and read by another. Rows that are read may repeat.
@@ -314,7 +326,7 @@ Spec check(const Call& call, const Options& opt) {
     for (auto [name, x] : {std::pair{"q", &call.q}, std::pair{"k", &call.k}, std::pair{"v", &call.v}}) {
         if (x->dims != 4)
             c.fail(std::string(name) + " must be " + (x == &call.v ? "[B, T, HV, V]" : "[B, T, H, K]") + "; got " +
-                   text(dims_of(*x)));
+                   text(*x));
         c.type(name, *x, FLOATS);
         if (x->type != call.q.type)
             c.fail(std::string("q, k and v must share a dtype; got ") + name_of(call.q.type) + " for q and " +
@@ -337,12 +349,12 @@ Spec check(const Call& call, const Options& opt) {
     // g [B, T, HV] (GDA) or [B, T, HV, K] (KDA); beta [B, T, HV] or erase [B, T, H or HV, K]
     s.kda = is(call.g, {s.B, s.T, s.HV, s.K});
     if (!s.kda && !is(call.g, {s.B, s.T, s.HV}))
-        c.fail("g must be [B, T, HV] or [B, T, HV, K]; got " + text(dims_of(call.g), '(', ')') + " with B = " + n(s.B) +
+        c.fail("g must be [B, T, HV] or [B, T, HV, K]; got " + text(call.g, '(', ')') + " with B = " + n(s.B) +
                ", T = " + n(s.T) + ", HV = " + n(s.HV) + ", K = " + n(s.K));
     if (!call.erase.given())
         c.shape("beta", call.beta, {s.B, s.T, s.HV}, "[B, T, HV]");
     else if (!is(call.erase, {s.B, s.T, s.H, s.K}) && !is(call.erase, {s.B, s.T, s.HV, s.K}))
-        c.fail("erase must be [B, T, H, K] or [B, T, HV, K]; got " + text(dims_of(call.erase), '(', ')') +
+        c.fail("erase must be [B, T, H, K] or [B, T, HV, K]; got " + text(call.erase, '(', ')') +
                " with B = " + n(s.B) + ", T = " + n(s.T) + ", H = " + n(s.H) + ", HV = " + n(s.HV) + ", K = " + n(s.K));
     c.type("g", call.g, FLOATS);
     if (call.erase.given())
@@ -352,8 +364,8 @@ Spec check(const Call& call, const Options& opt) {
 
     c.sizes("q", {s.B, s.T, s.H, s.K});
     c.sizes("v", {s.B, s.T, s.HV, s.V});
-    c.sizes("g", s.kda ? Dims{s.B, s.T, s.HV, s.K} : Dims{s.B, s.T, s.HV});
-    if (call.erase.given()) c.sizes("erase", dims_of(call.erase));
+    c.sizes("g", call.g);
+    if (call.erase.given()) c.sizes("erase", call.erase);
     check_raw(c, call, opt, s.kda, s.HV, s.K);
     s.N = check_sequences(c, call, s.B);
     c.sizes("the state [N, HV, K, V]", {s.N, s.HV, s.K, s.V});
