@@ -177,6 +177,28 @@ int worthwhile(int threads, double fmas) {
     return std::max(1, std::min(threads, static_cast<int>(std::min(fmas / MIN_FMAS_PER_THREAD, 4096.0))));
 }
 
+// How many sequences as long as the longest would be as much work.
+int64_t alike(const Problem& p) {
+    if (!p.cu_seqlens) return p.N;
+    int64_t longest = 1;
+    for (int64_t n = 0; n < p.N; ++n) longest = std::max(longest, p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
+    return std::max<int64_t>(1, p.T / longest);
+}
+
+// Columns are shared out too where heads are few: how many panels of them a task takes. Each task prepares its tokens
+// again, for some 0.2 of the time of a panel (K = 128: 28 of 128 us for 512 tokens), so what counts is the thread that has
+// most to do: its tasks, each of that and its panels.
+int64_t range_of_columns(int64_t heads, int64_t panels, int threads) {
+    int64_t best = panels;
+    double least = 0;
+    for (int64_t range = panels; range > 0; --range) {
+        const int64_t tasks = heads * ((panels + range - 1) / range), each = (tasks + threads - 1) / threads;
+        const double time = static_cast<double>(each) * (0.2 + static_cast<double>(range));
+        if (range == panels || time < least) least = time, best = range;
+    }
+    return best;
+}
+
 // The tasks of the rule: a few heads of one sequence, or a range of columns of one head.
 struct RuleWork final : Work {
     const Problem& p;
@@ -368,10 +390,8 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
 
     const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
     const int64_t wanted = threads > 1 ? TASKS_PER_THREAD * threads : 1;
-    // Few heads: columns are shared out too, each range preparing its tokens again, so no more than balance needs.
-    int64_t split = threads > 1 && heads < 2 * threads ? std::min(panels, (2 * threads + heads - 1) / heads) : 1;
-    const int64_t panels_per_range = (panels + split - 1) / split;
-    split = (panels + panels_per_range - 1) / panels_per_range;
+    const int64_t panels_per_range = heads < wanted ? range_of_columns(p.HV * alike(p), panels, threads) : panels;
+    const int64_t split = (panels + panels_per_range - 1) / panels_per_range;
     const int64_t fit = std::min(MAX_HEADS, GROUP_BYTES / (p.K * panels * kernels.panel * 4));
     const int64_t together = std::max<int64_t>(1, std::min({fit, heads / wanted, p.HV}));
     RuleWork work(p, kernels, together, split, panels_per_range);
