@@ -1,8 +1,8 @@
-// The AVX-512 build of rule.inl.h, mixer.inl.h and log.inl.h on any CPU with AVX2: simde_avx512/immintrin.h stands in for the
-// compiler's. Its name differs from target_avx512.cpp's, so that a CPU with AVX-512 runs both.
+// The AVX-512 build of target_avx512.cpp on any CPU with AVX2: simde_avx512/immintrin.h stands in for the compiler's. Its name differs from target_avx512.cpp's, so that a CPU with AVX-512 runs both.
 #define ANYDELTA_ISA avx512_emulated
 #define PROBE probe_avx512_emulated
 #include "isa_avx512.h"
+#include "backward.inl.h"
 #include "log.inl.h"
 #include "probe.inl.h"
 
@@ -18,5 +18,8 @@ const Kernels kernels_avx512_emulated = {"avx512 (emulated)",
                                          avx512_emulated::mix_task,
                                          avx512_emulated::log_workspace,
                                          avx512_emulated::verify_task,
-                                         avx512_emulated::fold_task};
+                                         avx512_emulated::fold_task,
+                                         avx512_emulated::backward_workspace,
+                                         avx512_emulated::kept_bytes,
+                                         avx512_emulated::backward_task};
 }  // namespace anydelta

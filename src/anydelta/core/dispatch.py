@@ -253,10 +253,10 @@ def choose(spec: Spec, backend: str = "auto") -> Trace:
     return Trace(spec, None, rejected, forced)
 
 
-def with_gradients(spec: Spec, backend: str = "auto") -> Any | None:
+def with_gradients(spec: Spec, backend: str = "auto", *, warn: bool = True) -> Any | None:
     """The backend with a backward pass of its own for the call, or None: then the reference is differentiated.
 
-    Warns once per process when a backend that has one does not take the call.
+    Warns once per process when a backend that has one does not take the call, unless it is only a question.
     """
     global _warned_of_gradients
     for name in _candidates(spec, backend)[0]:
@@ -265,7 +265,7 @@ def with_gradients(spec: Spec, backend: str = "auto") -> Any | None:
             no = reasons(runs.accepts_gradients, spec)
             if not no:
                 return runs
-            if not _warned_of_gradients:
+            if warn and not _warned_of_gradients:
                 _warned_of_gradients = True
                 warnings.warn(
                     f"anydelta: no native backward pass takes this call, so the slow reference runs ({no[0]}). "

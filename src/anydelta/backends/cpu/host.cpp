@@ -101,6 +101,9 @@ class Work {
     // Do task i, using `memory`; the same thread will do i + 1 next if that is below `end`. Returns the ISA that ran.
     virtual const char* run(int64_t i, int64_t end, char* memory) const = 0;
 
+    // Of the thread that has this memory.
+    int64_t share_of(const char* memory) const { return (memory - workspaces_) / static_cast<int64_t>(workspace_); }
+
     // Throws std::bad_alloc before any task is begun, nothing else.
     void share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp);
 
@@ -279,6 +282,25 @@ struct LogWork final : Work {
     }
 };
 
+// The tasks of the backward pass: the value heads of one q/k head of one sequence.
+struct BackwardWork final : Work {
+    const Backward& g;
+    const Kernels& kernels;
+    char* kept;                   // states
+    size_t per_thread;            // bytes of them, or 0: each task has its own
+    std::vector<int64_t> before;  // [N]: spans of the sequences before this one
+    size_t state;                 // bytes that a task keeps per span
+
+    BackwardWork(const Backward& backward, const Kernels& k) : g(backward), kernels(k), state(k.kept_bytes(g.rule)) {}
+
+    const char* run(int64_t i, int64_t, char* memory) const override {
+        const int64_t n = i / g.rule.H, h = i % g.rule.H;
+        const auto spans = static_cast<size_t>(before[n] * g.rule.H + h * Backward::spans(g.tokens(n)));
+        char* mine = kept + (per_thread ? per_thread * static_cast<size_t>(share_of(memory)) : spans * state);
+        return kernels.differentiate(g, BackwardTask{n, h, mine}, memory);
+    }
+};
+
 // How the log's work is shared out: q/k heads with their value heads, or where they are few, ranges of columns.
 struct LogShares {
     int threads;
@@ -445,6 +467,31 @@ void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp) 
     double entries = 0;
     for (int64_t n = 0; n < g.rule.N; ++n) entries += static_cast<double>(g.used[n]);
     LogShares(g, entries, kernels, threads).run(g, kernels.fold, kernels, share_openmp);
+}
+
+size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share_openmp) {
+    const Problem& p = g.rule;
+    if (p.N * p.H == 0) return 0;
+    BackwardWork work(g, kernels);
+    int64_t spans = 0;
+    for (int64_t n = 0; n < p.N; ++n) {
+        work.before.push_back(spans);
+        spans += Backward::spans(g.tokens(n));
+        g.longest = std::max(g.longest, g.tokens(n));
+    }
+    // FMAs of backward.inl.h: 2 products of a state per token forward, which run twice, and 6 backward
+    const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
+    threads = worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V));
+    threads = static_cast<int>(std::min<int64_t>({threads, p.N * p.H, MAX_THREADS}));
+    // Room for the longest sequence in each thread, or for every task where that is less.
+    const size_t longest = static_cast<size_t>(Backward::spans(g.longest)) * work.state;
+    const size_t all = static_cast<size_t>(spans * p.H) * work.state, some = longest * static_cast<size_t>(threads);
+    work.per_thread = some <= all ? longest : 0;
+    const size_t bytes = std::min(some, all), workspace = kernels.backward_workspace(g);
+    const std::unique_ptr<char[]> kept(new char[bytes + 64]);
+    work.kept = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64) % 64;
+    work.share_out(p.N * p.H, threads, workspace, share_openmp);
+    return bytes + workspace * static_cast<size_t>(threads);
 }
 
 // ---- limits ----

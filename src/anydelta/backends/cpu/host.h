@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "backward.h"
 #include "log.h"
 #include "problem.h"
 
@@ -26,6 +27,8 @@ void run(const Problem& p, const Kernels& kernels, int threads, bool share_openm
 void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp);
 void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp);
 void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp);
+// Fills in `longest`. Returns the bytes that it took beside what it was given.
+size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share_openmp);
 
 // The same with chosen().
 void run_chosen(const Problem& p, int threads, bool share_openmp);

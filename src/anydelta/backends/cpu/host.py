@@ -11,19 +11,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...core.accepts import Row
 from ...core.arguments import in_order
 from ...core.dispatch import MLX_GPU, Rejected
+from ...core.late import late
 from ...core.native import core as _core
 from ...core.native import why_not
 from ...core.plans import Launch
 from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
-from ..accepts import EITHER, RULE_CALLS
+from ..accepts import EITHER, RULE_CALLS, TORCH
+
+if TYPE_CHECKING:
+    from . import gradients as backward
+else:
+    backward = late("anydelta.backends.cpu.gradients")
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
 _arrays = in_order(Call)
@@ -100,6 +106,7 @@ class Cpu:
     accepts = RULE_CALLS.but(
         arrays=("erase",), device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=()
     )
+    accepts_gradients = RULE_CALLS.but(arrays=("erase",), device=DEVICE, framework=TORCH, limits=())
     optional_A_log = True
     mixer = "anydelta.backends.cpu.mixer"
     log = "anydelta.backends.cpu.log"
@@ -132,6 +139,10 @@ class Cpu:
             return None
         launch: Launch = plan.native.run
         return launch
+
+    def gradients(self, spec: CallSpec, call: Call, grad_o: Any, grad_state: Any) -> dict[str, Any]:
+        """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
+        return backward.gradients(spec, call, grad_o, grad_state)
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies or plan.state_copy or plan.snapshots_copy:

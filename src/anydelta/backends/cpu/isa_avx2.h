@@ -56,5 +56,12 @@ AD_INLINE V vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinter
 AD_INLINE void vstore(f16* p, V x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+AD_INLINE V vzip_low(V a, V b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+AD_INLINE V vzip_high(V a, V b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
 
 }  // namespace anydelta::ANYDELTA_ISA

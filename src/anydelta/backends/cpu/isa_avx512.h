@@ -51,5 +51,14 @@ AD_INLINE V vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(rein
 AD_INLINE void vstore(f16* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+AD_INLINE V vzip_low(V a, V b) {
+    const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, at, b);
+}
+AD_INLINE V vzip_high(V a, V b) {
+    const __m512i at = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, at, b);
+}
 
 }  // namespace anydelta::ANYDELTA_ISA

@@ -85,5 +85,16 @@ AD_INLINE V vload(const bf16* p) { return vload_half(p); }
 AD_INLINE void vstore(bf16* p, V x) { vstore_half(p, x); }
 AD_INLINE V vload(const f16* p) { return vload_half(p); }
 AD_INLINE void vstore(f16* p, V x) { vstore_half(p, x); }
+// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+AD_INLINE V vzip_low(V a, V b) {
+    V x = vzero();
+    for (int i = 0; i < L / 2; ++i) x[2 * i] = a[i], x[2 * i + 1] = b[i];
+    return x;
+}
+AD_INLINE V vzip_high(V a, V b) {
+    V x = vzero();
+    for (int i = 0; i < L / 2; ++i) x[2 * i] = a[L / 2 + i], x[2 * i + 1] = b[L / 2 + i];
+    return x;
+}
 
 }  // namespace anydelta::ANYDELTA_ISA

@@ -461,6 +461,50 @@ void run_log(const Plan& plan, bool fold_entries, int64_t capacity, int key_dtyp
         verify(g, chosen(), threads, plan.threads.torch);
 }
 
+// Gradients of the plan's call (backward.h). `grads`: those of q, k, v, g, beta and erase, of the initial state, A_log and
+// dt_bias (dense, float32), which are written; those of o and of the final state. `fields`: the geometry of tokens by
+// name, of o and of the final state. Returns the bytes that it took beside these.
+size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& arrays, const nb::tuple& grads) {
+    using namespace rule_array;
+    uintptr_t a[COUNT];
+    if (arrays.size() != COUNT) throw std::invalid_argument("run_backward: wrong number of arrays");
+    const auto read = [](nb::handle x) {
+        uintptr_t found;
+        if (PyLong_Check(x.ptr())) return nb::cast<uintptr_t>(x);
+        if (!reader.address(x.ptr(), found)) throw nb::python_error();
+        return found;
+    };
+    for (size_t i = 0; i < COUNT; ++i) a[i] = read(arrays[i]);
+    Backward g;
+    g.rule = plan.p;
+    Problem& p = g.rule;
+#define ANYDELTA_TAKE(name, place, ...) p.name.data = at(a[place]);
+    ANYDELTA_TOKENS(ANYDELTA_TAKE)
+#undef ANYDELTA_TAKE
+    p.in.data = at(a[STATE_IN]);
+    p.A_log = at(a[A_LOG]);
+    p.dt_bias = at(a[DT_BIAS]);
+    p.mask = static_cast<const uint8_t*>(at(a[MASK]));
+    Indices indices;
+    indices.widen_into(p, plan, a[CU_SEQLENS], a[STATE_INDICES], 0);
+    g.d_o = tokens(fields, "o");
+    g.d_final = states(fields, "state");
+    Tokens* const written[] = {&g.d_q, &g.d_k, &g.d_v, &g.d_g, &g.d_beta, &g.d_erase};
+    const char* const names[] = {"q", "k", "v", "g", "beta", "erase"};
+    for (size_t i = 0; i < 6; ++i) {
+        *written[i] = tokens(fields, names[i]);
+        written[i]->data = at(read(grads[i]));
+    }
+    g.d_initial = static_cast<float*>(at(read(grads[6])));
+    g.d_A_log = static_cast<float*>(at(read(grads[7])));
+    g.d_dt_bias = static_cast<float*>(at(read(grads[8])));
+    g.d_o.data = at(read(grads[9]));
+    g.d_final.data = at(read(grads[10]));
+    const int threads = number_of(plan.threads);
+    nb::gil_scoped_release unlocked;
+    return differentiate(g, chosen(), threads, plan.threads.torch);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -499,6 +543,7 @@ NB_MODULE(_core, m) {
         .def("run", &MixerStep::run);
     m.attr("max_taps") = MAX_TAPS;
     m.def("run_log", &run_log);
+    m.def("run_backward", &run_backward);
     m.def("learn_torch", &learn_torch);
     m.def("reads_torch", [] { return reader.learned(); }, "Whether torch tensors are read here.");
     m.def("quiet", [] { return reader.quiet(); }, "Whether nobody looks on: no tracer, mode, transform or dual level.");

@@ -77,6 +77,8 @@ constexpr int64_t MAX_HEADS = 8;
 struct Mixer;  // mixer.h
 struct Log;    // log.h
 struct MixerTask;
+struct Backward;  // backward.h
+struct BackwardTask;
 
 // What one instruction set provides.
 struct Kernels {
@@ -91,6 +93,9 @@ struct Kernels {
     size_t (*log_workspace)(const Log&);
     const char* (*verify)(const Log&, const Task&, char* workspace);
     const char* (*fold)(const Log&, const Task&, char* workspace);
+    size_t (*backward_workspace)(const Backward&);
+    size_t (*kept_bytes)(const Problem&);
+    const char* (*differentiate)(const Backward&, const BackwardTask&, char* workspace);
 };
 
 }  // namespace anydelta

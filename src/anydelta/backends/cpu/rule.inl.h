@@ -187,6 +187,17 @@ AD_INLINE int64_t qk_head(const Problem& p, int64_t hv) { return p.tiled ? hv % 
 
 AD_INLINE int64_t erase_head(const Problem& p, int64_t hv) { return p.erase.heads == p.HV ? hv : qk_head(p, hv); }
 
+// exp(A_log) of a value head, with its dt_bias as a row of channels (a scalar gate: one), readable to the next whole vector.
+static float gate_parameters(const Problem& p, int64_t hv, float* bias) {
+    if (p.dt_bias) {
+        const int64_t n = p.kda ? p.K : 1;
+        for (int64_t i = 0; i < round_up(n, L); ++i) bias[i] = 0.0f;
+        read_row(bias, element(p.dt_bias, p.dt_bias_dtype, hv * n), p.dt_bias_dtype, n);
+    }
+    if (!p.A_log) return 1.0f;
+    return first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, hv), p.A_log_dtype))));
+}
+
 // Fetch n channels of a row ahead of their use. Always inlined, like all that only prefetches: GCC takes such a function
 // for one without effects and drops the call.
 template <bool write>
@@ -240,16 +251,21 @@ static float squared_norm(const float* x, int64_t n) {
 }
 
 // 1 / sqrt(sum x^2 / count + eps), 0 for 0. Where a square leaves float32's range, x becomes a copy in `scratch` times a
-// power of two, and the factor is that of the copy.
-AD_INLINE float inverse_length(const float*& x, int64_t n, float count, float eps, float* scratch) {
+// power of two, the unit, and the factor is that of the copy.
+AD_INLINE float inverse_length(const float*& x, int64_t n, float count, float eps, float* scratch, float& unit) {
     const float s = squared_norm(x, n) / count + eps;
     // below 2^-90 the squares that are lost, each less than 2^-126, may count
+    unit = 1.0f;
     if (s >= 0x1p-90f && s <= 3.402823466e38f) return 1.0f / root(s);
-    const float unit = s < 1.0f ? 0x1p100f : 0x1p-100f;
+    unit = s < 1.0f ? 0x1p100f : 0x1p-100f;
     for (int64_t i = 0; i < n; i += L) vstore(scratch + i, vmul(vload(x + i), vset(unit)));
     x = scratch;
     const float scaled = squared_norm(x, n) / count + eps * unit * unit;
     return scaled == 0.0f ? 0.0f : 1.0f / root(scaled);
+}
+AD_INLINE float inverse_length(const float*& x, int64_t n, float count, float eps, float* scratch) {
+    float unit;
+    return inverse_length(x, n, count, eps, scratch, unit);
 }
 
 // K channels as float32, readable to the next whole vector.
@@ -706,25 +722,25 @@ static void step_vk_any(const Problem& p, const Block& blk, const St* S, int64_t
 // panels: [K][W] float32 copies of W columns of a state, zero beyond its last column
 
 template <class St>
-static void pack_as(const Problem& p, float* panels, const St* S, int64_t ld, int64_t cols) {
+static void pack_as(const Problem& p, float* panels, int64_t rows, const St* S, int64_t ld, int64_t cols) {
     // in the order of the caller's memory, which is read but once
     const int64_t whole = cols / W * W;
     if (p.vk) {
         for (int64_t c = 0; c < cols; ++c) {
-            float* column = panels + c / W * p.K * W + c % W;
+            float* column = panels + c / W * rows * W + c % W;
             for (int64_t i = 0; i < p.K; ++i) column[i * W] = to_float(S[c * ld + i]);
         }
     } else {
         for (int64_t i = 0; i < p.K; ++i) {
             for (int64_t c = 0; c < whole; c += W)
                 AD_UNROLL for (int j = 0; j < NV; ++j)
-                    vstore(panels + c * p.K + i * W + j * L, vload(S + i * ld + c + j * L));
-            if (whole < cols) read_as(panels + whole * p.K + i * W, S + i * ld + whole, cols - whole);
+                    vstore(panels + c * rows + i * W + j * L, vload(S + i * ld + c + j * L));
+            if (whole < cols) read_as(panels + whole * rows + i * W, S + i * ld + whole, cols - whole);
         }
     }
     if (whole < cols)
         for (int64_t i = 0; i < p.K; ++i)
-            for (int64_t c = cols - whole; c < W; ++c) panels[whole * p.K + i * W + c] = 0.0f;
+            for (int64_t c = cols - whole; c < W; ++c) panels[whole * rows + i * W + c] = 0.0f;
 }
 // From a float32 matrix [K][lds] to `cols` columns of a state.
 template <class St>
@@ -742,13 +758,14 @@ static char* state_at(const Problem& p, const States& s, int64_t slot, int64_t n
     const int64_t offset = slot * s.slot + n * s.n + h * s.h + col * (p.vk ? s.row : 1);
     return static_cast<char*>(s.data) + offset * dtype_size(p.state_dtype);
 }
-static void pack(const Problem& p, float* panels, const void* S, int64_t ld, int64_t cols) {
+// `rows`: from one panel to the next; those beyond K are left alone.
+static void pack(const Problem& p, float* panels, int64_t rows, const void* S, int64_t ld, int64_t cols) {
     if (!S) {
-        std::memset(panels, 0, static_cast<size_t>(round_up(cols, W) * p.K) * 4);
+        std::memset(panels, 0, static_cast<size_t>(round_up(cols, W) * rows) * 4);
         return;
     }
-    if (p.state_dtype == DType::f32) return pack_as(p, panels, static_cast<const float*>(S), ld, cols);
-    pack_as(p, panels, static_cast<const bf16*>(S), ld, cols);
+    if (p.state_dtype == DType::f32) return pack_as(p, panels, rows, static_cast<const float*>(S), ld, cols);
+    pack_as(p, panels, rows, static_cast<const bf16*>(S), ld, cols);
 }
 static void unpack(const Problem& p, void* S, int64_t ld, const float* from, int64_t lds, int64_t cols) {
     if (p.state_dtype == DType::f32) return unpack_as(p, static_cast<float*>(S), ld, from, lds, cols);
@@ -931,13 +948,7 @@ class Runner {
     }
 
     void read_gate_parameters() {
-        h->A = 1.0f;
-        if (p.A_log) h->A = first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, h->hv), p.A_log_dtype))));
-        if (p.dt_bias) {
-            const int64_t n = p.kda ? p.K : 1;
-            for (int64_t i = 0; i < round_up(n, L); ++i) h->bias[i] = 0.0f;
-            read_row(h->bias, element(p.dt_bias, p.dt_bias_dtype, h->hv * n), p.dt_bias_dtype, n);
-        }
+        h->A = gate_parameters(p, h->hv, h->bias);
         for (Scratch& s : w.scratch) s.pad(p.K);
     }
 
@@ -1112,12 +1123,12 @@ class Runner {
         const bool last = done == tokens;
         const char* next_state = last && last_head ? job.next_state : nullptr;
         if (quiet > 0) {
-            if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
+            if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
             h->where = Where::panels;
             take_panels(quiet, last && quiet == count, next_state, positions);
         }
         if (quiet < count) {
-            if (h->where == Where::caller) pack(p, h->panels, state_in(0), p.in.row, job.cols);
+            if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
             if (h->where != Where::rows) rows_from_panels();
             h->where = Where::rows;
             int64_t offset = 0;

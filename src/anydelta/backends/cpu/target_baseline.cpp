@@ -1,6 +1,7 @@
-// The baseline build of rule.inl.h, mixer.inl.h and log.inl.h.
+// The baseline build of rule.inl.h, mixer.inl.h, log.inl.h and backward.inl.h.
 #define ANYDELTA_ISA baseline
 #include "isa_baseline.h"
+#include "backward.inl.h"
 #include "log.inl.h"
 
 namespace anydelta {
@@ -15,5 +16,8 @@ const Kernels kernels_baseline = {"baseline",
                                   baseline::mix_task,
                                   baseline::log_workspace,
                                   baseline::verify_task,
-                                  baseline::fold_task};
+                                  baseline::fold_task,
+                                  baseline::backward_workspace,
+                                  baseline::kept_bytes,
+                                  baseline::backward_task};
 }  // namespace anydelta

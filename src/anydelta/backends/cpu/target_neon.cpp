@@ -1,6 +1,7 @@
-// The neon build of rule.inl.h, mixer.inl.h and log.inl.h.
+// The neon build of rule.inl.h, mixer.inl.h, log.inl.h and backward.inl.h.
 #define ANYDELTA_ISA neon
 #include "isa_neon.h"
+#include "backward.inl.h"
 #include "log.inl.h"
 
 namespace anydelta {
@@ -15,5 +16,8 @@ const Kernels kernels_neon = {"neon",
                               neon::mix_task,
                               neon::log_workspace,
                               neon::verify_task,
-                              neon::fold_task};
+                              neon::fold_task,
+                              neon::backward_workspace,
+                              neon::kept_bytes,
+                              neon::backward_task};
 }  // namespace anydelta

@@ -1,9 +1,10 @@
 """The functions that stand in for Transformers' own, with the parameters and results of those.
 
 Each maker takes the function that was there and returns ours, which calls it whenever anydelta does not take a
-call: gradients are wanted, the device has no native backend, torch.export traces, or an argument asks for
-something else. Our functions differ from Transformers' in one point: packed rows (`cu_seqlens`, `seq_idx`) are
-kept apart, where Transformers without fla refuses them, or in kimi_linear ignores them.
+call: gradients are wanted where no backend has a backward pass (the convolution has none), the device has no
+native backend, torch.export traces, or an argument asks for something else. Our functions differ from
+Transformers' in one point: packed rows (`cu_seqlens`, `seq_idx`) are kept apart, where Transformers without fla
+refuses them, or in kimi_linear ignores them.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ NATIVE_DEVICES: frozenset[str] = frozenset(
     )
 )
 """Devices with a native backend: what code under torch.compile can ask."""
+GRADIENT_DEVICES: frozenset[str] = frozenset(
+    device
+    for device in NATIVE_DEVICES
+    if any(hasattr(dispatch.get_backend(n), "gradients") for n in dispatch.PRIORITY[device])
+)
+"""Those whose native backend has a backward pass."""
 
 
 # ---- The rule
@@ -89,7 +96,10 @@ def chunk_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Counter[
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
-        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs)
+        wanted = _gradients_are_wanted(query, key, value, g, beta, initial_state)
+        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs, wanted)
+        if wanted and record is not None:
+            why_not = _NEVER[0]  # what is written into an array has none
         if record is not None and why_not not in _NEVER:
             why_not = None  # nobody else writes snapshots: better slowly than not at all
         _count(name, why_not, taken, passed_on)
@@ -108,7 +118,7 @@ def chunk_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Counter[
             initial_state,
             output_final_state,
             use_qk_l2norm_in_kernel,
-            advance,
+            advance and not wanted,
             record,
             kwargs,
         )
@@ -132,7 +142,10 @@ def recurrent_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Coun
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
-        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs)
+        wanted = _gradients_are_wanted(query, key, value, g, beta, initial_state)
+        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs, wanted)
+        if wanted and record is not None:
+            why_not = _NEVER[0]  # what is written into an array has none
         if record is not None and why_not not in _NEVER:
             why_not = None  # nobody else writes snapshots: better slowly than not at all
         _count(name, why_not, taken, passed_on)
@@ -151,7 +164,7 @@ def recurrent_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Coun
             initial_state,
             output_final_state,
             use_qk_l2norm_in_kernel,
-            advance,
+            advance and not wanted,
             record,
             kwargs,
         )
@@ -202,6 +215,24 @@ def _cu_seqlens(kwargs: dict[str, Any]) -> torch.Tensor | None:
     return kwargs.get("cu_seq_lens_q") if cu is None else cu
 
 
+def _gradients_are_wanted(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or g.requires_grad
+        or beta.requires_grad
+        or (state is not None and state.requires_grad)
+    )
+
+
 def _why_not_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -210,17 +241,9 @@ def _why_not_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None,
     kwargs: dict[str, Any],
+    gradients: bool,
 ) -> str | None:
-    """The reason to leave a call to Transformers, or None."""
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or g.requires_grad
-        or beta.requires_grad
-        or (state is not None and state.requires_grad)
-    ):
-        return _NEVER[0]
+    """The reason to leave a call, of which gradients may be wanted, to Transformers, or None."""
     for name in kwargs:
         if name in _RULE_OPTIONS and kwargs[name] is not None and kwargs[name] is not False:
             return f"the argument {name}"
@@ -230,6 +253,8 @@ def _why_not_rule(
     if torch.compiler.is_compiling():
         if _is_exporting():
             return _NEVER[1]
+        if gradients and q.device.type not in GRADIENT_DEVICES:
+            return _NEVER[0]
         return (
             None
             if q.device.type in NATIVE_DEVICES and q.dtype in _DTYPES
@@ -242,7 +267,7 @@ def _why_not_rule(
     shape = (
         q.device.type, q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype, q.shape, v.shape, g.shape,
         None if state is None else (state.dtype, state.shape), None if cu is None else cu.shape,
-        dispatch.forced_by_env(),
+        dispatch.forced_by_env(), gradients,
     )  # fmt: skip
     try:
         return _decisions[shape]
@@ -261,6 +286,8 @@ def _why_not_rule(
         if trace.chosen is None or (trace.chosen == "reference" and trace.forced is None):
             reasons = "; ".join(str(r) for rs in trace.rejected.values() for r in rs)
             why_not = reasons or f"there is no native backend for device {q.device.type}"
+        elif gradients and dispatch.with_gradients(trace.spec, warn=False) is None:
+            why_not = _NEVER[0]
     if len(_decisions) >= _MAX_DECISIONS:
         _decisions.clear()
     _decisions[shape] = why_not

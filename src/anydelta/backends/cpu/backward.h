@@ -1,0 +1,29 @@
+// The gradients of a call of the rule, as raw pointers. Shared by the host and every ISA build; backward.inl.h has the
+// maths.
+#pragma once
+#include "problem.h"
+
+namespace anydelta {
+
+struct Backward {
+    Problem rule;  // the call; its results are not read
+    Tokens d_o;    // d loss / d o
+    States d_final;  // d loss / d final state, in the call's layout and state dtype; data null: zeros
+    Tokens d_q, d_k, d_v, d_g, d_beta, d_erase;  // written in every token; data null where the call has no such array
+    float* d_initial = nullptr;  // [N, HV, K, V] in the call's layout, or null
+    float* d_A_log = nullptr;  // [N, HV]: what each sequence adds, or null
+    float* d_dt_bias = nullptr;  // [N, HV] or [N, HV, K]: the same, or null
+    int64_t longest = 0;  // tokens of the longest sequence
+
+    static constexpr int64_t SPAN = 64;  // tokens between the states that are kept
+    static int64_t spans(int64_t tokens) { return (tokens + SPAN - 1) / SPAN; }
+    int64_t tokens(int64_t n) const { return rule.cu_seqlens ? rule.cu_seqlens[n + 1] - rule.cu_seqlens[n] : rule.T; }
+};
+
+// The value heads of one q/k head of one sequence: whose gradients of q and k are added up, always in the same order.
+struct BackwardTask {
+    int64_t n, h;
+    char* kept;  // spans(tokens) times kept_bytes, at a multiple of 64
+};
+
+}  // namespace anydelta

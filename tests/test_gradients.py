@@ -1,0 +1,183 @@
+"""The native backward pass of the CPU kernels against the float64 recurrence under torch's autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import anydelta
+from anydelta.backends.cpu import gradients as native
+from anydelta.backends.cpu import host
+from anydelta.conformance.cases import Case
+from anydelta.conformance.compare import Target
+from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients
+from anydelta.core.native import core
+
+if core is None:
+    pytest.skip("the cpu backend is not built", allow_module_level=True)
+
+MORE_CASES = tuple(
+    Case.parse(line)
+    for line in (
+        "T=70 H=1 HV=2 K=32 V=48 decay=linear gate=inf",
+        "T=70 H=1 HV=2 K=32 V=48 kda decay=linear gate=inf beta=ends",
+        "T=70 H=1 HV=2 K=32 V=48 kda decay=linear gate=mixed",
+        "T=40 H=2 HV=4 K=20 V=31 erase=H gate=mixed layout=vk",
+        "T=40 H=2 HV=4 K=20 V=31 kda erase=HV l2norm gate=mixed heads=tiled",
+        "B=2 T=34 H=2 HV=6 K=16 V=16 kda mask=random erase=H decay=linear",
+        "T=70 H=1 HV=2 K=16 V=16 gate=-16 state=faded",
+        "T=70 H=1 HV=2 K=16 V=16 kda gate=-40 state=faded",
+        "T=130 H=2 HV=4 K=80 V=96 kda gate=keep strides=strided state_strides=transposed",
+        "T=200 H=1 HV=3 K=48 V=33 gate=keep strides=fused gate_dtype=float64",
+        "B=2 T=17 H=1 HV=1 K=16 V=16 mask=none kda",
+        "T=129 H=1 HV=2 K=64 V=64 kda l2norm decay=raw dt_bias=full logit dtype=bfloat16",
+        "T=300 H=1 HV=2 K=64 V=64 l2norm decay=raw dt_bias=full logit",
+    )
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes that each call of the native backward pass took."""
+    found: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(core, name)
+
+        def run_backward(self, *arguments: Any) -> int:
+            found.append(core.run_backward(*arguments))
+            return found[-1]
+
+    monkeypatch.setattr(native, "_core", Counting())
+    return found
+
+
+def inputs(T: int = 150, B: int = 2, **options: Any) -> dict[str, Any]:
+    """Leaves of a call with two value heads for each of two q/k heads."""
+    H, HV, K, V = 2, 4, 32, 64
+    torch.manual_seed(7)
+    kda = options.pop("kda", False)
+    x = dict(
+        q=torch.randn(B, T, H, K), k=torch.randn(B, T, H, K), v=torch.randn(B, T, HV, V),
+        g=torch.randn(B, T, HV, *(K,) * kda), beta=torch.randn(B, T, HV), A_log=torch.randn(HV) / 4,
+        dt_bias=torch.randn(HV, *(K,) * kda), initial_state=torch.randn(B, HV, K, V),
+    )  # fmt: skip
+    x = {n: a.requires_grad_() for n, a in x.items()}
+    return x | dict(decay="raw", beta_is_logit=True, qk_l2norm=True) | options
+
+
+def gradients(x: dict[str, Any]) -> dict[str, Any]:
+    leaves = {n: a for n, a in x.items() if isinstance(a, torch.Tensor) and a.requires_grad}
+    o, state = anydelta.gated_delta_rule(**x)
+    loss = o.float().sin().sum() + state.cos().sum()
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", [*GRADIENT_CASES, *MORE_CASES], ids=str)
+def test_as_float64(case: Case, calls: list[int]) -> None:
+    verdict = check_gradients(case, Target("cpu", framework="torch"))
+    assert not verdict.errors, verdict.errors
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("isa", host.isas())
+def test_every_instruction_set(isa: str, calls: list[int]) -> None:
+    with host.forced_isa(isa):
+        for case in (*GRADIENT_CASES[2:6], *MORE_CASES[1:5]):
+            verdict = check_gradients(case, Target("cpu", framework="torch"))
+            assert not verdict.errors, verdict.errors
+        assert core.last_isa() == isa
+
+
+@pytest.mark.parametrize("kda", [False, True])
+def test_threads_and_what_memory_held_change_no_bit(kda: bool) -> None:
+    x = inputs(kda=kda, mask=torch.rand(2, 150) < 0.8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = gradients(x)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            core.fill_scratch(0xFF)
+            for name, grad in gradients(x).items():
+                assert torch.equal(grad, want[name]), (threads, name)
+    finally:
+        core.fill_scratch(-1)
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("lengths", [(1000,), (960, 0, 3, 37)])
+def test_memory(lengths: tuple[int, ...], calls: list[int]) -> None:
+    """Beside a scratch for each thread, the same for any T, no more than a state per 64 tokens and head."""
+
+    def taken(threads: int, *lengths: int) -> int:
+        x = {n: a for n, a in inputs(sum(lengths), B=1).items() if n != "initial_state"}
+        torch.set_num_threads(threads)
+        gradients(x | {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)})
+        return calls[-1]
+
+    before = torch.get_num_threads()
+    state = 32 * 64 * 4  # bytes
+    try:
+        scratch = taken(1, 64) - 2 * state  # those of the value heads of one q/k head
+        for threads in (1, 2, 4):
+            busy = min(threads, 2 * len(lengths))
+            kept = taken(threads, *lengths) - busy * scratch
+            assert kept <= sum(-(-t // 64) for t in lengths) * 4 * state
+            assert kept > 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_without_strides_and_float64_gates(calls: list[int]) -> None:
+    """Such as `sum` gives: expanded numbers."""
+    x = inputs(20)
+    leaves = [x[n] for n in ("q", "v", "g")]
+
+    def of(x: dict[str, Any], leaves: list[Any]) -> Any:
+        o, state = anydelta.gated_delta_rule(**x)
+        return torch.autograd.grad(o.sum() + state.sum(), leaves)
+
+    found = of(x, leaves)
+    assert len(calls) == 1
+    x["g"] = x["g"].detach().double().requires_grad_()
+    again = of(x, [x[n] for n in ("q", "v", "g")])
+    assert len(calls) == 2
+    assert again[2].dtype == torch.float64
+    for got, want in zip(again, found, strict=True):
+        assert torch.equal(got, want.to(got.dtype))
+
+
+def test_compiled(calls: list[int]) -> None:
+    x = inputs(40)
+    options = {n: a for n, a in x.items() if not isinstance(a, torch.Tensor)}
+    leaves = {n: a for n, a in x.items() if isinstance(a, torch.Tensor)}
+
+    def loss(leaves: dict[str, Any]) -> Any:
+        o, state = anydelta.gated_delta_rule(**leaves, **options)
+        return o.sin().sum() + state.cos().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    got = torch.autograd.grad(compiled(leaves), list(leaves.values()))
+    assert len(calls) == 2
+    assert all(map(torch.equal, got, want))
+
+
+def test_gradients_of_gradients_are_the_recurrences(calls: list[int]) -> None:
+    x = {
+        n: a.double().detach().requires_grad_()
+        for n, a in inputs(6).items()
+        if n in ("q", "k", "v", "g", "beta")
+    }
+    small = {n: a.float().detach().requires_grad_() for n, a in x.items()}
+    found = []
+    for leaves in (x, small):
+        o, _ = anydelta.gated_delta_rule(**{n: -a.abs() if n == "g" else a for n, a in leaves.items()})
+        (first,) = torch.autograd.grad(o.sin().sum(), leaves["k"], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaves["v"])[0])
+    assert len(calls) <= 1  # from the output to v; the way over the gradient of k is the recurrence's
+    assert (found[1].double() - found[0]).norm() < 1e-4 * found[0].norm()
