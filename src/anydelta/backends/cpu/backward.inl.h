@@ -472,18 +472,20 @@ class BackRunner {
     void operands(int64_t b) {
         const int64_t first = b * BT * Kp;
         const float *a = s.a + first, *k = s.k + first, *q = s.q + first, *e = s.e + first;
-        for (int64_t i = 0; i < Kp; i += L) {
+        float *N = s.NE, *E = s.NE + BT * Kp, *w = s.w;
+        const int64_t ld = Kp;
+        for (int64_t i = 0; i < ld; i += L) {
             V gamma = vset(1.0f), later = vset(1.0f);
-            for (int64_t t = 0; t < BT; ++t) {
-                const int64_t at = t * Kp + i;
+            AD_UNROLL for (int t = 0; t < BT; ++t) {
+                const int64_t at = t * ld + i;
                 gamma = vmul(gamma, vload(a + at));
-                vstore(s.NE + at, vsub(vzero(), vmul(gamma, vload(e + at))));
-                vstore(s.NE + BT * Kp + at, vmul(gamma, vload(q + at)));
+                vstore(N + at, vsub(vzero(), vmul(gamma, vload(e + at))));
+                vstore(E + at, vmul(gamma, vload(q + at)));
             }
             vstore(s.gamma + i, gamma);
-            for (int64_t t = BT - 1; t >= 0; --t) {
-                const int64_t at = t * Kp + i;
-                vstore(s.w + at, vmul(later, vload(k + at)));
+            AD_UNROLL for (int t = BT - 1; t >= 0; --t) {
+                const int64_t at = t * ld + i;
+                vstore(w + at, vmul(later, vload(k + at)));
                 later = vmul(later, vload(a + at));
             }
         }
@@ -536,26 +538,59 @@ class BackRunner {
 
     // Rows of x into panels, `rows` a panel; zeros behind the last token.
     void read_rows(float* to, int64_t rows, const Tokens& x, const BackHead& h, int64_t c, int64_t b) const {
-        const int64_t n = tokens_of(c) - b * BT;
-        for (int64_t t = 0; t < BT; ++t)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                float* row = to + (panel * rows + t) * W;
-                if (t < n) {
-                    const void* from = token(x, seq.b, position(c * SPAN + b * BT + t), h.hv);
-                    read_row(row, element(from, x.dtype, panel * W), x.dtype, columns(panel));
-                } else {
-                    for (int64_t j = 0; j < W; j += L) vstore(row + j, vzero());
-                }
+        const int64_t first = c * SPAN + b * BT;
+        for (int64_t t = 0; t < BT; ++t, to += W) {
+            if (first + t >= count) {
+                for (int64_t i = 0; i < panels * W; i += W)
+                    AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * rows + j, vzero());
+                continue;
             }
+            const void* from = token(x, seq.b, position(first + t), h.hv);
+            if (x.dtype == DType::f32)
+                read_panels(to, rows, static_cast<const float*>(from));
+            else if (x.dtype == DType::bf16)
+                read_panels(to, rows, static_cast<const bf16*>(from));
+            else
+                read_panels(to, rows, static_cast<const f16*>(from));
+        }
+    }
+    template <class T>
+    void read_panels(float* to, int64_t rows, const T* from) const {
+        int64_t i = 0;
+        for (; i + W <= p.V; i += W)
+            AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * rows + j, vload(from + i + j));
+        if (i < p.V) read_as(to + i * rows, from + i, p.V - i);
+    }
+    // A row back from panels.
+    template <class T>
+    void write_panels(T* to, const float* from, int64_t rows) const {
+        int64_t i = 0;
+        for (; i + W <= p.V; i += W)
+            AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i + j, vload(from + i * rows + j));
+        if (i < p.V) write_as(to + i, from + i * rows, p.V - i);
+    }
+
+    // Rows that are read after those of this block: fetched panel by panel while it computes, because rows of consecutive
+    // tokens lie HV * V numbers apart, which no hardware prefetcher follows.
+    struct Ahead {
+        const Tokens* x = nullptr;
+        int64_t hv = 0, first = 0, n = 0;
+    };
+    template <bool write>
+    void fetch_ahead(const Ahead& a, int64_t panel) const {
+        const int64_t from = BT * panel / panels, to = BT * (panel + 1) / panels;
+        for (int64_t t = a.first + from; a.x && t < a.first + to && t < count; ++t)
+            fetch<write>(*a.x, seq.b, position(t), a.hv, 0, a.n);
     }
 
     // Block b on the state S: x, d and, where `to` is given, the state behind it. `to` may be S.
-    void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to) {
+    void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to, const Ahead& next) {
         BackBlock& block = s.block[b];
         read_rows(block.X, BT, p.v, h, c, b);
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* from = S + panel * Kp * W;
             float *X = block.X + panel * BT * W, *D = block.D + panel * BT * W;
+            fetch_ahead<false>(next, panel);
             for (int64_t t = 0; t < BT; t += R) {
                 V acc[R][NV];
                 load(acc, X + t * W, W);
@@ -591,7 +626,7 @@ class BackRunner {
         for (int64_t b = 0; b < SPAN_BLOCKS; ++b) {
             operands(b);
             pairs<false>(b);
-            forward(h, c, b, S, to);
+            forward(h, c, b, S, to, {&p.v, h.hv, c * SPAN + (b + 1) * BT, p.V});
             S = to;
         }
     }
@@ -605,7 +640,9 @@ class BackRunner {
         for (int64_t b = 0; b < blocks; ++b) {
             operands(b);
             pairs<true>(b);
-            forward(h, c, b, s.S[b], b + 1 < blocks ? s.S[b + 1] : nullptr);
+            const bool last = b + 1 == blocks;
+            forward(h, c, b, s.S[b], last ? nullptr : s.S[b + 1],
+                    {last ? &g.d_o : &p.v, h.hv, c * SPAN + (last ? b : b + 1) * BT, p.V});
         }
         for (int64_t b = blocks - 1; b >= 0; --b) {
             if (b + 1 < blocks) operands(b);
@@ -624,6 +661,8 @@ class BackRunner {
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* dS = h.dS + panel * Kp * W;
             float *dx = s.rows + panel * 2 * BT * W, *d_o = dx + BT * W;
+            if (b > 0) fetch_ahead<false>({&g.d_o, h.hv, c * SPAN + (b - 1) * BT, p.V}, panel);
+            fetch_ahead<true>({&g.d_v, h.hv, c * SPAN + b * BT, p.V}, panel);
             const float* X = block.X + panel * BT * W;
             for (int64_t t = 0; t < BT; t += R) {
                 V acc[R][NV];
@@ -668,12 +707,16 @@ class BackRunner {
             }
         }
         const int64_t n = tokens_of(c) - b * BT;
-        for (int64_t t = 0; t < BT && t < n; ++t)
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                void* to = const_cast<void*>(token(g.d_v, seq.b, position(c * SPAN + b * BT + t), h.hv));
-                write_row(const_cast<void*>(element(to, g.d_v.dtype, panel * W)), g.d_v.dtype,
-                          s.rows + (panel * 2 * BT + t) * W, columns(panel));
-            }
+        for (int64_t t = 0; t < BT && t < n; ++t) {
+            void* to = const_cast<void*>(token(g.d_v, seq.b, position(c * SPAN + b * BT + t), h.hv));
+            const float* from = s.rows + t * W;
+            if (g.d_v.dtype == DType::f32)
+                write_panels(static_cast<float*>(to), from, 2 * BT);
+            else if (g.d_v.dtype == DType::bf16)
+                write_panels(static_cast<bf16*>(to), from, 2 * BT);
+            else
+                write_panels(static_cast<f16*>(to), from, 2 * BT);
+        }
     }
 
     // From dN, dE, dw, dA = -Z, dP and dGamma_C of block b to da, and onto dq, dk and dr. With dw_j^t and dGamma_t the

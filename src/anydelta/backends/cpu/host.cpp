@@ -286,10 +286,10 @@ struct LogWork final : Work {
 struct BackwardWork final : Work {
     const Backward& g;
     const Kernels& kernels;
-    char* kept;                   // states
-    size_t per_thread;            // bytes of them, or 0: each task has its own
+    char* kept;  // states
+    size_t per_thread;  // bytes of them, or 0: each task has its own
     std::vector<int64_t> before;  // [N]: spans of the sequences before this one
-    size_t state;                 // bytes that a task keeps per span
+    size_t state;  // bytes that a task keeps per span
 
     BackwardWork(const Backward& backward, const Kernels& k) : g(backward), kernels(k), state(k.kept_bytes(g.rule)) {}
 
