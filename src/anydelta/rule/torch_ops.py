@@ -272,11 +272,21 @@ def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
     with _autograd_below():
         found = gradients(call, Options(**flags), names, grad_o, grad_state, backend=backend)
     # An operator's results share memory neither with each other nor with its arguments.
-    return [
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None
-        else grad.clone(memory_format=torch.contiguous_format)
-        for x, grad in ((getattr(call, name), found[name]) for name in names)
-    ]  # fmt: skip
+    held = {_storage(x) for x in (*arrays, grad_o, grad_state) if x is not None}
+    results = []
+    for name in names:
+        grad, x = found[name], getattr(call, name)
+        if grad is None:
+            grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        elif not grad.is_contiguous() or _storage(grad) in held:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        held.add(_storage(grad))
+        results.append(grad)
+    return results
+
+
+def _storage(x: torch.Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
 
 
 def _fake_backward(*arguments: Any, **flags: Any) -> list[torch.Tensor]:

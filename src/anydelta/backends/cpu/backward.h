@@ -24,6 +24,7 @@ struct Backward {
 struct BackwardTask {
     int64_t n, h;
     char* kept;  // spans(tokens) times kept_bytes, at a multiple of 64
+    bool keeps_x;  // x of all tokens too, which saves a product with the state; the results are the same
 };
 
 }  // namespace anydelta

@@ -142,10 +142,27 @@ AD_INLINE V through_decay(const Problem& p, V x, V a, V da, V A, V& to_A) {
 
 // ---------------------------------------------------------------------------------------------------------------
 
+// Rows that are read or written soon: fetched into L2 panel by panel while a block computes, because rows of consecutive
+// tokens lie HV * V numbers apart, which no hardware prefetcher follows.
+struct Ahead {
+    const Tokens* x;
+    int64_t head, first, rows, n;
+};
+AD_INLINE void fetch_to_L2(const Ahead& a, int64_t b, int64_t t) {
+    const char* row = static_cast<const char*>(token(*a.x, b, t, a.head));
+    for (int64_t i = 0; i < a.n * dtype_size(a.x->dtype); i += 64) AD_PREFETCH_L2(row + i);
+}
+// A macro, because GCC takes a function that only fetches for one without effects and drops the call.
+#define AD_FETCH_AHEAD(panel)                                                                              \
+    for (int i = 0; i < s.aheads; ++i)                                                                     \
+        for (int64_t t = s.ahead[i].rows * panel / panels; t < s.ahead[i].rows * (panel + 1) / panels; ++t)                          \
+            if (s.ahead[i].first + t < count) fetch_to_L2(s.ahead[i], seq.b, position(s.ahead[i].first + t));
+
 struct BackBlock {
     float A[BT * BT], P[BT * BT];  // zero where no pair stands
     float beta[BT];
-    float *D, *X;  // [panels][BT][W]
+    float *D, *X;     // [panels][BT][W]
+    float* scratch;  // X, where it is not kept
 };
 
 struct BackHead {
@@ -153,6 +170,7 @@ struct BackHead {
     float A;
     float* bias;  // [Kp]
     float* kept;  // [spans][panels][Kp][W]: the state before each of them
+    float* x;     // [spans][SPAN / BT][panels][BT][W], where they are kept
     float* dS;    // [panels][Kp][W]
 };
 
@@ -179,6 +197,8 @@ struct BackScratch {
     float* d_gamma;              // [Kp]
     float* line;                 // [max(Kp, panels W)] twice
     int64_t* positions;          // of the tokens that are read, where there is a mask
+    Ahead ahead[8];
+    int aheads;
 };
 
 class BackRunner {
@@ -191,12 +211,13 @@ class BackRunner {
 
     static size_t workspace(const Backward& g) {
         char* const origin = reinterpret_cast<char*>(64);  // addresses are only counted, never read
-        BackRunner r(g, BackwardTask{0, 0, nullptr}, origin, 0);
+        BackRunner r(g, BackwardTask{0, 0, nullptr, false}, origin, 0);
         return static_cast<size_t>(r.end_ - origin);
     }
-    // Bytes of a state of all value heads of a task.
-    static size_t kept_bytes(const Problem& p) {
-        return static_cast<size_t>(p.HV / p.H * round_up(p.K, BT) * round_up(p.V, W)) * 4;
+    // Bytes that a task keeps per span: a state of each of its value heads, and x.
+    static size_t kept_bytes(const Problem& p, bool x) {
+        const int64_t rows = round_up(p.K, BT) + (x ? SPAN : 0);
+        return static_cast<size_t>(p.HV / p.H * rows * round_up(p.V, W)) * 4;
     }
 
     void run() {
@@ -208,11 +229,11 @@ class BackRunner {
         if (chunks) clear_padding();
         for (int64_t c = 0; c + 1 < chunks; ++c) {
             read_keys(c, false);
-            for (int64_t u = 0; u < each; ++u) keep_next(head(u), c);
+            for (int64_t u = 0; u < each; ++u) keep_next(u, c);
         }
         for (int64_t c = chunks - 1; c >= 0; --c) {
             read_keys(c, true);
-            for (int64_t u = 0; u < each; ++u) chunk_back(head(u), c);
+            for (int64_t u = 0; u < each; ++u) chunk_back(u, c);
             write_keys(c);
         }
         if (g.d_initial)
@@ -255,7 +276,7 @@ class BackRunner {
         }
         for (BackBlock& b : s.block) {
             b.D = arena.take<float>(panels * BT * W);
-            b.X = arena.take<float>(panels * BT * W);
+            b.scratch = arena.take<float>(panels * BT * W);
         }
         for (int i = 1; i < SPAN_BLOCKS; ++i) s.S[i] = arena.take<float>(state_size());
         float** const rows[] = {&s.q, &s.k, &s.dq, &s.dk, &s.a, &s.da};
@@ -325,12 +346,10 @@ class BackRunner {
         }
     }
 
-    // Channels beyond K and columns beyond V are never written again.
+    // Channels beyond K are never written again.
     void clear_padding() {
         float* const rows[] = {s.q, s.k, s.e, s.a};
         for (float* x : rows) std::memset(x, 0, static_cast<size_t>(SPAN * Kp) * 4);
-        std::memset(s.rows, 0, static_cast<size_t>(2 * BT * panels * W) * 4);
-        for (BackBlock& b : s.block) std::memset(b.X, 0, static_cast<size_t>(BT * panels * W) * 4);
     }
 
     // q (with norm and scale) and k (with norm), or erase, of a chunk; zeros behind its last token.
@@ -404,7 +423,10 @@ class BackRunner {
         if (g.d_A_log) g.d_A_log[job.n * p.HV + h.hv] = 0.0f;
         const int64_t wide = p.kda ? p.K : 1;
         for (int64_t i = 0; g.d_dt_bias && i < wide; ++i) g.d_dt_bias[(job.n * p.HV + h.hv) * wide + i] = 0.0f;
-        h.kept = reinterpret_cast<float*>(job.kept) + u * Backward::spans(seq.end - seq.start) * state_size();
+        const int64_t spans = Backward::spans(seq.end - seq.start);
+        float* const kept = reinterpret_cast<float*>(job.kept);
+        h.kept = kept + u * spans * state_size();
+        h.x = kept + (each * state_size() + u * SPAN * panels * W) * spans;
         load_state(h.dS, g.d_final, job.n, h.hv);
         if (count > 0) load_state(h.kept, p.in, seq.row_in, h.hv);
     }
@@ -468,7 +490,7 @@ class BackRunner {
 
     // ---- forward ----
 
-    // N, E and w of block b, the first and the last transposed too, and Gamma_C.
+    // N, E, w and Gamma_C of block b.
     void operands(int64_t b) {
         const int64_t first = b * BT * Kp;
         const float *a = s.a + first, *k = s.k + first, *q = s.q + first, *e = s.e + first;
@@ -489,8 +511,6 @@ class BackRunner {
                 later = vmul(later, vload(a + at));
             }
         }
-        transpose(s.Nt, BT, s.NE, Kp, BT, Kp);
-        transpose(s.wt, BT, s.w, Kp, BT, Kp);
     }
 
     // A and, with `queries`, P of block b.
@@ -559,7 +579,9 @@ class BackRunner {
         int64_t i = 0;
         for (; i + W <= p.V; i += W)
             AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * rows + j, vload(from + i + j));
-        if (i < p.V) read_as(to + i * rows, from + i, p.V - i);
+        if (i == p.V) return;
+        AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * rows + j, vzero());
+        read_as(to + i * rows, from + i, p.V - i);
     }
     // A row back from panels.
     template <class T>
@@ -570,43 +592,38 @@ class BackRunner {
         if (i < p.V) write_as(to + i, from + i * rows, p.V - i);
     }
 
-    // Rows that are read after those of this block: fetched panel by panel while it computes, because rows of consecutive
-    // tokens lie HV * V numbers apart, which no hardware prefetcher follows.
-    struct Ahead {
-        const Tokens* x = nullptr;
-        int64_t hv = 0, first = 0, n = 0;
-    };
-    template <bool write>
-    void fetch_ahead(const Ahead& a, int64_t panel) const {
-        const int64_t from = BT * panel / panels, to = BT * (panel + 1) / panels;
-        for (int64_t t = a.first + from; a.x && t < a.first + to && t < count; ++t)
-            fetch<write>(*a.x, seq.b, position(t), a.hv, 0, a.n);
+    // Rows from token `first` on, for who comes next.
+    void plan(const Tokens& x, int64_t head, int64_t first, int64_t rows, int64_t n) {
+        if (x.data && first >= 0) s.ahead[s.aheads++] = {&x, head, first, rows, n};
+    }
+    // What the next head, or the first of the next chunk, reads before its first block.
+    void plan_next(int64_t u, int64_t c, int64_t step, bool queries) {
+        const bool last = u + 1 == each;
+        const int64_t first = (last ? c + step : c) * SPAN, hv = head(last ? 0 : u + 1).hv;
+        if (p.kda) plan(p.g, hv, first, SPAN, p.K);
+        if (!last) return;
+        plan(p.k, job.h, first, SPAN, p.K);
+        if (queries) plan(p.q, job.h, first, SPAN, p.K);
     }
 
-    // Block b on the state S: x, d and, where `to` is given, the state behind it. `to` may be S.
-    void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to, const Ahead& next) {
+    // Block b on the state S: x, if it is not `known`, d and, where `to` is given, the state behind it. `to` may be S.
+    void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to, bool known) {
         BackBlock& block = s.block[b];
-        read_rows(block.X, BT, p.v, h, c, b);
+        block.X = job.keeps_x ? h.x + (c * SPAN_BLOCKS + b) * panels * BT * W : block.scratch;
+        if (!known) {
+            read_rows(block.X, BT, p.v, h, c, b);
+            transpose(s.Nt, BT, s.NE, Kp, BT, Kp);
+        }
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* from = S + panel * Kp * W;
             float *X = block.X + panel * BT * W, *D = block.D + panel * BT * W;
-            fetch_ahead<false>(next, panel);
-            for (int64_t t = 0; t < BT; t += R) {
-                V acc[R][NV];
-                load(acc, X + t * W, W);
-                multiply<R, NV, 1>(acc, s.Nt + t, BT, from, W, Kp);
-                store(acc, X + t * W, W);
-            }
-            for (int64_t j = 0; j < W; j += L) {
-                V x[BT];
-                AD_UNROLL for (int t = 0; t < BT; ++t) x[t] = vload(X + t * W + j);
-                AD_UNROLL for (int u = 0; u < BT; ++u) {
-                    const V d = vmul(vset(block.beta[u]), x[u]);
-                    vstore(X + u * W + j, x[u]);
-                    vstore(D + u * W + j, d);
-                    AD_UNROLL for (int t = u + 1; t < BT; ++t) x[t] = vfnma(vset(block.A[t * BT + u]), d, x[t]);
-                }
-            }
+            AD_FETCH_AHEAD(panel)
+            if (known)
+                for (int64_t t = 0; t < BT; ++t)
+                    AD_UNROLL for (int j = 0; j < W; j += L)
+                        vstore(D + t * W + j, vmul(vset(block.beta[t]), vload(X + t * W + j)));
+            else
+                solve_panel(block, from, X, D);
             if (!to) continue;
             float* dst = to + panel * Kp * W;
             for (int64_t i = 0; i < Kp; i += R) {
@@ -617,34 +634,70 @@ class BackRunner {
             }
         }
     }
+    // X, which holds v, and D of a panel of the state.
+    void solve_panel(const BackBlock& block, const float* S, float* X, float* D) const {
+        for (int64_t t = 0; t < BT; t += R) {
+            V acc[R][NV];
+            load(acc, X + t * W, W);
+            multiply<R, NV, 1>(acc, s.Nt + t, BT, S, W, Kp);
+            store(acc, X + t * W, W);
+        }
+        for (int64_t j = 0; j < W; j += L) {
+            V x[BT];
+            AD_UNROLL for (int t = 0; t < BT; ++t) x[t] = vload(X + t * W + j);
+            AD_UNROLL for (int u = 0; u < BT; ++u) {
+                const V d = vmul(vset(block.beta[u]), x[u]);
+                vstore(X + u * W + j, x[u]);
+                vstore(D + u * W + j, d);
+                AD_UNROLL for (int t = u + 1; t < BT; ++t) x[t] = vfnma(vset(block.A[t * BT + u]), d, x[t]);
+            }
+        }
+    }
 
     // The state before chunk c + 1 from that before chunk c.
-    void keep_next(const BackHead& h, int64_t c) {
+    void keep_next(int64_t u, int64_t c) {
+        const BackHead& h = head(u);
         read_gates(h, c);
         const float* S = h.kept + c * state_size();
         float* to = h.kept + (c + 1) * state_size();
         for (int64_t b = 0; b < SPAN_BLOCKS; ++b) {
+            s.aheads = 0;
+            plan(p.v, h.hv, c * SPAN + (b + 1) * BT, BT, p.V);
+            if (b + 1 == SPAN_BLOCKS) plan_next(u, c, 1, false);
             operands(b);
             pairs<false>(b);
-            forward(h, c, b, S, to, {&p.v, h.hv, c * SPAN + (b + 1) * BT, p.V});
+            forward(h, c, b, S, to, false);
             S = to;
         }
     }
 
     // ---- backward ----
 
-    void chunk_back(const BackHead& h, int64_t c) {
+    void chunk_back(int64_t u, int64_t c) {
+        const BackHead& h = head(u);
         read_gates(h, c);
         const int64_t blocks = (tokens_of(c) + BT - 1) / BT;
         s.S[0] = h.kept + c * state_size();
+        const bool known = job.keeps_x && c + 1 < Backward::spans(count);
         for (int64_t b = 0; b < blocks; ++b) {
+            const bool last = b + 1 == blocks;
+            s.aheads = 0;
+            plan(last || known ? g.d_o : p.v, h.hv, c * SPAN + (last ? b : b + 1) * BT, BT, p.V);
             operands(b);
             pairs<true>(b);
-            const bool last = b + 1 == blocks;
-            forward(h, c, b, s.S[b], last ? nullptr : s.S[b + 1],
-                    {last ? &g.d_o : &p.v, h.hv, c * SPAN + (last ? b : b + 1) * BT, p.V});
+            forward(h, c, b, s.S[b], last ? nullptr : s.S[b + 1], known);
         }
         for (int64_t b = blocks - 1; b >= 0; --b) {
+            const int64_t first = c * SPAN + b * BT;
+            s.aheads = 0;
+            plan(g.d_v, h.hv, first, BT, p.V);
+            if (b > 0) plan(g.d_o, h.hv, first - BT, BT, p.V);
+            if (b == 0) {
+                if (p.kda) plan(g.d_g, h.hv, first, SPAN, p.K);
+                if (u + 1 == each) plan(g.d_q, job.h, first, SPAN, p.K);
+                if (u + 1 == each) plan(g.d_k, job.h, first, SPAN, p.K);
+                plan_next(u, c, -1, true);
+            }
             if (b + 1 < blocks) operands(b);
             backward(h, c, b);
             channels_back(b);
@@ -656,13 +709,13 @@ class BackRunner {
         BackBlock& block = s.block[b];
         const float* S = s.S[b];
         read_rows(s.rows + BT * W, 2 * BT, g.d_o, h, c, b);
+        transpose(s.wt, BT, s.w, Kp, BT, Kp);
         V d_beta[BT];
         AD_UNROLL for (int t = 0; t < BT; ++t) d_beta[t] = vzero();
         for (int64_t panel = 0; panel < panels; ++panel) {
             const float* dS = h.dS + panel * Kp * W;
             float *dx = s.rows + panel * 2 * BT * W, *d_o = dx + BT * W;
-            if (b > 0) fetch_ahead<false>({&g.d_o, h.hv, c * SPAN + (b - 1) * BT, p.V}, panel);
-            fetch_ahead<true>({&g.d_v, h.hv, c * SPAN + b * BT, p.V}, panel);
+            AD_FETCH_AHEAD(panel)
             const float* X = block.X + panel * BT * W;
             for (int64_t t = 0; t < BT; t += R) {
                 V acc[R][NV];
@@ -798,7 +851,7 @@ class BackRunner {
                 dx[i] = vsum(d);
                 continue;
             }
-            read_gate_row(h, t, x);
+            if (p.decay == Decay::raw) read_gate_row(h, t, x);  // of others the decay says enough
             for (int64_t j = 0; j < Kp; j += L) {
                 const V a = vload(s.a + i * Kp + j);
                 vstore(x + j, through_decay(p, vload(x + j), a, vload(da + j), vset(h.A), more));
@@ -830,7 +883,7 @@ class BackRunner {
 };
 
 static size_t backward_workspace(const Backward& g) { return BackRunner::workspace(g); }
-static size_t kept_bytes(const Problem& p) { return BackRunner::kept_bytes(p); }
+static size_t kept_bytes(const Problem& p, bool x) { return BackRunner::kept_bytes(p, x); }
 
 static const char* backward_task(const Backward& g, const BackwardTask& task, char* memory) {
     BackRunner(g, task, memory).run();

@@ -286,18 +286,20 @@ struct LogWork final : Work {
 struct BackwardWork final : Work {
     const Backward& g;
     const Kernels& kernels;
-    char* kept;  // states
-    size_t per_thread;  // bytes of them, or 0: each task has its own
+    char* kept = nullptr;  // states
+    size_t per_thread = 0;  // bytes of them, or 0: each task has its own
+    bool keeps_x = false;  // x in every thread too
     std::vector<int64_t> before;  // [N]: spans of the sequences before this one
-    size_t state;  // bytes that a task keeps per span
+    size_t state;  // bytes of the states that a task keeps per span
 
-    BackwardWork(const Backward& backward, const Kernels& k) : g(backward), kernels(k), state(k.kept_bytes(g.rule)) {}
+    BackwardWork(const Backward& backward, const Kernels& k)
+        : g(backward), kernels(k), state(k.kept_bytes(g.rule, false)) {}
 
     const char* run(int64_t i, int64_t, char* memory) const override {
         const int64_t n = i / g.rule.H, h = i % g.rule.H;
         const auto spans = static_cast<size_t>(before[n] * g.rule.H + h * Backward::spans(g.tokens(n)));
         char* mine = kept + (per_thread ? per_thread * static_cast<size_t>(share_of(memory)) : spans * state);
-        return kernels.differentiate(g, BackwardTask{n, h, mine}, memory);
+        return kernels.differentiate(g, BackwardTask{n, h, mine, keeps_x}, memory);
     }
 };
 
@@ -479,15 +481,20 @@ size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share
         spans += Backward::spans(g.tokens(n));
         g.longest = std::max(g.longest, g.tokens(n));
     }
-    // FMAs of backward.inl.h: 2 products of a state per token forward, which run twice, and 6 backward
+    // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     threads = worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V));
     threads = static_cast<int>(std::min<int64_t>({threads, p.N * p.H, MAX_THREADS}));
-    // Room for the longest sequence in each thread, or for every task where that is less.
-    const size_t longest = static_cast<size_t>(Backward::spans(g.longest)) * work.state;
-    const size_t all = static_cast<size_t>(spans * p.H) * work.state, some = longest * static_cast<size_t>(threads);
-    work.per_thread = some <= all ? longest : 0;
-    const size_t bytes = std::min(some, all), workspace = kernels.backward_workspace(g);
+    // Room for the longest sequence in each thread, with x where both need no more than a state per span and head would;
+    // or where that is less, room for every task.
+    const auto room = [&](bool x) {
+        return static_cast<size_t>(Backward::spans(g.longest)) * kernels.kept_bytes(p, x) *
+               static_cast<size_t>(threads);
+    };
+    const size_t all = static_cast<size_t>(spans * p.H) * work.state;
+    work.keeps_x = room(true) <= all;
+    const size_t bytes = std::min(room(work.keeps_x), all), workspace = kernels.backward_workspace(g);
+    work.per_thread = bytes < all || work.keeps_x ? bytes / static_cast<size_t>(threads) : 0;
     const std::unique_ptr<char[]> kept(new char[bytes + 64]);
     work.kept = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64) % 64;
     work.share_out(p.N * p.H, threads, workspace, share_openmp);

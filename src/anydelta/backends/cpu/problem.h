@@ -94,7 +94,7 @@ struct Kernels {
     const char* (*verify)(const Log&, const Task&, char* workspace);
     const char* (*fold)(const Log&, const Task&, char* workspace);
     size_t (*backward_workspace)(const Backward&);
-    size_t (*kept_bytes)(const Problem&);
+    size_t (*kept_bytes)(const Problem&, bool x);
     const char* (*differentiate)(const Backward&, const BackwardTask&, char* workspace);
 };
 
