@@ -63,7 +63,7 @@ def build_app() -> typer.Typer:
     return app
 
 
-def gather() -> dict[str, Any]:
+def gather() -> dict[str, object]:
     """What `anydelta info` shows."""
     backends = {}
     for name in dispatch.NAMES:
@@ -82,7 +82,7 @@ def gather() -> dict[str, Any]:
     }
 
 
-def _torch_library() -> dict[str, Any]:
+def _torch_library() -> dict[str, object]:
     path, reason = torch_library.find()
     return {"available": path is not None, "reason": reason}
 
@@ -117,7 +117,7 @@ def _print_info(facts: dict[str, Any]) -> None:
     )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

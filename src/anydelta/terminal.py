@@ -20,11 +20,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import typer
-    from rich.console import Console, ConsoleOptions
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
 
 FAULT, INTERRUPTED, CLOSED = 70, 130, 141
 
@@ -84,12 +85,12 @@ def tell(text: object) -> None:
     print(literal(text), file=sys.stderr)
 
 
-def to_json(value: Any, indent: int | None = 1) -> str:
+def to_json(value: object, indent: int | None = 1) -> str:
     """The value as JSON, which knows neither NaN nor infinity: they become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -129,7 +130,7 @@ def console(*, err: bool = False) -> Console:
     return Literal(stderr=err, markup=False, emoji=False, highlight=False)
 
 
-def show(*shown: Any) -> None:
+def show(*shown: object) -> None:
     """Tables and the like on stdout."""
     console().print(*shown, sep="\n")
 
@@ -144,11 +145,11 @@ class Table:
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
-    style: Callable[[Sequence[Any]], str] = lambda cells: ""
+    style: Callable[[Sequence[object]], str] = lambda cells: ""
     left: Sequence[str] = ()
     boxed: bool = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.measure import Measurement
         from rich.table import Table
         from rich.text import Text
@@ -157,7 +158,7 @@ class Table:
         look: dict[str, Any] = {} if self.boxed else {"box": None, "pad_edge": False}
         found = Table(title=title, title_justify="left", show_header=any(self.head), **look)
         for i, name in enumerate(self.head):
-            side: Any = "left" if i == 0 or name in self.left else "right"
+            side: Literal["left", "right"] = "left" if i == 0 or name in self.left else "right"
             found.add_column(Text(literal(name)), justify=side, overflow="fold")
         for cells in self.rows:
             found.add_row(*(Text(literal(cell)) for cell in cells), style=self.style(cells))
@@ -175,7 +176,7 @@ class Table:
                 yield lines([": ".join(str(cell) for _, cell in named)], self.style(cells))
 
 
-def lines(texts: Iterable[object], style: str = "") -> Any:
+def lines(texts: Iterable[object], style: str = "") -> Text:
     """For `show`: one line or more of each text."""
     from rich.text import Text
 
@@ -270,7 +271,7 @@ def _end(name: str, sentence: object, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def _called(command: Any, args: Sequence[str]) -> str:
+def _called(command: object, args: Sequence[str]) -> str:
     """The words that name a command, as "anydelta bench ops"."""
     words = ["anydelta"]
     for word in args:
@@ -284,7 +285,7 @@ def _called(command: Any, args: Sequence[str]) -> str:
 def _open_streams() -> None:
     """A character that a stream's encoding lacks is written as an escape; a closed stream takes what it gets."""
     for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
+        stream: TextIO | None = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
         elif hasattr(stream, "reconfigure"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import typer
 
@@ -30,7 +29,7 @@ def register(app: typer.Typer) -> None:
         help="Measure the operator against other implementations and the machine's limits.",
         no_args_is_help=True,
     )
-    commands: dict[str, Callable[..., Any]] = {
+    commands: dict[str, Callable[..., object]] = {
         "ops": ops.ops_command,
         "overhead": overhead.overhead_command,
         "executorch": executorch.executorch_command,

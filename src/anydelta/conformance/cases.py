@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from ..rule.arguments import TOKENS
 from ..rule.reference import head_map
 from .gates import KINDS, model_gates
 from .values import F64, round_to
+
+T = TypeVar("T")
 
 STRONG = (*KINDS, "-8", "-16", "-20", "-40")
 """Gates whose products within a few tokens are below float32's normal numbers."""
@@ -294,7 +296,7 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
-_READERS: dict[str, Any] = {
+_READERS: dict[str, Callable[[str], object]] = {
     "int": _int,
     "str": str,
     "bool": _bool,
@@ -304,7 +306,7 @@ _READERS: dict[str, Any] = {
 }
 
 
-def _bare(name: str, reader: Any) -> bool:
+def _bare(name: str, reader: object) -> bool:
     """A word without "=" is a flag."""
     if reader is not _bool:
         raise ValueError(name)
@@ -828,7 +830,7 @@ def _snapshots() -> Iterator[Case]:
 def random_case(rng: np.random.Generator) -> Case:
     """A valid case that crosses features. Sizes stay small enough for the reference."""
 
-    def pick(*options: Any) -> Any:
+    def pick(*options: T) -> T:
         return options[int(rng.integers(len(options)))]
 
     def chance(p: float) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from ..terminal import (
     to_json,
 )
 from .cases import CASES, Case
+from .compare import Target
 from .mixer import MIXER_CASES
 from .run import (
     FAIL,
@@ -43,6 +44,9 @@ from .run import (
 )
 from .support import support
 from .token_log import LOG_CASES
+
+if TYPE_CHECKING:
+    pass
 
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
@@ -156,13 +160,13 @@ def _one_format(*flags: bool) -> None:
         raise Refused("--json, --csv and --md exclude each other")
 
 
-def _only_beside_support(others: dict[str, Any]) -> None:
+def _only_beside_support(others: dict[str, object]) -> None:
     given = [name for name, value in others.items() if value]
     if given:
         raise Refused(f"--support goes with --backend and --json only; got {', '.join(given)}")
 
 
-def _run(cases: list[Case], on: list[Any]) -> list[Result]:
+def _run(cases: list[Case], on: list[Target]) -> list[Result]:
     results: list[Result] = []
     whole = len(cases) * sum(not unavailable(t.backend) for t in on)
     done = failed = 0
@@ -254,7 +258,7 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
     show(Table(title, head, rows, style, left=("ISA", "arrays"), boxed=True))
 
     shown = [r for r in results if r.status == FAIL or (verbose and r.status != OK) or r.case == "*"]
-    listed: dict[Any, int] = {}
+    listed: dict[tuple[str, str | None, str, str], int] = {}
     for r in shown:
         listed[r.target] = listed.get(r.target, 0) + 1
         if listed[r.target] > MAX_LISTED and not verbose:

@@ -41,7 +41,11 @@ from .options import options_of_case
 from .values import F64, STORAGE, decode, encode, round_to
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+    import torch
+
     from .. import mlx
+    from ..core.arrays import Array
 else:
     mlx = late("anydelta.mlx")
 
@@ -102,7 +106,12 @@ class Buffer:
     """
 
     def __init__(
-        self, values: NDArray[Any] | None, shape: tuple[int, ...], dtype: str, mode: str, target: Target
+        self,
+        values: NDArray[np.generic] | None,
+        shape: tuple[int, ...],
+        dtype: str,
+        mode: str,
+        target: Target,
     ):
         self.shape, self.dtype = shape, dtype
         # A KDA gate may also be one number per head, spread over K.
@@ -115,24 +124,26 @@ class Buffer:
         if values is not None:
             self._view(self.base)[...] = encode(values, dtype)
         self.before = self.base.copy()
-        self._torch_base: Any = None
-        self._mlx_base: Any = None
+        self._torch_base: torch.Tensor | None = None
+        self._mlx_base: mx.array | None = None
         if target.framework == "torch":
-            self.array = self._torch(target.device)
+            self.array: Array = self._torch(target.device)
         elif target.framework == "mlx":
             self.array = self._mlx()
         else:
             self.array = self._numpy(mode == "expanded")
 
-    def _view(self, base: NDArray[Any], dtype: Any = None) -> NDArray[Any]:
+    def _view(
+        self, base: NDArray[np.generic], dtype: np.dtype[np.generic] | None = None
+    ) -> NDArray[np.generic]:
         """The array inside `base`, which has one entry per element of memory."""
         size = base.itemsize
-        view: NDArray[Any] = np.ndarray(
+        view: NDArray[np.generic] = np.ndarray(
             self.shape, dtype or base.dtype, base, self.offset * size, [s * size for s in self.strides]
         )
         return view
 
-    def _numpy(self, readonly: bool) -> NDArray[Any]:
+    def _numpy(self, readonly: bool) -> NDArray[np.generic]:
         dtype = None
         if self.dtype == "bfloat16":
             try:
@@ -144,21 +155,21 @@ class Buffer:
         view.flags.writeable = not readonly
         return view
 
-    def _torch(self, device: str) -> Any:
+    def _torch(self, device: str) -> torch.Tensor:
         import torch
 
         base = torch.from_numpy(self.base).to(device)  # on the CPU this shares memory with self.base
         self._torch_base = base
         return base.view(getattr(torch, self.dtype)).as_strided(self.shape, self.strides, self.offset)
 
-    def _mlx(self) -> Any:
+    def _mlx(self) -> mx.array:
         import mlx.core as mx
 
         self._mlx_base = mx.array(self.base)  # a copy: MLX arrays are values
         typed = self._mlx_base.view(mx.bfloat16) if self.dtype == "bfloat16" else self._mlx_base
         return mx.as_strided(typed, self.shape, self.strides, self.offset)
 
-    def take(self, array: Any) -> None:
+    def take(self, array: mx.array) -> None:
         """Put what the call returned in the place of this MLX array, which itself must not have changed."""
         import mlx.core as mx
 
@@ -168,7 +179,7 @@ class Buffer:
         self._view(before)[...] = np.asarray(array.view(mx.uint16) if self.dtype == "bfloat16" else array)
         self._mlx_base = mx.array(before)
 
-    def _after(self) -> NDArray[Any]:
+    def _after(self) -> NDArray[np.generic]:
         if self._mlx_base is not None:
             self.base[...] = np.asarray(self._mlx_base)
         if self._torch_base is not None and self._torch_base.device.type != "cpu":
@@ -274,7 +285,7 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
     return out
 
 
-def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
+def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Array, Array]:
     """Run the operator; returns (o, final state or None)."""
     arrays = dict(arrays)
     q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
@@ -287,7 +298,7 @@ def call(case: Case, arrays: dict[str, Any], backend: str) -> tuple[Any, Any]:
     )
 
 
-def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Any, Any]:
+def _call(case: Case, held: dict[str, Buffer], target: Target) -> tuple[Array, Array]:
     """The same, on the target's kind of arrays."""
     arrays = {name: b.array for name, b in held.items()}
     if target.framework != "mlx":
@@ -341,7 +352,7 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
     return verdict
 
 
-def refused(v: Verdict, call: Callable[[], Any], held: dict[str, Buffer]) -> None:
+def refused(v: Verdict, call: Callable[[], object], held: dict[str, Buffer]) -> None:
     """The call names a row twice: it must say so, and leave every bit as it was."""
     try:
         call()
@@ -366,14 +377,14 @@ class Kept:
     """[N, ...] of each sequence."""
     snapshots: F64 | None
     """[Ks, N, ...]."""
-    returned: Any
+    returned: Array
     """By the functional op; None where it must return none."""
     wanted: bool = True
     """Whether it must be returned."""
 
 
 def judge_result(
-    v: Verdict, case: Case, values: Inputs, o: tuple[Any, F64], kept: Sequence[Kept], exact: reference.Expected,
+    v: Verdict, case: Case, values: Inputs, o: tuple[Array, F64], kept: Sequence[Kept], exact: reference.Expected,
     held: dict[str, Buffer], target: Target,
 ) -> None:  # fmt: skip
     """The output (`o`: got and exact), the states and their snapshots; everything else must keep its bits."""
@@ -478,7 +489,7 @@ def judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
         v.errors.append(f"{name}: {rule}; worst element: {where}")
 
 
-def fetch(v: Verdict, name: str, x: Any, shape: tuple[int, ...], dtype: str, target: Target) -> F64 | None:
+def fetch(v: Verdict, name: str, x: Array, shape: tuple[int, ...], dtype: str, target: Target) -> F64 | None:
     """A returned array as float64, if its type, shape and dtype are right."""
     module = type(x).__module__.partition(".")[0]
     if module != target.framework:

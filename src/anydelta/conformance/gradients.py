@@ -6,9 +6,10 @@ the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.late import late
 from ..rule.arguments import TRACKED, Call, Options
@@ -17,6 +18,8 @@ from .compare import Target, Verdict, buffers, call, judge
 from .options import options_of_case
 
 if TYPE_CHECKING:
+    import torch
+
     from ..rule import autograd
 else:
     autograd = late("anydelta.rule.autograd")
@@ -58,10 +61,10 @@ def check_gradients(case: Case, target: Target) -> Verdict:
     values = inputs(case)
     rng = np.random.default_rng(len(str(case)))
     held = buffers(case, values, target)
-    leaves: dict[str, Any] = {n: b.array for n, b in held.items()}
+    leaves: dict[str, torch.Tensor] = {n: b.array for n, b in held.items()}
     leaves.update({n: x.detach().requires_grad_() for n, x in leaves.items() if n in ("state", *TRACKED)})
     o, state = call(case, leaves, target.backend)
-    outputs: list[Any] = [o] if case.nofinal else [o, state]
+    outputs: list[torch.Tensor] = [o] if case.nofinal else [o, state]
     grads = [torch.from_numpy(rng.standard_normal(x.shape)).to(x) for x in outputs]
     wanted = [n for n in ("state", *TRACKED) if n in leaves]
     got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
@@ -79,11 +82,11 @@ def check_gradients(case: Case, target: Target) -> Verdict:
     return v
 
 
-def _exact(case: Case, values: Inputs, grads: list[Any]) -> dict[str, Any]:
+def _exact(case: Case, values: Inputs, grads: list[torch.Tensor]) -> dict[str, NDArray[np.float64]]:
     """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
     import torch
 
-    def tensor(x: Any) -> Any:
+    def tensor(x: NDArray[np.generic] | None) -> torch.Tensor | None:
         return (
             None
             if x is None

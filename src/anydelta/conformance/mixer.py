@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 
 import anydelta
 
 from ..core import dispatch
+from ..core.arrays import Array
 from ..mixer import reference
 from ..mixer.arguments import MixerOptions
 from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs
 from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused
 from .options import options_of_case
 from .values import F64, round_to
+
+T = TypeVar("T")
 
 WORD = "mixer "
 SPLITS = ("packed", "split", "grouped")
@@ -180,7 +184,7 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
     index = "int64" if c.int64 else "int32"
     out: dict[str, Buffer] = {}
 
-    def hold(name: str, values: Any, dtype: str, mode: str = "dense") -> None:
+    def hold(name: str, values: NDArray[np.generic] | None, dtype: str, mode: str = "dense") -> None:
         if values is not None:
             out[name] = Buffer(values, values.shape, dtype, mode, target)
 
@@ -224,10 +228,10 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
     return out
 
 
-def mixer_call(c: MixerCase, held: dict[str, Buffer], backend: str) -> tuple[Any, Any, Any]:
+def mixer_call(c: MixerCase, held: dict[str, Buffer], backend: str) -> tuple[Array, Array, Array]:
     """Run the operator; returns (o, conv state, state)."""
     arrays: dict[str, Any] = {name: b.array for name, b in held.items()}
-    qkv: Any
+    qkv: Array
     if c.split == "split":
         qkv = tuple(arrays.pop(n) for n in ("q", "k", "v"))
     else:
@@ -400,7 +404,7 @@ def _scattered() -> Iterator[MixerCase]:
 def random_mixer_case(rng: np.random.Generator) -> MixerCase:
     """A call of small size with any combination of options."""
 
-    def pick(*values: Any) -> Any:
+    def pick(*values: T) -> T:
         return values[int(rng.integers(len(values)))]
 
     def chance(p: float) -> bool:

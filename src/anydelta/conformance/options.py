@@ -13,13 +13,13 @@ WORDS = {
 """Options that a case has under another name."""
 
 
-def options_of_case(case: Any, table: Any, *without: str) -> dict[str, Any]:
+def options_of_case(case: object, table: type, *without: str) -> dict[str, Any]:
     """The options of a table that a case has, by their names there."""
     words = {name: WORDS.get(name, name) for name in fields(table) if name not in without}
     return {name: getattr(case, word) for name, word in words.items() if hasattr(case, word)}
 
 
-def from_words(**words: Any) -> dict[str, Any]:
+def from_words(**words: object) -> dict[str, Any]:
     """Options by name from the words of a case."""
     return {name: words[word] for name, word in WORDS.items() if word in words} | {
         word: value for word, value in words.items() if word not in WORDS.values()

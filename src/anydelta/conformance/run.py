@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core import dispatch
 from ..terminal import first_line, one_line
 from .cases import Case
-from .compare import NotRunnable, Prepared, Target, check
+from .compare import NotRunnable, Prepared, Target, Verdict, check
 from .mixer import WORD, MixerCase, MixerPrepared, check_mixer_case
 from .token_log import WORD as LOG_WORD
 from .token_log import LogCase, check_log_case, runs_the_log
@@ -49,7 +49,7 @@ class Result:
         where = f"--backend {self.backend}{isa} --framework {self.framework}{device}"
         return f"anydelta conform {where} --case '{self.case}'"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -185,7 +185,9 @@ def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
     prepared = prepare(case) if isinstance(case, Case) else case
     start, worst = time.perf_counter(), 0.0
     try:
-        run_check: Any = check_mixer_case if isinstance(prepared, MixerPrepared) else check
+        run_check: Callable[[Any, Target], Verdict] = (
+            check_mixer_case if isinstance(prepared, MixerPrepared) else check
+        )
         if isinstance(prepared.case, LogCase):
             run_check = check_log_case
         verdict = run_check(prepared, target)
@@ -201,9 +203,9 @@ def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
     )  # fmt: skip
 
 
-def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
+def summary(results: Iterable[Result]) -> list[dict[str, object]]:
     """One record per target: how many results of each status, the worst score, the time."""
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[object, dict[str, Any]] = {}
     for r in results:
         row = rows.setdefault(
             r.target,

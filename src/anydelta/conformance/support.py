@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -105,7 +104,7 @@ def answers(backend: str) -> dict[str, list[str]]:
     return {f.name: list(_against(backend, f.change(spec))) for f in FEATURES}
 
 
-def support(backends: Iterable[str] = dispatch.NAMES) -> dict[str, Any]:
+def support(backends: Iterable[str] = dispatch.NAMES) -> dict[str, object]:
     """Everything, as `anydelta conform --support --json` prints it.
 
     Returns:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from ..core import dispatch
+from ..core.arrays import Array
 from ..rule.arguments import Options
 from ..state import Checkpoint, StatePool
 from .cases import STRONG, Case, Inputs
 from .compare import Buffer, Prepared, Target, Verdict, fetch, judge
 from .options import options_of_case
+from .values import F64
 
 WORD = "log "
 
@@ -114,7 +115,7 @@ def _run(v: Verdict, prepared: Prepared, target: Target) -> None:
 
 
 def _step(
-    v: Verdict, c: LogCase, x: Inputs, exact: Any, pool: StatePool, mine: list[int], at: list[int], ran: list[int],
+    v: Verdict, c: LogCase, x: Inputs, exact: F64, pool: StatePool, mine: list[int], at: list[int], ran: list[int],
     target: Target,
 ) -> None:  # fmt: skip
     """One begin and run from where each sequence stands; `ran` grows by what it ran."""
@@ -126,11 +127,11 @@ def _step(
     packed = len({counts[i] for i in batch}) > 1
     spans = [(i, slice(first[i], first[i] + counts[i])) for i in batch]
 
-    def part(values: Any) -> Any:
+    def part(values: F64) -> F64:
         rows = [values[i, span] for i, span in spans]
         return np.concatenate(rows)[None] if packed else np.stack(rows)
 
-    def array(name: str, dtype: str) -> Any:
+    def array(name: str, dtype: str) -> Array:
         values = getattr(x, name)
         if values is None:
             return None

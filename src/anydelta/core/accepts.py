@@ -41,7 +41,7 @@ class UpTo:
 class Row:
     """The values of one field that are taken."""
 
-    allowed: Container[Any]
+    allowed: Container[object]
     said: str = ""
     """The reason, where the usual one is not good enough: a format over `allowed`, `got`, `where` and `spec`."""
 
@@ -80,7 +80,7 @@ class Accepts:
         arrays: tuple[str, ...] = (),
         rules: tuple[Rule, ...] = (),
         limits: tuple[Rule, ...] | None = None,
-        **rows: Container[Any] | Row,
+        **rows: Container[object] | Row,
     ) -> Accepts:
         """The same, with these rows in place of or beside its own, and with more arrays and rules."""
         return replace(
@@ -109,13 +109,13 @@ def reasons(accepts: Accepts, spec: Any, *, here: bool = True) -> tuple[str, ...
     return tuple(no)
 
 
-def _fact(spec: Any, name: str) -> Any:
+def _fact(spec: Any, name: str) -> object:
     """A field of a spec, or of the rule inside it."""
     return getattr(spec if hasattr(spec, name) else spec.rule, name)
 
 
-def _words(name: str, row: Row, got: Any, spec: Any) -> str:
-    allowed: Any = row.allowed
+def _words(name: str, row: Row, got: object, spec: Any) -> str:
+    allowed: object = row.allowed
     if isinstance(allowed, tuple):
         *most, last = map(str, allowed or ("none",))
         allowed = f"{', '.join(most)} and {last}" if most else last

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from .arrays import Arrays
 
@@ -102,13 +102,13 @@ def plain(table: Hashable, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(n for n, f in rows.items() if isinstance(f.row, FlagRow | NumberRow) and not f.optional)
 
 
-def reader(names: Iterable[str]) -> Callable[[Any], tuple[Any, ...]]:
+def reader(names: Iterable[str]) -> Callable[[object], Arrays]:
     """A function from a call to these fields of it. Compiled from the names: half the time of an attrgetter."""
-    found: Callable[[Any], tuple[Any, ...]] = eval(f"lambda c: ({' '.join(f'c.{n},' for n in names)})")
+    found: Callable[[object], Arrays] = eval(f"lambda c: ({' '.join(f'c.{n},' for n in names)})")
     return found
 
 
-def in_order(table: type) -> Callable[[Any], tuple[Any, ...]]:
+def in_order(table: type) -> Callable[[object], Arrays]:
     """A function from a call to all its arrays, in the order of the table, which is the extension's."""
     return reader(table.__dataclass_fields__)  # type: ignore[attr-defined]
 
@@ -121,7 +121,7 @@ def given(call: Any) -> tuple[str, ...]:
     return tuple(n for n in call.__dataclass_fields__ if n not in made and getattr(call, n) is not None)
 
 
-def problem(field: Field, value: Any) -> Exception | None:
+def problem(field: Field, value: object) -> Exception | None:
     """What is wrong with the value of an option: a TypeError or ValueError to be raised, or None."""
     row, name = field.row, field.name
     if isinstance(row, ChoiceRow):
@@ -145,9 +145,9 @@ def problem(field: Field, value: Any) -> Exception | None:
     return None
 
 
-def options_of(options: Any, *without: str) -> dict[str, Any]:
+def options_of(options: NamedTuple, *without: str) -> dict[str, Any]:
     """The options of a call by name, to be given on to a function that takes them."""
-    return {name: getattr(options, name) for name in fields(type(options)) if name not in without}  # type: ignore[arg-type]
+    return {name: getattr(options, name) for name in fields(type(options)) if name not in without}
 
 
 @dataclass(frozen=True)
@@ -238,5 +238,5 @@ class Operator:
         return f"{self.name}({', '.join(texts)}) -> {self.returns}"
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value).replace("e-0", "e-")

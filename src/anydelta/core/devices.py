@@ -19,7 +19,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,7 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         """What the driver says about the device, for `anydelta info`."""
 
     def check(self) -> None:
@@ -149,7 +149,7 @@ class Device(ABC):
         out.write(values)
         return out
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """A copy is the same device, opened in its process."""
         return device, (self.name,)
 
@@ -225,13 +225,13 @@ class DeviceArray:
         out.write(self)
         return out
 
-    def numpy(self) -> NDArray[Any]:
+    def numpy(self) -> NDArray[np.generic]:
         """A copy on the host; bfloat16 as `ml_dtypes.bfloat16`."""
         out = np.empty(self.shape, numpy_dtype(self.dtype))
         self._read(host_bytes(out))
         return out
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """A copy (`copy.deepcopy`, `pickle`) goes through the host to the same device."""
         return _on, (self.device, self.numpy())
 
@@ -253,7 +253,7 @@ class DeviceArray:
         return f"<anydelta array {list(self.shape)} {self.dtype} on {self.device.name}>"
 
 
-def _on(device: Device, values: NDArray[Any]) -> DeviceArray:
+def _on(device: Device, values: NDArray[np.generic]) -> DeviceArray:
     return device.array(values)
 
 
@@ -261,13 +261,14 @@ def _dtype_name(x: Array) -> str:
     return getattr(x.dtype, "name", None) or str(x.dtype).rsplit(".", 1)[-1]
 
 
-def numpy_dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """The NumPy dtype of that name; bfloat16 needs the package ml_dtypes."""
     if name != "bfloat16":
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def host_bytes(x: Array) -> Bytes:

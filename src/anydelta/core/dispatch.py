@@ -129,7 +129,7 @@ class Backend(Protocol):
         """Write `call.o`, `call.state_out` and `call.snapshots`."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Facts for `anydelta info`: versions, devices, limits."""
         ...
 

@@ -38,7 +38,7 @@ def read_json(path: Path, *, infinities: bool = False) -> Any:
     raise ValueError(why)
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """How many lists and objects lie in each other, counted up to one more than is allowed."""
     depth, level = 0, [value]
     while depth <= MOST_DEPTH and (level := [x for x in level if isinstance(x, (dict, list))]):

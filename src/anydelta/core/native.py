@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-core: Any = None
 why_not = ""
-try:
-    core = importlib.import_module("anydelta._core")
-except ImportError as error:  # a source tree that was not built
-    why_not = f"the extension anydelta._core is not built or does not load ({error})"
+if TYPE_CHECKING:
+    from .. import _core
+
+    core = _core
+else:
+    core = None
+    try:
+        core = importlib.import_module("anydelta._core")
+    except ImportError as error:  # a source tree that was not built
+        why_not = f"the extension anydelta._core is not built or does not load ({error})"

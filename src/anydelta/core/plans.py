@@ -38,7 +38,7 @@ class Plan(Generic[S]):
     launch: Launch
     check: Callable[[Arrays], object] | None = None
     """What no key can say: the values of index arrays, where there are some."""
-    step: Callable[[Arrays, Arrays], object] | None = None
+    step: Callable[[Arrays, Arrays], core.MixerStep | None] | None = None
     """An object of the extension that repeats the call, where the backend has such."""
 
     def call(self, arrays: Arrays) -> Arrays:

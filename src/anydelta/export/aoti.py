@@ -8,7 +8,6 @@ runs the package loads libanydelta_torch first: Python by `import anydelta.rule.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ _C_TYPES = {
 """What the generated code passes for an argument of the schema."""
 
 
-def c_shims() -> dict[Any, list[str]]:
+def c_shims() -> dict[torch._ops.OpOverload, list[str]]:
     """The C functions of the operators, for `torch._inductor.config.aot_inductor.custom_ops_to_c_shims`.
 
     Raises:
@@ -46,7 +45,7 @@ def c_shims() -> dict[Any, list[str]]:
 
 
 def compile_and_package(
-    program: torch.export.ExportedProgram, path: str | Path, options: dict[str, Any] | None = None
+    program: torch.export.ExportedProgram, path: str | Path, options: dict[str, object] | None = None
 ) -> Path:
     """Compile for the CPU into a .pt2 package; `options` as inductor's.
 

@@ -11,13 +11,17 @@ import ctypes
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core import libraries
 from ..rule import torch_ops as torch_op
 from ..rule.arguments import INPLACE
+
+if TYPE_CHECKING:
+    from executorch.exir import ExecutorchProgramManager
+    from executorch.exir.passes import MemoryPlanningPass
 
 MINIMUM = (1, 5)
 """The first executorch package with C++ libraries and a registry of operators that others can add to."""
@@ -102,7 +106,7 @@ def lower(
     programs: torch.export.ExportedProgram | Mapping[str, torch.export.ExportedProgram],
     *,
     share_states: bool = False,
-) -> Any:
+) -> ExecutorchProgramManager:
     """Exported programs as an `ExecutorchProgramManager`, whose `buffer` is the content of a .pte file.
 
     A state that is a registered buffer is part of the program and is advanced in place, without a copy.
@@ -165,7 +169,7 @@ AFTER_LINE = 16
 """Where large blocks of glibc's malloc begin behind a line, and with them the runtime's memory."""
 
 
-def _planning(share_states: bool) -> Any:
+def _planning(share_states: bool) -> MemoryPlanningPass:
     """The pass that gives every tensor its place in the runtime's memory: at the beginning of a cache line.
 
     A state that lies across lines costs the kernel a fourth of its speed at T = 1. Where the memory begins elsewhere
@@ -175,7 +179,7 @@ def _planning(share_states: bool) -> Any:
     from executorch.exir.passes import MemoryPlanningPass
 
     class Lines(MemoryPlanningAlgorithmSuite):  # type: ignore[misc]
-        def __call__(self, alignment: int, specs: Any, graph: Any, *more: Any) -> Any:
+        def __call__(self, alignment: int, specs: object, graph: Any, *more: object) -> object:
             taken = getattr(graph, "input_mem_buffer_sizes", None) or [0, 0]  # by graphs inside this one
             graph.input_mem_buffer_sizes = [0, *(-(-n // LINE) * LINE + LINE - AFTER_LINE for n in taken[1:])]
             return super().__call__(alignment, specs, graph, *more)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ from torch.utils._pytree import tree_flatten
 from ..core import libraries
 from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
 from ..rule.arguments import FUNCTIONAL, Options, write_strength
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnxruntime
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")
 """What a call becomes: our operator; ONNX Runtime's LinearAttention; that of the ONNX standard (opset 27)."""
@@ -49,7 +54,9 @@ def library() -> Path:
     return path
 
 
-def session(model: str | bytes | Path, options: Any = None) -> Any:
+def session(
+    model: str | bytes | Path, options: onnxruntime.SessionOptions | None = None
+) -> onnxruntime.InferenceSession:
     """An `onnxruntime.InferenceSession` on the CPU that knows the operator; `options` are SessionOptions to add to.
 
     Raises:
@@ -63,7 +70,7 @@ def session(model: str | bytes | Path, options: Any = None) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta") -> Any:
+def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta") -> torch.onnx.ONNXProgram:
     """An exported program as a `torch.onnx.ONNXProgram` (`.save(path)`, `.model_proto`).
 
     States that calls advance in place must be inputs of the program; the program has an output for each, in
@@ -87,9 +94,10 @@ def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta"
     program = program.run_decompositions({torch.ops.anydelta.gated_delta_rule.default: write})
     states = _return_states(program)
     standard = operator == "onnx"
-    exported: Any = torch.onnx.export(
+    exported = torch.onnx.export(
         program, dynamo=True, opset_version=LINEAR_ATTENTION_OPSET if standard else None, verbose=False
     )
+    assert exported is not None  # which is for exports to a file
     if standard:
         for node in exported.model.graph:
             node.domain = node.domain.removeprefix(_STANDARD)
@@ -107,7 +115,9 @@ _DTYPES = {"gate": torch.float32, "weight": torch.float32, "index": torch.int64}
 """Of the node's inputs, by the kinds of the table; others keep theirs."""
 
 
-def _bind(tensors: tuple[Tensor | None, ...], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _bind(
+    tensors: tuple[Tensor | None, ...], given: dict[str, object]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arrays by name, the options that were given)."""
     arrays, _ = FUNCTIONAL.bind(*tensors, **given)
     return dict(zip(FUNCTIONAL.arguments, arrays, strict=True)), {
@@ -115,7 +125,7 @@ def _bind(tensors: tuple[Tensor | None, ...], given: dict[str, Any]) -> tuple[di
     }
 
 
-def _gated_delta_rule(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def _gated_delta_rule(*tensors: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
     """anydelta.GatedDeltaRule, with the types that it has."""
     arrays, flags = _bind(tensors, options)
     q, v, initial_state = arrays["q"], arrays["v"], arrays.get("state_in")
@@ -141,7 +151,9 @@ def _gated_delta_rule(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, 
 _ATTRIBUTES = frozenset(FUNCTIONAL.flags) - {"output_final_state"}
 
 
-def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, flags: dict[str, Any]) -> list[Any]:
+def _state_shape(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, flags: dict[str, object]
+) -> list[int | torch.SymInt]:
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     K, V = q.shape[3], v.shape[3]
     return [N, v.shape[2], *((K, V) if flags.get("state_layout", "kv") == "kv" else (V, K))]
@@ -151,10 +163,10 @@ _LINEAR_ATTENTION = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
 """The arrays of a call that can become one."""
 
 
-def _linear_attention(domain: str) -> Any:
+def _linear_attention(domain: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """LinearAttention of the standard or of com.microsoft: log decay, beta and normalised keys are made before it."""
 
-    def write(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    def write(*tensors: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
         arrays, flags = _bind(tensors, options)
         found = {name: x for name, x in arrays.items() if x is not None}
         taken = [found.pop(name, None) for name in _LINEAR_ATTENTION]

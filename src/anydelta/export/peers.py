@@ -10,10 +10,14 @@ What each means is written down in `anydelta.compat.executorch`.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 from ..rule import torch_ops as torch_op  # noqa: F401  (defines torch.ops.anydelta)
 
@@ -62,7 +66,7 @@ def _llama(graph: torch.fx.Graph, node: Node) -> None:
     inputs = _arguments(node, "query", "key", "value", "decay", "beta", "initial_state")
     each = inputs[0].meta["val"].shape[1] // inputs[1].meta["val"].shape[1]
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+    def call(target: Callable[..., object], *args: Any, **kwargs: Any) -> Node:
         new = graph.call_function(target, args, kwargs)
         real = [a.meta["val"] if isinstance(a, Node) else a for a in args]
         new.meta.update({k: v for k, v in node.meta.items() if k != "val"}, val=target(*real, **kwargs))

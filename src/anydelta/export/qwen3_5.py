@@ -276,7 +276,7 @@ def generate(step: Callable[[Tensor, Tensor], Tensor], prompt: Sequence[int], ne
     fresh = tokens
     for _ in range(new):
         start = len(tokens) - len(fresh)
-        logits: Any = step(torch.tensor([fresh]), torch.arange(start, len(tokens)))
+        logits: Tensor = step(torch.tensor([fresh]), torch.arange(start, len(tokens)))
         fresh = [int(logits.argmax())]
         tokens += fresh
     return tokens[len(prompt) :]

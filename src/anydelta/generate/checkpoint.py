@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.json_file import read_json
 from ..terminal import Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What `dtype` may be; "auto" is what the checkpoint says."""
@@ -61,8 +64,8 @@ class Opened:
     """A model ready to run, in eval mode on the CPU."""
 
     name: str
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def default_model() -> str:
@@ -147,7 +150,7 @@ def _check_folder(folder: Path) -> None:
         _check_whole(file, quantised=bool(config.get("quantization_config")))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     """A JSON file with an object."""
     try:
         found = read_json(path, infinities=True)
@@ -259,7 +262,7 @@ def _check_hub(name: str) -> None:
 # ---- Loading
 
 
-def _load_model(name: str, dtype: str, trust: bool) -> Any:
+def _load_model(name: str, dtype: str, trust: bool) -> PreTrainedModel:
     transformers = importlib.import_module("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -295,7 +298,7 @@ def _load_model(name: str, dtype: str, trust: bool) -> Any:
     return model.eval()
 
 
-def _load_tokenizer(name: str, trust: bool) -> Any:
+def _load_tokenizer(name: str, trust: bool) -> PreTrainedTokenizerBase:
     transformers = importlib.import_module("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)

@@ -14,7 +14,10 @@ from . import write
 from .checkpoint import DTYPES, CheckpointError, Opened, default_model, need_packages, open_checkpoint, quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..compat import fla as fla_names
+    from .write import Way, Written
 else:
     fla_names = late("anydelta.compat.fla")
 
@@ -171,15 +174,15 @@ def generate_command(
 def _run(
     opened: Opened,
     prompt: str,
-    options: dict[str, Any],
+    options: Mapping[str, object],
     threads: int | None,
     seed: int | None,
     chat: bool,
     echo: bool,
-    way: Any,
+    way: Way,
     compare: bool,
     as_json: bool,
-) -> list[Any]:
+) -> list[Written]:
     import torch
 
     ways = [write.PLAIN, way] if compare else [way]
@@ -212,7 +215,7 @@ def _run(
     return runs
 
 
-def _way(plain: bool, mtp: bool, draft: Opened | None, lookup: int | None, drafts: int | None) -> Any:
+def _way(plain: bool, mtp: bool, draft: Opened | None, lookup: int | None, drafts: int | None) -> Way:
     if plain:
         return write.PLAIN
     if not mtp and draft is None and lookup is None:
@@ -294,7 +297,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _figures(run: Any) -> str:
+def _figures(run: Written) -> str:
     speed = "" if run.tokens_per_s is None else f", then {run.tokens_per_s:.1f} tokens/s"
     if run.drafted:
         speed += f"; {run.accepted} of {run.drafted} drafts accepted in {run.verifications} verifications"

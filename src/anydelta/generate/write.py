@@ -21,13 +21,16 @@ from ..terminal import Failed, Refused, first_line
 from .checkpoint import CheckpointError, Opened
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..integrations.transformers import generate as drafts
 else:
     drafts = late("anydelta.integrations.transformers.generate")
 
 _PACKAGE = str(Path(__file__).parents[1])
 
-Context = Callable[[Any], AbstractContextManager[Any]]
+Context = Callable[["PreTrainedModel"], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Way:
     name: str
     context: Context = lambda model: nullcontext()
     """What surrounds the run, from the model."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     """More keyword arguments for generate()."""
-    generate: Callable[..., Any] | None = None
+    generate: Callable[..., torch.Tensor] | None = None
     """Called as generate(model, **inputs and options) in place of model.generate."""
     drafts: bool = False
     """Whether it drafts tokens, so that drafts are counted."""
@@ -66,7 +69,7 @@ def with_anydelta() -> Way:
 def with_fla() -> Way:
     """What `import fla` found when the model was loaded, with the mixer of enable() where it knows the layers."""
 
-    def context(model: Any) -> AbstractContextManager[Any]:
+    def context(model: PreTrainedModel) -> AbstractContextManager[object]:
         try:
             return plug.enable(model)
         except (ImportError, RuntimeError, ValueError):  # layers of its own, which call what they imported
@@ -84,7 +87,7 @@ def drafting(
     """
     base = with_anydelta()
     if mtp or lookup is not None:
-        options: dict[str, Any] = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+        options: dict[str, object] = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
         if mtp:
             options |= {"use_mtp": True} | ({} if count is None else {"num_assistant_tokens": count})
         name = ", ".join(("anydelta", *(["mtp"] if mtp else []), *([] if lookup is None else ["lookup"])))
@@ -96,7 +99,7 @@ def drafting(
         helper.generation_config.num_assistant_tokens_schedule = "constant"
 
     @contextmanager
-    def both(model: Any) -> Iterator[None]:
+    def both(model: PreTrainedModel) -> Iterator[None]:
         with base.context(model), ExitStack() as stack:
             with suppress(ValueError):  # it has no linear attention layer, and needs nothing of ours
                 stack.enter_context(base.context(helper))
@@ -109,7 +112,7 @@ def packed(way: Way) -> Way:
     """The same with the model's matrices packed for oneDNN (`pack()`)."""
 
     @contextmanager
-    def both(model: Any) -> Iterator[None]:
+    def both(model: PreTrainedModel) -> Iterator[None]:
         try:
             kept = plug.pack(model)
         except (ValueError, RuntimeError) as error:
@@ -239,7 +242,7 @@ def _counting(way: Way) -> AbstractContextManager[list[tuple[int, int]]]:
     return drafts.counting()
 
 
-def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
+def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
     """Token ids [1, T] and a mask of ones: where bos, eos and padding share a number, generate() would guess it."""
     import torch
 
@@ -271,10 +274,10 @@ def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _finite(n: int) -> Callable[[Any, Any], Any]:
+def _finite(n: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A logits processor that ends the run, after a prompt of n tokens, where a logit is NaN."""
 
-    def check(ids: Any, scores: Any) -> Any:
+    def check(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool(scores.amax().isnan()):  # the largest of numbers with a NaN among them is NaN
             raise Failed(
                 f"requires logits that are numbers; got NaN for new token {ids.shape[1] - n + 1}. The weights hold "
@@ -292,7 +295,7 @@ def _through_ours(error: BaseException) -> bool:
     return not outside or any(name.startswith(_PACKAGE) for name in frames[outside[0] :])
 
 
-def _why_it_ended(model: Any, tokens: list[int], limit: int | None) -> str:
+def _why_it_ended(model: PreTrainedModel, tokens: list[int], limit: int | None) -> str:
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
     if tokens and tokens[-1] in ends:
@@ -303,7 +306,7 @@ def _why_it_ended(model: Any, tokens: list[int], limit: int | None) -> str:
 class _Stream:
     """What generate() hands tokens to: notes when they came, and shows text as soon as its characters are whole."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
         self.tokenizer, self.show = tokenizer, show
         self.times: list[float] = []
         self.ids: list[int] = []
@@ -312,7 +315,7 @@ class _Stream:
         self._prompt = True
         self._from = self._read = 0
 
-    def put(self, value: Any) -> None:
+    def put(self, value: torch.Tensor) -> None:
         if self._prompt:  # the first thing that generate() puts
             self._prompt = False
             return

@@ -14,8 +14,12 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., object])
 
 LOCK = threading.RLock()
 """Whoever changes what is switched on holds it."""
@@ -99,29 +103,33 @@ class Place:
 class Ours(NamedTuple):
     """What one of our functions carries as its attribute `anydelta`."""
 
-    function: Any
+    function: Callable[..., object]
     """Which one: wrappers made by functools.wraps have the attribute as well."""
     theirs: Any
     """What runs instead while it is off."""
-    ours: Any
+    ours: Callable[..., object]
     place: Place
     also: Callable[..., bool] | None
 
-    def is_on(self, owner: Any) -> bool:
+    def is_on(self, owner: object) -> bool:
         """Whether ours runs as a method of this object."""
         return self.place.on or (self.also is not None and self.also(owner))
 
 
 def guarded(
-    theirs: Any, ours: Any, place: Place, also: Callable[..., bool] | None = None, name: str = ""
-) -> Any:
+    theirs: Callable[P, R],
+    ours: Callable[..., R],
+    place: Place,
+    also: Callable[..., bool] | None = None,
+    name: str = "",
+) -> Callable[P, R]:
     """`ours` while the place is on, or `also` says so of the arguments; else `theirs`.
 
     Whoever took hold of the function, or wrapped it, may call it at any time.
     """
 
     @functools.wraps(theirs, updated=())
-    def either(*args: Any, **kwargs: Any) -> Any:
+    def either(*args: P.args, **kwargs: P.kwargs) -> R:
         if place.on or (also is not None and also(*args)):
             return ours(*args, **kwargs)
         return theirs(*args, **kwargs)
@@ -132,20 +140,20 @@ def guarded(
     return either
 
 
-def mark(function: Any) -> Ours | None:
+def mark(function: object) -> Ours | None:
     """Of one of our functions; None for all others."""
     found = getattr(function, "anydelta", None)
     return found if isinstance(found, Ours) and found.function is function else None
 
 
-def stock(function: Any) -> Any:
+def stock(function: F) -> F:
     """What was there before ours."""
     while (found := mark(function)) is not None:
         function = found.theirs
     return function
 
 
-def held(function: Any, owner: Any) -> Iterator[Any]:
+def held(function: object, owner: object) -> Iterator[Callable[..., object]]:
     """What a callable of `owner` may run: itself, and what its methods, partials, closures and attributes hold."""
     seen: set[int] = set()
     rest = [function]
@@ -165,7 +173,7 @@ def held(function: Any, owner: Any) -> Iterator[Any]:
             rest += list(getattr(keeper, "__dict__", {}).values())
 
 
-def _cells(function: FunctionType) -> Iterator[Any]:
+def _cells(function: FunctionType) -> Iterator[object]:
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # empty
             yield cell.cell_contents
@@ -174,7 +182,7 @@ def _cells(function: FunctionType) -> Iterator[Any]:
 class Patch:
     """An attribute of a module or class: theirs, and ours, which `make` makes of it."""
 
-    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]):
+    def __init__(self, owner: type | ModuleType, name: str, make: Callable[[Any], object]):
         self.owner, self.name, self._make = owner, name, make
         self.theirs = self.ours = MISSING
         self._inherited = False

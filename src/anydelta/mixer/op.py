@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from .spec import (
     requiring_grad,
     unpack_qkv,
 )
+
+if TYPE_CHECKING:
+    from ..core.native import core
 
 
 def gated_delta_mixer_(
@@ -207,7 +210,7 @@ def _gather(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
 
 
 def explain_mixer(
-    qkv: Array, conv_state: Array, state: Array, *, backend: str = "auto", **arguments: Any
+    qkv: Array, conv_state: Array, state: Array, *, backend: str = "auto", **arguments: object
 ) -> dispatch.Trace:
     """Which backend would run `gated_delta_mixer_(...)`, and why the others would not. Runs nothing.
 
@@ -254,7 +257,7 @@ _FLAGS = frozenset(MixerOptions._fields) - {"op"}
 def _writable(call: MixerCall) -> MixerCall:
     """The call as it will run, on states that may be written: those given may be read-only or share memory."""
 
-    def fresh(x: Array) -> Any:
+    def fresh(x: Array) -> Array:
         kind = framework_of(x)
         if kind == "torch":
             return x.new_empty(x.shape)
@@ -297,7 +300,9 @@ def _torch_side() -> ModuleType:
     return _side
 
 
-def plan_step(o: Array, qkv: Array, conv_state: Array, state: Array, **arguments: Any) -> Any:
+def plan_step(
+    o: Array, qkv: Array, conv_state: Array, state: Array, **arguments: Any
+) -> core.MixerStep | None:
     """For a loop that makes the same call again and again, on torch tensors: an object of the extension, or None.
 
     Its `run(*arrays)` takes the arrays in the order of the table, `o` at the end, where conv_weight may be the

@@ -7,7 +7,7 @@ ValueError or TypeError that says what is wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core.arguments import given
 from ..core.arrays import Array
@@ -69,7 +69,7 @@ def grouped(x: Array, width: int, heads: int) -> tuple[int, int] | None:
     return groups, heads // groups
 
 
-def parts(call: MixerCall, spec: MixerSpec) -> tuple[Any, Any, Any]:
+def parts(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
     """q [B, T, H K], k [B, T, H K], v [B, T, HV V] of a valid call; views where the arrays allow it."""
     r = spec.rule
     key = r.H * r.K
@@ -79,7 +79,7 @@ def parts(call: MixerCall, spec: MixerSpec) -> tuple[Any, Any, Any]:
     return call.qkv[..., :key], call.qkv[..., key : 2 * key], call.qkv[..., 2 * key :]
 
 
-def unpack_qkv(op: str, qkv: Array) -> tuple[Any, Any, Any]:
+def unpack_qkv(op: str, qkv: Array) -> tuple[Array, Array, Array]:
     """(qkv, None, None) of a packed array, (q, k, v) of a sequence of one or three.
 
     Raises:
@@ -229,7 +229,7 @@ def _check_rule(
     return check_call(inner, options.of_rule(), inplace=True)
 
 
-def _like(x: Array, shape: tuple[int, ...]) -> Any:
+def _like(x: Array, shape: tuple[int, ...]) -> Array:
     """An array of x's kind, dtype and device with another shape, that takes no memory."""
     if framework_of(x) == "torch":
         return x.new_empty((1,)).expand(shape)

@@ -7,7 +7,6 @@ tensor or of the three tensors q, k, v.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -49,7 +48,7 @@ def _refuse_derivatives(call: MixerCall) -> None:
     refuse_tangents(INPLACE.name, op.arrays_of(call))
 
 
-def _fake(*args: Any, **given: Any) -> torch.Tensor:
+def _fake(*args: object, **given: object) -> torch.Tensor:
     arrays, rest = _bind(*args, **given)
     call, options = MixerCall(*arrays), MixerOptions(*rest[:-1])
     if all(isinstance(n, int) for x in arrays if x is not None for n in x.shape):

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -162,7 +161,7 @@ def gated_delta_rule_(
     )[1]  # fmt: skip
 
 
-def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
+def explain(*args: object, backend: str = "auto", **kwargs: object) -> dispatch.Trace:
     """Which backend would run `gated_delta_rule(*args, **kwargs)`, and why the others would not. Runs nothing.
 
     Raises:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from ..core.arguments import fields, given, problem
 from ..core.arrays import Array
@@ -300,7 +300,7 @@ class _Checker:
             self.fail(f"{name} must have dtype {' or '.join(allowed)}; got {got}")
         return got
 
-    def options(self, options: Any) -> None:
+    def options(self, options: NamedTuple) -> None:
         """Each option of a table against its row."""
         table: type = type(options)
         for name, row in fields(table).items():

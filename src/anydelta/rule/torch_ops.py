@@ -83,7 +83,9 @@ _INPUTS = FUNCTIONAL.tensors
 """The differentiable operator's tensors, in the order of its schema, by their names in Call."""
 
 
-def _run(operator: Operator, *args: Any, **given: Any) -> Any:
+def _run(
+    operator: Operator, *args: torch.Tensor | None, **given: object
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The implementation of each of the three operators."""
     arrays, rest = operator.bind(*args, **given)
     found = find(arrays, rest)
@@ -91,6 +93,8 @@ def _run(operator: Operator, *args: Any, **given: Any) -> Any:
         if operator is not FUNCTIONAL:
             _refuse_grad(Call(*arrays), Options(*rest[:-1]), operator.inplace)
         found = op.plan(arrays, rest, found)
+    state: torch.Tensor | None
+    o: torch.Tensor
     state, o = found.call(arrays)
     if operator.inplace:
         return o
@@ -110,7 +114,12 @@ for _name, _impl in _IMPLEMENTATIONS.items():
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
 
 
-def _twin(implementation: Callable[..., Any], outputs: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+def _twin(
+    implementation: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    outputs: int,
+    *args: object,
+    **kwargs: object,
+) -> tuple[torch.Tensor, ...]:
     """The call for the library, which hands on what its kernels do not take: (*results, bytes of an error)."""
     try:
         result = implementation(*args, **kwargs)
@@ -118,7 +127,7 @@ def _twin(implementation: Callable[..., Any], outputs: int, *args: Any, **kwargs
         kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
         text = list(f"{kind}: {error}".encode())
         return (*(torch.empty(0) for _ in range(outputs)), torch.tensor(text, dtype=torch.uint8))
-    return (*(result if outputs > 1 else (result,)), torch.empty(0, dtype=torch.uint8))
+    return (*(result if isinstance(result, tuple) else (result,)), torch.empty(0, dtype=torch.uint8))
 
 
 if LIBRARY:
@@ -131,14 +140,16 @@ if LIBRARY:
         _LIB.impl(f"python_{_name}", partial(_twin, _impl, _outputs), "CompositeExplicitAutograd")
 
 
-def _fake(operator: Operator, *args: Any, **given: Any) -> Any:
+def _fake(
+    operator: Operator, *args: torch.Tensor | None, **given: object
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     arrays, rest = operator.bind(*args, **given)
     call, options = Call(*arrays), Options(*rest[:-1])
     if all(
         isinstance(n, int) for x in arrays if x is not None for n in x.shape
     ):  # a dynamic size would be pinned by a check
         check_call(call, options, inplace=operator.inplace)
-    o = call.v.new_empty(call.v.shape)
+    o: torch.Tensor = call.v.new_empty(call.v.shape)
     if operator.inplace:
         return o
     if not options.output_final_state:
@@ -164,14 +175,16 @@ class _Differentiable(torch.autograd.Function):
     """The functional operator with a gradient. Tensors in the order of its schema, absent ones None."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Any, flags: dict[str, Any], *tensors: torch.Tensor | None) -> Any:
+    def forward(
+        ctx: Any, keys: torch._C.DispatchKeySet, flags: dict[str, object], *tensors: torch.Tensor | None
+    ) -> Any:
         ctx.save_for_backward(*tensors)
         ctx.flags = flags
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anydelta.gated_delta_rule.default.redispatch(keys & _BELOW, *tensors, **flags)
 
     @staticmethod
-    def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         # create_graph=True: the gradient is itself to be differentiated. is_grads_batched=True: vmap has no rule for
         # the operator below.
@@ -195,7 +208,7 @@ class _Differentiable(torch.autograd.Function):
 _BELOW = torch._C._after_autograd_keyset
 
 
-def _differentiable(keys: Any, *tensors: torch.Tensor | None, **flags: Any) -> Any:
+def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None, **flags: object) -> Any:
     """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
     if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
         return _by_recurrence(*tensors, **flags)
@@ -209,7 +222,7 @@ _REDISPATCH = torch.ops.anydelta.gated_delta_rule.default._handle.redispatch_box
 _LIB.impl("gated_delta_rule", _differentiable, "Autograd", with_keyset=True)
 
 
-def _transform(name: str, *arguments: Any, **flags: Any) -> Any:
+def _transform(name: str, *arguments: object, **flags: object) -> Any:
     """An operator that writes to an argument, inside a transform of torch.func: it has no rule for one, and its kernel
     would not see that the transform follows a tensor."""
     tensors = tree_leaves((arguments, flags))
@@ -222,7 +235,7 @@ def _transform(name: str, *arguments: Any, **flags: Any) -> Any:
         return getattr(torch.ops.anydelta, name)(*arguments, **flags)
 
 
-def _resolve(name: str, *arguments: Any, **flags: Any) -> Any:
+def _resolve(name: str, *arguments: Any, **flags: object) -> Any:
     """An operator that writes to an argument, where one is a negated view. torch's own fallback holds for its operators
     only, which return what they write."""
     operator = getattr(torch.ops.anydelta, name)
@@ -289,7 +302,7 @@ def _storage(x: torch.Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def _fake_backward(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
+def _fake_backward(*arguments: Any, **flags: object) -> list[torch.Tensor]:
     return [arguments[i].new_empty(arguments[i].shape) for i in arguments[-1]]
 
 
@@ -297,7 +310,7 @@ _LIB.impl("gated_delta_rule_backward", _backward_op, "CompositeExplicitAutograd"
 torch.library.register_fake("anydelta::gated_delta_rule_backward", _fake_backward, lib=_LIB)
 
 
-def _by_recurrence(*tensors: torch.Tensor | None, **flags: Any) -> Any:
+def _by_recurrence(*tensors: torch.Tensor | None, **flags: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The functional operator as the recurrence in torch's own operators, which all transforms go through."""
     _warn_of_recurrence()
     flags = {name: value for name, value in flags.items() if name != "backend"}
@@ -383,12 +396,12 @@ def plain(x: torch.Tensor) -> bool:
     return type(x) in _PLAIN_TYPES and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS
 
 
-def watched(*arrays: Any) -> bool:
+def watched(*arrays: object) -> bool:
     """Whether a call on these arrays must go through the dispatcher: somebody looks on, or an array is not plain."""
     return not quiet() or not all(plain(x) for x in arrays if isinstance(x, torch.Tensor))
 
 
-def transformed(*tensors: Any) -> bool:
+def transformed(*tensors: object) -> bool:
     """Whether torch.func or dual numbers ask for a derivative with respect to one of these tensors."""
     inside = _in_transform()
     if not inside and forward_ad._current_level < 0:
@@ -399,7 +412,7 @@ def transformed(*tensors: Any) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
-def refuse_tangents(name: str, tensors: dict[str, Any]) -> None:
+def refuse_tangents(name: str, tensors: dict[str, object]) -> None:
     """An operator without derivatives says so, instead of returning a constant."""
     if forward_ad._current_level < 0:
         return

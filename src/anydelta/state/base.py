@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from ..core.arrays import Array
 from ..core.devices import Device, numpy_dtype
 from .sequence import Sequences, Step
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Pool:
@@ -25,7 +28,7 @@ class Pool:
     key_dtype: str
     dtype: str
     state_layout: str
-    device: Any
+    device: torch.device | str | None
     """A torch device, or None for NumPy arrays."""
     resident: Device | None
     """The device of anydelta that holds the states, if there is one."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, MutableMapping, ValuesView
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..core.arrays import Array
 from .files import File, safetensors
 
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
 FORMAT = "anydelta.snapshots.1"
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
     def items(self) -> ItemsView[str, Checkpoint]:
         return self._items.copy().items()
 
-    def pop(self, name: str, *default: Any) -> Any:
+    def pop(self, name: str, *default: T) -> Checkpoint | T:
         return self._items.pop(name, *default)
 
     def popitem(self) -> tuple[str, Checkpoint]:
@@ -92,7 +100,7 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
                 best = (name, len(seen))
         return best
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write all checkpoints to a safetensors file. Requires the package safetensors (`anydelta[safetensors]`).
 
         Raises:
@@ -117,7 +125,7 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
         module.save_file(dense, str(path), metadata=metadata)
 
     @classmethod
-    def load(cls, path: Any, *, device: Any = None) -> Checkpoints:
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Checkpoints:
         """The checkpoints of a file, as NumPy arrays or, with a device, as torch tensors.
 
         Raises:
@@ -143,7 +151,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and bool(name) and "/" not in name
 
 
-def _checkpoint(file: File, name: str, facts: Any) -> Checkpoint:
+def _checkpoint(file: File, name: str, facts: object) -> Checkpoint:
     if not isinstance(facts, dict) or facts.get("state_layout") not in ("kv", "vk"):
         file.refuse(f"no state_layout of {name!r}")
     states = file.check(f"{name}/states", 4)
@@ -158,7 +166,7 @@ def _checkpoint(file: File, name: str, facts: Any) -> Checkpoint:
     )
 
 
-def _on(device: Any, item: Checkpoint) -> dict[str, Array]:
+def _on(device: torch.device | str, item: Checkpoint) -> dict[str, Array]:
     return {
         "states": item.states.to(device),
         "conv": None if item.conv is None else item.conv.to(device),

@@ -6,11 +6,14 @@ import importlib
 import json
 import os
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..core.arrays import Array
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 _PLAIN = {"float16", "bfloat16", "float32", "float64"}
 
@@ -29,7 +32,7 @@ class File:
         ImportError: safetensors is missing.
     """
 
-    def __init__(self, op: str, path: Any, form: str, framework: str):
+    def __init__(self, op: str, path: str | os.PathLike[str], form: str, framework: str):
         self.op, self.path, self.form = op, os.fspath(path), form
         module = safetensors(op, framework)
         if not os.path.isfile(self.path):
@@ -58,13 +61,13 @@ class File:
         except (ValueError, RecursionError):
             self.refuse(f"{name!r} in its metadata that is no JSON, or nested too deeply")
 
-    def count(self, name: str, value: Any) -> int:
+    def count(self, name: str, value: object) -> int:
         """A number of tokens, or a token."""
         if type(value) is not int or not 0 <= value < 2**63:
             self.refuse(f"{name} of {str(value)[:40]}, which is no whole number from 0 on")
         return value
 
-    def tokens(self, name: str, values: Any) -> tuple[int, ...]:
+    def tokens(self, name: str, values: object) -> tuple[int, ...]:
         if not isinstance(values, list):
             self.refuse(f"{name} that are no list")
         return tuple(self.count(name, value) for value in values)
@@ -91,7 +94,7 @@ class File:
             self.refuse(f"an array {extra[0]!r}, which belongs to nothing")
 
 
-def safetensors(op: str, framework: str) -> Any:
+def safetensors(op: str, framework: str) -> ModuleType:
     """The module `safetensors.numpy` or `safetensors.torch`."""
     try:
         return importlib.import_module(f"safetensors.{framework}")

@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from .checkpoints import Checkpoint
 from .sequence import LiveSequence, Step, nbytes
 from .slots import Slots
 from .token_log import Log
+
+if TYPE_CHECKING:
+    import torch
 
 FORMS = ("slots", "log")
 KEY_DTYPES = ("float32", "bfloat16", "float16")
@@ -90,7 +93,7 @@ class StatePool(Pool):
         dtype: str = "float32",
         conv_dtype: str | None = None,
         state_layout: str = "kv",
-        device: Any = None,
+        device: torch.device | str | None = None,
         backend: str = "auto",
     ):
         H = HV if H is None else H
@@ -145,7 +148,7 @@ class StatePool(Pool):
             shape = (layers, capacity, 2 * self._kept + 1, conv_channels)
             self._conv = self._zeros(shape, conv_dtype or "float32")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._form.connect()
 
@@ -169,7 +172,7 @@ class StatePool(Pool):
         """The sequences that live, in ascending order."""
         return [i for i, s in enumerate(self._sequences) if s is not None]
 
-    def _get(self, method: str, sequence: Any) -> LiveSequence:
+    def _get(self, method: str, sequence: object) -> LiveSequence:
         found: LiveSequence | None = None
         if _is_int(sequence) and 0 <= sequence < self.capacity:
             found = self._sequences[sequence]
@@ -288,7 +291,7 @@ class StatePool(Pool):
         """The arrays [layers, capacity, ...] of which each sequence has its own part."""
         return [*self._form.arrays, *([] if self._conv is None else [self._conv])]
 
-    def _numbers(self, method: str, sequences: Any, default: list[int]) -> list[int]:
+    def _numbers(self, method: str, sequences: object, default: list[int]) -> list[int]:
         """The numbers of living sequences."""
         if sequences is None:
             return default
@@ -412,7 +415,7 @@ class StatePool(Pool):
             raise
 
     def run(
-        self, q: Array, k: Array, v: Array, *, g: Array, beta: Array, layer: int = 0, **options: Any
+        self, q: Array, k: Array, v: Array, *, g: Array, beta: Array, layer: int = 0, **options: object
     ) -> Array:
         """The rule over the tokens announced by `begin`, in one layer.
 
@@ -526,14 +529,14 @@ class StatePool(Pool):
         self._form.fold(list(self._sequences), batch)
 
     def _chosen(
-        self, method: str, sequences: Any, default: list[int]
+        self, method: str, sequences: object, default: list[int]
     ) -> tuple[list[int], list[LiveSequence]]:
         batch = self._numbers(method, sequences, default)
         if not batch or len(set(batch)) != len(batch):
             self._fail(method, f"requires at least one sequence, each once; got {batch}")
         return batch, [self._sequences[s] or self._get(method, s) for s in batch]
 
-    def _counts(self, method: str, name: str, value: Any, n: int) -> list[int]:
+    def _counts(self, method: str, name: str, value: object, n: int) -> list[int]:
         counts = value.tolist() if hasattr(value, "tolist") else value
         if _is_int(counts):
             return [int(counts)] * n
@@ -672,7 +675,7 @@ class StatePool(Pool):
                 f"StatePool.restore: requires a Checkpoint, as save returns; got {type(checkpoint).__name__}"
             )
         tail = (self.HV, self.K, self.V) if self.state_layout == "kv" else (self.HV, self.V, self.K)
-        want: list[Any] = [(self.layers, *tail), self.state_layout, None]
+        want: list[object] = [(self.layers, *tail), self.state_layout, None]
         if self._conv is not None:
             want[2] = (self.layers, self.conv_width - 1, self.conv_channels)
         got = [
@@ -702,14 +705,14 @@ class StatePool(Pool):
         return out
 
 
-def _resident(device: Any) -> Device | None:
+def _resident(device: object) -> Device | None:
     """The device of anydelta that holds the states, if it is one and not torch's."""
     if isinstance(device, str) and device.partition(":")[0] in KINDS:
         return open_device(device)
     return device if isinstance(device, Device) else None
 
 
-def _is_int(x: object) -> bool:
+def _is_int(x: object) -> TypeGuard[int]:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 

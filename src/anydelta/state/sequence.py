@@ -70,7 +70,7 @@ class Saved:
             self.copies = {}
         self.fresh = False
 
-    def save(self, layer: int, what: list[tuple[Any, list[int]]]) -> None:
+    def save(self, layer: int, what: list[tuple[Array, list[int]]]) -> None:
         """Copy the rows x[layer][i] of each (x, rows i)."""
         self.fresh = True
         copies = self.copies.get(layer, [])
@@ -81,7 +81,7 @@ class Saved:
                 put(copy, i, x[layer][row])
         self.copies[layer] = copies
 
-    def restore(self, layer: int, what: list[tuple[Any, list[int]]]) -> None:
+    def restore(self, layer: int, what: list[tuple[Array, list[int]]]) -> None:
         for copy, (x, rows) in zip(self.copies[layer], what, strict=True):
             for i, row in enumerate(rows):
                 put(x[layer], row, copy[i])

@@ -133,7 +133,7 @@ class Slots:
             sequences[place] = s._replace(rows=(s.rows[0], *older))
         return lost
 
-    def _overwritten(self, step: Step) -> list[tuple[Any, list[int]]]:
+    def _overwritten(self, step: Step) -> list[tuple[Array, list[int]]]:
         return [(self.rows, step.plan.overwritten)]
 
     def _put_back(self, step: Step, layer: int) -> None:

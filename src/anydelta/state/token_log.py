@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,11 +49,11 @@ class _Plan:
     """What the kernel folds on its way through the state."""
     index: tuple[Array, ...]
     """[N] each: rows of the states, sequences, entries before the step, and whether the kernel folds them."""
-    after: tuple[Any, ...]
+    after: Index
     """The same when `late` has been folded."""
     order: str | None
     """The log's before the step."""
-    overwritten: list[tuple[Any, list[int]]]
+    overwritten: list[tuple[Array, list[int]]]
     """(array, its rows) that `folds` and the straight tokens change."""
     folded: dict[int, None] = field(default_factory=dict)
     """Layers in which `late` has been folded."""
@@ -120,7 +120,7 @@ class Log:
         """Which backend runs the steps of this log in float32, and why the others do not."""
         return dispatch.choose(LogSpec(self.rule(1), self.C, self.key_dtype), self.pool.backend)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {
             name: x for name, x in self.__dict__.items() if name not in ("steps", "folds_late", "folding")
         }

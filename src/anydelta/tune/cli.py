@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -200,7 +200,7 @@ def _tune(
             tables.merge(path, {outcome.key: outcome.row(name)})
     left = [p.key for p in chosen[len(outcomes) :]]
     if as_json:
-        record: dict[str, Any] = {"device": name, "arch": arch, "table": str(path), "left": left}
+        record: dict[str, object] = {"device": name, "arch": arch, "table": str(path), "left": left}
         say(to_json({**record, "rows": [asdict(o) for o in outcomes]}))
     else:
         cells = [

@@ -35,7 +35,7 @@ class Run:
     """A call with one launch. Each time it runs it advances the same state."""
 
     config: Config
-    run: Callable[[], Any]
+    run: Callable[[], object]
 
     def __call__(self) -> Any:
         return self.run()
@@ -70,7 +70,7 @@ class Outcome:
     heuristic_us: float
     trials: list[Trial]
 
-    def row(self, device: str) -> dict[str, Any]:
+    def row(self, device: str) -> dict[str, object]:
         how = f"timed on {device}, {time.strftime('%Y-%m-%d')}, triton {version('triton')}, anydelta {__version__}"
         times = {"us": round(self.us, 2), "heuristic_us": round(self.heuristic_us, 2)}
         return {"launch": self.launch, "how": how, "case": self.case, **times}
@@ -100,7 +100,7 @@ class Contest:
                 return Run(config, lambda: launches.run(self.call))
             backward = BackwardLaunches(self.spec, self.machine, strides)
 
-        def gradients() -> Any:
+        def gradients() -> object:
             found = room(self.spec, self.call)
             calls: list[KernelCall] = list(backward.calls(self.call, self.do, self.d_state, found))
             for kernel_call in calls:
@@ -198,7 +198,7 @@ def gpu_times(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     are replayed as one graph: what Python takes to launch them is none of theirs."""
     from triton.testing import do_bench
 
-    ready: list[Callable[[], Any]] = list(runs)
+    ready: list[Callable[[], object]] = list(runs)
     if torch.cuda.is_available():
         pool = torch.cuda.graph_pool_handle()  # one for all: no two replays run at once
         ready = [_captured(run, pool) for run in runs]
@@ -210,7 +210,7 @@ def gpu_times(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     return times
 
 
-def _captured(run: Run, pool: Any) -> Callable[[], Any]:
+def _captured(run: Run, pool: torch.cuda._POOL_HANDLE) -> Callable[[], object]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -219,5 +219,5 @@ def _captured(run: Run, pool: Any) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         run()
-    replay: Callable[[], Any] = graph.replay
+    replay: Callable[[], object] = graph.replay
     return replay

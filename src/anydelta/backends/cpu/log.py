@@ -21,7 +21,7 @@ from . import host as cpu
 
 @dataclass(slots=True)
 class _Plan:
-    native: Any
+    native: _core.Plan
     copies: list[str]
     """Arrays that the kernels cannot read as they are."""
 
@@ -64,8 +64,8 @@ class CpuSteps:
             "fold", self.torch, spec.N, spec.P, spec.H, spec.HV, spec.K, spec.V, spec.kda, spec.state_dtype,
             spec.options.state_layout, spec.options.heads,
         )  # fmt: skip
-        found: Any = find((), rest)
-        if type(found) is not _Plan:
+        found = find((), rest)
+        if not isinstance(found, _Plan):
             nothing = Call(None, None, None, None, None, log.states[0])
             key, found = found, _Plan(self._native(cpu.rule_fields(spec, nothing, {})[0]), [])
             keep(key, rest, found)
@@ -76,12 +76,12 @@ class CpuSteps:
             places, counts, None, to,
         )  # fmt: skip
 
-    def _native(self, fields: dict[str, Any]) -> Any:
+    def _native(self, fields: dict[str, object]) -> _core.Plan:
         number, torch = cpu.threads_of("torch" if self.torch else "numpy")
         return _core.Plan(fields, None if torch else number)
 
     def _run(
-        self, plan: Any, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Array
+        self, plan: _core.Plan, folding: bool, layer: int, folded: dict[int, None] | None, *arrays: Array
     ) -> None:
         log = self.log
         if self.torch:

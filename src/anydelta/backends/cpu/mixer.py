@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...core.accepts import Row, UpTo
 from ...core.arguments import in_order
@@ -29,7 +28,7 @@ arrays = in_order(MixerCall)
 
 @dataclass(slots=True)
 class _Plan:
-    native: Any
+    native: _core.MixerPlan
     threads: tuple[Callable[[], int], bool]
     """How many, and whether they are torch's."""
     reads: bool
@@ -122,16 +121,14 @@ class CpuMixer:
     def direct(self, plan: _Plan) -> Launch | None:
         if not plan.reads or plan.copies or plan.written:
             return None
-        launch: Launch = plan.native.run
-        return launch
+        return plan.native.run
 
-    def step(self, plan: _Plan, spec: MixerSpec, inputs: Arrays, made: Arrays) -> object:
+    def step(self, plan: _Plan, spec: MixerSpec, inputs: Arrays, made: Arrays) -> _core.MixerStep | None:
         """An object of the extension that checks and runs calls like this one, or None: see `op.plan_step`."""
         r = spec.rule
         if not (plan.threads[1] and plan.reads) or plan.copies or plan.written or r.packed or r.pooled:
             return None
-        step: object = _core.MixerStep(plan.native, *inputs, *made)
-        return step
+        return _core.MixerStep(plan.native, *inputs, *made)
 
     def run(self, plan: _Plan, spec: MixerSpec, call: MixerCall) -> None:
         inner = call

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from ...core.accepts import Accepts, Row
+from ...core.arrays import Array
 from ...core.devices import Bytes, Device, DeviceArray, DeviceError
 from ...core.dispatch import UnsupportedError
 from ...rule.arguments import Call
@@ -121,10 +122,10 @@ class CutRoster(Roster[D]):
         finally:
             device.kernel = before
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For `anydelta info`."""
         default = self.default()
-        out: dict[str, Any] = {"default": default.name, "kernel": default.kernel}
+        out: dict[str, object] = {"default": default.name, "kernel": default.kernel}
         for index in range(len(self.labels())):
             device = self.open(index)
             limits = "; ".join(
@@ -185,7 +186,7 @@ class CutBackend(ABC, Generic[D]):
                 return f"its driver takes {what} of up to {device.most_bytes} bytes in a call; got {nbytes}"
         return ""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return self.roster.describe()
 
     def prepare(self, spec: CallSpec, call: Call) -> Plan:
@@ -256,8 +257,8 @@ class Packing:
     """
 
     def __init__(self, spec: CallSpec, call: Call):
-        self.taken: list[tuple[int, Any, int, int]] = []
-        self.given: list[tuple[int, Any, int, int]] = []
+        self.taken: list[tuple[int, Array, int, int]] = []
+        self.given: list[tuple[int, Array, int, int]] = []
         self.nbytes_in = self.nbytes_out = 0
         self._spec = spec
         for i, name in enumerate(ARRAYS):

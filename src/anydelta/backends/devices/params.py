@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core.arrays import Array
 from ...core.devices import Bytes, DeviceArray
 from ...rule.arguments import Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
@@ -23,7 +24,7 @@ def params_of(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]
     """The members of structs.PARAMS. `dense`: host arrays will be packed, so their own strides do not matter."""
     opt = spec.options
 
-    def strides(x: Any, rank: int, keep: bool = False) -> tuple[int, ...]:
+    def strides(x: Array, rank: int, keep: bool = False) -> tuple[int, ...]:
         if x is None:
             return (0,) * rank
         shape = tuple(x.shape)
@@ -32,7 +33,7 @@ def params_of(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]
         )
         return (*packed, *[0] * (rank - len(packed)))
 
-    def state(x: Any, lead: int) -> tuple[int, ...]:
+    def state(x: Array, lead: int) -> tuple[int, ...]:
         """[.., h, K, V] whatever the layout."""
         st = strides(x, lead + 3)
         return st if opt.state_layout == "kv" else (*st[:-2], st[-1], st[-2])
@@ -70,18 +71,18 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _small_type(x: Any) -> int:
+def _small_type(x: Array) -> int:
     return 0 if x is None else TYPE.get(dtype_name(x), 0)
 
 
-def as_float32(x: Any) -> Any:
+def as_float32(x: Array) -> Array:
     """float64 gates in the type they are computed in, C-contiguous."""
     if framework_of(x) == "torch":
         return x.float().contiguous()
     return np.ascontiguousarray(x, np.float32)
 
 
-def address(x: Any) -> int:
+def address(x: Array) -> int:
     if x is None:
         return ABSENT
     if type(x) is DeviceArray:
@@ -89,7 +90,7 @@ def address(x: Any) -> int:
     return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
 
 
-def as_bits(x: Any) -> Any:
+def as_bits(x: Array) -> Array:
     """A host array as NumPy integers or floats of its element size, sharing its memory."""
     if framework_of(x) == "torch":
         import torch
@@ -99,12 +100,12 @@ def as_bits(x: Any) -> Any:
     return x.view(np.int16) if x.itemsize == 2 else x
 
 
-def pack(into: Bytes, offset: int, nbytes: int, x: Any) -> None:
+def pack(into: Bytes, offset: int, nbytes: int, x: Array) -> None:
     bits = as_bits(x)
     into[offset : offset + nbytes].view(bits.dtype).reshape(bits.shape)[...] = bits
 
 
-def span(x: Any) -> tuple[int, int]:
+def span(x: Array) -> tuple[int, int]:
     """First byte, and one past the last, of a host array that is not empty."""
     size = ITEMSIZE[dtype_name(x)]
     reach = [(n - 1) * s * size for n, s in zip(x.shape, element_strides(x), strict=True)]
@@ -112,6 +113,6 @@ def span(x: Any) -> tuple[int, int]:
     return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + size
 
 
-def skip(x: Any) -> int:
+def skip(x: Array) -> int:
     """How far the first element is behind the first byte."""
     return address(x) - span(x)[0]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ...core import devices
 from ...core.accepts import Accepts, Row, UpTo
+from ...core.arrays import Array
 from ...core.devices import Device, DeviceArray
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, framework_of
@@ -48,12 +49,12 @@ class Field:
     offset: int
     """In bytes."""
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: type[np.generic]
     used: int
     """Entries of the last axis that hold data; the rest is padding that must be zero."""
 
-    def view(self, buffer: Bytes) -> NDArray[Any]:
-        view: NDArray[Any] = np.ndarray(self.shape, self.dtype, buffer, self.offset)
+    def view(self, buffer: Bytes) -> NDArray[np.generic]:
+        view: NDArray[np.generic] = np.ndarray(self.shape, self.dtype, buffer, self.offset)
         return view
 
 
@@ -92,7 +93,7 @@ class Layout:
         self.widen = out is not data
         g = (B, T, HV, KP) if spec.kda else (B, T, HV)
         bias = (HV, KP) if spec.kda else (HV,)
-        wanted: list[tuple[str, tuple[int, ...], Any, int]] = [
+        wanted: list[tuple[str, tuple[int, ...], type[np.generic], int]] = [
             ("q", (B, T, H, KP), data, K), ("k", (B, T, H, KP), data, K), ("v", (B, T, HV, VP), data, V),
             ("g", g, f32, K if spec.kda else HV), ("beta", (B, T, HV), f32, HV),
         ]  # fmt: skip
@@ -126,7 +127,7 @@ class Layout:
             **{_OFFSETS.get(name, name): at // 4 for name, at in self.offsets.items()}, **own,
         ))  # fmt: skip
 
-    def views(self, inputs: Bytes) -> list[tuple[str, NDArray[Any], NDArray[Any] | None]]:
+    def views(self, inputs: Bytes) -> list[tuple[str, NDArray[np.generic], NDArray[np.generic] | None]]:
         """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
         out = []
         for f in self.fields:
@@ -137,7 +138,9 @@ class Layout:
             )
         return out
 
-    def pack(self, call: Call, views: list[tuple[str, NDArray[Any], NDArray[Any] | None]]) -> None:
+    def pack(
+        self, call: Call, views: list[tuple[str, NDArray[np.generic], NDArray[np.generic] | None]]
+    ) -> None:
         """Copy the inputs of a call into a buffer."""
         for name, view, padding in views:
             x = as_numpy(getattr(call, name), bits=view.dtype == np.uint16)
@@ -145,7 +148,7 @@ class Layout:
             if padding is not None:
                 padding[...] = 0
 
-    def unpack(self, call: Call, view: NDArray[Any]) -> None:
+    def unpack(self, call: Call, view: NDArray[np.generic]) -> None:
         """Copy the output out of a buffer."""
         if self.widen and framework_of(call.o) == "torch":
             import torch
@@ -157,11 +160,11 @@ class Layout:
             )
 
 
-def as_numpy(x: Any, *, bits: bool = False) -> NDArray[Any]:
+def as_numpy(x: Array, *, bits: bool = False) -> NDArray[np.generic]:
     """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 that is to be converted is not
     among NumPy's types and comes as float32."""
     if framework_of(x) == "numpy":
-        out: NDArray[Any] = x.view(np.uint16) if bits else x
+        out: NDArray[np.generic] = x.view(np.uint16) if bits else x
         return out
     import torch
 
@@ -203,7 +206,7 @@ class HostStates:
         live = np.asarray(call.state_indices) >= 0 if spec.pooled else np.ones(spec.N, bool)
         torch = spec.framework == "torch"
 
-        def fetched(x: DeviceArray, like: Any) -> Any:
+        def fetched(x: DeviceArray, like: Array) -> Array:
             if torch:
                 return x.torch().to(like.dtype)
             return x.numpy().astype(like.dtype, copy=False)
@@ -231,7 +234,7 @@ class HostStates:
                 call.snapshots[where] = got[where]
 
 
-def _index(mask: NDArray[np.bool_], torch: bool) -> Any:
+def _index(mask: NDArray[np.bool_], torch: bool) -> Array:
     if not torch:
         return mask
     from torch import from_numpy
@@ -272,12 +275,12 @@ class Launches(Generic[L]):
 
     def __init__(self, drop: Callable[[L], None]):
         self._drop = drop
-        self._kept: dict[Any, L] = {}
+        self._kept: dict[object, L] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Any, make: Callable[[], L]) -> L:
+    def get(self, key: object, make: Callable[[], L]) -> L:
         found = self._kept.pop(key, None) or make()
         self._kept[key] = found  # the latest used is last
         if len(self._kept) > MAX_LAUNCHES:
@@ -367,6 +370,12 @@ class StagedBackend(ABC):
 
     @abstractmethod
     def advance(
-        self, plan: Any, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+        self,
+        plan: Any,
+        spec: CallSpec,
+        call: Call,
+        state_in: DeviceArray,
+        state_out: DeviceArray,
+        snapshots: DeviceArray | None,
     ) -> None:
         """Stage the inputs, launch on states that are on the device, copy o out."""

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any
 
 
 @cache
@@ -39,11 +38,11 @@ class Struct:
         self.size = self._packer.size
         self._names = {name for _, name, _ in members}
 
-    def pack(self, values: Mapping[str, Any]) -> bytes:
+    def pack(self, values: Mapping[str, object]) -> bytes:
         """The bytes of a struct. Members without a value are zero; a value without a member is an error."""
         if unknown := values.keys() - self._names:
             raise KeyError(f"no member {', '.join(sorted(unknown))}")
-        flat: list[Any] = []
+        flat: list[object] = []
         for _, name, n in self.members:
             value = values.get(name, (0,) * n)
             flat += value if isinstance(value, (tuple, list)) else (value,)

@@ -27,6 +27,8 @@ from ..accepts import EITHER, RULE_CALLS, TORCH
 from .launch import ARRAYS, MAX_K, Launches, chunks_fit
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
 _INPUTS = (
@@ -48,12 +50,12 @@ _DENSE = ("q", "k", "v", "g")
 CHUNK_ENV = "ANYDELTA_METAL_CHUNK"
 """1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
 
-_emulator: Any = None
-_libraries: dict[tuple[Any, str], Any] = {}
+_emulator: ModuleType | None = None
+_libraries: dict[tuple[ModuleType, str], Any] = {}
 
 
 @contextmanager
-def emulated(host: Any) -> Iterator[None]:
+def emulated(host: ModuleType) -> Iterator[None]:
     """Inside, calls run on `host` instead of torch.mps, on tensors of the CPU: an object with `compile_shader`."""
     global _emulator
     before, _emulator = _emulator, host
@@ -65,7 +67,7 @@ def emulated(host: Any) -> Iterator[None]:
         plans.forget()
 
 
-def _host() -> Any:
+def _host() -> ModuleType:
     if _emulator is not None:
         return _emulator
     import torch.mps
@@ -133,7 +135,7 @@ class _Plan:
         return found
 
 
-_best: dict[tuple[Any, ...], bool] = {}
+_best: dict[tuple[object, ...], bool] = {}
 
 
 def _chosen(spec: CallSpec, call: Call) -> bool:
@@ -215,12 +217,12 @@ class Metal:
         device = Row(on, "takes tensors on mps; got device {where}")
         return RULE_CALLS.but(framework=TORCH, device=device, K=UpTo(MAX_K), snapshot_rows=EITHER)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         if _emulator is not None:
             return {"devices": "none: an emulator, on the CPU"}
         import torch
 
-        facts: dict[str, Any] = {"torch": torch.__version__, "macOS": platform.mac_ver()[0]}
+        facts: dict[str, object] = {"torch": torch.__version__, "macOS": platform.mac_ver()[0]}
         if name := getattr(torch.backends.mps, "get_name", None):
             facts["device"] = name()
         return facts
@@ -255,7 +257,7 @@ class Metal:
             kernel(list(launch.params), *arrays, threads=launch.threads, group_size=launch.group_size)
 
 
-def _needs_copy(name: str, x: Any, device: torch.device) -> bool:
+def _needs_copy(name: str, x: torch.Tensor, device: torch.device) -> bool:
     if x is None:
         return False
     if x.device != device or dtype_name(x) == "float64":
@@ -271,7 +273,7 @@ def _copied(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(dtype).to(device, non_blocking=True).contiguous()
 
 
-def _float32() -> Any:
+def _float32() -> torch.dtype:
     import torch
 
     return torch.float32

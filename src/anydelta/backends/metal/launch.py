@@ -9,7 +9,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from ...rule.arguments import Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
@@ -168,7 +167,7 @@ class Launches:
         yield self._launch("delta_rule", columns(spec.K), params, on, types, present)
 
     def _launch(
-        self, algorithm: str, width: int, params: dict[str, Any], on: dict[str, bool], types: dict[str, Any],
+        self, algorithm: str, width: int, params: dict[str, object], on: dict[str, bool], types: dict[str, int],
         present: dict[str, str | None],
     ) -> Launch:  # fmt: skip
         spec = self.spec

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,16 +24,21 @@ from ..accepts import FLOATS, RULE_CALLS
 from . import host as metal
 from .launch import ARRAYS, MAX_K, Launch, Launches, chunks_fit, text
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import mlx.core as mx
+
 _OUTPUTS = ("o", "state_out", "snapshots")
 _MIN_DEVICE = 8
 """MLX hands arrays of fewer elements over in constant memory, where the kernels do not look."""
 
-_emulator: Any = None
-_kernels: dict[tuple[Any, ...], Any] = {}
+_emulator: ModuleType | None = None
+_kernels: dict[tuple[object, ...], Any] = {}
 
 
 @contextmanager
-def emulated(host: Any) -> Iterator[None]:
+def emulated(host: ModuleType) -> Iterator[None]:
     """Inside, calls run on `host` instead of mx.fast, on arrays of the CPU: an object with `metal_kernel`."""
     global _emulator
     before, _emulator = _emulator, host
@@ -47,7 +52,7 @@ def emulated(host: Any) -> Iterator[None]:
 class _Plan:
     launch: Launch
     kernel: Any
-    params: Any
+    params: mx.array
     inputs: tuple[str, ...]
     """Those that the call has."""
     outputs: tuple[str, ...]
@@ -79,7 +84,7 @@ class MetalForMlx:
     def prepare(self, spec: CallSpec, call: Call) -> dict[bool, _Plan]:
         return {}  # by whether the prompt runs in chunks, made when first needed
 
-    def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[Any]:
+    def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[mx.array]:
         """o, then the final state and the snapshots where the call has them: arrays yet to be computed.
 
         `call.snapshots` holds what slots that are not written keep.
@@ -136,7 +141,7 @@ def _plan(spec: CallSpec, call: Call, chunked: bool) -> _Plan:
     return _Plan(launch, _kernels[key], mx.array(np.array(launch.params, np.int64)), inputs, outputs)
 
 
-def _kernel(host: Any, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+def _kernel(host: ModuleType, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
     """What mx.fast.metal_kernel makes of a launch's text."""
     lines = source.removesuffix(text("entry")).splitlines()
     includes = [line for line in lines if line.startswith("#include")]
@@ -167,7 +172,7 @@ def _kernel(host: Any, source: str, inputs: tuple[str, ...], outputs: tuple[str,
     )
 
 
-def _in_device_memory(x: Any) -> Any:
+def _in_device_memory(x: mx.array) -> mx.array:
     import mlx.core as mx
 
     if x.size >= _MIN_DEVICE:
@@ -175,7 +180,7 @@ def _in_device_memory(x: Any) -> Any:
     return mx.concatenate([x.reshape(-1), mx.zeros(_MIN_DEVICE - x.size, x.dtype)])
 
 
-def _written(spec: CallSpec, call: Call, new: Any) -> Any:
+def _written(spec: CallSpec, call: Call, new: mx.array) -> mx.array:
     """Slots that the kernel does not write hold what they held."""
     import mlx.core as mx
 

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from ..devices.cuts import CutDevice, CutRoster, cpu_columns, padded
 from ..devices.llvm import load_triton_first
 from ..devices.params import TYPE
 from ..devices.structs import PARAMS, source
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import pyopencl
+    import pyopencl.array as cl_array
 
 MEMORIES = ("address", "wrap", "copy")
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
@@ -37,7 +43,7 @@ def intel_runtime() -> Path | None:
 
 
 @cache
-def api() -> Any:
+def api() -> ModuleType:
     """pyopencl, with its drivers found: those of the system, and intel-opencl-rt.
 
     The loader looks for drivers once, in one folder. Unless OCL_ICD_VENDORS names it, that is one that we fill.
@@ -64,7 +70,7 @@ def api() -> Any:
 
 
 @cache
-def found() -> tuple[Any, ...]:
+def found() -> tuple[pyopencl.Device, ...]:
     """Every OpenCL device, GPUs first, and Intel's runtime before other CPU drivers."""
     cl = api()
     try:
@@ -79,27 +85,33 @@ def found() -> tuple[Any, ...]:
             continue  # a driver without a device
     kinds = (cl.device_type.GPU, cl.device_type.ACCELERATOR, cl.device_type.CPU)
 
-    def rank(device: Any) -> tuple[int, bool]:
+    def rank(device: pyopencl.Device) -> tuple[int, bool]:
         kind = next((i for i, k in enumerate(kinds) if device.type & k), len(kinds))
         return kind, "Intel" not in device.platform.name
 
     return tuple(sorted(out, key=rank))
 
 
-def label_of(device: Any) -> str:
+def label_of(device: pyopencl.Device) -> str:
     return f"{device.name.strip()} ({device.platform.name.strip()})"
 
 
 class _Buffer(Memory):
     """A cl.Buffer, or host memory that the device sees as it is (memory "address")."""
 
-    def __init__(self, device: OpenclDevice, nbytes: int, buffer: Any = None, block: Bytes | None = None):
+    def __init__(
+        self,
+        device: OpenclDevice,
+        nbytes: int,
+        buffer: pyopencl.Buffer | None = None,
+        block: Bytes | None = None,
+    ):
         self.device, self.nbytes, self.block = device, nbytes, block
         self._buffer = buffer
         self.address = 0 if block is None else int(block.__array_interface__["data"][0])
 
     @property
-    def buffer(self) -> Any:
+    def buffer(self) -> pyopencl.Buffer:
         """The memory as a cl.Buffer."""
         if self._buffer is None:
             cl = api()
@@ -169,7 +181,13 @@ class OpenclDevice(CutDevice):
         memory: how host arrays reach it, one of MEMORIES.
     """
 
-    def __init__(self, name: str, device: Any, context: Any = None, queue: Any = None):
+    def __init__(
+        self,
+        name: str,
+        device: pyopencl.Device,
+        context: pyopencl.Context | None = None,
+        queue: pyopencl.CommandQueue | None = None,
+    ):
         super().__init__(name, label_of(device))
         cl = api()
         self.cl_device = device
@@ -192,7 +210,7 @@ class OpenclDevice(CutDevice):
             and bool({"cl_khr_subgroup_shuffle", "cl_intel_subgroups"} & self.extensions)
         )  # fmt: skip
         self.settle(ways)
-        self.programs: dict[tuple[Variant, str], Any] = {}
+        self.programs: dict[tuple[Variant, str], pyopencl.Kernel] = {}
         self._pinned: _Pinned | None = None
 
     def kernels(self) -> list[str]:
@@ -211,7 +229,7 @@ class OpenclDevice(CutDevice):
         with self.driver():
             self.queue.finish()
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         d = self.cl_device
         return {
             "driver": f"{d.platform.name.strip()} {d.driver_version.strip()}",
@@ -264,7 +282,7 @@ class OpenclDevice(CutDevice):
             return ""
         return f"takes rows that fit into its driver's {local} bytes of local memory; got {need} for K = {spec.K}"
 
-    def program(self, cut: Variant, entry: str) -> Any:
+    def program(self, cut: Variant, entry: str) -> pyopencl.Kernel:
         """The kernel of a cut, built once: "by_address" or "by_buffer". pyopencl keeps the driver's binary on disk."""
         built = self.programs.get((cut, entry))
         if built is None:
@@ -355,7 +373,7 @@ def from_pyopencl(x: Any) -> DeviceArray:
     return DeviceArray(device, memory, tuple(x.shape), name, x.offset)
 
 
-def to_pyopencl(x: DeviceArray) -> Any:
+def to_pyopencl(x: DeviceArray) -> cl_array.Array:
     """A device array as a pyopencl array on the device's queue, without a copy.
 
     Raises:

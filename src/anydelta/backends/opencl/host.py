@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from ..devices.cuts import CutBackend, Packing, Plan, absent
 from ..devices.params import WRITTEN, address, skip, span
 from ..devices.structs import ARRAYS
 from .device import OpenclDevice, Variant, api, found, from_pyopencl, roster, to_pyopencl
+
+if TYPE_CHECKING:
+    import pyopencl as cl
 
 __all__ = ["BACKEND", "forced_isa", "from_pyopencl", "isas", "open_device", "to_pyopencl"]
 
@@ -63,14 +66,14 @@ class Opencl(CutBackend[OpenclDevice]):
         _RUNS[plan.memory](plan, spec, call, kernel, groups * cut.WG, cut.WG)
 
 
-def _run_address(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
+def _run_address(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: int, group: int) -> None:
     """The kernel reads and writes every array where it is."""
     at = [address(getattr(call, name)) for name in ARRAYS]
     _launch(plan.device, kernel, plan.params(at), (), size, group)
     plan.device.queue.finish()
 
 
-def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
+def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: int, group: int) -> None:
     """Buffers over the caller's memory; arrays that overlap (q, k, v of one tensor) share one."""
     cl, device = api(), plan.device
     flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
@@ -106,7 +109,7 @@ def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, gr
     device.queue.finish()
 
 
-def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: Any, size: int, group: int) -> None:
+def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: int, group: int) -> None:
     """Inputs cross in one transfer, packed, and so do results."""
     cl, device = api(), plan.device
     packing = Packing(spec, call)
@@ -147,7 +150,12 @@ _RUNS = {"address": _run_address, "wrap": _run_wrap, "copy": _run_copy}
 
 
 def _launch(
-    device: OpenclDevice, kernel: Any, params: bytes, buffers: Sequence[Any], size: int, group: int
+    device: OpenclDevice,
+    kernel: cl.Kernel,
+    params: bytes,
+    buffers: Sequence[cl.Buffer | None],
+    size: int,
+    group: int,
 ) -> None:
     kernel.set_arg(0, params)
     if buffers:

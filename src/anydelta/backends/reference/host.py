@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Reference:
     def available(self) -> Sequence[Rejected]:
         return ()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"runs": "NumPy in float64; torch on any device, differentiable"}
 
     def prepare(self, spec: CallSpec, call: Call) -> None:
@@ -56,7 +56,7 @@ class Reference:
 
 
 def _run_numpy(spec: CallSpec, call: Call) -> None:
-    def f64(x: Array) -> Any:
+    def f64(x: Array) -> Array:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     want = reference.gated_delta_rule(

@@ -55,7 +55,7 @@ class ComposedMixer:
 
 
 def _run_numpy(spec: MixerSpec, call: MixerCall) -> None:
-    def f64(x: Array) -> Any:
+    def f64(x: Array) -> Array:
         return None if x is None else np.asarray(x).astype(np.float64)
 
     q, k, v = (f64(x) for x in parts(call, spec))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from ..devices.params import ITEMSIZE, TYPE, dense_strides
 from ..devices.structs import PARAMS, source
 from ..opencl.device import intel_runtime
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
 MEMORIES = ("address", "copy")
 _ROWS = (32, 64, 128, 256)
 """Head sizes K that the kernel is built for, beyond them multiples of 64; the rows between K and the next are zeros."""
@@ -30,7 +33,7 @@ _FLUSH = ["-Xs", "-cl-denorms-are-zero"]
 
 
 @cache
-def host() -> Any:
+def host() -> ModuleType:
     """anydelta._sycl. The environment must be complete before the runtime is loaded."""
     if library := intel_runtime():  # or the runtime finds whatever OpenCL driver the system has
         os.environ.setdefault("OCL_ICD_FILENAMES", str(library))
@@ -39,7 +42,7 @@ def host() -> Any:
 
 
 @cache
-def found() -> tuple[tuple[int, dict[str, Any]], ...]:
+def found() -> tuple[tuple[int, dict[str, object]], ...]:
     """(number in the runtime's list, facts) of the devices that can run, GPUs first."""
     devices = [(i, d) for i, d in enumerate(host().devices()) if d["compiles"] and not _refusal(d)]
     return tuple(sorted(devices, key=lambda item: not item[1]["gpu"]))
@@ -152,7 +155,7 @@ class SyclDevice(CutDevice):
         """
         return ["chunks", "columns", "subgroups"] if self.is_cpu else ["subgroups", "columns"]
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         f = self.facts
         return {
             "driver": f["driver"],
@@ -216,7 +219,7 @@ class _Foreign(Memory):
 
     write, read, _copy, zero, copy_from = _Usm.write, _Usm.read, _Usm._copy, _Usm.zero, _Usm.copy_from
 
-    def __init__(self, device: SyclDevice, pointer: int, nbytes: int, owner: Any):
+    def __init__(self, device: SyclDevice, pointer: int, nbytes: int, owner: object):
         self.device, self.address, self.nbytes, self.owner = device, pointer, nbytes, owner
 
 
@@ -270,7 +273,7 @@ class UsmView:
         self.array = x
 
     @property
-    def __sycl_usm_array_interface__(self) -> dict[str, Any]:
+    def __sycl_usm_array_interface__(self) -> dict[str, object]:
         x = self.array
         assert isinstance(x.device, SyclDevice)
         return {
@@ -303,7 +306,7 @@ class _DLTensor(ctypes.Structure):
     )  # fmt: skip
 
 
-def _dlpack(capsule: Any) -> tuple[int, tuple[int, ...], bool, int]:
+def _dlpack(capsule: object) -> tuple[int, tuple[int, ...], bool, int]:
     """(address, shape, whether C-contiguous, bytes of an element). The capsule is not consumed: x owns the memory."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

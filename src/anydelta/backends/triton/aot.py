@@ -222,7 +222,7 @@ def launch_of(call: KernelCall) -> dict[str, int]:
 def source_of(call: KernelCall) -> ASTSource:
     """What Triton's just-in-time compiler would compile for these arguments."""
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    constants: dict[str, object] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     aligned = [["tt.divisibility", 16]]
     for i, parameter in enumerate(call.kernel.params):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from . import tables
 
@@ -130,7 +129,7 @@ def choose(
     """
     config = heuristic(machine, K=K, V=V, kda=kda, dtype=dtype, programs=programs)
     known = tables.rows(machine.arch)
-    launch: dict[str, Any] = {}
+    launch: dict[str, int] = {}
     if known:
         for kernel in tables.FIELDS:
             names = tables.keys(kernel, tokens=tokens, heads=programs, K=K, V=V, kda=kda, dtype=dtype)

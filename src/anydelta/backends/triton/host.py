@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.accepts import Accepts, Row, UpTo
 from ...core.dispatch import Rejected
@@ -97,8 +97,8 @@ class Triton:
             rules=(_norms_have_gradients, _erase_has_no_gradient),
         )
 
-    def describe(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"triton": importlib.metadata.version("triton")}
+    def describe(self) -> dict[str, object]:
+        facts: dict[str, object] = {"triton": importlib.metadata.version("triton")}
         if found := sorted(folder.glob("*.json")) if (folder := tables.user_folder()) else []:
             facts["tables"] = [str(path) for path in found]
         if interpreted():
@@ -163,17 +163,17 @@ def _erase_has_no_gradient(spec: CallSpec) -> str:
     return "takes beta for gradients; got erase" if "erase" in spec.given else ""
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     if device.type == "cpu":
         return nullcontext()
     import torch
 
-    current: AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    current: AbstractContextManager[object] = getattr(torch, device.type).device(device)
     return current
 
 
-def needs_copy(name: str, x: Any, device: torch.device) -> bool:
+def needs_copy(name: str, x: torch.Tensor | None, device: torch.device) -> bool:
     if x is None:
         return False
     if name in TOKENS:

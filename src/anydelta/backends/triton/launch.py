@@ -23,7 +23,7 @@ COMPILER = {"enable_fp_fusion": True}
 """Said aloud, because Triton's default is about to change: products and sums become FMAs."""
 
 
-NO_NORM: Mapping[str, Any] = dict(
+NO_NORM: Mapping[str, object] = dict(
     z=None, norm_weight=None, plain=None, arrivals=None, norm_eps=0.0, z_b=0, z_t=0, z_g=0, DOUBLE=False, GATE="",
     Z_GROUP=1,
 )  # fmt: skip
@@ -96,10 +96,10 @@ class Launches:
     def recurrent(
         self,
         call: Call,
-        state: Any,
+        state: torch.Tensor | None,
         *,
         tail: bool,
-        norm: Mapping[str, Any] = NO_NORM,
+        norm: Mapping[str, object] = NO_NORM,
         carry: tuple[int, ...] | None = None,
         dense: bool = False,
     ) -> KernelCall:
@@ -120,7 +120,9 @@ class Launches:
         grid = spec.N * spec.HV * -(-spec.V // config.BV)
         return KernelCall(recurrent.recurrent, grid, args, config.warps)
 
-    def _chunks(self, call: Call, out: Any, strides: tuple[int, ...], *, pool: bool) -> Iterator[KernelCall]:
+    def _chunks(
+        self, call: Call, out: torch.Tensor | None, strides: tuple[int, ...], *, pool: bool
+    ) -> Iterator[KernelCall]:
         spec, config = self.spec, self.config
         scratch = Scratch(spec, call, config.chunk)
         yield from self.prepare(call, scratch)
@@ -172,7 +174,7 @@ class Launches:
         )  # fmt: skip
         yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
 
-    def scan_args(self, call: Call, scratch: Scratch) -> dict[str, Any]:
+    def scan_args(self, call: Call, scratch: Scratch) -> dict[str, object]:
         """The arguments of `scan`, but for what it writes beside o."""
         spec, config, inputs = self.spec, self.config, self.inputs
         return dict(
@@ -195,7 +197,7 @@ class Scratch:
         self.slots = spec.T // C + spec.N if spec.packed else spec.N * -(-spec.T // C)
         self.exact = spec.dtype == "bfloat16" and not spec.kda
         heads = (self.slots, spec.HV)
-        self.found: Any = None
+        self.found: torch.Tensor | None = None
         self.ready = self.ready_last = None
         if not self.exact:
             self.ready = call.q.new_empty((*heads, 6, C, spec.K), dtype=torch.bfloat16)
@@ -212,7 +214,7 @@ def chunked(spec: CallSpec, config: Config) -> bool:
     return tokens - min(spec.snapshots, tokens) > config.short
 
 
-def _heads(x: Any) -> int:
+def _heads(x: torch.Tensor) -> int:
     return 0 if x is None else int(x.shape[2])
 
 
@@ -222,7 +224,7 @@ def products_fit(spec: CallSpec) -> bool:
     return spec.kda or not spec.options.qk_l2norm or spec.options.qk_l2norm_eps >= 2.0**-90
 
 
-def _shared(call: Call) -> dict[str, Any]:
+def _shared(call: Call) -> dict[str, object]:
     """The small arrays, by their names in the kernels. Booleans are read as bytes."""
     return dict(
         A_log=call.A_log, dt_bias=call.dt_bias,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.accepts import Accepts, Row, UpTo
 from ...core.late import late
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from . import interpreter, launch
     from . import mixer_kernels as mixer
+    from .config import Machine
 else:
     interpreter, launch, mixer = (
         late(f"anydelta.backends.triton.{name}") for name in ("interpreter", "launch", "mixer_kernels")
@@ -78,7 +79,9 @@ class TritonMixer:
                 kernel_call.run()
 
 
-def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iterator[launch.KernelCall]:
+def calls(
+    spec: MixerSpec, call: MixerCall, state_in: torch.Tensor, machine: Machine
+) -> Iterator[launch.KernelCall]:
     """The launches in their order."""
     import torch
 
@@ -133,11 +136,11 @@ def calls(spec: MixerSpec, call: MixerCall, state_in: Any, machine: Any) -> Iter
 
 
 def _convolutions(
-    spec: MixerSpec, call: MixerCall, y: Any, arrivals: Any, *, walk: bool
+    spec: MixerSpec, call: MixerCall, y: torch.Tensor, arrivals: torch.Tensor | None, *, walk: bool
 ) -> Iterator[launch.KernelCall]:
     r = spec.rule
     key, values = r.H * r.K, r.HV * r.V
-    parts: tuple[tuple[Any, int, int], ...]
+    parts: tuple[tuple[torch.Tensor, int, int], ...]
     if spec.split:
         parts = ((call.qkv, r.K, r.H), (call.k, r.K, r.H), (call.v, r.V, r.HV))
     else:
@@ -146,7 +149,7 @@ def _convolutions(
             (call.qkv[..., ends[i] : ends[i + 1]], width, heads)
             for i, (width, heads) in enumerate(((r.K, r.H), (r.K, r.H), (r.V, r.HV)))
         )
-    args: dict[str, Any] = {}
+    args: dict[str, object] = {}
     for name, (x, width, heads) in zip("qkv", parts, strict=True):
         args[name], strides, group = _heads(x, width, heads)
         args |= dict(zip((f"{name}_b", f"{name}_t", f"{name}_g"), strides, strict=True))
@@ -178,7 +181,7 @@ def _slots(r: CallSpec, tile: int) -> int:
     return r.T // tile + r.N if r.packed else r.N * -(-r.T // tile)
 
 
-def _heads(x: Any, width: int, heads: int) -> tuple[Any, tuple[int, int, int], int]:
+def _heads(x: torch.Tensor, width: int, heads: int) -> tuple[torch.Tensor, tuple[int, int, int], int]:
     """(x, strides of batch, token and group, heads of a group)."""
     if x is None:
         return None, (0, 0, 0), 1

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import vulkan as vk
@@ -59,7 +58,7 @@ def shader(name: str) -> bytes | None:
 
 
 @cache
-def instance() -> Any:
+def instance() -> object:
     """The Vulkan instance of this process. Raises what the loader raises."""
     try:
         version = vk.vkEnumerateInstanceVersion()
@@ -88,14 +87,14 @@ def instance() -> Any:
 _devices: list[VulkanDevice] = []
 
 
-def _close(made: Any) -> None:
+def _close(made: object) -> None:
     for device in _devices:
         device.close()
     vk.vkDestroyInstance(made, None)
 
 
 @cache
-def physical_devices() -> list[Any]:
+def physical_devices() -> list[object]:
     """Those that can compute, GPUs before CPU drivers."""
     order = list(_TYPES)
     found = [
@@ -115,7 +114,7 @@ def physical_devices() -> list[Any]:
 class Facts:
     """What a physical device can do, as queried."""
 
-    def __init__(self, physical: Any):
+    def __init__(self, physical: object):
         ffi = vk.ffi
         self.physical = physical
         subgroup = ffi.new("VkPhysicalDeviceSubgroupProperties*")
@@ -186,7 +185,7 @@ class Facts:
                 return i
         return None
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         return {
             "name": self.name, "type": self.type, "api": self.api, "memory": self.memory, "unified": self.unified,
             "max_array": self.max_range, "shared_memory": self.max_shared,
@@ -293,7 +292,7 @@ class Launch:
 
     __slots__ = ("command", "pool", "serials", "submit")
 
-    def __init__(self, pool: Any, command: Any, serials: frozenset[int]):
+    def __init__(self, pool: object, command: object, serials: frozenset[int]):
         self.pool, self.command, self.serials = pool, command, serials
         self.submit = vk.VkSubmitInfo(pCommandBuffers=[command])
 
@@ -310,7 +309,7 @@ class VulkanDevice(Device):
         self.memories: weakref.WeakSet[VulkanMemory] = weakref.WeakSet()
         self.unified = facts.unified and os.environ.get("ANYDELTA_VULKAN_COPY") != "1"
         """False: copy between staging and device-local memory. The variable lets a test take that path anywhere."""
-        self.handle: Any = None
+        self.handle: object = None
         self.inputs: VulkanMemory | None = None
         self.outputs: VulkanMemory | None = None
         self.local_inputs: VulkanMemory | None = None
@@ -318,10 +317,10 @@ class VulkanDevice(Device):
         self.generation = 0
         """Counts how often the staging buffers were made anew: recordings of an earlier one are void."""
         self.launches: Launches[Launch] = Launches(self._drop)
-        self.best_chunk: dict[Any, int] = {}
+        self.best_chunk: dict[tuple[object, ...], int] = {}
         """What vulkan.py measured."""
-        self._pipelines: dict[Any, Any] = {}
-        self._modules: dict[str, Any] = {}
+        self._pipelines: dict[object, object] = {}
+        self._modules: dict[str, object] = {}
         self._open()
         _devices.append(self)
 
@@ -405,7 +404,7 @@ class VulkanDevice(Device):
         with self.lock:
             return VulkanMemory(self, -(-nbytes // 4) * 4, flags=local, what=f"an array of {nbytes} bytes")
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         return self.facts.limits()
 
     def reserve(self, nbytes_in: int, nbytes_out: int) -> None:
@@ -447,7 +446,7 @@ class VulkanDevice(Device):
 
     # ---- commands --------------------------------------------------------------------------------------------------
 
-    def record(self, write: Callable[[Any], None], *, once: bool = False) -> Any:
+    def record(self, write: Callable[[object], None], *, once: bool = False) -> object:
         """A command buffer with what `write` puts into it."""
         command = vk.vkAllocateCommandBuffers(
             self.handle,
@@ -462,14 +461,14 @@ class VulkanDevice(Device):
         vk.vkEndCommandBuffer(command)
         return command
 
-    def submit(self, info: Any, what: str) -> None:
+    def submit(self, info: object, what: str) -> None:
         """Submit and wait. If the device is lost on the way, every state is void."""
         with driver_errors(self, what):
             vk.vkQueueSubmit(self.queue, 1, info, self.fence)
             vk.vkWaitForFences(self.handle, 1, self._fences, 1, FOREVER)
             vk.vkResetFences(self.handle, 1, self._fences)
 
-    def run_once(self, write: Callable[[Any], None], what: str) -> None:
+    def run_once(self, write: Callable[[object], None], what: str) -> None:
         with self.lock:
             command = self.record(write, once=True)
             try:
@@ -488,7 +487,7 @@ class VulkanDevice(Device):
 
     def descriptors(
         self, bindings: Sequence[Sequence[tuple[VulkanMemory, int, int]]]
-    ) -> tuple[Any, list[Any]]:
+    ) -> tuple[object, list[object]]:
         """(pool, sets): one set per row of (memory, offset, bytes)."""
         d = self.handle
         size = vk.VkDescriptorPoolSize(
@@ -521,14 +520,14 @@ class VulkanDevice(Device):
         nbytes = min(-(-(rest + array.nbytes) // 4) * 4, memory.nbytes - start)
         return (memory, start, max(nbytes, 4)), rest // (2 if array.dtype == "bfloat16" else 4)
 
-    def pipeline(self, name: str, invocations: int, subgroup: bool, constants: tuple[int, ...]) -> Any:
+    def pipeline(self, name: str, invocations: int, subgroup: bool, constants: tuple[int, ...]) -> object:
         """A compute pipeline; `constants` are the specialisation constants after the workgroup size."""
         key = (name, invocations, subgroup, constants)
         if key not in self._pipelines:
             self._pipelines[key] = self._compile(name, subgroup, (invocations, *constants))
         return self._pipelines[key]
 
-    def _compile(self, name: str, subgroup: bool, constants: tuple[int, ...]) -> Any:
+    def _compile(self, name: str, subgroup: bool, constants: tuple[int, ...]) -> object:
         if name not in self._modules:
             code = shader(name)
             assert code is not None, name
@@ -554,13 +553,13 @@ class VulkanDevice(Device):
             return vk.vkCreateComputePipelines(self.handle, self.pipeline_cache, 1, [info], None)[0]
 
 
-def _copy(source: tuple[Any, int], target: tuple[Any, int], nbytes: int, command: Any) -> None:
+def _copy(source: tuple[object, int], target: tuple[object, int], nbytes: int, command: object) -> None:
     """Record a copy between two (buffer, offset)."""
     region = vk.VkBufferCopy(srcOffset=source[1], dstOffset=target[1], size=nbytes)
     vk.vkCmdCopyBuffer(command, source[0], target[0], 1, [region])
 
 
-def barrier(command: Any, stage: int, access: int) -> None:
+def barrier(command: object, stage: int, access: int) -> None:
     """Whatever was written before is visible to `access` in `stage`."""
     written = vk.VK_ACCESS_SHADER_WRITE_BIT | vk.VK_ACCESS_TRANSFER_WRITE_BIT
     before = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | vk.VK_PIPELINE_STAGE_TRANSFER_BIT

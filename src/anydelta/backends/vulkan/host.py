@@ -27,6 +27,7 @@ from ..devices.structs import VULKAN_FLAGS
 
 if TYPE_CHECKING:
     from . import device as driver
+    from .device import VulkanDevice
 else:
     driver = late("anydelta.backends.vulkan.device")
 
@@ -43,7 +44,7 @@ CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
 _serials = count()
 
 
-roster: Roster[Any] = Roster(
+roster: Roster[VulkanDevice] = Roster(
     "vulkan",
     "Vulkan",
     labels=lambda: [f"({driver.Facts(p).name})" for p in driver.physical_devices()],
@@ -175,12 +176,12 @@ class Vulkan(StagedBackend):
             f"{' and '.join(sorted(halves))}"
         )
 
-    def rows(self, device: Any, K: int) -> tuple[int, int]:
+    def rows(self, device: VulkanDevice, K: int) -> tuple[int, int]:
         groups = -(-K // 4)
         lanes = lanes_of(groups, device.facts.subgroup or 32, device.facts.type == "CPU")
         return lanes, 4 * lanes * -(-groups // lanes)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {f"vulkan:{i}": driver.Facts(p).limits() for i, p in enumerate(driver.physical_devices())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
@@ -267,7 +268,7 @@ def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
         )
     pool, sets = device.descriptors(rows)
 
-    def write(cb: Any) -> None:
+    def write(cb: object) -> None:
         compute = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT
         if not device.unified:
             region = vk.VkBufferCopy(srcOffset=0, dstOffset=0, size=layout.nbytes_in)

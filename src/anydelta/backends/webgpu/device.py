@@ -35,7 +35,7 @@ _serials = count()
 
 
 @cache
-def adapters() -> list[Any]:
+def adapters() -> list[wgpu.GPUAdapter]:
     """GPUs before CPU drivers; OpenGL, which shows the same hardware again with fewer features, is left out."""
     load_triton_first()
     order = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
@@ -46,7 +46,7 @@ def adapters() -> list[Any]:
     return sorted(found, key=lambda a: rank.get(a.info["adapter_type"], 2))
 
 
-def limits_of(adapter: Any) -> dict[str, Any]:
+def limits_of(adapter: wgpu.GPUAdapter) -> dict[str, object]:
     info, limits = adapter.info, adapter.limits
     return {
         "name": info["device"], "type": info["adapter_type"], "driver": info["backend_type"],
@@ -64,7 +64,7 @@ class WebGPUMemory(Memory):
             self.buffer = device.handle.create_buffer(size=nbytes, usage=usage)
 
     @property
-    def native(self) -> Any:
+    def native(self) -> object:
         """wgpu-native's handle."""
         return self.buffer._internal
 
@@ -100,7 +100,12 @@ class Launch:
     __slots__ = ("grid", "group", "pipeline", "serials", "uniforms")
 
     def __init__(
-        self, pipeline: Any, group: Any, grid: tuple[int, int, int], serials: frozenset[int], uniforms: Bytes
+        self,
+        pipeline: wgpu.GPUComputePipeline,
+        group: wgpu.GPUBindGroup,
+        grid: tuple[int, int, int],
+        serials: frozenset[int],
+        uniforms: Bytes,
     ):
         self.pipeline, self.group, self.grid = pipeline, group, grid
         self.serials, self.uniforms = serials, uniforms
@@ -109,7 +114,7 @@ class Launch:
 class WebGPUDevice(Device):
     """One adapter's device and queue, used by one thread at a time. `copies`: as if memory were not unified (tests)."""
 
-    def __init__(self, index: int, adapter: Any, *, copies: bool = False):
+    def __init__(self, index: int, adapter: wgpu.GPUAdapter, *, copies: bool = False):
         info = adapter.info
         super().__init__(
             f"webgpu:{index}", f"{info['device']} ({info['adapter_type']}, {info['backend_type']})"
@@ -130,7 +135,7 @@ class WebGPUDevice(Device):
         )
         self.alignment = int(self.handle.limits["min-storage-buffer-offset-alignment"])
         self.max_groups = (int(self.handle.limits["max-compute-workgroups-per-dimension"]),) * 3
-        self._pipelines: dict[Any, Any] = {}
+        self._pipelines: dict[object, object] = {}
         self.inputs: WebGPUMemory | None = None
         self.outputs: WebGPUMemory | None = None
         self.readback: WebGPUMemory | None = None
@@ -138,7 +143,7 @@ class WebGPUDevice(Device):
         """Bound where a call has no snapshots."""
         self._calls = _Calls(self.handle, self.unified)
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, object]:
         return limits_of(self.adapter)
 
     @contextmanager
@@ -167,7 +172,7 @@ class WebGPUDevice(Device):
         with self.lock:
             self.launches.forget(serial)
 
-    def encoded(self, write: Callable[[Any], None]) -> None:
+    def encoded(self, write: Callable[[wgpu.GPUCommandEncoder], None]) -> None:
         """Submit what `write` encodes."""
         with self.lock, self.guarded("running commands"):
             encoder = self.handle.create_command_encoder()
@@ -195,7 +200,7 @@ class WebGPUDevice(Device):
             with self.guarded("mapping a call's inputs"):
                 self._calls.use(self.inputs, self.outputs, self.readback)
 
-    def pipeline(self, lanes: int, rows4: int, kda: bool, dtype: int) -> Any:
+    def pipeline(self, lanes: int, rows4: int, kda: bool, dtype: int) -> wgpu.GPUComputePipeline:
         subgroup = 1 < lanes <= self.subgroup
         key = (lanes, rows4, kda, dtype, subgroup)
         if key not in self._pipelines:
@@ -220,7 +225,7 @@ class WebGPUDevice(Device):
                 )
         return self._pipelines[key]
 
-    def bound(self, array: DeviceArray) -> tuple[dict[str, Any], int]:
+    def bound(self, array: DeviceArray) -> tuple[dict[str, object], int]:
         """(a binding of the array, its first element behind the binding's offset)."""
         memory = array.memory
         assert isinstance(memory, WebGPUMemory)
@@ -229,7 +234,9 @@ class WebGPUDevice(Device):
         nbytes = min(max(rest + array.nbytes, 4), memory.nbytes - start)
         return {"buffer": memory.buffer, "offset": start, "size": nbytes}, rest // 4
 
-    def bind(self, pipeline: Any, resources: Sequence[dict[str, Any]]) -> Any:
+    def bind(
+        self, pipeline: wgpu.GPUComputePipeline, resources: Sequence[dict[str, object]]
+    ) -> wgpu.GPUBindGroup:
         entries = [{"binding": i, "resource": r} for i, r in enumerate(resources)]
         with self.guarded("binding a call's arrays"):
             return self.handle.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
@@ -254,12 +261,12 @@ class _Calls:
     go through the queue, and o is copied to `readback`.
     """
 
-    def __init__(self, handle: Any, unified: bool):
+    def __init__(self, handle: wgpu.GPUDevice, unified: bool):
         self.device, self.queue, self.unified = handle._internal, handle.queue._internal, unified
-        self.inputs: Any = None
+        self.inputs: wgpu.GPUBuffer | None = None
         self.inputs_size = 0
-        self.outputs: Any = None
-        self.readback: Any = None
+        self.outputs: wgpu.GPUBuffer | None = None
+        self.readback: wgpu.GPUBuffer | None = None
         self.encoder = ffi.new("WGPUCommandEncoderDescriptor *")
         self.compute = ffi.new("WGPUComputePassDescriptor *")
         self.finish = ffi.new("WGPUCommandBufferDescriptor *")
@@ -268,13 +275,13 @@ class _Calls:
         self.pending = 0
 
         @ffi.callback("WGPUBufferMapCallback")  # type: ignore[untyped-decorator]
-        def mapped(status: int, message: Any, _first: Any, _second: Any) -> None:
+        def mapped(status: int, message: object, _first: object, _second: object) -> None:
             self.pending -= 1
             if status != lib.WGPUMapAsyncStatus_Success:
                 self.errors.append(wgpu.GPUInternalError(_text(message)))
 
         @ffi.callback("WGPUPopErrorScopeCallback")  # type: ignore[untyped-decorator]
-        def popped(_status: int, kind: int, message: Any, _first: Any, _second: Any) -> None:
+        def popped(_status: int, kind: int, message: object, _first: object, _second: object) -> None:
             if kind != lib.WGPUErrorType_NoError:
                 self.errors.append(_ERRORS.get(kind, wgpu.GPUInternalError)(_text(message)))
 
@@ -333,7 +340,7 @@ class _Calls:
         start = lib.wgpuBufferGetConstMappedRange(self.readback, 0, nbytes)
         return np.frombuffer(ffi.buffer(start, nbytes), np.uint8)
 
-    def _map_async(self, buffer: Any, mode: int, nbytes: int) -> None:
+    def _map_async(self, buffer: wgpu.GPUBuffer, mode: int, nbytes: int) -> None:
         self.pending += 1
         lib.wgpuBufferMapAsync(buffer, mode, 0, nbytes, self._map[0])
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.accepts import Accepts
-from ...core.devices import DeviceArray
 from ...core.dispatch import Rejected
 from ...core.late import late
 from ...rule.arguments import Call
@@ -25,13 +24,14 @@ from ..devices.structs import WEBGPU_FLAGS
 
 if TYPE_CHECKING:
     from . import device as driver
+    from .device import Launch, WebGPUDevice
 else:
     driver = late("anydelta.backends.webgpu.device")
 
 _serials = count()
 
 
-roster: Roster[Any] = Roster(
+roster: Roster[WebGPUDevice] = Roster(
     "webgpu",
     "WebGPU",
     labels=lambda: [f"({a.info['device']})" for a in driver.adapters()],
@@ -80,14 +80,14 @@ class WebGPU(StagedBackend):
     def accepts(self) -> Accepts:
         return super().accepts.but(rules=(_held_in_float32,))
 
-    def rows(self, device: Any, K: int) -> tuple[int, int]:
+    def rows(self, device: WebGPUDevice, K: int) -> tuple[int, int]:
         groups = -(-K // 4)
         lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
         while lanes < 32 and groups > 32 * lanes:  # more than the subgroup: through workgroup memory
             lanes *= 2
         return lanes, 4 * lanes * -(-groups // lanes)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {f"webgpu:{i}": driver.limits_of(a) for i, a in enumerate(driver.adapters())}
 
     def prepare(self, spec: CallSpec, call: Call) -> _Plan:
@@ -147,9 +147,7 @@ class WebGPU(StagedBackend):
         device.staged.from_device += layout.nbytes_out
 
 
-def _bind(
-    plan: _Plan, spec: CallSpec, state: DeviceArray, snapshots: DeviceArray | None, indexed: bool
-) -> Any:
+def _bind(plan: _Plan, spec: CallSpec, state: Any, snapshots: Any, indexed: bool) -> Launch:
     """Pipeline and bind group of a call on these states."""
     device, layout = plan.device, plan.layout
     state_at, first = device.bound(state)
@@ -167,7 +165,7 @@ def _bind(
     params = {"buffer": device.inputs.buffer, "offset": 0, "size": len(uniforms)}
     group = device.bind(pipeline, (inputs, inputs, outputs, state_at, snaps_at, params))
     grid = (-(-spec.V // (WORKGROUP // plan.lanes)), spec.HV, spec.N)
-    serials = frozenset(x.memory.serial for x in (state, snapshots) if x is not None)  # type: ignore[attr-defined]
+    serials = frozenset(x.memory.serial for x in (state, snapshots) if x is not None)
     return driver.Launch(pipeline, group, grid, serials, np.frombuffer(uniforms, np.uint8))
 
 

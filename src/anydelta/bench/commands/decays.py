@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from ... import gated_delta_mixer, gated_delta_rule
 from ...conformance.gates import model_gates
@@ -24,6 +25,13 @@ from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, check, interleave, part_of, torch_threads
 from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ...conformance.values import F64
+    from ...core.arrays import Array
+    from ..measure.cases import F32
 
 HEADS, D = 16, 128
 STRONG = {"initialised": "initialised", "trained": "trained", "g16": "-16", "g40": "-40", "faded": "faded"}
@@ -66,17 +74,17 @@ class DecaysRecord:
         }  # fmt: skip
 
 
-def _log_decays(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
+def _log_decays(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> F64:
     if kind in ("mild", "faded"):
         return rng.uniform(-0.5, -0.05, shape)
     return np.full(shape, float(kind)) if kind.startswith("-") else model_gates(kind, shape, rng).log()
 
 
-def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, Any]:
+def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, NDArray[np.floating]]:
     """The call's arguments. Only g and the state differ between the kinds."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, np.float32)
 
     size = 1e-39 if kind == "faded" else 1.0
@@ -92,7 +100,7 @@ def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, Any]:
     return {name: a.astype(np.float32) for name, a in x.items()}
 
 
-def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
+def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Array, Array]]:
     """The functional form, which begins each time from the same state. Returns (o, state)."""
     x = dict(x)
     state = x.pop("state")
@@ -100,14 +108,14 @@ def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
         return partial(gated_delta_rule, **x, initial_state=state, qk_l2norm=True)
     qkv, conv = x.pop("qkv"), x.pop("conv_state")
 
-    def run() -> tuple[Any, Any]:
+    def run() -> tuple[Array, Array]:
         o, _, after = gated_delta_mixer(qkv, conv, state, **x, decay="log")
         return o, after
 
     return run
 
 
-def _exact(op: str, x: dict[str, Any]) -> tuple[Any, Any]:
+def _exact(op: str, x: Mapping[str, NDArray[np.floating]]) -> tuple[F64, F64 | None]:
     y: dict[str, Any] = {name: a.astype(np.float64) for name, a in x.items()}
     state = y.pop("state")
     if op == "rule":

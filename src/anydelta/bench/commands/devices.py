@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -26,6 +26,9 @@ from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, check, interleave, part_of
 from .options import Csv, Json, Md, Output, numbers, small
+
+if TYPE_CHECKING:
+    from ...core.arrays import Array
 
 KINDS = ("vulkan", "webgpu", "opencl", "sycl")
 SHAPES = {"tiny call": (1, 1, 1, 16), "decode step": (1, 16, 32, 128), "64 tokens": (64, 16, 32, 128)}
@@ -86,7 +89,7 @@ class Way:
             if before is not None:
                 os.environ[variable] = before
 
-    def state(self, K: int, HV: int) -> Any:
+    def state(self, K: int, HV: int) -> Array:
         shape = (1, HV, K, K)
         return self.device.zeros(shape) if self.resident else np.zeros(shape, np.float32)
 
@@ -143,7 +146,7 @@ def on_devices(
     field = [Way("cpu"), *(way for kind in kinds for way in ways(kind, cuts, bool(prompts)))]
     for i, (label, (T, H, HV, K)) in enumerate(calls.items()):
         x = _inputs(T, H, HV, K, kda)
-        runs: dict[str, Callable[[], Any]] = {}
+        runs: dict[str, Callable[[], object]] = {}
         found: dict[str, tuple[float, int]] = {}
         want: Any = None
         for way in field:

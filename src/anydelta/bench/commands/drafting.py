@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,11 @@ from ..measure import drafting_report as spec_report
 from ..measure import ops
 from ..measure.prompts import PROMPTS
 from .options import Csv, Json, Md, Output, Plot, checked, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
 
 
 def spec_command(
@@ -80,7 +85,11 @@ def spec_command(
 
 
 def _measure(
-    name: str | None, helper: str | None, prompts: dict[str, str], settings: spec.Settings, tell: Any
+    name: str | None,
+    helper: str | None,
+    prompts: dict[str, str],
+    settings: spec.Settings,
+    tell: Callable[[str, float], None],
 ) -> spec.Report:
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
     with quiet():
@@ -89,8 +98,9 @@ def _measure(
     opened = open_checkpoint(name or default_model(), "auto")
     other = open_checkpoint(helper, "auto") if helper else None
 
-    def encode(text: str) -> Any:
-        return opened.tokenizer(text, return_tensors="pt")["input_ids"].long()
+    def encode(text: str) -> torch.Tensor:
+        ids: torch.Tensor = opened.tokenizer(text, return_tensors="pt")["input_ids"]
+        return ids.long()
 
     report = spec.Report(ops.describe_machine(), Path(opened.name).name, settings)
     with refusing(ValueError):  # a model without such layers

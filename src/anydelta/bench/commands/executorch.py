@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -27,7 +27,14 @@ from ..measure.turns import Progress, bare_kernel, check, interleave, make_input
 from .options import Csv, Json, Md, Output, small
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
     from ...export import executorch
+    from ..measure.cases import F32
 else:
     executorch = late("anydelta.export.executorch")
 
@@ -89,7 +96,7 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
             case = f"T = {T}"
             x = make_inputs(T=T, HV=HEADS, D=HEAD)
             want = oracle(x)
-            again = oracle({**x, "state": want[1].astype(np.float32)})[0]
+            again = oracle({**x, "state": np.asarray(want[1], np.float32)})[0]
             programs, inputs = _programs(x, (1, longer))
             progress(f"{case}: lowering {len(programs)} programs", 0)
             loaded = Runtime.get().load_program(executorch.lower(programs).buffer)
@@ -103,7 +110,7 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
                 else:
                     o = got[0].transpose(1, 2) if name == "llama" else got[0]
                     errors[name] = check(f"{case}, {name}", (o, got[1]), want)
-            calls: dict[str, Any] = {
+            calls: dict[str, Callable[[], object]] = {
                 name: partial(methods[name].execute, inputs[name.rpartition("_")[0]]) for name in programs
             }
             errors |= _add_bare(calls, x, want)
@@ -149,7 +156,9 @@ BARE = {"bare_0": "bare kernel, aligned state", "bare_16": "bare kernel, state 1
 begins so has each vector of AVX-512 in two cache lines; `export.executorch.lower` plans around it."""
 
 
-def _add_bare(calls: dict[str, Any], x: dict[str, Any], want: tuple[Any, Any]) -> dict[str, float]:
+def _add_bare(
+    calls: dict[str, Callable[[], object]], x: Mapping[str, F32], want: Sequence[ArrayLike | None]
+) -> dict[str, float]:
     """Enter the kernel itself, in place, on states at both places; gives their errors."""
     import torch
 
@@ -166,7 +175,9 @@ def _add_bare(calls: dict[str, Any], x: dict[str, Any], want: tuple[Any, Any]) -
     return errors
 
 
-def _programs(x: dict[str, Any], counts: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def _programs(
+    x: Mapping[str, F32], counts: tuple[int, ...]
+) -> tuple[dict[str, torch.export.ExportedProgram], dict[str, list[torch.Tensor]]]:
     """Every operator as a program of each number of calls, NAME_COUNT, and the inputs of each operator."""
     import torch
 
@@ -176,9 +187,9 @@ def _programs(x: dict[str, Any], counts: tuple[int, ...]) -> tuple[dict[str, Any
             self.calls = calls
             self.register_buffer("state", torch.from_numpy(x["state"].copy()))
 
-        def forward(self, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
             for _ in range(self.calls):
-                o = gated_delta_rule_(q, k, v, self.state, g=g, beta=beta)
+                o: Tensor = gated_delta_rule_(q, k, v, self.state, g=g, beta=beta)
             return o
 
     class Functional(torch.nn.Module):
@@ -186,13 +197,17 @@ def _programs(x: dict[str, Any], counts: tuple[int, ...]) -> tuple[dict[str, Any
             super().__init__()
             self.calls = calls
 
-        def forward(self, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
+        def forward(
+            self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
             for _ in range(self.calls):
                 o, state = gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state)
             return o, state
 
     class Llama(Functional):
-        def forward(self, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
+        def forward(
+            self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
             for _ in range(self.calls):
                 o, state = torch.ops.llama.gated_delta_rule(q, k, v, g, beta, state)
             return o, state

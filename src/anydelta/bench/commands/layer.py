@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,11 @@ from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, interleave, torch_threads
 from .options import Csv, Json, Md, Output, small
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 HEADS, SIZE, HIDDEN = 16, 128, 1024
 ERROR = {"float32": 1e-4, "bfloat16": 0.05}
@@ -54,7 +59,7 @@ class LayerRecord:
         }  # fmt: skip
 
 
-def _layer(dtype: Any) -> tuple[Any, Any]:
+def _layer(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedConfig]:
     """(the layer with fixed projections, its configuration)."""
     import torch
     import transformers
@@ -65,7 +70,7 @@ def _layer(dtype: Any) -> tuple[Any, Any]:
 
         def __init__(self, width: int):
             super().__init__()
-            self.width, self.held = width, dict[Any, torch.Tensor]()
+            self.width, self.held = width, dict[tuple[int, ...], torch.Tensor]()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             shape = (*x.shape[:2], self.width)
@@ -85,7 +90,9 @@ def _layer(dtype: Any) -> tuple[Any, Any]:
     return layer, config
 
 
-def _step(layer: Any, config: Any, tokens: int, dtype: Any) -> Callable[[], Any]:
+def _step(
+    layer: nn.Module, config: PreTrainedConfig, tokens: int, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     """A prefill into a new cache, or, for one token, a decode step on a cache that has seen some."""
     import torch
     import transformers
@@ -115,7 +122,7 @@ def mixer_of_a_layer(
     settings = settings or Settings()
     title = f"A qwen3.5-0.8b layer without projections, {threads} threads"
     measured = Measured(title, describe_machine(), settings)
-    switches: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    switches: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "Transformers": plug.disable, "anydelta": plug.enable,
     }  # fmt: skip
     with torch_threads(threads), torch.no_grad():

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from ..measure.ops import Settings, describe_machine
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, interleave, part_of, torch_threads
 from .options import Csv, Json, Md, Output, numbers_of_threads, small
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES = ((6144, 1024), (2048, 1024), (1024, 2048), (3584, 1024), (3584, 1024), (1024, 3584))
 """[out, in] of the matrices: q k v, z, out; gate, up, down."""
@@ -48,12 +51,14 @@ class MatricesRecord:
         return {"dtype": self.dtype, "threads": str(self.threads), "way": self.way, "GB/s": rate}
 
 
-def _ways(weights: list[Any], rows: list[Any], notes: list[str]) -> dict[str, Callable[[], list[Any]]]:
+def _ways(
+    weights: list[torch.Tensor], rows: list[torch.Tensor], notes: list[str]
+) -> dict[str, Callable[[], list[torch.Tensor]]]:
     import torch
     import torch.nn.functional as F
 
     pairs = list(zip(weights, rows, strict=True))
-    ways: dict[str, Callable[[], list[Any]]] = {
+    ways: dict[str, Callable[[], list[torch.Tensor]]] = {
         "F.linear": lambda: [F.linear(x, w) for w, x in pairs],
         "torch.mv": lambda: [torch.mv(w, x[0]) for w, x in pairs],
         "read (sum)": lambda: [w.view(torch.int32).sum(dtype=torch.int32) for w in weights],

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from ..measure.small_report import Measured
 from ..measure.turns import Progress
 from .options import Csv, Json, Md, Output, small
 
+if TYPE_CHECKING:
+    from mlx.nn.layers.base import Module
+
 BASE = dict(
     vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, head_dim=64, rms_norm_eps=1e-6, max_position_embeddings=4096,
@@ -34,7 +37,7 @@ BASE = dict(
 GDN = dict(
     linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, full_attention_interval=2
 )
-CONFIGS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, object]] = {
     "qwen3_5": {**BASE, **GDN, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
     "qwen3_next": {
         **BASE, **GDN, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "num_experts": 0,
@@ -84,19 +87,19 @@ class MlxRecord:
         }  # fmt: skip
 
 
-def _model(family: str, dtype: str) -> Any:
+def _model(family: str, dtype: str) -> Module:
     import mlx.core as mx
 
     module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict({"model_type": family, **CONFIGS[family]}))
+    model: Module = module.Model(module.ModelArgs.from_dict({"model_type": family, **CONFIGS[family]}))
     model.set_dtype(getattr(mx, dtype))
     model.eval()
-    mx.eval(model.parameters())
+    mx.eval(model.parameters())  # type: ignore[no-untyped-call]
     return model
 
 
-def _inside(family: str, run: Callable[[], Any]) -> float:
+def _inside(family: str, run: Callable[[], object]) -> float:
     """Seconds in the family's gated_delta_update while `run` runs."""
     import mlx.core as mx
 
@@ -104,7 +107,7 @@ def _inside(family: str, run: Callable[[], Any]) -> float:
     function = module.gated_delta_update
     spent = 0.0
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(*args: object, **kwargs: object) -> object:
         nonlocal spent
         mx.eval([x for x in (*args, *kwargs.values()) if isinstance(x, mx.array)])
         start = time.perf_counter()
@@ -121,17 +124,17 @@ def _inside(family: str, run: Callable[[], Any]) -> float:
     return spent
 
 
-def _steps(model: Any, tokens: int) -> Callable[[], Callable[[], Any]]:
+def _steps(model: Module, tokens: int) -> Callable[[], Callable[[], object]]:
     """Makes what is timed: a prefill into a new cache, or, for one token, a decode step on a filled one."""
     import mlx.core as mx
 
     x = mx.random.randint(0, 256, (1, tokens), key=mx.random.key(0))
 
-    def prefill() -> Callable[[], Any]:
+    def prefill() -> Callable[[], object]:
         cache = model.make_cache()
         return lambda: mx.eval(model(x, cache=cache))
 
-    def decode() -> Callable[[], Any]:
+    def decode() -> Callable[[], object]:
         cache = model.make_cache()
         mx.eval(model(mx.concatenate([x] * 8, axis=1), cache=cache))
         step = lambda: mx.eval(model(x, cache=cache))  # noqa: E731
@@ -140,7 +143,7 @@ def _steps(model: Any, tokens: int) -> Callable[[], Callable[[], Any]]:
     return prefill if tokens > 1 else decode
 
 
-def _measure(family: str, dtype: str, tokens: int, rounds: int, model: Any) -> MlxRecord:
+def _measure(family: str, dtype: str, tokens: int, rounds: int, model: Module) -> MlxRecord:
     import mlx.core as mx
 
     x = mx.random.randint(0, 256, (1, tokens), key=mx.random.key(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,13 @@ from ..contenders import llama
 from ..measure import model, model_report, ops, presets
 from ..measure.runners import CompiledRunner, Test, TransformersRunner
 from .options import Csv, Json, Md, Output, Plot, checked, numbers_of_threads, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from ..measure.runners import Enabled, Runner
 
 LLAMA = "llama.cpp"
 PACKED = "packed"
@@ -103,7 +110,7 @@ def _measure(
     rounds: int,
     profile: bool,
     asked: list[str],
-    tell: Any,
+    tell: Callable[[str, float], None],
 ) -> model.Report:
     transformers = importlib.import_module("transformers")
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
@@ -146,7 +153,9 @@ def _measure(
     return report
 
 
-def _packed(built: Any, version: str, transformers: str, enabled: Any) -> list[Any]:
+def _packed(
+    built: PreTrainedModel, version: str, transformers: str, enabled: Enabled
+) -> list[TransformersRunner]:
     """Both again on weights that are packed for oneDNN: what torch's own linear layers leave on the table."""
     try:
         packed = plug.pack(built)
@@ -154,7 +163,7 @@ def _packed(built: Any, version: str, transformers: str, enabled: Any) -> list[A
         raise Refused(str(error)) from error
     packed.off()
 
-    def both(of: Any) -> Any:
+    def both(of: PreTrainedModel) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         stack.enter_context(packed)
         stack.enter_context(enabled(of))
@@ -172,8 +181,8 @@ def _llama(
     tests: tuple[Test, ...],
     report: model.Report,
     asked: bool,
-    tell: Any,
-) -> Any:
+    tell: Callable[[str, float], None],
+) -> Runner | None:
     """llama.cpp with this model, or None and the reason in the report; asked for by name, it must be there."""
     name = f"{LLAMA}, {built.name} {dtype}"
     if why := llama.missing(built):

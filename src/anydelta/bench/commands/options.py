@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from ...terminal import Failed, Refused, progress, refusing
 from ..measure import outputs, small_report
 from ..measure.contender import needs
 from ..measure.ops import Settings
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 FORMATS = {"json": ".json", "csv": ".csv", "md": ".md"}
 PLOTS = (".svg", ".png", ".pdf")
@@ -72,7 +75,9 @@ def check_writable(path: Path) -> None:
             path.unlink()
 
 
-def show(printers: Any, report: Any, form: str | None, output: Path | None, plot: Path | None = None) -> None:
+def show(
+    printers: ModuleType, report: Any, form: str | None, output: Path | None, plot: Path | None = None
+) -> None:
     """Print the report, or write it and print the table; then draw it.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from ..measure import drafting as spec
 from ..measure import ops, prefix, prefix_report
 from ..measure.prompts import PROMPTS
 from .options import Csv, Json, Md, Output, checked, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def prefix_command(
@@ -65,7 +68,7 @@ def prefix_command(
         raise typer.Exit(1)
 
 
-def _measure(name: str | None, settings: prefix.Settings, tell: Any) -> spec.Report:
+def _measure(name: str | None, settings: prefix.Settings, tell: Callable[[str, float], None]) -> spec.Report:
     importlib.import_module("transformers.utils.logging").set_verbosity_error()
     with quiet():
         enabled = with_anydelta().context  # says at once if this Transformers is not supported

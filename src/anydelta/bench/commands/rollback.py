@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -27,6 +27,9 @@ from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, torch_threads
 from .options import Csv, Json, Md, Output, small
+
+if TYPE_CHECKING:
+    from ...core.arrays import Array
 
 STEPS = 16
 """Steps in a row, whose mean is a round's time: a log folds once in several of them."""
@@ -87,7 +90,7 @@ class _Model:
         pool.new()
         return pool
 
-    def step(self, pool: StatePool, T: int, *, record: bool = True) -> Any:
+    def step(self, pool: StatePool, T: int, *, record: bool = True) -> Array:
         pool.begin(T, record=record)
         o, args = None, self.first[T]
         for layer in range(self.layers):

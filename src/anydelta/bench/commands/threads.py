@@ -125,7 +125,7 @@ def shared_threads(
 
 
 def _take_turns(
-    matmul: Callable[[], Any], op: Callable[[], Any], settings: Settings, progress: Progress
+    matmul: Callable[[], object], op: Callable[[], object], settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     def both() -> None:
         matmul()

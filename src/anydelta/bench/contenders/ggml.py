@@ -48,7 +48,7 @@ class _Plan(C.Structure):
 
 
 _P = C.c_void_p
-_BASE: dict[str, tuple[Any, ...]] = {
+_BASE: dict[str, tuple[type | None, ...]] = {
     "ggml_init": (_P, _InitParams),
     "ggml_free": (None, _P),
     "ggml_new_tensor_4d": (_P, _P, C.c_int, *[C.c_int64] * 4),
@@ -68,7 +68,7 @@ _BASE: dict[str, tuple[Any, ...]] = {
     "ggml_threadpool_params_init": (None, _P, C.c_int),
     "ggml_version": (C.c_char_p,),
 }
-_CPU: dict[str, tuple[Any, ...]] = {
+_CPU: dict[str, tuple[type | None, ...]] = {
     "ggml_backend_cpu_init": (_P,),
     "ggml_graph_plan": (_Plan, _P, C.c_int, _P),
     "ggml_graph_compute": (C.c_int, _P, _P),

@@ -13,13 +13,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..measure.cases import F32
 from ..measure.contender import needs, package_version
 from ..measure.presets import Built
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5MLP
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+
+    from ...integrations.transformers.families import LinearAttention
 
 ARCHITECTURES = {"qwen3_5_text": "qwen35", "qwen3_next": "qwen3next"}
 """model_type in Transformers: architecture in llama.cpp."""
@@ -88,23 +96,23 @@ class LlamaRunner:
     def threads(self, n: int) -> None:
         self._lib.llama_set_n_threads(self._context, n, n)
 
-    def _listen(self, level: int, text: bytes, _: Any) -> None:
+    def _listen(self, level: int, text: bytes, _: object) -> None:
         if level == 4:  # an error
             self._said.append(text.decode("utf-8", errors="replace").strip())
 
     def _words(self) -> str:
         return " ".join(self._said[-3:]) or "no reason given"
 
-    def context(self, ids: Sequence[int]) -> Any:
+    def context(self, ids: Sequence[int]) -> ctypes.Array[ctypes.c_uint8]:
         self.restore(None)
         self.prompt(ids)
         size = self._lib.llama_state_seq_get_size(self._context, 0)
-        kept = (ctypes.c_uint8 * size)()
+        kept: ctypes.Array[ctypes.c_uint8] = (ctypes.c_uint8 * size)()
         if self._lib.llama_state_seq_get_data(self._context, kept, size, 0) != size:
             raise RuntimeError("llama.cpp does not give its state")
         return kept
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: ctypes.Array[ctypes.c_uint8] | None) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         if kept is not None and not self._lib.llama_state_seq_set_data(self._context, kept, len(kept), 0):
             raise RuntimeError("llama.cpp does not take its state back")
@@ -165,7 +173,7 @@ def write_gguf(built: Built, path: Path) -> None:
     writer.close()
 
 
-def _write_sizes(writer: Any, config: Any, built: Built) -> None:
+def _write_sizes(writer: Any, config: PreTrainedConfig, built: Built) -> None:
     rope = config.rope_parameters
     rotated = int(config.head_dim * rope.get("partial_rotary_factor", 0.25))
     writer.add_block_count(config.num_hidden_layers)
@@ -199,7 +207,7 @@ def _write_sizes(writer: Any, config: Any, built: Built) -> None:
     writer.add_tokenizer_model("no_vocab")
 
 
-def _tensors(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
+def _tensors(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under its GGUF name. The norms of these families multiply by one plus their weight."""
     base = model.base_model
     yield "token_embd.weight", base.embed_tokens.weight
@@ -220,7 +228,7 @@ def _tensors(model: Any, config: Any) -> Iterator[tuple[str, Any]]:
             yield at + name, tensor
 
 
-def _attention(attn: Any) -> Iterator[tuple[str, Any]]:
+def _attention(attn: Qwen3_5Attention) -> Iterator[tuple[str, torch.Tensor]]:
     for ours, theirs in (
         ("q_proj", "attn_q"),
         ("k_proj", "attn_k"),
@@ -232,16 +240,16 @@ def _attention(attn: Any) -> Iterator[tuple[str, Any]]:
         yield f"attn_{norm}.weight", getattr(attn, norm).weight.float() + 1
 
 
-def _linear(attn: Any, config: Any) -> Iterator[tuple[str, Any]]:
+def _linear(attn: LinearAttention, config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The gated delta rule's layer, value heads in tiled order: head i of ggml uses key head i mod their number."""
     import torch
 
     H, HV = config.linear_num_key_heads, config.linear_num_value_heads
     K, V = config.linear_key_head_dim, config.linear_value_head_dim
 
-    def tiled(x: Any, size: int, dim: int = 0) -> Any:
+    def tiled(x: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
         """Value heads of `size` along `dim`, from [H, HV / H] to [HV / H, H]."""
-        parts = x.unflatten(dim, (H, HV // H, size))
+        parts: torch.Tensor = x.unflatten(dim, (H, HV // H, size))
         return parts.transpose(dim, dim + 1).flatten(dim, dim + 2)
 
     if hasattr(attn, "in_proj_qkvz"):  # qwen3_next: per key head its q, k, and the v and z of its value heads
@@ -273,12 +281,12 @@ def _linear(attn: Any, config: Any) -> Iterator[tuple[str, Any]]:
     yield "ssm_out.weight", order(attn.out_proj.weight, V, 1)
 
 
-def _dense(mlp: Any, tail: str) -> Iterator[tuple[str, Any]]:
+def _dense(mlp: Qwen3_5MLP, tail: str) -> Iterator[tuple[str, torch.Tensor]]:
     for part in ("gate", "up", "down"):
         yield f"ffn_{part}{tail}.weight", getattr(mlp, f"{part}_proj").weight
 
 
-def _experts(mlp: Any) -> Iterator[tuple[str, Any]]:
+def _experts(mlp: Qwen3_5MoeSparseMoeBlock) -> Iterator[tuple[str, torch.Tensor]]:
     yield "ffn_gate_inp.weight", mlp.gate.weight
     gate, up = mlp.experts.gate_up_proj.chunk(2, 1)  # [experts, 2 x hidden, model]
     yield "ffn_gate_exps.weight", gate

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..measure.cases import Case, Inputs
 from ..measure.contender import Contender, Result, Runner, RunnerBase, needs, package_version
+
+if TYPE_CHECKING:
+    from mlx.core import array
 
 
 class MlxBuiltin:
@@ -72,14 +75,14 @@ class MlxLm:
 class _MlxRunner(RunnerBase):
     """`update(q, k, v, decay, beta, state)` gives (o, state). Calls are queued, and computed at the end of a sample."""
 
-    def __init__(self, case: Case, inputs: Inputs, update: Callable[..., Any]):
+    def __init__(self, case: Case, inputs: Inputs, update: Callable[..., tuple[array, array]]):
         mx = importlib.import_module("mlx.core")
         self.mx = mx
         scaled = inputs.q * np.float32(case.D**-0.5)
         args = [mx.array(x) for x in (scaled, inputs.k, inputs.v, np.exp(inputs.g), inputs.beta)]
         start = mx.array(np.ascontiguousarray(np.swapaxes(inputs.state, -1, -2)))
-        self.states: list[Any] = [start + 0 for _ in range(case.states)]
-        self.queued: list[Any] = []
+        self.states: list[array] = [start + 0 for _ in range(case.states)]
+        self.queued: list[array] = []
         mx.eval(*args, *self.states)
         tokens = [[a[:, t : t + 1] for a in args] for t in range(case.T)] if case.snapshots else [args]
 

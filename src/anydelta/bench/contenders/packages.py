@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,13 @@ from ..measure.contender import (
 )
 from .ggml import Ggml
 from .mac import mac_peers
+
+if TYPE_CHECKING:
+    import torch
+    from mlx.core import array
+
+    Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """One of fla's: (o, final state)."""
 
 
 class Anydelta:
@@ -82,10 +89,10 @@ class _AnydeltaRunner(RunnerBase):
         q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "g", "beta"))
         self.trace = anydelta.explain(q, k, v, g=g, beta=beta, initial_state=states[0], backend=backend)
 
-        def advance(i: int) -> Any:
+        def advance(i: int) -> object:
             return anydelta.gated_delta_rule_(q, k, v, states[i], g=g, beta=beta, backend=backend)
 
-        def keep(i: int) -> Any:
+        def keep(i: int) -> object:
             return anydelta.gated_delta_rule(
                 q, k, v, g=g, beta=beta, initial_state=states[i], snapshots=snaps[i],
                 output_final_state=False, backend=backend,
@@ -116,7 +123,7 @@ class _AnydeltaRunner(RunnerBase):
         del self.states, self.snaps, self.x
 
 
-def _copied(x: Any) -> F32:
+def _copied(x: torch.Tensor) -> F32:
     out: F32 = x.cpu().numpy().copy()
     return out
 
@@ -152,20 +159,18 @@ class Transformers:
 
 
 class _TransformersRunner(RunnerBase):
-    def __init__(
-        self, case: Case, inputs: Inputs, token: Callable[..., Any], chunk: Callable[..., Any], device: str
-    ):
+    def __init__(self, case: Case, inputs: Inputs, token: Kernel, chunk: Kernel, device: str):
         import torch
 
         self.device = device
         x = {n: torch.from_numpy(v).to(device) for n, v in vars(inputs).items()}
         args = [x[n] for n in ("q", "k", "v", "g", "beta")]
         start = x["state"]
-        self.states: list[Any] = [start.clone() for _ in range(case.states)]
+        self.states: list[torch.Tensor] = [start.clone() for _ in range(case.states)]
         self.kept: list[Any] = [None] * case.states
         self.out: Any = None
 
-        def whole(fn: Callable[..., Any]) -> Callable[[int], Any]:
+        def whole(fn: Kernel) -> Callable[[int], None]:
             def call(i: int) -> None:
                 with torch.inference_mode():
                     self.out, self.kept[i] = fn(*args, initial_state=self.states[i], output_final_state=True)
@@ -184,7 +189,7 @@ class _TransformersRunner(RunnerBase):
                     snaps.append(state)
                 self.out, self.kept[i] = outs, snaps
 
-        options: dict[str, Callable[[int], Any]] = {}
+        options: dict[str, Callable[[int], object]] = {}
         if case.snapshots:
             options["T calls"] = one_by_one
         else:
@@ -279,7 +284,7 @@ class _ExecuTorchRunner(RunnerBase):
         rep = case.HV // case.H
         op = torch.ops.llama.gated_delta_rule.out
 
-        def heads_first(x: F32) -> Any:
+        def heads_first(x: F32) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(np.swapaxes(x, 1, 2)))
 
         args = [
@@ -365,7 +370,7 @@ class _MlxRunner(RunnerBase):
             )
         ]  # fmt: skip
         start = np.ascontiguousarray(np.swapaxes(inputs.state, -1, -2))
-        self.states: list[Any] = [mx.array(start) for _ in range(case.states)]
+        self.states: list[array] = [mx.array(start) for _ in range(case.states)]
         self.kept: list[Any] = [None] * case.states
         self.out: Any = None
         mx.eval(*args, *self.states)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import gated_delta_rule_
 from ...core.late import late
@@ -28,6 +28,8 @@ from .turns import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ...export import aoti
 else:
     aoti = late("anydelta.export.aoti")
@@ -50,9 +52,9 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
             super().__init__()
             self.calls = calls
 
-        def forward(self, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any) -> Any:
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
             for _ in range(self.calls):
-                o = gated_delta_rule_(q, k, v, state, g=g, beta=beta)
+                o: Tensor = gated_delta_rule_(q, k, v, state, g=g, beta=beta)
             return o
 
     settings = settings or Settings()

@@ -100,10 +100,10 @@ class RunnerBase:
         del self.call
 
 
-def faster(options: dict[str, Callable[[int], Any]]) -> str:
+def faster(options: dict[str, Callable[[int], object]]) -> str:
     """The name of the quickest option of a few calls each, so that a peer is shown at its best."""
 
-    def best(call: Callable[[int], Any]) -> float:
+    def best(call: Callable[[int], object]) -> float:
         times: list[float] = []
         while len(times) < 3 and sum(times) < 0.5:
             start = time.perf_counter()

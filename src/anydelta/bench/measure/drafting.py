@@ -21,6 +21,9 @@ from .report import BUSY_PCT
 from .turns import torch_threads
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from ...integrations.transformers import generate
 else:
     generate = late("anydelta.integrations.transformers.generate")
@@ -77,7 +80,7 @@ class Record:
 class Report:
     """What was measured, and on what; prefix.py's report too, with settings and records of its own."""
 
-    machine: dict[str, Any]
+    machine: dict[str, object]
     model: str
     settings: Any
     notes: list[str] = field(default_factory=list)
@@ -90,10 +93,12 @@ class Mode:
 
     name: str
     detail: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
 
 
-def modes(model: Any, settings: Settings, assistant: Any = None, name: str = "") -> list[Mode]:
+def modes(
+    model: PreTrainedModel, settings: Settings, assistant: PreTrainedModel | None = None, name: str = ""
+) -> list[Mode]:
     """Plain decoding, and what the model can draft with."""
     config = model.config.get_text_config(decoder=True)
     drafts = settings.drafts or 3
@@ -118,8 +123,8 @@ def modes(model: Any, settings: Settings, assistant: Any = None, name: str = "")
 
 
 def measure(
-    model: Any,
-    encode: Callable[[str], Any],
+    model: PreTrainedModel,
+    encode: Callable[[str], torch.Tensor],
     ways: Sequence[Mode],
     settings: Settings,
     report: Report,
@@ -156,7 +161,7 @@ def observed(report: Report) -> Iterator[None]:
         report.notes.append(f"other work took {busy:.0f} % of the CPUs")
 
 
-def difference(model: Any, ids: Any, got: Any, want: Any) -> str:
+def difference(model: PreTrainedModel, ids: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> str:
     """Where two continuations of `ids` differ, in words; empty if they do not, or only from a tie on."""
     import torch
 
@@ -170,18 +175,23 @@ def difference(model: Any, ids: Any, got: Any, want: Any) -> str:
     return f"the text is another from new token {at - ids.shape[1]} on"
 
 
-def _write(model: Any, ids: Any, way: Mode, settings: Settings) -> Any:
+def _write(model: PreTrainedModel, ids: torch.Tensor, way: Mode, settings: Settings) -> torch.Tensor:
     import torch
 
     n = settings.tokens
-    return model.generate(
+    out: torch.Tensor = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, eos_token_id=None,
         pad_token_id=0, **way.options,
     )  # fmt: skip
+    return out
 
 
 def _check(
-    model: Any, ids: Any, ways: Sequence[Mode], settings: Settings, records: dict[str, Record]
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    ways: Sequence[Mode],
+    settings: Settings,
+    records: dict[str, Record],
 ) -> None:
     """Count the drafts of each mode, and compare its text with that of plain decoding. Warms up, too."""
     want = None

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,11 @@ from .cases import F32
 from .ops import Others
 from .presets import Built
 from .runners import Prepared, Runner, Test, TransformersRunner, interleave, prepare, random_ids, running
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 CHECK_PROMPT, CHECK_STEPS = 48, 8
 """Tokens that the contenders must agree about before they are timed."""
@@ -214,19 +219,19 @@ def _walk(runner: Runner, prompt: Sequence[int], forced: list[int]) -> F32:
 
 
 @contextmanager
-def _upcast(model: Any) -> Iterator[None]:
+def _upcast(model: PreTrainedModel) -> Iterator[None]:
     """Let each part of a half-type model compute in float32, one part at a time, so that memory hardly grows."""
     base = model.base_model
     parts = [base.get_input_embeddings(), *base.layers, base.norm, model.get_output_embeddings()]
 
-    before: dict[Any, Any] = {}
+    before: dict[nn.Parameter, torch.dtype] = {}
 
-    def up(module: Any, *_: Any) -> None:
+    def up(module: nn.Module, *_: object) -> None:
         for p in module.parameters():
             before[p] = p.dtype
             p.data = p.data.float()
 
-    def down(module: Any, *_: Any) -> None:
+    def down(module: nn.Module, *_: object) -> None:
         for p in module.parameters():
             p.data = p.data.to(before[p])  # exact: the values came from there
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from . import outputs
 from .model import Record, Report
 from .profile import MIXER_TOTAL, ORDER, Part
 from .report import BUSY_PCT, COLOURS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.axes import Axes
 
 KIND = Record
 HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit error")
@@ -116,12 +121,16 @@ def plot(report: Report, path: Path) -> None:
             _plot_parts(axes[1], report.parts, tests, label)
 
 
-def _plot_speed(axis: Any, timed: list[Record], tests: list[str], names: list[str], label: Any) -> None:
+def _plot_speed(
+    axis: Axes, timed: list[Record], tests: list[str], names: list[str], label: Callable[[Record], str]
+) -> None:
     bar = 0.8 / len(names)
     for name in names:
         mine = [r for r in timed if r.contender == name]
         at = [tests.index(label(r)) + (names.index(name) - (len(names) - 1) / 2) * bar for r in mine]
-        axis.barh(at, [r.ratio for r in mine], height=0.9 * bar, color=COLOURS.get(name, "grey"), label=name)
+        axis.barh(
+            at, [r.ratio or 0.0 for r in mine], height=0.9 * bar, color=COLOURS.get(name, "grey"), label=name
+        )
         for y, r in zip(at, mine, strict=True):
             text = f" {r.ratio:.2f}x, {r.median_tps:.3g} tokens/s"
             axis.annotate(text, (r.ratio, y), va="center", size=7)
@@ -132,7 +141,7 @@ def _plot_speed(axis: Any, timed: list[Record], tests: list[str], names: list[st
     _tidy(axis, tests)
 
 
-def _plot_parts(axis: Any, parts: list[Part], tests: list[str], label: Any) -> None:
+def _plot_parts(axis: Axes, parts: list[Part], tests: list[str], label: Callable[[Part], str]) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -162,7 +171,7 @@ def _plot_parts(axis: Any, parts: list[Part], tests: list[str], label: Any) -> N
     axis.set_yticks(range(len(tests)), [""] * len(tests))
 
 
-def _tidy(axis: Any, tests: list[str]) -> None:
+def _tidy(axis: Axes, tests: list[str]) -> None:
     axis.set_yticks(range(len(tests)), tests)
     axis.set_ylim(len(tests) - 0.5, -0.5)
     axis.spines[["top", "right"]].set_visible(False)

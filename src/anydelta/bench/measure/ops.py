@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ... import __version__
 from ...core import dispatch, native
@@ -108,7 +109,7 @@ class Report:
     records: list[Record] = field(default_factory=list)
 
 
-def describe_machine(backend: str = "auto") -> dict[str, Any]:
+def describe_machine(backend: str = "auto") -> dict[str, object]:
     """Facts that a reader needs beside the numbers; nothing that identifies the machine."""
     import torch
 
@@ -117,7 +118,7 @@ def describe_machine(backend: str = "auto") -> dict[str, Any]:
     if info.exists():
         named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = named[0].split(":", 1)[1].strip() if named else cpu
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu or platform.machine(),
@@ -210,8 +211,9 @@ class Oracle:
         self.rows, self.heads = np.array(rows)[:, None], np.array(heads)
         qk = self.heads // (case.HV // case.H)
 
-        def pick(a: Any, heads: Any) -> Any:
-            return a[self.rows[:, 0]][:, :, heads].astype(np.float64)
+        def pick(a: NDArray[np.floating], heads: NDArray[np.integer] | slice) -> NDArray[np.float64]:
+            picked: NDArray[np.float64] = a[self.rows[:, 0]][:, :, heads].astype(np.float64)
+            return picked
 
         self.want = reference.gated_delta_rule(
             pick(x.q, qk),
@@ -254,7 +256,7 @@ class Oracle:
         return f"NMSE must be at most {NMSE:.0e}; got {', '.join(bad)}" if bad else ""
 
 
-def nmse(got: Any, want: Any) -> float:
+def nmse(got: ArrayLike, want: ArrayLike) -> float:
     """mean (got - want)^2 over mean want^2; NaN where either has one."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     power = float(np.mean(want * want))

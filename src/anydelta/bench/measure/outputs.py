@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import terminal
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from types import ModuleType
+
+    from _typeshed import DataclassInstance
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Group, RenderableType
 
 FIGURE: Any = {"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}
 """matplotlib's rcParams: a "$" in a name is a dollar."""
 
 
-def to_json(report: Any) -> str:
+def to_json(report: DataclassInstance) -> str:
     return terminal.to_json(dataclasses.asdict(report), indent=2) + "\n"
 
 
-def to_csv(kind: Any, records: Iterable[Any]) -> str:
+def to_csv(kind: type[DataclassInstance], records: Iterable[object]) -> str:
     """One line per record of dataclass `kind`; what is common to all stands in the JSON and Markdown forms."""
     names = [f.name for f in dataclasses.fields(kind)]
     return terminal.csv_table(names, [[getattr(r, name) for name in names] for r in records])
@@ -42,7 +47,7 @@ class Table(NamedTuple):
     """Of a row on a terminal."""
 
 
-def to_text(printers: Any, report: Any, form: str) -> str:
+def to_text(printers: ModuleType, report: Any, form: str) -> str:
     """The report as "json", its records as "csv", or what it shows as "md".
 
     `printers` is the module of a kind of report: its KIND of record, and header(report) and tables(report).
@@ -57,17 +62,17 @@ def to_text(printers: Any, report: Any, form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_table(printers: Any, report: Any) -> Group:
+def to_table(printers: ModuleType, report: Any) -> Group:
     """For a terminal."""
     from rich.console import Group
 
-    parts: list[Any] = [terminal.lines(printers.header(report), "dim")]
+    parts: list[RenderableType] = [terminal.lines(printers.header(report), "dim")]
     for title, head, rows, style in printers.tables(report):
         parts += ["", terminal.Table(title, head, list(rows), style, left=("contender",))]
     return Group(*parts)
 
 
-def machine(facts: dict[str, Any]) -> str:
+def machine(facts: dict[str, object]) -> str:
     """The line that every report begins with."""
     return (
         f"{facts['cpu']}, {facts['cpus']} CPUs, {facts['system']}; Python {facts['python']}, torch {facts['torch']}, "
@@ -78,7 +83,7 @@ def machine(facts: dict[str, Any]) -> str:
 @contextmanager
 def figure(
     report: Any, path: Path, size: tuple[float, float], panels: int = 1, **options: Any
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
     """(a figure, its panels side by side), written with a title when the block ends."""
     import matplotlib
 

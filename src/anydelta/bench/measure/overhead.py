@@ -28,6 +28,7 @@ from .turns import (
 
 if TYPE_CHECKING:
     from ...rule import torch_ops as torch_op
+    from .cases import F32
 else:
     torch_op = late("anydelta.rule.torch_ops")
 
@@ -85,10 +86,10 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     settings = settings or Settings()
     x = make_inputs(T=1, HV=1, D=HEAD)
     want = oracle(x)
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
 
-    def add(name: str, call: Callable[[], Any], result: Callable[[Any], tuple[Any, Any]]) -> None:
+    def add(name: str, call: Callable[[], object], result: Callable[[Any], tuple[object, object]]) -> None:
         errors[name] = check(name, result(call()), want)
         calls[name] = call
 
@@ -112,10 +113,10 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     return Measured("Call overhead at T = 1", describe_machine(), settings, notes, records)
 
 
-Add = Callable[[str, Callable[[], Any], Callable[[Any], tuple[Any, Any]]], None]
+Add = Callable[[str, Callable[[], object], Callable[[Any], tuple[object, object]]], None]
 
 
-def _torch_calls(add: Add, x: dict[str, Any]) -> None:
+def _torch_calls(add: Add, x: dict[str, F32]) -> None:
     import torch
 
     t = tensors(x)
@@ -139,8 +140,8 @@ def _torch_calls(add: Add, x: dict[str, Any]) -> None:
     add("torch.ops, functional", lambda: functional(*args, start), lambda r: r)
 
 
-def _numpy_calls(add: Add, x: dict[str, Any]) -> None:
-    gates = {"g": x["g"], "beta": x["beta"]}
+def _numpy_calls(add: Add, x: dict[str, F32]) -> None:
+    gates: dict[str, Any] = {"g": x["g"], "beta": x["beta"]}
     qkv = (x["q"], x["k"], x["v"])
     S, start = x["state"].copy(), x["state"].copy()
     add("NumPy, in place", lambda: gated_delta_rule_(*qkv, S, **gates), lambda o: (o, S))

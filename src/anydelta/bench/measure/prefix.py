@@ -14,13 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.late import late
 from .drafting import Report, difference, observed
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
     from ...integrations.transformers import prefix as stores
+    from ...integrations.transformers.prefix import PrefixStore
 else:
     stores = late("anydelta.integrations.transformers.prefix")
 
@@ -72,7 +77,7 @@ class Record:
 
 
 def measure(
-    model: Any,
+    model: PreTrainedModel,
     text: Sequence[int],
     settings: Settings,
     report: Report,
@@ -85,7 +90,9 @@ def measure(
             _measure_one(model, text, prefix, settings, report)
 
 
-def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Settings, report: Report) -> None:
+def _measure_one(
+    model: PreTrainedModel, text: Sequence[int], prefix: int, settings: Settings, report: Report
+) -> None:
     import torch
 
     repeated = list(text) * (1 + (prefix + 4 * settings.turn) // len(text))
@@ -106,13 +113,13 @@ def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Setting
         file = Path(folder) / "prefix.safetensors"
         chat = tuple(known._kept.values())
 
-        def from_memory() -> Any:
+        def from_memory() -> PrefixStore:
             store = stores.PrefixStore(model)
             for checkpoint in chat:
                 store.put(checkpoint)
             return store
 
-        def from_file() -> Any:
+        def from_file() -> PrefixStore:
             store = stores.PrefixStore(model)
             store.put(stores.Checkpoint.load(file))
             return store
@@ -144,17 +151,26 @@ def _measure_one(model: Any, text: Sequence[int], prefix: int, settings: Setting
                 _time(model, ids, store, settings, record)
 
 
-def _write(model: Any, ids: Any, tokens: int, cache: Any = None) -> Any:
+def _write(
+    model: PreTrainedModel, ids: torch.Tensor, tokens: int, cache: Cache | None = None
+) -> torch.Tensor:
     import torch
 
     more = {} if cache is None else {"past_key_values": cache}
-    return model.generate(
+    out: torch.Tensor = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, eos_token_id=None,
         pad_token_id=0, **more,
     )  # fmt: skip
+    return out
 
 
-def _time(model: Any, ids: Any, store: Callable[[], Any], settings: Settings, record: Record) -> None:
+def _time(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    store: Callable[[], PrefixStore],
+    settings: Settings,
+    record: Record,
+) -> None:
     seconds: dict[bool, list[float]] = {False: [], True: []}
     in_time = record.situation == "from a file"  # reading the file counts
     for turn in range(settings.rounds):

@@ -11,9 +11,12 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...generate.checkpoint import CheckpointError, default_model, open_checkpoint, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REPOSITORY = "tiny"
 """The preset that is the repository's model."""
@@ -89,7 +92,7 @@ class Built:
     """A model to measure, in eval mode."""
 
     name: str
-    model: Any
+    model: PreTrainedModel
     cut: str = ""
 
     @property
@@ -155,7 +158,7 @@ def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
     return Built(preset.name, model, cut)
 
 
-def _slow_decays(model: Any) -> None:
+def _slow_decays(model: PreTrainedModel) -> None:
     """Let the states remember, as trained ones do: freshly initialised they forget within a token or two.
 
     A check of the results would then hardly see the state. As in Mamba 2: a time step drawn from 0.001 to 0.1 on a

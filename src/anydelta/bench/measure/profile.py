@@ -17,13 +17,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ...core.late import late
 from .presets import Built
 from .runners import CompiledRunner, Prepared, TransformersRunner, interleave
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from ...integrations.transformers import find
     from ...integrations.transformers.find import Found
 else:
@@ -58,6 +61,10 @@ class Part:
     """Transformers over anydelta, median of the rounds."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 class Clock:
     """Time by part, exclusive: what is charged to a part is not charged to the one around it."""
 
@@ -78,9 +85,9 @@ class Clock:
         self.spent[self._open.pop()] += now - self._last
         self._last = now
 
-    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, part: str, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
             self.begin(part)
             try:
                 return function(*args, **kwargs)
@@ -124,7 +131,7 @@ def measure(
     return found
 
 
-def _sample(model: Any, run: Prepared) -> dict[str, float]:
+def _sample(model: PreTrainedModel, run: Prepared) -> dict[str, float]:
     clock = Clock()
     with run.runner.running(), _watched(model, clock):  # type: ignore[attr-defined]
         total = run()
@@ -136,7 +143,7 @@ def _sample(model: Any, run: Prepared) -> dict[str, float]:
 
 
 @contextmanager
-def _watched(model: Any, clock: Clock) -> Iterator[None]:
+def _watched(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
     """Timers around every call of a module that is a part, and around the functions that a mixer looks up."""
     undo = (_time_functions(model, clock), _time_modules(model, clock))
     try:
@@ -146,7 +153,7 @@ def _watched(model: Any, clock: Clock) -> Iterator[None]:
             one()
 
 
-def _time_modules(model: Any, clock: Clock) -> Callable[[], None]:
+def _time_modules(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
     """Around the whole call, so that what nn.Module does about a forward counts as that part's own.
 
     In the class, because a hook or a forward in a layer would make enable() leave it alone, and costs 20 us a module.
@@ -156,7 +163,7 @@ def _time_modules(model: Any, clock: Clock) -> Callable[[], None]:
     call = nn.Module.__call__
     chosen = {id(module): part for module, part in parts(model)}
 
-    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def timed(self: nn.Module, *args: object, **kwargs: object) -> object:
         part = chosen.get(id(self))
         if part is None:
             return call(self, *args, **kwargs)
@@ -174,13 +181,13 @@ def _time_modules(model: Any, clock: Clock) -> Callable[[], None]:
     return restore
 
 
-def parts(model: Any) -> list[tuple[Any, str]]:
+def parts(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     """Modules and the part that each of them is; modules inside one of these may be another part."""
     from torch import nn
 
-    linear: Any = _linear_attention(model)
+    linear = _linear_attention(model)
     base = model.get_decoder()
-    found: list[tuple[Any, str]] = [(base.get_input_embeddings(), "embedding")]
+    found: list[tuple[nn.Module, str]] = [(base.get_input_embeddings(), "embedding")]
     if (norm := getattr(base, "norm", None)) is not None:
         found.append((norm, "norms"))
     if (head := model.get_output_embeddings()) is not None:
@@ -199,30 +206,30 @@ def parts(model: Any) -> list[tuple[Any, str]]:
     return found
 
 
-def _inside(module: Any, own: str, projections: str) -> list[tuple[Any, str]]:
+def _inside(module: nn.Module, own: str, projections: str) -> list[tuple[nn.Module, str]]:
     from torch import nn
 
     return [(module, own)] + [(m, projections) for m in module.modules() if isinstance(m, nn.Linear)]
 
 
-def _linear_attention(model: Any) -> tuple[Any, ...]:
+def _linear_attention(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
     """The layer class of the model's own family."""
     return tuple(layer for found in _families(model) for layer in found.layers)
 
 
-def _families(model: Any) -> list[Found]:
+def _families(model: PreTrainedModel) -> list[Found]:
     """The families that the model has layers of."""
     names = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
     modules = [module for name in sorted(names) if (module := sys.modules.get(name)) is not None]
     return [found for module in modules if (found := find.look_at(module)) is not None and found.layers]
 
 
-def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:
+def _time_functions(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
     """Put timers around rule and convolution, wherever the model's layers look them up now."""
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    undo: list[tuple[dict[str, object], str, object]] = []
     for found in _families(model):
         scopes = [vars(found.module)]
-        kinds: Any = tuple(found.layers)
+        kinds = tuple(found.layers)
         for m in model.modules():
             if isinstance(m, kinds):
                 scopes += _scopes(m.forward, set(found.functions))
@@ -239,7 +246,7 @@ def _time_functions(model: Any, clock: Clock) -> Callable[[], None]:
     return restore
 
 
-def _scopes(function: Any, names: set[str], depth: int = 8) -> list[dict[str, Any]]:
+def _scopes(function: object, names: set[str], depth: int = 8) -> list[dict[str, object]]:
     """The globals of a forward and of what it wraps, where those have the functions."""
     import types
 

@@ -50,7 +50,7 @@ def header(report: Report) -> list[str]:
     return lines + [f"note: {note}" for note in report.notes]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -121,17 +121,17 @@ def plot(report: Report, path: Path) -> None:
     bar = 0.8 / len(names)
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "size": 7}
     height = 1.6 + 0.14 * len(names) * len(cases) + 0.12 * len(cases)
-    shape: dict[str, Any] = dict(sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+    shape: dict[str, object] = dict(sharey=True, gridspec_kw={"width_ratios": (3, 2)})
     with outputs.figure(report, path, (11, height), 2, **shape) as (fig, (left, right)):
         for r in timed:
             y = cases.index(label(r)) + (names.index(r.contender) - (len(names) - 1) / 2) * bar
-            style = {"height": bar * 0.9, "color": colours[r.contender]}
+            size, colour = bar * 0.9, colours[r.contender]
             if r.ratio is not None and r.contender != names[0]:
-                left.barh(y, r.ratio - 1, left=1, **style)
+                left.barh(y, r.ratio - 1, left=1, height=size, color=colour)
                 side = {} if r.ratio >= 1 else {"xytext": (-3, 0), "ha": "right"}
                 left.annotate(f"{r.ratio:.3g}", (r.ratio, y), **(beside | side))
             if r.limit_pct is not None:
-                right.barh(y, r.limit_pct, **style)
+                right.barh(y, r.limit_pct, height=size, color=colour)
                 text = f"{r.limit_pct:.2g}" if r.limit_pct < 10 else f"{r.limit_pct:.0f}"
                 right.annotate(text, (r.limit_pct, y), **beside)
         left.set_yticks(range(len(cases)), cases)

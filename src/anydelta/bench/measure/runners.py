@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .cases import F32
 from .ops import SETTLE_SECONDS
 from .presets import Built
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 LOGIT_ERROR = 1e-4
 """float32: the largest difference from Transformers' logits, over the larger of 1 and the largest logit. A runner that
@@ -32,6 +36,10 @@ class Test:
     @property
     def name(self) -> str:
         return f"{self.kind}{self.n}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+Enabled = Callable[["PreTrainedModel"], AbstractContextManager[object]]
+"""What is in force while a model runs."""
 
 
 class Runner(Protocol):
@@ -73,8 +81,8 @@ class TransformersRunner:
         self,
         name: str,
         version: str,
-        model: Any,
-        enabled: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+        model: PreTrainedModel,
+        enabled: Enabled = nullcontext,
     ):
         self.name, self.version, self.model = name, version, model
         self.enabled = enabled
@@ -125,12 +133,14 @@ class CompiledRunner(TransformersRunner):
     That is how `generate` compiles. The profile cannot look into it.
     """
 
-    def __init__(self, name: str, version: str, model: Any, room: int, enabled: Any = nullcontext):
+    def __init__(
+        self, name: str, version: str, model: PreTrainedModel, room: int, enabled: Enabled = nullcontext
+    ):
         import torch
         import transformers
 
         super().__init__(name, version, model, enabled)
-        self._step: Any = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        self._step: Callable[..., ModelOutput] = torch.compile(model.forward, fullgraph=True, dynamic=False)
         self._cache = transformers.StaticCache(config=model.config, max_cache_len=room)
 
     def context(self, ids: Sequence[int]) -> Any:
@@ -163,7 +173,7 @@ class CompiledRunner(TransformersRunner):
             ids = out.logits[:, -1:].argmax(-1)
 
 
-def _written(to: Any, value: Any) -> Any:
+def _written(to: Any, value: object) -> Any:
     """`value` in the tensors that `to` holds, where it holds any."""
     import torch
 
@@ -182,7 +192,7 @@ def random_ids(built: Built, n: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(3, size, n)]
 
 
-def running(runner: Runner) -> AbstractContextManager[Any]:
+def running(runner: Runner) -> AbstractContextManager[object]:
     return runner.running() if isinstance(runner, TransformersRunner) else nullcontext()
 
 
@@ -218,7 +228,7 @@ def prepare(test: Test, runners: Sequence[Runner], built: Built) -> list[Prepare
 
 
 def interleave(
-    runs: Sequence[Callable[[], Any]], rounds: int, tell: Callable[[str, float], None]
+    runs: Sequence[Callable[[], object]], rounds: int, tell: Callable[[str, float], None]
 ) -> list[list[Any]]:
     """What each run gave in each round, taking turns; the one that begins changes from round to round."""
     results: list[list[Any]] = [[] for _ in runs]

@@ -22,7 +22,7 @@ class Measured:
     """Records of one kind, on what machine, and how to read them."""
 
     title: str
-    machine: dict[str, Any]
+    machine: dict[str, object]
     settings: Settings
     notes: list[str] = field(default_factory=list)
     records: list[Any] = field(default_factory=list)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...core import dispatch, native
 from ...core.arguments import in_order
@@ -22,6 +23,14 @@ from ...rule.spec import check_call
 from ...terminal import Failed, Refused
 from .ops import NMSE, SETTLE_SECONDS, Others, Settings, nmse
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+
+    from ...conformance.values import F64
+    from .cases import F32
+
 Progress = Callable[[str, float], None]
 
 
@@ -30,17 +39,17 @@ def part_of(progress: Progress, name: str, i: int, parts: int) -> Progress:
     return lambda text, done: progress(f"{name}: {text}", (i + done) / parts)
 
 
-def extension() -> Any:
+def extension() -> ModuleType:
     if native.why_not:
         raise Refused(native.why_not)
     return native.core
 
 
-def make_inputs(*, T: int, HV: int, D: int) -> dict[str, Any]:
+def make_inputs(*, T: int, HV: int, D: int) -> dict[str, F32]:
     """Inputs on which a state settles, so that thousands of calls meet neither overflow nor subnormals."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, np.float32)
 
     k = normal(1, T, HV, D)
@@ -54,29 +63,29 @@ def make_inputs(*, T: int, HV: int, D: int) -> dict[str, Any]:
     )
 
 
-def tensors(x: dict[str, Any]) -> dict[str, Any]:
+def tensors(x: Mapping[str, F32]) -> dict[str, Any]:
     import torch
 
     return {name: torch.from_numpy(a.copy()) for name, a in x.items()}
 
 
-def oracle(x: dict[str, Any]) -> tuple[Any, Any]:
-    y = {name: a.astype(np.float64) for name, a in x.items()}
+def oracle(x: Mapping[str, F32]) -> tuple[F64, F64 | None]:
+    y: dict[str, Any] = {name: a.astype(np.float64) for name, a in x.items()}
     state = y.pop("state")
     want = reference.gated_delta_rule(**y, initial_state=state)
     return want.o, want.state
 
 
-def check(name: str, got: tuple[Any, Any], want: tuple[Any, Any]) -> float:
-    error = max(nmse(np.asarray(a), b) for a, b in zip(got, want, strict=True))
+def check(name: str, got: Sequence[object], want: Sequence[ArrayLike | None]) -> float:
+    error = max(nmse(np.asarray(a), np.asarray(b)) for a, b in zip(got, want, strict=True))
     if not error <= NMSE:
         raise Failed(f"{name}: NMSE must be at most {NMSE:.0e}; got {error:.1e}")
     return error
 
 
 def bare_kernel(
-    t: dict[str, Any], *, threads: int, share_openmp: bool
-) -> tuple[Callable[[], None], Any, Any]:
+    t: Mapping[str, torch.Tensor], *, threads: int, share_openmp: bool
+) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
     """(call, o, state): the extension itself on these tensors in place, every address ready."""
     import torch
 
@@ -88,7 +97,7 @@ def bare_kernel(
     call.state_out = call.state_in
     addresses = [0 if x is None else x.data_ptr() for x in in_order(Call)(call)]
 
-    def run(keep: Any = call) -> None:  # the arrays must outlive their addresses
+    def run(keep: Call = call) -> None:  # the arrays must outlive their addresses
         native.run_at(threads, share_openmp, *addresses)
 
     return run, o, t["state"]
@@ -107,10 +116,10 @@ def torch_threads(n: int) -> Iterator[None]:
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], object]],
     settings: Settings,
     progress: Progress,
-    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
     """(us per call by round, calls per sample, CPU share of other work); the garbage collector rests meanwhile.
 
@@ -141,7 +150,7 @@ def interleave(
     return samples, repeats, others.percent()
 
 
-def _calibrate(call: Callable[[], Any], seconds: float) -> int:
+def _calibrate(call: Callable[[], object], seconds: float) -> int:
     """How many calls make a sample."""
     n = 1
     while (took := _time(call, n)) < seconds / 4 and n < 1_000_000:
@@ -149,7 +158,7 @@ def _calibrate(call: Callable[[], Any], seconds: float) -> int:
     return max(1, round(n * seconds / took)) if took > 0 else n
 
 
-def _time(call: Callable[[], Any], n: int) -> float:
+def _time(call: Callable[[], object], n: int) -> float:
     start = time.perf_counter()
     for _ in range(n):
         call()

@@ -95,7 +95,7 @@ def chunked_kda(
     lower_bound: float | None,
     cu_seqlens: torch.Tensor | None,
     cu_seqlens_cpu: torch.Tensor | None,
-    cp_context: Any,
+    cp_context: object,
     **flags: bool,
 ) -> float | None:
     """What the chunk functions with KDA's gates check alike. Returns the lower bound that counts."""
@@ -151,7 +151,7 @@ def summed_decays(
     return gk if g is None else wide(g).unsqueeze(-1) + wide(gk)
 
 
-def no_channels(op: str, beta: Any) -> None:
+def no_channels(op: str, beta: object) -> None:
     if isinstance(beta, torch.Tensor) and beta.ndim == 4:
         raise UnsupportedError(
             f"{op}: beta must be [B, T, HV]; a beta per value channel, {list(beta.shape)}, is not supported"
@@ -181,12 +181,12 @@ def keywords(op: str, kwargs: dict[str, Any], known: tuple[str, ...], state_v_fi
     return old
 
 
-def flag(op: str, name: str, value: Any) -> None:
+def flag(op: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False; got {value!r}")
 
 
-def qkv(op: str, q: Any, k: Any, v: Any) -> None:
+def qkv(op: str, q: object, k: object, v: object) -> None:
     for name, x, legend in (("q", q, "[B, T, H, K]"), ("k", k, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]")):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(x).__name__}")
@@ -194,7 +194,7 @@ def qkv(op: str, q: Any, k: Any, v: Any) -> None:
             raise ValueError(f"{op}: {name} must be {legend}; got {list(x.shape)}")
 
 
-def shape(op: str, name: str, x: Any, want: tuple[int, ...], legend: str) -> None:
+def shape(op: str, name: str, x: object, want: tuple[int, ...], legend: str) -> None:
     """The shape that tells the two rules apart; the core checks the rest."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(x).__name__}")
@@ -202,17 +202,17 @@ def shape(op: str, name: str, x: Any, want: tuple[int, ...], legend: str) -> Non
         raise ValueError(f"{op}: {name} must be {legend} = {list(want)}; got {list(x.shape)}")
 
 
-def chunk_size(op: str, kwargs: dict[str, Any], allowed: tuple[int, ...]) -> None:
+def chunk_size(op: str, kwargs: dict[str, object], allowed: tuple[int, ...]) -> None:
     if "chunk_size" in kwargs and kwargs["chunk_size"] not in allowed:
         raise ValueError(f"{op}: chunk_size must be one of {allowed}; got {kwargs['chunk_size']!r}")
 
 
-def no_context_parallel(op: str, cp_context: Any) -> None:
+def no_context_parallel(op: str, cp_context: object) -> None:
     if cp_context is not None:
         raise UnsupportedError(f"{op}: cp_context (context parallelism) is not supported; leave it None")
 
 
-def sequences(op: str, name: str, bounds: Any, B: int, T: int, least: int | None = None) -> None:
+def sequences(op: str, name: str, bounds: object, B: int, T: int, least: int | None = None) -> None:
     """Whether packed sequences are: B = 1, integers that rise from 0 to T, or to `least` at least. Their values are
     looked at on the host alone, and not by torch.compile."""
     if (
@@ -241,7 +241,7 @@ def sequences(op: str, name: str, bounds: Any, B: int, T: int, least: int | None
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def host_copy(op: str, cu_seqlens: Any, cu_seqlens_cpu: Any) -> None:
+def host_copy(op: str, cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None) -> None:
     """cu_seqlens_cpu spares fla a device sync; here only a copy that contradicts matters."""
     if cu_seqlens_cpu is None:
         return
@@ -256,7 +256,7 @@ def host_copy(op: str, cu_seqlens: Any, cu_seqlens_cpu: Any) -> None:
         raise ValueError(f"{op}: cu_seqlens_cpu must equal cu_seqlens; got other values")
 
 
-def unread(op: str, A_log: Any, dt_bias: Any) -> None:
+def unread(op: str, A_log: object, dt_bias: object) -> None:
     for name, value in (("A_log", A_log), ("dt_bias", dt_bias)):
         if value is not None:
             raise ValueError(
@@ -272,7 +272,9 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(wide_dtype(x))
 
 
-def log_decay(op: str, g: torch.Tensor, A_log: Any, dt_bias: Any) -> torch.Tensor:
+def log_decay(
+    op: str, g: torch.Tensor, A_log: torch.Tensor | None, dt_bias: torch.Tensor | None
+) -> torch.Tensor:
     """-exp(A_log) softplus(g + dt_bias), per head."""
     if A_log is None:
         raise ValueError(f"{op}: use_gate_in_kernel requires A_log [HV]; got None")

@@ -6,8 +6,6 @@ causal_conv1d the last W - 1 or more, [B, D, L]. Sums are in float32 (float64 fo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -35,9 +33,9 @@ class ShortConvolution(nn.Conv1d):
         bias: bool = False,
         activation: str | None = "silu",
         backend: str | None = "triton",
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         op = "fla.ShortConvolution"
         _unknown(op, kwargs, ("use_fast_conv1d",))
@@ -60,8 +58,8 @@ class ShortConvolution(nn.Conv1d):
         cache: torch.Tensor | None = None,
         output_final_state: bool = False,
         cu_seqlens: torch.Tensor | None = None,
-        chunk_indices: Any = None,
-        **kwargs: Any,
+        chunk_indices: object = None,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] to (y [B, T, D], cache [N, D, W] or None).
 
@@ -138,7 +136,7 @@ def causal_conv1d_fn(
     final_states_out: torch.Tensor | None = None,
     activation: str | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x [B, D, T], weight [D, W] to y [B, D, T]; with return_final_states (y, the last W - 1 inputs [B, D, W - 1]).
 
     Packed rows: `seq_idx` [B, T] numbers them. `cu_seq_lens_q` [N + 1] says the same and is an addition: Transformers
@@ -185,8 +183,8 @@ def causal_conv1d_update(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
-    cache_seqlens: Any = None,
-    conv_state_indices: Any = None,
+    cache_seqlens: object = None,
+    conv_state_indices: object = None,
 ) -> torch.Tensor:
     """The next tokens x [B, D] or [B, D, T]; conv_state [B, D, L], L >= W - 1, is advanced in place.
 
@@ -216,12 +214,12 @@ def _one_token_each(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
     return x.shape[1] == 1 if cu_seqlens is None else bool((cu_seqlens.diff() == 1).all())
 
 
-def _check_activation(op: str, activation: Any) -> None:
+def _check_activation(op: str, activation: object) -> None:
     if activation is not None and activation not in _SILU:
         raise ValueError(f"{op}: activation must be silu, swish or None; got {activation!r}")
 
 
-def _unknown(op: str, kwargs: dict[str, Any], known: tuple[str, ...]) -> None:
+def _unknown(op: str, kwargs: dict[str, object], known: tuple[str, ...]) -> None:
     unknown = [name for name in kwargs if name not in known]
     if unknown:
         raise TypeError(f"{op}: got an unexpected keyword argument {unknown[0]!r}")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def tensor_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def tensor_cache(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which gives its last result again for the same arguments (the same objects).
 
     A tensor that was written since then is computed anew, and so is everything while autograd records or a compiler
     traces.
     """
-    last: tuple[Any, ...] | None = None
+    last: tuple[list[object], tuple[object, ...], list[int], R] | None = None
 
     @functools.wraps(function)
-    def remembering(*args: Any, **kwargs: Any) -> Any:
+    def remembering(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal last
         given = [*args, *kwargs.values()]
         tensors = [x for x in given if isinstance(x, torch.Tensor)]

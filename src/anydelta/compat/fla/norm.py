@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -30,9 +28,9 @@ class FusedRMSNormGated(nn.Module):
         elementwise_affine: bool = True,
         eps: float = 1e-5,
         activation: str = "swish",
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        autotune_interval: Any = None,
+        autotune_interval: object = None,
     ):
         super().__init__()
         if activation not in _ACTIVATIONS:

@@ -16,22 +16,28 @@ from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from . import convolution, gate, index, norm, ops, simple_gla
+
+if TYPE_CHECKING:
+    import torch
 
 _VERSION = "0.5.2"
 """The release of fla whose names, arguments and conventions these are."""
 
 
-def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
+R = TypeVar("R")
+
+
+def _packed(function: Callable[..., R]) -> Callable[..., R]:
     """The same, which also takes packed sequences under the name that Transformers gives them.
 
     Transformers hands a function what its signature names, and in the models of Kimi Delta Attention it calls
     `cu_seqlens` as its attention layers do.
     """
 
-    def rule(*args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
+    def rule(*args: object, cu_seq_lens_q: torch.Tensor | None = None, **kwargs: object) -> R:
         if kwargs.get("cu_seqlens") is None and cu_seq_lens_q is not None:
             kwargs["cu_seqlens"] = cu_seq_lens_q
         return function(*args, **kwargs)
@@ -45,7 +51,7 @@ def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _names(*objects: Any) -> dict[str, Any]:
+def _names(*objects: Callable[..., object]) -> dict[str, object]:
     return {x.__name__: x for x in objects}
 
 
@@ -56,7 +62,7 @@ _GDN = _names(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
 _KDA = _names(chunk_kda, fused_recurrent_kda)
 _GLA = _names(simple_gla.chunk_simple_gla, simple_gla.fused_recurrent_simple_gla)
 
-OFFERED: dict[str, dict[str, Any]] = {
+OFFERED: dict[str, dict[str, object]] = {
     "fla": {"__version__": _VERSION},
     "fla.layers": {},
     "fla.layers.utils": _names(index.get_unpad_data, index.index_first_axis, index.pad_input),
@@ -138,7 +144,7 @@ class _Finder(MetaPathFinder, Loader):
 
     packages: set[str] = set()  # noqa: RUF012
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         package = name.partition(".")[0]
         if package not in self.packages:
             return None
@@ -159,7 +165,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 class _Module(ModuleType):
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if (inner := f"{self.__name__}.{name}") in OFFERED and _finder in sys.meta_path:

@@ -94,7 +94,7 @@ def chunk_gated_delta_rule(
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    cp_context: Any = None,
+    cp_context: object = None,
     **kwargs: Any,
 ) -> Pair:
     """Gated DeltaNet over whole sequences: (o [B, T, HV, V], final state or None).
@@ -153,7 +153,7 @@ def fused_recurrent_gated_delta_rule(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pair:
     """Gated DeltaNet token by token: (o [B, T, HV, V], final state or None).
 
@@ -213,7 +213,7 @@ def chunk_kda(
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    cp_context: Any = None,
+    cp_context: object = None,
     **kwargs: Any,
 ) -> Pair:
     """Kimi Delta Attention over whole sequences: (o [B, T, HV, V], final state or None).
@@ -277,7 +277,7 @@ def fused_recurrent_kda(
     lower_bound: float | None = None,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pair:
     """Kimi Delta Attention token by token: (o [B, T, HV, V], final state or None).
 
@@ -336,8 +336,8 @@ def chunk_gdn2(
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
     state_v_first: bool = False,
-    cp_context: Any = None,
-    **kwargs: Any,
+    cp_context: object = None,
+    **kwargs: object,
 ) -> Pair:
     """Gated DeltaNet 2 over whole sequences: (o [B, T, HV, V], final state or None).
 
@@ -391,7 +391,7 @@ def fused_recurrent_gdn2(
     lower_bound: float | None = None,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pair:
     """Gated DeltaNet 2 token by token: (o [B, T, HV, V], final state or None). The gates are those of chunk_gdn2.
 
@@ -488,7 +488,7 @@ def chunk_precond_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = True,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    cp_context: Any = None,
+    cp_context: object = None,
     transpose_state_layout: bool = False,
     x: float = 1.5,
     eps: float = 1e-6,
@@ -578,7 +578,7 @@ def chunk_precond_kda(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     chunk_indices: torch.Tensor | None = None,
-    cp_context: Any = None,
+    cp_context: object = None,
     transpose_state_layout: bool = False,
     x: float = 1.5,
     eps: float = 1e-6,
@@ -586,7 +586,7 @@ def chunk_precond_kda(
     solve_tril_precision: str | None = None,
     disable_recompute: bool = False,
     return_intermediate_states: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Triple:
     """The preconditioned KDA over whole sequences: (o, final state or None, A [N, H, K] or None). q and k are normed.
 
@@ -644,7 +644,7 @@ def fused_recurrent_precond_kda(
     x: float = 1.5,
     eps: float = 1e-6,
     log_atk_scale: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Triple:
     """chunk_precond_kda token by token, where the norm of q and k is a choice.
 
@@ -679,7 +679,7 @@ def _gdn2(
     g: torch.Tensor,
     b: torch.Tensor,
     w: torch.Tensor,
-    **rest: Any,
+    **rest: object,
 ) -> Pair:
     """d = w * v - S^T (b * k)."""
     each = (*v.shape[:3], k.shape[-1])
@@ -713,7 +713,7 @@ def _comba(
     p = k if p is None else p
     shape(op, "p", p, k.shape, "[B, T, H, K] as k")
     shape(op, "g", g, v.shape[:3], "[B, T, HV]")
-    rest: dict[str, Any] = dict(
+    rest: dict[str, object] = dict(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, use_qk_l2norm_in_kernel=norm,
         state_v_first=False, cu_seqlens=cu_seqlens,
     )  # fmt: skip
@@ -801,7 +801,7 @@ def _faded_sums(x: torch.Tensor, g: torch.Tensor, start: torch.Tensor) -> tuple[
     return torch.cat(out, 1), A
 
 
-def _keys(op: str, rest: dict[str, Any], *keys: torch.Tensor) -> list[torch.Tensor]:
+def _keys(op: str, rest: dict[str, object], *keys: torch.Tensor) -> list[torch.Tensor]:
     """The keys in float32, normed as use_qk_l2norm_in_kernel of `rest` says: products with them are made after that."""
     norm = rest.pop("use_qk_l2norm_in_kernel")
     flag(op, "use_qk_l2norm_in_kernel", norm)

@@ -11,7 +11,6 @@ Delta Attention imports it beside. Computed in chunks, in float32 (float64 for f
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ def chunk_simple_gla(
     output_final_state: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pair:
     """(o [B, T, H, V] in v's dtype, final state [N, H, K, V] in float32 or None).
 
@@ -63,7 +62,7 @@ def fused_recurrent_simple_gla(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Pair:
     """As chunk_simple_gla.
 
@@ -91,7 +90,7 @@ def _simple_gla(
     final: bool,
     v_first: bool,
     cu_seqlens: torch.Tensor | None,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
 ) -> Pair:
     unknown = [name for name in kwargs if name not in ("chunk_size", "cu_seqlens_cpu")]
     if unknown:

@@ -23,11 +23,15 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ...core.late import late
 from ..switch import LOCK, Patch, Place, Switch, guarded
 from .families import RULE, Found, look
+
+if TYPE_CHECKING:
+    from mlx.nn.layers.base import Module
+    from mlx_lm.models.cache import _BaseCache
 
 _cache = late("anydelta.integrations.mlx_lm.cache")
 
@@ -95,7 +99,7 @@ def status() -> Status:
     )
 
 
-def make_prompt_cache(model: Any, rollback: int) -> list[Any]:
+def make_prompt_cache(model: Module, rollback: int) -> list[_BaseCache]:
     """A prompt cache whose last `rollback` tokens mlx-lm's `trim_prompt_cache` can take back, exactly.
 
     Memory: per linear attention layer and sequence, `rollback` states more than mlx-lm's cache. Whatever calls the
@@ -146,7 +150,12 @@ def _set_everywhere(on: bool) -> list[str]:
 _everywhere = Place(_set_everywhere)
 
 
-def _guarded(make: Callable[..., Any], *more: Any) -> Callable[[Any], Any]:
+R = TypeVar("R")
+
+
+def _guarded(
+    make: Callable[..., Callable[..., R]], *more: object
+) -> Callable[[Callable[..., R]], Callable[..., R]]:
     return lambda theirs: guarded(theirs, make(theirs, *more), _everywhere)
 
 
@@ -187,14 +196,14 @@ def _hooks() -> tuple[Patch, ...]:
 # ---- Drafting
 
 
-def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def _drafting(theirs: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
     """speculative_generate_step, with caches of hybrid models that can be trimmed while it runs."""
     hand_over = importlib.import_module("anydelta.integrations.mlx_lm.cache").hand_over
     signature = inspect.signature(theirs)
     make_cache = importlib.import_module("mlx_lm.models.cache").make_prompt_cache
 
     @functools.wraps(theirs)
-    def speculative_generate_step(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def speculative_generate_step(*args: object, **kwargs: object) -> Iterator[R]:
         if not _everywhere.on:  # now that it begins
             yield from theirs(*args, **kwargs)
             return
@@ -216,7 +225,7 @@ def _drafting(theirs: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[An
     return speculative_generate_step
 
 
-def _make_trimmable(caches: list[Any], models: list[Any], rollback: int) -> dict[int, Any]:
+def _make_trimmable(caches: list[_BaseCache], models: list[Module], rollback: int) -> dict[int, _BaseCache]:
     """Put a RollbackCache in the place of each linear attention layer's cache. Returns those that were there."""
     ArraysCache = importlib.import_module("mlx_lm.models.cache").ArraysCache
     kinds = tuple(f.layer for f in _families()[0] if f.layer is not None)

@@ -7,6 +7,7 @@ snapshots of `anydelta.mlx.gated_delta_rule`), and the convolutions' inputs. `tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,8 +29,8 @@ class RollbackCache(ArraysCache):
     advances = False
     """Whether the layers of this mlx-lm count the tokens on (from 0.31.2)."""
     cache: list[Any]
-    left_padding: Any
-    lengths: Any
+    left_padding: mx.array | None
+    lengths: mx.array | None
 
     def __init__(self, size: int, depth: int, left_padding: list[int] | None = None):
         super().__init__(size, left_padding)
@@ -103,7 +104,7 @@ class RollbackCache(ArraysCache):
             self.advance(-n)
         return n
 
-    def __setitem__(self, idx: int, value: Any) -> None:
+    def __setitem__(self, idx: int, value: object) -> None:
         super().__setitem__(idx, value)
         self._forget()
 
@@ -112,20 +113,20 @@ class RollbackCache(ArraysCache):
         return super().state  # whatever this mlx-lm takes for it
 
     @state.setter
-    def state(self, v: Any) -> None:
+    def state(self, v: list[mx.array | None]) -> None:
         ArraysCache.state.fset(self, v)
         self._forget()
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array) -> None:
         super().filter(batch_indices)
         self._forget()
 
-    def extend(self, other: Any) -> None:
+    def extend(self, other: RollbackCache) -> None:
         super().extend(other)
         self._forget()
 
     @classmethod
-    def merge(cls, caches: Any) -> Any:
+    def merge(cls, caches: Sequence[ArraysCache]) -> ArraysCache:
         return ArraysCache.merge(caches)
 
     @property
@@ -158,17 +159,17 @@ class Step:
         self.last = len(cache.cache) - 1
         self.windows = cache.cache[:-1]
         self.inputs: list[Any] = [None] * self.last
-        self.states: list[Any] = []
+        self.states: list[mx.array] = []
         self.tokens: int = 0
 
     @property
-    def lengths(self) -> Any:
+    def lengths(self) -> mx.array | None:
         return self.cache.lengths
 
-    def __getitem__(self, idx: int) -> Any:
+    def __getitem__(self, idx: int) -> mx.array | Step | None:
         return self if idx == self.last else self.windows[idx]
 
-    def __setitem__(self, idx: int, value: Any) -> None:
+    def __setitem__(self, idx: int, value: object) -> None:
         if idx == self.last:
             self.cache.record(self)
         else:

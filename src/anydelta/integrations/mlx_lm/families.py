@@ -13,7 +13,10 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx.nn.layers.base import Module
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Found:
 
     name: str
     module: types.ModuleType
-    layer: Any = None
+    layer: type[Module] | None = None
     convolutions: tuple[str, ...] = ()
 
 
@@ -93,7 +96,7 @@ def _callers() -> list[str]:
     return [name for name, text in texts.items() if RULE in text and f"def {RULE}(" not in text]
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def _parameters(function: Callable[..., object]) -> list[str]:
     """Of what is there now, ours or theirs: functools.wraps leads to theirs."""
     try:
         return list(inspect.signature(function).parameters)

@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...core import dispatch
 from ...core.late import late
@@ -42,12 +42,17 @@ if TYPE_CHECKING:
     from . import layer as _layer
     from . import packed_matrices as _packed_matrices
     from .find import Found
+    from .generate import Method
+    from .layer import Forward
     from .packed_matrices import Packed
 else:  # they import torch and Transformers
     _classes, _find, _functions, _generate, _layer, _packed_matrices = (
         late(f"{__name__}.{name}")
         for name in ("classes", "find", "functions", "generate", "layer", "packed_matrices")
     )
+
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -221,14 +226,16 @@ class _Bound:
         if any(news):
             self.dressed = {}
 
-    def _function(self, make: Callable[..., Any], name: str, theirs: Any) -> Any:
+    def _function(
+        self, make: Callable[..., Callable[..., R]], name: str, theirs: Callable[..., R]
+    ) -> Callable[..., R]:
         ours = make(theirs, f"{self.name}.{name}", _taken, _passed_on)
         return guarded(theirs, ours, _everywhere)
 
-    def _forward(self, layer: type[nn.Module], theirs: Any) -> Any:
+    def _forward(self, layer: type[nn.Module], theirs: Forward) -> Forward:
         return guarded(theirs, self._ours(layer, theirs), _everywhere, name="forward")
 
-    def _ours(self, layer: type[nn.Module], theirs: Any) -> Any:
+    def _ours(self, layer: type[nn.Module], theirs: Forward) -> Forward:
         """The layer's forward with the mixer, where the table has a row for it; else one that records and advances."""
         row, cache = BY_LAYER.get((self.module.__name__, layer.__name__)), self.found.layers[layer]
         return (
@@ -246,7 +253,7 @@ class _Bound:
             self.dressed[base] = _classes.dressed(base, self._methods(base), _everywhere)
         return self.dressed[base]
 
-    def _methods(self, base: type) -> dict[str, Any]:
+    def _methods(self, base: type) -> dict[str, Callable[..., object]]:
         if not issubclass(base, self.layers):
             return {name: make(stock(getattr(base, name))) for name, make in _hooks().items()}
         layer = next(c for c in self.layers if issubclass(base, c))
@@ -264,11 +271,11 @@ class _Bound:
         return {"forward": self._ours(layer, own)}
 
 
-def _hooks() -> dict[str, Any]:
+def _hooks() -> dict[str, Callable[[Method], Method]]:
     return _generate.HOOKS
 
 
-def _hook(name: str, theirs: Any) -> Any:
+def _hook(name: str, theirs: Method) -> Method:
     return guarded(stock(theirs), _hooks()[name](stock(theirs)), _everywhere, name=name)
 
 
@@ -309,7 +316,7 @@ def _require_transformers() -> None:
 # ---- One model
 
 
-def _layers(model: Any, bound: list[_Bound], op: str) -> list[tuple[str, nn.Module, _Bound]]:
+def _layers(model: object, bound: list[_Bound], op: str) -> list[tuple[str, nn.Module, _Bound]]:
     """The linear attention layers of a model."""
     import torch
 
@@ -348,7 +355,9 @@ def _warn_of_strangers(layers: list[tuple[str, nn.Module, _Bound]]) -> None:
         warn(f"anydelta: a {kind} already has a forward of its own (a kernel?), which stays")
 
 
-def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, Any]) -> Any:
+def _with_globals(
+    function: Any, module: types.ModuleType, replaced: dict[str, object]
+) -> types.FunctionType | None:
     """The same function, decorators included, looking up `replaced` before the names of its module.
 
     Returns None if no function of that module is inside.
@@ -362,7 +371,7 @@ def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, A
     ):  # a decorator's wrapper holds what it wraps in a cell
         inner = cell.cell_contents
         if isinstance(inner, types.FunctionType) and (changed := _with_globals(inner, module, replaced)):
-            cells = list(function.__closure__)
+            cells = list(function.__closure__ or ())
             cells[i] = types.CellType(changed)
             copy = _copy_function(function, function.__globals__, tuple(cells))
             if hasattr(copy, "__wrapped__"):
@@ -371,10 +380,10 @@ def _with_globals(function: Any, module: types.ModuleType, replaced: dict[str, A
     return None
 
 
-def _copy_function(function: Any, scope: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Any:
-    copy: Any = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, closure
-    )
+def _copy_function(
+    function: types.FunctionType, scope: dict[str, object], closure: tuple[types.CellType, ...] | None
+) -> types.FunctionType:
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__dict__.update(function.__dict__)
     for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):

@@ -16,11 +16,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.generation.utils import GenerationMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CACHES = ("cache", "cache_params", "past_key_values")
 """What models and layers call their cache: the first from Transformers 5.24 on."""
@@ -45,7 +48,13 @@ class RollbackCache(DynamicCache):
             states and one; tokens dropped free theirs.
     """
 
-    def __init__(self, *args: Any, config: Any = None, rollback: int = ROLLBACK, **kwargs: Any):
+    def __init__(
+        self,
+        *args: object,
+        config: PreTrainedConfig | None = None,
+        rollback: int = ROLLBACK,
+        **kwargs: object,
+    ):
         super().__init__(*args, config=config, **kwargs)
         with_rollback(self, config)
         self.config = config
@@ -96,7 +105,7 @@ class RollbackCache(DynamicCache):
             setattr(self, POSITIONS, positions[..., :tokens_to_remove])
 
 
-def with_rollback(cache: Cache, config: Any = None) -> Cache:
+def with_rollback(cache: Cache, config: PreTrainedConfig | None = None) -> Cache:
     """Put layers that can roll back in the place of an empty cache's; returns the cache. `config` is the model's."""
     text = None if config is None else config.get_text_config(decoder=True)
     end = getattr(text, "eos_token_id", None)
@@ -140,7 +149,7 @@ class RollbackWindow(DynamicSlidingWindowLayer):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, sliding_window: int, **kwargs: Any):
+    def __init__(self, sliding_window: int, **kwargs: object):
         super().__init__(sliding_window=sliding_window, **kwargs)
         self.record_past: bool = False
         self.rollback = ROLLBACK
@@ -150,7 +159,7 @@ class RollbackWindow(DynamicSlidingWindowLayer):
         self.record_past = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if self.record_past:
@@ -195,7 +204,7 @@ class RollbackLayer(LinearAttentionLayer):
     `conv_states[i]` [B, C, k] and `recurrent_states[i]` [B, HV, K, V] are the newest, as in Transformers.
     """
 
-    def __init__(self, number_of_states: int = 1, **kwargs: Any):
+    def __init__(self, number_of_states: int = 1, **kwargs: object):
         super().__init__(number_of_states=number_of_states, **kwargs)
         self.record_past: bool = False
         self.rollback = ROLLBACK
@@ -266,7 +275,7 @@ class RollbackLayer(LinearAttentionLayer):
         conv_states: torch.Tensor,
         state_idx: int = 0,
         conv_kernel_size: int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         """Append columns [B, C, T]; returns them behind those that the convolution still sees."""
         if not self.record_past:
@@ -309,7 +318,7 @@ class RollbackLayer(LinearAttentionLayer):
         return past.room(tokens, *self._recorded(tokens))
 
     def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
     ) -> torch.Tensor:
         if not self.record_past or not self.can_record(state_idx):
             return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)  # type: ignore[no-any-return]
@@ -466,10 +475,10 @@ class _Past:
         slots, batch = self._states.shape[:2]
         self._rows = torch.arange(slots * batch, device=self._states.device).view(slots, batch)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: x for name, x in self.__dict__.items() if name not in ("_flat", "_rows")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         if self.slots:  # pickle would make `_flat` a copy
             self._number_rows()

@@ -31,7 +31,7 @@ LAYERS: set[type[nn.Module]] = set()
 class Rewired:
     """The class attribute `_old_forward`: a hook that found the stock forward, or ours, runs what the class has now."""
 
-    def __get__(self, module: Any, cls: Any = None) -> Any:
+    def __get__(self, module: nn.Module | None, cls: type | None = None) -> object:
         if module is None:
             return self
         try:
@@ -43,39 +43,42 @@ class Rewired:
             return MethodType(now, module)
         return kept
 
-    def __set__(self, module: Any, value: Any) -> None:
+    def __set__(self, module: nn.Module, value: object) -> None:
         module.__dict__[KEPT] = value
 
-    def __delete__(self, module: Any) -> None:
+    def __delete__(self, module: nn.Module) -> None:
         if module.__dict__.pop(KEPT, None) is None:
             raise AttributeError(KEPT)
 
 
-def dressed(base: type, methods: dict[str, Callable[..., Any]], everywhere: Place) -> type:
+def dressed(base: type, methods: dict[str, Callable[..., object]], everywhere: Place) -> type:
     """A class like `base` with these methods of ours; each runs only while all models or its module are switched on."""
 
-    def is_on(self: Any, *_: Any) -> bool:
+    def is_on(self: nn.Module, *_: object) -> bool:
         if type(self) is cls:
             return True
         # A class that someone derived from ours for this module stays where we leave.
         return isinstance(self, cls) and (torch.compiler.is_compiling() or _is_on(self))
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # the later protocols insist on the very class
+    def __reduce_ex__(
+        self: nn.Module, protocol: object
+    ) -> tuple[object, ...]:  # the later protocols insist on the very class
         make, arguments, *rest = super(cls, self).__reduce_ex__(1)
         return (make, tuple(base if x is cls else x for x in arguments), *rest)
 
-    def __copy__(self: Any) -> Any:
-        out = cls.__new__(type(self))
+    def __copy__(self: nn.Module) -> nn.Module:
+        out: nn.Module = cls.__new__(type(self))
         out.__setstate__(dict(self.__dict__))
         return out
 
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: nn.Module, memo: dict[int, object]) -> nn.Module:
+        out: nn.Module
         memo[id(self)] = out = cls.__new__(type(self))
         out.__setstate__(copy.deepcopy(self.__dict__, memo))
         return out
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    ours = {
+    ours: dict[str, object] = {
         name: guarded(stock(getattr(base, name)), method, everywhere, is_on, name)
         for name, method in methods.items()
     }
@@ -164,7 +167,7 @@ def require_ours(model: nn.Module) -> None:
         ValueError: one of these.
     """
     instead = "or leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
-    kinds: Any = tuple(LAYERS)
+    kinds = tuple(LAYERS)
     strangers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not runs_ours(m)}
     if strangers and not any(_has_own_forward(m) for m in strangers.values()):
         raise ValueError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
 
 
-def copy_for_call(module: Any, cls: type | None = None) -> Any:
+def copy_for_call(module: M, cls: type[M] | None = None) -> M:
     """A module of which one call may change the attributes and the modules in it; all that it holds is shared."""
-    own: Any = object.__new__(cls or type(module))
+    own: M = object.__new__(cls or type(module))
     own.__dict__.update(module.__dict__)
     own.__dict__["_modules"] = dict(module._modules)
     for name, value in module.__dict__.items():  # methods of its own, as enable(model) and accelerate give it

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import torch
+    from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+    from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    LinearAttention: TypeAlias = (
+        BailingHybridDeltaAttention
+        | KimiLinearDeltaAttention
+        | OlmoHybridGatedDeltaNet
+        | Qwen3NextGatedDeltaNet
+        | Qwen3_5GatedDeltaNet
+    )
+    """A layer of the table; those that are not named here have the attributes of one that is."""
 
 
 class Projected(NamedTuple):
     """What a family's projections give, in the mixer's terms."""
 
-    qkv: Any
+    qkv: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """[B, T, C], or (q, k, v)."""
     z: torch.Tensor
     a: torch.Tensor
@@ -38,7 +52,7 @@ class Family:
     """The first release of Transformers that has it, of those whose functions can be replaced (5.15 and later)."""
     rule: str
     """GDA or KDA."""
-    project: Callable[[Any, torch.Tensor], Projected]
+    project: Callable[[LinearAttention, torch.Tensor], Projected]
     holds: frozenset[str]
     """The modules and parameters of a layer that `project` knows; one with others is another layer."""
     norm: str
@@ -59,7 +73,7 @@ class Family:
         return f"transformers.models.{self.name}.modeling_{self.name}"
 
 
-def _qkvz(layer: Any, x: torch.Tensor) -> Projected:
+def _qkvz(layer: Qwen3_5GatedDeltaNet, x: torch.Tensor) -> Projected:
     m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
     return Projected(
         m["in_proj_qkv"](x),
@@ -71,7 +85,7 @@ def _qkvz(layer: Any, x: torch.Tensor) -> Projected:
     )
 
 
-def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
+def _qwen3_next(layer: Qwen3NextGatedDeltaNet, x: torch.Tensor) -> Projected:
     """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
     groups, K = layer.num_k_heads, layer.head_k_dim
     values = layer.num_v_heads // groups
@@ -82,12 +96,12 @@ def _qwen3_next(layer: Any, x: torch.Tensor) -> Projected:
     return Projected((q, k, v), z, a.flatten(-2), b.flatten(-2), layer.A_log, layer.dt_bias)
 
 
-def _olmo_hybrid(layer: Any, x: torch.Tensor) -> Projected:
+def _olmo_hybrid(layer: OlmoHybridGatedDeltaNet, x: torch.Tensor) -> Projected:
     qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x), layer.A_log, layer.dt_bias)
 
 
-def _low_rank(layer: Any, x: torch.Tensor) -> Projected:
+def _low_rank(layer: KimiLinearDeltaAttention, x: torch.Tensor) -> Projected:
     """KDA whose decay and output gate each go through two narrow projections (kimi_linear, glm5_next)."""
     qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     forget = layer.forget_gate
@@ -97,7 +111,7 @@ def _low_rank(layer: Any, x: torch.Tensor) -> Projected:
     return Projected(qkv, z, a, layer.b_proj(x), forget.A_log.view(-1), forget.dt_bias, bound)
 
 
-def _full_rank(layer: Any, x: torch.Tensor) -> Projected:
+def _full_rank(layer: BailingHybridDeltaAttention, x: torch.Tensor) -> Projected:
     """KDA with one projection each for the decay and the output gate (bailing_hybrid)."""
     qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     forget = layer.forget_gate

@@ -168,7 +168,7 @@ def _hub_name(name: str, x: Any) -> str | None:
     return hub if isinstance(hub, str) and hub in MAKERS else None
 
 
-def _calls(cls: Any, module: ModuleType, rules: set[str]) -> bool:
+def _calls(cls: type[nn.Module], module: ModuleType, rules: set[str]) -> bool:
     """Whether it is a layer of this module whose forward calls the rule."""
     if not (issubclass(type(cls), type) and issubclass(cls, nn.Module) and cls.__module__ == module.__name__):
         return False
@@ -176,9 +176,9 @@ def _calls(cls: Any, module: ModuleType, rules: set[str]) -> bool:
     return code is not None and not rules.isdisjoint(code.co_names)
 
 
-def _undecorated(cls: type[nn.Module], module: ModuleType) -> Any:
+def _undecorated(cls: type[nn.Module], module: ModuleType) -> Callable[..., object]:
     """A class's forward as it is written in the module. Up to 5.16 a decorator keeps it in a cell alone."""
-    rest = [inspect.unwrap(stock(cls.forward))]
+    rest: list[Callable[..., object]] = [inspect.unwrap(stock(cls.forward))]
     while rest:
         function = rest.pop()
         if getattr(function, "__globals__", None) is vars(module):
@@ -191,7 +191,7 @@ def _undecorated(cls: type[nn.Module], module: ModuleType) -> Any:
     return cls.forward
 
 
-def _misfit(name: str, theirs: Any, hub: str) -> str | None:
+def _misfit(name: str, theirs: Callable[..., object], hub: str) -> str | None:
     if not inspect.isroutine(theirs):  # the kernels library's: it takes anything
         return None
     want = parameters(getattr(functions, MAKERS[hub])(theirs, name, {}, {}))
@@ -201,7 +201,7 @@ def _misfit(name: str, theirs: Any, hub: str) -> str | None:
     return f"{name} takes ({', '.join(got)}) and not ({', '.join(want)})"
 
 
-def parameters(f: Callable[..., Any]) -> list[str]:
+def parameters(f: Callable[..., object]) -> list[str]:
     """The names of a function's parameters, without *args and **kwargs."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     signature = inspect.signature(f, follow_wrapped=False)

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,11 @@ from ...mixer.convolution import blocked, sequence_ids, shifted
 from ...rule.op import explain, gated_delta_rule, gated_delta_rule_
 from ...rule.torch_ops import DUAL_NUMBERS, TRACER, TRANSFORM, onlooker
 from .cache import CACHES, RollbackLayer
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    from .families import LinearAttention
 
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Conv = Callable[..., torch.Tensor]
@@ -56,7 +61,7 @@ _CONV_OPTIONS = frozenset(("initial_states", "return_final_states", "final_state
 _NEVER = ("gradients are wanted", "torch.export", TRANSFORM, DUAL_NUMBERS)
 """Reasons to leave a call of the rule to Transformers even where states are to be recorded."""
 _MAX_DECISIONS = 4096
-_decisions: dict[tuple[Any, ...], str | None] = {}
+_decisions: dict[tuple[object, ...], str | None] = {}
 TORCH_DEVICES = ("cpu", *((d.type,) if (d := torch.accelerator.current_accelerator()) is not None else ()))
 """Where this torch has tensors; the other devices' backends are not even asked whether they can run."""
 NATIVE_DEVICES: frozenset[str] = frozenset(
@@ -183,7 +188,7 @@ def _rule(
     l2norm: bool,
     advance: bool,
     record: RollbackLayer | None,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     cu_seqlens = _cu_seqlens(kwargs)
     if state is not None and state.dtype != torch.float32:  # Transformers computes and returns float32 states
@@ -240,7 +245,7 @@ def _why_not_rule(
     g: torch.Tensor,
     beta: torch.Tensor,
     state: torch.Tensor | None,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     gradients: bool,
 ) -> str | None:
     """The reason to leave a call, of which gradients may be wanted, to Transformers, or None."""
@@ -378,7 +383,7 @@ def _why_not_conv(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     packed: bool,
 ) -> str | None:
     if torch.is_grad_enabled() and (
@@ -408,7 +413,7 @@ def _why_not_conv(
 # ---- The layer
 
 
-def cache_of(kwargs: dict[str, Any]) -> Any:
+def cache_of(kwargs: dict[str, Any]) -> Cache | None:
     """The cache among a layer's keywords, taken out of them under whatever name it has there."""
     found = None
     for name in CACHES:
@@ -429,11 +434,11 @@ def advancing(theirs: Callable[..., torch.Tensor], cache_name: str) -> Callable[
 
     @functools.wraps(theirs)
     def forward(
-        self: Any,
+        self: LinearAttention,
         hidden_states: torch.Tensor,
-        cache: Any = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         if cache is None and kwargs:
             cache = cache_of(kwargs)
@@ -452,7 +457,7 @@ def advancing(theirs: Callable[..., torch.Tensor], cache_name: str) -> Callable[
     return forward
 
 
-def _copies_states(cache: Any, layer: Any) -> bool:
+def _copies_states(cache: Cache, layer: CacheLayerMixin) -> bool:
     """Whether the cache ends a step by copying the new state over the old one, and does nothing else with either."""
     from transformers.cache_utils import Cache, LinearAttentionLayer
 

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,18 @@ from .classes import require_ours
 from .copies import copy_for_call
 from .mtp import Mtp, check_mtp
 
-Method = Callable[..., Any]
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.candidate_generator import CandidateGenerator
+    from transformers.generation.stopping_criteria import StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.generation.utils import GenerateOutput
+    from transformers.utils import ModelOutput
+
+Method = Callable[..., "GenerateOutput | torch.Tensor"]
+
+Kept = torch.Tensor | tuple[torch.Tensor, ...]
+"""Of one token: its scores, or what each layer gave."""
 
 _rounds: ContextVar[list[tuple[int, int]] | None] = ContextVar("_rounds", default=None)
 
@@ -50,7 +61,7 @@ def generate(theirs: Method) -> Method:
     names = list(inspect.signature(theirs).parameters)[1:]
 
     @functools.wraps(theirs)
-    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def ours(self: GenerationMixin, *args: object, **kwargs: object) -> GenerateOutput | torch.Tensor:
         if isinstance(self, Drafting):
             return theirs(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -64,8 +75,7 @@ def generate(theirs: Method) -> Method:
                 for value in (given.get(name), *(getattr(c, name, None) for c in configs))
             )
         ):
-            cls: Any = type(self)
-            self = copy_for_call(self, _drafting(cls))
+            self = copy_for_call(self, _drafting(self.__class__))
         return theirs(self, *args, **kwargs)
 
     return ours
@@ -77,7 +87,7 @@ _INSTEAD = "Leave out use_mtp, assistant_model, prompt_lookup_num_tokens and ass
 
 
 @functools.cache
-def _drafting(cls: Any) -> Any:
+def _drafting(cls: type[GenerationMixin]) -> type[Drafting]:
     """The class of models whose `generate` drafts. Its name is that of the model's class, which messages show."""
     return type(
         cls.__name__, (Drafting, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -90,8 +100,13 @@ class Drafting(GenerationMixin):
     _is_stateful = False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int, *args: Any
-    ) -> Any:
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        *args: object,
+    ) -> None:
         """Make a RollbackCache where tokens may be dropped; one given by the user must be that."""
         cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant:
@@ -102,15 +117,15 @@ class Drafting(GenerationMixin):
                 cache.activate_past_recording()
             if isinstance(cache, RollbackCache):  # it drafts token by token, and is cropped afterwards
                 cache.rollback = generation_config.max_length
-                return None
+                return
         elif generation_mode == GenerationMode.ASSISTED_GENERATION:
             _check(self, generation_config, model_kwargs, batch_size)
             if cache is None:
                 model_kwargs[CACHE] = self._rollback_cache()
-                return None
+                return
         elif isinstance(cache, RollbackCache):
             cache.stop_recording()
-        return super()._prepare_cache_for_generation(
+        super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, *args
         )
 
@@ -118,7 +133,11 @@ class Drafting(GenerationMixin):
         return RollbackCache(config=self.config.get_text_config(decoder=True))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        *args: object,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:  # Transformers looks for the parameter inputs_embeds
         cache = kwargs.get(CACHE)
         if isinstance(cache, RollbackCache) and cache.is_assistants and not cache.get_seq_length():
@@ -126,10 +145,12 @@ class Drafting(GenerationMixin):
             kwargs["is_first_iteration"] = True  # so that it gets to see images
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
-    def _drafter(self, config: Any, assistant: Any, **options: Any) -> Any:
+    def _drafter(
+        self, config: GenerationConfig, assistant: PreTrainedModel | None, **options: Any
+    ) -> CandidateGenerator:
         """What proposes tokens: the class for each way to draft."""
         if config.assistant_early_exit is not None:
-            drafter: Any = EarlyExit(self, generation_config=config, **options)
+            drafter: CandidateGenerator = EarlyExit(self, generation_config=config, **options)
         elif config.use_mtp:
             return Mtp(self, config, options["logits_processor"], options["input_ids"])
         else:
@@ -141,17 +162,17 @@ class Drafting(GenerationMixin):
     def _assisted_decoding(
         self,
         input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: Any = None,
-        inputs_tensor: Any = None,
-        assistant_model: Any = None,
-        assistant_tokenizer: Any = None,
-        tokenizer: Any = None,
+        streamer: BaseStreamer | None = None,
+        inputs_tensor: torch.Tensor | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **model_kwargs: Any,
-    ) -> Any:
+    ) -> GenerateOutput | torch.Tensor:
         """Decode as Transformers' `_sample` does, with the logits of several tokens from each forward.
 
         The tokens that a forward has verified pass one by one through the logits processors and the stopping
@@ -244,11 +265,13 @@ class Drafting(GenerationMixin):
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache}, **record.kept)
 
 
-def _is_dynamic(config: Any) -> bool:
+def _is_dynamic(config: GenerationConfig) -> bool:
     return config.use_cache is not False and config.cache_implementation in (None, "dynamic", "dynamic_full")
 
 
-def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
+def _check(
+    model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any], batch_size: int
+) -> None:
     """Refuse what cannot be drafted for, before anything is touched."""
     require_ours(model)
     for option in ("prompt_lookup_num_tokens", "assistant_early_exit"):
@@ -297,7 +320,7 @@ def _check(model: Any, config: Any, model_kwargs: Any, batch_size: int) -> None:
         )
 
 
-def _new_tokens(input_ids: torch.Tensor, config: Any, model_kwargs: Any) -> int:
+def _new_tokens(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
     """How many tokens of the prompt the cache does not hold; all where it holds every one, as without drafts.
 
     The inputs are all tokens, or those that are not in the cache; embeddings are always all. The mask is that of all.
@@ -309,7 +332,7 @@ def _new_tokens(input_ids: torch.Tensor, config: Any, model_kwargs: Any) -> int:
 
 
 def _choose(
-    scores: torch.Tensor, draft: torch.Tensor, guess: torch.Tensor | None, config: Any
+    scores: torch.Tensor, draft: torch.Tensor, guess: torch.Tensor | None, config: GenerationConfig
 ) -> torch.Tensor:
     """The next token [1, 1] from its scores [1, vocabulary]; equal to the draft [1, 1] exactly if that is accepted.
 
@@ -335,7 +358,7 @@ def _choose(
     return torch.multinomial(p, 1)
 
 
-def _for_drafts(processors: Any) -> LogitsProcessorList:
+def _for_drafts(processors: LogitsProcessorList) -> LogitsProcessorList:
     """Those that may be asked about drafts as well: Transformers' own, but two that go from token to token.
 
     Others may count their calls, or keep what they were asked, as grammars do; so they see the text alone.
@@ -351,12 +374,12 @@ def _for_drafts(processors: Any) -> LogitsProcessorList:
 class Record:
     """What `generate` returns beside the tokens, where its configuration asks for it: a tuple per kind, over tokens."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: GenerationConfig):
         kinds = ("scores", "logits", "attentions", "hidden_states") if config.return_dict_in_generate else ()
-        self.kept: dict[str, tuple[Any, ...]] = {n: () for n in kinds if getattr(config, f"output_{n}")}
+        self.kept: dict[str, tuple[Kept, ...]] = {n: () for n in kinds if getattr(config, f"output_{n}")}
 
     @property
-    def scores(self) -> tuple[Any, ...] | None:
+    def scores(self) -> tuple[Kept, ...] | None:
         return self.kept.get("scores")
 
     def add(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
@@ -364,7 +387,7 @@ class Record:
             if name in self.kept:
                 self.kept[name] += (x,)
 
-    def add_layers(self, outputs: Any, count: int, tokens: int) -> None:
+    def add_layers(self, outputs: ModelOutput, count: int, tokens: int) -> None:
         """Of a forward with `count` drafts: what its layers gave for so many tokens, the first with all rows before."""
         for name in ("attentions", "hidden_states"):
             for i in range(tokens) if name in self.kept else ():
@@ -384,12 +407,12 @@ class EarlyExit(AssistedCandidateGenerator):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
-        generation_config: Any,
-        target_tokenizer: Any,
-        assistant_tokenizer: Any,
-        **options: Any,
+        generation_config: GenerationConfig,
+        target_tokenizer: PreTrainedTokenizerBase | None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None,
+        **options: object,
     ):
         depth = generation_config.assistant_early_exit
         super().__init__(
@@ -397,7 +420,7 @@ class EarlyExit(AssistedCandidateGenerator):
         )
 
 
-def _first_layers(model: Any, depth: int) -> Any:
+def _first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """The model with the first layers of its decoder alone."""
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)

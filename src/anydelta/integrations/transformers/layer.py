@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...core import dispatch, native
 from ...mixer.op import gated_delta_mixer_, plan_step
@@ -33,6 +34,12 @@ from .functions import (
     cache_of,
 )
 from .packed_matrices import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    from ...core.native import core
+    from .families import LinearAttention
 
 Forward = Callable[..., torch.Tensor]
 
@@ -56,11 +63,11 @@ def fused(
 
     @functools.wraps(theirs)
     def forward(
-        self: Any,
+        self: LinearAttention,
         hidden_states: torch.Tensor,
-        cache: Any = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         if cache is None and kwargs:
             cache = cache_of(kwargs)
@@ -92,10 +99,10 @@ def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(
-    self: Any,
+    self: LinearAttention,
     parts: Family,
     x: torch.Tensor,
-    cache: Any,
+    cache: Cache | None,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     keep: Callable[[_Step], None],
@@ -104,7 +111,7 @@ def _mix(
         x = _without_padding(x, attention_mask)
     held = None if cache is None else cache.layers[self.layer_idx]
     read = written = None
-    recording: Any = held if held is not None and held.record_past else None
+    recording: RollbackLayer | None = held if held is not None and held.record_past else None
     if recording is not None:
         B, HV, K, V = x.shape[0], *(getattr(self, n) for n in parts.heads)
         conv_state, state, read, written = recording.pools(
@@ -139,7 +146,12 @@ def _mix(
 
 
 def _call(
-    self: Any, parts: Family, p: Projected, conv_state: torch.Tensor, state: torch.Tensor, **more: Any
+    self: LinearAttention,
+    parts: Family,
+    p: Projected,
+    conv_state: torch.Tensor,
+    state: torch.Tensor,
+    **more: Any,
 ) -> torch.Tensor:
     arguments = _arguments(self, parts, p)
     arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
@@ -147,7 +159,7 @@ def _call(
     return out
 
 
-def _arguments(self: Any, parts: Family, p: Projected) -> dict[str, Any]:
+def _arguments(self: LinearAttention, parts: Family, p: Projected) -> dict[str, Any]:
     """Of the mixer; conv_weight still [C, 1, W]."""
     conv, norm = self.conv1d, getattr(self, parts.norm)
     return dict(
@@ -165,11 +177,11 @@ class _Step:
     is looked at; the extension compares dtypes, shapes and strides.
     """
 
-    def __init__(self, layer: Any, parts: Family, cache: Any):
+    def __init__(self, layer: LinearAttention, parts: Family, cache: Cache):
         self.parts, self.layer_idx = parts, layer.layer_idx
         self.modules, self.conv, self.norm = layer._modules, layer.conv1d, layer._modules[parts.norm]
         self.gate = layer._modules.get(parts.gate)
-        self.hooks: tuple[Any, ...] = tuple(
+        self.hooks: tuple[Mapping[int, Callable[..., object]], ...] = tuple(
             h
             for m in (self.conv, self.norm, self.gate)
             if m is not None
@@ -182,36 +194,42 @@ class _Step:
         self.z = layer._modules.get(parts.z)
         self.in_place = type(self.z) in (torch.nn.Linear, PackedLinear)
 
-        self.native: Any = None
+        self.native: core.MixerStep | None = None
         self.lower_bound: float | None = None
 
     def mix(
-        self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
+        self, layer: LinearAttention, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor | None:
         """Run the mixer on what `plan` knows, or on a new plan. None: the backend runs no such plans."""
         q, k, v = (p.qkv, None, None) if type(p.qkv) is _Tensor else unpack_qkv("", p.qkv)
         weights, conv = self.norm._parameters, self.conv._parameters
-        for planned in (self.native is not None and p.lower_bound == self.lower_bound, False):
-            if not planned and not self._plan(layer, p, conv_state, state):
+        known = self.native if p.lower_bound == self.lower_bound else None
+        for step in (known, None):
+            native = step or self._plan(layer, p, conv_state, state)
+            if native is None:
                 return None
             out = p.z if self.in_place and _alone(p, _Z) else p.z.new_empty(self.shape)
-            if self.native.run(
+            if native.run(
                 q, k, v, conv_state, state, p.a, p.b, conv.get("weight"), None, None,
                 conv.get("bias"), p.A_log, p.dt_bias, p.z, weights.get("weight"), None, None, None, None, out,
             ):  # fmt: skip
                 return out
         return None
 
-    def _plan(self, layer: Any, p: Projected, conv_state: torch.Tensor, state: torch.Tensor) -> bool:
+    def _plan(
+        self, layer: LinearAttention, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
+    ) -> core.MixerStep | None:
         HV, _, V = (getattr(layer, n) for n in self.parts.heads)
         self.device, self.shape = p.z.device.type, torch.Size((*p.b.shape[:2], HV * V))
         self.in_place = self.in_place and p.z.shape == self.shape and p.z.is_contiguous()
         out = p.z.new_empty(self.shape)
         self.lower_bound = p.lower_bound
         self.native = plan_step(out, p.qkv, conv_state, state, **_arguments(layer, self.parts, p))
-        return self.native is not None
+        return self.native
 
-    def takes(self, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+    def takes(
+        self, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+    ) -> LinearAttentionLayer | None:
         """The cache's layer if the call is one more step. Any doubt is a no: None."""
         if (
             type(x) is not _Tensor
@@ -240,7 +258,7 @@ class _Step:
             return None
         return held
 
-    def run(self, layer: Any, x: torch.Tensor, held: Any) -> torch.Tensor:
+    def run(self, layer: LinearAttention, x: torch.Tensor, held: LinearAttentionLayer) -> torch.Tensor:
         p = self.parts.project(layer, x)
         conv_state, state = held.conv_states[0], held.recurrent_states[0]
         out = self.mix(layer, p, conv_state, state)
@@ -250,7 +268,7 @@ class _Step:
         return result
 
 
-def _keep(steps: dict[int, _Step], layer: Any, step: _Step) -> None:
+def _keep(steps: dict[int, _Step], layer: LinearAttention, step: _Step) -> None:
     key = id(layer)
     if key not in steps:
         weakref.finalize(layer, steps.pop, key, None).atexit = False
@@ -269,7 +287,11 @@ _OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_
 
 
 def _states(
-    self: Any, parts: Family, x: torch.Tensor, held: Any, cu_seqlens: torch.Tensor | None
+    self: LinearAttention,
+    parts: Family,
+    x: torch.Tensor,
+    held: LinearAttentionLayer | None,
+    cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's cached states, made if this is its first call; without a cache zeros that nobody keeps."""
     if held is not None and held.has_previous_state[0]:
@@ -294,7 +316,9 @@ def _states(
     return held.conv_states[0], held.recurrent_states[0]
 
 
-def _why_not(self: Any, parts: Family, x: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+def _why_not(
+    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+) -> str | None:
     """The reason to leave a call to the layer's own forward, or None."""
     who = None if quiet() else onlooker()
     if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
@@ -355,7 +379,7 @@ def _why_not(self: Any, parts: Family, x: torch.Tensor, cache: Any, kwargs: dict
     return _why_not_cache(self, parts, x, cache)
 
 
-def _wrapped(module: Any, x: torch.Tensor) -> bool:
+def _wrapped(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether its forward is not that of its class alone. A hook of accelerate whose module has its weights where x is
     has nothing to do."""
     own = module.__dict__
@@ -374,7 +398,7 @@ def _wrapped(module: Any, x: torch.Tensor) -> bool:
 _IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook")
 
 
-def _is_norm(norm: Any, layer: type) -> bool:
+def _is_norm(norm: nn.Module, layer: type) -> bool:
     """Whether it is the family's own norm, and not one that wraps it or computes its weight."""
     kind = type(norm)
     return (
@@ -385,13 +409,13 @@ def _is_norm(norm: Any, layer: type) -> bool:
 
 
 @functools.cache
-def _known_caches() -> tuple[Any, Any]:
+def _known_caches() -> tuple[type[Cache], type[LinearAttentionLayer]]:
     from transformers.cache_utils import Cache, LinearAttentionLayer
 
     return Cache, LinearAttentionLayer
 
 
-def _why_not_cache(self: Any, parts: Family, x: torch.Tensor, cache: Any) -> str | None:
+def _why_not_cache(self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache) -> str | None:
     """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
     Cache, Known = _known_caches()
     layers = getattr(cache, "layers", None)

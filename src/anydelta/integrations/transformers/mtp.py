@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -19,10 +19,15 @@ from transformers.utils import output_capturing
 from .cache import CACHE
 from .copies import copy_for_call
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.cache_utils import Cache
+    from transformers.generation.logits_process import LogitsProcessorList
+
 _DRAFTS = GenerationConfig._get_default_generation_params().get("num_assistant_tokens")
 
 
-def check_mtp(model: Any, config: Any) -> None:
+def check_mtp(model: PreTrainedModel, config: GenerationConfig) -> None:
     """Refuse a model or a number of drafts that `Mtp` cannot work with."""
     text = model.config.get_text_config(decoder=True)
     if not getattr(text, "num_mtp_layers", None):
@@ -50,7 +55,7 @@ def check_mtp(model: Any, config: Any) -> None:
         raise ValueError(f"generate: requires num_assistant_tokens of at least 1 for use_mtp; got {count}")
 
 
-def _count(model: Any, config: Any) -> int:
+def _count(model: PreTrainedModel, config: GenerationConfig) -> int:
     """How many tokens to draft at a time."""
     count = config.num_assistant_tokens
     if count is None or count == _DRAFTS:
@@ -71,7 +76,11 @@ class Mtp(CandidateGenerator):
     """
 
     def __init__(
-        self, main_model: Any, generation_config: Any, logits_processor: Any, input_ids: torch.Tensor
+        self,
+        main_model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        input_ids: torch.Tensor,
     ):
         self._count = _count(main_model, generation_config)
         self._model = _mtp_model(main_model, self._count)
@@ -105,8 +114,8 @@ class Mtp(CandidateGenerator):
         model_outputs: Any = None,
         is_first_iteration: bool = False,
         n_last_matches: int = 0,
-        **_: Any,
-    ) -> tuple[Any, Any]:
+        **_: object,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All tokens and the drafts behind them, and the drafts' logits if they are needed."""
         # At first there is no hidden state to draft from: the prompt goes without drafts.
         if is_first_iteration or input_ids.shape[1] + 1 >= self._max_length:
@@ -145,7 +154,7 @@ class Mtp(CandidateGenerator):
                     logits = torch.cat((logits, sure), 1)
         return ids, logits if self._needs_logits else None
 
-    def update_candidate_strategy(self, *_: Any, **__: Any) -> None:
+    def update_candidate_strategy(self, *_: object, **__: object) -> None:
         """Nothing to adapt."""
 
 
@@ -199,9 +208,9 @@ class _MtpModel(MtpModel):
         embeds: torch.Tensor,
         hidden: torch.Tensor,
         position_ids: torch.Tensor,
-        cache: Any,
+        cache: Cache,
         do_sample: bool,
-        logits_processor: Any,
+        logits_processor: LogitsProcessorList,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a token per layer to all tokens [1, L]; returns them and the logits [1, drafts, vocabulary].
 
@@ -260,7 +269,7 @@ class _MtpModel(MtpModel):
                 embeds = torch.cat((embeds[:, 1:], self.embed_tokens(token).to(embeds.device)), 1)
         return input_ids, torch.stack(found, 1)
 
-    def _alike(self, layer: int, cache: Any) -> bool:
+    def _alike(self, layer: int, cache: Cache) -> bool:
         """Whether the mask of a layer is that of the layer before."""
         kinds = self.config.layer_types
         return (
@@ -270,12 +279,12 @@ class _MtpModel(MtpModel):
         )
 
 
-_mtp_models: weakref.WeakKeyDictionary[Any, dict[int, _MtpModel]] = weakref.WeakKeyDictionary()
+_mtp_models: weakref.WeakKeyDictionary[nn.Module, dict[int, _MtpModel]] = weakref.WeakKeyDictionary()
 """Per decoder: its MTP model by the number of drafts. Reading the weights takes as long as generating some text."""
 _reading = threading.Lock()
 
 
-def _mtp_model(main_model: Any, count: int) -> _MtpModel:
+def _mtp_model(main_model: PreTrainedModel, count: int) -> _MtpModel:
     """The MTP model for so many drafts, of this call alone: its layers are shared, and nobody changes them."""
     decoder = main_model.get_decoder()
     weight = next(decoder.layers[-1].parameters())
@@ -295,7 +304,7 @@ def _mtp_model(main_model: Any, count: int) -> _MtpModel:
     return model
 
 
-def _read(main_model: Any, weight: torch.Tensor) -> _MtpModel:
+def _read(main_model: PreTrainedModel, weight: torch.Tensor) -> _MtpModel:
     """Read the MTP layers from the folder that the model came from."""
     main = copy_for_call(main_model)
     main.config = copy.deepcopy(main.config)

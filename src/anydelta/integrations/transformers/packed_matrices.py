@@ -10,8 +10,6 @@ are the same but for their order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -45,7 +43,7 @@ class PackedLinear(nn.Linear):
         )
         return out
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the weight once: the packed form has no storage that either could take."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
@@ -65,7 +63,9 @@ class Packed:
 
     def __init__(self, layers: list[nn.Linear]):
         self.layers = layers
-        self._kept: dict[nn.Linear, Any] = {layer: _packed(layer.weight) for layer in layers}
+        self._kept: dict[nn.Linear, tuple[torch.Tensor, tuple[int, int]]] = {
+            layer: _packed(layer.weight) for layer in layers
+        }
         self.on()
 
     def on(self) -> None:

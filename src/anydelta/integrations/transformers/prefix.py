@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from transformers import cache_utils
@@ -26,6 +26,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from ...state.files import File, safetensors
 from .cache import CACHE, POSITIONS, ROLLBACK, RollbackCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FORMAT = "anydelta prefix 1"
 _NAME = re.compile(
@@ -122,7 +125,7 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors.values())
 
-    def cache(self, config: Any, rollback: int = ROLLBACK) -> RollbackCache:
+    def cache(self, config: PreTrainedConfig, rollback: int = ROLLBACK) -> RollbackCache:
         """A new cache that goes on from here; `config` is the model's.
 
         Raises:
@@ -159,7 +162,7 @@ class Checkpoint:
                 layer.is_recurrent_states_initialized[i] = True
         return cache
 
-    def check(self, config: Any, dtype: torch.dtype | None = None) -> None:
+    def check(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Whether a model with this config, and of this dtype, can go on from here.
 
         Raises:
@@ -181,7 +184,7 @@ class Checkpoint:
             if dtype is not None and ".recurrent." not in name and x.is_floating_point() and x.dtype != dtype:
                 self._refuse(text, f"{name} of {x.dtype} instead of {dtype}")
 
-    def _refuse(self, text: Any, got: str) -> NoReturn:
+    def _refuse(self, text: PreTrainedConfig, got: str) -> NoReturn:
         where = "" if self.file is None else f"{self.file}, "
         raise ValueError(
             f"Checkpoint: requires the states of a {text.model_type} model with this very config; got {where}{got}. "
@@ -197,7 +200,9 @@ class Checkpoint:
         safetensors("Checkpoint.save", "torch").save_file(tensors, path, metadata=facts)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", config: Any = None) -> Checkpoint:
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", config: PreTrainedConfig | None = None
+    ) -> Checkpoint:
         """From a file that `save` wrote, for the model with this config; without one, `cache` compares it.
 
         Raises:
@@ -241,7 +246,7 @@ class Checkpoint:
         return out
 
 
-def fingerprint(config: Any) -> str:
+def fingerprint(config: PreTrainedConfig) -> str:
     """A digest of what a model's config says about its layers, the same in all releases of Transformers."""
     text = config.get_text_config(decoder=True)
     facts = {name: getattr(text, name, None) for name in _FACTS}
@@ -251,7 +256,7 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _shapes(config: Any, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     """By the names of a checkpoint's tensors: the shapes that they may have."""
     W = config.linear_conv_kernel_dim
     if hasattr(config, "linear_num_heads"):
@@ -315,7 +320,7 @@ class PrefixStore:
         rollback: of the caches that come out.
     """
 
-    def __init__(self, model: Any, max_bytes: int | None = None, rollback: int = ROLLBACK):
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, rollback: int = ROLLBACK):
         self.model = model
         self.max_bytes = max_bytes
         self.rollback = rollback
