@@ -176,6 +176,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     plans.forget()
     with metal_mlx.emulated(out):
         yield out
+    plans.forget()
 
 
 @pytest.mark.parametrize("chunks", ["0", "1"])
@@ -216,6 +217,13 @@ def test_what_metal_does_not_take_runs_on_the_cpu(host: Any, monkeypatch: pytest
     assert trace.chosen == "cpu"
     assert "takes K up to 256; got 288" in str(trace)
     close(gated_delta_rule(**arrays(x))[0], anydelta.gated_delta_rule(**x)[0])
+
+
+def test_gradients_of_calls_on_metal_are_the_cpus(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anydelta.rule.spec.device_name", lambda x: "mlx")
+    for name, (got, want) in gradients_of_both(values(), {}, {}).items():
+        assert nmse(got, want) < 1e-7, name
+    assert host.emulator.launches
 
 
 # ---- values, lazily computed
@@ -284,13 +292,81 @@ def test_a_compiled_function_is_refused() -> None:
     assert gated_delta_rule(q, **x)[0].shape == (2, 9, 4, 16)
 
 
-def test_a_derivative_is_refused_and_not_zero() -> None:
+def gradients_of_both(x: Values, rest: Values, options: dict[str, Any], dtype: mx.Dtype = mx.float32) -> Any:
+    """(gradients on MLX arrays, on float64 torch tensors by the reference) of every array of x, by name."""
+    torch = pytest.importorskip("torch")
+    names = list(x)
+    rng = np.random.default_rng(1)
+    weights: list[Any] = []
+
+    def loss(outputs: Any, of: Any) -> Any:
+        if not weights:
+            weights.extend(rng.standard_normal(out.shape) for out in outputs)
+        return sum((out * of(w)).sum() for out, w in zip(outputs, weights, strict=True))
+
+    def on_mlx(*given: mx.array) -> mx.array:
+        held = dict(zip(names, given, strict=True))
+        q, k, v = (held.pop(n).astype(dtype) for n in "qkv")
+        out = gated_delta_rule(q, k, v, **held, **arrays(rest), **options)
+        return loss([o.astype(mx.float32) for o in out], lambda w: mx.array(w, dtype=mx.float32))
+
+    got = mx.grad(on_mlx, argnums=list(range(len(names))))(*(mx.array(x[n]) for n in names))
+    held = {n: torch.tensor(a, dtype=torch.float64, requires_grad=True) for n, a in x.items()}
+    others = {n: torch.tensor(a) for n, a in rest.items()}
+    out = anydelta.gated_delta_rule(
+        held["q"], held["k"], held["v"], backend="reference", **options, **others,
+        **{n: a for n, a in held.items() if n not in ("q", "k", "v")},
+    )  # fmt: skip
+    loss(out, torch.tensor).backward()
+    return {n: (a, held[n].grad.numpy()) for n, a in zip(names, got, strict=True)}
+
+
+def nmse(got: mx.array, want: Any) -> float:
+    assert got.shape == want.shape
+    return float(np.square(np.asarray(got.astype(mx.float32)) - want).sum() / np.square(want).sum())
+
+
+@pytest.mark.parametrize("what", ["gda", "kda, raw", "packed", "pool", "bfloat16"])
+def test_gradients(what: str) -> None:
+    x, rest, options = values(kda=what == "kda, raw"), {}, {}
+    draw = np.random.default_rng(2)
+    if what == "kda, raw":
+        x["initial_state"] = np.ascontiguousarray(x["initial_state"].swapaxes(2, 3))
+        x |= {
+            "A_log": draw.standard_normal(4).astype("f4"),
+            "dt_bias": draw.standard_normal((4, 32)).astype("f4"),
+        }
+        rest["mask"] = draw.random((2, 9)) > 0.3
+        options = {"decay": "raw", "beta_is_logit": True, "qk_l2norm": True, "state_layout": "vk"}
+    elif what == "packed":
+        state = x["initial_state"]
+        x = {**{n: a[:1] for n, a in x.items()}, "initial_state": np.concatenate([state, state[:1]])}
+        rest["cu_seqlens"] = np.array([0, 2, 2, 9], np.int32)
+    elif what == "pool":
+        x["initial_state"] = draw.standard_normal((5, *x["initial_state"].shape[1:]), dtype=np.float32)
+        rest["state_indices"] = np.array([3, -1], np.int32)
+    limit = 1e-4 if what == "bfloat16" else 1e-7
+    for name, (got, want) in gradients_of_both(
+        x, rest, options, mx.bfloat16 if limit > 1e-5 else mx.float32
+    ).items():
+        assert nmse(got, want) < limit, name
+
+
+def test_which_derivatives_are_refused_and_not_zero() -> None:
     x = arrays(values())
     q = x.pop("q")
-    with pytest.raises(RuntimeError, match="requires no derivative"):
-        mx.grad(lambda q: gated_delta_rule(q, **x)[0].sum())(q)
-    with pytest.raises(RuntimeError, match="requires no derivative"):
-        mx.jvp(lambda q: gated_delta_rule(q, **x)[0].sum(), [q], [q])
+
+    def loss(q: mx.array, **more: Any) -> mx.array:
+        return gated_delta_rule(q, **x, **more)[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"requires no derivative of this kind; got mx\.jvp"):
+        mx.jvp(loss, [q], [q])
+    with pytest.raises(RuntimeError, match="got a gradient of a gradient"):
+        mx.grad(lambda q: mx.grad(loss)(q).sum())(q)
+    with pytest.raises(RuntimeError, match="beside snapshots"):
+        mx.grad(lambda q: loss(q, snapshots=2))(q)
+    with pytest.raises(face.UnsupportedError, match=r"inside mx\.compile"):
+        mx.compile(mx.grad(loss))(q)
     stopped = mx.grad(lambda q: (mx.stop_gradient(gated_delta_rule(q, **x)[0]) * q.sum()).sum())(q)
     assert stopped.shape == q.shape
 

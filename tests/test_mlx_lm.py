@@ -10,6 +10,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ if CPU_REASONS:
     pytest.skip("the cpu backend is not built", allow_module_level=True)
 
 import mlx.core as mx  # noqa: E402
+import mlx.optimizers as optimizers  # noqa: E402
+import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models import cache as theirs  # noqa: E402
 
@@ -254,27 +257,75 @@ def test_mlx_lms_batch_generator(family: str, model: Any) -> None:
     assert all(len(text) == 6 for text in want.values())
 
 
-def test_training_goes_on_to_mlx_lm(model: Any) -> None:
-    x = tokens(1, 5)
+def gradients(model: Any) -> Any:
+    x = tokens(1, 20)
 
     def loss(weights: Any) -> mx.array:
         model.update(weights)
         return model(x).square().mean()
 
-    weights = model.trainable_parameters()
+    return mx.grad(loss)(model.trainable_parameters())
+
+
+def test_training_has_the_gradients_of_mlx_lm(model: Any) -> None:
     model.train()
     try:
         try:
-            want = mx.grad(loss)(weights)
+            want = gradients(model)
         except ValueError as error:
             pytest.skip(f"this mlx-lm does not train it on MLX {mx.__version__}: {error}")
+        before = adm.status().taken
         with adm.enable():
-            got = mx.grad(loss)(weights)
+            got = gradients(model)
     finally:
         model.eval()
+    assert adm.status().taken > before
     for (name, a), (_, b) in zip(tree_flatten(got), tree_flatten(want), strict=True):
-        assert mx.array_equal(a, b), name
-    assert adm.status().passed_on["the model is in training mode"]
+        assert float(mx.square(a - b).sum()) <= 1e-8 * float(mx.square(b).sum()) + 1e-16, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lora_of_mlx_lm(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """As `mlx_lm.lora` trains: its trainer compiles the step, in which mlx-lm's own recurrence runs."""
+    from mlx_lm.tuner import trainer, utils
+
+    texts = [(tokens(24, seed=i).tolist(), 0) for i in range(2)]
+    reports: dict[bool, list[float]] = {False: [], True: []}
+    for ours in (False, True):
+        model = build("qwen3_5")
+        model.freeze()
+        utils.linear_to_lora_layers(model, 4, {"rank": 4, "scale": 8.0, "dropout": 0.0})
+        mx.random.seed(1)
+        np.random.seed(1)
+
+        class Report:
+            def on_train_loss_report(self, info: dict[str, Any], into: list[float] = reports[ours]) -> None:
+                into.append(float(info["train_loss"]))
+
+            def on_val_loss_report(self, info: dict[str, Any]) -> None:
+                raise AssertionError
+
+        arguments = trainer.TrainingArgs(
+            batch_size=2, iters=6, steps_per_report=1, steps_per_eval=100, steps_per_save=100, max_seq_length=32,
+            adapter_file=os.devnull,
+        )  # fmt: skip
+        with adm.enable() if ours else nullcontext():
+            before = adm.status().taken
+            with monkeypatch.context() as patch:
+                patch.setattr(mx, "save_safetensors", lambda *_: None)
+                if not compiled:
+                    patch.setattr(mx, "compile", lambda f, *_, **__: f)
+                trainer.train(
+                    model,
+                    optimizers.Adam(learning_rate=1e-3),
+                    texts,
+                    args=arguments,
+                    training_callback=Report(),
+                )
+            assert (adm.status().taken > before) == (ours and not compiled)
+    assert len(reports[True]) == 6
+    assert reports[True][-1] < reports[True][0]
+    np.testing.assert_allclose(reports[True], reports[False], atol=1e-3)
 
 
 def test_a_compiled_layer_goes_on_to_mlx_lm() -> None:

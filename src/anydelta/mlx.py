@@ -5,6 +5,8 @@
     o, state = gated_delta_rule(q, k, v, g=g, beta=beta)                     # mx.array in, mx.array out
     o, state, last = gated_delta_rule(q, k, v, g=g, beta=beta, snapshots=4)  # and the states after the last 4 tokens
 
+Gradients (mx.grad, mx.vjp) are computed by the CPU's backward pass, on an Apple GPU too.
+
 MLX arrays are values: nothing that a caller holds ever changes. So there is no in-place form, a new state is a new
 array, and so are the snapshots.
 
@@ -94,7 +96,7 @@ def gated_delta_rule(
         ValueError, TypeError: an invalid call; nothing was computed.
         UnsupportedError: the named backend cannot run it, or the arrays have no values because mx.compile or mx.vmap
             follows the call.
-        RuntimeError: mx.grad or mx.jvp asks for a derivative of the result; there is none here.
+        RuntimeError: mx.jvp, a gradient of a gradient, or a gradient beside snapshots is asked for; there is none.
     """
     options = Options(
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
@@ -109,13 +111,11 @@ def gated_delta_rule(
     _check_data(call, chosen.spec)
     if dispatch.needs_A_log(chosen.backend, chosen.spec, call):
         call.A_log = mx.zeros((chosen.spec.HV,))
-    if hasattr(chosen.backend, "run_lazily"):
-        return _results(_lazily(chosen, call), output_final_state, snapshots is not None)
     names = [name for name in _INPUTS if getattr(call, name) is not None]
-    # A custom function, so that a gradient is refused and not silently zero.
-    compute: Any = mx.custom_function(partial(_compute, chosen, names))
-    compute.vjp(_no_derivative)
-    compute.jvp(_no_derivative)
+    run = _lazily if hasattr(chosen.backend, "run_lazily") else _compute
+    compute: Any = mx.custom_function(partial(run, chosen, names))
+    compute.vjp(partial(_vjp, chosen, names))
+    compute.jvp(partial(_no_derivative, "mx.jvp: it has a backward pass and no forward one"))
     return _results(compute(*(getattr(call, n) for n in names)), output_final_state, snapshots is not None)
 
 
@@ -126,9 +126,9 @@ def _results(out: Sequence[Array], state: bool, snapshots: bool) -> tuple[Any, .
     return (o, final, next(left)) if snapshots else (o, final)
 
 
-def _lazily(chosen: _Chosen, call: Call) -> list[mx.array]:
+def _lazily(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
     """A call that becomes part of MLX's graph."""
-    spec = chosen.spec
+    spec, call = chosen.spec, _call_of(names, arrays)
     if spec.snapshots and call.snapshots is None:
         dims = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
         call.snapshots = mx.zeros((spec.snapshots, spec.N, spec.HV, *dims), getattr(mx, spec.state_dtype))
@@ -214,18 +214,50 @@ def _values(spec: CallSpec, *arrays: mx.array) -> None:
         ) from error
 
 
-def _no_derivative(*_: Any) -> Any:
+# ---- Gradients: the CPU's backward pass, on arrays of a GPU's stream too, since both share their memory.
+
+
+def _vjp(
+    chosen: _Chosen, names: Sequence[str], arrays: Sequence[mx.array], grads: Any, _: Any
+) -> list[mx.array]:
+    """d loss / d of each array, given d loss / d of each result."""
+    spec = chosen.spec
+    if spec.snapshots:
+        _no_derivative("mx.grad or mx.vjp beside snapshots, which have none")
+    native = dispatch.with_gradients(spec, "cpu", warn=False)
+    if native is None:
+        _no_derivative("mx.grad or mx.vjp, and no backward pass takes this call")
+    back: Any = mx.custom_function(partial(_gradients, spec, native, names))
+    back.vjp(partial(_no_derivative, "a gradient of a gradient"))
+    back.jvp(partial(_no_derivative, "mx.jvp of a gradient"))
+    return back(*arrays, *grads)  # type: ignore[no-any-return]
+
+
+def _gradients(spec: CallSpec, native: Any, names: Sequence[str], *given: mx.array) -> list[mx.array]:
+    _values(spec, *given)
+    arrays, grads = given[: len(names)], given[len(names) :]
+    grad_o, grad_state = (*grads, None)[:2]
+    found = native.gradients(spec, _call_of(names, arrays), grad_o, grad_state)
+    found = {name: found.get(name) for name in names}  # masks and indices have none
+    return [mx.zeros_like(x) if found[n] is None else found[n] for n, x in zip(names, arrays, strict=True)]
+
+
+def _no_derivative(what: str, *_: Any) -> Any:
     raise RuntimeError(
-        "gated_delta_rule: requires no derivative; got one asked for by mx.grad, mx.vjp or mx.jvp. On MLX arrays the "
-        "operator has none: use mx.stop_gradient, mlx-lm's own recurrence (model.train()), or torch tensors"
+        f"gated_delta_rule: requires no derivative of this kind; got {what}. Use mx.stop_gradient, mlx-lm's own "
+        "recurrence, or torch tensors"
     )
+
+
+def _call_of(names: Sequence[str], arrays: Sequence[mx.array]) -> Call:
+    return Call(**{**dict.fromkeys(("q", "k", "v", "g", "beta")), **dict(zip(names, arrays, strict=True))})
 
 
 def _compute(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
     """o, then the final state and the snapshots where they are wanted; all of them new arrays."""
     spec = chosen.spec
     _values(spec, *arrays)
-    call = Call(**{**dict.fromkeys(("q", "k", "v", "g", "beta")), **dict(zip(names, arrays, strict=True))})
+    call = _call_of(names, arrays)
     if not getattr(chosen.backend, "mlx", False):
         return _through_numpy(chosen, call)
     found = find(_inputs(call), chosen.rest)  # before the snapshots, which are ours and contiguous

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ...core.arguments import in_order
+from ...core.arrays import Array
 from ...core.native import core as _core
 from ...rule.arguments import TOKENS, Call
 from ...rule.spec import CallSpec, dtype_name, element_strides
@@ -18,61 +22,99 @@ _arrays = in_order(Call)
 _SMALL = ("A_log", "dt_bias", "cu_seqlens", "state_indices")
 
 
-def gradients(
-    spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
-) -> dict[str, torch.Tensor | None]:
+def gradients(spec: CallSpec, call: Call, grad_o: Array, grad_state: Array | None) -> dict[str, Array | None]:
     """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
-    import torch
-
+    new, finished = _MEMORY[spec.framework]()
     strides, copies = host.token_strides(call)
     copies += host.scattered(call, _SMALL)
     fields, state_copy, _ = host.rule_fields(spec, call, strides)
     inner = replace(call, **{name: host.contiguous(getattr(call, name)) for name in copies})
     if state_copy:
         inner.state_in = host.contiguous(call.state_in)
-    grad_o = _dense_rows(grad_o)
-    written: dict[str, Any] = {
-        name: torch.empty_like(x, memory_format=torch.contiguous_format)
-        for name in TOKENS
-        if (x := getattr(inner, name)) is not None
-    }
-    new = call.q.new_empty
     channels = (spec.K,) if spec.kda else ()
-    initial = A_log = dt_bias = None
+    sizes = {name: x.shape for name in TOKENS if (x := getattr(inner, name)) is not None}
+    kinds = {name: dtype_name(getattr(inner, name)) for name in sizes}
     if call.state_in is not None:
-        initial = new((spec.N, *call.state_in.shape[1:]), dtype=torch.float32)
+        sizes["state_in"] = (spec.N, *call.state_in.shape[1:])
     if call.A_log is not None:
-        A_log = new((spec.N, spec.HV), dtype=torch.float32)
+        sizes["A_log"] = (spec.N, spec.HV)
     if call.dt_bias is not None:
-        dt_bias = new((spec.N, spec.HV, *channels), dtype=torch.float32)
-    told = {name: _tokens(written.get(name)) for name in TOKENS}
-    told["o"] = _tokens(grad_o)
-    told["state"] = (0, 0, 0, 0)
-    if grad_state is not None:
-        grad_state = _dense_rows(grad_state)
-        told["state"] = (0, *element_strides(grad_state)[:3])
+        sizes["dt_bias"] = (spec.N, spec.HV, *channels)
+    kinds = {name: kinds.get(name, "float32") for name in sizes}
+    written = {name: new(shape, kinds[name]) for name, shape in sizes.items()}
+    grad_o, grad_state = _dense_rows(grad_o), None if grad_state is None else _dense_rows(grad_state)
+    told = {
+        name: _tokens(written[name], kinds[name]) if name in written else (0, 0, 0, 0, 0) for name in TOKENS
+    }
+    told["o"] = _tokens(grad_o, dtype_name(grad_o))
+    told["state"] = (0, 0, 0, 0) if grad_state is None else (0, *element_strides(grad_state)[:3])
     number, torchs = host.threads_of(spec.framework)
     plan = _core.Plan(fields, None if torchs else number)
-    outs = (*(written.get(name) for name in ("q", "k", "v", "g", "beta", "erase")), initial, A_log, dt_bias)
+    outs = tuple(
+        written.get(n) for n in ("q", "k", "v", "g", "beta", "erase", "state_in", "A_log", "dt_bias")
+    )
     given = (*_arrays(inner), grad_o, grad_state)
     if not host.reads_arrays(spec.framework, ()):
         outs, given = tuple(map(host.address, outs)), tuple(map(host.address, given))
     _core.run_backward(plan, told, given[:-2], (*outs, *given[-2:]))
-    if initial is not None and call.state_indices is not None:
-        rows = call.state_indices.long().clamp(min=0)  # of a skipped sequence zeros
-        initial = initial.new_zeros(tuple(call.state_in.shape)).index_add_(0, rows, initial)
-    found = {**written, "state_in": initial}
-    found["A_log"] = None if A_log is None else A_log.sum(0)
-    found["dt_bias"] = None if dt_bias is None else dt_bias.sum(0).reshape(call.dt_bias.shape)
-    return {name: None if x is None else x.to(getattr(call, name).dtype) for name, x in found.items()}
+    if call.A_log is not None:
+        written["A_log"] = written["A_log"].sum(0)
+    if call.dt_bias is not None:
+        written["dt_bias"] = written["dt_bias"].sum(0).reshape(call.dt_bias.shape)
+    found = {n: finished(x, kinds[n], getattr(call, n)) for n, x in written.items() if n != "state_in"}
+    if call.state_in is not None:
+        found["state_in"] = finished(_of_rows(call, written["state_in"]), "float32", call.state_in)
+    return {**dict.fromkeys(("q", "k", "v", "g", "beta", "erase", "state_in", "A_log", "dt_bias")), **found}
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+def _of_rows(call: Call, initial: Array) -> Array:
+    """The gradient of a pool, given those of the rows that the sequences began with; of a skipped sequence zeros."""
+    if call.state_indices is None:
+        return initial
+    if not hasattr(initial, "index_add_"):  # of MLX
+        import mlx.core as mx
+
+        return mx.zeros(call.state_in.shape).at[mx.maximum(call.state_indices, 0)].add(initial)
+    rows = call.state_indices.long().clamp(min=0)
+    return initial.new_zeros(tuple(call.state_in.shape)).index_add_(0, rows, initial)
+
+
+# ---- Memory: how a framework makes an array of a dtype to be written, and what it hands out: written as one dtype,
+# and wanted as another array's.
+
+New = Callable[[Sequence[int], str], Array]
+Finished = Callable[[Array, str, Array], Array]
+
+
+def _of_torch() -> tuple[New, Finished]:
+    import torch
+
+    def new(shape: Sequence[int], dtype: str) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+
+    return new, lambda x, dtype, like: x.to(like.dtype)
+
+
+def _of_mlx() -> tuple[New, Finished]:
+    import mlx.core as mx
+
+    def new(shape: Sequence[int], dtype: str) -> Array:
+        return mx.array(np.empty(tuple(shape), "uint16" if dtype == "bfloat16" else dtype))
+
+    def finished(x: Array, dtype: str, like: Array) -> Array:
+        x = x.view(mx.bfloat16, stream=mx.cpu) if dtype == "bfloat16" else x
+        return x.astype(like.dtype, stream=mx.cpu)
+
+    return new, finished
+
+
+_MEMORY: dict[str, Callable[[], tuple[New, Finished]]] = {"torch": _of_torch, "mlx": _of_mlx}
+
+
+def _dense_rows(x: Array) -> Array:
     """With a contiguous last dimension."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.shape[-1] == 1 or element_strides(x)[-1] == 1 else host.contiguous(x)
 
 
-def _tokens(x: torch.Tensor | None) -> tuple[int, ...]:
-    if x is None:
-        return (0, 0, 0, 0, 0)
-    return (host.DTYPE[dtype_name(x)], *element_strides(x)[:3], x.shape[2])
+def _tokens(x: Array, dtype: str) -> tuple[int, ...]:
+    return (host.DTYPE[dtype], *element_strides(x)[:3], x.shape[2])

@@ -24,7 +24,7 @@ from ...core.native import why_not
 from ...core.plans import Launch
 from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
-from ..accepts import EITHER, RULE_CALLS, TORCH
+from ..accepts import EITHER, RULE_CALLS
 
 if TYPE_CHECKING:
     from . import gradients as backward
@@ -97,6 +97,7 @@ class _Plan:
     snapshots_copy: bool = False
 
 
+GRADIENTS = Row(("torch", "mlx"), "has gradients for torch tensors and MLX arrays; got {got} arrays")
 DEVICE = Row(("cpu", MLX_GPU), "takes tensors on the CPU; got device {where}")
 """Apple's GPUs share the CPU's memory."""
 
@@ -106,7 +107,7 @@ class Cpu:
     accepts = RULE_CALLS.but(
         arrays=("erase",), device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=()
     )
-    accepts_gradients = RULE_CALLS.but(arrays=("erase",), device=DEVICE, framework=TORCH, limits=())
+    accepts_gradients = RULE_CALLS.but(arrays=("erase",), device=DEVICE, framework=GRADIENTS, limits=())
     optional_A_log = True
     mixer = "anydelta.backends.cpu.mixer"
     log = "anydelta.backends.cpu.log"

@@ -38,6 +38,10 @@ def update(
         slots = min(step.cache.depth + 1, q.shape[1]) if step else None
         lower_bound, allow_neg_eigval = options.get("lower_bound"), options.get("allow_neg_eigval", False)
         why = _why_not(q, v, before, use_kernel, options)
+        if not use_kernel and step is not None:
+            why = (
+                why or "the model is in training mode, and its cache keeps snapshots"
+            )  # which have no gradient
         if not why:
             try:
                 out = gated_delta_rule(
@@ -80,8 +84,8 @@ def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool, options: di
     for name, value in options.items():
         if name not in ("lower_bound", "allow_neg_eigval") and value is not None and value is not False:
             return f"the argument {name}"
-    if not use_kernel:
-        return "the model is in training mode"
+    if not use_kernel and mx.default_device() != mx.cpu:
+        return "the model is in training mode on a GPU"  # the backward pass is the CPU's
     if q.dtype != v.dtype or q.dtype not in (mx.float32, mx.bfloat16, mx.float16):
         return f"q is {q.dtype} and v is {v.dtype}"
     if state is not None and state.dtype not in (mx.float32, mx.bfloat16):
