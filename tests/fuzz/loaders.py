@@ -111,7 +111,7 @@ def functions_of(*packages: str) -> Iterator[FunctionType]:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in packages:
             for owner in (module, *(x for x in vars(module).values() if isinstance(x, type))):
-                for x in vars(owner).values():
+                for x in list(vars(owner).values()):  # looking at some imports others
                     function = getattr(x, "__func__", x)
                     if isinstance(function, FunctionType) and function.__module__ == name:
                         yield function

@@ -119,7 +119,7 @@ class Case:
             ("layout", ("kv", "vk")), ("erase", ("", "H", "HV")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
+                raise ValueError(f"case: {name} must be one of {known}; got {short(getattr(self, name))}")
         for name, least, value in self._counts():
             if value < least:
                 raise ValueError(f"case: {name} must be at least {least}; got {value}")
@@ -252,14 +252,14 @@ class Case:
             name, eq, text = word.partition("=")
             if name not in readers:
                 raise ValueError(
-                    f"case: no field is called {_short(name)}; the fields are {', '.join(readers)}"
+                    f"case: no field is called {short(name)}; the fields are {', '.join(readers)}"
                 )
             if name in values:
                 raise ValueError(f"case: {name} must be given once; got it twice")
             try:
                 values[name] = readers[name](text) if eq else _bare(name, readers[name])
             except ValueError:
-                raise ValueError(f"case: {name} cannot be {_short(text)}") from None
+                raise ValueError(f"case: {name} cannot be {short(text)}") from None
         if not values:
             raise ValueError("case: a line has at least one field; got none")
         case = cls(**values)
@@ -292,7 +292,8 @@ def _bool(text: str) -> bool:
     return text == "True"
 
 
-def _short(text: str) -> str:
+def short(text: object) -> str:
+    text = str(text)
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 

@@ -20,7 +20,7 @@ from ..core import dispatch
 from ..core.arrays import Array
 from ..mixer import reference
 from ..mixer.arguments import MixerOptions
-from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs
+from .cases import STATE_STRIDES, STRONG, Case, Inputs, inputs, short
 from .compare import Buffer, Kept, NotRunnable, Target, Verdict, dirty_memory, judge_result, refused
 from .options import options_of_case
 from .values import F64, round_to
@@ -61,7 +61,7 @@ class MixerCase(Case):
         super().__post_init__()
         for name, known in (("split", SPLITS), ("norm", NORMS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"case: {name} must be one of {known}; got {getattr(self, name)!r}")
+                raise ValueError(f"case: {name} must be one of {known}; got {short(getattr(self, name))}")
         if self.columns < self.W - 1:
             raise ValueError(
                 f"case: the conv state has at least W - 1 = {self.W - 1} columns; got S={self.S}"
