@@ -6,6 +6,7 @@ No test asserts a time. Cases are tiny; the reference backend stands in for anyd
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -129,6 +130,24 @@ def test_strong_decays_are_reported_beside_mild_ones(monkeypatch):
         assert r.nmse < 1e-7
         assert min(r.mild_us, *(getattr(r, name) for name in decays.STRONG)) > 0
         assert list(r.columns())[4:] == list(decays.STRONG.values())
+
+
+def test_gradients_are_reported_beside_the_peak_and_transformers(monkeypatch):
+    from anydelta.bench.commands import gradients
+
+    for name, size in {"H": 1, "HV": 2, "D": 16}.items():
+        monkeypatch.setattr(gradients, name, size)
+    measured = gradients.gradients([70], [1], 100, ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert [(r.rule, r.decays) for r in measured.records] == [
+        (rule, decays) for rule in ("GDA", "KDA") for decays in gradients.GATES
+    ]
+    for r in measured.records:
+        assert r.nmse < 1e-7
+        assert min(r.both_us, r.backward_us, r.peak_pct, r.reference) > 0
+        assert (r.transformers is None) == (
+            r.rule == "KDA" or importlib.util.find_spec("transformers") is None
+        )
+        assert all(r.columns()[name] for name in ("both", "backward", "of peak", "loop"))
 
 
 def test_selection_takes_groups_names_globs_and_expressions():

@@ -133,6 +133,14 @@ def test_filter_by_text_or_regex(program: Any) -> None:
             "--support goes with --backend and --json only; got --filter, --md",
         ),
         (("--support", "--backend", "cuda"), "there is no backend 'cuda'"),
+        (
+            ("--gradients", "--framework", "numpy"),
+            "--gradients requires torch, and goes with --framework torch",
+        ),
+        (
+            ("--gradients", "--case", CASE + " inplace"),
+            "takes functional calls of the rule without snapshots",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(program: Any, args: tuple[str, ...], text: str) -> None:

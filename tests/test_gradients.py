@@ -12,7 +12,8 @@ from anydelta.backends.cpu import gradients as native
 from anydelta.backends.cpu import host
 from anydelta.conformance.cases import Case
 from anydelta.conformance.compare import Target
-from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients
+from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients, every_gradient_case
+from anydelta.conformance.run import run_one
 from anydelta.core.native import core
 
 if core is None:
@@ -90,6 +91,28 @@ def test_every_instruction_set(isa: str, calls: list[int]) -> None:
             verdict = check_gradients(case, Target("cpu", framework="torch"))
             assert not verdict.errors, verdict.errors
         assert core.last_isa() == isa
+
+
+def test_conform(calls: list[int]) -> None:
+    """The command runs native passes only, and names itself in what repeats a result."""
+    line = "T=20 H=1 HV=1 K=16 V=16 kda"
+    for backend, status in (("cpu", "OK"), ("reference", "NOT SUPPORTED")):
+        result = run_one(Case.parse(line), Target(backend, framework="torch"), gradients=True)
+        assert result.status == status
+        assert "--gradients --case" in result.reproduce()
+    assert len(calls) == 1
+    every = [str(c) for c in every_gradient_case()]
+    assert len(every) == len(set(every)) > 800
+    for word in (
+        "erase=HV",
+        "decay=linear",
+        "mask=left",
+        "seqlens=",
+        "layout=vk",
+        "gate=inf",
+        "dtype=float16",
+    ):
+        assert any(word in case for case in every)
 
 
 @pytest.mark.parametrize("kda", [False, True])

@@ -27,6 +27,7 @@ from ..terminal import (
 )
 from .cases import CASES, Case
 from .compare import Target
+from .gradients import every_gradient_case
 from .mixer import MIXER_CASES
 from .run import (
     FAIL,
@@ -78,6 +79,9 @@ def register(app: typer.Typer) -> None:
             list[str] | None, _option("--framework", "Only numpy, only torch, or mlx.")
         ] = None,
         device: Annotated[str, _option("--device", "Where torch's tensors lie: cuda, xpu, ...")] = "cpu",
+        gradients: Annotated[
+            bool, _option("--gradients", "Backward passes, against the float64 recurrence under autograd.")
+        ] = False,
         as_json: Annotated[bool, _option("--json", "Every result as JSON on stdout.")] = False,
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
         as_md: Annotated[bool, _option("--md", "The summary as a Markdown table on stdout.")] = False,
@@ -92,7 +96,7 @@ def register(app: typer.Typer) -> None:
                 {
                     "--require": require, "--filter": pattern, "--case": case, "--isa": isa,
                     "--framework": framework, "--device": device != "cpu", "--csv": as_csv, "--md": as_md,
-                    "--verbose": verbose,
+                    "--verbose": verbose, "--gradients": gradients,
                 }
             )  # fmt: skip
             _print_support(support(_backends(backend or [], [])), as_json)
@@ -106,11 +110,17 @@ def register(app: typer.Typer) -> None:
                 raise Refused(f"--framework {name} requires the package {name}; got none")
         if device != "cpu" and (framework or ["torch"]) != ["torch"]:
             raise Refused(f"--device {device} goes with --framework torch; got {', '.join(framework or ())}")
+        if gradients:
+            if importlib.util.find_spec("torch") is None or (framework or ["torch"]) != ["torch"]:
+                raise Refused("--gradients requires torch, and goes with --framework torch only")
+            framework = ["torch"]
+            named = {*(backend or ()), *(require or ())}
+            names = [n for n in names if n in named or hasattr(dispatch.get_backend(n), "gradients")]
         with refusing(ValueError):
-            chosen = _select(pattern, case or [])
+            chosen = _select(pattern, case or [], gradients)
             on = targets(names, isa or (), framework or (), device)
 
-        results = _run(chosen, on)
+        results = _run(chosen, on, gradients)
         broken = _broken_promises(results, require or [])
         if as_json:
             _print_json(results, broken)
@@ -124,13 +134,18 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(1)
 
 
-def _select(pattern: str, lines: list[str]) -> list[Case]:
+def _select(pattern: str, lines: list[str], gradients: bool) -> list[Case]:
     """The cases to run."""
     if lines:
         if pattern:
             raise Refused("--case and --filter exclude each other")
-        return [parse(line) for line in lines]
-    every: list[Case] = [*CASES, *MIXER_CASES, *LOG_CASES]
+        cases = [parse(line) for line in lines]
+        if gradients and (others := [c for c in cases if type(c) is not Case or c.inplace or c.snapshots]):
+            raise Refused(
+                f"--gradients takes functional calls of the rule without snapshots; got {others[0]}"
+            )
+        return cases
+    every: list[Case] = every_gradient_case() if gradients else [*CASES, *MIXER_CASES, *LOG_CASES]
     if not pattern:
         return every
     found = [c for c in every if pattern in str(c)]
@@ -166,12 +181,12 @@ def _only_beside_support(others: dict[str, object]) -> None:
         raise Refused(f"--support goes with --backend and --json only; got {', '.join(given)}")
 
 
-def _run(cases: list[Case], on: list[Target]) -> list[Result]:
+def _run(cases: list[Case], on: list[Target], gradients: bool) -> list[Result]:
     results: list[Result] = []
     whole = len(cases) * sum(not unavailable(t.backend) for t in on)
     done = failed = 0
     with progress() as tell:
-        for result in run(cases, on):
+        for result in run(cases, on, gradients=gradients):
             results.append(result)
             failed += result.status == FAIL
             done += result.case != "*"

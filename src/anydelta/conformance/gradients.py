@@ -1,20 +1,24 @@
 """Gradients of a case on a backend, compared with those of the float64 recurrence under torch's autograd.
 
 The case's values, with random gradients of the output and of the final state. Each gradient is judged on its own, as
-the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types.
+the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types. Gates are
+computed in float32, whatever they come in.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core import dispatch
+from ..core.accepts import reasons
 from ..core.late import late
 from ..rule.arguments import TRACKED, Call, Options
-from .cases import Case, Inputs, inputs
-from .compare import Target, Verdict, buffers, call, judge
+from ..rule.spec import check_call
+from .cases import CASES, STRONG, Case, Inputs, inputs
+from .compare import NotRunnable, Target, Verdict, buffers, call, dirty_memory, judge
 from .options import options_of_case
 
 if TYPE_CHECKING:
@@ -52,10 +56,37 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
     )
 )
 """Small enough for an interpreter; the larger shapes are a GPU's (scripts/gpu.py)."""
+LARGEST = 2_000_000
+"""Numbers of states over all tokens: beyond, the recurrence under autograd takes seconds a case."""
 
 
-def check_gradients(case: Case, target: Target) -> Verdict:
-    """Run the case on the target's backend with every input requiring grad, and compare the gradients."""
+def every_gradient_case() -> list[Case]:
+    """GRADIENT_CASES, and of the list those that a functional call without snapshots is asked for."""
+    return list(dict.fromkeys((*GRADIENT_CASES, *filter(_has_gradients, CASES))))
+
+
+def _has_gradients(case: Case) -> bool:
+    if case.inplace or case.snapshots or case.scattered or case.elsewhere or case.dtype == "float64":
+        return False
+    # With every gate at its bound, float64 rounds the slope of the sigmoid there to 0.
+    bounded = case.lower_bound is not None and case.gate in (*STRONG, "twenty", "wipe", "inf")
+    return not bounded and case.B * case.T * case.HV * case.K * case.V <= LARGEST
+
+
+def check_gradients(case: Case, target: Target, *, native: bool = False) -> Verdict:
+    """Run the case on the target's backend with every input requiring grad, and compare the gradients.
+
+    Raises:
+        NotRunnable: its arrays are not torch's.
+        anydelta.UnsupportedError: the backend does not take the case, or with `native` has no backward pass for it.
+    """
+    if target.framework != "torch":
+        raise NotRunnable(f"gradients are those of torch tensors, not of {target.framework} arrays")
+    with target.active():
+        return _check(case, target, native)
+
+
+def _check(case: Case, target: Target, native: bool) -> Verdict:
     import torch
 
     values = inputs(case)
@@ -63,11 +94,14 @@ def check_gradients(case: Case, target: Target) -> Verdict:
     held = buffers(case, values, target)
     leaves: dict[str, torch.Tensor] = {n: b.array for n, b in held.items()}
     leaves.update({n: x.detach().requires_grad_() for n, x in leaves.items() if n in ("state", *TRACKED)})
+    if native:
+        _require_backward_pass(case, leaves, target.backend)
     o, state = call(case, leaves, target.backend)
     outputs: list[torch.Tensor] = [o] if case.nofinal else [o, state]
     grads = [torch.from_numpy(rng.standard_normal(x.shape)).to(x) for x in outputs]
     wanted = [n for n in ("state", *TRACKED) if n in leaves]
-    got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
+    with dirty_memory(case, target):
+        got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
     exact = _exact(case, values, [g.detach().cpu().double() for g in grads])
     v = Verdict()
     for name, x in zip(wanted, got, strict=True):
@@ -77,9 +111,20 @@ def check_gradients(case: Case, target: Target) -> Verdict:
             continue
         dtype = held[name].dtype
         if dtype == "float64" != case.dtype:
-            dtype = "float32"  # in which gates are computed
+            dtype = "float32"
         judge(v, f"gradient of {name}", x.cpu().double().numpy(), want, dtype)
     return v
+
+
+def _require_backward_pass(case: Case, arrays: dict[str, torch.Tensor], backend: str) -> None:
+    arrays = {("state_in" if name == "state" else name): x for name, x in arrays.items()}
+    options = Options(**options_of_case(case, Options), output_final_state=not case.nofinal)
+    spec = check_call(Call(**arrays), options, inplace=False)
+    runs: Any = dispatch.get_backend(backend)
+    if not hasattr(runs, "gradients"):
+        raise dispatch.UnsupportedError(f"{backend} has no backward pass: the reference's runs")
+    if no := (*dispatch.reasons_against(backend, spec), *reasons(runs.accepts_gradients, spec)):
+        raise dispatch.UnsupportedError(f"the backward pass of {backend}: {'; '.join(map(str, no))}")
 
 
 def _exact(case: Case, values: Inputs, grads: list[torch.Tensor]) -> dict[str, NDArray[np.float64]]:

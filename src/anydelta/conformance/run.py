@@ -7,12 +7,14 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..core import dispatch
 from ..terminal import first_line, one_line
 from .cases import Case
 from .compare import NotRunnable, Prepared, Target, Verdict, check
+from .gradients import check_gradients
 from .mixer import WORD, MixerCase, MixerPrepared, check_mixer_case
 from .token_log import WORD as LOG_WORD
 from .token_log import LogCase, check_log_case, runs_the_log
@@ -37,6 +39,8 @@ class Result:
     seconds: float = 0.0
     device: str = "cpu"
     """Of the tensors, as torch names it."""
+    gradients: bool = False
+    """Whether the backward pass was run."""
 
     @property
     def target(self) -> tuple[str, str | None, str, str]:
@@ -47,6 +51,7 @@ class Result:
         isa = f" --isa {self.isa}" if self.isa else ""
         device = f" --device {self.device}" if self.device != "cpu" else ""
         where = f"--backend {self.backend}{isa} --framework {self.framework}{device}"
+        where += " --gradients" if self.gradients else ""
         return f"anydelta conform {where} --case '{self.case}'"
 
     def record(self) -> dict[str, object]:
@@ -133,8 +138,8 @@ def targets(
     return out
 
 
-def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
-    """Every case on every target, case by case so that the oracle is asked once."""
+def run(cases: Iterable[Case], on: Sequence[Target], *, gradients: bool = False) -> Iterator[Result]:
+    """Every case on every target, case by case so that the oracle is asked once. With `gradients` the backward pass."""
     usable = []
     for target in on:
         if reasons := unavailable(target.backend) if target.backend != "auto" else ():
@@ -145,10 +150,10 @@ def run(cases: Iterable[Case], on: Sequence[Target]) -> Iterator[Result]:
     if any(target.framework == "torch" for target in usable):
         import torch  # noqa: F401  # its seconds are not the first case's
     for case in cases if usable else ():
-        prepared = prepare(case)
+        prepared = case if gradients else prepare(case)
         for target in usable:
             if is_asked(case, target):
-                yield run_one(prepared, target)
+                yield run_one(prepared, target, gradients=gradients)
 
 
 def parse(line: str) -> Case:
@@ -181,15 +186,18 @@ def has_mixer(backend: str) -> bool:
     return backend == "auto" or dispatch.mixer_of(backend) is not None
 
 
-def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
-    prepared = prepare(case) if isinstance(case, Case) else case
+def run_one(case: Case | Prepared | MixerPrepared, target: Target, *, gradients: bool = False) -> Result:
+    prepared = prepare(case) if isinstance(case, Case) and not gradients else case
+    line = case if isinstance(case, Case) else case.case
     start, worst = time.perf_counter(), 0.0
     try:
         run_check: Callable[[Any, Target], Verdict] = (
             check_mixer_case if isinstance(prepared, MixerPrepared) else check
         )
-        if isinstance(prepared.case, LogCase):
+        if isinstance(line, LogCase):
             run_check = check_log_case
+        if gradients:
+            run_check = partial(check_gradients, native=True)
         verdict = run_check(prepared, target)
         status, reasons, worst = (FAIL if verdict.errors else OK), tuple(verdict.errors), verdict.worst
     except dispatch.UnsupportedError as error:
@@ -198,8 +206,8 @@ def run_one(case: Case | Prepared | MixerPrepared, target: Target) -> Result:
         status, reasons = SKIPPED, (str(error),)
     seconds = time.perf_counter() - start
     return Result(
-        target.backend, target.isa, target.framework, str(prepared.case), status, reasons, worst, seconds,
-        target.device,
+        target.backend, target.isa, target.framework, str(line), status, reasons, worst, seconds,
+        target.device, gradients,
     )  # fmt: skip
 
 

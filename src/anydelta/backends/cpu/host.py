@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +26,8 @@ from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 from ..accepts import EITHER, RULE_CALLS
 
-if TYPE_CHECKING:
-    from . import gradients as backward
-else:
-    backward = late("anydelta.backends.cpu.gradients")
+_backward: Any = late("anydelta.backends.cpu.gradients")
+"""It needs torch, and this module."""
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
 _arrays = in_order(Call)
@@ -143,7 +141,8 @@ class Cpu:
 
     def gradients(self, spec: CallSpec, call: Call, grad_o: Any, grad_state: Any) -> dict[str, Any]:
         """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
-        return backward.gradients(spec, call, grad_o, grad_state)
+        found: dict[str, Any] = _backward.gradients(spec, call, grad_o, grad_state)
+        return found
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
         if plan.copies or plan.state_copy or plan.snapshots_copy:
