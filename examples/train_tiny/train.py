@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
+import anydelta.integrations.transformers as adt
+
 ROOT = Path(__file__).resolve().parents[2]
 EXTRA = 3  # tokens a window holds beyond its length: the targets of the main head and of two MTP layers
 
@@ -171,7 +173,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stopping.append(True))
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with adt.enable(), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=1.0)
         last_save, smooth = clock.seconds, None
         while not stopping:
