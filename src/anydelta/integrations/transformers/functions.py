@@ -100,33 +100,10 @@ def chunk_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Counter[
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
-        wanted = _gradients_are_wanted(query, key, value, g, beta, initial_state)
-        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs, wanted)
-        if wanted and record is not None:
-            why_not = _NEVER[0]  # what is written into an array has none
-        if record is not None and why_not not in _NEVER:
-            why_not = None  # nobody else writes snapshots: better slowly than not at all
-        _count(name, why_not, taken, passed_on)
-        if why_not is not None:
-            return theirs(
-                query, key, value, g, beta,
-                chunk_size=chunk_size, initial_state=initial_state, output_final_state=output_final_state,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **kwargs,
-            )  # fmt: skip
         return _rule(
-            query,
-            key,
-            value,
-            g,
-            beta,
-            initial_state,
-            output_final_state,
-            use_qk_l2norm_in_kernel,
-            advance and not wanted,
-            record,
-            kwargs,
-        )
+            theirs, name, taken, passed_on, query, key, value, g, beta, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, kwargs, chunk_size=chunk_size,
+        )  # fmt: skip
 
     return ours
 
@@ -146,38 +123,19 @@ def recurrent_rule(theirs: Rule, name: str, taken: Counter[str], passed_on: Coun
         use_qk_l2norm_in_kernel: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        advance, record = kwargs.pop(ADVANCE, False), kwargs.pop(RECORD, None)
-        wanted = _gradients_are_wanted(query, key, value, g, beta, initial_state)
-        why_not = _why_not_rule(query, key, value, g, beta, initial_state, kwargs, wanted)
-        if wanted and record is not None:
-            why_not = _NEVER[0]  # what is written into an array has none
-        if record is not None and why_not not in _NEVER:
-            why_not = None  # nobody else writes snapshots: better slowly than not at all
-        _count(name, why_not, taken, passed_on)
-        if why_not is not None:
-            return theirs(
-                query, key, value, g, beta,
-                initial_state=initial_state, output_final_state=output_final_state,
-                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **kwargs,
-            )  # fmt: skip
         return _rule(
-            query,
-            key,
-            value,
-            g,
-            beta,
-            initial_state,
-            output_final_state,
-            use_qk_l2norm_in_kernel,
-            advance and not wanted,
-            record,
-            kwargs,
-        )
+            theirs, name, taken, passed_on, query, key, value, g, beta, initial_state, output_final_state,
+            use_qk_l2norm_in_kernel, kwargs,
+        )  # fmt: skip
 
     return ours
 
 
 def _rule(
+    theirs: Rule,
+    name: str,
+    taken: Counter[str],
+    passed_on: Counter[str],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -186,10 +144,25 @@ def _rule(
     state: torch.Tensor | None,
     final: bool,
     l2norm: bool,
-    advance: bool,
-    record: RollbackLayer | None,
-    kwargs: dict[str, object],
+    kwargs: dict[str, Any],
+    **own: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a call, or leave it to `theirs`, which alone takes `own`."""
+    advance: bool = kwargs.pop(ADVANCE, False)
+    record: RollbackLayer | None = kwargs.pop(RECORD, None)
+    wanted = _gradients_are_wanted(q, k, v, g, beta, state)
+    why_not = _why_not_rule(q, k, v, g, beta, state, kwargs, wanted)
+    if wanted and record is not None:
+        why_not = _NEVER[0]  # what is written into an array has none
+    if record is not None and why_not not in _NEVER:
+        why_not = None  # nobody else writes snapshots: better slowly than not at all
+    _count(name, why_not, taken, passed_on)
+    if why_not is not None:
+        return theirs(
+            q, k, v, g, beta,
+            initial_state=state, output_final_state=final, use_qk_l2norm_in_kernel=l2norm, **own, **kwargs,
+        )  # fmt: skip
+    advance = advance and not wanted
     cu_seqlens = _cu_seqlens(kwargs)
     if state is not None and state.dtype != torch.float32:  # Transformers computes and returns float32 states
         state, advance = state.float(), False
