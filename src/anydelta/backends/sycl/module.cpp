@@ -40,7 +40,6 @@ nb::dict describe(sycl::device d) {
     out["allocation"] = d.get_info<info::max_mem_alloc_size>();
     out["vector"] = d.get_info<info::native_vector_width_float>();
     out["unified"] = d.get_info<info::host_unified_memory>();
-    out["device_usm"] = d.has(sycl::aspect::usm_device_allocations);
     out["system_usm"] = d.is_cpu() || d.has(sycl::aspect::usm_system_allocations);
     std::vector<std::size_t> sizes = d.get_info<info::sub_group_sizes>();
     out["subgroups"] = sizes;

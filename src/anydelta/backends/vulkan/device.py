@@ -148,7 +148,6 @@ class Facts:
             int(limits.maxComputeWorkGroupInvocations), int(limits.maxComputeWorkGroupSize[0])
         )
         self.max_groups = tuple(int(n) for n in limits.maxComputeWorkGroupCount)
-        self.max_push = int(limits.maxPushConstantsSize)
         self.alignment = int(limits.minStorageBufferOffsetAlignment)
         self.half_storage = bool(storage.storageBuffer16BitAccess)
         needed = (
