@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .core import dispatch
 from .core.arguments import arrays as arrays_of
@@ -52,7 +53,7 @@ class _Chosen:
     spec: CallSpec
     backend: dispatch.Backend
     rest: Rest
-    native: Any = None
+    native: object = None
     """What a backend whose calls become part of MLX's graph has prepared."""
 
 
@@ -137,7 +138,7 @@ def _lazily(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[mx
     return chosen.backend.run_lazily(chosen.native, spec, call)  # type: ignore[attr-defined, no-any-return]
 
 
-def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
+def explain(*args: object, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
     """Which backend would run `gated_delta_rule(*args, **kwargs)`, and why the others would not. Runs nothing.
 
     Raises:
@@ -156,7 +157,7 @@ def explain(*args: Any, backend: str = "auto", **kwargs: Any) -> dispatch.Trace:
     return dispatch.choose(spec, backend)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> NoReturn:
     if name == "gated_delta_rule_":
         raise AttributeError(
             "anydelta.mlx has no gated_delta_rule_: MLX arrays are values and cannot be advanced in place. "
@@ -218,7 +219,7 @@ def _values(spec: CallSpec, *arrays: mx.array) -> None:
 
 
 def _vjp(
-    chosen: _Chosen, names: Sequence[str], arrays: Sequence[mx.array], grads: Any, _: Any
+    chosen: _Chosen, names: Sequence[str], arrays: Sequence[mx.array], grads: Sequence[mx.array], _: object
 ) -> list[mx.array]:
     """d loss / d of each array, given d loss / d of each result."""
     spec = chosen.spec
@@ -242,7 +243,7 @@ def _gradients(spec: CallSpec, native: Any, names: Sequence[str], *given: mx.arr
     return [mx.zeros_like(x) if found[n] is None else found[n] for n, x in zip(names, arrays, strict=True)]
 
 
-def _no_derivative(what: str, *_: Any) -> Any:
+def _no_derivative(what: str, *_: object) -> NoReturn:
     raise RuntimeError(
         f"gated_delta_rule: requires no derivative of this kind; got {what}. Use mx.stop_gradient, mlx-lm's own "
         "recurrence, or torch tensors"
@@ -285,7 +286,7 @@ def _empty(shape: Sequence[int], dtype: str) -> mx.array:
     return mx.array(np.empty(tuple(shape), np.uint16 if dtype == "bfloat16" else dtype))
 
 
-def _bits(x: mx.array) -> Any:
+def _bits(x: mx.array) -> NDArray[np.generic]:
     """The array's memory as a NumPy array, without a copy."""
     return np.asarray(x.view(mx.uint16, stream=mx.cpu) if x.dtype == mx.bfloat16 else x)
 
@@ -306,13 +307,13 @@ def _slots(call: Call, spec: CallSpec, state: tuple[int, ...]) -> mx.array:
 def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
     """For a backend that does not read MLX arrays: it gets their memory as NumPy arrays."""
     spec, name = chosen.spec, chosen.backend.name
-    bfloat16 = None
+    bfloat16: Any = None
     if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):
         import ml_dtypes  # or dispatch has refused the call
 
         bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
-    def view(x: Array) -> Any:
+    def view(x: Array) -> NDArray[np.generic] | None:
         return None if x is None else _bits(x).view(bfloat16) if dtype_name(x) == "bfloat16" else _bits(x)
 
     held = Call(**{name: view(getattr(call, name)) for name in _INPUTS})

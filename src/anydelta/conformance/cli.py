@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -46,14 +46,11 @@ from .run import (
 from .support import support
 from .token_log import LOG_CASES
 
-if TYPE_CHECKING:
-    pass
-
 MAX_LISTED = 20
 """Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
 
 
-def _option(*names_and_help: str) -> Any:
+def _option(*names_and_help: str) -> object:
     """A typer option from its names and, last, its help."""
     *names, text = names_and_help
     return typer.Option(*names, help=text)

@@ -9,10 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 Rule = Callable[[Any], str]
 """A function of a spec: the reason against it, or "". For what is no list of values."""
+
+
+class Options(Protocol):
+    """The options of a call, a NamedTuple: what is read of them before a backend has it."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def decay(self) -> str: ...
+
+
+class Asked(Protocol):
+    """A valid call without its data: what `reasons` reads of every one. The rows name more of its fields."""
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The arrays of the table that the call has."""
+        ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def device(self) -> str:
+        """A key of dispatch.PRIORITY."""
+        ...
 
 
 class _Any:
@@ -92,7 +121,7 @@ class Accepts:
         )
 
 
-def reasons(accepts: Accepts, spec: Any, *, here: bool = True) -> tuple[str, ...]:
+def reasons(accepts: Accepts, spec: Asked, *, here: bool = True) -> tuple[str, ...]:
     """Everything that is against a call, each a sentence `takes X; got Y`. `here`: ask about this machine too."""
     no = [f"takes no {name}; got one" for name in spec.given if name not in accepts.arrays]
     options = spec.options._asdict()
@@ -100,7 +129,7 @@ def reasons(accepts: Accepts, spec: Any, *, here: bool = True) -> tuple[str, ...
         got = options[name] if name in options else _fact(spec, name)
         if got not in row.allowed:
             no.append(_words(name, row, got, spec))
-    for name, default in spec.options._field_defaults.items():
+    for name, default in getattr(spec.options, "_field_defaults").items():  # noqa: B009  a NamedTuple's
         if name != "op" and name not in accepts.rows and options[name] != default:
             no.append(f"takes {name}={default!r} only; got {options[name]!r}")
     no += filter(None, (rule(spec) for rule in accepts.rules))
@@ -109,12 +138,12 @@ def reasons(accepts: Accepts, spec: Any, *, here: bool = True) -> tuple[str, ...
     return tuple(no)
 
 
-def _fact(spec: Any, name: str) -> object:
+def _fact(spec: Asked, name: str) -> object:
     """A field of a spec, or of the rule inside it."""
-    return getattr(spec if hasattr(spec, name) else spec.rule, name)
+    return getattr(spec if hasattr(spec, name) else getattr(spec, "rule"), name)  # noqa: B009  what a mixer's has
 
 
-def _words(name: str, row: Row, got: object, spec: Any) -> str:
+def _words(name: str, row: Row, got: object, spec: Asked) -> str:
     allowed: object = row.allowed
     if isinstance(allowed, tuple):
         *most, last = map(str, allowed or ("none",))

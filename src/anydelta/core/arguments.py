@@ -189,7 +189,7 @@ class Operator:
         flags = [f"{n}={defaults[n]!r}" for n in self.flags]
         arrays = [self.public(n) if n in self.tensors else "None" for n in self.arguments]
         options = [n if n in self.flags else repr(defaults[n]) for n in defaults if n != "op"]
-        found: Callable[..., tuple[Arrays, tuple[Any, ...]]] = eval(
+        found: Callable[..., tuple[Arrays, tuple[object, ...]]] = eval(
             f"lambda {', '.join([*taken, '*', *flags])}, backend='auto': "
             f"(({', '.join(arrays)}), ({self.public_name!r}, {', '.join(options)}, backend))"
         )

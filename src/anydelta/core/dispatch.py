@@ -16,7 +16,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
 
-from .accepts import Accepts, reasons
+from .accepts import Accepts, Asked, reasons
+from .arrays import Array
 
 MLX_GPU = "mlx"
 """The device of a call on MLX arrays whose stream runs on the GPU, in `Spec.device`."""
@@ -61,17 +62,12 @@ class Rejected:
         return self.reason
 
 
-class Spec(Protocol):
+class Spec(Asked, Protocol):
     """A valid call without its data, of the rule or of the mixer: what dispatch reads of it."""
 
     @property
     def part(self) -> str:
         """What a backend must have a kernel for, beside the rule: "mixer", "log" or ""."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """A key of PRIORITY."""
         ...
 
     @property
@@ -85,14 +81,6 @@ class Spec(Protocol):
         """Whether the snapshots go to rows of the state pool."""
         ...
 
-    @property
-    def options(self) -> Any: ...
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The arrays of the table that the call has."""
-        ...
-
     def without_rows(self) -> Spec:
         """The call that is made instead on backends that know dense snapshots only."""
         ...
@@ -100,7 +88,23 @@ class Spec(Protocol):
     def shape_line(self) -> str: ...
 
 
-class Backend(Protocol):
+class Gated(Protocol):
+    """The arrays of a call: what is read of them here."""
+
+    @property
+    def A_log(self) -> Array: ...
+
+
+class Declares(Protocol):
+    """What runs the rule, the mixer or the log on a backend."""
+
+    @property
+    def accepts(self) -> Accepts:
+        """The calls that it runs."""
+        ...
+
+
+class Backend(Declares, Protocol):
     """What `BACKEND` of `anydelta.backends.NAME.host` is.
 
     A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `accepts`, `prepare` and `run`
@@ -112,20 +116,15 @@ class Backend(Protocol):
 
     name: str
 
-    @property
-    def accepts(self) -> Accepts:
-        """The calls that it runs."""
-        ...
-
     def available(self) -> Sequence[Rejected]:
         """Why the backend cannot run at all here; empty when it can."""
         ...
 
-    def prepare(self, spec: Any, call: Any) -> Any:
+    def prepare(self, spec: Spec, call: object) -> object:
         """Whatever can be computed once per CallSpec and array geometry; given back to `run`."""
         ...
 
-    def run(self, plan: Any, spec: Any, call: Any) -> None:
+    def run(self, plan: object, spec: Spec, call: object) -> None:
         """Write `call.o`, `call.state_out` and `call.snapshots`."""
         ...
 
@@ -190,13 +189,13 @@ def mixer_of(name: str) -> Any:
     return part_of(name, "mixer")
 
 
-def takes_rows(backend: Any, spec: Spec) -> bool:
+def takes_rows(backend: Declares, spec: Spec) -> bool:
     """Whether the backend writes to the rows that `snapshot_indices` name, if they are given, by itself."""
     rows = backend.accepts.rows
     return all(getattr(spec, name) in rows[name].allowed for name in ("snapshot_rows", "final_rows"))
 
 
-def needs_A_log(backend: Any, spec: Spec, call: Any) -> bool:
+def needs_A_log(backend: Declares, spec: Spec, call: Gated) -> bool:
     """Whether the call has no A_log where the backend wants one for raw gates."""
     return (
         spec.options.decay == "raw" and call.A_log is None and not getattr(backend, "optional_A_log", False)
@@ -210,7 +209,7 @@ def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
     return tuple(map(Rejected, against(runs, spec)))
 
 
-def against(runs: Any, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
+def against(runs: Declares | None, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
     """What the declaration of an implementation has against a call; `here` as in `reasons`."""
     if runs is None:
         return (f"has no kernel for the {spec.part}",)

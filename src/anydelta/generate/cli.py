@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command("generate")(generate_command)
 
 
-def _option(*names_and_help: str) -> Any:
+def _option(*names_and_help: str) -> object:
     *names, text = names_and_help
     return typer.Option(*names, help=text)
 

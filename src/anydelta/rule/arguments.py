@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator, arrays, plain
 from ..core.arrays import Array
@@ -95,6 +95,11 @@ OPERATORS = (FUNCTIONAL, SNAPSHOTS, INPLACE)
 """Those that the C++ library has too."""
 
 
-def write_strength(beta: Array, options: Any) -> Array:
+class _Strength(Protocol):
+    @property
+    def beta_is_logit(self) -> bool: ...
+
+
+def write_strength(beta: Array, options: _Strength) -> Array:
     """beta after its sigmoid; torch's, with the options of a call of rule or mixer."""
     return beta.sigmoid() if options.beta_is_logit else beta

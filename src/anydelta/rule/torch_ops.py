@@ -208,7 +208,7 @@ class _Differentiable(torch.autograd.Function):
 _BELOW = torch._C._after_autograd_keyset
 
 
-def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None, **flags: object) -> Any:
+def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None, **flags: object) -> object:
     """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
     if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
         return _by_recurrence(*tensors, **flags)
@@ -222,7 +222,7 @@ _REDISPATCH = torch.ops.anydelta.gated_delta_rule.default._handle.redispatch_box
 _LIB.impl("gated_delta_rule", _differentiable, "Autograd", with_keyset=True)
 
 
-def _transform(name: str, *arguments: object, **flags: object) -> Any:
+def _transform(name: str, *arguments: object, **flags: object) -> object:
     """An operator that writes to an argument, inside a transform of torch.func: it has no rule for one, and its kernel
     would not see that the transform follows a tensor."""
     tensors = tree_leaves((arguments, flags))
@@ -235,7 +235,7 @@ def _transform(name: str, *arguments: object, **flags: object) -> Any:
         return getattr(torch.ops.anydelta, name)(*arguments, **flags)
 
 
-def _resolve(name: str, *arguments: Any, **flags: object) -> Any:
+def _resolve(name: str, *arguments: Any, **flags: object) -> object:
     """An operator that writes to an argument, where one is a negated view. torch's own fallback holds for its operators
     only, which return what they write."""
     operator = getattr(torch.ops.anydelta, name)

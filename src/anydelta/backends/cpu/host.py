@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...core.accepts import Row
 from ...core.arguments import in_order
+from ...core.arrays import Array
 from ...core.dispatch import MLX_GPU, Rejected
 from ...core.late import late
 from ...core.native import core as _core
@@ -26,8 +27,10 @@ from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
 from ..accepts import EITHER, RULE_CALLS
 
-_backward: Any = late("anydelta.backends.cpu.gradients")
-"""It needs torch, and this module."""
+if TYPE_CHECKING:
+    from ...mixer.arguments import MixerCall
+
+_backward = late("anydelta.backends.cpu.gradients")  # which imports this module
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
 _arrays = in_order(Call)
@@ -75,7 +78,7 @@ def default_threads() -> int:
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
-def address(x: Any) -> int:
+def address(x: Array) -> int:
     if x is None:
         return 0
     return int(x.data_ptr() if framework_of(x) == "torch" else x.__array_interface__["data"][0])
@@ -85,7 +88,7 @@ def address(x: Any) -> int:
 class _Plan:
     """The native plan, and which arrays must be copied to be contiguous."""
 
-    native: Any
+    native: _core.Plan
     reads: bool
     """Whether the extension reads these arrays by itself."""
     threads: tuple[Callable[[], int], bool]
@@ -115,7 +118,7 @@ class Cpu:
     def available(self) -> Sequence[Rejected]:
         return (Rejected(why_not),) if why_not else ()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {
             "isa": isa(),
             "isas": isas(),
@@ -136,12 +139,13 @@ class Cpu:
     def direct(self, plan: _Plan) -> Launch | None:
         if not plan.reads or plan.copies or plan.state_copy or plan.snapshots_copy:
             return None
-        launch: Launch = plan.native.run
-        return launch
+        return plan.native.run
 
-    def gradients(self, spec: CallSpec, call: Call, grad_o: Any, grad_state: Any) -> dict[str, Any]:
+    def gradients(
+        self, spec: CallSpec, call: Call, grad_o: Array, grad_state: Array | None
+    ) -> dict[str, Array | None]:
         """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
-        found: dict[str, Any] = _backward.gradients(spec, call, grad_o, grad_state)
+        found: dict[str, Array | None] = _backward.gradients(spec, call, grad_o, grad_state)
         return found
 
     def run(self, plan: _Plan, spec: CallSpec, call: Call) -> None:
@@ -170,7 +174,7 @@ def token_strides(call: Call) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     return strides, copies
 
 
-def scattered(call: Any, names: Sequence[str]) -> list[str]:
+def scattered(call: Call | MixerCall, names: Sequence[str]) -> list[str]:
     """Those of the call's small arrays that the kernels cannot read as they are."""
     arrays = ((name, getattr(call, name)) for name in names)
     return [
@@ -182,8 +186,8 @@ def scattered(call: Any, names: Sequence[str]) -> list[str]:
 
 
 def rule_fields(
-    spec: CallSpec, call: Any, strides: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, Any], bool, bool]:
+    spec: CallSpec, call: Call, strides: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, object], bool, bool]:
     """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` as token_strides
     has them, of the arrays that there are."""
     opt = spec.options
@@ -229,7 +233,7 @@ def rule_fields(
     return fields, state_copy, snapshots_copy
 
 
-def reads_arrays(framework: str, arrays: Iterable[Any]) -> bool:
+def reads_arrays(framework: str, arrays: Iterable[Array]) -> bool:
     """Whether the extension reads these arrays by itself."""
     if framework == "torch":
         return bool(_core.reads_torch())
@@ -248,7 +252,7 @@ def threads_of(framework: str) -> tuple[Callable[[], int], bool]:
     return torch.get_num_threads, True
 
 
-def small_dtype(x: Any) -> int:
+def small_dtype(x: Array) -> int:
     return 0 if x is None else DTYPE.get(dtype_name(x), 0)
 
 
@@ -259,7 +263,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _state_strides(state: Any, dense: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+def _state_strides(state: Array, dense: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
     """((slot, n, h, row) strides, whether the state must be copied because its last dimension is strided)."""
     if state is None:
         return dense, False
@@ -269,7 +273,7 @@ def _state_strides(state: Any, dense: tuple[int, ...]) -> tuple[tuple[int, ...],
     return (0, *st[:3]), False
 
 
-def contiguous(x: Any) -> Any:
+def contiguous(x: Array) -> Array:
     """A C-contiguous copy; float64 gates become float32, the type they are computed in."""
     if framework_of(x) == "torch":
         import torch

@@ -65,7 +65,7 @@ class CpuSteps:
             spec.options.state_layout, spec.options.heads,
         )  # fmt: skip
         found = find((), rest)
-        if not isinstance(found, _Plan):
+        if type(found) is not _Plan:
             nothing = Call(None, None, None, None, None, log.states[0])
             key, found = found, _Plan(self._native(cpu.rule_fields(spec, nothing, {})[0]), [])
             keep(key, rest, found)

@@ -69,7 +69,7 @@ class CutDevice(Device):
         return ""
 
     @abstractmethod
-    def variant(self, spec: CallSpec) -> tuple[Any, int]:
+    def variant(self, spec: CallSpec) -> tuple[object, int]:
         """The cut for a call, and how many work-groups it takes."""
 
     def force(self, kernel: str, who: str) -> None:
@@ -142,7 +142,7 @@ class Plan:
 
     def __init__(self, device: Any, memory: str, tail: bytes, converts: tuple[str, ...]):
         self.device, self.memory, self.tail, self.converts = device, memory, tail, converts
-        self.cuts: dict[str, tuple[Any, int]] = {}
+        self.cuts: dict[str, tuple[object, int]] = {}
 
     def params(self, addresses: Sequence[int]) -> bytes:
         """What a launch is given, with the addresses of ARRAYS."""

@@ -327,7 +327,7 @@ class StagedBackend(ABC):
     def rows(self, device: Any, K: int) -> tuple[int, int]:
         """(lanes that share a column of S, K padded to the rows that they hold)."""
 
-    def layout(self, device: Any, spec: CallSpec) -> Layout:
+    def layout(self, device: object, spec: CallSpec) -> Layout:
         """Of the call's inputs and its output."""
         return Layout(spec, self.rows(device, spec.K)[1], wide_output=self.held_dtype == "float32")
 

@@ -34,7 +34,7 @@ _MIN_DEVICE = 8
 """MLX hands arrays of fewer elements over in constant memory, where the kernels do not look."""
 
 _emulator: ModuleType | None = None
-_kernels: dict[tuple[object, ...], Any] = {}
+_kernels: dict[tuple[object, ...], object] = {}
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _plan(spec: CallSpec, call: Call, chunked: bool) -> _Plan:
     return _Plan(launch, _kernels[key], mx.array(np.array(launch.params, np.int64)), inputs, outputs)
 
 
-def _kernel(host: ModuleType, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+def _kernel(host: ModuleType, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> object:
     """What mx.fast.metal_kernel makes of a launch's text."""
     lines = source.removesuffix(text("entry")).splitlines()
     includes = [line for line in lines if line.startswith("#include")]

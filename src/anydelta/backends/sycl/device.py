@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -41,21 +41,40 @@ def host() -> ModuleType:
     return importlib.import_module("anydelta._sycl")
 
 
+class Facts(TypedDict):
+    """What the extension says of a device (module.cpp)."""
+
+    name: str
+    platform: str
+    driver: str
+    memory: int
+    units: int
+    group: int
+    cpu: bool
+    gpu: bool
+    compiles: bool
+    system_usm: bool
+    unified: bool
+    allocation: int
+    vector: int
+    subgroups: list[int]
+
+
 @cache
-def found() -> tuple[tuple[int, dict[str, object]], ...]:
+def found() -> tuple[tuple[int, Facts], ...]:
     """(number in the runtime's list, facts) of the devices that can run, GPUs first."""
     devices = [(i, d) for i, d in enumerate(host().devices()) if d["compiles"] and not _refusal(d)]
     return tuple(sorted(devices, key=lambda item: not item[1]["gpu"]))
 
 
-def _refusal(facts: dict[str, Any]) -> str:
+def _refusal(facts: Facts) -> str:
     """Why a device that claims to compile cannot be used."""
     if facts["platform"].startswith("Portable Computing Language"):
         return "pocl 3.1 does not take the SPIR-V of the run-time compiler"
     return ""
 
 
-def label_of(facts: dict[str, Any]) -> str:
+def label_of(facts: Facts) -> str:
     return f"{facts['name'].strip()} ({facts['platform'].strip()})"
 
 
@@ -136,7 +155,7 @@ class SyclDevice(CutDevice):
         memory: how host arrays reach it, one of MEMORIES.
     """
 
-    def __init__(self, name: str, index: int, facts: dict[str, Any]):
+    def __init__(self, name: str, index: int, facts: Facts):
         super().__init__(name, label_of(facts))
         self.facts = facts
         self.queue = host().Queue(index)

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -223,7 +222,7 @@ def source_of(call: KernelCall) -> ASTSource:
     """What Triton's just-in-time compiler would compile for these arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
     aligned = [["tt.divisibility", 16]]
     for i, parameter in enumerate(call.kernel.params):
         value = call.args[parameter.name]

@@ -190,7 +190,13 @@ class Vulkan(StagedBackend):
         return _Plan(device, spec, call)
 
     def advance(
-        self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+        self,
+        plan: _Plan,
+        spec: CallSpec,
+        call: Call,
+        state_in: DeviceArray,
+        state_out: DeviceArray,
+        snapshots: DeviceArray | None,
     ) -> None:
         """One launch on states that are on the device."""
         device, layout = plan.device, plan.layout
@@ -219,7 +225,7 @@ class Vulkan(StagedBackend):
         return plan.device.launches.get((plan.serial, places), lambda: _record(plan, spec, arrays))
 
 
-def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> Any:
+def _record(plan: _Plan, spec: CallSpec, arrays: tuple[Any, ...]) -> object:
     """Descriptor sets and command buffer of a call on these states."""
     import vulkan as vk
 

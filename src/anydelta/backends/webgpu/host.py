@@ -96,7 +96,7 @@ class WebGPU(StagedBackend):
         return _Plan(device, spec)
 
     def advance(
-        self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: Any, snapshots: Any
+        self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: object, snapshots: Any
     ) -> None:
         """The kernel advances a state in place, for a buffer cannot be bound for reading and for writing at once."""
         if not spec.resident:

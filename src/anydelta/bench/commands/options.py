@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -76,7 +76,7 @@ def check_writable(path: Path) -> None:
 
 
 def show(
-    printers: ModuleType, report: Any, form: str | None, output: Path | None, plot: Path | None = None
+    printers: ModuleType, report: object, form: str | None, output: Path | None, plot: Path | None = None
 ) -> None:
     """Print the report, or write it and print the table; then draw it.
 

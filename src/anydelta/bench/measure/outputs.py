@@ -62,7 +62,7 @@ def to_text(printers: ModuleType, report: Any, form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_table(printers: ModuleType, report: Any) -> Group:
+def to_table(printers: ModuleType, report: object) -> Group:
     """For a terminal."""
     from rich.console import Group
 

@@ -89,7 +89,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
 
-    def add(name: str, call: Callable[[], object], result: Callable[[Any], tuple[object, object]]) -> None:
+    def add(name: str, call: Callable[[], object], result: Callable[[object], tuple[object, object]]) -> None:
         errors[name] = check(name, result(call()), want)
         calls[name] = call
 

@@ -53,7 +53,7 @@ class Runner(Protocol):
         """Run on so many threads from now on; torch's number is set beside."""
         ...
 
-    def context(self, ids: Sequence[int]) -> Any:
+    def context(self, ids: Sequence[int]) -> object:
         """Process `ids` from the start, and keep what the next calls need. Not timed."""
         ...
 
@@ -98,12 +98,12 @@ class TransformersRunner:
         with torch.no_grad(), self.enabled(self.model):
             yield
 
-    def context(self, ids: Sequence[int]) -> Any:
+    def context(self, ids: Sequence[int]) -> object:
         self._cache = None
         self.prompt(ids)
         return self._cache
 
-    def restore(self, kept: Any) -> None:
+    def restore(self, kept: object) -> None:
         self._cache = copy.deepcopy(kept)
 
     def prompt(self, ids: Sequence[int]) -> F32:
@@ -173,7 +173,7 @@ class CompiledRunner(TransformersRunner):
             ids = out.logits[:, -1:].argmax(-1)
 
 
-def _written(to: Any, value: object) -> Any:
+def _written(to: object, value: object) -> object:
     """`value` in the tensors that `to` holds, where it holds any."""
     import torch
 
@@ -231,7 +231,7 @@ def interleave(
     runs: Sequence[Callable[[], object]], rounds: int, tell: Callable[[str, float], None]
 ) -> list[list[Any]]:
     """What each run gave in each round, taking turns; the one that begins changes from round to round."""
-    results: list[list[Any]] = [[] for _ in runs]
+    results: list[list[object]] = [[] for _ in runs]
     for r in range(rounds):
         tell(f"round {r + 1} of {rounds}", r / rounds)
         first = r % len(runs)

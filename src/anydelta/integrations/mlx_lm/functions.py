@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -13,10 +13,18 @@ from ...core.dispatch import UnsupportedError
 from ...mlx import gated_delta_rule
 from .cache import RollbackCache, Step
 
+if TYPE_CHECKING:
+    from mlx.nn.layers.base import Module
+    from mlx_lm.models.cache import _BaseCache
+
+
+Update = Callable[..., "tuple[mx.array, mx.array | Step]"]
+Forward = Callable[..., "mx.array"]
+
 
 def update(
-    theirs: Callable[..., Any], taken: Counter[str], passed_on: Counter[str]
-) -> Callable[..., tuple[Any, Any]]:
+    theirs: Callable[..., tuple[mx.array, mx.array]], taken: Counter[str], passed_on: Counter[str]
+) -> Update:
     """gated_delta_update on anydelta; `theirs` runs what that does not take."""
 
     @functools.wraps(theirs)
@@ -28,13 +36,12 @@ def update(
         b: mx.array,  # [B, T, HV]: beta before its sigmoid
         A_log: mx.array,  # [HV], KDA [HV, 1]
         dt_bias: mx.array,  # [HV], KDA [HV, K]
-        state: Any = None,  # [B, HV, V, K], or a Step
+        state: mx.array | Step | None = None,  # [B, HV, V, K], or a Step
         mask: mx.array | None = None,  # [B, T]
         use_kernel: bool = True,
         **options: Any,  # lower_bound, allow_neg_eigval, and what a later release may add
-    ) -> tuple[Any, Any]:
-        step = state if isinstance(state, Step) else None
-        before = step.cache.cache[-1] if step else state
+    ) -> tuple[mx.array, mx.array | Step]:
+        step, before = (state, state.cache.cache[-1]) if isinstance(state, Step) else (None, state)
         slots = min(step.cache.depth + 1, q.shape[1]) if step else None
         lower_bound, allow_neg_eigval = options.get("lower_bound"), options.get("allow_neg_eigval", False)
         why = _why_not(q, v, before, use_kernel, options)
@@ -79,7 +86,9 @@ def update(
     return gated_delta_update
 
 
-def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool, options: dict[str, Any]) -> str | None:
+def _why_not(
+    q: mx.array, v: mx.array, state: mx.array | None, use_kernel: bool, options: dict[str, Any]
+) -> str | None:
     """Why mlx-lm's function runs instead."""
     for name, value in options.items():
         if name not in ("lower_bound", "allow_neg_eigval") and value is not None and value is not False:
@@ -93,11 +102,13 @@ def _why_not(q: mx.array, v: mx.array, state: Any, use_kernel: bool, options: di
     return None
 
 
-def layer(theirs: Callable[..., Any], convolutions: tuple[str, ...]) -> Callable[..., Any]:
+def layer(theirs: Forward, convolutions: tuple[str, ...]) -> Forward:
     """A layer's __call__ that records for a RollbackCache what a rollback needs."""
 
     @functools.wraps(theirs)
-    def __call__(self: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> Any:
+    def __call__(
+        self: Module, x: mx.array, mask: mx.array | None = None, cache: _BaseCache | None = None
+    ) -> mx.array:
         if mask is None and hasattr(self, "_decode_core"):
             # Without a mask such a layer compiles its decode step on Metal, with the functions and for the cache of
             # the day that it does: it would go on to run ours, and cannot take a Step.
@@ -120,13 +131,13 @@ def layer(theirs: Callable[..., Any], convolutions: tuple[str, ...]) -> Callable
 class _StandIn:
     """A module with some of its parts replaced, for one call: the module itself stays as it is."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Module):
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return type(self._module).__call__(self, *args, **kwargs)
 
     def part(self, name: str) -> _StandIn:

@@ -102,7 +102,7 @@ class Drafting(GenerationMixin):
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
+        model_kwargs: dict[str, object],
         generation_mode: GenerationMode,
         batch_size: int,
         *args: object,
@@ -137,7 +137,7 @@ class Drafting(GenerationMixin):
         input_ids: torch.Tensor,
         *args: object,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:  # Transformers looks for the parameter inputs_embeds
         cache = kwargs.get(CACHE)
         if isinstance(cache, RollbackCache) and cache.is_assistants and not cache.get_seq_length():
@@ -270,7 +270,7 @@ def _is_dynamic(config: GenerationConfig) -> bool:
 
 
 def _check(
-    model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any], batch_size: int
+    model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, object], batch_size: int
 ) -> None:
     """Refuse what cannot be drafted for, before anything is touched."""
     require_ours(model)

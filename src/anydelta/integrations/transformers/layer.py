@@ -228,7 +228,7 @@ class _Step:
         return self.native
 
     def takes(
-        self, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+        self, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
     ) -> LinearAttentionLayer | None:
         """The cache's layer if the call is one more step. Any doubt is a no: None."""
         if (
@@ -317,7 +317,7 @@ def _states(
 
 
 def _why_not(
-    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, Any]
+    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
 ) -> str | None:
     """The reason to leave a call to the layer's own forward, or None."""
     who = None if quiet() else onlooker()
