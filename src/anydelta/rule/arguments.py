@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Protocol
 
@@ -100,6 +101,8 @@ class _Strength(Protocol):
     def beta_is_logit(self) -> bool: ...
 
 
-def write_strength(beta: Array, options: _Strength) -> Array:
-    """beta after its sigmoid; torch's, with the options of a call of rule or mixer."""
-    return beta.sigmoid() if options.beta_is_logit else beta
+def write_strength(
+    beta: Array, options: _Strength, sigmoid: Callable[[Array], Array] = lambda beta: beta.sigmoid()
+) -> Array:
+    """beta after its sigmoid, torch's or another, with the options of a call of rule or mixer."""
+    return sigmoid(beta) if options.beta_is_logit else beta

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...core.accepts import ANY
 from ...core.arrays import Array
 from ...rule import reference
-from ...rule.arguments import Call
+from ...rule.arguments import Call, write_strength
 from ...state.log_spec import Fold, Index, LogArrays, LogSpec
 from ..accepts import GATES, RULE_CALLS
 
@@ -102,7 +102,7 @@ class ReferenceSteps:
             x["g"], decay=opt.decay, A_log=x["A_log"], dt_bias=x["dt_bias"], lower_bound=opt.lower_bound
         )
         a = a if spec.kda else a[..., None]
-        beta = reference.sigmoid(x["beta"]) if opt.beta_is_logit else x["beta"]
+        beta = write_strength(x["beta"], opt, reference.sigmoid)
         q, k, v = x["q"], x["k"], x["v"]
         factors = np.ones(k.shape[:3])
         if opt.qk_l2norm:
