@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,3 +326,76 @@ def test_progress_goes_to_stderr() -> None:
     )
     assert done.returncode == 0
     json.loads(done.stdout)
+
+
+# ---- what people expect of a program
+
+
+def test_the_version(program: Any) -> None:
+    assert program("--version")[:2] == (0, f"anydelta {__version__}\n")
+
+
+def test_a_shell_asks_how_the_words_go_on() -> None:
+    given = {"COMP_WORDS": "anydelta bench o", "COMP_CWORD": "2", "_ANYDELTA_COMPLETE": "complete_bash"}
+    code = "from anydelta.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **given}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["ops", "overhead"]
+
+
+def test_doctor_finds_what_was_switched_off(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta import doctor
+    from anydelta.core import native
+
+    monkeypatch.setenv("ANYDELTA_BACKEND", "reference")
+    monkeypatch.setenv("ANYDELTA_TORCH_LIBRARY", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(
+        doctor, "_version", lambda package: {"torch": "2.13.0", "transformers": "5.19.1"}.get(package)
+    )
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor, "unavailable", lambda name: ("Triton is not installed",))
+    if not CPU_REASONS:
+        from anydelta.backends.cpu import host
+
+        monkeypatch.setattr(host, "isas", lambda: ["baseline", "more"])
+        monkeypatch.setattr(host, "isa", lambda: "baseline")
+        host.default_threads.cache_clear()
+        monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    code, out, _ = program("doctor", "--json")
+    assert code == 0
+    commands = [each["command"] for each in json.loads(out)]
+    cpu = [] if CPU_REASONS else [
+        "unset ANYDELTA_CPU_ISA", "unset OMP_NUM_THREADS", "unset ANYDELTA_TORCH_LIBRARY"
+    ]  # fmt: skip
+    gpu = "install the PyTorch of this GPU (pytorch.org/get-started), then: pip install triton"
+    built = [doctor.BUILD] if CPU_REASONS else []
+    assert commands == [*built, "unset ANYDELTA_BACKEND", gpu, *cpu, "pip install -U transformers"]
+    text = program("doctor")[1]
+    assert text.count("\n") == 2 * len(commands)
+    assert "Triton is not installed." in text
+    monkeypatch.setattr(native, "why_not", "it is not built")
+    assert next(doctor.advice()).command == doctor.BUILD
+    if not CPU_REASONS:
+        host.default_threads.cache_clear()
+
+
+def test_doctor_finds_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anydelta import doctor
+
+    monkeypatch.setattr(doctor, "advice", lambda: iter(()))
+    assert program("doctor")[1].startswith("Nothing is in the way")
+    assert program("doctor", "--json")[1].strip() == "[]"
+
+
+def test_doctor_asks_for_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from anydelta import doctor
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor, "unavailable", lambda name: ())
+    monkeypatch.setenv("ANYDELTA_TRITON_CONFIGS", str(tmp_path))
+    assert [each.command for each in doctor._gpu()] == ["anydelta tune"]
+    (tmp_path / "sm_90.json").write_text("{}")
+    assert not list(doctor._gpu())

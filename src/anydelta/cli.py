@@ -1,4 +1,4 @@
-"""The program `anydelta`: info | conform | generate | bench | tune. Needs the extra "cli" (typer and rich).
+"""The program `anydelta`: info | doctor | conform | generate | bench | tune. Needs the extra "cli" (typer and rich).
 
 How it prints and ends: terminal.py.
 """
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import typer
 
 
-COMMANDS = tuple(f"anydelta.{room}.cli" for room in ("conformance", "generate", "bench", "tune"))
+COMMANDS = (
+    "anydelta.doctor",
+    *(f"anydelta.{room}.cli" for room in ("conformance", "generate", "bench", "tune")),
+)
 """Modules whose `register(app)` adds a command. By name: they need typer, which may be missing."""
 
 
@@ -41,10 +44,22 @@ def build_app() -> typer.Typer:
         name="anydelta",
         help="The gated delta rule as one fast operator for every device.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            terminal.say(f"anydelta {__version__}")
+            raise typer.Exit
+
+    version = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+    )
+
+    @app.callback()
+    def options(version: bool = version) -> None:
+        pass
 
     # As a default value: typer, imported here, is not among the module's names that annotations may use.
     json_flag = typer.Option(False, "--json", help="As JSON on stdout.")

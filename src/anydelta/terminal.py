@@ -221,6 +221,8 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
         import typer.main
 
         command = typer.main.get_command(build())
+        if "_ANYDELTA_COMPLETE" in os.environ:  # a shell asks how the words go on
+            command.main(args, prog_name=name)
         name = _called(command, args)
         raise SystemExit(_invoke(command, args))
     except Refused as error:

@@ -27,7 +27,7 @@ def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tu
         installed = version(package)
     except PackageNotFoundError:
         return None, f"{package} is not installed"
-    if tuple(int(n) for n in installed.split(".")[: len(minimum)]) < minimum:
+    if release(installed, len(minimum)) < minimum:
         return None, f"it needs {package} {'.'.join(map(str, minimum))} or newer; got {installed}"
     folder = Path(native.core.__file__).parent
     paths = (folder / form.format(name) for form in _FORMS)
@@ -35,3 +35,8 @@ def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tu
     if path is None:
         return None, f"anydelta was built where no {package} was; see docs/export.md"
     return path, ""
+
+
+def release(text: str, numbers: int) -> tuple[int, ...]:
+    """The first numbers of a version."""
+    return tuple(int(n) for n in text.split(".")[:numbers])
