@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -32,7 +32,16 @@ from ..measure.turns import Progress, extension, interleave, part_of, torch_thre
 from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+
+    from ...core.arrays import Array
     from ...rule import autograd
+    from ..measure.cases import F32
+
+    Tensors = dict[str, torch.Tensor]
+    Forward = Callable[[Tensors], tuple[Array, Array]]
 else:
     autograd = late("anydelta.rule.autograd")
 
@@ -85,14 +94,14 @@ class GradientsRecord:
         }  # fmt: skip
 
 
-def _inputs(kda: bool, T: int, heads: tuple[int, int], decay: float | None, dtype: Any) -> dict[str, Any]:
+def _inputs(kda: bool, T: int, heads: tuple[int, int], decay: float | None, dtype: torch.dtype) -> Tensors:
     """Leaves, and the gradients of the outputs."""
     import torch
 
     rng = np.random.default_rng(0)
     h, hv = heads
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> F32:
         return rng.standard_normal(shape, np.float32)
 
     gates = (1, T, hv, D) if kda else (1, T, hv)
@@ -106,20 +115,20 @@ def _inputs(kda: bool, T: int, heads: tuple[int, int], decay: float | None, dtyp
     return {name: a.requires_grad_(name in LEAVES) for name, a in out.items()}
 
 
-def _forward(x: dict[str, Any], backend: str = "auto") -> tuple[Any, Any]:
+def _forward(x: Tensors, backend: str = "auto") -> tuple[Array, Array]:
     return gated_delta_rule(
         x["q"], x["k"], x["v"], g=x["g"], beta=x["beta"], initial_state=x["state_in"], qk_l2norm=True,
         backend=backend,
     )  # fmt: skip
 
 
-def _both(x: dict[str, Any], forward: Callable[[dict[str, Any]], tuple[Any, Any]]) -> Any:
+def _both(x: Tensors, forward: Forward) -> tuple[torch.Tensor, ...]:
     import torch
 
     return torch.autograd.grad(forward(x), [x[n] for n in LEAVES], (x["d_o"], x["d_state"]))
 
 
-def _transformers() -> Callable[[dict[str, Any]], tuple[Any, Any]] | None:
+def _transformers() -> Forward | None:
     """Its chunked torch path, or None where it is not installed."""
     if needs("transformers", "transformers"):
         return None
@@ -127,12 +136,13 @@ def _transformers() -> Callable[[dict[str, Any]], tuple[Any, Any]] | None:
         m = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     theirs = m.torch_chunk_gated_delta_rule
 
-    def forward(x: dict[str, Any]) -> Any:
+    def forward(x: Tensors) -> tuple[Array, Array]:
         q, k = (x[n].repeat_interleave(HV // H, 2) for n in "qk")
-        return theirs(
+        out: tuple[Array, Array] = theirs(
             q, k, x["v"], g=x["g"], beta=x["beta"], initial_state=x["state_in"], output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
+        return out
 
     return forward
 
@@ -155,11 +165,11 @@ def _check(kda: bool, decay: float | None) -> float:
     return error
 
 
-def _peak(core: Any, threads: int, found: list[float]) -> None:
+def _peak(core: ModuleType, threads: int, found: list[float]) -> None:
     found.append(core.fma_peak(threads, PEAK_SECONDS))
 
 
-def _memory(call: Callable[[], Any]) -> float | None:
+def _memory(call: Callable[[], object]) -> float | None:
     """MiB by which a call raises the resident memory at its highest; None where the system does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -217,7 +227,7 @@ def gradients(
             outputs = _forward(x)
             leaves = [x[name] for name in LEAVES]
             back = partial(torch.autograd.grad, outputs, leaves, (x["d_o"], x["d_state"]), retain_graph=True)
-            calls: dict[str, Callable[[], Any]] = {
+            calls: dict[str, Callable[[], object]] = {
                 "both": ours, "backward": back, "peak": partial(_peak, core, n, peaks),
             }  # fmt: skip
             ours_mib, stock_mib = _memory(ours), None
