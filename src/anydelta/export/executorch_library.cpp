@@ -21,12 +21,6 @@
 #include "spec.h"
 #include "threads.h"
 
-#if defined(_WIN32)
-#define ANYDELTA_EXPORT extern "C" __declspec(dllexport)
-#else
-#define ANYDELTA_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace {
 
 using namespace anydelta;

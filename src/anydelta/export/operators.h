@@ -8,6 +8,13 @@
 
 #include "spec.h"
 
+// A C function of the library.
+#if defined(_WIN32)
+#define ANYDELTA_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ANYDELTA_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace anydelta {
 
 // The tensors of one call in the runtime's own type.

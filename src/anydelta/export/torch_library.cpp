@@ -25,12 +25,6 @@
 #include "torch_schemas.h"
 #include "torch_symbols.h"
 
-#if defined(_WIN32)
-#define ANYDELTA_EXPORT extern "C" __declspec(dllexport)
-#else
-#define ANYDELTA_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace {
 
 using namespace anydelta;
