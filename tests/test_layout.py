@@ -47,3 +47,15 @@ def test_importing_anydelta_imports_no_backend() -> None:
     code = "import sys, anydelta; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not [name for name in done.stdout.split() if name.startswith("anydelta.backends")]
+
+
+def test_the_stub_of_the_extension_names_what_it_has() -> None:
+    core = pytest.importorskip("anydelta._core")
+    tree = ast.parse((SOURCES / "_core.pyi").read_text(encoding="utf-8"))
+    said = {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    numbers = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert {*said, *numbers} == {name for name in dir(core) if not name.startswith("_")}
+    for name, node in said.items():
+        if isinstance(node, ast.ClassDef):
+            methods = {m.name for m in node.body if isinstance(m, ast.FunctionDef)} - {"__init__"}
+            assert methods == {m for m in vars(getattr(core, name)) if not m.startswith("_")}, name

@@ -19,7 +19,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,7 +225,7 @@ class DeviceArray:
         out.write(self)
         return out
 
-    def numpy(self) -> NDArray[np.generic]:
+    def numpy(self) -> NDArray[Any]:
         """A copy on the host; bfloat16 as `ml_dtypes.bfloat16`."""
         out = np.empty(self.shape, numpy_dtype(self.dtype))
         self._read(host_bytes(out))
