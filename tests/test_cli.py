@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -356,13 +356,9 @@ def test_doctor_finds_what_was_switched_off(program: Any, monkeypatch: pytest.Mo
     )
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(doctor, "unavailable", lambda name: ("Triton is not installed",))
-    if not CPU_REASONS:
-        from anydelta.backends.cpu import host
-
-        monkeypatch.setattr(host, "isas", lambda: ["baseline", "more"])
-        monkeypatch.setattr(host, "isa", lambda: "baseline")
-        host.default_threads.cache_clear()
-        monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    facts = {"isas": ["baseline", "more"], "isa": "baseline", "threads": 1}
+    monkeypatch.setattr(dispatch.get_backend("cpu"), "describe", lambda: facts, raising=False)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     code, out, _ = program("doctor", "--json")
     assert code == 0
     commands = [each["command"] for each in json.loads(out)]
@@ -377,8 +373,6 @@ def test_doctor_finds_what_was_switched_off(program: Any, monkeypatch: pytest.Mo
     assert "Triton is not installed." in text
     monkeypatch.setattr(native, "why_not", "it is not built")
     assert next(doctor.advice()).command == doctor.BUILD
-    if not CPU_REASONS:
-        host.default_threads.cache_clear()
 
 
 def test_doctor_finds_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,13 +383,13 @@ def test_doctor_finds_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert program("doctor", "--json")[1].strip() == "[]"
 
 
-def test_doctor_asks_for_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
+def test_doctor_asks_for_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     from anydelta import doctor
 
+    facts: dict[str, Any] = {}
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(doctor, "unavailable", lambda name: ())
-    monkeypatch.setenv("ANYDELTA_TRITON_CONFIGS", str(tmp_path))
+    monkeypatch.setattr(doctor.dispatch, "get_backend", lambda name: SimpleNamespace(describe=lambda: facts))
     assert [each.command for each in doctor._gpu()] == ["anydelta tune"]
-    (tmp_path / "sm_90.json").write_text("{}")
+    facts["tables"] = ["sm_90.json"]
     assert not list(doctor._gpu())

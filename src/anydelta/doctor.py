@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import terminal
 from .conformance.run import unavailable
@@ -54,25 +54,19 @@ def _gpu() -> Iterator[Advice]:
             "install the PyTorch of this GPU (pytorch.org/get-started), then: pip install triton",
         )
         return
-    from .backends.triton import tables
-
-    folder = tables.user_folder()
-    if folder is not None and not any(folder.glob("*.json")):
+    if "tables" not in dispatch.get_backend("triton").describe():
         yield Advice(
             "The Triton kernels run with their heuristic: nothing was tuned on this GPU.", "anydelta tune"
         )
 
 
 def _cpu() -> Iterator[Advice]:
-    from .backends.cpu import host
-
-    best = host.isas()[-1]
-    if host.isa() != best:
-        yield Advice(
-            f"The kernels for {host.isa()} run; this CPU runs those for {best}.", f"unset {host.ISA_ENV}"
-        )
+    facts: dict[str, Any] = dispatch.get_backend("cpu").describe()
+    best, isa, threads = facts["isas"][-1], facts["isa"], facts["threads"]
+    if isa != best:
+        yield Advice(f"The kernels for {isa} run; this CPU runs those for {best}.", "unset ANYDELTA_CPU_ISA")
     affinity = getattr(os, "sched_getaffinity", None)
-    cpus, threads = len(affinity(0)) if affinity else (os.cpu_count() or 1), host.default_threads()
+    cpus = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     if threads < cpus:
         yield Advice(f"OMP_NUM_THREADS allows {threads} of {cpus} CPUs.", "unset OMP_NUM_THREADS")
 

@@ -23,9 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import typer
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
+
+    Shown: TypeAlias = RenderableType
 
 FAULT, INTERRUPTED, CLOSED = 70, 130, 141
 
@@ -149,7 +153,7 @@ class Table:
     left: Sequence[str] = ()
     boxed: bool = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Shown]:
         from rich.measure import Measurement
         from rich.table import Table
         from rich.text import Text

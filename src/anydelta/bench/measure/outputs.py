@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Group, RenderableType
+    from rich.console import Group
 
 FIGURE: Any = {"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}
 """matplotlib's rcParams: a "$" in a name is a dollar."""
@@ -66,7 +66,7 @@ def to_table(printers: ModuleType, report: object) -> Group:
     """For a terminal."""
     from rich.console import Group
 
-    parts: list[RenderableType] = [terminal.lines(printers.header(report), "dim")]
+    parts: list[terminal.Shown] = [terminal.lines(printers.header(report), "dim")]
     for title, head, rows, style in printers.tables(report):
         parts += ["", terminal.Table(title, head, list(rows), style, left=("contender",))]
     return Group(*parts)
