@@ -197,6 +197,7 @@ struct BackScratch {
     float* d_gamma;              // [Kp]
     float* line;                 // [max(Kp, panels W)] twice
     int64_t* positions;          // of the tokens that are read, where there is a mask
+    const char* next_state;  // that the next head, or the first of the chunk before, begins with
     Ahead ahead[8];
     int aheads;
 };
@@ -678,6 +679,8 @@ class BackRunner {
         read_gates(h, c);
         const int64_t blocks = (tokens_of(c) + BT - 1) / BT;
         s.S[0] = h.kept + c * state_size();
+        s.next_state = reinterpret_cast<const char*>(
+            u + 1 < each ? head(u + 1).kept + c * state_size() : head(0).kept + (c ? c - 1 : 0) * state_size());
         const bool known = job.keeps_x && c + 1 < Backward::spans(count);
         for (int64_t b = 0; b < blocks; ++b) {
             const bool last = b + 1 == blocks;
@@ -742,6 +745,8 @@ class BackRunner {
         times<2 * BT>(s.dNEt, S, Kp, panels, s.rowst);
         times<BT>(s.dwt, h.dS, Kp, panels, s.Dt);
         for (int64_t i = 0; i < Kp; ++i) {
+            for (int64_t at = 0; at < panels * W; at += 64)
+                AD_PREFETCH_L2(s.next_state + (b * Kp + i) * panels * W + at);
             V dot = vzero();
             for (int64_t panel = 0; panel < panels; ++panel)
                 AD_UNROLL for (int j = 0; j < W; j += L) {
