@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -212,6 +212,15 @@ class Patch:
         else:
             setattr(self.owner, self.name, self.theirs)
         return []
+
+
+def turn(patches: Iterable[Patch], on: bool) -> list[str]:
+    """Put ours in place, or take it out. Returns what to warn of."""
+    if not on:
+        return [message for patch in patches for message in patch.take()]
+    for patch in patches:
+        patch.put()
+    return []
 
 
 def warn(message: str) -> None:

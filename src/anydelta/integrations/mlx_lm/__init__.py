@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from ...core.late import late
-from ..switch import LOCK, Patch, Place, Switch, guarded
+from ..switch import LOCK, Patch, Place, Switch, guarded, turn
 from .families import RULE, Found, look
 
 if TYPE_CHECKING:
@@ -138,13 +138,7 @@ def _switch(on: bool) -> Switch:
 
 
 def _set_everywhere(on: bool) -> list[str]:
-    warnings: list[str] = []
-    for patch in _hooks():
-        if on:
-            patch.put()
-        else:
-            warnings += patch.take()
-    return warnings
+    return turn(_hooks(), on)
 
 
 _everywhere = Place(_set_everywhere)

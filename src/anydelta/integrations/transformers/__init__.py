@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...core import dispatch
 from ...core.late import late
-from ..switch import LOCK, Patch, Place, Switch, guarded, stock, warn
+from ..switch import LOCK, Patch, Place, Switch, guarded, stock, turn, warn
 from .families import BY_LAYER
 from .families import FAMILIES as FAMILIES
 
@@ -166,18 +166,7 @@ _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
-def _set_everywhere(on: bool) -> list[str]:
-    warnings: list[str] = []
-    for b in _bound:
-        for patch in b.patches():
-            if on:
-                patch.put()
-            else:
-                warnings += patch.take()
-    return warnings
-
-
-_everywhere = Place(_set_everywhere)
+_everywhere = Place(lambda on: turn((patch for b in _bound for patch in b.patches()), on))
 
 
 @dataclass
