@@ -190,6 +190,27 @@ def test_compiled(calls: list[int]) -> None:
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant: bool, calls: list[int]) -> None:
+    """By torch.utils.checkpoint, which runs the forward pass again."""
+    from torch.utils.checkpoint import checkpoint
+
+    x = inputs(40)
+    leaves = [x[n] for n in ("q", "k", "v", "g", "beta")]
+
+    def rule(q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+        return anydelta.gated_delta_rule(**x | dict(q=q, k=k, v=v, g=g, beta=beta))[0]
+
+    grads = []
+    for o in (rule(*leaves), checkpoint(rule, *leaves, use_reentrant=reentrant)):
+        for leaf in leaves:
+            leaf.grad = None
+        o.sin().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert len(calls) == 2
+    assert all(map(torch.equal, *grads))
+
+
 def test_gradients_of_gradients_are_the_recurrences(calls: list[int]) -> None:
     x = {
         n: a.double().detach().requires_grad_()
