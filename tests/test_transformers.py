@@ -15,7 +15,6 @@ import subprocess
 import sys
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -1032,7 +1031,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As in a process that has not called enable() yet."""
     monkeypatch.setattr(adt, "_bound", [])
     monkeypatch.setattr(adt, "_left", {})
-    monkeypatch.setattr(finding, "_seen", weakref.WeakSet())
+    monkeypatch.setattr(finding, "_seen", {})
     return monkeypatch
 
 
