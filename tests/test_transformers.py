@@ -16,7 +16,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -1026,9 +1026,17 @@ def test_a_forced_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Errors
 
 
+def import_all() -> None:
+    for name in finding._with_rule():
+        with suppress(Exception):
+            importlib.import_module(name)
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As in a process that has not called enable() yet."""
+    """As in a process that has not called enable() yet, but has imported the models: Transformers does not stand a
+    changed version while it imports them."""
+    import_all()
     monkeypatch.setattr(adt, "_bound", [])
     monkeypatch.setattr(adt, "_left", {})
     monkeypatch.setattr(finding, "_seen", {})
@@ -1160,7 +1168,7 @@ def test_modules_that_answer_with_anything(monkeypatch: pytest.MonkeyPatch) -> N
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("no attribute")
 
-    finding.find()  # imports Transformers' modules, which do not stand such a neighbour
+    import_all()  # Transformers' modules do not stand such a neighbour while they are imported
     monkeypatch.setattr(finding, "_seen", {})
     monkeypatch.setitem(sys.modules, "odd", Odd("odd"))
     known = {f.name for f in finding.find()[0]}
