@@ -24,7 +24,7 @@ from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, check, interleave, part_of, torch_threads
-from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, Threads, numbers, numbers_of_threads, small
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,9 +182,9 @@ def decays_command(
     tokens: Annotated[
         str, typer.Option("--tokens", "-T", help="Tokens of a call, as 1,4,64.")
     ] = "1,2,4,6,16,64,1024",
-    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    threads: Threads = "1,2",
+    rounds: Rounds = 15,
+    sample_ms: SampleMs = 15.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

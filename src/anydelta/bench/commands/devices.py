@@ -25,7 +25,7 @@ from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, check, interleave, part_of
-from .options import Csv, Json, Md, Output, numbers, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, numbers, small
 
 if TYPE_CHECKING:
     from ...core.arrays import Array
@@ -184,8 +184,8 @@ def devices_command(
         str, typer.Option("--cuts", help="Only these of OpenCL and SYCL, as chunks,columns.")
     ] = "",
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 50,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 5.0,
+    rounds: Rounds = 50,
+    sample_ms: SampleMs = 5.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-import typer
 
 from ... import gated_delta_rule, gated_delta_rule_
 from ...core.late import late
@@ -24,7 +23,7 @@ from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, bare_kernel, check, interleave, make_inputs, oracle, tensors
-from .options import Csv, Json, Md, Output, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -253,8 +252,8 @@ def _version() -> str:
 
 
 def executorch_command(
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    rounds: Rounds = 15,
+    sample_ms: SampleMs = 40.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

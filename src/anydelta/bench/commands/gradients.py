@@ -29,7 +29,7 @@ from ..measure.ops import NMSE, Settings, describe_machine, nmse
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, extension, interleave, part_of, torch_threads
-from .options import Csv, Json, Md, Output, numbers, numbers_of_threads, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, Threads, numbers, numbers_of_threads, small
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -263,12 +263,12 @@ def gradients_command(
     tokens: Annotated[
         str, typer.Option("--tokens", "-T", help="Tokens of a call, as 512,2048.")
     ] = "512,2048",
-    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
+    threads: Threads = "1,2",
     slow_tokens: Annotated[
         int, typer.Option("--reference", help="Run the slow reference too, once, for up to so many tokens.")
     ] = 0,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    rounds: Rounds = 7,
+    sample_ms: SampleMs = 15.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

@@ -22,7 +22,7 @@ from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, interleave, torch_threads
-from .options import Csv, Json, Md, Output, small
+from .options import Csv, Json, Md, Output, Rounds, small
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +156,7 @@ def mixer_of_a_layer(
 def layer_command(
     tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of the prefill.")] = 512,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 2,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 9,
+    rounds: Rounds = 9,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

@@ -10,15 +10,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from ...terminal import Failed, first_line
 from ..measure.ops import Settings, describe_machine
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, interleave, part_of, torch_threads
-from .options import Csv, Json, Md, Output, numbers_of_threads, small
+from .options import Csv, Json, Md, Output, Rounds, Threads, numbers_of_threads, small
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +128,8 @@ def matrices(
 
 
 def matrices_command(
-    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
+    threads: Threads = "1,2",
+    rounds: Rounds = 7,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

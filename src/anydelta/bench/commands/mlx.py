@@ -25,7 +25,7 @@ from ..measure.ops import Others, Settings, describe_machine
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress
-from .options import Csv, Json, Md, Output, small
+from .options import Csv, Json, Md, Output, Rounds, small
 
 if TYPE_CHECKING:
     from mlx.nn.layers.base import Module
@@ -212,7 +212,7 @@ def mlx_command(
         list[str] | None,
         typer.Option("--family", help=f"{', '.join(CONFIGS)} (repeat for more). Default: all."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 5,
+    rounds: Rounds = 5,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

@@ -13,7 +13,19 @@ from ..measure import cases as case_list
 from ..measure import ops
 from ..measure import report as printers
 from ..measure.contender import Contender, tensors_on
-from .options import Csv, Json, Md, Output, Plot, check_rounds, checked, numbers_of_threads, show
+from .options import (
+    Csv,
+    Json,
+    Md,
+    Output,
+    Plot,
+    Rounds,
+    SampleMs,
+    check_rounds,
+    checked,
+    numbers_of_threads,
+    show,
+)
 
 
 def ops_command(
@@ -29,13 +41,13 @@ def ops_command(
     threads: Annotated[
         str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
+    rounds: Rounds = 7,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure installed peers too.")] = True,
     peer: Annotated[
         list[str] | None, typer.Option("--peer", help="Only this peer (repeat for more); it must be here.")
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="anydelta's backend.")] = "auto",
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    sample_ms: SampleMs = 15.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

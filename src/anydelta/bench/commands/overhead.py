@@ -8,12 +8,12 @@ import typer
 
 from ..measure import aoti as aoti_measure
 from ..measure import overhead
-from .options import Csv, Json, Md, Output, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, small
 
 
 def overhead_command(
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 15.0,
+    rounds: Rounds = 15,
+    sample_ms: SampleMs = 15.0,
     aoti: Annotated[
         bool, typer.Option("--aoti", help="Instead, calls in code of AOTInductor (compiles for a minute).")
     ] = False,

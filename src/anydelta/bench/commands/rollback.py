@@ -26,7 +26,7 @@ from ..measure.ops import NMSE, Others, Settings, describe_machine, nmse
 from ..measure.report import time as in_words
 from ..measure.small_report import Measured
 from ..measure.turns import Progress, torch_threads
-from .options import Csv, Json, Md, Output, small
+from .options import Csv, Json, Md, Output, Rounds, small
 
 if TYPE_CHECKING:
     from ...core.arrays import Array
@@ -267,7 +267,7 @@ def rollback_command(
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
     decay: Annotated[str, typer.Option("--decay", help="mild, initialised or trained.")] = "mild",
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
+    rounds: Rounds = 15,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,

@@ -9,9 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..measure.ops import Settings, describe_machine
 from ..measure.report import time as in_words
@@ -28,7 +26,7 @@ from ..measure.turns import (
     tensors,
     torch_threads,
 )
-from .options import Csv, Json, Md, Output, numbers_of_threads, small
+from .options import Csv, Json, Md, Output, Rounds, SampleMs, Threads, numbers_of_threads, small
 
 
 @dataclass
@@ -148,9 +146,9 @@ def _take_turns(
 
 
 def threads_command(
-    threads: Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")] = "1,2",
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 15,
-    sample_ms: Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")] = 40.0,
+    threads: Threads = "1,2",
+    rounds: Rounds = 15,
+    sample_ms: SampleMs = 40.0,
     json: Json = False,
     csv: Csv = False,
     md: Md = False,
