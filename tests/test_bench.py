@@ -20,7 +20,7 @@ import pytest
 from anydelta.bench.contenders import packages as peers
 from anydelta.bench.measure import ops, outputs, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
-from anydelta.bench.measure.contender import Result, Runner, RunnerBase, _fails_to_import
+from anydelta.bench.measure.contender import Result, Runner, RunnerBase, fails
 from anydelta.conformance.run import unavailable
 from anydelta.rule import reference
 from anydelta.terminal import Failed
@@ -197,7 +197,7 @@ def test_inputs_stay_normal(gate):
     np.testing.assert_allclose(np.linalg.norm(x.k, axis=-1), 1, rtol=1e-5)
     assert -0.5 <= x.g.min() <= x.g.max() <= -0.05
     out = Fake().prepare(case, x, 1).result()
-    assert not any(subnormals(a) for a in (*vars(x).values(), out.state.astype(np.float32)))
+    assert not any(subnormals(a) for a in (*x.arrays().values(), out.state.astype(np.float32)))
 
 
 def test_subnormals_are_counted():
@@ -310,33 +310,168 @@ def test_limits_say_what_is_missing(monkeypatch):
     assert "anydelta._core is not built" in limits.why_not
 
 
+FLOAT32 = ("gda-t1-h2x4-d32-b2", "kda-t4-h2x2-d32-b1-s4", "gda-t3-h2x6-d32-b2-s3", "gda-t5-h2x4-d32-b1")
+HALF = (
+    "gda-t70-h2x4-d64-b2-bf16",
+    "gda-t1-h2x4-d128-b2-bf16-initialised",
+    "gda-t1-h2x4-d64-b3-bf16-pool7",
+    "gda-t1-h2x4-d64-b2-bf16-pool7bf16-cold-trained",
+    "kda-t3-h2x4-d64-b2-pool5-initialised",
+)
+
+
+def check_contender(one, name):
+    """Right at once, and after other calls."""
+    case = Case.parse(name)
+    inputs = make_inputs(case)
+    runner = one.prepare(case, inputs, 1)
+    record = ops.Record(name, case.kind, 1, one.name, one.version())
+    assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
+    runner.reset()
+    runner.run(3)
+    assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
+    runner.close()
+
+
 @pytest.mark.parametrize("peer", peers.every_peer(), ids=lambda p: p.name)
 def test_installed_peers_agree_with_the_oracle(peer):
     if why := peer.missing():
-        if peer.name == "ggml":
-            pytest.skip(why)  # it builds for 15 minutes: only whoever wants it has it
+        if peer.name in ("ggml", "vllm"):
+            pytest.skip(why)  # built for minutes, or another project's wheel: only whoever wants it has it
         without(why)
-    for name in (
-        "gda-t1-h2x4-d32-b2",
-        "kda-t4-h2x2-d32-b1-s4",
-        "gda-t3-h2x6-d32-b2-s3",
-        "gda-t5-h2x4-d32-b1",
+    taken = [name for name in (*FLOAT32, *HALF) if peer.refuses(Case.parse(name)) is None]
+    assert set(taken) >= set(HALF[:4] if peer.name == "vllm" else FLOAT32)
+    for name in taken:
+        check_contender(peer, name)
+
+
+@pytest.mark.parametrize("name", [*FLOAT32, *HALF])
+def test_anydelta_is_right_in_every_type_and_through_a_pool(name):
+    check_contender(peers.Anydelta("reference"), name)
+
+
+def test_half_types_are_held_to_the_contract_and_peers_to_a_right_answer():
+    def bend(result):
+        result.o *= 1.01
+        return result
+
+    found = run(["gda-t2-h1x2-d16-b1-bf16"], [Fake("anydelta", bend), Fake("peer", bend)])
+    assert [r.status for r in found.records] == ["wrong", "ok"]
+    assert found.records[0].nmse_o == found.records[1].nmse_o == pytest.approx(1e-4, rel=0.1)
+
+
+@pytest.fixture
+def vllm_stand_in(monkeypatch, tmp_path):
+    """vLLM's two operators, answered by the reference: what the contender hands over must mean what it means there."""
+    import torch
+
+    from anydelta.bench.contenders import vllm
+
+    if hasattr(torch.ops._C, vllm.PROMPT):
+        pytest.skip("vLLM's own library is loaded")
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define(
+        f"{vllm.PROMPT}(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) pool, bool final, Tensor ends, "
+        "bool head_first, bool l2norm, Tensor rows, float eps=1e-5) -> (Tensor, Tensor)"
+    )
+    library.define(
+        f"{vllm.TOKEN}(Tensor A_log, Tensor dt_bias, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor(a!) pool,"
+        " Tensor rows, Tensor ends, bool l2norm, float softplus_beta=1., float softplus_threshold=20.) -> Tensor"
+    )
+
+    def run(q, k, v, g, beta, pool, ends, rows, **options):
+        got = reference.gated_delta_rule(
+            *(x.double().numpy() for x in (q, k, v)),
+            g=g.double().numpy(),
+            beta=beta.double().numpy(),
+            initial_state=pool[rows].double().numpy(),
+            cu_seqlens=ends.long().numpy(),
+            **options,
+        )
+        pool[rows] = torch.from_numpy(got.state).to(pool.dtype)
+        return torch.from_numpy(got.o).to(v.dtype)
+
+    def prompt(q, k, v, g, beta, pool, final, ends, head_first, l2norm, rows, eps=1e-5):
+        assert (g.dtype, v.dtype, pool.dtype, head_first) == (
+            torch.float32,
+            torch.bfloat16,
+            torch.float32,
+            False,
+        )
+        assert rows.dtype == ends.dtype == torch.int32
+        return run(q, k, v, g, beta, pool, ends, rows, qk_l2norm=l2norm, qk_l2norm_eps=eps), pool.clone()
+
+    def token(
+        A_log, dt_bias, q, k, v, a, b, pool, rows, ends, l2norm, softplus_beta=1.0, softplus_threshold=20.0
     ):
-        case = Case.parse(name)
-        inputs = make_inputs(case)
-        assert peer.refuses(case) is None
-        runner = peer.prepare(case, inputs, 1)
-        record = ops.Record(name, case.kind, 1, peer.name, peer.version())
-        assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
-        runner.reset()
-        runner.run(3)
-        assert ops.Oracle(case, inputs).check(runner.result(), record) == ""
-        runner.close()
+        assert (softplus_beta, softplus_threshold, a.dim()) == (1.0, 20.0, 2)
+        weights = {"A_log": A_log.double().numpy(), "dt_bias": dt_bias.double().numpy()}
+        raw = {"decay": "raw", "beta_is_logit": True, "qk_l2norm": l2norm, **weights}
+        return run(q, k, v, a[None], b[None], pool, ends, rows, **raw).transpose(0, 1).contiguous()
+
+    library.impl(vllm.PROMPT, prompt, "CPU")
+    library.impl(vllm.TOKEN, token, "CPU")
+    (tmp_path / f"_C{vllm.builds()[0]}.abi3.so").write_bytes(b"")
+    monkeypatch.setenv(vllm.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(vllm, "fails", lambda code: None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    yield vllm.Vllm()
+    library._destroy()
+
+
+@pytest.mark.parametrize("name", HALF[:4])
+def test_vllm_is_called_as_it_is_meant(vllm_stand_in, name):
+    assert vllm_stand_in.missing() is vllm_stand_in.refuses(Case.parse(name)) is None
+    check_contender(vllm_stand_in, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("kda-t8-h2x2-d64-b1-bf16", "it has no KDA"),
+        ("gda-t2-h2x2-d64-b1-s2-bf16", "it keeps no snapshots"),
+        ("gda-t8-h2x2-d64-b1", "it takes bfloat16 alone"),
+        ("gda-t8-h2x2-d96-b1-bf16", "it takes heads of 64 or 128; got 96"),
+        ("gda-t2-h2x2-d64-b1-bf16-pool3", "it takes raw gates for one token alone"),
+    ],
+)
+def test_vllm_refuses_what_it_has_not(name, why):
+    assert peers.Vllm().refuses(Case.parse(name)) == why
+
+
+def test_a_vllm_that_is_not_there_or_does_not_load_says_why(tmp_path, monkeypatch):
+    from anydelta.bench.contenders import vllm
+
+    monkeypatch.setenv(vllm.VARIABLE, str(tmp_path))
+    assert "holds none of _C" in peers.Vllm().missing()
+    broken = tmp_path / "vllm" / f"_C{vllm.builds()[0]}.abi3.so"
+    broken.parent.mkdir()
+    broken.write_bytes(b"not a library")
+    for place in (tmp_path, broken.parent, broken):
+        monkeypatch.setenv(vllm.VARIABLE, str(place))
+        assert f"{broken.name} does not load: OSError: " in peers.Vllm().missing()
+    monkeypatch.setenv(vllm.VARIABLE, "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "ANYDELTA_VLLM_CPU is not set" in peers.Vllm._found.func(peers.Vllm())
+
+
+def test_a_ggml_without_its_libraries_says_why(tmp_path, monkeypatch):
+    from anydelta.bench.contenders.ggml import PACKAGES
+
+    for name in PACKAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    why = peers.Ggml().missing()
+    assert why.startswith("ggml-python ? ships no usable ggml: OSError: ") or "ggml-python" in why
+    assert "; llama-cpp-python" in why
 
 
 def test_unknown_and_absent_peers(monkeypatch):
     with pytest.raises(
-        ValueError, match="peer must be one of ggml, executorch, mlx, transformers; got 'fla'"
+        ValueError,
+        match="peer must be one of vllm, ggml, onnxruntime, executorch, mlx, transformers; got 'fla'",
     ):
         peers.choose_peers(["fla"])
     monkeypatch.setattr(peers.Mlx, "missing", lambda self: "gone")
@@ -362,13 +497,13 @@ def test_a_peer_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     for name in [n for n in sys.modules if n.partition(".")[0] == "mlx"]:
         monkeypatch.delitem(sys.modules, name)
-    _fails_to_import.cache_clear()
+    fails.cache_clear()
     why = peers.Mlx().missing()
     assert why == f"mlx.core is installed and does not import: {BROKEN[code]}"
     got = invoke("--peer", "mlx")
     assert got.exit_code == 2
     assert got.stderr == f"anydelta bench ops: peer 'mlx' cannot run here: {why.rstrip('.')}.\n"
-    _fails_to_import.cache_clear()
+    fails.cache_clear()
 
 
 def test_a_peer_that_ends_the_process_is_a_row() -> None:

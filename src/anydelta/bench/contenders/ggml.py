@@ -1,4 +1,4 @@
-"""ggml_gated_delta_net, called through the shared libraries that llama-cpp-python ships.
+"""ggml_gated_delta_net, called through the shared libraries that ggml-python or llama-cpp-python ships.
 
 A graph of one node per state is built and planned once, its tensors in a ggml CPU buffer, and computed with
 one thread pool that lives as long as the runner. Shapes (ggml's order, fastest first):
@@ -22,7 +22,10 @@ from typing import Any
 import numpy as np
 
 from ..measure.cases import F32, Case, Inputs
-from ..measure.contender import Result, Runner, RunnerBase, needs, package_version
+from ..measure.contender import Result, Runner, RunnerBase, fails, only_plain, package_version
+
+PACKAGES = {"ggml": "ggml-python", "llama_cpp": "llama-cpp-python"}
+"""Modules with a folder lib of ggml's shared libraries, and what to install for them."""
 
 F32_TYPE = 0
 """GGML_TYPE_F32"""
@@ -97,23 +100,29 @@ class _Library:
 
 
 class Ggml:
-    """ggml's CPU op, as built by llama-cpp-python."""
+    """ggml's CPU op, as built by ggml-python or by llama-cpp-python, whichever is there first."""
 
     name = "ggml"
 
     @cached_property
     def _lib(self) -> _Library | str:
-        spec = importlib.util.find_spec("llama_cpp")
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        try:
-            return _Library(Path(next(iter(spec.submodule_search_locations))) / "lib")
-        except (OSError, AttributeError) as error:
-            return f"llama-cpp-python {package_version('llama_cpp_python')} ships no usable ggml: {error}"
+        reasons = []
+        for module, package in PACKAGES.items():
+            spec = importlib.util.find_spec(module)
+            if spec is None or not spec.submodule_search_locations:
+                continue
+            folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+            # Loaded elsewhere first: a library built for another CPU ends the process.
+            loads = f"_Library(Path({str(folder)!r}))"
+            if why := fails(f"from pathlib import Path; from {__name__} import _Library; {loads}"):
+                reasons.append(f"{package} {package_version(package)} ships no usable ggml: {why}")
+            else:
+                return _Library(folder)
+        if not reasons:
+            return f"neither {' nor '.join(PACKAGES.values())} is installed (pip install ggml-python)"
+        return "; ".join(reasons)
 
     def missing(self) -> str | None:
-        if why := needs("llama_cpp", "llama-cpp-python"):
-            return why
         return self._lib if isinstance(self._lib, str) else None
 
     def version(self) -> str:
@@ -121,7 +130,7 @@ class Ggml:
         return lib if isinstance(lib, str) else f"{lib.version().decode()} {'+'.join(lib.features)}".strip()
 
     def refuses(self, case: Case) -> str | None:
-        return None
+        return only_plain(case)
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
         lib = self._lib

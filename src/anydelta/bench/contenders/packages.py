@@ -1,12 +1,14 @@
 """Who is measured: anydelta and, from packages where they are installed, the other implementations.
 
-ggml, which is reached through ctypes, has its own file. What each one wants:
+ggml, which is reached through ctypes, vLLM and ONNX Runtime have files of their own. What each one wants:
 
 | contender | order | decay | scale | state | heads | snapshots |
 |---|---|---|---|---|---|---|
 | transformers | [B, T, H, D] | log | in the op | [B, HV, K, V] | interleaved | none: T calls |
 | executorch | [B, HV, T, D] | linear | folded into q | [B, HV, K, V] | q, k repeated here | none: T calls |
 | mlx | [B, T, H, D] | linear | folded into q | [B, HV, V, K] | interleaved | none: T calls |
+| vllm | [1, B T, H, D] | log; raw in a pool | in the op | [P, HV, K, V], in place | interleaved | refused |
+| onnxruntime | [B, T, H D] | log | an attribute | [B, HV, K, V] | interleaved | none: T calls |
 | ggml | [B, T, H, D] | log | in the op | [B, HV, V, K] | tiled | in the op, newest first |
 """
 
@@ -32,12 +34,17 @@ from ..measure.contender import (
     RunnerBase,
     faster,
     needs,
+    only_plain,
     package_version,
     quiet_stderr,
+    rows_of,
+    tensors,
     tensors_on,
 )
 from .ggml import Ggml
 from .mac import mac_peers
+from .onnxruntime import OnnxRuntime
+from .vllm import Vllm
 
 if TYPE_CHECKING:
     import torch
@@ -81,16 +88,31 @@ class _AnydeltaRunner(RunnerBase):
         import torch
 
         self.device = tensors_on(backend)
-        self.x = x = {n: torch.from_numpy(v).to(self.device) for n, v in vars(inputs).items()}
-        self.states = x["state"][None].repeat(case.states, 1, 1, 1, 1)
+        self.x = x = {n: y.to(self.device) for n, y in tensors(case, inputs).items()}
+        self.inputs = inputs
+        self.states = x["state"][None].repeat(1 if case.pool else case.states, 1, 1, 1, 1)
         kept = (case.states if case.snapshots else 0, case.snapshots)
         self.snaps = self.states.new_zeros(*kept, *x["state"].shape)
         states, snaps = list(self.states), list(self.snaps)
         q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "g", "beta"))
-        self.trace = anydelta.explain(q, k, v, g=g, beta=beta, initial_state=states[0], backend=backend)
+        more: dict[str, Any] = {"backend": backend}
+        rows: list[torch.Tensor] = []
+        if inputs.rows is not None:
+            rows = list(torch.from_numpy(inputs.rows).to(self.device))
+            states *= len(rows)
+            more |= {n: x[n] for n in ("A_log", "dt_bias")}
+            more |= {"decay": "raw", "beta_is_logit": True, "qk_l2norm": True}
+        self.trace = anydelta.explain(
+            q, k, v, g=g, beta=beta, initial_state=states[0], state_indices=rows[0] if rows else None, **more
+        )
 
         def advance(i: int) -> object:
-            return anydelta.gated_delta_rule_(q, k, v, states[i], g=g, beta=beta, backend=backend)
+            return anydelta.gated_delta_rule_(q, k, v, states[i], g=g, beta=beta, **more)
+
+        def advance_rows(i: int) -> object:
+            return anydelta.gated_delta_rule_(
+                q, k, v, states[i], g=g, beta=beta, state_indices=rows[i], **more
+            )
 
         def keep(i: int) -> object:
             return anydelta.gated_delta_rule(
@@ -98,7 +120,8 @@ class _AnydeltaRunner(RunnerBase):
                 output_final_state=False, backend=backend,
             )[0]  # fmt: skip
 
-        super().__init__(case, keep if case.snapshots else advance, in_place=True)
+        call = keep if case.snapshots else advance_rows if rows else advance
+        super().__init__(case, call, in_place=True)
         self.detail = f"backend {self.trace.chosen}"
 
     def run(self, calls: int) -> None:
@@ -116,7 +139,10 @@ class _AnydeltaRunner(RunnerBase):
         o = _copied(self.call(0))
         if self.case.snapshots:
             return Result(o, _copied(self.snaps[0, 0]), _copied(self.snaps[0]))
-        return Result(o, _copied(self.states[0]))
+        state = _copied(self.states[0])
+        if self.inputs.rows is not None:
+            state = rows_of(state, self.inputs.state, self.inputs.rows[0])
+        return Result(o, state)
 
     def close(self) -> None:
         super().close()
@@ -124,7 +150,7 @@ class _AnydeltaRunner(RunnerBase):
 
 
 def _copied(x: torch.Tensor) -> F32:
-    out: F32 = x.cpu().numpy().copy()
+    out: F32 = x.cpu().float().numpy().copy()
     return out
 
 
@@ -145,7 +171,7 @@ class Transformers:
     def refuses(self, case: Case) -> str | None:
         if case.gate == "kda" and case.H != case.HV:
             return "its KDA has no grouped value heads"
-        return None
+        return "it takes no pool of states" if case.pool else None
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
         with quiet_stderr():  # it warns that this path is slow
@@ -163,7 +189,7 @@ class _TransformersRunner(RunnerBase):
         import torch
 
         self.device = device
-        x = {n: torch.from_numpy(v).to(device) for n, v in vars(inputs).items()}
+        x = {n: y.to(device) for n, y in tensors(case, inputs).items()}
         args = [x[n] for n in ("q", "k", "v", "g", "beta")]
         start = x["state"]
         self.states: list[torch.Tensor] = [start.clone() for _ in range(case.states)]
@@ -247,7 +273,7 @@ class ExecuTorch:
         return package_version("executorch")
 
     def refuses(self, case: Case) -> str | None:
-        return None
+        return only_plain(case)
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
         import torch
@@ -353,7 +379,7 @@ class Mlx:
         return package_version("mlx")
 
     def refuses(self, case: Case) -> str | None:
-        return None
+        return only_plain(case)
 
     def prepare(self, case: Case, inputs: Inputs, threads: int) -> Runner:
         return _MlxRunner(case, inputs)
@@ -412,7 +438,7 @@ def every_peer(device: str = "cpu") -> list[Contender]:
     """Those that compute on the device of anydelta's tensors."""
     if device == "mps":
         return [*mac_peers(), Transformers(device)]
-    return [Ggml(), ExecuTorch(), Mlx(), Transformers()]
+    return [Vllm(), Ggml(), OnnxRuntime(), ExecuTorch(), Mlx(), Transformers()]
 
 
 def choose_peers(names: Sequence[str], device: str = "cpu") -> list[Contender]:

@@ -4,6 +4,10 @@
     kda-t4-h32x32-d128-b1-s4       four tokens, and the state after each of them is kept (4 snapshots)
     gda-t1-h16x32-d128-b1-cold     as the first, over so many states that each call streams one from memory
     gda-t1-h16x32-d128-b1-initialised   as the first, with the decays that layers begin with instead of mild ones
+    gda-t256-h16x32-d128-b1-bf16   q, k, v, beta and outputs in bfloat16, the state in float32
+    gda-t1-h16x32-d128-b8-bf16-pool64      as an engine calls: raw gates, logit, norm and 8 of a pool's 64 states
+    gda-t1-h16x32-d128-b8-bf16-pool64bf16  the same with bfloat16 states
+    gda-t1-h16x32-d128-b8-bf16-pool256-cold   each call takes the next 8 of all 256 states, in random order
 
 Head counts follow the models: Qwen3.5 has 16 q/k heads and 16, 32, 48 or 64 value heads; KDA (Kimi Linear)
 has as many q/k heads as value heads.
@@ -20,7 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ...conformance.gates import KINDS, model_gates
+from ...conformance.gates import KINDS, Gates, model_gates
+from ...conformance.values import round_to
 
 F32 = NDArray[np.float32]
 
@@ -32,14 +37,22 @@ DECAYS = ("mild", *KINDS)
 MOST_BYTES = 2**38
 """More than any machine that this is measured on has to give."""
 
+SHORT = {"float32": "", "bfloat16": "bf16"}
+"""Types of tokens and of a pool's states, as a case's name has them."""
+
 _NAME = re.compile(
-    rf"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(-cold)?(?:-({'|'.join(KINDS)}))?", re.ASCII
+    r"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(?:-(bf16))?(?:-pool(\d+)(bf16)?)?(-cold)?"
+    rf"(?:-({'|'.join(KINDS)}))?",
+    re.ASCII,
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. K = V = D; everything is float32, as the state is."""
+    """One measurement. K = V = D; everything is float32 but what `dtype` and `state_dtype` say.
+
+    With `pool` states in a pool, a call is an engine's: the rows' numbers, raw gates, beta as a logit, the norm inside.
+    """
 
     gate: str
     T: int
@@ -51,20 +64,34 @@ class Case:
     cold: bool = False
     decay: str = "mild"
     """One of DECAYS."""
+    dtype: str = "float32"
+    """Of q, k, v, beta and the outputs; with a pool of a and dt_bias too."""
+    pool: int = 0
+    state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if min(self.T, self.H, self.HV, self.D, self.B) < 1:
             raise ValueError(f"a case needs sizes of at least 1; got {self.name}")
         if self.HV % self.H:
             raise ValueError(f"a case needs a multiple of its q/k heads as value heads; got {self.name}")
-        if 4 * self.B * self.HV * self.D * (self.T + self.D * (1 + self.snapshots)) > MOST_BYTES:
+        if self.state_dtype != "float32" and not self.pool:
+            raise ValueError(f"a case needs a pool for states in {self.state_dtype}; got {self.name}")
+        if self.pool and (self.pool < self.B or self.snapshots):
+            raise ValueError(
+                f"a pool needs a state for each sequence and keeps no snapshots; got {self.name}"
+            )
+        states = max(self.pool, self.B * (1 + self.snapshots))
+        if 4 * self.HV * self.D * (self.B * self.T + self.D * states) > MOST_BYTES:
             raise ValueError(f"a case needs at most 256 GiB of values and states; got {self.name}")
         if self.snapshots not in (0, self.T):
             raise ValueError(f"a case keeps no snapshots or one per token (s = t); got {self.name}")
 
     @property
     def name(self) -> str:
-        tail = (f"-s{self.snapshots}" if self.snapshots else "") + ("-cold" if self.cold else "")
+        tail = f"-s{self.snapshots}" if self.snapshots else ""
+        tail += f"-{SHORT[self.dtype]}" if SHORT[self.dtype] else ""
+        tail += f"-pool{self.pool}{SHORT[self.state_dtype]}" if self.pool else ""
+        tail += "-cold" if self.cold else ""
         tail += "" if self.decay == "mild" else f"-{self.decay}"
         return f"{self.gate}-t{self.T}-h{self.H}x{self.HV}-d{self.D}-b{self.B}{tail}"
 
@@ -75,7 +102,10 @@ class Case:
         if m is None:
             return None
         T, H, HV, D, B = (int(m[i]) for i in range(2, 7))
-        return cls(m[1], T, H, HV, D, B, int(m[7] or 0), m[8] is not None, m[9] or "mild")
+        kept, pool = (int(m[i] or 0) for i in (7, 9))
+        dtype, state_dtype = ("bfloat16" if m[i] else "float32" for i in (8, 10))
+        cold, decay = m[11] is not None, m[12] or "mild"
+        return cls(m[1], T, H, HV, D, B, kept, cold, decay, dtype, pool, state_dtype)
 
     @property
     def kind(self) -> str:
@@ -84,13 +114,15 @@ class Case:
 
     @property
     def state_bytes(self) -> int:
-        return 4 * self.B * self.HV * self.D * self.D
+        return (4 if self.state_dtype == "float32" else 2) * self.B * self.HV * self.D * self.D
 
     @property
     def states(self) -> int:
         """How many states (of the whole batch) the calls take turns on."""
         if not self.cold:
             return 1
+        if self.pool:
+            return self.pool // self.B
         return max(2, math.ceil(COLD_MIB * 2**20 / (self.state_bytes * (1 + self.snapshots))))
 
     @property
@@ -125,35 +157,66 @@ class Inputs:
     beta: F32
     """[B, T, HV]"""
     state: F32
-    """[B, HV, D, D] (kv)"""
+    """[B, HV, D, D] (kv), or a pool [P, HV, D, D]"""
+    A_log: F32 | None = None
+    """[HV], with a pool; then g is a projection, and beta a logit."""
+    dt_bias: F32 | None = None
+    """[HV] or [HV, D]"""
+    rows: NDArray[np.int32] | None = None
+    """[states, B]: the pool's rows that the calls take in turn."""
+
+    def arrays(self) -> dict[str, F32]:
+        """q, k, v, g, beta and state, and A_log and dt_bias if they are there."""
+        return {n: x for n, x in vars(self).items() if x is not None and n != "rows"}
+
+
+def rounded(x: NDArray[np.floating], dtype: str) -> F32:
+    """The nearest values of a type, as float32."""
+    return np.asarray(x if dtype == "float32" else round_to(x, dtype), np.float32)
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Unit keys, beta in (0.1, 0.9), decays as the case says.
+    """Unit keys, beta in (0.1, 0.9), decays as the case says; a pool's are what an engine's projections give.
 
     Mild decays keep old state normal. Others drive it into subnormal numbers, where a contender that computes those
-    takes the slow path of the CPU: docs/performance.md.
+    takes the slow path of the CPU: docs/performance.md. Everything is a number of the type that the case names.
     """
     r = np.random.default_rng(seed)
 
     def unit(*shape: int) -> F32:
         x = r.standard_normal(shape, dtype=np.float32)
-        return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
+        return np.asarray(x if case.pool else x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
 
     B, T, H, HV, D = case.B, case.T, case.H, case.HV, case.D
     g_shape = (B, T, HV) if case.gate == "gda" else (B, T, HV, D)
+    q, k = unit(B, T, H, D), unit(B, T, H, D)
+    v = r.standard_normal((B, T, HV, D), dtype=np.float32)
+    gates = _gates(case, g_shape, r)
+    strength = r.uniform(0.1, 0.9, (B, T, HV))
+    if case.pool:
+        strength = np.log(strength / (1 - strength))
+    state = r.standard_normal((case.pool or B, HV, D, D), dtype=np.float32)
+    q, k, v, beta = (rounded(x, case.dtype) for x in (q, k, v, strength))
+    if not case.pool:
+        return Inputs(q, k, v, gates.log().astype(np.float32), beta, state)
+    rows = r.permutation(case.pool)[: case.states * B].reshape(case.states, B)
     return Inputs(
-        q=unit(B, T, H, D),
-        k=unit(B, T, H, D),
-        v=r.standard_normal((B, T, HV, D), dtype=np.float32),
-        g=_log_decays(case, g_shape, r).astype(np.float32),
-        beta=r.uniform(0.1, 0.9, (B, T, HV)).astype(np.float32),
-        state=r.standard_normal((B, HV, D, D), dtype=np.float32),
+        q,
+        k,
+        v,
+        rounded(gates.x, case.dtype),
+        beta,
+        rounded(state, case.state_dtype),
+        A_log=np.log(gates.A).astype(np.float32),
+        dt_bias=rounded(gates.dt_bias, case.dtype),
+        rows=rows.astype(np.int32),
     )
 
 
-def _log_decays(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> NDArray[np.float64]:
-    return r.uniform(-0.5, -0.05, shape) if case.decay == "mild" else model_gates(case.decay, shape, r).log()
+def _gates(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> Gates:
+    if case.decay != "mild":
+        return model_gates(case.decay, shape, r)
+    return Gates(np.log(np.expm1(-r.uniform(-0.5, -0.05, shape))), np.ones(shape[2]), np.zeros(shape[2:]))
 
 
 def with_decays(cases: Sequence[Case], kinds: str) -> list[Case]:
@@ -189,13 +252,21 @@ DEFAULT = (
     "gda-t512-h16x32-d128-b1",
     "kda-t256-h32x32-d128-b1",
 )
-GROUPS = ("default", "decode", "block", "prefill", "cold", "all")
+ENGINE = (
+    *(f"gda-t{T}-h16x32-d128-b1-bf16" for T in (64, 256, 1024, 4096)),
+    "gda-t1024-h16x32-d128-b1",
+    *(f"gda-t1-h16x32-d128-b{B}-bf16-pool64{states}" for states in ("", "bf16") for B in (1, 8)),
+    *(f"gda-t1-h16x32-d128-b{B}-bf16-pool512{states}-cold" for states in ("", "bf16") for B in (1, 8)),
+)
+"""What engines call on a CPU, where vLLM's kernels are the peer."""
+GROUPS = ("default", "engine", "decode", "block", "prefill", "cold", "all")
 
 
 def presets() -> list[Case]:
     """Every preset, in a fixed order. Names outside this list work too: `Case.parse` takes any."""
     found = [c for n in DEFAULT if (c := Case.parse(n))]
-    return list(dict.fromkeys([*found, *_grid()]))
+    engine = [c for n in ENGINE if (c := Case.parse(n))]
+    return list(dict.fromkeys([*found, *_grid(), *engine]))
 
 
 def _grid() -> Iterator[Case]:
@@ -232,6 +303,8 @@ def select(patterns: Sequence[str]) -> list[Case]:
             continue
         if pattern == "default":
             found = every[: len(DEFAULT)]
+        elif pattern == "engine":
+            found = [c for n in ENGINE if (c := Case.parse(n))]
         elif pattern in GROUPS:
             found = [c for c in every if pattern in ("all", c.kind) or (pattern == "cold" and c.cold)]
         elif (one := Case.parse(pattern)) is not None:

@@ -17,10 +17,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.dispatch import get_backend
 from .cases import F32, Case, Inputs
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -114,6 +120,38 @@ def faster(options: dict[str, Callable[[int], object]]) -> str:
     return min(options, key=lambda name: best(options[name])) if len(options) > 1 else next(iter(options))
 
 
+def only_plain(case: Case) -> str | None:
+    """Why a contender of float32 arrays without a pool refuses the case, or None."""
+    if case.pool:
+        return "it takes no pool of states"
+    return None if case.dtype == "float32" else "it takes float32 alone"
+
+
+def tensors(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The inputs in the types that the case names; g is float32 where it is a log decay, A_log always."""
+    import torch
+
+    dtypes = dict.fromkeys(("q", "k", "v", "beta", "dt_bias"), getattr(torch, case.dtype))
+    dtypes["state"] = getattr(torch, case.state_dtype)
+    if case.pool:
+        dtypes["g"] = getattr(torch, case.dtype)
+    return {n: torch.from_numpy(x).to(dtypes.get(n, torch.float32)) for n, x in inputs.arrays().items()}
+
+
+def rows_of(pool: F32, start: F32, rows: NDArray[np.integer]) -> F32:
+    """The states of those rows.
+
+    Raises:
+        RuntimeError: another row is not what it was at the start.
+    """
+    others = np.ones(len(pool), bool)
+    others[rows] = False
+    if changed := [int(i) for i in np.flatnonzero(others) if not np.array_equal(pool[i], start[i])]:
+        raise RuntimeError(f"it changed the pool's rows {changed}, which were not asked for")
+    chosen: F32 = pool[rows]
+    return chosen
+
+
 def package_version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
@@ -125,25 +163,27 @@ def needs(module: str, package: str) -> str | None:
     """Why a module is not there or does not import, without importing it here."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{package.strip(chr(39))} is not installed (pip install {package})"
-    return None if module in sys.modules else _fails_to_import(module)
+    if module in sys.modules or (why := fails(f"import {module}")) is None:
+        return None
+    return f"{module} is installed and does not import: {why}"
 
 
 @cache
-def _fails_to_import(module: str) -> str | None:
-    """Tried in a process of its own: a package may raise anything, or crash, as one built for another CPU does."""
+def fails(code: str) -> str | None:
+    """Why that code fails in a process of its own: it may raise anything, or crash on another CPU than its own."""
     paths = os.pathsep.join(filter(None, sys.path))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
             text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"{module} is installed and does not import within 5 minutes"
+        return "no answer within 5 minutes"
     if done.returncode == 0:
         return None
     ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
     said = (done.stderr.strip().splitlines() or [ended])[-1]
-    return f"{module} is installed and does not import: {said}"
+    return said
 
 
 @contextmanager

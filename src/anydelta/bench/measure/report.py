@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from . import outputs
 from .ops import Record, Report
 
 KIND = Record
-HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE")
+HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE of o", "of states")
 BUSY_PCT = 10
 """Other work above this is worth a warning."""
 COLOURS = {
     "anydelta": "#1b6ca8",
+    "vllm": "#7b4b94",
+    "onnxruntime": "#3c6e71",
     "ggml": "#d1495b",
     "llama.cpp": "#d1495b",
     "executorch": "#edae49",
@@ -29,7 +32,19 @@ def tables(report: Report) -> Iterator[outputs.Table]:
         return "bold" if cells[0].partition(" (")[0] == "anydelta" else "" if cells[2] else "dim"
 
     for title, records in groups(report):
-        yield outputs.Table(title, HEAD, map(row, records), style)
+        yield outputs.Table(title, HEAD, map(row, _folded(records)), style)
+
+
+def _folded(records: Sequence[Record]) -> Iterator[Record]:
+    """One row for contenders that refuse a case for the same reason."""
+    refused: dict[str, list[str]] = {}
+    for r in records:
+        if r.status == "refused":
+            refused.setdefault(r.reason, []).append(r.contender)
+        else:
+            yield r
+    for why, names in refused.items():
+        yield replace(next(r for r in records if r.reason == why), contender=", ".join(names))
 
 
 def header(report: Report) -> list[str]:
@@ -46,7 +61,8 @@ def header(report: Report) -> list[str]:
     lines.append(
         "x anydelta: time over anydelta's (above 1: anydelta is faster), median of the rounds (of the minima)"
     )
-    lines.append("limit: share of the limit measured in the same run, at the minimum; NMSE: the worst part")
+    lines.append("limit: share of the limit measured in the same run, at the minimum")
+    lines.append("NMSE: against the float64 oracle; of states: the worse of the last one and the snapshots")
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -74,7 +90,7 @@ def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
 def row(r: Record) -> tuple[str, ...]:
     """The cells of HEAD."""
     name = f"{r.contender} ({r.detail})" if r.detail else r.contender
-    errors = [e for e in (r.nmse_o, r.nmse_state, r.nmse_snapshots) if e is not None]
+    states = [e for e in (r.nmse_state, r.nmse_snapshots) if e is not None]
     if r.status != "ok":
         return (name, f"{r.status}: {r.reason}", *[""] * (len(HEAD) - 2))
     return (
@@ -84,7 +100,8 @@ def row(r: Record) -> tuple[str, ...]:
         "" if r.iqr_pct is None else f"{r.iqr_pct:.0f} %",
         "" if r.ratio is None or r.ratio_min is None else f"{r.ratio:.2f} ({r.ratio_min:.2f})",
         "" if r.limit_pct is None else f"{r.limit_pct:.0f} %",
-        f"{max(errors):.0e}" if errors else "",
+        "" if r.nmse_o is None else f"{r.nmse_o:.1e}",
+        f"{max(states):.1e}" if states else "",
     )
 
 
