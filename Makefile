@@ -126,5 +126,5 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
 $(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) $(wildcard src/anydelta/*/arguments.py) src/anydelta/backends/devices/structs.py scripts/generate_arguments.py
-	$(BIN)/python -m pip install -q --no-build-isolation --editable .
+	$(BIN)/python -m pip install -q --no-build-isolation --config-settings=cmake.define.ANYDELTA_EMULATED_AMX=ON --editable .
 	@touch $@

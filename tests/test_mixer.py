@@ -182,7 +182,8 @@ def test_pieces_equal_the_whole(backend: str, dtype: str) -> None:
         limit = 1e-5 if dtype == "float32" else 0.02
         assert float((torch.cat(got, 1) - want).abs().max()) <= limit * float(want.abs().max())
         assert torch.equal(parts[0], whole[0])
-        assert torch.allclose(parts[1], whole[1], atol=1e-5)
+        # bfloat16: a whole chunk may go through a matrix unit, whose factors have 16 bits
+        assert torch.allclose(parts[1], whole[1], atol=1e-5 if dtype == "float32" else 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,8 @@ REPLAYS := spec rule backward mixer log
 REPLAY_BUILD = nice -n 10 $(TEST_CORE_CMAKE) --build $(1) --target $(REPLAYS:%=replay_%) --parallel 2
 REPLAY = for name in $(REPLAYS); do nice -n 10 $(1)/tests/fuzz/replay_$$name tests/fuzz/corpus/$$name 2> $(1)/replay.log || \
   { tail -n 60 $(1)/replay.log; exit 1; }; done
-TEST_CORE_CONFIGURE = $(TEST_CORE_CMAKE) -S . -B $(1) -DANYDELTA_PYTHON=OFF -DANYDELTA_TESTS=ON -DCMAKE_BUILD_TYPE=Release
+TEST_CORE_CONFIGURE = $(TEST_CORE_CMAKE) -S . -B $(1) -DANYDELTA_PYTHON=OFF -DANYDELTA_TESTS=ON -DANYDELTA_EMULATED_AMX=ON \
+  -DCMAKE_BUILD_TYPE=Release
 
 .PHONY: sanitize sanitize-address sanitize-thread emulated emulated-avx512 emulated-neon emulated-tools
 

@@ -91,17 +91,6 @@ static void times(float* out, const float* x, int64_t rows, int64_t panels, cons
 }
 static_assert(BT % (2 * R) == 0, "rows of a product are whole tiles");
 
-// x[i] becomes the i-th elements of all
-AD_INLINE void transpose(V (&x)[L]) {
-    AD_UNROLL for (int stage = 1; stage < L; stage *= 2) {
-        V y[L];
-        AD_UNROLL for (int i = 0; i < L / 2; ++i) {
-            y[2 * i] = vzip_low(x[i], x[i + L / 2]);
-            y[2 * i + 1] = vzip_high(x[i], x[i + L / 2]);
-        }
-        AD_UNROLL for (int i = 0; i < L; ++i) x[i] = y[i];
-    }
-}
 // to [cols][ldt] = from [rows][ldf] transposed; both are whole vectors
 static void transpose(float* to, int64_t ldt, const float* from, int64_t ldf, int64_t rows, int64_t cols) {
     for (int64_t r = 0; r < rows; r += L)

@@ -9,9 +9,13 @@
 #include <cstring>
 
 #if defined(_MSC_VER) && !defined(__clang__)
+#define AD_ALWAYS_INLINE __forceinline
+#define AD_INLINED  // a lambda
 #define AD_INLINE static __forceinline
 #define AD_UNROLL
 #else
+#define AD_ALWAYS_INLINE inline __attribute__((always_inline))
+#define AD_INLINED __attribute__((always_inline))
 #define AD_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define AD_UNROLL _Pragma("unroll")

@@ -14,7 +14,7 @@
 
 namespace anydelta::ANYDELTA_ISA {
 
-constexpr int CHUNK = BLOCKS * C_MAX;  // tokens that the rule takes at once
+constexpr int CHUNK = BATCH;  // tokens that the rule takes at once
 constexpr int FEW_TAPS = 4;  // the convolution of every model family; others take the general loop
 // Rows of consecutive tokens are 8 to 24 KiB apart, where no hardware prefetcher follows: a row is asked for 6 tokens
 // before it is read, some 1000 cycles in the convolution.
@@ -179,7 +179,7 @@ static int64_t width_of(const Mixer& m) { return round_up(m.rule.K < m.rule.V ? 
 class MixerRunner final : public RowMaker {
   public:
     MixerRunner(const Mixer& mixer, const MixerTask& task, char* memory)
-        : m(mixer), p(mixer.rule), job(task), seq(sequence(mixer.rule, task.n)), r(p.HV / p.H) {
+        : m(mixer), p(rule_of(mixer)), job(task), seq(sequence(mixer.rule, task.n)), r(p.HV / p.H) {
         const int64_t Kp = round_up(p.K, L), Vp = round_up(p.V, L);
         part[0] = {&m.q, 0, p.K, Kp, 0};
         part[1] = {&m.k, p.H * p.K, p.K, Kp, job.heads * Kp};
@@ -195,7 +195,13 @@ class MixerRunner final : public RowMaker {
         carve_mixer(m, heads, arena, s, ld);
         const int64_t values = heads * (m.rule.HV / m.rule.H);
         return reinterpret_cast<size_t>(s.rule) - 64 +
-               ANYDELTA_ISA::workspace(m.rule, values < MAX_HEADS ? values : MAX_HEADS);
+               ANYDELTA_ISA::workspace(rule_of(m), values < MAX_HEADS ? values : MAX_HEADS);
+    }
+    // What the outputs are rounded to decides how the rule may compute them.
+    static Problem rule_of(const Mixer& m) {
+        Problem p = m.rule;
+        p.o.dtype = m.o.dtype;
+        return p;
     }
 
     void run() {

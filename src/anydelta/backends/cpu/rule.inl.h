@@ -177,6 +177,17 @@ static float read_one(const void* src, DType dtype) {
     return x;
 }
 
+// x[i] becomes the i-th elements of all
+AD_INLINE void transpose(V (&x)[L]) {
+    AD_UNROLL for (int stage = 1; stage < L; stage *= 2) {
+        V y[L];
+        AD_UNROLL for (int i = 0; i < L / 2; ++i) {
+            y[2 * i] = vzip_low(x[i], x[i + L / 2]);
+            y[2 * i + 1] = vzip_high(x[i], x[i + L / 2]);
+        }
+        AD_UNROLL for (int i = 0; i < L; ++i) x[i] = y[i];
+    }
+}
 AD_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 AD_INLINE int64_t segments(const Problem& p) { return (p.K + SEG - 1) / SEG; }
 AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
@@ -208,6 +219,10 @@ AD_INLINE void fetch(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t f
             AD_PREFETCH_WRITE(row + i);
         else
             AD_PREFETCH(row + i);
+}
+AD_INLINE void fetch_l2(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n) {
+    const char* row = static_cast<const char*>(token(x, b, t, h)) + first * dtype_size(x.dtype);
+    for (int64_t i = 0; i < n * dtype_size(x.dtype); i += 64) AD_PREFETCH_L2(row + i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -275,13 +290,10 @@ static const float* channels(const Problem& p, const void* src, DType dtype, flo
     return scratch;
 }
 
-// The tokens t[0 .. count) of a block, each with a scratch of its own, and their betas. All at once: the sums, roots and
-// exponentials of one token alone would wait for each other, and a gate would fill one lane of a vector.
-static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
-                        const Scratch* scratch, Token* tokens, float* beta) {
-    constexpr int LANES = (C_MAX + L - 1) / L * L;
+// k_t and q_t of the tokens t[0 .. count) of a block, each with a scratch of its own.
+static void read_keys(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, const Scratch* scratch,
+                      Token* tokens) {
     const int64_t h = qk_head(p, hv), n = round_up(p.K, L);
-    alignas(64) float gates[LANES] = {}, betas[LANES] = {};
     for (int c = 0; c < count; ++c) {
         Token& x = tokens[c];
         const Scratch& s = scratch[c];
@@ -293,6 +305,19 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
             x.k_factor = inverse_length(x.k, n, 1.0f, p.qk_l2norm_eps, s.k);
             x.q_factor *= inverse_length(x.q, n, 1.0f, p.qk_l2norm_eps, s.q);
         }
+    }
+}
+
+// Their decays, betas and erase_t. All at once: the sums, roots and exponentials of one token alone would wait for each
+// other, and a gate would fill one lane of a vector.
+static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
+                       const Scratch* scratch, Token* tokens, float* beta) {
+    constexpr int LANES = (C_MAX + L - 1) / L * L;
+    const int64_t n = round_up(p.K, L);
+    alignas(64) float gates[LANES] = {}, betas[LANES] = {};
+    for (int c = 0; c < count; ++c) {
+        Token& x = tokens[c];
+        const Scratch& s = scratch[c];
         if (p.erase.data)
             x.e = channels(p, token(p.erase, b, t[c], erase_head(p, hv)), p.erase.dtype, s.e), betas[c] = 1.0f;
         else
@@ -304,6 +329,7 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
             if (p.dt_bias)
                 for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(bias + i)));
             for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
+            for (int64_t i = p.K; i < n; ++i) s.a[i] = 0.0f;  // products of what is there would leave float32's range
         } else {
             gates[c] = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
         }
@@ -316,6 +342,12 @@ static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count
         tokens[c].alpha = gates[c];
         beta[c] = p.beta_scale * betas[c];
     }
+}
+
+static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
+                        const Scratch* scratch, Token* tokens, float* beta) {
+    read_keys(p, b, t, count, hv, scratch, tokens);
+    read_gates(p, b, t, count, hv, A, bias, scratch, tokens, beta);
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
@@ -784,8 +816,45 @@ static void copy_columns(const Problem& p, char* dst, int64_t ldd, const char* s
     }
 }
 
+}  // namespace anydelta::ANYDELTA_ISA
+
+#if defined(ANYDELTA_TILES)
+#include ANYDELTA_TILES
+#include "matrix.inl.h"
+#endif
+
+namespace anydelta::ANYDELTA_ISA {
+
+#if defined(ANYDELTA_TILES)
+constexpr bool MATRIX = true;
+#else
+constexpr bool MATRIX = false;
+constexpr int MATRIX_TOKENS = 0, MATRIX_LEAST = 0;
+struct MatrixUnit {};
+struct Chunk {  // never called
+    static int worthwhile(const Problem&, int) { return 0; }
+    struct Rows {
+        DType dtype;
+        char* at[1];
+    };
+    void carve(const Problem&, Arena&) {}
+    bool prepare(const Problem&, int64_t, const int64_t*, int, int64_t, float, const float*, const Scratch*, int64_t) { return false; }
+    template <class F>
+    void take(const Problem&, float*, int64_t, Rows&, const Rows&, F&&) {}
+};
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------
 // a task: one sequence and head, a range of columns
+
+// Tokens that are taken before another head's turn: their rows of v and o stay in the caches.
+constexpr int BATCH = MATRIX_TOKENS > BLOCKS * C_MAX ? MATRIX_TOKENS : BLOCKS * C_MAX;
+static_assert(BATCH >= BLOCKS * C_MAX, "a batch has room for all blocks");
+// KDA: see matrix.inl.h. Float32: numbers of 16 bits would put outputs 1e-5 apart from the blocks', for 1.24 times their
+// speed.
+AD_INLINE bool may_use_matrix(const Problem& p) {
+    return MATRIX && !p.kda && !p.erase.data && p.o.dtype != DType::f32 && p.T >= MATRIX_LEAST;
+}
 
 // States that the kernels can read and write without conversion.
 static bool plain(const Problem& p) { return !p.vk && p.state_dtype == DType::f32; }
@@ -794,10 +863,11 @@ struct Workspace {
     Block* blocks;  // [BLOCKS]
     float* rows;    // [BLOCKS][segments][ROWS][LD]
     Scratch scratch[C_MAX];
-    float* v;        // [BLOCKS * C_MAX][columns]
+    float* v;        // [BATCH][columns]
     float* o;
     float* PR;       // [2 C_MAX][columns]
     float* emitted;  // [C_MAX][K][columns], where snapshots are not plain float32 [K, V]
+    Chunk chunk;
 };
 
 // One of the heads of a task. Its state stands in panels, or row by row once snapshots are taken.
@@ -818,10 +888,11 @@ static Workspace carve(const Problem& p, Arena& arena, Head* heads, int64_t coun
     w.blocks = arena.take<Block>(BLOCKS);
     w.rows = arena.take<float>(BLOCKS * seg * ROWS * LD);
     for (Scratch& s : w.scratch) s.carve(arena, seg);
-    w.v = arena.take<float>(BLOCKS * C_MAX * columns);
-    w.o = arena.take<float>(BLOCKS * C_MAX * columns);
+    w.v = arena.take<float>(BATCH * columns);
+    w.o = arena.take<float>(BATCH * columns);
     w.PR = arena.take<float>(2 * C_MAX * columns);
     w.emitted = arena.take<float>(emits && !(plain(p) && p.V % W == 0) ? C_MAX * p.K * columns : 0);
+    if (may_use_matrix(p)) w.chunk.carve(p, arena);
     for (int64_t i = 0; i < count; ++i) {
         heads[i].bias = arena.take<float>(seg * SEG);
         heads[i].panels = arena.take<float>(p.K * columns);
@@ -1013,14 +1084,8 @@ class Runner {
         }
         Token tokens[C_MAX];
         read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, tokens, blk.beta);
-        for (int c = 0; c < n; ++c) {
-            append(p, tokens[c], blk, c);
-            float* v = v_rows + c * ldv;
-            if (!made)
-                read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
-            for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
-        }
-        if (made) made->values(positions, n, h->hv, v_rows, ldv);
+        for (int c = 0; c < n; ++c) append(p, tokens[c], blk, c);
+        read_values(positions, n, v_rows);
         return u;
     }
 
@@ -1091,18 +1156,119 @@ class Runner {
         }
     }
 
-    // Any number of tokens: batch after batch of prepared blocks, all heads of the task in turn.
+    // Any number of tokens, a batch at a time, all heads of the task in turn.
     void blocked(int64_t tokens) {
+        if (may_use_matrix(p) && tokens >= MATRIX_LEAST) {
+            [[maybe_unused]] const MatrixUnit unit;
+            batches<MATRIX>(tokens);
+        } else {
+            batches<false>(tokens);
+        }
+    }
+
+    template <bool matrix>
+    void batches(int64_t tokens) {
         int64_t t = next_live(seq.start), done = 0;
         while (done < tokens) {
             const int64_t from = t, before = done;
-            if (made) stop = made->prepare(from);
+            stop = made ? made->prepare(from) : end_of_batch(from);
             for (int64_t i = 0; i < job.heads; ++i) {
                 h = &heads[i];
                 t = from;
                 done = before;
-                batch(t, done, tokens, i + 1 == job.heads);
+                while (t < stop && done < tokens)
+                    if (!matrix || !take_chunk(t, done, tokens)) batch(t, done, tokens, i + 1 == job.heads);
             }
+        }
+    }
+
+    // The first live token after a batch from `t` on, or the end.
+    int64_t end_of_batch(int64_t t) const {
+        for (int n = 0; n < BATCH && t < seq.end; ++n) t = next_live(t + 1);
+        return t;
+    }
+
+    // The next tokens by the matrix unit, if they are enough and no snapshot is taken of them.
+    bool take_chunk(int64_t& t, int64_t& done, int64_t tokens) {
+        int64_t positions[BATCH];
+        int count = 0;
+        int64_t u = t;
+        while (count < MATRIX_TOKENS && u < stop) {
+            const int64_t after = next_live(u + 1);
+            if (slots && slot_after(u, after) >= 0) break;
+            positions[count++] = u;
+            u = after;
+        }
+        const int taken = Chunk::worthwhile(p, count);
+        if (taken == 0) return false;
+        if (taken < count) u = positions[taken];
+        count = taken;
+        if (!w.chunk.prepare(p, seq.b, positions, count, h->hv, h->A, h->bias, w.scratch, t)) return false;
+        // v and o as they lie there, or if that is not possible copies
+        const bool whole = !made && job.cols % W == 0;
+        Chunk::Rows v{whole ? p.v.dtype : DType::f32, {}}, o{whole ? p.o.dtype : DType::f32, {}};
+        for (int c = 0; c < count; ++c) {
+            v.at[c] = whole ? row(p.v, positions[c]) : reinterpret_cast<char*>(w.v + c * ldv);
+            o.at[c] = whole ? row(p.o, positions[c]) : reinterpret_cast<char*>(w.o + c * ldv);
+        }
+        for (int c = 0; c < count && !whole; c += C_MAX)
+            read_values(positions + c, count - c < C_MAX ? count - c : C_MAX, w.v + c * ldv);
+        const bool finite = v.dtype == DType::f32    ? all_finite<float>(v, count)
+                            : v.dtype == DType::bf16 ? all_finite<bf16>(v, count)
+                                                     : all_finite<f16>(v, count);
+        if (!finite) return false;  // see Chunk::prepare
+        done += count;
+        t = u;
+        if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
+        h->where = Where::panels;
+        const bool more = h - heads + 1 < job.heads;
+        const int64_t from = more ? positions[0] : u, next = more ? h[1].hv : heads[0].hv;
+        const bool keys = !more || qk_head(p, next) != qk_head(p, h->hv);
+        w.chunk.take(p, h->panels, panels, v, o, [&](int64_t i) AD_INLINED {
+            if (from + i < seq.end) fetch_token(from + i, next, keys);
+            if (whole && i < count) fetch<true>(p.o, seq.b, positions[i], h->hv, job.col0, job.cols);
+        });
+        if (done == tokens && writes_state())
+            for (int64_t panel = 0; panel < panels; ++panel)
+                unpack(p, state_out(panel), p.out.row, h->panels + panel * p.K * W, W, columns(panel));
+        if (!whole) write_outputs(positions, count);
+        return true;
+    }
+
+    char* row(const Tokens& x, int64_t t) const {
+        return static_cast<char*>(const_cast<void*>(element(token(x, seq.b, t, h->hv), x.dtype, job.col0)));
+    }
+    template <class T>
+    bool all_finite(const Chunk::Rows& x, int count) const {
+        static_assert(NV == 2, "two vectors are looked at together");
+        V seen[2] = {vzero(), vzero()};
+        for (int c = 0; c < count; ++c) {
+            const T* row = reinterpret_cast<const T*>(x.at[c]);
+            for (int64_t i = 0; i < ldv; i += W)
+                seen[c % 2] = vfma(vadd(vload(row + i), vload(row + i + L)), vzero(), seen[c % 2]);
+        }
+        return vsum(vadd(seen[0], seen[1])) == 0.0f;
+    }
+
+    // The rows of a token into L2. Those of consecutive tokens lie 4 KiB and more apart, where no hardware prefetcher
+    // follows, and a chunk of them fills the same few sets of L1.
+    AD_ALWAYS_INLINE void fetch_token(int64_t t, int64_t hv, bool keys) const {
+        if (keys && !made) {
+            fetch_l2(p.k, seq.b, t, qk_head(p, hv), 0, p.K);
+            fetch_l2(p.q, seq.b, t, qk_head(p, hv), 0, p.K);
+        }
+        if (!made) fetch_l2(p.v, seq.b, t, hv, job.col0, job.cols);
+        fetch_l2(p.g, seq.b, t, hv, 0, p.kda ? p.K : 1);
+        fetch_l2(p.beta, seq.b, t, hv, 0, 1);
+    }
+
+    // v of `count` tokens, zero beyond the task's columns
+    void read_values(const int64_t* positions, int count, float* v) {
+        if (made) made->values(positions, count, h->hv, v, ldv);
+        for (int c = 0; c < count; ++c, v += ldv) {
+            if (!made)
+                read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
+            for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
         }
     }
 
