@@ -191,6 +191,7 @@ def _cases() -> Iterator[LogCase]:
             )
             yield base
             yield replace(base, halfkeys=True, layout="vk")
+            yield replace(base, state_dtype=dtype)
 
 
 LOG_CASES: tuple[LogCase, ...] = tuple(_cases())

@@ -52,6 +52,23 @@ AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+constexpr bool SPLITS_BF16 = true;  // see isa_avx512.h
+AD_INLINE void vload_split(const bf16* p, V& even, V& odd) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+AD_INLINE __m256i bf16_above(V x) {  // in the upper halves; what is below is not cleared
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan);
+}
+AD_INLINE void vstore_split(bf16* p, V even, V odd) {
+    const __m256i low = _mm256_srli_epi32(bf16_above(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, bf16_above(odd), 0xaa));
+}
 AD_INLINE V vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 AD_INLINE void vstore(f16* p, V x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -62,6 +79,13 @@ AD_INLINE V vzip_low(V a, V b) {
 }
 AD_INLINE V vzip_high(V a, V b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+// Back: the numbers of a and b in even places, and those in odd ones.
+AD_INLINE V vunzip_even(V a, V b) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
+}
+AD_INLINE V vunzip_odd(V a, V b) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8));
 }
 
 }  // namespace anydelta::ANYDELTA_ISA

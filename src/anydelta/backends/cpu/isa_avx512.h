@@ -47,6 +47,33 @@ AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
     r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
 }
+// 2 L numbers at once, those with even places and those with odd ones: an operation each instead of two, to load them.
+constexpr bool SPLITS_BF16 = true;
+AD_INLINE void vload_split(const bf16* p, V& even, V& odd) {
+    const __m512i u = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+#if defined(__AVX512BF16__)
+AD_INLINE void vstore_split(bf16* p, V even, V odd) {
+    alignas(64) static const uint16_t zipped[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(zipped), both));
+}
+#else
+AD_INLINE __m512i bf16_above(V x) {  // in the upper halves; what is below is not cleared
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, u,
+                                 _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+}
+AD_INLINE void vstore_split(bf16* p, V even, V odd) {
+    const __m512i low = _mm512_srli_epi32(bf16_above(even), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, bf16_above(odd)));
+}
+#endif
 AD_INLINE V vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 AD_INLINE void vstore(f16* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -58,6 +85,15 @@ AD_INLINE V vzip_low(V a, V b) {
 }
 AD_INLINE V vzip_high(V a, V b) {
     const __m512i at = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, at, b);
+}
+// Back: the numbers of a and b in even places, and those in odd ones.
+AD_INLINE V vunzip_even(V a, V b) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, at, b);
+}
+AD_INLINE V vunzip_odd(V a, V b) {
+    const __m512i at = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return _mm512_permutex2var_ps(a, at, b);
 }
 

@@ -85,6 +85,7 @@ AD_INLINE V vload(const bf16* p) { return vload_half(p); }
 AD_INLINE void vstore(bf16* p, V x) { vstore_half(p, x); }
 AD_INLINE V vload(const f16* p) { return vload_half(p); }
 AD_INLINE void vstore(f16* p, V x) { vstore_half(p, x); }
+constexpr bool SPLITS_BF16 = false;  // see isa_avx512.h
 // The halves of a0 b0 a1 b1 ...: what a transposition is made of.
 AD_INLINE V vzip_low(V a, V b) {
     V x = vzero();
@@ -94,6 +95,17 @@ AD_INLINE V vzip_low(V a, V b) {
 AD_INLINE V vzip_high(V a, V b) {
     V x = vzero();
     for (int i = 0; i < L / 2; ++i) x[2 * i] = a[L / 2 + i], x[2 * i + 1] = b[L / 2 + i];
+    return x;
+}
+// Back: the numbers of a and b in even places, and those in odd ones.
+AD_INLINE V vunzip_even(V a, V b) {
+    V x = vzero();
+    for (int i = 0; i < L / 2; ++i) x[i] = a[2 * i], x[L / 2 + i] = b[2 * i];
+    return x;
+}
+AD_INLINE V vunzip_odd(V a, V b) {
+    V x = vzero();
+    for (int i = 0; i < L / 2; ++i) x[i] = a[2 * i + 1], x[L / 2 + i] = b[2 * i + 1];
     return x;
 }
 

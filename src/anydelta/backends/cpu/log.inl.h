@@ -136,6 +136,7 @@ static void pass_kv(const Problem& p, const float* rows, const St* S, int64_t ld
             pass_rows<C, 1>(at, i, S + i * lds, lds, dst + i * ldd, ldd, cols, z, PR, ldp, next);
         i += whole ? G : 1;
     }
+    for (int64_t r = 0; r < 2 * C; ++r) in_order<St>(PR + r * ldp, cols);  // dots_rows left halves of bfloat16
 }
 
 template <int C, int M, class St>

@@ -522,6 +522,80 @@ AD_INLINE void fetch_rows(const char* next, int64_t row, int64_t from, int64_t t
         for (int64_t c = 0; c < bytes; c += 64) AD_PREFETCH_L2(next + r * row + c);
 }
 
+// The i-th of the 2 K halves of the rows of the next state, each `bytes` wide.
+template <int64_t bytes>
+AD_INLINE void fetch_half(const char* next, int64_t row, int64_t i) {
+    if (bytes < 128 && i % 2) return;
+    const char* at = next + i / 2 * row + (bytes < 128 ? 0 : i % 2 * (bytes / 2));
+    AD_UNROLL for (int64_t c = 0; c < (bytes < 128 ? bytes : bytes / 2); c += 64) AD_PREFETCH_L2(at + c);
+}
+
+// Two vectors of columns of a state. Those of bfloat16 come as even columns and odd ones (`SPLITS_BF16`), and so then do
+// the sums over them, until `in_order` mends it, and the deltas, which `apart` makes so.
+template <class St>
+constexpr bool SPLIT = false;
+template <>
+constexpr bool SPLIT<bf16> = SPLITS_BF16;
+template <class St>
+AD_INLINE void load_pair(const St* S, V& x, V& y) {
+    if constexpr (SPLIT<St>) {
+        vload_split(S, x, y);
+    } else {
+        x = vload(S);
+        y = vload(S + L);
+    }
+}
+template <class St>
+AD_INLINE void store_pair(St* S, V x, V y) {
+    if constexpr (SPLIT<St>) {
+        vstore_split(S, x, y);
+    } else {
+        vstore(S, x);
+        vstore(S + L, y);
+    }
+}
+template <class St>
+AD_INLINE void in_order(float* PR, int64_t n) {
+    if (!SPLIT<St>) return;
+    for (int64_t i = 0; i < n; i += 2 * L) {
+        const V x = vload(PR + i), y = vload(PR + i + L);
+        vstore(PR + i, vzip_low(x, y));
+        vstore(PR + i + L, vzip_high(x, y));
+    }
+}
+template <class St>
+AD_INLINE void apart(float* D, int64_t n) {
+    if (!SPLIT<St>) return;
+    for (int64_t i = 0; i < n; i += 2 * L) {
+        const V x = vload(D + i), y = vload(D + i + L);
+        vstore(D + i, vunzip_even(x, y));
+        vstore(D + i + L, vunzip_odd(x, y));
+    }
+}
+
+// dots of one token on N vectors of columns, its sums in registers: a row of 2 KiB at most, in address order.
+template <int N, class St>
+AD_INLINE void dots_columns(const Problem& p, const Block& blk, const St* S, int64_t lds, float* PR, int64_t ldp,
+                            const char* next, int64_t next_row) {
+    V P[N], R[N];
+    AD_UNROLL for (int j = 0; j < N; ++j) P[j] = R[j] = vzero();
+    for (int64_t i = 0; i < p.K; ++i, S += lds) {
+        fetch_half<N * L * static_cast<int64_t>(sizeof(St))>(next, next_row, i);
+        const float* rows = blk.rows + (i / SEG * ROWS + ROW_EQ) * LD + i % SEG;
+        V s[N];
+        AD_UNROLL for (int j = 0; j < N; j += 2) load_pair(S + j * L, s[j], s[j + 1]);
+        const V e = vsplat(rows), q = vsplat(rows + LD);
+        AD_UNROLL for (int j = 0; j < N; ++j) {
+            P[j] = vfma(e, s[j], P[j]);
+            R[j] = vfma(q, s[j], R[j]);
+        }
+    }
+    AD_UNROLL for (int j = 0; j < N; ++j) {
+        vstore(PR + j * L, P[j]);
+        vstore(PR + ldp + j * L, R[j]);
+    }
+}
+
 // PASSES over a state fetch the rows of the next one, each its share of them.
 template <int C, int G, int PASSES, class St>
 AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp,
@@ -533,10 +607,7 @@ AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds
             fetch_rows(next + c * sizeof(St), next_row, i0 / PASSES, (i0 + G) / PASSES,
                        2 * L * static_cast<int64_t>(sizeof(St)));
         V s[G][2];
-        AD_UNROLL for (int i = 0; i < G; ++i) {
-            s[i][0] = vload(S + i * lds + c);
-            s[i][1] = vload(S + i * lds + c + L);
-        }
+        AD_UNROLL for (int i = 0; i < G; ++i) load_pair(S + i * lds + c, s[i][0], s[i][1]);
         AD_UNROLL for (int r = 0; r < 2 * C; ++r) {
             float* acc = PR + r * ldp + c;
             V x = vload(acc), y = vload(acc + L);
@@ -594,46 +665,54 @@ static void emit_rows(const Problem& p, const Block& blk, const float* S, int64_
     if (streams) vfence();
 }
 
-// S_C = Gamma_C S0 + sum_s w_s d_s^T row by row, in address order: for the blocks where memory decides.
+// S_C = Gamma_C S0 + sum_s w_s d_s^T row by row: for the blocks where memory decides. The last rows first, which the dots
+// have left in L1.
 template <int C, class St>
 AD_INLINE void update_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
                            int64_t cols, const float* D, int64_t ldp, const char* next, int64_t next_row) {
-    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd) {
-        fetch_rows(next, next_row, (p.K + i) / 2, (p.K + i + 1) / 2, cols * static_cast<int64_t>(sizeof(St)));
+    S += (p.K - 1) * lds;
+    dst += (p.K - 1) * ldd;
+    for (int64_t i = p.K - 1, done = 0; i >= 0; --i, ++done, S -= lds, dst -= ldd) {
+        fetch_rows(next, next_row, (p.K + done) / 2, (p.K + done + 1) / 2, cols * static_cast<int64_t>(sizeof(St)));
         const float* rows = blk.rows + (i / SEG * ROWS + ROW_W) * LD + i % SEG;
         V w[C];
         const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
         AD_UNROLL for (int t = 0; t < C; ++t) w[t] = vsplat(rows + t * LD);
         for (int64_t c = 0; c < cols; c += 2 * L) {
-            V x = vmul(gamma, vload(S + c)), y = vmul(gamma, vload(S + c + L));
+            V x, y;
+            load_pair(S + c, x, y);
+            x = vmul(gamma, x);
+            y = vmul(gamma, y);
             AD_UNROLL for (int t = 0; t < C; ++t) {
                 x = vfma(w[t], vload(D + t * ldp + c), x);
                 y = vfma(w[t], vload(D + t * ldp + c + L), y);
             }
-            vstore(dst + c, x);
-            vstore(dst + c + L, y);
+            store_pair(dst + c, x, y);
         }
     }
 }
 
-// The same on N L columns, whose deltas stay in registers over all rows: for the blocks where FMAs decide.
+// The same on N L columns, whose deltas stay in registers over all rows.
 template <int C, int N, class St>
 AD_INLINE void update_columns(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
                               const float* D, int64_t ldp, const char* next, int64_t next_row) {
     V d[C][N];
     AD_UNROLL for (int t = 0; t < C; ++t)
         AD_UNROLL for (int j = 0; j < N; ++j) d[t][j] = vload(D + t * ldp + j * L);
-    for (int64_t i = 0; i < p.K; ++i, S += lds, dst += ldd) {
-        fetch_rows(next, next_row, (p.K + i) / 2, (p.K + i + 1) / 2, N * L * static_cast<int64_t>(sizeof(St)));
+    S += (p.K - 1) * lds;
+    dst += (p.K - 1) * ldd;
+    for (int64_t i = p.K - 1, done = 0; i >= 0; --i, ++done, S -= lds, dst -= ldd) {
+        fetch_half<N * L * static_cast<int64_t>(sizeof(St))>(next, next_row, p.K + done);
         const float* rows = blk.rows + (i / SEG * ROWS + ROW_W) * LD + i % SEG;
         const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
         V s[N];
-        AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vmul(gamma, vload(S + j * L));
+        AD_UNROLL for (int j = 0; j < N; j += 2) load_pair(S + j * L, s[j], s[j + 1]);
+        AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vmul(gamma, s[j]);
         AD_UNROLL for (int t = 0; t < C; ++t) {
             const V w = vsplat(rows + t * LD);
             AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(w, d[t][j], s[j]);
         }
-        AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + j * L, s[j]);
+        AD_UNROLL for (int j = 0; j < N; j += 2) store_pair(dst + j * L, s[j], s[j + 1]);
     }
 }
 
@@ -641,18 +720,26 @@ template <int C, class St>
 static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
                       const float* v, float* o, int64_t ldv, float* PR, const Emission& out, const char* next) {
     const int64_t ldp = cols, next_row = lds * static_cast<int64_t>(sizeof(St));
-    for (int64_t i = 0; i < 2 * C * ldp; i += L) vstore(PR + i, vzero());
+    constexpr int WIDE = 8;  // vectors whose two sums fit in registers
+    const int64_t wide = C == 1 && REGISTERS == 32 ? cols / (WIDE * L) * (WIDE * L) : 0;
+    if constexpr (C == 1 && REGISTERS == 32) {
+        for (int64_t c = 0; c < wide; c += WIDE * L)
+            dots_columns<WIDE>(p, blk, S + c, lds, PR + c, ldp, next + c * static_cast<int64_t>(sizeof(St)), next_row);
+    }
+    for (int64_t r = 0; r < 2 * C; ++r)
+        for (int64_t c = wide; c < ldp; c += L) vstore(PR + r * ldp + c, vzero());
     constexpr int G = REGISTERS == 32 ? 8 : 4;
-    for (int64_t i = 0; i < p.K;) {
+    for (int64_t i = 0; i < p.K && wide < cols;) {
         const float* rows = blk.rows + (i / SEG * ROWS + ROW_EQ) * LD + i % SEG;
         if (i + G <= p.K) {
-            dots_rows<C, G, 2>(rows, i, S + i * lds, lds, cols, PR, ldp, next, next_row);
+            dots_rows<C, G, 2>(rows, i, S + i * lds + wide, lds, cols - wide, PR + wide, ldp, next + wide * sizeof(St), next_row);
             i += G;
         } else {
-            dots_rows<C, 1, 2>(rows, i, S + i * lds, lds, cols, PR, ldp, next, next_row);
+            dots_rows<C, 1, 2>(rows, i, S + i * lds + wide, lds, cols - wide, PR + wide, ldp, next + wide * sizeof(St), next_row);
             i += 1;
         }
     }
+    in_order<St>(PR, 2 * C * ldp);
     for (int64_t c = 0; c < cols; c += L) solve<C>(blk, PR + c, PR + C * ldp + c, ldp, v + c, ldv, o + c, ldv, PR + c, ldp);
     const float* D = PR;  // rows 0 to C-1 now hold the deltas
     if constexpr (sizeof(St) == 4) {
@@ -661,9 +748,15 @@ static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t l
                                : emit_rows<C, false>(p, blk, S, lds, dst, ldd, cols, D, ldp, out, next);
     }
     if (!dst) return;
+    apart<St>(PR, C * ldp);
     constexpr int N = 4;  // vectors
     int64_t c = 0;
-    if (C <= 2) return update_rows<C>(p, blk, S, lds, dst, ldd, cols, D, ldp, next, next_row);
+    if constexpr (C == 1 && REGISTERS == 32)
+        for (; c < wide; c += WIDE * L)
+            update_columns<C, WIDE>(p, blk, S + c, lds, dst + c, ldd, D + c, ldp,
+                                    next + c * static_cast<int64_t>(sizeof(St)), next_row);
+    if (C <= 2 && c < cols)
+        return update_rows<C>(p, blk, S + c, lds, dst + c, ldd, cols - c, D + c, ldp, next + c * sizeof(St), next_row);
     for (; c + N * L <= cols; c += N * L)
         update_columns<C, N>(p, blk, S + c, lds, dst + c, ldd, D + c, ldp, next + c * sizeof(St), next_row);
     for (; c < cols; c += 2 * L)
