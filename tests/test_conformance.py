@@ -190,9 +190,7 @@ def test_the_list_covers_the_contract() -> None:
         ("keep", "one", "twenty", "wipe", "inf", "mixed"), ("zero", "one", "mid")
     ):
         assert some(gate=gate) or some(beta=beta)
-    for dtype, state, gate in itertools.product(
-        ("float32", "bfloat16", "float16"), ("float32", "bfloat16"), ("float32", "bfloat16", "float16")
-    ):
+    for dtype, state, gate in itertools.product(("float32", "bfloat16", "float16"), repeat=3):
         assert some(dtype=dtype, state_dtype=state, gate_dtype=gate)
     for decay, kda, logit in itertools.product(("log", "linear", "raw"), (False, True), (False, True)):
         assert some(decay=decay, kda=kda, logit=logit)

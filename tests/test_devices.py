@@ -210,8 +210,8 @@ def test_a_resident_state_is_checked_like_any_other(toy: Device) -> None:
     run = anydelta.gated_delta_rule_
     with pytest.raises(ValueError, match=r"state must be \[N, HV, K, V\]"):
         run(*qkv, toy.zeros((1, 2, 4, 8)), **gates)
-    with pytest.raises(ValueError, match="state must have dtype float32 or bfloat16; got float16"):
-        run(*qkv, toy.zeros((1, 2, 8, 4), "float16"), **gates)
+    with pytest.raises(ValueError, match="snapshots must have state's dtype float32; got float16"):
+        run(*qkv, state, **gates, snapshots=toy.zeros(snapshots.shape, "float16"))
     with pytest.raises(ValueError, match="snapshots must be where state is, on the host; got toy:0"):
         run(*qkv, host, **gates, snapshots=snapshots)
     with pytest.raises(ValueError, match="snapshots must be where state is, toy:0; got the host"):

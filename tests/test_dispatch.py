@@ -293,7 +293,7 @@ def specs() -> list[Case]:
     """Every pair of the choices that a call has, on tiny shapes."""
     choices: dict[str, tuple[Any, ...]] = {
         "dtype": ("float32", "bfloat16", "float16", "float64"),
-        "state_dtype": ("float32", "bfloat16"),
+        "state_dtype": ("float32", "bfloat16", "float16"),
         "gate_dtype": ("float32", "bfloat16", "float16", "float64"),
         "kda": (False, True),
         "heads": ("interleaved", "tiled"),
@@ -322,7 +322,7 @@ def specs() -> list[Case]:
                 row["state_dtype"] = "float64"
             if where == "fresh":
                 row["fresh"] = True
-                if row["state_dtype"] == "bfloat16" and not row["snapshots"]:
+                if row["state_dtype"] in ("bfloat16", "float16") and not row["snapshots"]:
                     row["state_dtype"] = "float32"
                 how = "functional" if how == "inplace" else how
             if "packed" in where:

@@ -98,6 +98,7 @@ def test_the_list_covers_the_contract() -> None:
     assert some(kda=True, norm="sigmoid")
     assert some(heads="tiled", snapshots=0)
     assert some(state_dtype="bfloat16")
+    assert some(state_dtype="float16")
     assert some(inplace=False)
 
 
@@ -269,7 +270,7 @@ INVALID: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]], type[Except
     ("no state", lambda a: dict(state=None), TypeError, "state must be an array"),
     ("state rank", lambda a: dict(state=a["state"][0]), ValueError, r"state must be \[N, HV, K, V\]"),
     ("state rows", lambda a: dict(state=a["state"][:1]), ValueError, "state must have N = 2 rows"),
-    ("state dtype", lambda a: dict(state=a["state"].half()), ValueError, "state must have dtype"),
+    ("state dtype", lambda a: dict(state=a["state"].int()), ValueError, "state must have dtype"),
     ("conv rows", lambda a: dict(conv_state=a["conv_state"][:1]), ValueError, "conv_state must have as many rows"),
     ("conv columns", lambda a: dict(conv_state=a["conv_state"][..., :2]), ValueError, r"S >= W - 1 = 3"),
     ("conv dtype", lambda a: dict(conv_state=a["conv_state"].half()), ValueError, "conv_state must have dtype float32"),

@@ -35,7 +35,7 @@ def cases(draw: Any, **fixed: Any) -> Case:
         "B": draw(st.integers(1, 3)), "T": draw(st.integers(0, 40)), "H": H,
         "HV": H * draw(st.integers(1, 4)), "K": draw(st.integers(1, 40)), "V": draw(st.integers(1, 40)),
         "kda": draw(st.booleans()), "dtype": pick("float32", "bfloat16", "float16"),
-        "state_dtype": pick("float32", "bfloat16"), "gate_dtype": pick("float32", "bfloat16", "float16"),
+        "state_dtype": pick("float32", "bfloat16", "float16"), "gate_dtype": pick("float32", "bfloat16", "float16"),
         "heads": pick("interleaved", "tiled"), "layout": pick("kv", "vk"),
         "decay": pick("log", "linear", "raw"), "logit": draw(st.booleans()), "l2norm": draw(st.booleans()),
         "scale": pick(None, 1.0, -0.5), "int64": draw(st.booleans()), "mask": pick("", *MASKS),

@@ -348,7 +348,7 @@ def test_forks_share_rows_even_in_a_full_pool(snapshots: int, capacity: int) -> 
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_checkpoints_survive_a_file(tmp_path: Any, device: str | None, dtype: str) -> None:
     pytest.importorskip("safetensors")
     pool, model = make(device=device, dtype=dtype), Model(2)

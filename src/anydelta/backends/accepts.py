@@ -25,6 +25,9 @@ def reads_bfloat16_of_mlx(spec: Any) -> str:
     return ""
 
 
+STATES = ("float32", "bfloat16", "float16", "float64")
+"""All that a state may be."""
+
 RULE_CALLS = Accepts(
     arrays=frozenset({
         "q", "k", "v", "g", "beta", "state_in", "snapshots", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",

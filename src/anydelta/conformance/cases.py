@@ -115,7 +115,7 @@ class Case:
             ("gate", GATES), ("key", (*KEYS, *NORMED_KEYS)), ("beta", BETAS), ("mask", ("", *MASKS)),
             ("strides", STRIDES), ("state_strides", STATE_STRIDES), ("dt_bias", ("none", "full", "flat")),
             ("state", STATES), ("dtype", DTYPES), ("gate_dtype", DTYPES),
-            ("state_dtype", ("float32", "bfloat16", "float64")), ("decay", DECAYS), ("heads", HEADS),
+            ("state_dtype", ("float32", "bfloat16", "float16", "float64")), ("decay", DECAYS), ("heads", HEADS),
             ("layout", ("kv", "vk")), ("erase", ("", "H", "HV")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -156,7 +156,7 @@ class Case:
                 "a written state is not expanded",
             ),
             (
-                self.fresh and not self.snapshots and self.state_dtype == "bfloat16",
+                self.fresh and not self.snapshots and self.state_dtype in ("bfloat16", "float16"),
                 "a fresh final state is float32",
             ),
             (self.dt_bias != "none" and self.decay != "raw", "dt_bias goes with decay=raw"),
@@ -611,7 +611,7 @@ def _heads() -> Iterator[Case]:
 
 def _dtypes() -> Iterator[Case]:
     for dtype in ("float32", "bfloat16", "float16"):
-        for state_dtype in ("float32", "bfloat16"):
+        for state_dtype in ("float32", "bfloat16", "float16"):
             for gate_dtype in ("float32", "bfloat16", "float16"):
                 for T in (1, 7, 70):
                     yield Case(
@@ -620,9 +620,15 @@ def _dtypes() -> Iterator[Case]:
                         layout="vk" if gate_dtype == "bfloat16" else "kv",
                     )  # fmt: skip
     for dtype in ("float32", "bfloat16", "float16"):
-        yield Case(
-            T=33, K=128, V=128, dtype=dtype, state_dtype="bfloat16", gate="keep", fresh=True, snapshots=3
-        )
+        for state_dtype in ("bfloat16", "float16"):
+            yield Case(
+                T=33, K=128, V=128, dtype=dtype, state_dtype=state_dtype, gate="keep", fresh=True, snapshots=3
+            )
+    for T in (1, 2, 6):  # wide enough for the CPU's registers, and what is left beside
+        for state_dtype in ("float32", "bfloat16", "float16"):
+            yield Case(
+                B=2, T=T, HV=2, K=128, V=160, state_dtype=state_dtype, inplace=True, pool=4, indices=(3, 1)
+            )
 
 
 def _forms() -> Iterator[Case]:

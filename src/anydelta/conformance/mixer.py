@@ -334,7 +334,7 @@ def _forms() -> Iterator[MixerCase]:
         for state_strides in STATE_STRIDES[:3]:
             yield MixerCase(B=2, T=T, H=1, HV=2, K=16, V=24, state_strides=state_strides, snapshots=2)
         for dtype in ("bfloat16", "float16"):
-            for state_dtype in ("float32", "bfloat16"):
+            for state_dtype in ("float32", "bfloat16", "float16"):
                 yield MixerCase(B=2, T=T, H=2, HV=4, K=32, V=32, dtype=dtype, state_dtype=state_dtype,
                                 conv_float=state_dtype == "float32", gate_dtype=dtype, snapshots=2)  # fmt: skip
         for heads in ("interleaved", "tiled"):

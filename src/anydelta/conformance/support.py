@@ -66,6 +66,7 @@ FEATURES = (
     Feature("q k v in float16", lambda s: replace(s, dtype="float16"), lambda c: c.dtype == "float16"),
     Feature("everything in float64", _float64, lambda c: c.dtype == "float64"),
     Feature("state in bfloat16", lambda s: replace(s, state_dtype="bfloat16"), lambda c: c.state_dtype == "bfloat16"),
+    Feature("state in float16", lambda s: replace(s, state_dtype="float16"), lambda c: c.state_dtype == "float16"),
     Feature("in place", lambda s: _given(s, "state_in", inplace=True, has_state=True), lambda c: c.inplace),
     Feature("packed sequences", lambda s: _given(s, "cu_seqlens", packed=True), lambda c: c.seqlens is not None),
     Feature(

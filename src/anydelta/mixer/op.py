@@ -80,7 +80,7 @@ def gated_delta_mixer_(
             heads / groups * width] with any strides between groups (views of a wider projection need no copy).
         conv_state: [N, C, S] of qkv's dtype or float32, C = 2 H K + HV V, S >= W - 1: the last S inputs, the newest
             last (Transformers keeps S = W). Zeros for a new sequence. With `state_indices` a pool [P, C, S].
-        state: [N, HV, K, V] float32 or bfloat16, or a pool [P, HV, K, V].
+        state: [N, HV, K, V] float32, bfloat16 or float16, or a pool [P, HV, K, V].
         g, beta, A_log, dt_bias, lower_bound: the gates, as in `gated_delta_rule`; raw and a logit by default.
         conv_weight: [C, W]; conv_bias: [C] or None.
         activation: of the convolution: "silu" or None.

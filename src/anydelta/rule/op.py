@@ -19,9 +19,10 @@ import numpy as np
 from ..core import dispatch, plans
 from ..core.arrays import Array, Arrays
 from ..core.devices import DeviceArray
+from ..core.native import core
 from ..core.plans import Plan, Rest, find
 from .arguments import INPLACE, Call, Options
-from .spec import CallSpec, check_call, check_values, framework_of
+from .spec import CallSpec, check_call, check_values, dtype_name, element_strides, framework_of
 
 
 def gated_delta_rule(
@@ -67,7 +68,8 @@ def gated_delta_rule(
         g: [B, T, HV] (GDA) or [B, T, HV, K] (KDA): the natural log of the decay, <= 0, -inf allowed;
             see `decay` for other forms.
         beta: [B, T, HV]: write strength, after the sigmoid unless `beta_is_logit`. None with `erase`.
-        initial_state: [N, HV, K, V] float32 or bfloat16, zeros if None; with `state_indices` a pool [P, HV, K, V].
+        initial_state: [N, HV, K, V] float32, bfloat16 or float16, zeros if None; with `state_indices` a pool
+            [P, HV, K, V].
         scale: factor of the output; K**-0.5 if None.
         decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
             log decay = -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
@@ -243,7 +245,7 @@ def planned(call: Call, options: Options, backend: str) -> Plan[CallSpec]:
     needs_A_log = dispatch.needs_A_log(chosen, spec, call)
     if needs_A_log:
         call.A_log = unit_A_log(call)
-    check = partial(_check, spec) if spec.packed or spec.pooled else None
+    check = _checking(spec, call)
     make = _results(spec, call)
     if not dispatch.takes_rows(chosen, spec):
         lowered = spec.without_rows()
@@ -268,8 +270,32 @@ def planned(call: Call, options: Options, backend: str) -> Plan[CallSpec]:
     return Plan(spec, make, launch, check)
 
 
-def _check(spec: CallSpec, arrays: Arrays) -> None:
-    check_values(Call(*arrays), spec)
+def _checking(spec: CallSpec, call: Call) -> Callable[[Arrays], None] | None:
+    """What checks the index data of calls like this one."""
+    if not spec.packed and not spec.pooled:
+        return None
+
+    def check(arrays: Arrays) -> None:
+        check_values(Call(*arrays), spec)
+
+    rows = call.state_indices
+    if (
+        spec.packed
+        or spec.snapshot_rows
+        or core is None
+        or spec.framework not in ("torch", "numpy")
+        or (spec.framework == "torch" and (rows.device.type != "cpu" or not core.reads_torch()))
+        or element_strides(rows) != (1,)
+    ):
+        return check
+    at, fit = Call.__match_args__.index("state_indices"), core.rows_fit
+    given = dtype_name(rows) == "int32", spec.N, spec.P, spec.inplace
+
+    def check_rows(arrays: Arrays) -> None:
+        if not fit(arrays[at], *given):
+            check(arrays)  # which says what is wrong
+
+    return check_rows
 
 
 def _written(call: Call) -> list[Array]:

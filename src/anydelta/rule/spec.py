@@ -24,7 +24,7 @@ from ..core.dispatch import MLX_GPU
 from .arguments import TRACKED, Call, Options
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-STATE_DTYPES = ("float32", "bfloat16", "float64")
+STATE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 DECAYS = ("log", "linear", "raw")
 """In the order of the enum in backends/cpu/problem.h."""
 INDEX_DTYPES = ("int32", "int64")
@@ -552,7 +552,7 @@ def _check_state(
     tail = (HV, K, V) if options.state_layout == "kv" else (HV, V, K)
     name = "state" if inplace else "initial_state"
     P, state_dtype = N, "float64" if dtype == "float64" else "float32"
-    allowed = ("float64",) if dtype == "float64" else ("float32", "bfloat16")
+    allowed = ("float64",) if dtype == "float64" else ("float32", "bfloat16", "float16")
 
     if call.state_indices is not None:
         if call.state_in is None:

@@ -64,7 +64,8 @@ class StatePool(Pool):
             only, keep its bits, and need less memory.
         conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K raw inputs are
             kept, so that it goes back with the states. 0: no convolution.
-        dtype: "float32" or "bfloat16", of the states. conv_dtype: of the convolution's inputs, "float32" if None.
+        dtype: "float32", "bfloat16" or "float16", of the states. conv_dtype: of the convolution's inputs, "float32" if
+            None.
         state_layout: "kv" or "vk".
         device: None for NumPy arrays; a torch device for tensors; or one of `anydelta.device`, by its name ("vulkan:0")
             or opened, on which the states then stay. The other arrays are NumPy's there, and the form is "slots".

@@ -25,7 +25,7 @@ from ...core.native import why_not
 from ...core.plans import Launch
 from ...rule.arguments import PLAIN, TOKENS, Call
 from ...rule.spec import DECAYS, CallSpec, dtype_name, element_strides, framework_of
-from ..accepts import EITHER, RULE_CALLS
+from ..accepts import EITHER, RULE_CALLS, STATES
 
 if TYPE_CHECKING:
     from ...mixer.arguments import MixerCall
@@ -106,7 +106,12 @@ DEVICE = Row(("cpu", MLX_GPU), "takes tensors on the CPU; got device {where}")
 class Cpu:
     name = "cpu"
     accepts = RULE_CALLS.but(
-        arrays=("erase",), device=DEVICE, snapshot_rows=EITHER, final_rows=EITHER, limits=()
+        arrays=("erase",),
+        device=DEVICE,
+        state_dtype=STATES,
+        snapshot_rows=EITHER,
+        final_rows=EITHER,
+        limits=(),
     )
     accepts_gradients = RULE_CALLS.but(arrays=("erase",), device=DEVICE, framework=GRADIENTS, limits=())
     optional_A_log = True

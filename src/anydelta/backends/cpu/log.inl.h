@@ -330,10 +330,9 @@ class LogRunner {
     }
 
     void fold_into(const Folding& z, const char* from, int64_t lds, char* to, int64_t ldd) const {
-        if (p.state_dtype == DType::f32)
-            fold_as(z, reinterpret_cast<const float*>(from), lds, reinterpret_cast<float*>(to), ldd);
-        else
-            fold_as(z, reinterpret_cast<const bf16*>(from), lds, reinterpret_cast<bf16*>(to), ldd);
+        in_type_of(static_cast<void*>(to), p.state_dtype, [&](auto* S) {
+            fold_as(z, reinterpret_cast<decltype(S)>(const_cast<char*>(from)), lds, S, ldd);
+        });
     }
 
     template <class St>
@@ -393,10 +392,7 @@ class LogRunner {
         }
 
         for (int64_t i = 0; i < round_up(T, C_MAX) * 2 * ldv; i += L) vstore(w.PR + i, vzero());
-        if (p.state_dtype == DType::f32)
-            all_dots(T, z, reinterpret_cast<float*>(state(hv)));
-        else
-            all_dots(T, z, reinterpret_cast<bf16*>(state(hv)));
+        in_type_of(static_cast<void*>(state(hv)), p.state_dtype, [&](auto* S) { all_dots(T, z, S); });
         solve_tokens(b, start, T, before);
     }
 

@@ -15,7 +15,7 @@ from ...core.plans import Rest, find, keep
 from ...rule.arguments import Call
 from ...rule.spec import framework_of
 from ...state.log_spec import Fold, Index, LogArrays, LogSpec
-from ..accepts import FLOATS, RULE_CALLS
+from ..accepts import FLOATS, RULE_CALLS, STATES
 from . import host as cpu
 
 
@@ -106,6 +106,7 @@ class CpuLog:
     accepts = RULE_CALLS.but(
         device=Row(("cpu",), cpu.DEVICE.said),
         framework=("torch", "numpy"),
+        state_dtype=STATES,
         key_dtype=FLOATS,
         entries=ANY,
         limits=(),

@@ -14,7 +14,7 @@ from ...mixer.arguments import MixerCall
 from ...mixer.spec import NORM_GATES, MixerSpec, grouped
 from ...rule.arguments import Call
 from ...rule.spec import dtype_name, element_strides
-from ..accepts import MIXER_CALLS
+from ..accepts import MIXER_CALLS, STATES
 from . import host as cpu
 
 _ROWS = ("qkv", "k", "v", "z")
@@ -43,6 +43,7 @@ class CpuMixer:
 
     accepts = MIXER_CALLS.but(
         device=cpu.DEVICE,
+        state_dtype=STATES,
         W=Row(
             UpTo(_core.max_taps if _core is not None else 0),
             "takes {allowed} taps of the convolution; got {got}",

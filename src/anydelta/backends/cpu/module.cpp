@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -388,6 +389,24 @@ class MixerStep {
     }
 };
 
+// Whether `count` contiguous index numbers are -1 or rows of [0, P), with `unique` each of them once. False too where the
+// array cannot be read here.
+bool rows_fit(nb::handle rows, bool is_int32, int64_t count, int64_t P, bool unique) {
+    uintptr_t address;
+    if (!reader.address(rows.ptr(), address)) {
+        PyErr_Clear();
+        return false;
+    }
+    std::vector<int64_t> found = widen(address, count, is_int32);
+    for (const int64_t row : found)
+        if (row < -1 || row >= P) return false;
+    if (!unique) return true;
+    std::sort(found.begin(), found.end());
+    for (size_t i = 1; i < found.size(); ++i)
+        if (found[i] >= 0 && found[i] == found[i - 1]) return false;
+    return true;
+}
+
 // The log form (log.h): verify the tokens of a call, or fold entries into the states. `plan` describes the rule and
 // the states; `out` has the strides of `state`. Index arrays are int64.
 void run_log(const Plan& plan, bool fold_entries, int64_t capacity, int key_dtype, const nb::args& arrays) {
@@ -542,6 +561,7 @@ NB_MODULE(_core, m) {
              [](MixerStep* self, const MixerPlan& plan, const nb::args& arrays) { new (self) MixerStep(plan, arrays); })
         .def("run", &MixerStep::run);
     m.attr("max_taps") = MAX_TAPS;
+    m.def("rows_fit", &rows_fit, "Whether index numbers are -1 or rows of a pool, each once if they must be.");
     m.def("run_log", &run_log);
     m.def("run_backward", &run_backward);
     m.def("learn_torch", &learn_torch);

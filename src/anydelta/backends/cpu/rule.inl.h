@@ -188,6 +188,21 @@ AD_INLINE void transpose(V (&x)[L]) {
         AD_UNROLL for (int i = 0; i < L; ++i) x[i] = y[i];
     }
 }
+
+// f(data), as a pointer to numbers of that type.
+template <class F>
+AD_INLINE void in_type_of(const void* data, DType dtype, F f) {
+    if (dtype == DType::f32) return f(static_cast<const float*>(data));
+    if (dtype == DType::bf16) return f(static_cast<const bf16*>(data));
+    f(static_cast<const f16*>(data));
+}
+template <class F>
+AD_INLINE void in_type_of(void* data, DType dtype, F f) {
+    if (dtype == DType::f32) return f(static_cast<float*>(data));
+    if (dtype == DType::bf16) return f(static_cast<bf16*>(data));
+    f(static_cast<f16*>(data));
+}
+
 AD_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 AD_INLINE int64_t segments(const Problem& p) { return (p.K + SEG - 1) / SEG; }
 AD_INLINE const void* token(const Tokens& x, int64_t b, int64_t t, int64_t h) {
@@ -889,12 +904,10 @@ static void pack(const Problem& p, float* panels, int64_t rows, const void* S, i
         std::memset(panels, 0, static_cast<size_t>(round_up(cols, W) * rows) * 4);
         return;
     }
-    if (p.state_dtype == DType::f32) return pack_as(p, panels, rows, static_cast<const float*>(S), ld, cols);
-    pack_as(p, panels, rows, static_cast<const bf16*>(S), ld, cols);
+    in_type_of(S, p.state_dtype, [&](auto* from) { pack_as(p, panels, rows, from, ld, cols); });
 }
 static void unpack(const Problem& p, void* S, int64_t ld, const float* from, int64_t lds, int64_t cols) {
-    if (p.state_dtype == DType::f32) return unpack_as(p, static_cast<float*>(S), ld, from, lds, cols);
-    unpack_as(p, static_cast<bf16*>(S), ld, from, lds, cols);
+    in_type_of(S, p.state_dtype, [&](auto* to) { unpack_as(p, to, ld, from, lds, cols); });
 }
 
 // Copy (or, from null, zero) the task's columns of one state.
@@ -1210,17 +1223,13 @@ class Runner {
             Block& blk = w.blocks[0];
             prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v);
             if (!next) next = state_in(0);
-            if (p.state_dtype == DType::f32)
-                direct_as<float>(blk, next);
-            else
-                direct_as<bf16>(blk, next);
+            in_type_of(static_cast<const void*>(state_in(0)), p.state_dtype, [&](auto* S) { direct_as(blk, S, next); });
             write_outputs(positions, blk.C);
         }
     }
 
     template <class St>
-    void direct_as(const Block& blk, const char* next_head) {
-        const St* S = reinterpret_cast<const St*>(state_in(0));
+    void direct_as(const Block& blk, const St* S, const char* next_head) {
         St* dst = reinterpret_cast<St*>(state_out(0));
         if (!p.vk) {
             Emission out;

@@ -198,7 +198,7 @@ void check_state(const Checker& c, const Call& call, const Options& opt, Spec& s
     const Sizes tail(all.data() + 1, 3);
     const bool f64 = call.q.type == Type::f64;
     const auto type = [&](const char* who, const Array& x) {
-        f64 ? c.type(who, x, {Type::f64}) : c.type(who, x, {Type::f32, Type::bf16});
+        f64 ? c.type(who, x, {Type::f64}) : c.type(who, x, {Type::f32, Type::bf16, Type::f16});
     };
     const auto rows = [&](const Array& x, int skip) { return std::equal(tail.begin(), tail.end(), x.sizes + skip); };
     s.P = s.N;

@@ -20,7 +20,7 @@ from ...core.dispatch import Rejected
 from ...rule import reference
 from ...rule.arguments import TOKENS, Call, write_strength
 from ...rule.spec import CallSpec
-from ..accepts import GATES, RULE_CALLS
+from ..accepts import GATES, RULE_CALLS, STATES
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Reference:
     name = "reference"
     accepts = RULE_CALLS.but(
-        arrays=("erase",), dtype=GATES, device=ANY, framework=ANY,
+        arrays=("erase",), dtype=GATES, state_dtype=STATES, device=ANY, framework=ANY,
         resident=Row(("",), "takes states on the host; got one on {got}"),
     )  # fmt: skip
     optional_A_log = True

@@ -10,7 +10,7 @@ from ...core.arrays import Array
 from ...rule import reference
 from ...rule.arguments import Call, write_strength
 from ...state.log_spec import Fold, Index, LogArrays, LogSpec
-from ..accepts import GATES, RULE_CALLS
+from ..accepts import GATES, RULE_CALLS, STATES
 
 F64 = reference.F64
 
@@ -141,7 +141,9 @@ class ReferenceLog:
     """The log of the reference backend."""
 
     name = "reference"
-    accepts = RULE_CALLS.but(dtype=GATES, device=ANY, framework=ANY, key_dtype=ANY, entries=ANY, limits=())
+    accepts = RULE_CALLS.but(
+        dtype=GATES, state_dtype=STATES, device=ANY, framework=ANY, key_dtype=ANY, entries=ANY, limits=()
+    )
     folds_late = False
 
     def attach(self, log: LogArrays) -> ReferenceSteps:

@@ -19,7 +19,7 @@ from ...mixer.arguments import MixerCall
 from ...mixer.spec import MixerSpec, parts
 from ...rule.arguments import write_strength
 from ...rule.op import gated_delta_rule, gated_delta_rule_
-from ..accepts import GATES, MIXER_CALLS
+from ..accepts import GATES, MIXER_CALLS, STATES
 from .host import normalised
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class ComposedMixer:
     """The mixer of the reference backend."""
 
-    accepts = MIXER_CALLS.but(device=ANY, dtype=GATES)
+    accepts = MIXER_CALLS.but(device=ANY, dtype=GATES, state_dtype=STATES)
 
     def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> str:
         """The backend that the rule is to run on."""
