@@ -323,8 +323,8 @@ static void read_keys(const Problem& p, int64_t b, const int64_t* t, int count, 
     }
 }
 
-// Their decays, betas and erase_t. All at once: the sums, roots and exponentials of one token alone would wait for each
-// other, and a gate would fill one lane of a vector.
+// Their decays and betas. All at once: the roots and exponentials of one token alone would wait for each other, and a gate
+// would fill one lane of a vector.
 static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
                        const Scratch* scratch, Token* tokens, float* beta) {
     constexpr int LANES = (C_MAX + L - 1) / L * L;
@@ -333,10 +333,7 @@ static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count,
     for (int c = 0; c < count; ++c) {
         Token& x = tokens[c];
         const Scratch& s = scratch[c];
-        if (p.erase.data)
-            x.e = channels(p, token(p.erase, b, t[c], erase_head(p, hv)), p.erase.dtype, s.e), betas[c] = 1.0f;
-        else
-            betas[c] = read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
+        betas[c] = p.erase.data ? 1.0f : read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
         const void* g = token(p.g, b, t[c], hv);
         x.a = s.a;
         if (p.kda) {
@@ -344,7 +341,6 @@ static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count,
             if (p.dt_bias)
                 for (int64_t i = 0; i < n; i += L) vstore(s.a + i, vadd(vload(s.a + i), vload(bias + i)));
             for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
-            for (int64_t i = p.K; i < n; ++i) s.a[i] = 0.0f;  // products of what is there would leave float32's range
         } else {
             gates[c] = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
         }
@@ -359,10 +355,39 @@ static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count,
     }
 }
 
+// What is known of a token before it is read: its rows, from the value head before with the same head of q and k, and its
+// gates, which several heads share a vector for.
+struct Known {
+    bool rows = false, gates = false;
+    float alpha = 0.0f, beta = 0.0f;
+};
+
+// The scalar gates of one token and up to MAX_HEADS value heads, hv0 + i * step.
+static void read_gates_of_heads(const Problem& p, int64_t b, int64_t t, int64_t hv0, int64_t step, int64_t count,
+                                const float* A, const float* const* bias, Known* known) {
+    constexpr int LANES = static_cast<int>((MAX_HEADS + L - 1) / L * L);
+    alignas(64) float gates[LANES] = {}, betas[LANES] = {}, factors[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t hv = hv0 + i * step;
+        gates[i] = read_one(token(p.g, b, t, hv), p.g.dtype) + (p.dt_bias ? bias[i][0] : 0.0f);
+        betas[i] = p.erase.data ? 1.0f : read_one(token(p.beta, b, t, hv), p.beta.dtype);
+        factors[i] = A[i];
+    }
+    for (int i = 0; i < LANES; i += L) {
+        vstore(gates + i, decay_of(p, vload(gates + i), vload(factors + i)));
+        if (p.beta_is_logit) vstore(betas + i, vsigmoid(vload(betas + i)));
+    }
+    for (int64_t i = 0; i < count; ++i) known[i] = Known{false, true, gates[i], p.beta_scale * betas[i]};
+}
+
 static void read_tokens(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
-                        const Scratch* scratch, Token* tokens, float* beta) {
-    read_keys(p, b, t, count, hv, scratch, tokens);
-    read_gates(p, b, t, count, hv, A, bias, scratch, tokens, beta);
+                        const Scratch* scratch, Token* tokens, float* beta, const Known& known = {}) {
+    if (!known.rows) read_keys(p, b, t, count, hv, scratch, tokens);
+    if (p.erase.data)
+        for (int c = 0; c < count; ++c)
+            tokens[c].e = channels(p, token(p.erase, b, t[c], erase_head(p, hv)), p.erase.dtype, scratch[c].e);
+    if (!known.gates) return read_gates(p, b, t, count, hv, A, bias, scratch, tokens, beta);
+    for (int c = 0; c < count; ++c) tokens[c].alpha = known.alpha, beta[c] = known.beta;
 }
 
 // Append token t of the block: Gamma_t, decayed rows, and its products with all earlier keys of the block.
@@ -1095,6 +1120,7 @@ class Runner {
     bool streams;
     Head heads[MAX_HEADS];
     Head* h = nullptr;  // the one being worked on
+    Token read[C_MAX];  // the tokens of the block that was prepared last
 
     int64_t columns(int64_t panel) const { return job.cols - panel * W < W ? job.cols - panel * W : W; }
     char* state_in(int64_t panel) const {
@@ -1163,7 +1189,8 @@ class Runner {
     }
 
     // Prepare up to `most` tokens from t on as one block; v rows go to v_rows. Returns the token after it.
-    int64_t prepare(Block& blk, float* prepared, int64_t t, int most, int64_t* positions, float* v_rows) {
+    int64_t prepare(Block& blk, float* prepared, int64_t t, int most, int64_t* positions, float* v_rows,
+                    const Known& known = {}) {
         blk.rows = prepared;
         blk.emits = false;
         int n = 0;
@@ -1188,9 +1215,8 @@ class Runner {
             if (ahead < seq.end && p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
             if (ahead < seq.end && p.erase.data) fetch<false>(p.erase, seq.b, ahead, erase_head(p, h->hv), 0, p.K);
         }
-        Token tokens[C_MAX];
-        read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, tokens, blk.beta);
-        for (int c = 0; c < n; ++c) append(p, tokens[c], blk, c);
+        read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, read, blk.beta, known);
+        for (int c = 0; c < n; ++c) append(p, read[c], blk, c);
         read_values(positions, n, v_rows);
         return u;
     }
@@ -1212,7 +1238,16 @@ class Runner {
 
     void direct(int64_t tokens) {
         if (made) made->prepare(seq.start);
+        const bool one = tokens == 1;
+        Known known[MAX_HEADS];
+        if (one && !p.kda) {
+            float A[MAX_HEADS];
+            const float* bias[MAX_HEADS];
+            for (int64_t i = 0; i < job.heads; ++i) A[i] = heads[i].A, bias[i] = heads[i].bias;
+            read_gates_of_heads(p, seq.b, next_live(seq.start), heads[0].hv, job.step, job.heads, A, bias, known);
+        }
         for (int64_t i = 0; i < job.heads; ++i) {
+            known[i].rows = one && i > 0 && qk_head(p, heads[i].hv) == qk_head(p, heads[i - 1].hv);
             const char* next = job.next_state;
             if (i + 1 < job.heads) {
                 h = &heads[i + 1];
@@ -1221,7 +1256,7 @@ class Runner {
             h = &heads[i];
             int64_t positions[C_MAX];
             Block& blk = w.blocks[0];
-            prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v);
+            prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v, known[i]);
             if (!next) next = state_in(0);
             in_type_of(static_cast<const void*>(state_in(0)), p.state_dtype, [&](auto* S) { direct_as(blk, S, next); });
             write_outputs(positions, blk.C);
