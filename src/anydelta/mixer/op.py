@@ -15,7 +15,7 @@ from ..core import dispatch, plans
 from ..core.arguments import reader
 from ..core.arrays import Array, Arrays
 from ..core.plans import Plan, Rest, find
-from ..rule.spec import _Checker, framework_of
+from ..rule.spec import _Checker, framework_of, quick_check
 from .arguments import INPLACE, MixerCall, MixerOptions
 from .spec import (
     MixerSpec,
@@ -351,7 +351,10 @@ def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[MixerSpec]:
             chosen.run(native, spec, call)
 
         launch = plans.launcher(run, MixerCall, _written if spec.framework == "torch" else None)
-    check = partial(_check, spec) if spec.rule.packed or spec.rule.pooled else None
+    check = None
+    if spec.rule.packed or spec.rule.pooled:
+        at = INPLACE.arguments.index("state_indices")
+        check = quick_check(partial(_check, spec), call.state_indices, at, spec.rule)
     step = partial(chosen.step, native, spec) if hasattr(chosen, "step") else None
     found = Plan(spec, _results(spec, call), launch, check, step)
     plans.keep(key, rest, found)

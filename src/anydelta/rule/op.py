@@ -19,10 +19,9 @@ import numpy as np
 from ..core import dispatch, plans
 from ..core.arrays import Array, Arrays
 from ..core.devices import DeviceArray
-from ..core.native import core
 from ..core.plans import Plan, Rest, find
 from .arguments import INPLACE, Call, Options
-from .spec import CallSpec, check_call, check_values, dtype_name, element_strides, framework_of
+from .spec import CallSpec, check_call, check_values, framework_of, quick_check
 
 
 def gated_delta_rule(
@@ -278,24 +277,7 @@ def _checking(spec: CallSpec, call: Call) -> Callable[[Arrays], None] | None:
     def check(arrays: Arrays) -> None:
         check_values(Call(*arrays), spec)
 
-    rows = call.state_indices
-    if (
-        spec.packed
-        or spec.snapshot_rows
-        or core is None
-        or spec.framework not in ("torch", "numpy")
-        or (spec.framework == "torch" and (rows.device.type != "cpu" or not core.reads_torch()))
-        or element_strides(rows) != (1,)
-    ):
-        return check
-    at, fit = Call.__match_args__.index("state_indices"), core.rows_fit
-    given = dtype_name(rows) == "int32", spec.N, spec.P, spec.inplace
-
-    def check_rows(arrays: Arrays) -> None:
-        if not fit(arrays[at], *given):
-            check(arrays)  # which says what is wrong
-
-    return check_rows
+    return quick_check(check, call.state_indices, Call.__match_args__.index("state_indices"), spec)
 
 
 def _written(call: Call) -> list[Array]:

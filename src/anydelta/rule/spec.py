@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, TypeVar
 
 from ..core.arguments import fields, given, problem
-from ..core.arrays import Array
+from ..core.arrays import Array, Arrays
 from ..core.devices import DeviceArray
 from ..core.dispatch import MLX_GPU
+from ..core.native import core
 from .arguments import TRACKED, Call, Options
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -641,6 +642,28 @@ def check_values(call: Call, spec: CallSpec) -> None:
         elif spec.inplace and len(set(used)) != len(used):
             twice = next(r for r in used if used.count(r) > 1)
             c.fail(f"state_indices must be unique apart from -1; got {twice} more than once")
+
+
+def quick_check(
+    check: Callable[[Arrays], None], rows: Array, at: int, spec: CallSpec
+) -> Callable[[Arrays], None]:
+    """`check`; of calls like this one, whose `state_indices` are argument number `at`, the extension looks first."""
+    if (
+        core is None
+        or spec.packed
+        or spec.snapshot_rows
+        or spec.framework not in ("torch", "numpy")
+        or (spec.framework == "torch" and (rows.device.type != "cpu" or not core.reads_torch()))
+        or element_strides(rows) != (1,)
+    ):
+        return check
+    fit, given = core.rows_fit, (dtype_name(rows) == "int32", spec.N, spec.P, spec.inplace)
+
+    def check_rows(arrays: Arrays) -> None:
+        if not fit(arrays[at], *given):
+            check(arrays)  # which says what is wrong
+
+    return check_rows
 
 
 def _check_snapshot_rows(c: _Checker, call: Call, spec: CallSpec, numpy: bool) -> None:

@@ -64,10 +64,10 @@ AD_INLINE void vstore_split(bf16* p, V even, V odd) {
 #else
 AD_INLINE __m512i bf16_above(V x) {  // in the upper halves; what is below is not cleared
     const __m512i u = _mm512_castps_si512(x);
-    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
-    return _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, u,
-                                 _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 last = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+    const __m512i r = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, u, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(r, last, r, _mm512_set1_epi32(1));
 }
 AD_INLINE void vstore_split(bf16* p, V even, V odd) {
     const __m512i low = _mm512_srli_epi32(bf16_above(even), 16);

@@ -393,6 +393,7 @@ class MixerStep {
 // array cannot be read here.
 bool rows_fit(nb::handle rows, bool is_int32, int64_t count, int64_t P, bool unique) {
     uintptr_t address;
+    if (reader.is_tensor(rows.ptr()) && !reader.plain(rows.ptr())) return false;
     if (!reader.address(rows.ptr(), address)) {
         PyErr_Clear();
         return false;
