@@ -125,6 +125,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) $(wildcard src/anydelta/*/arguments.py) src/anydelta/backends/devices/structs.py scripts/generate_arguments.py
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(wildcard tests/cpp/emulated_amx.cpp tests/cpp/emulated_amx/*) src/anydelta/export/CMakeLists.txt $(KERNELS) $(SHADERS) $(SYCL) $(wildcard src/anydelta/*/arguments.py) src/anydelta/backends/devices/structs.py scripts/generate_arguments.py
 	$(BIN)/python -m pip install -q --no-build-isolation --config-settings=cmake.define.ANYDELTA_EMULATED_AMX=ON --editable .
 	@touch $@

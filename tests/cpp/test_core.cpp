@@ -37,7 +37,7 @@
 namespace anydelta {
 extern const Kernels kernels_avx512_emulated;
 extern const Kernels kernels_amx_emulated_avx512;
-}
+}  // namespace anydelta
 
 // Makes allocations of this thread fail, to see that run() has then written nothing.
 static thread_local bool allocations_fail = false;

@@ -67,13 +67,13 @@ bool tiles_given() {
 Features detect() {
     Features f;
 #if defined(ANYDELTA_X86)
-    auto cpuid = [](unsigned leaf, unsigned out[4]) {
+    auto cpuid = [](unsigned leaf, unsigned out[4], unsigned page = 0) {
 #if defined(_MSC_VER)
         int r[4];
-        __cpuidex(r, static_cast<int>(leaf), 0);
+        __cpuidex(r, static_cast<int>(leaf), static_cast<int>(page));
         for (int i = 0; i < 4; ++i) out[i] = static_cast<unsigned>(r[i]);
 #else
-        __cpuid_count(leaf, 0, out[0], out[1], out[2], out[3]);
+        __cpuid_count(leaf, page, out[0], out[1], out[2], out[3]);
 #endif
     };
     unsigned r[4];
@@ -98,6 +98,10 @@ Features detect() {
     f.avx512 = zmm && (r[1] & all) == all;
     const bool tiles = (saved & 0x60000) == 0x60000;
     f.amx = tiles && (r[3] >> 24 & 1) && (r[3] >> 22 & 1);  // AMX-TILE, AMX-BF16
+    if (f.amx) {
+        cpuid(7, r, 1);
+        f.amx = r[0] >> 5 & 1;  // AVX512-BF16
+    }
 #endif
     return f;
 }

@@ -113,21 +113,21 @@ class Chunk {
     static bool one_part(const Problem& p) { return p.k.dtype == DType::bf16 && p.q.dtype == DType::bf16; }
 
     int64_t Kp;  // channels, a whole number of products
-    float* k;        // [C][Kp]: k_t
-    Parts rows;      // [2 depth][Kp]: k_t, then q_t
-    Parts written;   // [Kp][depth]: k transposed
-    Parts columns;   // [depth / W][Kp / 2][W][2]: k transposed, as a right factor
-    float* kk;       // [2][C][C]: k_t . k_s, q_t . k_s
-    Parts lower;     // [C][C]: L
+    float* k;  // [C][Kp]: k_t
+    Parts rows;  // [2 depth][Kp]: k_t, then q_t
+    Parts written;  // [Kp][depth]: k transposed
+    Parts columns;  // [depth / W][Kp / 2][W][2]: k transposed, as a right factor
+    float* kk;  // [2][C][C]: k_t . k_s, q_t . k_s
+    Parts lower;  // [C][C]: L
     Parts attention;  // [C][C]: A
     float* diagonal;  // [C][DEPTH]: L inside each block
-    float* solved;    // [TILE][W]: d of the upper half of a block
-    Parts state;      // [Kp / 2][W][2]: S0
-    Parts deltas;     // [C / 2][W][2]: d
-    Parts faded;      // the same, each times `fading`
-    float* sums;      // [2 depth][W]: S0^T k_t, S0^T q_t
-    float* more;      // [DEPTH][W]: a product
-    float* zeros;     // [panels W]
+    float* solved;  // [TILE][W]: d of the upper half of a block
+    Parts state;  // [Kp / 2][W][2]: S0
+    Parts deltas;  // [C / 2][W][2]: d
+    Parts faded;  // the same, each times `fading`
+    float* sums;  // [2 depth][W]: S0^T k_t, S0^T q_t
+    float* more;  // [DEPTH][W]: a product
+    float* zeros;  // [panels W]
     float beta[C + C_MAX], alpha[C + C_MAX];
     float k_factor[C], q_factor[C];  // from the L2 norm and the scale
     float read_factor[C], out_factor[C], fading[C], faded_by;
@@ -188,7 +188,7 @@ class Chunk {
         for (int64_t s = from; s < to; s += L)
             for (int64_t i = 0; i < Kp; i += 2 * L) {
                 V high[L], low[L];
-                AD_UNROLL for (int r = 0; r < L; ++r) {
+        AD_UNROLL for (int r = 0; r < L; ++r) {
                     const float* x = k + (s + r) * Kp + i;
                     row_parts<false, PARTS>(high[r], low[r], vload(x), vload(x + L));
                 }

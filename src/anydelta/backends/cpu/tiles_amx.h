@@ -16,7 +16,7 @@
 
 namespace anydelta::ANYDELTA_ISA {
 
-constexpr int TILE = 16;   // rows of a product, and columns of one tile of it
+constexpr int TILE = 16;  // rows of a product, and columns of one tile of it
 constexpr int DEPTH = 32;  // channels that one instruction takes
 static_assert(W % TILE == 0 && W / TILE <= 2, "a panel is one or two tiles wide");
 
