@@ -35,6 +35,57 @@ def test_the_forced_build_runs(name: str) -> None:
         assert _core.last_isa() == name
 
 
+@pytest.mark.parametrize(
+    ("T", "dtype", "more", "taken"),
+    [
+        (64, "bfloat16", {}, True),
+        (64, "float16", {}, True),
+        (22, "bfloat16", {}, True),
+        (40, "bfloat16", {}, True),
+        (21, "bfloat16", {}, False),  # too few for a chunk
+        (64, "float32", {}, False),  # 16 bits are too few
+        (64, "bfloat16", {"kda": True}, False),
+        (64, "bfloat16", {"snapshots": 64}, False),  # every state is asked for
+    ],
+)
+def test_which_calls_the_matrix_unit_takes(T: int, dtype: str, more: dict[str, object], taken: bool) -> None:
+    """Emulated AMX shares AVX2's blocks, to the bit; a chunk of its own rounds otherwise, within the contract."""
+    if "amx_emulated" not in cpu.isas():
+        pytest.skip("this build has no emulated AMX, or the CPU no AVX2")
+    torch = pytest.importorskip("torch")
+    x = {name: torch.from_numpy(value) for name, value in example(T, 2, 64).items()}
+    x |= {name: x[name].to(getattr(torch, dtype)) for name in ("q", "k", "v")}
+    if more.get("kda"):
+        x["g"] = x["g"][..., None].repeat(1, 1, 1, 64)
+    runs = {}
+    for name in ("avx2", "amx_emulated"):
+        kept = torch.zeros(more["snapshots"], 1, 2, 64, 64) if "snapshots" in more else None
+        with cpu.forced_isa(name):
+            runs[name] = anydelta.gated_delta_rule(**x, snapshots=kept, backend="cpu")
+    (o, state), (o_, state_) = runs.values()
+    assert torch.equal(state.nan_to_num(), state_.nan_to_num()) is not taken
+    if not taken:
+        assert torch.equal(o.nan_to_num(), o_.nan_to_num())
+    elif not more:
+        assert float(((state - state_) ** 2).sum() / (state**2).sum()) < 1e-8
+
+
+@pytest.mark.parametrize("name", cpu.isas())
+@pytest.mark.parametrize("where", ["q", "k", "v", "g", "beta"])
+def test_nan_does_not_reach_earlier_tokens(name: str, where: str) -> None:
+    """A product of matrices adds zero times NaN; a token of NaN still leaves alone those before it, and other heads."""
+    torch = pytest.importorskip("torch")
+    x = {n: torch.from_numpy(value) for n, value in example(64, 2, 64).items()}
+    x |= {n: x[n].bfloat16() for n in ("q", "k", "v")}
+    x[where][0, 50, 0] = float("nan")
+    with cpu.forced_isa(name):
+        o, state = anydelta.gated_delta_rule(**x, backend="cpu")
+    assert o[0, :50].isfinite().all()
+    assert o[0, :, 1].isfinite().all()
+    assert o[0, 50, 0].isnan().any()
+    assert state[0, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("name", cpu.isas())
 def test_the_environment_forces_a_build(name: str) -> None:
     code = "from anydelta.backends.cpu import host; print(host.isa())"
