@@ -21,9 +21,9 @@ CPU_REASONS = unavailable("cpu")
 CPU_TARGETS: list[Target] = [] if CPU_REASONS else targets(["cpu"])
 """Every instruction set with every framework."""
 
-WITHOUT_ERASE = tuple(c for c in SHORT_CASES if not c.erase)
-"""For the backends that do not take it; test_accepts.py shows that they say so."""
-NO_ERASE = r"^(?!.* erase=)"
+FOR_DEVICES = tuple(c for c in SHORT_CASES if not c.erase and c.state_dtype != "float16")
+"""For the backends that take neither `erase` nor float16 states; test_accepts.py shows that they say so."""
+LINES_FOR_DEVICES = r"^(?!.* (erase=|state_dtype=float16))"
 """The same for `anydelta conform --filter`."""
 
 

@@ -28,7 +28,7 @@ from anydelta import StatePool
 from anydelta.conformance.run import unavailable
 from anydelta.core import dispatch
 from anydelta.core.devices import KINDS
-from conftest import WITHOUT_ERASE
+from conftest import FOR_DEVICES
 from device_checks import (
     check_a_call_on_the_device_stages_nothing,
     check_only_tokens_are_staged,
@@ -89,12 +89,12 @@ def test_every_case(name: str, part: int, fresh_plans: None) -> None:
     """Those of Vulkan run in test_vulkan.py, under the validation layers."""
     if reasons := unavailable(name):
         pytest.skip("; ".join(reasons))
-    assert not failures(name, WITHOUT_ERASE[part::PARTS], framework="torch" if part == PARTS - 1 else "numpy")
+    assert not failures(name, FOR_DEVICES[part::PARTS], framework="torch" if part == PARTS - 1 else "numpy")
 
 
 @cut
 def test_every_cut_and_memory(dev: Any) -> None:
-    few = [c for c in WITHOUT_ERASE if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
+    few = [c for c in FOR_DEVICES if 9 <= c.K <= 32 and c.V <= 32]  # one or two builds per cut
     for i, kernel in enumerate(dev.kernels()):
         cases = few[3 * i + dev.memories.index(dev.memory) :: 40]
         assert not failures(dev.kind, cases, kernel, "torch" if i % 2 else "numpy")

@@ -381,7 +381,7 @@ def test_which_derivatives_are_refused_and_not_zero() -> None:
         ({"mask": [[1]]}, TypeError, "mask must be an mlx.core.array; got list"),
         ({"k": mx.zeros((2, 9, 2, 31))}, ValueError, r"k must be \[B, T, H, K\] as q = \[2, 9, 2, 32\]"),
         ({"v": mx.zeros((2, 9, 4, 16), mx.float16)}, ValueError, "q, k and v must share a dtype"),
-        ({"initial_state": mx.zeros((2, 4, 32, 16), mx.float16)}, ValueError, "initial_state must have dtype"),
+        ({"initial_state": mx.zeros((2, 4, 32, 16), mx.int32)}, ValueError, "initial_state must have dtype"),
         ({"decay": "square"}, ValueError, "decay must be one of"),
         ({"snapshots": 0}, ValueError, r"snapshots must be an array .* or a number of slots >= 1; got 0"),
         ({"snapshots": True}, ValueError, "snapshots must be an array"),

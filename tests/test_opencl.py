@@ -15,7 +15,7 @@ from anydelta.backends.opencl import device as opencl_device
 from anydelta.backends.opencl import host as opencl
 from anydelta.backends.opencl.device import OpenclDevice, roster
 from anydelta.conformance.run import unavailable
-from conftest import WITHOUT_ERASE
+from conftest import FOR_DEVICES
 from device_checks import check_a_call_on_the_device_stages_nothing, failures, tokens
 
 REASONS = unavailable("opencl")
@@ -48,7 +48,7 @@ def test_any_subgroup_size(size: int, lanes: int, monkeypatch: pytest.MonkeyPatc
         return cut, -(-spec.V // cut.columns) * spec.HV * spec.N
 
     monkeypatch.setattr(OpenclDevice, "variant", other)
-    rule = replace(WITHOUT_ERASE[0], H=2, HV=4, K=32, V=24, T=9, kda=True, snapshots=3, l2norm=True)
+    rule = replace(FOR_DEVICES[0], H=2, HV=4, K=32, V=24, T=9, kda=True, snapshots=3, l2norm=True)
     assert not failures("opencl", (rule, replace(rule, mask="random", B=2, dtype="bfloat16")), "subgroups")
 
 

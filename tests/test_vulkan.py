@@ -18,7 +18,7 @@ from anydelta.conformance.run import run_one, unavailable
 from anydelta.core import devices
 from anydelta.rule.arguments import Call, Options
 from anydelta.rule.spec import check_call
-from conftest import NO_ERASE, WITHOUT_ERASE, without
+from conftest import FOR_DEVICES, LINES_FOR_DEVICES, without
 from device_checks import check_a_lost_device_voids_its_states, failures, tokens
 
 if REASONS := unavailable("vulkan"):
@@ -28,7 +28,7 @@ from anydelta.backends.vulkan import device as vulkan_device
 from anydelta.backends.vulkan.device import vk
 
 pytestmark = pytest.mark.usefixtures("fresh_plans")
-SOME = tuple(c for c in WITHOUT_ERASE if c.work < 100_000 and c.K <= 32)[::4]
+SOME = tuple(c for c in FOR_DEVICES if c.work < 100_000 and c.K <= 32)[::4]
 """Cases for the ways that this machine's driver does not need."""
 
 
@@ -79,7 +79,10 @@ def test_the_whole_list_under_the_validation_layers() -> None:
         "numpy",
         "--filter",
     ]
-    for code, text in (layered(*conform, NO_ERASE), layered(*conform, "T=127", ANYDELTA_VULKAN_CHUNK="1")):
+    for code, text in (
+        layered(*conform, LINES_FOR_DEVICES),
+        layered(*conform, "T=127", ANYDELTA_VULKAN_CHUNK="1"),
+    ):
         assert code == 0, text[-4000:]
         assert "Validation" not in text, text[:4000]
     assert "Validation" in layered("-c", _BAD)[1]  # the layer was listening
@@ -95,9 +98,7 @@ vk.vkCreateBuffer(d.handle, vk.VkBufferCreateInfo(size=0, usage=32, sharingMode=
 
 
 def test_torch_tensors() -> None:
-    bad = [
-        r for c in WITHOUT_ERASE[::9] if (r := run_one(c, Target("vulkan", framework="torch"))).status != OK
-    ]
+    bad = [r for c in FOR_DEVICES[::9] if (r := run_one(c, Target("vulkan", framework="torch"))).status != OK]
     assert not bad, [(r.case, r.reasons) for r in bad]
 
 
@@ -105,7 +106,7 @@ def test_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(vulkan.CHUNK_ENV, "1")
     monkeypatch.setattr(vulkan, "CHUNK_MIN_TOKENS", 16)
     long = [
-        c for c in WITHOUT_ERASE if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
+        c for c in FOR_DEVICES if not c.refused and c.T - c.snapshots >= 16 * max(1, len(c.seqlens or ()))
     ]
     large = [c for c in long if c.K > 32]
     assert {64, 80, 128, 192, 256} <= {c.K for c in large}

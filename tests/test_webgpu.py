@@ -10,7 +10,7 @@ import pytest
 import anydelta
 from anydelta.conformance.run import unavailable
 from anydelta.core import devices
-from conftest import WITHOUT_ERASE
+from conftest import FOR_DEVICES
 from device_checks import (
     check_a_lost_device_voids_its_states,
     check_only_tokens_are_staged,
@@ -24,7 +24,7 @@ if REASONS := unavailable("webgpu"):
 from anydelta.backends.webgpu.device import WebGPUDevice, adapters, wgpu
 
 pytestmark = pytest.mark.usefixtures("fresh_plans")
-SOME = tuple(c for c in WITHOUT_ERASE if c.K in (32, 64) and c.work < 200_000)[::6]
+SOME = tuple(c for c in FOR_DEVICES if c.K in (32, 64) and c.work < 200_000)[::6]
 
 
 @pytest.fixture

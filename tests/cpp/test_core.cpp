@@ -71,6 +71,14 @@ std::vector<Isa> isas() {
     std::vector<Isa> all;
     for (const Kernels* k : runnable()) {
         const std::string name = k->name;
+        const Kernels& before = chosen();
+        try {
+            choose(name);  // asks the system for what it needs
+        } catch (const std::invalid_argument& refused) {
+            std::printf("%s\n", refused.what());
+            continue;
+        }
+        choose(before.name);
         const Probe* probe = &probe_baseline;
 #if defined(__x86_64__)
         if (name == "avx2" || name == "amx_emulated") probe = &probe_avx2;

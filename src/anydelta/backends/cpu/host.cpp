@@ -101,6 +101,10 @@ Features detect() {
     if (f.amx) {
         cpuid(7, r, 1);
         f.amx = r[0] >> 5 & 1;  // AVX512-BF16
+        cpuid(0, r);
+        if (r[0] < 0x1d) f.amx = false;
+        cpuid(0x1d, r);
+        f.amx = f.amx && r[0] >= 1;  // a palette of tiles: some hypervisors have none
     }
 #endif
     return f;
@@ -366,7 +370,7 @@ const std::vector<const Kernels*>& runnable() {
         if (f.avx2 && f.fma && f.f16c) v.push_back(&kernels_avx2);
         if (f.avx512 && f.avx2 && f.fma && f.f16c) v.push_back(&kernels_avx512);
 #if defined(ANYDELTA_AMX)
-        if (f.amx && v.back() == &kernels_avx512 && tiles_given()) v.push_back(&kernels_amx);
+        if (f.amx && v.back() == &kernels_avx512) v.push_back(&kernels_amx);
 #endif
 #elif defined(ANYDELTA_ARM64)
         v.push_back(&kernels_neon);
@@ -381,11 +385,27 @@ namespace {
 const Kernels* find(const std::string& name) {
     std::string names;
     for (const Kernels* k : runnable()) {
-        if (name == k->name) return k;
+        if (name == k->name) {
+            if (name == "amx" && !tiles_given())
+                throw std::invalid_argument(
+                    "anydelta: the instruction set amx requires the tile registers; the system does not give them to "
+                    "this "
+                    "process (a sandbox, or a signal stack of a few KiB). Choose avx512, or unset ANYDELTA_CPU_ISA");
+            return k;
+        }
         names += (names.empty() ? "" : ", ") + std::string(k->name);
     }
     throw std::invalid_argument("anydelta: the instruction set must be one of " + names + " on this CPU; got '" + name +
                                 "'. Correct or unset ANYDELTA_CPU_ISA");
+}
+
+// The fastest build whose results keep the contract for all inputs. AMX's do not where updates cancel each other out
+// (docs/performance.md), so it runs by name only.
+const Kernels* best() {
+    const Kernels* k = nullptr;
+    for (const Kernels* each : runnable())
+        if (std::string(each->name) != "amx") k = each;
+    return k;
 }
 
 std::atomic<const Kernels*> choice{nullptr};
@@ -397,7 +417,7 @@ const Kernels& chosen() {
     const Kernels* k = choice.load(std::memory_order_relaxed);
     if (!k) {
         const char* forced = std::getenv("ANYDELTA_CPU_ISA");
-        k = forced && *forced ? find(forced) : runnable().back();
+        k = forced && *forced ? find(forced) : best();
         choice.store(k);
     }
     return *k;

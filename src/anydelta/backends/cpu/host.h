@@ -11,7 +11,7 @@ namespace anydelta {
 
 // The builds that this CPU can run, slowest first.
 const std::vector<const Kernels*>& runnable();
-// The one that runs calls: the last of runnable(), or what ANYDELTA_CPU_ISA or choose() names.
+// The one that runs calls: the last of runnable() but AMX, or what ANYDELTA_CPU_ISA or choose() names.
 // Both throw std::invalid_argument where this CPU cannot run it.
 const Kernels& chosen();
 void choose(const std::string& name);

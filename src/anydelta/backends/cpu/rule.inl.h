@@ -1350,9 +1350,10 @@ class Runner {
         }
         for (int c = 0; c < count && !whole; c += C_MAX)
             read_values(positions + c, count - c < C_MAX ? count - c : C_MAX, w.v + c * ldv);
-        const bool finite = v.dtype == DType::f32    ? all_finite<float>(v, count)
-                            : v.dtype == DType::bf16 ? all_finite<bf16>(v, count)
-                                                     : all_finite<f16>(v, count);
+        bool finite = true;  // in every column of the head, so that no split of them decides otherwise
+        for (int c = 0; c < count && finite; ++c)
+            in_type_of(made ? w.v + c * ldv : token(p.v, seq.b, positions[c], h->hv), made ? DType::f32 : p.v.dtype,
+                       [&](const auto* x) { finite = all_finite(x, p.V); });
         if (!finite) return false;  // see Chunk::prepare
         done += count;
         t = u;
@@ -1376,15 +1377,13 @@ class Runner {
         return static_cast<char*>(const_cast<void*>(element(token(x, seq.b, t, h->hv), x.dtype, job.col0)));
     }
     template <class T>
-    bool all_finite(const Chunk::Rows& x, int count) const {
-        static_assert(NV == 2, "two vectors are looked at together");
-        V seen[2] = {vzero(), vzero()};
-        for (int c = 0; c < count; ++c) {
-            const T* row = reinterpret_cast<const T*>(x.at[c]);
-            for (int64_t i = 0; i < ldv; i += W)
-                seen[c % 2] = vfma(vadd(vload(row + i), vload(row + i + L)), vzero(), seen[c % 2]);
-        }
-        return vsum(vadd(seen[0], seen[1])) == 0.0f;
+    static bool all_finite(const T* x, int64_t n) {
+        V seen = vzero();
+        int64_t i = 0;
+        for (; i + L <= n; i += L) seen = vfma(vload(x + i), vzero(), seen);
+        float rest = vsum(seen);
+        for (; i < n; ++i) rest += to_float(x[i]) * 0.0f;
+        return rest == 0.0f;
     }
 
     // The rows of a token into L2. Those of consecutive tokens lie 4 KiB and more apart, where no hardware prefetcher

@@ -35,6 +35,7 @@ class MatrixUnit {
             uint8_t rows[16] = {};
         } config;
         for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = TILE;
+        AD_MEMORY_BARRIER();  // GCC 12's loads 8 of these 64 bytes, it says
         _tile_loadconfig(&config);
     }
     ~MatrixUnit() { _tile_release(); }
