@@ -11,6 +11,7 @@ import pytest
 
 import anydelta
 from anydelta.backends.cpu import host as cpu
+from anydelta.rule import reference
 
 # Every other test of the kernels is skipped without the extension, so this one must not be: it would all look green.
 assert cpu.isas(), "the extension anydelta._core is not built or does not load; run make setup"
@@ -84,6 +85,35 @@ def test_nan_does_not_reach_earlier_tokens(name: str, where: str) -> None:
     assert o[0, :, 1].isfinite().all()
     assert o[0, 50, 0].isnan().any()
     assert state[0, 1].isfinite().all()
+
+
+def test_amx_runs_by_name_only() -> None:
+    """Its 16 bits are too few for `test_updates_that_cancel_each_other_out`, and its permission is the process's."""
+    env = {name: value for name, value in os.environ.items() if name != cpu.ISA_ENV}
+    code = "from anydelta.backends.cpu import host; print(host.isa())"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == [name for name in cpu.isas() if name != "amx"][-1]
+
+
+@pytest.mark.parametrize("name", [name for name in cpu.isas() if not name.startswith("amx")])
+@pytest.mark.parametrize(
+    ("cosine", "beta", "first"), [(1.0, 1.0, 100.0), (0.99, 1.9, 1.0), (0.999, 2.0, 1.0)]
+)
+def test_updates_that_cancel_each_other_out(name: str, cosine: float, beta: float, first: float) -> None:
+    """Two keys in turn, nearly alike, and values that later ones replace: each update takes back most of the last."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    a, b = torch.linalg.qr(torch.randn(64, 2))[0].T
+    k = torch.stack([a, cosine * a + (1 - cosine**2) ** 0.5 * b]).repeat(32, 1)[None, :, None].bfloat16()
+    v = torch.randn(1, 64, 1, 64)
+    v[:, :32] *= first
+    x = {"q": torch.randn(1, 64, 1, 64).bfloat16(), "k": k, "v": v.bfloat16()}
+    x |= {"g": torch.zeros(1, 64, 1), "beta": torch.full((1, 64, 1), beta)}
+    with cpu.forced_isa(name):
+        _, state = anydelta.gated_delta_rule(**x, qk_l2norm=True, backend="cpu")
+    q, k, v, g, betas = (value.double().numpy() for value in x.values())
+    want = reference.gated_delta_rule(q, k, v, g=g, beta=betas, qk_l2norm=True).state
+    assert ((state.double().numpy() - want) ** 2).sum() / (want**2).sum() < 1e-7
 
 
 @pytest.mark.parametrize("name", cpu.isas())
