@@ -164,7 +164,7 @@ def test_bad_input_is_one_sentence(program: Any, args: tuple[str, ...], text: st
         ("T=1_0", "T cannot be '1_0'"),
         ("T", "T cannot be ''"), ("nothing=1", "no field is called 'nothing'"), ("kda=1", "kda cannot be '1'"),
         ("dtype=bf16", "dtype must be one of"), ("gate_dtype=int8", "gate_dtype must be one of"),
-        ("state_dtype=float16", "state_dtype must be one of"), ("decay=exp", "decay must be one of"),
+        ("state_dtype=int8", "state_dtype must be one of"), ("decay=exp", "decay must be one of"),
         ("heads=two", "heads must be one of"), ("layout=kk", "layout must be one of"),
         ("gate=x", "gate must be one of"),
         ("eps=nan", "eps cannot be 'nan'"), ("eps=-1", "eps is a number from 0"), ("scale=1e999", "scale is a number"),
