@@ -68,7 +68,8 @@ def only_shipped_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_token_by_token() -> None:
     """Every 9th of the small cases; all: TRITON_INTERPRET=1 anydelta conform --require triton --framework torch."""
-    cases = [c for c in CASES if c.T <= 16 and c.work <= 20_000][::25]
+    # Triton takes no states in float16, and says so
+    cases = [c for c in CASES if c.T <= 16 and c.work <= 20_000 and c.state_dtype != "float16"][::25]
     assert len(cases) >= 25
     for ran in assert_ok([(str(c), {}) for c in cases]):
         assert set(ran) <= {"recurrent"}
