@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from table_between_marks import parser, run
@@ -23,18 +24,34 @@ MARKS = ("<!-- support table: written by `make readme` -->", "<!-- end of the su
 
 
 def table(found: dict[str, Any]) -> str:
-    """Features down, backends across, as Markdown."""
+    """Backends across, as Markdown: their devices, and what some refuse. Below: what all accept, and the reasons."""
     backends = found["backends"]
     rows = [
         "| | " + " | ".join(f"`{name}`" for name in backends) + " |",
         "|---|" + "---|" * len(backends),
         "| devices | " + " | ".join(_devices(name, b["devices"]) for name, b in backends.items()) + " |",
     ]
+    everywhere, reasons = [], []
     for feature in found["cases"]:
-        answers = [b["features"][feature] for b in backends.values()]
-        cells = ["no: " + "; ".join(reasons) if reasons else "yes" for reasons in answers]
-        rows.append(f"| {feature} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        answers = {name: b["features"][feature] for name, b in backends.items()}
+        if not any(answers.values()):
+            everywhere.append(feature)
+            continue
+        rows.append(f"| {feature} | " + " | ".join("no" if why else "yes" for why in answers.values()) + " |")
+        said: dict[str, list[str]] = {}
+        for name, why in answers.items():
+            if why:
+                said.setdefault("; ".join(why), []).append(f"`{name}`")
+        reasons += [f"- {feature}: {', '.join(names)}: {why}." for why, names in said.items()]
+    if everywhere:
+        reasons = [f"All backends accept {'; '.join(everywhere)}.", *([""] if reasons else []), *reasons]
+    lines = [line for text in reasons for line in _wrapped(text)]
+    return "\n".join([*rows, *([""] if lines else []), *lines])
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = "  " if text.startswith("- ") else ""
+    return wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _devices(backend: str, devices: list[str]) -> str:

@@ -78,7 +78,7 @@ def test_the_support_table_is_made_from_the_json_of_the_command(tmp_path: Path) 
     (tmp_path / "support.json").write_text(json.dumps(found))
     found = support_table.read(str(tmp_path / "support.json"))
     assert support_table.table(found).splitlines() == [
-        "| | `x` |", "|---|---|", "| devices | d |", "| a | yes |", "| b | no: r |",
+        "| | `x` |", "|---|---|", "| devices | d |", "| b | no |", "", "All backends accept a.", "", "- b: `x`: r.",
     ]  # fmt: skip
     (tmp_path / "support.json").write_text('{"results": []}')
     with pytest.raises(SystemExit, match="requires the output of"):

@@ -462,7 +462,7 @@ constexpr double CONTRACT = 1e-7;  // DESIGN.md, 7: float32 NMSE
 // such as a forgotten eps, still shows.
 constexpr double TIGHT = 1e-10;
 // Numbers of 16 bits go into a matrix unit, of float32's 24.
-constexpr double TIGHT_PARTS = 1e-8;
+constexpr double TIGHT_PARTS = 1e-9;
 inline double tight() { return last_isa().rfind("amx", 0) == 0 ? TIGHT_PARTS : TIGHT; }
 double worst_nmse = 0, worst_half = 0;
 

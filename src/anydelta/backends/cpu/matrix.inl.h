@@ -101,7 +101,8 @@ class Chunk {
     // next C tokens while this core multiplies.
     template <class F>
     void take(const Problem& p, float* S, int64_t panels, Rows& v, const Rows& o, F&& fetch) {
-        for (int64_t i = 0; i < panels * W; i += L) vstore(zeros + i, vzero());
+        if (count < depth)
+            for (int64_t i = 0; i < panels * W; i += L) vstore(zeros + i, vzero());
         for (int t = count; t < depth; ++t) v.at[t] = reinterpret_cast<char*>(zeros);
         if (exact)
             take_as<1>(p, S, panels, v, o, fetch);
@@ -178,23 +179,23 @@ class Chunk {
 
     template <int PARTS>
     void transpose_keys() {
-        transpose_columns<PARTS>(0, depth);
+        transpose_columns<PARTS>();
         transpose_written<PARTS>();
     }
 
-    // columns, of tokens [from, to), whole numbers of L: token by token a row of pairs of channels, L of them transposed
+    // columns: token by token a row of pairs of channels, L of them transposed
     template <int PARTS>
-    void transpose_columns(int64_t from, int64_t to) {
-        for (int64_t s = from; s < to; s += L)
+    void transpose_columns() {
+        for (int64_t s = 0; s < depth; s += L)
             for (int64_t i = 0; i < Kp; i += 2 * L) {
                 V high[L], low[L];
         AD_UNROLL for (int r = 0; r < L; ++r) {
                     const float* x = k + (s + r) * Kp + i;
                     row_parts<false, PARTS>(high[r], low[r], vload(x), vload(x + L));
                 }
-                const Parts to_ = columns.at((s / W * Kp + i) * W + s % W * 2);
-                store_transposed(to_.high, high, 2 * W);
-                if (PARTS == 2) store_transposed(to_.low, low, 2 * W);
+                const Parts to = columns.at((s / W * Kp + i) * W + s % W * 2);
+                store_transposed(to.high, high, 2 * W);
+                if (PARTS == 2) store_transposed(to.low, low, 2 * W);
             }
     }
     // written: of two tokens a row of pairs, one channel each
@@ -229,7 +230,7 @@ class Chunk {
         for (int which = 0; which < 2; ++which)
             for (int64_t r = 0; r < depth; r += DEPTH)
                 for (int64_t s = 0; s < r + DEPTH; s += W)
-                    product<2, PARTS, PARTS>(kk + (which * C + r) * C + s, C, rows.at((which * depth + r) * Kp), Kp,
+                    product<PARTS, PARTS>(kk + (which * C + r) * C + s, C, rows.at((which * depth + r) * Kp), Kp,
                                              columns.at(s * Kp), Kp);
     }
 
@@ -289,7 +290,7 @@ class Chunk {
         for (int64_t panel = 0; panel < panels; ++panel, S += p.K * W) {
             split_state(p, S);
             for (int64_t r = 0; r < 2 * depth; r += 2 * TILE)
-                product<2, PARTS, 2>(sums + r * W, W, rows.at(r * Kp), Kp, state, Kp, meanwhile);
+                product<PARTS, 2>(sums + r * W, W, rows.at(r * Kp), Kp, state, Kp, meanwhile);
             if (v.dtype == DType::f32)
                 solve<float>(p, v, panel);
             else if (v.dtype == DType::bf16)
@@ -328,7 +329,7 @@ class Chunk {
     template <class T>
     void solve(const Problem& p, const Rows& v, int64_t panel) {
         for (int r = 0; r < depth; r += DEPTH) {
-            if (r > 0) product<2, 2, 2>(more, W, lower.at(r * C), C, deltas, r);
+            if (r > 0) product<2, 2>(more, W, lower.at(r * C), C, deltas, r);
             for (int j = 0; j < W; j += L) {
                 const int64_t column = panel * W + j;
                 solve_tile<T, false>(r, v, column, j);
@@ -341,7 +342,7 @@ class Chunk {
     template <class T>
     void write_outputs(const Rows& o, int64_t panel) {
         for (int r = 0; r < depth; r += DEPTH) {
-            product<2, 2, 2>(more, W, attention.at(r * C), C, deltas, r + DEPTH);
+            product<2, 2>(more, W, attention.at(r * C), C, deltas, r + DEPTH);
             const int end = r + DEPTH < count ? r + DEPTH : count;
             for (int t = r; t < end; ++t) {
                 const float *R = sums + (depth + t) * W, *inside = more + (t - r) * W;
@@ -356,7 +357,7 @@ class Chunk {
     void advance_state(const Problem& p, float* S) {
         const V gamma = vset(faded_by);
         for (int64_t r = 0; r < p.K; r += 2 * TILE) {
-            product<2, PARTS, 2>(more, W, written.at(r * depth), depth, faded, depth);
+            product<PARTS, 2>(more, W, written.at(r * depth), depth, faded, depth);
             const int64_t n = p.K - r < 2 * TILE ? p.K - r : 2 * TILE;
             for (int64_t i = 0; i < n * W; i += L) vstore(S + r * W + i, vfma(gamma, vload(S + r * W + i), vload(more + i)));
         }

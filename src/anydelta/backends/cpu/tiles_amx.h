@@ -43,77 +43,64 @@ class MatrixUnit {
     MatrixUnit& operator=(const MatrixUnit&) = delete;
 };
 
-// c [M TILE][W] = a b over `depth` channels. a [M TILE][lda] and b [depth / 2][W][2] have one part or both.
-// Four products are under way at once, each waiting 52 cycles for the one before it; a tile is loaded for 3 in 4 of them.
+// c [2 TILE][W] = a b over `depth` channels. a [2 TILE][lda] and b [depth / 2][W][2] have one part or both.
+// Four products are under way at once, each waiting 52 cycles for the one before; a tile is loaded for 3 in 4 of them.
 // `meanwhile` is called once per DEPTH channels: vector work that the core does while the unit multiplies.
-template <int M, int A_PARTS, int B_PARTS, class F>
+template <int A_PARTS, int B_PARTS, class F>
 AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int64_t depth, F&& meanwhile) {
-    static_assert(M == 1 || M == 2, "two rows of tiles and two columns are half of the registers");
     constexpr bool wide = W == 2 * TILE;
     const int64_t a_row = lda * 2, b_row = W * 4, c_row = ldc * 4;
+    const auto load_left = [&](const bf16* x) AD_INLINED {
+        _tile_loadd(4, x, a_row);
+        _tile_loadd(5, x + TILE * lda, a_row);
+    };
+    const auto load_right = [&](const bf16* x) AD_INLINED {
+        _tile_loadd(6, x, b_row);
+        if (wide) _tile_loadd(7, x + 2 * TILE, b_row);
+    };
+    const auto multiply = [&]() AD_INLINED {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (wide) _tile_dpbf16ps(2, 4, 7);
+        if (wide) _tile_dpbf16ps(3, 5, 7);
+    };
     AD_MEMORY_BARRIER();  // GCC's tile loads do not say that they read memory
     _tile_zero(0);
-    if (M == 2) _tile_zero(1);
+    _tile_zero(1);
     if (wide) _tile_zero(2);
-    if (wide && M == 2) _tile_zero(3);
+    if (wide) _tile_zero(3);
     for (int64_t i = 0; i < depth; i += DEPTH) {
-        const bf16 *left = a.high + i, *right = b.high + i * W;
-        _tile_loadd(4, left, a_row);
-        if (M == 2) _tile_loadd(5, left + TILE * lda, a_row);
-        _tile_loadd(6, right, b_row);
-        _tile_dpbf16ps(0, 4, 6);
-        if (M == 2) _tile_dpbf16ps(1, 5, 6);
-        if (wide) {
-            _tile_loadd(7, right + 2 * TILE, b_row);
-            _tile_dpbf16ps(2, 4, 7);
-            if (M == 2) _tile_dpbf16ps(3, 5, 7);
-        }
+        load_left(a.high + i);
+        load_right(b.high + i * W);
+        multiply();
         if (A_PARTS == 2) {
-            const bf16* rest = a.low + i;
-            _tile_loadd(4, rest, a_row);
-            if (M == 2) _tile_loadd(5, rest + TILE * lda, a_row);
-            _tile_dpbf16ps(0, 4, 6);
-            if (M == 2) _tile_dpbf16ps(1, 5, 6);
-            if (wide) {
-                _tile_dpbf16ps(2, 4, 7);
-                if (M == 2) _tile_dpbf16ps(3, 5, 7);
-            }
-            if (B_PARTS == 2) {
-                _tile_loadd(4, left, a_row);
-                if (M == 2) _tile_loadd(5, left + TILE * lda, a_row);
-            }
+            load_left(a.low + i);
+            multiply();
+            if (B_PARTS == 2) load_left(a.high + i);
         }
         if (B_PARTS == 2) {
-            const bf16* rest = b.low + i * W;
-            _tile_loadd(6, rest, b_row);
-            _tile_dpbf16ps(0, 4, 6);
-            if (M == 2) _tile_dpbf16ps(1, 5, 6);
-            if (wide) {
-                _tile_loadd(7, rest + 2 * TILE, b_row);
-                _tile_dpbf16ps(2, 4, 7);
-                if (M == 2) _tile_dpbf16ps(3, 5, 7);
-            }
+            load_right(b.low + i * W);
+            multiply();
         }
         meanwhile();
     }
     _tile_stored(0, c, c_row);
-    if (M == 2) _tile_stored(1, c + TILE * ldc, c_row);
+    _tile_stored(1, c + TILE * ldc, c_row);
     if (wide) _tile_stored(2, c + TILE, c_row);
-    if (wide && M == 2) _tile_stored(3, c + TILE * ldc + TILE, c_row);
+    if (wide) _tile_stored(3, c + TILE * ldc + TILE, c_row);
     AD_MEMORY_BARRIER();
+}
+template <int A_PARTS, int B_PARTS>
+AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int64_t depth) {
+    product<A_PARTS, B_PARTS>(c, ldc, a, lda, b, depth, [] {});
 }
 
 // The unit goes to sleep after less than a microsecond, and takes as long to be at full speed again: a product that nobody
 // reads keeps it awake between others. All of a prefill: 1.04 to 1.05 times as fast.
 AD_INLINE void stay_awake() { _tile_dpbf16ps(0, 4, 6); }
 
-template <int M, int A_PARTS, int B_PARTS>
-AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int64_t depth) {
-    product<M, A_PARTS, B_PARTS>(c, ldc, a, lda, b, depth, [] {});
-}
-
 // The two parts of 2 L numbers, interleaved: a0 b0 a1 b1 ... with `pairs`, else a0 a1 .. b0 b1 ..
-#if defined(__AVX512BW__) && !defined(ANYDELTA_PLAIN_PARTS)
+#if defined(__AVX512BW__)
 template <bool pairs>
 AD_INLINE __m512i upper_halves(__m512i a, __m512i b) {
     if (pairs) return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
