@@ -20,6 +20,8 @@
 namespace nb = nanobind;
 using namespace anydelta;
 
+void bind_ggml(nb::module_& m);  // src/anydelta/ggml/bind.cpp
+
 namespace {
 
 // On how many threads a plan runs, and whose: torch's for its tensors, otherwise as many as a Python function says.
@@ -528,6 +530,8 @@ size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& a
 }  // namespace
 
 NB_MODULE(_core, m) {
+    // A model that lives until the interpreter ends keeps its plans until then: no fault of anybody's to be told of.
+    nb::set_leak_warnings(false);
     nb::register_exception_translator([](const std::exception_ptr& error, void*) {
         try {
             std::rethrow_exception(error);
@@ -615,4 +619,5 @@ NB_MODULE(_core, m) {
             return copy_bandwidth(threads, mib);
         },
         nb::arg("threads"), nb::arg("mib"), "GB/s, read + written, of memcpy between buffers of `mib` MiB.");
+    bind_ggml(m);
 }

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from . import find as _find
     from . import functions as _functions
     from . import generate as _generate
+    from . import gguf as _gguf
     from . import layer as _layer
     from . import packed_matrices as _packed_matrices
     from .find import Found
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
     from .layer import Forward
     from .packed_matrices import Packed
 else:  # they import torch and Transformers
-    _classes, _find, _functions, _generate, _layer, _packed_matrices = (
+    _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices = (
         late(f"{__name__}.{name}")
-        for name in ("classes", "find", "functions", "generate", "layer", "packed_matrices")
+        for name in ("classes", "find", "functions", "generate", "gguf", "layer", "packed_matrices")
     )
 
 
@@ -166,7 +167,13 @@ _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
-_everywhere = Place(lambda on: turn((patch for b in _bound for patch in b.patches()), on))
+_everywhere = Place(lambda on: turn((*_files(), *(patch for b in _bound for patch in b.patches())), on))
+
+
+@functools.cache
+def _files() -> tuple[Patch, ...]:
+    """What opens GGUF files."""
+    return tuple(_gguf.patches(_everywhere))
 
 
 @dataclass

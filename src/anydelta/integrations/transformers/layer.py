@@ -22,6 +22,7 @@ from ...mixer.op import gated_delta_mixer_, plan_step
 from ...mixer.spec import unpack_qkv
 from ...rule.torch_ops import FUNCTION_MODE, onlooker, plain, quiet
 from .cache import RollbackLayer
+from .classes import runs_ours
 from .families import Family, Projected
 from .functions import (
     _CONV_OPTIONS,
@@ -59,7 +60,6 @@ def fused(
     """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
     name = f"{parts.name}.mixer"
     stock = advancing(theirs, cache_name)
-    steps: dict[int, _Step] = {}
 
     @functools.wraps(theirs)
     def forward(
@@ -72,18 +72,18 @@ def fused(
         if cache is None and kwargs:
             cache = cache_of(kwargs)
         if not _is_compiling():
-            step = steps.get(id(self))
+            step = _steps.get(id(self))
             if step is not None:
                 held = step.takes(hidden_states, cache, kwargs)
                 if held is not None:
-                    taken[name] += 1
+                    step.taken[step.name] += 1
                     if attention_mask is not None:
                         hidden_states = _without_padding(hidden_states, attention_mask)
                     return step.run(self, hidden_states, held)
             why_not = _why_not(self, parts, hidden_states, cache, kwargs)
             if why_not is None:
                 taken[name] += 1
-                keep = functools.partial(_keep, steps, self)
+                keep = functools.partial(_keep, self, name, taken)
                 cu_seqlens = _cu_seqlens(kwargs)
                 return _mix(self, parts, hidden_states, cache, attention_mask, cu_seqlens, keep)
             _count(name, why_not, taken, passed_on)
@@ -196,6 +196,8 @@ class _Step:
 
         self.native: core.MixerStep | None = None
         self.lower_bound: float | None = None
+        self.name, self.taken = "", Counter[str]()
+        """Where its calls are counted."""
 
     def mix(
         self, layer: LinearAttention, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
@@ -259,20 +261,39 @@ class _Step:
         return held
 
     def run(self, layer: LinearAttention, x: torch.Tensor, held: LinearAttentionLayer) -> torch.Tensor:
-        p = self.parts.project(layer, x)
-        conv_state, state = held.conv_states[0], held.recurrent_states[0]
-        out = self.mix(layer, p, conv_state, state)
-        if out is None:
-            out = _call(layer, self.parts, p, conv_state, state)
+        out = self.advance(layer, self.parts.project(layer, x), held)
         result: torch.Tensor = self.modules[self.parts.out](out)
         return result
 
+    def advance(self, layer: LinearAttention, p: Projected, held: LinearAttentionLayer) -> torch.Tensor:
+        """The mixer's output for these projections; the cache's states go on."""
+        conv_state, state = held.conv_states[0], held.recurrent_states[0]
+        out = self.mix(layer, p, conv_state, state)
+        return _call(layer, self.parts, p, conv_state, state) if out is None else out
 
-def _keep(steps: dict[int, _Step], layer: LinearAttention, step: _Step) -> None:
+
+_steps: dict[int, _Step] = {}
+"""By the identity of layers."""
+
+
+def _keep(layer: LinearAttention, name: str, taken: Counter[str], step: _Step) -> None:
     key = id(layer)
-    if key not in steps:
-        weakref.finalize(layer, steps.pop, key, None).atexit = False
-    steps[key] = step
+    if key not in _steps:
+        weakref.finalize(layer, _steps.pop, key, None).atexit = False
+    step.name, step.taken = name, taken
+    _steps[key] = step
+
+
+def next_step(
+    layer: LinearAttention, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
+) -> tuple[_Step, LinearAttentionLayer] | None:
+    """For who computes the projections of a layer elsewhere: its next step and its part of the cache, and it is counted.
+    None: ours is off, or the call is another one."""
+    step = _steps.get(id(layer))
+    if step is None or not runs_ours(layer) or (held := step.takes(x, cache, kwargs)) is None:
+        return None
+    step.taken[step.name] += 1
+    return step, held
 
 
 _Z = Projected._fields.index("z")

@@ -1,0 +1,205 @@
+"""ggml's shared libraries, as ggml-python or llama-cpp-python build them: its types of blocks, and what computes with them.
+
+    pip install anydelta[gguf]
+
+Only functions of ggml's public headers are called, by ctypes or, through their addresses, by anydelta._core.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import importlib.metadata
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..core.native import core
+
+PACKAGES = {"ggml": "ggml-python", "llama_cpp": "llama-cpp-python"}
+"""Modules with a folder lib of ggml's shared libraries, and what to install for them."""
+
+F32, F16, BF16 = 0, 1, 30
+"""Types of ggml that are numbers and not blocks (enum ggml_type)."""
+
+TYPES = 42
+"""Numbers of types that every ggml from OLDEST on has; later ones are appended (GGML_TYPE_COUNT)."""
+
+OLDEST = (0, 15)
+"""The first release with all of them."""
+
+_NO_NUMBERS = ("q8_1", "q8_K")
+"""Types that no file stores weights in: what others are multiplied with."""
+
+
+class GgmlError(RuntimeError):
+    """No usable ggml is here; the text says what to do."""
+
+
+class _Traits(C.Structure):
+    """struct ggml_type_traits of ggml.h, up to what is read here."""
+
+    _fields_ = (
+        ("type_name", C.c_char_p),
+        ("blck_size", C.c_int64),
+        ("blck_size_interleave", C.c_int64),
+        ("type_size", C.c_size_t),
+        ("is_quantized", C.c_bool),
+        ("to_float", C.c_void_p),
+        ("from_float_ref", C.c_void_p),
+    )
+
+
+class _CpuTraits(C.Structure):
+    """struct ggml_type_traits_cpu of ggml-cpu.h."""
+
+    _fields_ = (
+        ("from_float", C.c_void_p),
+        ("vec_dot", C.c_void_p),
+        ("vec_dot_type", C.c_int),
+        ("nrows", C.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of ggml that weights are stored in."""
+
+    type: int
+    name: str
+    """As files are named: Q4_K."""
+    values: int
+    """Of a block."""
+    bytes: int
+    quantised: bool
+
+    def row_bytes(self, n: int) -> int:
+        return n // self.values * self.bytes
+
+
+@dataclass(frozen=True)
+class Library:
+    """ggml in this process."""
+
+    base: C.CDLL
+    cpu: C.CDLL
+    version: str
+    kinds: Mapping[int, Kind]
+    """Types whose products the CPU computes, by their numbers."""
+    to_bfloat16: int
+    """The address of ggml_cpu_fp32_to_bf16."""
+    to_float16: int
+
+    def kind(self, name: str) -> Kind | None:
+        return next((k for k in self.kinds.values() if k.name.lower() == name.lower()), None)
+
+    def needs_matrix(self, kind: Kind) -> bool:
+        """Whether this type is chosen by what its numbers are multiplied with (an importance matrix)."""
+        return bool(self.base.ggml_quantize_requires_imatrix(kind.type))
+
+    def quantise(self, kind: Kind, rows: Any) -> Any:
+        """Blocks [rows, bytes] of float32 rows [rows, n]; n must be a multiple of `kind.values`."""
+        import numpy as np
+
+        rows = np.ascontiguousarray(rows, np.float32)
+        out = np.zeros((rows.shape[0], kind.row_bytes(rows.shape[1])), np.uint8)
+        self.base.ggml_quantize_chunk(
+            kind.type, rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], None
+        )
+        return out
+
+
+def folders() -> dict[str, Path]:
+    """Where the packages that are installed keep their libraries, by the packages' names."""
+    found = {}
+    for module, package in PACKAGES.items():
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations:
+            found[package] = Path(next(iter(spec.submodule_search_locations))) / "lib"
+    return found
+
+
+@cache
+def fails(code: str) -> str | None:
+    """Why that code fails in a process of its own: it may raise anything, or crash on another CPU than its own."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+            text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "no answer within 5 minutes"
+    if done.returncode == 0:
+        return None
+    ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+    return (done.stderr.strip().splitlines() or [ended])[-1]
+
+
+def load(folder: Path) -> tuple[C.CDLL, C.CDLL]:
+    """ggml-base and ggml-cpu."""
+    end = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    start = "" if sys.platform == "win32" else "lib"
+    base, cpu = (C.CDLL(str(folder / f"{start}ggml-{part}.{end}")) for part in ("base", "cpu"))
+    return base, cpu
+
+
+@cache
+def library() -> Library:
+    """ggml, loaded once.
+
+    Raises:
+        GgmlError: it is not installed, or does not run on this CPU.
+    """
+    reasons = []
+    if core is None:
+        raise GgmlError("ggml: requires the extension anydelta._core; got a source tree that was not built")
+    for package, folder in folders().items():
+        # Loaded elsewhere first: a library built for another CPU ends the process.
+        probe = f"from pathlib import Path; from {__name__} import _open; _open(Path({str(folder)!r}))"
+        if why := fails(probe):
+            version = importlib.metadata.version(package)
+            reasons.append(f"{package} {version} ships no usable ggml: {why}")
+        else:
+            return _open(folder)
+    got = "; ".join(reasons) or f"neither {' nor '.join(PACKAGES.values())}"
+    raise GgmlError(f"ggml: requires ggml's library; got {got}. Run: pip install 'anydelta[gguf]'")
+
+
+def _open(folder: Path) -> Library:
+    base, cpu = load(folder)
+    base.ggml_get_type_traits.restype = C.POINTER(_Traits)
+    cpu.ggml_get_type_traits_cpu.restype = C.POINTER(_CpuTraits)
+    base.ggml_version.restype = C.c_char_p
+    base.ggml_quantize_chunk.restype = C.c_size_t
+    base.ggml_quantize_chunk.argtypes = (
+        C.c_int, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64, C.c_int64, C.c_void_p,
+    )  # fmt: skip
+    base.ggml_quantize_requires_imatrix.restype = C.c_bool
+    version = base.ggml_version().decode()
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST:
+        raise GgmlError(f"ggml: requires ggml {'.'.join(map(str, OLDEST))} or later; got {version}")
+    cpu.ggml_cpu_init()  # its tables
+    all_ = {i: base.ggml_get_type_traits(i).contents for i in range(TYPES)}
+    of_cpu = {i: cpu.ggml_get_type_traits_cpu(i).contents for i in range(TYPES)}
+    kinds = {}
+    for i, traits in all_.items():
+        name, mine = (traits.type_name or b"").decode(), of_cpu[i]
+        if not traits.type_size or not mine.vec_dot or name in _NO_NUMBERS:
+            continue  # removed, or never in a file
+        x_type = mine.vec_dot_type
+        core.learn_kind(
+            i, traits.to_float or 0, mine.vec_dot, traits.blck_size, traits.type_size,
+            x_type, of_cpu[x_type].from_float or 0 if x_type != F32 else 0,
+            all_[x_type].blck_size, all_[x_type].type_size,
+        )  # fmt: skip
+        kinds[i] = Kind(i, name.upper(), traits.blck_size, traits.type_size, traits.is_quantized)
+    narrow = [C.cast(getattr(cpu, f"ggml_cpu_fp32_to_{n}"), C.c_void_p).value or 0 for n in ("bf16", "fp16")]
+    return Library(base, cpu, version, kinds, *narrow)

@@ -1,0 +1,209 @@
+"""Products of torch tensors with matrices in ggml's blocks, on the CPU; and the numbers of such blocks.
+
+    y = linear(x, blocks, type)            x [..., n], blocks uint8 [rows, bytes]: y float32 [..., rows]
+
+Few rows of x are multiplied block by block by ggml's functions, which bring x into 8 bits. Many are multiplied by
+torch with the numbers of a part of the blocks at a time, in bfloat16 where the CPU has instructions for it: closer to
+the exact product than 8 bits are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..core.native import core
+from ..rule.torch_ops import watched
+from .library import Kind, Library, library
+
+FEW_ROWS = 16
+"""Up to so many rows, reading blocks once a row is faster than unpacking them. Measured for Q4_K, 3584 x 1024, on a Zen 4:
+16 rows take 1.9 ms either way; types that unpack slowly (Q6_K, IQ4_XS) change sides at 38."""
+
+PART = 1 << 20
+"""Numbers that are unpacked at a time: 2 MB of bfloat16 stay in the cache until they are multiplied."""
+
+
+class Blocks:
+    """A matrix [rows, n] in blocks, with what it takes to multiply with it."""
+
+    __slots__ = ("kind", "n", "native", "rows", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, type: int):
+        """
+        Args:
+            tensor: uint8 [..., bytes of a row], on the CPU; for a type of numbers, those. Kept.
+            type: as ggml numbers it.
+
+        Raises:
+            ValueError: a type or a shape that ggml does not multiply with.
+        """
+        kind = kind_of(type)
+        tensor = tensor.detach()
+        if tensor.dtype != torch.uint8:
+            tensor = tensor.contiguous().view(torch.uint8)
+        if tensor.device.type != "cpu" or tensor.ndim < 2 or tensor.shape[-1] % kind.bytes:
+            raise ValueError(
+                f"ggml: requires blocks [rows, bytes] of {kind.name} on the CPU, bytes a multiple of {kind.bytes}; got "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+        self.tensor = tensor.contiguous()
+        self.kind, self.n = kind, tensor.shape[-1] // kind.bytes * kind.values
+        self.rows = tensor.numel() // tensor.shape[-1]
+        self.native = core.Blocks(type, self.tensor.data_ptr(), self.rows, self.n)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """y [m, rows] of x [m, n], float32."""
+        if x.shape[0] > FEW_ROWS:
+            return self._unpacked(x)
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
+        self.native.multiply(x.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by torch, a part of the rows at a time."""
+        dtype = wide_dtype()
+        x = x.to(dtype)
+        y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
+        part = max(1, PART // self.n)
+        numbers = torch.empty((min(part, self.rows), self.n), dtype=dtype)
+        for begin in range(0, self.rows, part):
+            count = min(part, self.rows - begin)
+            self._unpack(numbers, begin, count)
+            y[:, begin : begin + count] = x @ numbers[:count].T
+        return y
+
+    def numbers(self, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """All rows, or those of int64 `rows`: [count, n]."""
+        count = self.rows if rows is None else rows.numel()
+        fast = dtype in (torch.float32, torch.bfloat16, torch.float16)
+        out = torch.empty((count, self.n), dtype=dtype if fast else torch.float32)
+        picked = None if rows is None else rows.reshape(-1).to(torch.int64).contiguous()
+        self._unpack(out, 0, count, 0 if picked is None else picked.data_ptr())
+        return out if fast else out.to(dtype)
+
+    def _unpack(self, out: torch.Tensor, begin: int, count: int, picked: int = 0) -> None:
+        ggml = library()
+        narrow = {torch.bfloat16: ggml.to_bfloat16, torch.float16: ggml.to_float16}.get(out.dtype, 0)
+        self.native.unpack(picked, begin, count, narrow, out.data_ptr(), torch.get_num_threads())
+
+
+def kind_of(type: int) -> Kind:
+    """The type of that number.
+
+    Raises:
+        ValueError: ggml's CPU code has none.
+        GgmlError: no ggml is here.
+    """
+    ggml: Library = library()
+    if type not in ggml.kinds:
+        names = ", ".join(f"{k.name} ({k.type})" for k in ggml.kinds.values())
+        raise ValueError(f"ggml: requires a type of ggml {ggml.version}: {names}; got {type}")
+    return ggml.kinds[type]
+
+
+@functools.cache
+def wide_dtype() -> torch.dtype:
+    """What many rows are multiplied in."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def wants_gradient(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+# ---- Operators: what a tracer or torch.compile sees of these
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
+    """x [..., n] times the blocks of a matrix [rows, n]: float32 [..., rows]. With a gradient of x where one is wanted."""
+    if wants_gradient(x):
+        return x.float() @ numbers(weight, type, torch.float32).T
+    if watched(x, weight):
+        out: torch.Tensor = torch.ops.anydelta.ggml_linear(x, weight, type)
+        return out
+    return _linear(x, weight, type)
+
+
+def experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
+    """x [T, n] times the matrices that `ids` [T, k] choose of blocks [E, rows, bytes]: float32 [T, k, rows]."""
+    if watched(x, weight, ids):
+        out: torch.Tensor = torch.ops.anydelta.ggml_experts(x, weight, ids, type)
+        return out
+    return _experts(x, weight, ids, type)
+
+
+def numbers(
+    weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The rows [count, n] that blocks hold, all or those of the indices `rows`."""
+    if watched(weight, rows):
+        out: torch.Tensor = torch.ops.anydelta.ggml_numbers(weight, type, dtype, rows)
+        return out
+    return _numbers(weight, type, dtype, rows)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
+    blocks = Blocks(weight, type)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if flat.shape[1] != blocks.n:
+        raise ValueError(f"ggml: requires x [..., {blocks.n}] with these blocks; got {list(x.shape)}")
+    return blocks.multiply(flat).reshape(*x.shape[:-1], blocks.rows)
+
+
+def _experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
+    blocks = Blocks(weight, type)
+    T, k = ids.shape
+    rows = weight.shape[1]
+    if x.shape != (T, blocks.n):
+        raise ValueError(f"ggml: requires x {[T, blocks.n]} with these blocks and ids; got {list(x.shape)}")
+    x = x.detach().to(torch.float32).contiguous()
+    ids = ids.to(torch.int32).contiguous()
+    out = torch.empty((T, k, rows), dtype=torch.float32)
+    if T * k <= FEW_ROWS * weight.shape[0]:
+        threads = torch.get_num_threads()
+        blocks.native.multiply_experts(rows, x.data_ptr(), ids.data_ptr(), T * k, k, out.data_ptr(), threads)
+        return out
+    flat, of = out.view(T * k, rows), ids.view(-1)  # each expert's rows together
+    for expert in of.unique().tolist():
+        mine = (of == expert).nonzero().view(-1)
+        flat[mine] = Blocks(weight[expert], type).multiply(x[mine // k])
+    return out
+
+
+def _numbers(
+    weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    return Blocks(weight, type).numbers(dtype, rows)
+
+
+_LIBRARY = torch.library.Library("anydelta", "FRAGMENT")
+_LIBRARY.define("ggml_linear(Tensor x, Tensor weight, int type) -> Tensor")
+_LIBRARY.define("ggml_experts(Tensor x, Tensor weight, Tensor ids, int type) -> Tensor")
+_LIBRARY.define("ggml_numbers(Tensor weight, int type, ScalarType dtype, Tensor? rows=None) -> Tensor")
+for _name, _function in (("linear", _linear), ("experts", _experts), ("numbers", _numbers)):
+    _LIBRARY.impl(f"ggml_{_name}", _function, "CPU")
+
+
+@torch.library.register_fake("anydelta::ggml_linear", lib=_LIBRARY)
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("anydelta::ggml_experts", lib=_LIBRARY)
+def _fake_experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
+    return x.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("anydelta::ggml_numbers", lib=_LIBRARY)
+def _fake_numbers(
+    weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    kind = kind_of(type)
+    count = weight.shape[0] if rows is None else rows.numel()
+    return weight.new_empty((count, weight.shape[-1] // kind.bytes * kind.values), dtype=dtype)

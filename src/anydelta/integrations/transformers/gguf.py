@@ -1,0 +1,206 @@
+"""GGUF files in Transformers on a CPU: the weights stay in their blocks, and ggml's functions multiply with them.
+
+    adt.enable()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-Q4_K_M.gguf")
+
+Transformers keeps the blocks where it finds a kernel for the device, and has none for CPUs: there it turns the whole
+model into numbers. While anydelta is enabled its loader is told of ours (anydelta.ggml), and of all types of ggml. A
+model that was loaded so keeps its products after `disable()`: nothing else can read its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import weakref
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...ggml import torch_ops
+from ...ggml.library import GgmlError, library
+from ..switch import Patch, Place, guarded, warn
+from . import gguf_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_AT = "transformers.integrations.gguf"
+_LOADER = "transformers.quantizers.quantizer_gguf"
+
+
+class Kernel:
+    """What Transformers' loader asks of a kernel: for blocks on the CPU ours, for others theirs or none."""
+
+    def __init__(self, theirs: Any):
+        self.theirs = theirs
+        self.gemv_types = frozenset(library().kinds)
+
+    def supports(self, ggml_type: int) -> bool:
+        return ggml_type in self.gemv_types
+
+
+def patches(place: Place) -> Iterator[Patch]:
+    """What `enable()` puts in place; nothing where this Transformers cannot keep blocks packed."""
+    if importlib.util.find_spec(_LOADER) is None or importlib.util.find_spec(f"{_AT}.kernels") is None:
+        return
+    loader = importlib.import_module(_LOADER)
+    if not hasattr(loader, "get_gguf_kernel"):
+        return
+    quantizer = loader.GgufHfQuantizer
+    yield Patch(loader, "get_gguf_kernel", lambda theirs: guarded(theirs, _finding(theirs), place))
+    for name, make in (
+        ("read_header", _reading),
+        ("_process_model_after_weight_loading", _finishing),
+    ):
+        yield Patch(
+            quantizer, name, lambda theirs, make=make: guarded(theirs, make(theirs), place, name=theirs.__name__)
+        )
+
+
+def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
+    """get_gguf_kernel: ours around what is there."""
+
+    def get_gguf_kernel() -> Any:
+        found = theirs()
+        if torch.backends.mps.is_available():  # the loader puts the model there, and there is a kernel for it
+            return found
+        try:
+            library()
+        except GgmlError as error:
+            warn(f"anydelta: GGUF weights become numbers as Transformers has it: {error}")
+            return found
+        _serve()
+        return Kernel(found)
+
+    return get_gguf_kernel
+
+
+def _reading(theirs: Callable[..., None]) -> Callable[..., None]:
+    """read_header: with the sizes of all types of ggml, of which Transformers knows some."""
+
+    @functools.wraps(theirs)
+    def read_header(self: Any, gguf_file: str) -> None:
+        try:
+            kinds = library().kinds.values()
+        except GgmlError:
+            kinds = ()  # type: ignore[assignment]
+        dequant = importlib.import_module(f"{_AT}.dequant")
+        for kind in kinds:
+            if kind.quantised:
+                dequant.GGML_BLOCK.setdefault(kind.type, (kind.values, kind.bytes))
+                dequant.GGML_NAME.setdefault(kind.type, kind.name)
+                dequant._DEQUANT.setdefault(kind.type, functools.partial(_unpack, kind.type))
+        theirs(self, gguf_file)
+
+    return read_header
+
+
+def _unpack(type: int, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch_ops.numbers(blocks.cpu(), type, dtype).to(blocks.device)
+
+
+def _finishing(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The end of loading: no attention kernel is looked for on the hub, which has none for CPUs."""
+
+    @functools.wraps(theirs)
+    def finish(self: Any, model: nn.Module, **kwargs: object) -> nn.Module:
+        if isinstance(self.kernel, Kernel) and not self.kernel.theirs:
+            self.attn_requested = True
+        return theirs(self, model, **kwargs)
+
+    return finish
+
+
+# ---- Products of loaded models
+
+
+@functools.cache
+def _serve() -> None:
+    """Let the modules that hold blocks find ours for those on the CPU, from now on."""
+    kernels, utils = (importlib.import_module(f"{_AT}.{name}") for name in ("kernels", "utils"))
+
+    def on_cpu(module: ModuleType, name: str, ours: Callable[..., torch.Tensor]) -> None:
+        theirs = getattr(module, name)
+
+        @functools.wraps(theirs)
+        def either(weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if weight.device.type == "cpu":
+                return ours(weight, *args, **kwargs)
+            result: torch.Tensor = theirs(weight, *args, **kwargs)
+            return result
+
+        setattr(module, name, either)
+
+    for kind, make in _served(utils):
+        kind.forward = make(kind.forward)
+    on_cpu(utils, "mul_mat_vec", _mul_mat_vec)
+    on_cpu(utils, "mul_mat_id", _mul_mat_id)
+    on_cpu(utils, "dequantize_blocks", _dequantize_blocks)
+    on_cpu(kernels, "dequantize_blocks", _dequantize_blocks)
+    on_cpu(importlib.import_module(f"{_AT}.gguf_conversion_mapping"), "dequantize_blocks", _dequantize_blocks)
+
+
+def _served(utils: ModuleType) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """Classes whose forward ours takes the place of."""
+    yield utils.GgufLinear, _linear
+    for family in ("qwen3_5", "qwen3_5_moe"):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for kind in vars(module).values():
+            if isinstance(kind, type) and kind.__name__.endswith("DecoderLayer"):
+                yield kind, gguf_layers.fused
+
+
+def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """GgufLinear's forward. Its blocks are looked at once."""
+    known: dict[int, tuple[torch.Tensor, int, torch_ops.Blocks, torch.Tensor | None]] = {}
+
+    @functools.wraps(theirs)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters["weight"]
+        if torch.compiler.is_compiling() or torch_ops.watched(x, weight) or torch_ops.wants_gradient(x):
+            return theirs(self, x)
+        held = known.get(id(self))
+        if held is None or held[0] is not weight or held[1] != weight.data_ptr():
+            if weight.device.type != "cpu":
+                return theirs(self, x)
+            order = self.input_permutation
+            if order is not None and torch.equal(order, torch.arange(len(order))):
+                order = None
+            if held is None:
+                weakref.finalize(self, known.pop, id(self), None).atexit = False
+            held = known[id(self)] = (weight, weight.data_ptr(), torch_ops.Blocks(weight, self.ggml_type), order)
+        _, _, blocks, order = held
+        flat = x.reshape(-1, x.shape[-1])
+        if order is not None:
+            flat = flat.index_select(1, order)
+        y = blocks.multiply(flat).view(*x.shape[:-1], blocks.rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return forward
+
+
+def _mul_mat_vec(weight: torch.Tensor, x: torch.Tensor, type: int, rows: int) -> torch.Tensor:
+    return torch_ops.linear(x, weight, type)
+
+
+def _mul_mat_id(
+    blocks: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, type: int, rows: int
+) -> torch.Tensor:
+    return torch_ops.experts(x, blocks, ids, type)
+
+
+def _dequantize_blocks(
+    weight: torch.Tensor,
+    type: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return torch_ops.numbers(weight, type, dtype, indices)
