@@ -21,9 +21,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
-from anydelta.bench.measure import model, model_report, ops, outputs, presets, profile  # noqa: E402
+from anydelta.bench.measure import model, model_report, ops, outputs, profile  # noqa: E402
 from anydelta.bench.measure.runners import CompiledRunner, TransformersRunner, prepare  # noqa: E402
 from anydelta.bench.measure.runners import Test as Work  # noqa: E402
+from anydelta.generate import presets  # noqa: E402
 from anydelta.generate.checkpoint import REPOSITORY_MODEL, CheckpointError  # noqa: E402
 from anydelta.terminal import Failed  # noqa: E402
 from conftest import CPU_REASONS, run_program, without  # noqa: E402

@@ -1,4 +1,4 @@
-"""The program `anydelta`: info | doctor | conform | generate | bench | tune. Needs the extra "cli" (typer and rich).
+"""The program `anydelta`: info | doctor | conform | generate | gguf | bench | tune. Needs the extra "cli".
 
 How it prints and ends: terminal.py.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COMMANDS = (
     "anydelta.doctor",
-    *(f"anydelta.{room}.cli" for room in ("conformance", "generate", "bench", "tune")),
+    *(f"anydelta.{room}.cli" for room in ("conformance", "generate", "gguf", "bench", "tune")),
 )
 """Modules whose `register(app)` adds a command. By name: they need typer, which may be missing."""
 

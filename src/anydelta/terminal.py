@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -211,6 +212,27 @@ def progress() -> Iterator[Callable[[str, float], None]]:
                 drawn = time.monotonic()
 
         yield tell
+
+
+# ---- Files
+
+
+def check_writable(path: Path) -> None:
+    """Check, before the work begins, that the file can be written. It stays as it is.
+
+    Raises:
+        Refused: it cannot.
+    """
+    with refusing(OSError, ValueError):  # a name too long, a NUL in it
+        if not path.parent.is_dir():
+            raise Refused(f"requires a folder that exists; got {path}, whose folder does not exist")
+        if path.is_dir():
+            raise Refused(f"requires a file to write; got the folder {path}")
+        existed = path.exists()
+        with path.open("ab"):  # the only sure way to know
+            pass
+        if not existed:
+            path.unlink()
 
 
 # ---- The end

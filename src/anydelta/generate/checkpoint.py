@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.json_file import read_json
 from ..terminal import Refused
+from . import gguf_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,9 +94,12 @@ def need_packages() -> None:
         raise CheckpointError(f"requires {' and '.join(missing)}; got no such package. Run: {INSTALL}")
 
 
-def open_checkpoint(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> Opened:
-    """The model and the tokenizer of a folder, or of a name on the Hugging Face hub.
+def open_checkpoint(
+    name: str, dtype: str = "auto", trust_remote_code: bool = False, packed: bool = True
+) -> Opened:
+    """The model and the tokenizer of a folder, of a GGUF file, or of a name on the Hugging Face hub.
 
+    The weights of a GGUF file stay in their blocks, unless `packed` is False: then as Transformers alone has it.
     `trust_remote_code` runs the Python code that comes with them, where they have their own.
 
     Raises:
@@ -114,9 +118,13 @@ def open_checkpoint(name: str, dtype: str = "auto", trust_remote_code: bool = Fa
     if is_folder:
         name = str(folder)
         _check_folder(folder)
+    elif gguf_file.is_gguf(name):
+        with quiet():
+            path = gguf_file.check(folder).path
+            return Opened(name, *gguf_file.load(path, dtype, packed))
     elif is_file:
         raise CheckpointError(
-            f"requires a folder with config.json and safetensors, or a hub name; got the file {name}"
+            f"requires a folder with config.json and safetensors, a .gguf file, or a hub name; got the file {name}"
         )
     elif name.count("/") > 1 or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(

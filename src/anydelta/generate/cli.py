@@ -38,7 +38,8 @@ def _option(*names_and_help: str) -> object:
 def generate_command(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; - or none reads stdin.")] = None,
     model: Annotated[
-        str | None, _option("--model", "-m", "A folder, or a hub name. Default: the repository's model.")
+        str | None,
+        _option("--model", "-m", "A folder, a .gguf file, or a hub name. Default: the repository's model."),
     ] = None,
     max_new_tokens: Annotated[int, _option("--max-new-tokens", "-n", "How many tokens at most.")] = 128,
     min_new_tokens: Annotated[int | None, _option("--min-new-tokens", "How many at least.")] = None,
@@ -109,6 +110,7 @@ def generate_command(
       anydelta generate -m Qwen/Qwen3.5-0.8B --dtype bfloat16 --chat "What is a gated delta rule?"
       anydelta generate --compare "In the beginning"
       anydelta generate --mtp --compare "In the beginning"
+      anydelta generate -m Qwen3.5-0.8B-Q4_K_M.gguf --chat "What is a gated delta rule?"
       anydelta generate -m moonshotai/Kimi-Linear-48B-A3B-Instruct --trust-remote-code --fla "Is 123 a prime?"
     """
     given = {
@@ -133,7 +135,7 @@ def generate_command(
     text = _prompt(prompt)
     if fla:
         fla_names.install()
-    opened = open_checkpoint(name, dtype, trust_remote_code)
+    opened = open_checkpoint(name, dtype, trust_remote_code, packed=not plain)
     _check_sampling(opened, given)
     if "stop_strings" in given:
         given["tokenizer"] = opened.tokenizer  # generate() needs it to find them

@@ -110,6 +110,7 @@ void bind_ggml(nb::module_& m) {
     nb::class_<Chain>(m, "Chain")
         .def(nb::init<>())
         .def("buffer", &Chain::buffer)
+        .def("width", &Chain::width)
         .def("norm", [](Chain& c, int in, int out, uintptr_t weight, float eps,
                         float offset) { c.norm(in, out, at<const float>(weight), eps, offset); })
         .def("matrices", &chain_matrices)

@@ -1,4 +1,4 @@
-"""ggml's shared libraries, as ggml-python or llama-cpp-python build them: its types of blocks, and what computes with them.
+"""ggml's shared libraries, as ggml-python or llama-cpp-python build them: its types, and what computes with them.
 
     pip install anydelta[gguf]
 

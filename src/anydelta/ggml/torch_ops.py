@@ -15,14 +15,17 @@ import torch
 
 from ..core.native import core
 from ..rule.torch_ops import watched
-from .library import Kind, Library, library
+from .library import BF16, F16, F32, Kind, Library, library
 
 FEW_ROWS = 16
-"""Up to so many rows, reading blocks once a row is faster than unpacking them. Measured for Q4_K, 3584 x 1024, on a Zen 4:
-16 rows take 1.9 ms either way; types that unpack slowly (Q6_K, IQ4_XS) change sides at 38."""
+"""Up to so many rows, reading blocks once a row is faster than unpacking them. Measured for Q4_K, 3584 x 1024, on a
+Zen 4: 16 rows take 1.9 ms either way; types that unpack slowly (Q6_K, IQ4_XS) change sides at 38."""
 
-PART = 1 << 20
-"""Numbers that are unpacked at a time: 2 MB of bfloat16 stay in the cache until they are multiplied."""
+PART = 1 << 19
+"""Numbers that are unpacked at a time: 1 MB of bfloat16 stays in the cache until it is multiplied."""
+
+NUMBERS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+"""Types of ggml that are numbers."""
 
 
 class Blocks:
@@ -108,7 +111,7 @@ def kind_of(type: int) -> Kind:
 @functools.cache
 def wide_dtype() -> torch.dtype:
     """What many rows are multiplied in."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
 
@@ -120,11 +123,15 @@ def wants_gradient(x: torch.Tensor) -> bool:
 # ---- Operators: what a tracer or torch.compile sees of these
 
 
+def _traced(*arrays: torch.Tensor | None) -> bool:
+    return torch.compiler.is_compiling() or watched(*arrays)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
-    """x [..., n] times the blocks of a matrix [rows, n]: float32 [..., rows]. With a gradient of x where one is wanted."""
+    """x [..., n] times the blocks of a matrix [rows, n]: float32 [..., rows]; differentiable in x."""
     if wants_gradient(x):
         return x.float() @ numbers(weight, type, torch.float32).T
-    if watched(x, weight):
+    if _traced(x, weight):
         out: torch.Tensor = torch.ops.anydelta.ggml_linear(x, weight, type)
         return out
     return _linear(x, weight, type)
@@ -132,7 +139,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
 
 def experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
     """x [T, n] times the matrices that `ids` [T, k] choose of blocks [E, rows, bytes]: float32 [T, k, rows]."""
-    if watched(x, weight, ids):
+    if _traced(x, weight, ids):
         out: torch.Tensor = torch.ops.anydelta.ggml_experts(x, weight, ids, type)
         return out
     return _experts(x, weight, ids, type)
@@ -142,7 +149,7 @@ def numbers(
     weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The rows [count, n] that blocks hold, all or those of the indices `rows`."""
-    if watched(weight, rows):
+    if _traced(weight, rows):
         out: torch.Tensor = torch.ops.anydelta.ggml_numbers(weight, type, dtype, rows)
         return out
     return _numbers(weight, type, dtype, rows)
@@ -190,20 +197,21 @@ for _name, _function in (("linear", _linear), ("experts", _experts), ("numbers",
     _LIBRARY.impl(f"ggml_{_name}", _function, "CPU")
 
 
-@torch.library.register_fake("anydelta::ggml_linear", lib=_LIBRARY)
 def _fake_linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("anydelta::ggml_experts", lib=_LIBRARY)
 def _fake_experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
     return x.new_empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("anydelta::ggml_numbers", lib=_LIBRARY)
 def _fake_numbers(
     weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     kind = kind_of(type)
     count = weight.shape[0] if rows is None else rows.numel()
     return weight.new_empty((count, weight.shape[-1] // kind.bytes * kind.values), dtype=dtype)
+
+
+for _name, _fake in (("linear", _fake_linear), ("experts", _fake_experts), ("numbers", _fake_numbers)):
+    torch.library.register_fake(f"anydelta::ggml_{_name}", _fake, lib=_LIBRARY)

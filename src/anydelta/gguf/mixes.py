@@ -66,9 +66,7 @@ _NARROWER = {
 
 def is_matrix(name: str, dims: int) -> bool:
     """Whether a tensor is stored in blocks; all others are float32."""
-    return (
-        dims > 1 and name.endswith(".weight") and not re.search(r"_norm\.|ffn_gate_inp|ssm_conv1d", name)
-    )
+    return dims > 1 and name.endswith(".weight") and not re.search(r"_norm\.|ffn_gate_inp|ssm_conv1d", name)
 
 
 def choose(mix: str, names: Iterable[tuple[str, int]], values: dict[str, int]) -> dict[str, str]:

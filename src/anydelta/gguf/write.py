@@ -48,9 +48,15 @@ def types() -> list[str]:
     return [*MIXES, *(k.name for k in ggml.kinds.values() if not ggml.needs_matrix(k))]
 
 
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def missing() -> str | None:
     """Why no file can be written here, or None."""
-    return None if importlib.util.find_spec("gguf") else "gguf is not installed (pip install 'anydelta[gguf]')"
+    return (
+        None if importlib.util.find_spec("gguf") else "gguf is not installed (pip install 'anydelta[gguf]')"
+    )
 
 
 def write(
@@ -236,9 +242,10 @@ def _letters() -> list[str]:
 
 
 def _no_words(vocabulary: int) -> tuple[list[str], list[int], list[str], str]:
-    letters = _letters()[:vocabulary]
-    words = [*letters, *(f"[PAD{i}]" for i in range(len(letters), vocabulary))]
-    kinds = [NORMAL] * len(letters) + [UNUSED] * (vocabulary - len(letters))
+    letters = _letters()
+    real = [*letters, letters[0] + letters[1]][:vocabulary]
+    words = [*real, *(f"[PAD{i}]" for i in range(len(real), vocabulary))]
+    kinds = [NORMAL] * len(real) + [UNUSED] * (vocabulary - len(real))
     return words, kinds, [f"{letters[0]} {letters[1]}"], "gpt-2"
 
 
@@ -285,7 +292,4 @@ def _split(told: dict[str, Any]) -> str:
                 yield from patterns(part)
 
     own = list(patterns(told.get("pre_tokenizer")))
-    for known, pattern in GGUF_PRE_TOKENIZER_SPLITS.items():
-        if pattern in own:
-            return known
-    return "gpt-2"
+    return next((str(name) for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items() if pattern in own), "gpt-2")

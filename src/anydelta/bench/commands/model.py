@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...generate.checkpoint import need_packages, quiet
+from ...generate import gguf_file, presets
+from ...generate.checkpoint import need_packages, open_checkpoint, quiet
 from ...generate.write import with_anydelta
 from ...integrations import transformers as plug
 from ...terminal import Refused, progress, say
 from ..contenders import llama
-from ..measure import model, model_report, ops, presets
+from ..measure import model, model_report, ops
 from ..measure.runners import CompiledRunner, Test, TransformersRunner
 from .options import Csv, Json, Md, Output, Plot, checked, numbers_of_threads, show
 
@@ -36,7 +38,9 @@ def model_command(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help="Presets (see --list), folders or hub names; commas allowed. Default: tiny."
+            "--model",
+            "-m",
+            help="Presets (see --list), folders, .gguf files or hub names; commas allowed. Default: tiny.",
         ),
     ] = None,
     prompt: Annotated[
@@ -68,6 +72,8 @@ def model_command(
 ) -> None:
     """Time whole models as llama-bench does: Transformers as it is, with anydelta, and llama.cpp.
 
+    Of a .gguf file Transformers alone makes a model of numbers, anydelta and llama.cpp keep its blocks.
+
     ppN is N prompt tokens in one go, tgN is N tokens one after the other. Presets have random weights at the
     shapes of the published models. Logits and greedy tokens are compared before anything is timed.
 
@@ -75,6 +81,7 @@ def model_command(
       anydelta bench model
       anydelta bench model -m qwen3.5-0.8b -p 512 -n 64 -t 2 --profile --plot model.svg
       anydelta bench model -m qwen3.5-4b --layers 8 --dtype bfloat16 -d 0,4096
+      anydelta bench model -m Qwen3.5-0.8B-Q4_K_M.gguf -p 512 -n 128 -d 0,1024,4096 -t 1,2 -r 5 --md
     """
     form = checked(json, csv, md, output, plot)
     if rounds < 1:
@@ -121,8 +128,12 @@ def _measure(
     whole = len(names) * len(dtypes) * len(counts)
     for i, (name, dtype) in enumerate((n, d) for n in names for d in dtypes):
         tell(f"{name} {dtype}: building the model", i / len(names) / len(dtypes))
+        if gguf_file.is_gguf(name):
+            built, runners, dtype = _file(Path(name), tests, report, asked, enabled, tell)
+            _measure_all(built, runners, dtype, counts, settings, report, tell, i * len(counts), whole)
+            continue
         built = presets.build(name, dtype, layers)
-        runners: list[Any] = [TransformersRunner("transformers", transformers.__version__, built.model)]
+        runners = [TransformersRunner("transformers", transformers.__version__, built.model)]
         if not asked or "anydelta" in asked:
             version = report.machine["anydelta"]
             runners.append(TransformersRunner("anydelta", version, built.model, enabled))
@@ -140,17 +151,70 @@ def _measure(
             rival := _llama(built, dtype, tests, report, LLAMA in asked, tell)
         ):
             runners.append(rival)
+        _measure_all(built, runners, dtype, counts, settings, report, tell, i * len(counts), whole)
+    return report
+
+
+def _measure_all(
+    built: presets.Built,
+    runners: list[Any],
+    dtype: str,
+    counts: list[int],
+    settings: model.Settings,
+    report: model.Report,
+    tell: Callable[[str, float], None],
+    before: int,
+    whole: int,
+) -> None:
+    try:
         for j, threads in enumerate(counts):
 
-            def part(text: str, done: float, at: int = i * len(counts) + j) -> None:
+            def part(text: str, done: float, at: int = before + j) -> None:
                 tell(text, (at + done) / whole)
 
             model.measure(
                 built, runners, dtype=dtype, threads=threads, settings=settings, report=report, progress=part
             )
+    finally:
         for runner in runners:
             runner.close()
-    return report
+
+
+def _file(
+    path: Path,
+    tests: tuple[Test, ...],
+    report: model.Report,
+    asked: list[str],
+    enabled: Enabled,
+    tell: Callable[[str, float], None],
+) -> tuple[presets.Built, list[Any], str]:
+    """A GGUF file: as numbers for Transformers alone, in its blocks for anydelta and for llama.cpp."""
+    if others := [c for c in asked if c in (PACKED, COMPILED)]:
+        raise Refused(f"requires no --contender {others[0]} with a GGUF file; got {path}")
+    with quiet():
+        header = gguf_file.check(path)
+    tell(f"{path.name}: turning the file into numbers", 0.0)
+    stock = open_checkpoint(str(path), "float32", packed=False).model
+    built = presets.Built(header.architecture, stock, file=header)
+    version = importlib.import_module("transformers").__version__
+    runners: list[Any] = [TransformersRunner("transformers", version, stock)]
+    if not asked or "anydelta" in asked:
+        own = open_checkpoint(str(path)).model
+        runners.append(TransformersRunner("anydelta", report.machine["anydelta"], own, enabled))
+    if not asked or LLAMA in asked:
+        why = llama.missing(None)
+        if why and LLAMA in asked:
+            raise Refused(f"requires that {LLAMA} can run {path.name} here; got: {why}")
+        words = built.model.get_input_embeddings().num_embeddings
+        for repacked, name in ((True, LLAMA), (False, f"{LLAMA}, plain buffers")):
+            tell(f"{path.name}: {name}", 0.0)
+            try:
+                if why:
+                    raise RuntimeError(why)
+                runners.append(llama.LlamaRunner(path, "float16", _room(tests), words, repacked, name))
+            except RuntimeError as error:
+                report.absent[f"{name}, {path.name}"] = str(error)
+    return built, runners, f"{model.FILE}{header.kind}"
 
 
 def _packed(
@@ -185,13 +249,14 @@ def _llama(
 ) -> Runner | None:
     """llama.cpp with this model, or None and the reason in the report; asked for by name, it must be there."""
     name = f"{LLAMA}, {built.name} {dtype}"
-    if why := llama.missing(built):
+    if why := llama.missing(built.model.config.model_type):
         if asked:
             raise Refused(f"requires that {LLAMA} can run {built.name} here; got: {why}")
     else:
         tell(f"{built.name} {dtype}: writing the GGUF", 0.0)
         try:
-            return llama.LlamaRunner(built, dtype, _room(tests))
+            words = built.model.get_input_embeddings().num_embeddings
+            return llama.LlamaRunner(built, dtype, _room(tests), words)
         except RuntimeError as error:
             why = str(error)
     report.absent[name] = why

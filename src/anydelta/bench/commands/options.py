@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ... import terminal
-from ...terminal import Failed, Refused, progress, refusing
+from ...terminal import Failed, Refused, check_writable, progress
 from ..measure import outputs, small_report
 from ..measure.contender import needs
 from ..measure.ops import Settings
@@ -58,24 +58,6 @@ def checked(json: bool, csv: bool, md: bool, output: Path | None, plot: Path | N
     raise Refused(
         f"-o must end in {', '.join(FORMATS.values())}, or give --json, --csv or --md; got {output.name!r}"
     )
-
-
-def check_writable(path: Path) -> None:
-    """Check, before the minutes that it takes to measure, that the file can be written. It stays as it is.
-
-    Raises:
-        Refused: it cannot.
-    """
-    with refusing(OSError, ValueError):  # a name too long, a NUL in it
-        if not path.parent.is_dir():
-            raise Refused(f"requires a folder that exists; got {path}, whose folder does not exist")
-        if path.is_dir():
-            raise Refused(f"requires a file to write; got the folder {path}")
-        existed = path.exists()
-        with path.open("ab"):  # the only sure way to know
-            pass
-        if not existed:
-            path.unlink()
 
 
 def show(

@@ -9,6 +9,7 @@ model; what differs is whether anydelta is enabled while it runs.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...generate.presets import Built
 from ...terminal import Failed, first_line
 from . import profile
 from .cases import F32
 from .ops import Others
-from .presets import Built
 from .runners import Prepared, Runner, Test, TransformersRunner, interleave, prepare, random_ids, running
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 
 CHECK_PROMPT, CHECK_STEPS = 48, 8
 """Tokens that the contenders must agree about before they are timed."""
+
+FILE = "GGUF "
+"""What `dtype` begins with where a model is a file of quantised weights; its type follows."""
+
+QUANTISED_ERROR = 0.0069
+"""Of one product, relative to its size: what rounding the activations to 8 bits costs. ggml divides blocks of 256 by
+their largest number, some 3 standard deviations, and rounds to 127 levels: a step of 3 / 127 of a deviation, which is
+3 / 127 / sqrt(12) by RMS (quantize_row_q8_K of ggml-quants.c)."""
 
 HALF_ERROR = 2.0
 """Half types: how many times as far from the float32 result as Transformers itself (RMS over all logits)."""
@@ -79,6 +88,10 @@ class Record:
     ratio_low: float | None = None
     ratio_high: float | None = None
     """Quartiles of that ratio."""
+    over_llama: float | None = None
+    """llama.cpp's time over this one's, median of the rounds; of its forms the one that was faster."""
+    over_llama_low: float | None = None
+    over_llama_high: float | None = None
     others_pct: float | None = None
     """CPU time of other processes during the rounds, of all CPUs; Linux only."""
 
@@ -161,6 +174,9 @@ class _Verdict:
 def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Verdict]:
     """Logits after a prompt and after each of some tokens, the same tokens for everybody.
 
+    Files of quantised weights are compared with the numbers that they hold, in float32. A product of theirs rounds its
+    input to 8 bits, and the errors of two such products a layer add up like random ones.
+
     float32 is compared with Transformers itself. In a half type two right results differ by the rounding of that type,
     so each is compared with the float32 result of the same weights, and may be about as far from it as Transformers is.
     """
@@ -172,7 +188,8 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
     except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise Failed(f"requires that {base.name} runs the model; got {why}") from error
-    exact = want if dtype == "float32" or not isinstance(base, TransformersRunner) else None
+    full = dtype == "float32" or dtype.startswith(FILE)
+    exact = want if full or not isinstance(base, TransformersRunner) else None
     if exact is None:
         with _upcast(base.model):  # type: ignore[attr-defined]
             exact = _walk(base, prompt, list(forced))
@@ -193,6 +210,10 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
             verdict.checked = "logits and tokens against Transformers"
             verdict.logit_error = float(np.max(np.abs(got - want)))
             bar, got_error = runner.logit_error * scale, verdict.logit_error
+        elif dtype.startswith(FILE):
+            verdict.checked = "logits against the file's numbers in float32"
+            verdict.logit_error = got_error = _rms(got - exact) / _rms(exact)
+            bar = QUANTISED_ERROR * math.sqrt(2 * len(built.model.base_model.layers))
         else:
             verdict.checked = "logits against float32"
             verdict.logit_error = got_error = _rms(got - exact)
@@ -266,12 +287,21 @@ def _time_test(
     others = Others()
     seconds = interleave(runs, rounds, tell)
     disturbed = others.percent()
+    rivals = [t for run, t in zip(runs, seconds, strict=True) if run.runner.name.startswith("llama.cpp")]
     for run, times in zip(runs, seconds, strict=True):
         record = records[run.runner.name]
         rates = [run.test.n / t for t in times]
         record.rounds, record.others_pct = len(times), disturbed
         record.median_tps = statistics.median(rates)
         record.std_tps = statistics.stdev(rates) if len(rates) > 1 else 0.0
-        ratios = [base / t for base, t in zip(seconds[0], times, strict=True)]
-        record.ratio = statistics.median(ratios)
-        record.ratio_low, record.ratio_high = (float(x) for x in np.percentile(ratios, [25, 75]))
+        record.ratio, record.ratio_low, record.ratio_high = _ratio(seconds[0], times)
+        if rivals:
+            found = _ratio(min(rivals, key=statistics.median), times)
+            record.over_llama, record.over_llama_low, record.over_llama_high = found
+
+
+def _ratio(base: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
+    """base over times, round by round: the median and the quartiles."""
+    ratios = [b / t for b, t in zip(base, times, strict=True)]
+    low, high = (float(x) for x in np.percentile(ratios, [25, 75]))
+    return statistics.median(ratios), low, high

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import outputs
-from .model import Record, Report
+from .model import FILE, Record, Report
 from .profile import MIXER_TOTAL, ORDER, Part
 from .report import BUSY_PCT, COLOURS
 
@@ -21,7 +21,15 @@ KIND = Record
 HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit error")
 
 
+FILE_HEAD = ("model", "size", "params", "backend", "threads", "test", "t/s", "x llama.cpp", "logit error")
+"""As llama-bench's, for files."""
+
+
 def tables(report: Report) -> Iterator[outputs.Table]:
+    files = [r for r in report.records if r.dtype.startswith(FILE)]
+    if files:
+        rows = [file_row(r) for r in files]
+        yield outputs.Table("", FILE_HEAD, rows, lambda cells: "bold" if "anydelta" in cells else "")
     for title, records in groups(report):
         rows = [row(r) for r in records]
         yield outputs.Table(title, HEAD, rows, lambda cells: "bold" if "anydelta" in cells else "")
@@ -39,6 +47,11 @@ def header(report: Report) -> list[str]:
         "x transformers: its time over the contender's (above 1: faster), median of the rounds (quartiles)",
         "logit error: float32: largest difference from Transformers'; half types: RMS difference from float32's",
     ]
+    if any(r.dtype.startswith(FILE) for r in report.records):
+        lines[-2:] = [
+            "x llama.cpp: its time over the contender's in the same round, its faster form; median (quartiles)",
+            "logit error: RMS difference from the file's numbers computed in float32, relative to their RMS",
+        ]
     busy = max((r.others_pct or 0.0 for r in report.records), default=0.0)
     if busy >= BUSY_PCT:
         lines.append(f"other work took up to {busy:.0f} % of the CPUs: trust no absolute speed")
@@ -47,7 +60,8 @@ def header(report: Report) -> list[str]:
 
 def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
     """Records of one model, dtype and number of threads, under a title."""
-    for _, found in groupby(report.records, key=lambda r: (r.model, r.dtype, r.threads)):
+    others = (r for r in report.records if not r.dtype.startswith(FILE))
+    for _, found in groupby(others, key=lambda r: (r.model, r.dtype, r.threads)):
         records = list(found)
         first = records[0]
         title = (
@@ -74,6 +88,17 @@ def row(r: Record) -> tuple[str, ...]:
         r.same_tokens,
         _error(r),
     )
+
+
+def file_row(r: Record) -> tuple[str, ...]:
+    """The cells of FILE_HEAD."""
+    name = f"{r.model} {r.dtype.removeprefix(FILE)}"
+    first = (name, f"{r.size_mib:.2f} MiB", _count(r.params), r.contender, str(r.threads), r.test)
+    if r.median_tps is None:
+        return (*first, f"{r.status}: {r.reason}", "", _error(r))
+    over = r.over_llama
+    times = "" if over is None else f"{over:.2f} ({r.over_llama_low:.2f} to {r.over_llama_high:.2f})"
+    return (*first, f"{r.median_tps:.2f} ± {r.std_tps or 0.0:.2f}", times, _error(r))
 
 
 def _error(r: Record) -> str:

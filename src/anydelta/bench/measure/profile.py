@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ...core.late import late
-from .presets import Built
+from ...generate.presets import Built
 from .runners import CompiledRunner, Prepared, TransformersRunner, interleave
 
 if TYPE_CHECKING:

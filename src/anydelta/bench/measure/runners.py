@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ...generate.presets import Built
 from .cases import F32
 from .ops import SETTLE_SECONDS
-from .presets import Built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -167,13 +167,17 @@ _taken: Counter[str] = Counter()
 _passed_on: Counter[str] = Counter()
 
 
-_everywhere = Place(lambda on: turn((*_files(), *(patch for b in _bound for patch in b.patches())), on))
-
-
 @functools.cache
 def _files() -> tuple[Patch, ...]:
     """What opens GGUF files."""
     return tuple(_gguf.patches(_everywhere))
+
+
+def _turn(on: bool) -> list[str]:
+    return turn((*_files(), *(patch for b in _bound for patch in b.patches())), on)
+
+
+_everywhere = Place(_turn)
 
 
 @dataclass

@@ -16,20 +16,23 @@ import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...ggml import torch_ops
 from ...ggml.library import GgmlError, library
+from ...rule.torch_ops import watched
 from ..switch import Patch, Place, guarded, warn
-from . import gguf_layers
-
-if TYPE_CHECKING:
-    from torch import nn
+from . import gguf_layers, gguf_mtp
 
 _AT = "transformers.integrations.gguf"
 _LOADER = "transformers.quantizers.quantizer_gguf"
+
+
+FILES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Decoders that were loaded from a GGUF file, and which."""
 
 
 class Kernel:
@@ -52,13 +55,53 @@ def patches(place: Place) -> Iterator[Patch]:
         return
     quantizer = loader.GgufHfQuantizer
     yield Patch(loader, "get_gguf_kernel", lambda theirs: guarded(theirs, _finding(theirs), place))
-    for name, make in (
-        ("read_header", _reading),
-        ("_process_model_after_weight_loading", _finishing),
-    ):
-        yield Patch(
-            quantizer, name, lambda theirs, make=make: guarded(theirs, make(theirs), place, name=theirs.__name__)
-        )
+    yield Patch(
+        loader,
+        "get_gguf_conversion_mapping",
+        lambda theirs: guarded(theirs, _mapping(theirs), place),
+    )
+    yield Patch(
+        importlib.import_module(_AT),
+        "get_gguf_config",
+        lambda theirs: guarded(theirs, _config(theirs), place),
+    )
+    made: dict[str, Callable[[Any], Any]] = {
+        "read_header": _reading,
+        "_process_model_after_weight_loading": _finishing,
+    }
+    for name, make in made.items():
+        yield Patch(quantizer, name, functools.partial(_guarded, make, name, place))
+
+
+def _guarded(make: Callable[[Any], Any], name: str, place: Place, theirs: Any) -> Any:
+    return guarded(theirs, make(theirs), place, name=name)
+
+
+def _config(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """get_gguf_config: with the MTP layers of the file."""
+
+    @functools.wraps(theirs)
+    def get_gguf_config(metadata: dict[str, Any], tensor_names: tuple[str, ...]) -> dict[str, Any]:
+        found = theirs(metadata, tensor_names)
+        if n := gguf_mtp.count(metadata):
+            found |= {"num_mtp_layers": n, "mtp_layer_types": ["full_attention"] * n}
+        return found
+
+    return get_gguf_config
+
+
+def _mapping(theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """get_gguf_conversion_mapping: MTP layers behind the first are none of the model either."""
+
+    @functools.wraps(theirs)
+    def get_gguf_conversion_mapping(architecture: str, config: Any) -> list[Any]:
+        renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
+        text = config.get_text_config()
+        last = text.num_hidden_layers
+        more = range(last + 1, last + (getattr(text, "num_mtp_layers", None) or 0))
+        return [*(renaming(rf"^blk\.{i}\.", "mtp.") for i in more), *theirs(architecture, config)]
+
+    return get_gguf_conversion_mapping
 
 
 def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
@@ -84,19 +127,24 @@ def _reading(theirs: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(theirs)
     def read_header(self: Any, gguf_file: str) -> None:
-        try:
-            kinds = library().kinds.values()
-        except GgmlError:
-            kinds = ()  # type: ignore[assignment]
-        dequant = importlib.import_module(f"{_AT}.dequant")
-        for kind in kinds:
-            if kind.quantised:
-                dequant.GGML_BLOCK.setdefault(kind.type, (kind.values, kind.bytes))
-                dequant.GGML_NAME.setdefault(kind.type, kind.name)
-                dequant._DEQUANT.setdefault(kind.type, functools.partial(_unpack, kind.type))
+        learn_types()
         theirs(self, gguf_file)
 
     return read_header
+
+
+def learn_types() -> None:
+    """Let Transformers read all types that ggml has, where ggml is here."""
+    try:
+        kinds = library().kinds.values()
+    except GgmlError:
+        return
+    dequant = importlib.import_module(f"{_AT}.dequant")
+    for kind in kinds:
+        if kind.quantised:
+            dequant.GGML_BLOCK.setdefault(kind.type, (kind.values, kind.bytes))
+            dequant.GGML_NAME.setdefault(kind.type, kind.name)
+            dequant._DEQUANT.setdefault(kind.type, functools.partial(_unpack, kind.type))
 
 
 def _unpack(type: int, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,6 +158,9 @@ def _finishing(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def finish(self: Any, model: nn.Module, **kwargs: object) -> nn.Module:
         if isinstance(self.kernel, Kernel) and not self.kernel.theirs:
             self.attn_requested = True
+        if self.header is not None:
+            decoder: Any = model.get_decoder()  # type: ignore[operator]
+            FILES[decoder] = self.header.path
         return theirs(self, model, **kwargs)
 
     return finish
@@ -161,7 +212,7 @@ def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(theirs)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters["weight"]
-        if torch.compiler.is_compiling() or torch_ops.watched(x, weight) or torch_ops.wants_gradient(x):
+        if torch.compiler.is_compiling() or watched(x, weight) or torch_ops.wants_gradient(x):
             return theirs(self, x)
         held = known.get(id(self))
         if held is None or held[0] is not weight or held[1] != weight.data_ptr():
@@ -172,7 +223,12 @@ def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
                 order = None
             if held is None:
                 weakref.finalize(self, known.pop, id(self), None).atexit = False
-            held = known[id(self)] = (weight, weight.data_ptr(), torch_ops.Blocks(weight, self.ggml_type), order)
+            held = known[id(self)] = (
+                weight,
+                weight.data_ptr(),
+                torch_ops.Blocks(weight, self.ggml_type),
+                order,
+            )
         _, _, blocks, order = held
         flat = x.reshape(-1, x.shape[-1])
         if order is not None:

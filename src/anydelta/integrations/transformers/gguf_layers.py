@@ -14,26 +14,28 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...core.native import core
-from ...ggml.torch_ops import Blocks
+from ...core import native
+from ...ggml.torch_ops import NUMBERS, Blocks
 from ...rule.torch_ops import plain, quiet
 from . import layer as mixers
 from .families import BY_LAYER, Projected
 
-if TYPE_CHECKING:
-    from .families import Family
-
 MAX_ROWS = 8
 """Tokens of a chain: those of a decode step, or of a round of drafts. More are left to larger products."""
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
-"""Numbers as ggml numbers them: small matrices that a file holds as they are."""
+TYPES = {dtype: number for number, dtype in NUMBERS.items()}
+"""Small matrices that a file holds as numbers."""
+
+PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")
+"""Of the families that GGUF files hold, in the order of `Projected`."""
+
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def fused(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -42,228 +44,226 @@ def fused(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     @functools.wraps(theirs)
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _takes(hidden_states):
             return theirs(self, hidden_states, *args, **kwargs)
         key = id(self)
         if key not in known:
-            known[key] = _Layer.of(self)
+            known[key] = _known(self)
             weakref.finalize(self, known.pop, key, None).atexit = False
         layer = known[key]
-        if layer is None or not layer.takes(hidden_states):
-            return theirs(self, hidden_states, *args, **kwargs)
-        if not layer.is_as_it_was(self):
-            del known[key]  # to be looked at again
+        if layer is None or not layer.is_as_it_was():
+            if layer is not None:
+                known[key] = _known(self)  # with other parts, from the next call on
             return theirs(self, hidden_states, *args, **kwargs)
         return layer.run(self, hidden_states, args, kwargs)
 
     return forward
 
 
+def _takes(x: torch.Tensor) -> bool:
+    return (
+        type(x) is torch.Tensor
+        and x.ndim == 3
+        and 0 < x.shape[0] * x.shape[1] <= MAX_ROWS
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and quiet()
+        and plain(x)
+        and x.is_contiguous()
+    )
+
+
+def _known(layer: Any) -> _Layer | None:
+    """The chains of a layer, or None where one of its parts is not what is known."""
+    m = layer._modules
+    norms = [m.get("input_layernorm"), m.get("post_attention_layernorm")]
+    mlp, mixer = m.get("mlp"), m.get("linear_attn")
+    inner = mixer if mixer is not None else m.get("self_attn")
+    dense = [] if mlp is None else [mlp._modules.get(n) for n in MLP]
+    if (
+        inner is None
+        or len(m) != 4
+        or not all(map(_is_norm, norms))
+        or not dense
+        or not all(map(_is_matrix, dense))
+        or len(mlp._modules) != len(MLP) + 1
+        or type(mlp._modules.get("act_fn")).__name__ != "SiLUActivation"
+    ):
+        return None
+    projections: list[Any] = []
+    if mixer is not None and (type(mixer).__module__, type(mixer).__name__) in BY_LAYER:
+        found = [mixer._modules.get(n) for n in (*PROJECTIONS, "out_proj")]
+        if all(map(_is_matrix, found)):
+            projections = found
+    return _Layer(layer, norms, mlp, dense, mixer if projections else None, projections)
+
+
+class _Chain:
+    """A chain, the buffers that a call gives it, and the matrices that it reads."""
+
+    def __init__(self) -> None:
+        self.native = native.core.Chain()
+        self.given: list[int] = []
+        self.blocks: list[Blocks] = []  # kept alive
+
+    def buffer(self, width: int, given: bool = False) -> int:
+        number = self.native.buffer(width)
+        if given:
+            self.given.append(number)
+        return number
+
+    def norm(self, x: int, module: Any, width: int) -> int:
+        out = self.buffer(width)
+        self.native.norm(x, out, module.weight.data_ptr(), module.eps, 1.0)
+        return out
+
+    def matrices(self, x: int, modules: Iterable[Any], gated: bool = False, given: bool = False) -> list[int]:
+        blocks = [Blocks(m.weight, TYPES.get(m.weight.dtype, getattr(m, "ggml_type", -1))) for m in modules]
+        self.blocks += blocks
+        outs = [self.buffer(b.rows, given) for b in (blocks[:1] if gated else blocks)]
+        self.native.matrices(x, [b.native for b in blocks], outs, gated)
+        return outs
+
+    def add(self, a: int, b: int, width: int, given: bool = False) -> int:
+        out = self.buffer(width, given)
+        self.native.add(a, b, out)
+        return out
+
+    def run(self, rows: int, *tensors: torch.Tensor) -> None:
+        self.native.run(rows, self.given, [t.data_ptr() for t in tensors], torch.get_num_threads())
+
+
 class _Layer:
     """What is known of a decoder layer, and its chains."""
 
-    def __init__(self, modules: Iterable[nn.Module], layer: nn.Module):
-        self.parts = [layer, *modules]
-        self.modules: list[tuple[Mapping[str, Any], str, nn.Module]] = []
-        self.weights: list[tuple[Mapping[str, Any], torch.Tensor, int]] = []
-        self.hooks: list[Mapping[Any, Any]] = []
-        self.forwards: list[Mapping[str, Any]] = []
-        for owner in self.parts:
-            self.modules += [(owner._modules, name, m) for name, m in owner._modules.items() if m is not None]
-        for module in self.parts[1:]:
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self.forwards.append(module.__dict__)
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                self.weights.append((module._parameters, weight, weight.data_ptr()))
-        self.blocks: list[Blocks] = []  # kept alive for the chains
-        self.linear: tuple[nn.Module, Family] | None = None
+    def __init__(
+        self, layer: Any, norms: list[Any], mlp: Any, dense: list[Any], mixer: Any, projections: list[Any]
+    ):
+        parts = [*norms, mlp, *dense, *projections]
+        owners = [layer, mlp, *([] if mixer is None else [mixer])]
+        self.modules = [(o._modules, name, m) for o in owners for name, m in o._modules.items()]
+        self.hooks: list[Mapping[Any, Any]] = [
+            h for part in parts for h in (part._forward_hooks, part._forward_pre_hooks)
+        ]
+        self.own = [part.__dict__ for part in parts]
+        held = [part._parameters for part in parts if "weight" in part._parameters]
+        self.weights = [(own, own["weight"], own["weight"].data_ptr()) for own in held]
+        self.mixer = mixer
+        self.D: int = norms[0].weight.shape[0]
+        self.widths: list[int] = []
+        self.before = self._before(norms[0], projections[:-1])
+        self.before_module = self._before(norms[0], [])
+        self.behind_module = self._behind(norms[1], dense, None)
+        self.behind = self._behind(norms[1], dense, projections[-1]) if mixer is not None else None
 
-    @classmethod
-    def of(cls, layer: nn.Module) -> _Layer | None:
-        """The chains of this layer, or None where one of its parts is not what is known."""
-        m = layer._modules
-        first, second, mlp = m.get("input_layernorm"), m.get("post_attention_layernorm"), m.get("mlp")
-        attention, mixer = m.get("self_attn"), m.get("linear_attn")
-        inner = mixer if mixer is not None else attention
-        if first is None or second is None or mlp is None or inner is None:
-            return None
-        dense = [mlp._modules.get(n) for n in ("gate_proj", "up_proj", "down_proj")]
-        if (
-            set(m) - {"input_layernorm", "post_attention_layernorm", "mlp", "self_attn", "linear_attn"}
-            or not all(_is_norm(n) for n in (first, second))
-            or any(x is None or not _is_matrix(x) for x in dense)
-            or type(mlp._modules.get("act_fn")).__name__ not in ("SiLUActivation", "SiLU")
-            or len(mlp._modules) != 4
-        ):
-            return None
-        family = BY_LAYER.get((type(inner).__module__, _class_name(inner))) if mixer is not None else None
-        fuse = (
-            family is not None
-            and family.name in ("qwen3_5", "qwen3_5_moe")
-            and all(
-                _is_matrix(inner._modules[n])
-                for n in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
-            )
-        )
-        projections = (
-            [inner._modules[n] for n in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")]
-            if fuse
-            else []
-        )
-        out = [inner._modules["out_proj"]] if fuse else []
-        made = cls([first, second, mlp, *dense, *projections, *out], layer)  # type: ignore[list-item]
-        if fuse and family is not None:
-            made.linear = (inner, family)
-        D = first.weight.shape[0]
-        made.before = made._before(D, first, projections)
-        made.norm_only = made._before(D, first, [])
-        made.behind = made._behind(D, second, dense, None)
-        made.behind_mixer = made._behind(D, second, dense, out[0]) if fuse else None
-        return made
+    def _before(self, norm: Any, projections: list[Any]) -> _Chain:
+        """x -> norm -> each projection; without projections x -> norm."""
+        chain = _Chain()
+        x = chain.buffer(self.D, given=True)
+        normed = chain.norm(x, norm, self.D)
+        if projections:
+            outs = chain.matrices(normed, projections, given=True)
+            self.widths = [chain.native.width(b) for b in outs]
+        else:
+            chain.given.append(normed)
+        return chain
 
-    # ---- Chains
-
-    def _matrix(self, module: nn.Module) -> core.Blocks:
-        weight = module.weight
-        type_ = TYPES.get(weight.dtype, getattr(module, "ggml_type", -1))
-        self.blocks.append(Blocks(weight, type_))
-        return self.blocks[-1].native
-
-    def _before(self, D: int, norm: nn.Module, projections: list[nn.Module]) -> tuple[core.Chain, list[int], list[int]]:
-        """x -> norm -> each projection, or the norm alone: the chain, its buffers, and the widths of its outputs."""
-        chain = core.Chain()
-        x, normed = chain.buffer(D), chain.buffer(D)
-        chain.norm(x, normed, norm.weight.data_ptr(), norm.eps, 1.0)
-        if not projections:
-            return chain, [x, normed], [D]
-        matrices = [self._matrix(p) for p in projections]
-        widths = [self.blocks[-len(matrices) + i].rows for i in range(len(matrices))]
-        outs = [chain.buffer(w) for w in widths]
-        chain.matrices(normed, matrices, outs, False)
-        return chain, [x, *outs], widths
-
-    def _behind(
-        self, D: int, norm: nn.Module, mlp: list[Any], out: nn.Module | None
-    ) -> tuple[core.Chain, list[int]]:
-        """y, x -> [output projection] -> + x -> norm -> MLP -> + : the chain, and its buffers y, x and result."""
-        chain = core.Chain()
-        width = D if out is None else out.weight.shape[-1]
-        matrix = None if out is None else self._matrix(out)
-        if matrix is not None:
-            width = self.blocks[-1].n
-        y, x, added = chain.buffer(width), chain.buffer(D), chain.buffer(D)
-        inner = y
-        if matrix is not None:
+    def _behind(self, norm: Any, mlp: list[Any], out: Any) -> _Chain:
+        """y, x -> output projection, if given -> + x -> norm -> MLP -> + : the result."""
+        chain, D = _Chain(), self.D
+        if out is None:
+            y = chain.buffer(D, given=True)
+        else:
             order = getattr(out, "input_permutation", None)
+            width = out.in_features
+            y = given = chain.buffer(width, given=True)
             if order is not None and not torch.equal(order, torch.arange(width)):
-                inner = chain.buffer(width)
-                chain.pick(y, inner, order.tolist())
-            projected = chain.buffer(D)
-            chain.matrices(inner, [matrix], [projected], False)
-            inner = projected
-        chain.add(x, inner, added)
-        normed, result = chain.buffer(D), chain.buffer(D)
-        chain.norm(added, normed, norm.weight.data_ptr(), norm.eps, 1.0)
-        gate, up, down = (self._matrix(m) for m in mlp)
-        hidden, last = chain.buffer(self.blocks[-1].n), chain.buffer(D)
-        chain.matrices(normed, [gate, up], [hidden], True)
-        chain.matrices(hidden, [down], [last], False)
-        chain.add(added, last, result)
-        return chain, [y, x, result]
+                y = chain.buffer(width)
+                chain.native.pick(given, y, order.tolist())
+        x = chain.buffer(D, given=True)
+        if out is not None:
+            (y,) = chain.matrices(y, [out])
+        added = chain.add(x, y, D)
+        (hidden,) = chain.matrices(chain.norm(added, norm, D), mlp[:2], gated=True)
+        (last,) = chain.matrices(hidden, mlp[2:])
+        chain.add(added, last, D, given=True)
+        return chain
 
     # ---- A call
 
-    def takes(self, x: torch.Tensor) -> bool:
-        return (
-            type(x) is torch.Tensor
-            and x.ndim == 3
-            and 0 < x.shape[0] * x.shape[1] <= MAX_ROWS
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and quiet()
-            and plain(x)
-            and x.is_contiguous()
-        )
-
-    def is_as_it_was(self, layer: nn.Module) -> bool:
+    def is_as_it_was(self) -> bool:
         """Whether nobody has hooked, wrapped or replaced a part since."""
         return not (
             any(self.hooks)
             or _has_any_global_hook()
-            or any("forward" in own for own in self.forwards)
+            or any("forward" in own for own in self.own)
             or any(owner.get(name) is not module for owner, name, module in self.modules)
             or any(own.get("weight") is not w or w.data_ptr() != at for own, w, at in self.weights)
         )
 
-    def run(self, layer: nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        m, threads = x.shape[0] * x.shape[1], torch.get_num_threads()
+    def run(
+        self, layer: nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         names = ("position_embeddings", "attention_mask", "position_ids", "cache")
         given = dict(zip(names, args, strict=False)) | kwargs
-        y = None
-        if self.linear is not None:
-            y = self._mixed(x, m, threads, given)
-        chain, buffers = self.behind if y is None else self.behind_mixer  # type: ignore[misc]
-        if y is None:
-            y = self._inner(layer, x, m, threads, given)
+        rows = x.shape[0] * x.shape[1]
         result = torch.empty_like(x)
-        chain.run(m, buffers, [y.data_ptr(), x.data_ptr(), result.data_ptr()], threads)
+        y = None if self.mixer is None else self._mixed(x, rows, given)
+        if y is not None and self.behind is not None:
+            self.behind.run(rows, y, x, result)
+        else:
+            self.behind_module.run(rows, self._inner(layer, x, rows, given), x, result)
         return result
 
-    def _mixed(self, x: torch.Tensor, m: int, threads: int, given: dict[str, Any]) -> torch.Tensor | None:
+    def _mixed(self, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor | None:
         """The mixer's output for a step that goes on from the last one; None: another call."""
-        assert self.linear is not None
-        mixer, _ = self.linear
-        cache = given.get("cache", given.get("past_key_values"))
-        rest = {k: v for k, v in given.items() if k not in ("cache", "past_key_values", "position_embeddings")}
+        rest = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
+        cache = rest.pop("cache", None)
         if rest.pop("attention_mask", None) is not None:
             return None
-        found = mixers.next_step(mixer, x, cache, rest)
+        found = mixers.next_step(self.mixer, x, cache, rest)
         if found is None:
             return None
         step, held = found
-        chain, buffers, widths = self.before
-        outs = [torch.empty((*x.shape[:2], w)) for w in widths]
-        chain.run(m, buffers, [x.data_ptr(), *(o.data_ptr() for o in outs)], threads)
-        qkv, z, a, b = outs
-        p = Projected(qkv, z, a, b, mixer.A_log, mixer.dt_bias)
-        return step.advance(mixer, p, held)
+        qkv, z, a, b = outs = [torch.empty((*x.shape[:2], width)) for width in self.widths]
+        self.before.run(rows, x, *outs)
+        p = Projected(qkv, z, a, b, self.mixer.A_log, self.mixer.dt_bias)
+        return step.advance(self.mixer, p, held)
 
-    def _inner(
-        self, layer: nn.Module, x: torch.Tensor, m: int, threads: int, given: dict[str, Any]
-    ) -> torch.Tensor:
+    def _inner(self, layer: nn.Module, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor:
         """Attention, or a mixer that is not ours, as the layer calls it."""
         normed = torch.empty_like(x)
-        chain, buffers, _ = self.norm_only
-        chain.run(m, buffers, [x.data_ptr(), normed.data_ptr()], threads)
+        self.before_module.run(rows, x, normed)
+        modules: dict[str, Any] = layer._modules
         y: torch.Tensor
-        if "linear_attn" in layer._modules:
-            given = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
-            y = layer._modules["linear_attn"](hidden_states=normed, **given)
+        if "linear_attn" in modules:
+            rest = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
+            y = modules["linear_attn"](hidden_states=normed, **rest)
         else:
-            y = layer._modules["self_attn"](hidden_states=normed, **given)[0]
+            y = modules["self_attn"](hidden_states=normed, **given)[0]
         return y if y.is_contiguous() and y.dtype == torch.float32 else y.float().contiguous()
 
 
-def _class_name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def _is_norm(module: nn.Module) -> bool:
+def _is_norm(module: Any) -> bool:
     """Of these families: one plus the weight, in float32."""
-    weight = module._parameters.get("weight")
+    weight = None if module is None else module._parameters.get("weight")
     return (
         type(module).__name__ in ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
         and weight is not None
         and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
     )
 
 
-def _is_matrix(module: nn.Module) -> bool:
-    if module._parameters.get("bias") is not None:
+def _is_matrix(module: Any) -> bool:
+    if module is None or module._parameters.get("bias") is not None:
         return False
-    if type(module).__name__ == "GgufLinear":
-        return module.weight.device.type == "cpu"
-    return type(module) is nn.Linear and module.weight.dtype in TYPES and module.weight.device.type == "cpu"
+    kind, weight = type(module), module._parameters.get("weight")
+    packed = kind.__name__ == "GgufLinear"
+    return (
+        weight is not None
+        and weight.device.type == "cpu"
+        and (packed or (kind is nn.Linear and weight.dtype in TYPES))
+    )

@@ -287,8 +287,10 @@ def _keep(layer: LinearAttention, name: str, taken: Counter[str], step: _Step) -
 def next_step(
     layer: LinearAttention, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
 ) -> tuple[_Step, LinearAttentionLayer] | None:
-    """For who computes the projections of a layer elsewhere: its next step and its part of the cache, and it is counted.
-    None: ours is off, or the call is another one."""
+    """The next step of a layer whose projections are computed elsewhere, and its part of the cache. It is counted.
+
+    None: ours is off, or the call is another one.
+    """
     step = _steps.get(id(layer))
     if step is None or not runs_ours(layer) or (held := step.takes(x, cache, kwargs)) is None:
         return None

@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationConfig
 from transformers.modeling_layers import MtpModel
 from transformers.utils import output_capturing
 
+from . import gguf, gguf_mtp
 from .cache import CACHE
 from .copies import copy_for_call
 
@@ -287,12 +288,12 @@ _reading = threading.Lock()
 def _mtp_model(main_model: PreTrainedModel, count: int) -> _MtpModel:
     """The MTP model for so many drafts, of this call alone: its layers are shared, and nobody changes them."""
     decoder = main_model.get_decoder()
-    weight = next(decoder.layers[-1].parameters())
+    weight = _floating(decoder.layers[-1])
     trained = main_model.config.get_text_config(decoder=True).num_mtp_layers
     with _reading:
         known = _mtp_models.setdefault(decoder, {})
         if known:
-            ours = next(known[trained].layers.parameters())
+            ours = _floating(known[trained].layers)
             if (ours.device, ours.dtype) != (weight.device, weight.dtype):
                 known.clear()
         if not known:
@@ -304,8 +305,27 @@ def _mtp_model(main_model: PreTrainedModel, count: int) -> _MtpModel:
     return model
 
 
+def read(main_model: PreTrainedModel) -> MtpModel:
+    """The MTP layers that lie with the weights of a model.
+
+    Raises:
+        ValueError: there are none, or they cannot be read.
+    """
+    return _read(main_model, _floating(main_model.get_decoder().layers[-1]))
+
+
+def _floating(module: nn.Module) -> torch.Tensor:
+    """A parameter with the dtype that the module computes in; packed matrices are of bytes."""
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
 def _read(main_model: PreTrainedModel, weight: torch.Tensor) -> _MtpModel:
-    """Read the MTP layers from the folder that the model came from."""
+    """Read the MTP layers from the folder or the GGUF file that the model came from."""
+    if (path := gguf.FILES.get(main_model.get_decoder())) is not None:
+        found = gguf_mtp.read(main_model, path)
+        found.__class__ = _MtpModel
+        mine: _MtpModel = found
+        return mine
     main = copy_for_call(main_model)
     main.config = copy.deepcopy(main.config)
     main.config.dtype = weight.dtype  # the model may have been cast, or made without a dtype

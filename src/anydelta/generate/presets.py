@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...generate.checkpoint import CheckpointError, default_model, open_checkpoint, quiet
+from .checkpoint import CheckpointError, default_model, open_checkpoint, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .gguf_file import Header
 
 REPOSITORY = "tiny"
 """The preset that is the repository's model."""
@@ -94,14 +96,20 @@ class Built:
     name: str
     model: PreTrainedModel
     cut: str = ""
+    file: Header | None = None
+    """Of a GGUF file: what it says of itself."""
 
     @property
     def params(self) -> int:
+        if self.file is not None:
+            return self.file.parameters
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def size(self) -> int:
         """Bytes of the weights; those that are shared count once."""
+        if self.file is not None:
+            return self.file.bytes
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
