@@ -61,6 +61,8 @@ demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measu
 	$(ISOLATE) $(BIN)/anydelta info
 	$(ISOLATE) $(BIN)/anydelta conform --backend cpu --require cpu --filter $(DEMO_CONFORM)
 	$(ISOLATE) $(BIN)/anydelta generate --compare --echo -n 200 $(DEMO_PROMPT)
+	$(ISOLATE) $(BIN)/anydelta gguf write examples/tiny_model --type Q8_0 --force -o out/tiny-Q8_0.gguf
+	$(ISOLATE) $(BIN)/anydelta generate -m out/tiny-Q8_0.gguf --echo -n 200 $(DEMO_PROMPT)
 	$(ISOLATE) $(BIN)/anydelta bench model -c anydelta -p 512 -n 64 --profile --plot out/model.svg -o out/model.json
 	$(ISOLATE) $(BIN)/anydelta bench ops -r 5 --cases $(DEMO_CASES) --decays mild --plot out/ops.svg -o out/ops.json
 	@echo "The figures are out/model.svg and out/ops.svg, their numbers out/model.json and out/ops.json."
@@ -122,6 +124,8 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install -q --group build --group dev --group peers || { \
 	  echo "The peers of the benchmark do not install on this machine (reason above); their tests will be skipped."; \
 	  $(BIN)/python -m pip install -q --group build --group dev; }
+	$(BIN)/python -m pip install -q --group gguf || \
+	  echo "ggml-python does not build on this machine (reason above); the tests of GGUF files will be skipped."
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.

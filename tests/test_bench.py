@@ -20,8 +20,9 @@ import pytest
 from anydelta.bench.contenders import packages as peers
 from anydelta.bench.measure import ops, outputs, report
 from anydelta.bench.measure.cases import DECAYS, Case, make_inputs, presets, select, subnormals, with_decays
-from anydelta.bench.measure.contender import Result, Runner, RunnerBase, fails
+from anydelta.bench.measure.contender import Result, Runner, RunnerBase
 from anydelta.conformance.run import unavailable
+from anydelta.core.probe import fails
 from anydelta.rule import reference
 from anydelta.terminal import Failed
 from conftest import run_program, without
@@ -456,7 +457,7 @@ def test_a_vllm_that_is_not_there_or_does_not_load_says_why(tmp_path, monkeypatc
 
 
 def test_a_ggml_without_its_libraries_says_why(tmp_path, monkeypatch):
-    from anydelta.bench.contenders.ggml import PACKAGES
+    from anydelta.ggml.library import PACKAGES
 
     for name in PACKAGES:
         (tmp_path / name).mkdir()

@@ -268,11 +268,11 @@ def test_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_value_heads_are_tiled_in_a_gguf() -> None:
-    from anydelta.bench.contenders import llama
+    from anydelta.gguf import names
 
     built = presets.build("tiny")  # 2 key heads, 4 value heads of 32
     attn = built.model.model.layers[0].linear_attn
-    tensors = dict(llama._linear(attn, built.model.config))
+    tensors = {t.name: t.get() for t in names._linear("", attn, built.model.config)}
     order = [0, 2, 1, 3]  # value head i of ggml has key head i mod 2; of Transformers i div 2
     assert torch.equal(tensors["ssm_alpha.weight"], attn.in_proj_a.weight[order])
     assert torch.equal(tensors["ssm_a"], -attn.A_log.exp()[order])
@@ -295,7 +295,7 @@ def test_llama_cpp_gives_the_same_logits(name: str, dtype: str, monkeypatch: pyt
         sizes |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32)
         monkeypatch.setattr(presets, "PRESETS", (replace(preset, sizes=sizes),))
     built = presets.build(name, dtype)
-    runner = llama.LlamaRunner(built, dtype, 64)
+    runner = llama.LlamaRunner(built, dtype, 64, built.model.get_input_embeddings().num_embeddings)
     try:
         report = model.Report(ops.describe_machine(), model.Settings(TESTS, rounds=1))
         both = [contenders(built)[0], runner]
@@ -307,13 +307,35 @@ def test_llama_cpp_gives_the_same_logits(name: str, dtype: str, monkeypatch: pyt
     assert all(r.median_tps for r in report.records)
 
 
+def test_llama_cpp_that_ends_is_one_sentence(tmp_path: Path) -> None:
+    """Its process may be killed, as by an instruction that the CPU lacks; the benchmark goes on."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from anydelta.bench.contenders import llama
+
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    with pytest.raises(RuntimeError, match="llama.cpp does not load the GGUF"):
+        llama.LlamaRunner(broken, "float16", 64, 1024)
+    built = presets.build("tiny")
+    runner = llama.LlamaRunner(built, "float32", 64, 1024)
+    try:
+        assert runner._process is not None
+        runner._process.kill()
+        with pytest.raises(RuntimeError, match="llama.cpp ended: SIGKILL"):
+            runner.prompt([1, 2])
+    finally:
+        runner.close()
+
+
 def test_llama_cpp_says_what_is_missing(tiny: presets.Built, monkeypatch: pytest.MonkeyPatch) -> None:
     from anydelta.bench.contenders import llama
 
+    kind = tiny.model.config.model_type
     monkeypatch.setattr(llama, "needs", lambda module, package: None)
-    assert llama.missing(tiny) is None
-    monkeypatch.setattr(llama, "ARCHITECTURES", {})
-    assert "no GGUF of a qwen3_5_text is written here" in llama.missing(tiny)
+    monkeypatch.setattr(llama.write, "missing", lambda: None)
+    assert llama.missing(kind) is None
+    monkeypatch.setattr(llama.names, "ARCHITECTURES", {})
+    assert "no GGUF of a qwen3_5_text is written here" in llama.missing(kind)
     done = command("-c", "llama.cpp", "-p", "4", "-n", "0")
     assert done.exit_code == 2
     assert "requires that llama.cpp can run tiny here; got: no GGUF" in done.stderr

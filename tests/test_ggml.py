@@ -146,7 +146,7 @@ def test_without_a_library_the_error_says_what_to_install(monkeypatch):
     module.library.cache_clear()
     try:
         with pytest.raises(
-            GgmlError, match=r"requires ggml's library; got neither .* pip install 'anydelta\[gguf\]'"
+            GgmlError, match=r"requires ggml's library; got: neither .* pip install 'anydelta\[gguf\]'"
         ):
             library()
     finally:

@@ -8,12 +8,8 @@ Only functions of ggml's public headers are called, by ctypes or, through their 
 from __future__ import annotations
 
 import ctypes as C
-import importlib.metadata
 import importlib.util
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.native import core
+from ..core.probe import fails, package_version
 
 PACKAGES = {"ggml": "ggml-python", "llama_cpp": "llama-cpp-python"}
 """Modules with a folder lib of ggml's shared libraries, and what to install for them."""
@@ -126,21 +123,21 @@ def folders() -> dict[str, Path]:
     return found
 
 
-@cache
-def fails(code: str) -> str | None:
-    """Why that code fails in a process of its own: it may raise anything, or crash on another CPU than its own."""
-    paths = os.pathsep.join(filter(None, sys.path))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-            text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "no answer within 5 minutes"
-    if done.returncode == 0:
-        return None
-    ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
-    return (done.stderr.strip().splitlines() or [ended])[-1]
+def usable(module: str, name: str) -> Path:
+    """The first folder whose libraries that module's function or class `name` opens.
+
+    It is tried elsewhere first: a library built for another CPU ends the process.
+
+    Raises:
+        GgmlError: there is none; why not, for each.
+    """
+    reasons = []
+    for package, folder in folders().items():
+        why = fails(f"from pathlib import Path; from {module} import {name}; {name}(Path({str(folder)!r}))")
+        if why is None:
+            return folder
+        reasons.append(f"{package} {package_version(package)} ships no usable ggml: {why}")
+    raise GgmlError("; ".join(reasons) or f"neither {' nor '.join(PACKAGES.values())} is installed")
 
 
 def load(folder: Path) -> tuple[C.CDLL, C.CDLL]:
@@ -158,19 +155,14 @@ def library() -> Library:
     Raises:
         GgmlError: it is not installed, or does not run on this CPU.
     """
-    reasons = []
     if core is None:
         raise GgmlError("ggml: requires the extension anydelta._core; got a source tree that was not built")
-    for package, folder in folders().items():
-        # Loaded elsewhere first: a library built for another CPU ends the process.
-        probe = f"from pathlib import Path; from {__name__} import _open; _open(Path({str(folder)!r}))"
-        if why := fails(probe):
-            version = importlib.metadata.version(package)
-            reasons.append(f"{package} {version} ships no usable ggml: {why}")
-        else:
-            return _open(folder)
-    got = "; ".join(reasons) or f"neither {' nor '.join(PACKAGES.values())}"
-    raise GgmlError(f"ggml: requires ggml's library; got {got}. Run: pip install 'anydelta[gguf]'")
+    try:
+        return _open(usable(__name__, _open.__name__))
+    except GgmlError as error:
+        raise GgmlError(
+            f"ggml: requires ggml's library; got: {error}. Run: pip install 'anydelta[gguf]'"
+        ) from None
 
 
 def _open(folder: Path) -> Library:

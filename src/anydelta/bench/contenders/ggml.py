@@ -13,19 +13,15 @@ j % H (tiled). Our head h, which reads h // (HV/H), therefore sits at j = (h % r
 from __future__ import annotations
 
 import ctypes as C
-import importlib.util
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...ggml.library import GgmlError, load, usable
 from ..measure.cases import F32, Case, Inputs
-from ..measure.contender import Result, Runner, RunnerBase, fails, only_plain, package_version
-
-PACKAGES = {"ggml": "ggml-python", "llama_cpp": "llama-cpp-python"}
-"""Modules with a folder lib of ggml's shared libraries, and what to install for them."""
+from ..measure.contender import Result, Runner, RunnerBase, only_plain
 
 F32_TYPE = 0
 """GGML_TYPE_F32"""
@@ -85,9 +81,7 @@ class _Library:
     """The functions above as attributes without their `ggml_`."""
 
     def __init__(self, folder: Path):
-        end = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-        start = "" if sys.platform == "win32" else "lib"
-        base, cpu = (C.CDLL(str(folder / f"{start}ggml-{part}.{end}")) for part in ("base", "cpu"))
+        base, cpu = load(folder)
         for lib, names in ((base, _BASE), (cpu, _CPU)):
             for name, (result, *args) in names.items():
                 fn = getattr(lib, name)
@@ -106,21 +100,10 @@ class Ggml:
 
     @cached_property
     def _lib(self) -> _Library | str:
-        reasons = []
-        for module, package in PACKAGES.items():
-            spec = importlib.util.find_spec(module)
-            if spec is None or not spec.submodule_search_locations:
-                continue
-            folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
-            # Loaded elsewhere first: a library built for another CPU ends the process.
-            loads = f"_Library(Path({str(folder)!r}))"
-            if why := fails(f"from pathlib import Path; from {__name__} import _Library; {loads}"):
-                reasons.append(f"{package} {package_version(package)} ships no usable ggml: {why}")
-            else:
-                return _Library(folder)
-        if not reasons:
-            return f"neither {' nor '.join(PACKAGES.values())} is installed (pip install ggml-python)"
-        return "; ".join(reasons)
+        try:
+            return _Library(usable(__name__, _Library.__name__))
+        except GgmlError as error:
+            return f"{error} (pip install ggml-python)"
 
     def missing(self) -> str | None:
         return self._lib if isinstance(self._lib, str) else None

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...core.probe import package_version
 from ...generate.presets import Built
 from ...gguf import names, write
 from ...terminal import Refused
 from ..measure.cases import F32
-from ..measure.contender import needs, package_version
+from ..measure.contender import needs
 from . import llama_process
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...core.probe import package_version
 from ..measure.cases import Case, Inputs
-from ..measure.contender import Contender, Result, Runner, RunnerBase, needs, package_version
+from ..measure.contender import Contender, Result, Runner, RunnerBase, needs
 
 if TYPE_CHECKING:
     from mlx.core import array

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ...core.probe import package_version
 from ..measure.cases import F32, Case, Inputs
-from ..measure.contender import Result, Runner, RunnerBase, needs, only_plain, package_version
+from ..measure.contender import Result, Runner, RunnerBase, needs, only_plain
 
 NAMES = ("q", "k", "v", "state", "g", "beta")
 RESULTS = ("o", "final")

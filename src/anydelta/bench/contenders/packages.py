@@ -26,6 +26,7 @@ import numpy as np
 
 import anydelta
 
+from ...core.probe import package_version
 from ..measure.cases import F32, Case, Inputs
 from ..measure.contender import (
     Contender,
@@ -35,7 +36,6 @@ from ..measure.contender import (
     faster,
     needs,
     only_plain,
-    package_version,
     quiet_stderr,
     rows_of,
     tensors,

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ...core.probe import fails, package_version
 from ..measure.cases import Case, Inputs
-from ..measure.contender import Result, Runner, RunnerBase, fails, package_version, rows_of, tensors
+from ..measure.contender import Result, Runner, RunnerBase, rows_of, tensors
 
 VARIABLE = "ANYDELTA_VLLM_CPU"
 PROMPT = "chunk_gated_delta_rule_cpu"

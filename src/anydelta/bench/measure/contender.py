@@ -6,23 +6,20 @@ from call to call, so that only its kernel and its own call path are timed. `res
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.dispatch import get_backend
+from ...core.probe import fails
 from .cases import F32, Case, Inputs
 
 if TYPE_CHECKING:
@@ -152,13 +149,6 @@ def rows_of(pool: F32, start: F32, rows: NDArray[np.integer]) -> F32:
     return chosen
 
 
-def package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "?"
-
-
 def needs(module: str, package: str) -> str | None:
     """Why a module is not there or does not import, without importing it here."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
@@ -166,24 +156,6 @@ def needs(module: str, package: str) -> str | None:
     if module in sys.modules or (why := fails(f"import {module}")) is None:
         return None
     return f"{module} is installed and does not import: {why}"
-
-
-@cache
-def fails(code: str) -> str | None:
-    """Why that code fails in a process of its own: it may raise anything, or crash on another CPU than its own."""
-    paths = os.pathsep.join(filter(None, sys.path))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-            text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "no answer within 5 minutes"
-    if done.returncode == 0:
-        return None
-    ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
-    said = (done.stderr.strip().splitlines() or [ended])[-1]
-    return said
 
 
 @contextmanager

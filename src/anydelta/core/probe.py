@@ -1,0 +1,35 @@
+"""Whether something runs, tried in a process of its own: it may raise, or end the process on another CPU than its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+
+
+@cache
+def fails(code: str) -> str | None:
+    """Why that code fails, in a line; None where it does not."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
+            text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=300,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "no answer within 5 minutes"
+    if done.returncode == 0:
+        return None
+    ended = f"exit status {done.returncode}" if done.returncode > 0 else signal.Signals(-done.returncode).name
+    return (done.stderr.strip().splitlines() or [ended])[-1]
+
+
+def package_version(name: str) -> str:
+    """Of an installed package; "?" where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "?"
