@@ -314,14 +314,14 @@ def test_llama_cpp_that_ends_is_one_sentence(tmp_path: Path) -> None:
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
-    with pytest.raises(RuntimeError, match="llama.cpp does not load the GGUF"):
+    with pytest.raises(RuntimeError, match=r"llama\.cpp does not load the GGUF"):
         llama.LlamaRunner(broken, "float16", 64, 1024)
     built = presets.build("tiny")
     runner = llama.LlamaRunner(built, "float32", 64, 1024)
     try:
         assert runner._process is not None
         runner._process.kill()
-        with pytest.raises(RuntimeError, match="llama.cpp ended: SIGKILL"):
+        with pytest.raises(RuntimeError, match=r"llama\.cpp ended: SIGKILL"):
             runner.prompt([1, 2])
     finally:
         runner.close()

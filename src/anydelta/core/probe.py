@@ -1,4 +1,4 @@
-"""Whether something runs, tried in a process of its own: it may raise, or end the process on another CPU than its own."""
+"""Whether something runs, tried in a process of its own: it may raise, or crash on another CPU than its own."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ...core import native
 from ...ggml.torch_ops import NUMBERS, Blocks
 from ...rule.torch_ops import plain, quiet
 from . import layer as mixers
-from .families import BY_LAYER, Projected
+from .families import BY_LAYER, Family, Projected
 
 MAX_ROWS = 8
 """Tokens of a chain: those of a decode step, or of a round of drafts. More are left to larger products."""
@@ -93,7 +93,7 @@ def _known(layer: Any) -> _Layer | None:
     ):
         return None
     projections: list[Any] = []
-    if mixer is not None and (type(mixer).__module__, type(mixer).__name__) in BY_LAYER:
+    if mixer is not None and _kind(mixer) in BY_LAYER:
         found = [mixer._modules.get(n) for n in (*PROJECTIONS, "out_proj")]
         if all(map(_is_matrix, found)):
             projections = found
@@ -151,6 +151,7 @@ class _Layer:
         held = [part._parameters for part in parts if "weight" in part._parameters]
         self.weights = [(own, own["weight"], own["weight"].data_ptr()) for own in held]
         self.mixer = mixer
+        self.family: Family = BY_LAYER.get(_kind(mixer))  # type: ignore[assignment]
         self.D: int = norms[0].weight.shape[0]
         self.widths: list[int] = []
         self.before = self._before(norms[0], projections[:-1])
@@ -218,19 +219,19 @@ class _Layer:
         return result
 
     def _mixed(self, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor | None:
-        """The mixer's output for a step that goes on from the last one; None: another call."""
+        """The mixer's output; None: it is off, or another call."""
         rest = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
         cache = rest.pop("cache", None)
         if rest.pop("attention_mask", None) is not None:
             return None
-        found = mixers.next_step(self.mixer, x, cache, rest)
-        if found is None:
-            return None
-        step, held = found
-        qkv, z, a, b = outs = [torch.empty((*x.shape[:2], width)) for width in self.widths]
-        self.before.run(rows, x, *outs)
-        p = Projected(qkv, z, a, b, self.mixer.A_log, self.mixer.dt_bias)
-        return step.advance(self.mixer, p, held)
+
+        def project(x: torch.Tensor) -> Projected:
+            qkv, z, a, b = outs = [torch.empty((*x.shape[:2], width)) for width in self.widths]
+            self.before.run(rows, x, *outs)
+            return Projected(qkv, z, a, b, mixer.A_log, mixer.dt_bias)
+
+        mixer = self.mixer
+        return mixers.mixed(mixer, self.family, x, cache, rest, project)
 
     def _inner(self, layer: nn.Module, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor:
         """Attention, or a mixer that is not ours, as the layer calls it."""
@@ -244,6 +245,10 @@ class _Layer:
         else:
             y = modules["self_attn"](hidden_states=normed, **given)[0]
         return y if y.is_contiguous() and y.dtype == torch.float32 else y.float().contiguous()
+
+
+def _kind(module: nn.Module | None) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
 
 
 def _is_norm(module: Any) -> bool:

@@ -21,8 +21,9 @@ from ...core import dispatch, native
 from ...mixer.op import gated_delta_mixer_, plan_step
 from ...mixer.spec import unpack_qkv
 from ...rule.torch_ops import FUNCTION_MODE, onlooker, plain, quiet
+from ..switch import mark
 from .cache import RollbackLayer
-from .classes import runs_ours
+from .classes import KEPT
 from .families import Family, Projected
 from .functions import (
     _CONV_OPTIONS,
@@ -59,6 +60,7 @@ def fused(
 ) -> Forward:
     """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
     name = f"{parts.name}.mixer"
+    _taken[parts.name] = taken
     stock = advancing(theirs, cache_name)
 
     @functools.wraps(theirs)
@@ -84,8 +86,12 @@ def fused(
             if why_not is None:
                 taken[name] += 1
                 keep = functools.partial(_keep, self, name, taken)
-                cu_seqlens = _cu_seqlens(kwargs)
-                return _mix(self, parts, hidden_states, cache, attention_mask, cu_seqlens, keep)
+                project = functools.partial(parts.project, self)
+                out = _mix(
+                    self, parts, hidden_states, cache, attention_mask, _cu_seqlens(kwargs), keep, project
+                )
+                result: torch.Tensor = getattr(self, parts.out)(out)
+                return result
             _count(name, why_not, taken, passed_on)
         return stock(self, hidden_states, cache, attention_mask, **kwargs)
 
@@ -106,7 +112,9 @@ def _mix(
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     keep: Callable[[_Step], None],
+    project: Callable[[torch.Tensor], Projected],
 ) -> torch.Tensor:
+    """The mixer's output, before the layer's last projection."""
     if attention_mask is not None:
         x = _without_padding(x, attention_mask)
     held = None if cache is None else cache.layers[self.layer_idx]
@@ -119,7 +127,7 @@ def _mix(
         )
     else:
         conv_state, state = _states(self, parts, x, held, cu_seqlens)
-    p = parts.project(self, x)
+    p = project(x)
     out = None
     if held is not None and recording is None and quiet():
         step = _Step(self, parts, cache)
@@ -141,8 +149,7 @@ def _mix(
         recording.adopt()
     elif held is not None:
         held.has_previous_state[0] = True
-    result: torch.Tensor = getattr(self, parts.out)(out)
-    return result
+    return out
 
 
 def _call(
@@ -284,18 +291,42 @@ def _keep(layer: LinearAttention, name: str, taken: Counter[str], step: _Step) -
     _steps[key] = step
 
 
-def next_step(
-    layer: LinearAttention, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
-) -> tuple[_Step, LinearAttentionLayer] | None:
-    """The next step of a layer whose projections are computed elsewhere, and its part of the cache. It is counted.
+def mixed(
+    layer: LinearAttention,
+    parts: Family,
+    x: torch.Tensor,
+    cache: Cache | None,
+    kwargs: dict[str, object],
+    project: Callable[[torch.Tensor], Projected],
+) -> torch.Tensor | None:
+    """The mixer's output for who computes a layer's projections elsewhere; None: ours is off, or refuses the call.
 
-    None: ours is off, or the call is another one.
+    `project` takes what the layer's own projections take.
     """
-    step = _steps.get(id(layer))
-    if step is None or not runs_ours(layer) or (held := step.takes(x, cache, kwargs)) is None:
+    if cache is None or not _is_on(layer):
         return None
-    step.taken[step.name] += 1
-    return step, held
+    step = _steps.get(id(layer))
+    held = None if step is None else step.takes(x, cache, kwargs)
+    if step is not None and held is not None:
+        step.taken[step.name] += 1
+        return step.advance(layer, project(x), held)
+    if _why_not(layer, parts, x, cache, kwargs) is not None:
+        return None  # and is counted when the layer's own forward finds the reason again
+    name, taken = f"{parts.name}.mixer", _taken[parts.name]
+    taken[name] += 1
+    keep = functools.partial(_keep, layer, name, taken)
+    return _mix(layer, parts, x, cache, None, _cu_seqlens(kwargs), keep, project)
+
+
+_taken: dict[str, Counter[str]] = {}
+"""Where calls are counted, by the names of families."""
+
+
+def _is_on(layer: nn.Module) -> bool:
+    """Whether a call of the layer comes to our forward, and to nobody else's."""
+    own = layer.__dict__
+    found = mark(type(layer).forward)
+    return found is not None and found.is_on(layer) and "forward" not in own and KEPT not in own
 
 
 _Z = Projected._fields.index("z")
