@@ -28,6 +28,7 @@ transformers = pytest.importorskip("transformers")
 import anydelta.integrations.transformers as adt  # noqa: E402
 from anydelta.integrations.transformers import find as finding  # noqa: E402
 from anydelta.integrations.transformers import functions as functions  # noqa: E402
+from anydelta.integrations.transformers import packed_matrices  # noqa: E402
 from anydelta.integrations.transformers.find import MAKERS, look_at  # noqa: E402
 from conftest import CPU_REASONS  # noqa: E402
 
@@ -1360,7 +1361,42 @@ def test_no_warnings_of_a_slow_path() -> None:
 # ---- pack()
 
 
-def test_packed_matrices_give_the_same_text(model: Any) -> None:
+@pytest.fixture
+def packs_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where packing makes all faster."""
+    monkeypatch.setattr(packed_matrices, "faster", lambda layer, rows: True)
+
+
+def test_only_what_is_faster_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shape is measured once; one that is faster for a step alone leaves prompts to torch."""
+    asked = []
+
+    def faster(layer: torch.nn.Linear, rows: int) -> bool:
+        asked.append((layer.out_features, rows))
+        return (layer.out_features, rows) in {(5, 1), (6, 1), (6, 64)}
+
+    monkeypatch.setattr(packed_matrices, "faster", faster)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, n) for n in (5, 6, 7, 5)))
+    packed = adt.pack(model)
+    assert asked == [(n, rows) for n in (5, 6, 7) for rows in (1, 64)]
+    assert [layer.out_features for layer in packed.layers] == [5, 6, 5]
+    assert [m.__dict__.get("_most_rows", "plain") for m in model] == [8, None, "plain", 8]
+    seen: list[int] = []
+    inner = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *a: seen.append(len(x)) or inner(x, *a))
+    with torch.no_grad():
+        for n in (1, 8, 9):
+            assert model[0](torch.randn(n, 8)).shape == (n, 5)
+    assert seen == [9]
+    packed.off()
+    assert all(type(m) is torch.nn.Linear and not {"_packed", "_most_rows"} & set(m.__dict__) for m in model)
+
+
+def test_a_shape_is_measured() -> None:
+    assert packed_matrices.faster(torch.nn.Linear(32, 32), 1) in (True, False)
+
+
+def test_packed_matrices_give_the_same_text(model: Any, packs_all: None) -> None:
     prompt = tokens(2, 12)
     plain, text = prefill(model), model.generate(prompt, max_new_tokens=16, do_sample=False)
     with adt.enable(), adt.pack(model) as packed:
@@ -1372,7 +1408,7 @@ def test_packed_matrices_give_the_same_text(model: Any) -> None:
     assert torch.equal(prefill(model), plain)
 
 
-def test_packed_weights_follow_the_weights() -> None:
+def test_packed_weights_follow_the_weights(packs_all: None) -> None:
     layer = torch.nn.Linear(8, 5)
     x = torch.randn(3, 8)
     with adt.pack(torch.nn.Sequential(layer)):

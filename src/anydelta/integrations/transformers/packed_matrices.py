@@ -6,18 +6,33 @@
 A decode step is mostly one row times each weight. torch's F.linear gives float32 to MKL, which multiplies one row on
 one thread; oneDNN, which torch brings along for torch.compile, takes all threads (`anydelta bench matrices`). The sums
 are the same but for their order.
+
+That is not so on every CPU: with AMX, torch's own bfloat16 matrices are as fast or faster. So each shape is measured
+first, for one row and for many, and is packed only for what that makes faster.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import nn
+
+GAIN = 1.05
+"""How many times as fast packed weights must be to be worth their memory."""
+
+ROWS = (1, 64)
+"""Rows for which a shape is measured: a decode step, and a prompt."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Linear):
-    """nn.Linear with a second copy of its weight; calls that need a gradient, or are traced, take the first."""
+    """nn.Linear with a second copy of its weight; calls that need a gradient, or are traced, take the first.
+
+    So do those of more rows than `_most_rows`, where that is not None.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters["weight"]
@@ -30,6 +45,7 @@ class PackedLinear(nn.Linear):
             or x.dtype not in _DTYPES
             or not x.is_cpu
             or x.numel() == 0
+            or ((most := self.__dict__.get("_most_rows")) is not None and x.numel() > most * x.shape[-1])
             or torch.is_autocast_enabled("cpu")
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.maybe_current_level() is not None
@@ -45,7 +61,7 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and files hold the weight once: the packed form has no storage that either could take."""
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_most_rows")}
 
 
 def _stamp(weight: torch.Tensor) -> tuple[int, int]:
@@ -61,21 +77,22 @@ def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
 class Packed:
     """Which layers of a model are packed, and the switch. Their copies of the weights live as long as this."""
 
-    def __init__(self, layers: list[nn.Linear]):
-        self.layers = layers
+    def __init__(self, layers: list[nn.Linear], most_rows: list[int | None]):
+        self.layers, self._most_rows = layers, most_rows
         self._kept: dict[nn.Linear, tuple[torch.Tensor, tuple[int, int]]] = {
             layer: _packed(layer.weight) for layer in layers
         }
         self.on()
 
     def on(self) -> None:
-        for layer in self.layers:
-            layer.__dict__["_packed"] = self._kept[layer]
+        for layer, most in zip(self.layers, self._most_rows, strict=True):
+            layer.__dict__["_packed"], layer.__dict__["_most_rows"] = self._kept[layer], most
             layer.__class__ = PackedLinear
 
     def off(self) -> None:
         for layer in self.layers:
             self._kept[layer] = layer.__dict__.pop("_packed", self._kept[layer])
+            layer.__dict__.pop("_most_rows", None)
             layer.__class__ = nn.Linear
 
     def __enter__(self) -> Packed:
@@ -89,7 +106,8 @@ class Packed:
 def pack(model: nn.Module) -> Packed:
     """Pack the nn.Linear layers of a model that are on the CPU in float32 or bfloat16, and use them from now on.
 
-    Doubles the memory of those weights, and serves any number of rows; training and torch.compile go on to use the
+    Only layers that this makes faster here, on as many threads as torch has now: each shape is measured, which takes
+    some tenths of a second. Doubles the memory of those weights; training and torch.compile go on to use the
     weights as they were. A weight that is written or replaced is packed anew when it is next used.
 
     Raises:
@@ -116,4 +134,35 @@ def pack(model: nn.Module) -> Packed:
             "pack: requires a model with nn.Linear layers in float32 or bfloat16 on the CPU; got "
             f"{type(model).__name__} without one. Load it in one of these types"
         )
-    return Packed(layers)
+    found: dict[tuple[object, ...], tuple[bool, bool]] = {}
+    chosen: list[nn.Linear] = []
+    most: list[int | None] = []
+    for layer in layers:
+        key = (layer.weight.shape, layer.weight.dtype)
+        if key not in found:
+            found[key] = (faster(layer, ROWS[0]), faster(layer, ROWS[1]))
+        few, many = found[key]
+        if few:
+            chosen.append(layer)
+            most.append(None if many else ROWS[1] // 8)
+    return Packed(chosen, most)
+
+
+def faster(layer: nn.Linear, rows: int) -> bool:
+    """Whether so many rows times the layer's weight are GAIN times as fast on a packed copy of it. Measured in turns."""
+    weight = layer.weight.detach()
+    x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
+    packed = _packed(weight)[0]
+    ways: tuple[Callable[[], torch.Tensor], ...] = (
+        lambda: torch.nn.functional.linear(x, weight),
+        lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+    )
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(6):
+            for spent, way in zip(times, ways, strict=True):
+                start = time.perf_counter()
+                way()
+                spent.append(time.perf_counter() - start)
+    plain, own = (min(spent[1:]) for spent in times)
+    return plain > GAIN * own
