@@ -21,6 +21,9 @@ EXPORT_RUNNERS := aoti executorch
 EXPORT_PROMPT := In the beginning God created
 # Transformers that `make test-transformers` tests: the oldest, two between, and the one that `make test` has.
 TRANSFORMERS := 5.15.0 5.20.0 5.23.0 5.24.0
+README_CASES := gda-t1-h16x32-d128-b1-cold,gda-t512-h16x32-d128-b1
+README_PEERS := ggml onnxruntime executorch transformers
+README_RECORDING := 'anydelta doctor' 'anydelta generate -m examples/tiny_model --compare -n 48 "Psalm 1"'
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.
@@ -32,7 +35,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 PYTEST := $(ISOLATE) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(BESIDE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup backends test test-transformers lint format demo demo-export wheel readme clean distclean
+.PHONY: help setup backends test test-transformers lint format docs demo demo-export wheel readme figures release-check clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -80,17 +83,22 @@ demo-export: $(VENV)/.built ## Export the tiny model to each runtime, generate w
 	  test "$$(sed -n 's/^tokens: //p' out/export/$$runtime.txt)" = "$$(cat out/export/$$runtime.cpp.txt)" || exit 1; \
 	  echo "$$runtime: C++ gives the same 64 tokens"; done
 
-lint: $(VENV)/.installed ## Check style and types
+lint: $(VENV)/.installed ## Check style, types and prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell
+	$(BIN)/python scripts/prose.py
 
 format: $(VENV)/.installed ## Format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+docs: $(VENV)/.docs ## Build the site into build/site; a broken link or a missing docstring fails
+	NO_MKDOCS_2_WARNING=1 $(ISOLATE) $(BIN)/mkdocs build --quiet --strict
 
 readme: $(VENV)/.built ## Write the generated tables of README.md and docs/transformers.md anew
 	$(ISOLATE) $(BIN)/anydelta conform --support --json | $(ISOLATE) $(BIN)/python scripts/support_table.py --from - --write README.md
@@ -102,6 +110,15 @@ readme: $(VENV)/.built ## Write the generated tables of README.md and docs/trans
 
 wheel: $(VENV)/.installed ## Build sdist and wheel into dist/
 	$(BIN)/python -m build --outdir dist .
+
+# The machine should be quiet. The recording needs a terminal of Unix.
+figures: $(VENV)/.built ## Measure and write README's speed table, its picture and the recording of the program
+	$(ISOLATE) $(BIN)/anydelta bench ops -r 11 -t 1 --decays mild --cases $(README_CASES) $(README_PEERS:%=--peer %) -o docs/measurements/readme.json
+	$(ISOLATE) $(BIN)/python scripts/speed_figures.py --from docs/measurements/readme.json --write README.md --plot docs/images/speed.svg
+	$(ISOLATE) $(BIN)/python scripts/recording.py docs/images/terminal.svg $(README_RECORDING)
+
+release-check: $(VENV)/.release ## Build a release, check it, install it for every Python here and run README's lines
+	$(ISOLATE) $(BIN)/python scripts/release_check.py
 
 clean: ## Remove what was built, and all caches
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -126,6 +143,14 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	  $(BIN)/python -m pip install -q --group build --group dev; }
 	$(BIN)/python -m pip install -q --group gguf || \
 	  echo "ggml-python does not build on this machine (reason above); the tests of GGUF files will be skipped."
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	$(BIN)/python -m pip install -q --group docs
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --group release
 	@touch $@
 
 # Without build isolation, so that build/ keeps its objects and only what changed is compiled.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import wrap
 
 from table_between_marks import parser, run
 
@@ -20,18 +21,17 @@ MAKEFILE = Path(__file__).parent.parent / "Makefile"
 
 
 def table() -> str:
-    """Families down, what they have across, as Markdown."""
-    rows = [
-        "| family | layer | from | rule | mixer | rollback | MTP | sees images | tested on |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Families down, what they have across, as Markdown; below, what all have and the classes that see images."""
+    rows = ["| family | layer | from | rule | MTP | images | tested on |", "|---|---|---|---|---|---|---|"]
     for f in FAMILIES:
         cells = (
-            f.name, f"`{f.layer}`", f.since, f.rule, "yes", "yes", "yes" if f.mtp else "-",
-            f"`{f.multimodal}`" if f.multimodal else "-", ", ".join(tested(f)),
+            f.name, f"`{f.layer}`", f.since, f.rule, "yes" if f.mtp else "-", "yes" if f.multimodal else "-",
+            ", ".join(tested(f)),
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    seeing = ", ".join(f"`{f.multimodal}`" for f in FAMILIES if f.multimodal)
+    text = f"All have the mixer and rollback. The classes that see images are {seeing}."
+    return "\n".join([*rows, "", *wrap(text, 120, break_long_words=False)])
 
 
 def tested(family: Family) -> list[str]:

@@ -1,28 +1,35 @@
 """Run the Python examples of Markdown files, so that no document promises what does not work.
 
     python scripts/run_examples.py README.md docs/conventions.md
+    python scripts/run_examples.py --allow-missing README.md        skip blocks whose packages are not installed
 
-The blocks marked "python" of one file run in order and share their names. A failure names file and line.
+The blocks marked "python" of one file run in order and share their names. A failure names file and line. The line
+`<!-- needs: torch transformers -->` above a block names the packages that it needs beside NumPy.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def blocks(path: Path) -> list[tuple[int, str]]:
-    """(number of its first line, source) of every block marked "python"."""
-    found: list[tuple[int, str]] = []
+def blocks(path: Path) -> list[tuple[int, str, list[str]]]:
+    """(number of its first line, source, packages that it needs) of every block marked "python"."""
+    found: list[tuple[int, str, list[str]]] = []
     lines: list[str] | None = None
+    needs: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if lines is None:
             if line.strip() == "```python":
                 lines, first = [], number + 1
+            elif (named := re.fullmatch(r"<!-- needs: (.*) -->", line.strip())) is not None:
+                needs = named[1].split()
         elif line.strip() == "```":
-            found.append((first, "\n".join(lines) + "\n"))
-            lines = None
+            found.append((first, "\n".join(lines) + "\n", needs))
+            lines, needs = None, []
         else:
             lines.append(line)
     if lines is not None:
@@ -30,21 +37,25 @@ def blocks(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-def run(path: Path) -> int:
-    """Run a file's examples and return their number."""
+def run(path: Path, allow_missing: bool = False) -> int:
+    """Run a file's examples and return how many ran."""
     names: dict[str, Any] = {"__name__": "example"}
-    found = blocks(path)
-    for first, source in found:
+    ran = 0
+    for first, source, needs in blocks(path):
+        if allow_missing and any(importlib.util.find_spec(name) is None for name in needs):
+            continue
         # Newlines in front: line numbers in a traceback are then those of the file.
         exec(compile("\n" * (first - 1) + source, str(path), "exec"), names)
-    return len(found)
+        ran += 1
+    return ran
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
+    names = [name for name in sys.argv[1:] if name != "--allow-missing"]
+    if not names:
         sys.exit("run_examples: give one or more Markdown files.")
-    for name in sys.argv[1:]:
-        n = run(Path(name))
+    for name in names:
+        n = run(Path(name), "--allow-missing" in sys.argv)
         if n == 0:
             sys.exit(f"run_examples: {name} has no Python example.")
         print(f"{name}: {n} example{'s' * (n > 1)} ran")

@@ -24,34 +24,28 @@ MARKS = ("<!-- support table: written by `make readme` -->", "<!-- end of the su
 
 
 def table(found: dict[str, Any]) -> str:
-    """Backends across, as Markdown: their devices, and what some refuse. Below: what all accept, and the reasons."""
+    """Backends across, as Markdown: their devices, and what some refuse. Below: what all accept."""
     backends = found["backends"]
     rows = [
         "| | " + " | ".join(f"`{name}`" for name in backends) + " |",
         "|---|" + "---|" * len(backends),
         "| devices | " + " | ".join(_devices(name, b["devices"]) for name, b in backends.items()) + " |",
     ]
-    everywhere, reasons = [], []
+    everywhere = []
     for feature in found["cases"]:
         answers = {name: b["features"][feature] for name, b in backends.items()}
         if not any(answers.values()):
             everywhere.append(feature)
             continue
         rows.append(f"| {feature} | " + " | ".join("no" if why else "yes" for why in answers.values()) + " |")
-        said: dict[str, list[str]] = {}
-        for name, why in answers.items():
-            if why:
-                said.setdefault("; ".join(why), []).append(f"`{name}`")
-        reasons += [f"- {feature}: {', '.join(names)}: {why}." for why, names in said.items()]
     if everywhere:
-        reasons = [f"All backends accept {'; '.join(everywhere)}.", *([""] if reasons else []), *reasons]
-    lines = [line for text in reasons for line in _wrapped(text)]
-    return "\n".join([*rows, *([""] if lines else []), *lines])
-
-
-def _wrapped(text: str) -> list[str]:
-    indent = "  " if text.startswith("- ") else ""
-    return wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+        rows += [
+            "",
+            *wrap(
+                f"All accept {'; '.join(everywhere)}.", 120, break_long_words=False, break_on_hyphens=False
+            ),
+        ]
+    return "\n".join(rows)
 
 
 def _devices(backend: str, devices: list[str]) -> str:
