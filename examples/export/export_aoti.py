@@ -2,7 +2,7 @@
 
     python examples/export/export_aoti.py examples/tiny_model out/export
 
-Both programs advance the same states, which the caller keeps and hands in: two tensors per layer, whose shapes stand in
+Both programs advance the same states, which the caller keeps and hands in: two tensors per layer, whose shapes are in
 the packages' metadata. `run_python.py` and `run_aoti.cpp` generate text with them.
 """
 
