@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -331,6 +332,52 @@ def test_progress_goes_to_stderr() -> None:
 # ---- what people expect of a program
 
 
+def commands() -> dict[str, Any]:
+    """Every command by its words."""
+    import typer
+
+    from anydelta.cli import build_app
+
+    def below(words: str, command: Any) -> dict[str, Any]:
+        found = {words: command}
+        for name, inner in getattr(command, "commands", {}).items():
+            found |= below(f"{words} {name}", inner)
+        return found
+
+    return below("anydelta", typer.main.get_command(build_app()))
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_every_help_has_examples_that_parse(words: str) -> None:
+    """The words of an example are those of a command, and its options exist and have values of their kind."""
+    _, found, examples = (commands()[words].help or "").partition("Examples:\n")
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    assert found, "no example"
+    assert lines
+    for line in lines:
+        assert line.startswith(words), line
+        command: Any = commands()["anydelta"]
+        args = shlex.split(line)[1:]
+        while hasattr(command, "commands"):
+            assert args, line
+            assert args[0] in command.commands, line
+            command = command.commands[args.pop(0)]
+        command.make_context(line, args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("conform", "--case", CASE, "--backend", "reference"),
+        ("doctor",),
+        ("info",),
+        ("bench", "ops", "--list"),
+    ],
+)
+def test_commands_of_the_examples_run(program: Any, args: tuple[str, ...]) -> None:
+    assert program(*args)[0] == 0
+
+
 def test_the_version(program: Any) -> None:
     assert program("--version")[:2] == (0, f"anydelta {__version__}\n")
 
@@ -366,20 +413,38 @@ def test_doctor_finds_what_was_switched_off(program: Any, monkeypatch: pytest.Mo
         "unset ANYDELTA_CPU_ISA", "unset OMP_NUM_THREADS", "unset ANYDELTA_TORCH_LIBRARY"
     ]  # fmt: skip
     gpu = "install the PyTorch of this GPU (pytorch.org/get-started), then: pip install triton"
-    built = [doctor.BUILD] if CPU_REASONS else []
+    built = [doctor.build()] if CPU_REASONS else []
     assert commands == [*built, "unset ANYDELTA_BACKEND", gpu, *cpu, "pip install -U transformers"]
     text = program("doctor")[1]
     assert text.count("\n") == 2 * len(commands)
     assert "Triton is not installed." in text
     monkeypatch.setattr(native, "why_not", "it is not built")
-    assert next(doctor.advice()).command == doctor.BUILD
+    assert next(doctor.advice()).command == doctor.build()
+
+
+@pytest.mark.parametrize(
+    ("url", "source"),
+    [
+        ('{"url": "file:///home/a%20b/anydelta", "dir_info": {}}', "'/home/a b/anydelta'"),
+        ('{"url": "https://example.org/anydelta.whl"}', "anydelta"),
+        (None, "anydelta"),
+    ],
+)
+def test_doctor_builds_from_where_it_was_installed(
+    monkeypatch: pytest.MonkeyPatch, url: str | None, source: str
+) -> None:
+    from anydelta import doctor
+
+    monkeypatch.setattr(doctor, "distribution", lambda name: SimpleNamespace(read_text=lambda file: url))
+    assert doctor.build().split(" ", 5)[-1] == source
+    assert doctor.build(beside_torch=True).endswith(f"--no-build-isolation {source}")
 
 
 def test_doctor_finds_nothing(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from anydelta import doctor
 
     monkeypatch.setattr(doctor, "advice", lambda: iter(()))
-    assert program("doctor")[1].startswith("Nothing is in the way")
+    assert program("doctor")[1].startswith("Nothing to do")
     assert program("doctor", "--json")[1].strip() == "[]"
 
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from anydelta.bench.measure import (
     report,
     small_report,
 )
+from anydelta.bench.measure.profile import ORDER, Part
 from anydelta.bench.measure.runners import Test as Work
 from anydelta.conformance import cli as conform
 from anydelta.conformance.run import FAIL, Result
@@ -248,6 +250,85 @@ def test_figures_show_dollars(tmp_path: Path) -> None:
     assert r"a $\nothing{ b" in path.read_text()
 
 
+def drawn() -> Iterator[tuple[str, Any, Any]]:
+    """Reports as long as real ones, which `--plot` draws."""
+    machine = {
+        **MACHINE,
+        "cpu": "AMD EPYC 9654 96-Core Processor",
+        "cpus": 2,
+        "anydelta": "0.1.0",
+        "date": "2026-12-01",
+    }
+    cases = ("gda-t1-h16x32-d128-b8-bf16-pool512bf16-cold", "gda-t512-h16x32-d128-b1")
+    peers = ("anydelta", "vllm", "onnxruntime", "ggml", "executorch", "mlx", "transformers")
+    timed: list[Any] = [
+        ops.Record(
+            case, "decode", 2, peer, "1", median_us=1.0, min_us=1.0, ratio=1.0 + i, ratio_min=1.0, limit_pct=90.0 - i,
+        )
+        for case in cases
+        for i, peer in enumerate(peers)
+    ]  # fmt: skip
+    yield "ops", report, ops.Report(machine, ops.Settings(), records=timed)
+    for works in (("pp512",), ("pp512", "tg64", "tg64 @ d4096")):
+        ways = ("transformers", "anydelta", "transformers, packed", "anydelta, packed", "anydelta, compiled")
+        speeds: list[Any] = [
+            model.Record(
+                "qwen3.5-0.8b", "", 1, 1.0, "float32", 2, work, 1, 0, way, "1", rounds=3, median_tps=10.0, ratio=1.0 + i
+            )
+            for work in works
+            for i, way in enumerate(ways)
+        ]  # fmt: skip
+        parts = [
+            Part("qwen3.5-0.8b", "float32", 2, work, part, "ms per token", dict.fromkeys(ways[:2], 1.0), 1.0)
+            for work in works
+            for part in ORDER
+        ]
+        for shown in ([], parts):
+            name = f"model, {len(works)} tests, {'parts' if shown else 'speed'}"
+            settings = model.Settings((Work("tg", 1, 0),), 1, False)
+            yield name, model_report, model.Report(machine, settings, records=speeds, parts=shown)
+    drafts: list[Any] = [
+        spec.Record(f"prompt {i}", mode, "the checkpoint's MTP layers, 2 drafts", accepted_share=0.1 * i, ratio=0.5 * i)
+        for mode in ("mtp", "mtp+lookup", "lookup", "assistant")
+        for i in range(9)
+    ]  # fmt: skip
+    yield "spec", spec_report, spec.Report(machine, "examples/tiny_model", spec.Settings(), records=drafts)
+
+
+@pytest.mark.parametrize(
+    "name", ["ops", *(f"model, {n} tests, {p}" for n in (1, 3) for p in ("speed", "parts")), "spec"]
+)
+def test_legends_cover_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No legend is on a title, an axis or another legend, or leaves the figure."""
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    _, printers, measured = next(one for one in drawn() if one[0] == name)
+    printers.plot(measured, tmp_path / "x.svg")
+    fig = plt.gcf()
+    monkeypatch.undo()
+    draw = fig.canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = {"title": fig._suptitle.get_window_extent(draw)}  # type: ignore[attr-defined]
+    legends = {
+        f"legend {i}": x for i, x in enumerate([*fig.legends, *(a.get_legend() for a in fig.axes)]) if x
+    }
+    for i, axis in enumerate(fig.axes):
+        if axis.get_legend() is not None:
+            axis.get_legend().set_in_layout(False)
+        boxes[f"axis {i}"] = axis.get_tightbbox(draw)
+    boxes |= {what: legend.get_window_extent(draw) for what, legend in legends.items()}
+    plt.close(fig)
+    assert legends
+    for one in legends:
+        box = boxes[one]
+        assert fig.bbox.x0 <= box.x0 < box.x1 <= fig.bbox.x1, f"{one} leaves the figure"
+        assert fig.bbox.y0 <= box.y0 < box.y1 <= fig.bbox.y1, f"{one} leaves the figure"
+        for other, its in boxes.items():
+            inside = min(box.x1, its.x1) - max(box.x0, its.x0), min(box.y1, its.y1) - max(box.y0, its.y0)
+            assert other == one or min(inside) <= 1, f"{one} covers {other}"
+
+
 def test_a_terminal_gets_escapes_and_a_file_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     for tty, want in ((True, "a\\x1b[31mb\n"), (False, "a\x1b[31mb\n")):
         out = io.StringIO()
@@ -270,6 +351,47 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     monkeypatch.setenv("NO_COLOR", "1")
     terminal.show(terminal.Table("", ("a",), [("b",)], lambda cells: "red"))
     assert "\x1b[31m" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--help", "bench --help", "bench ops --help", "conform --help", "generate --help", "tune --help", "info",
+        "doctor",
+    ],
+)  # fmt: skip
+def test_80_columns_without_colours(args: str) -> None:
+    """Nothing is wider than the terminal, and NO_COLOR is followed."""
+    given = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-m", "anydelta.cli", *args.split()], env=given, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", done.stdout)
+    lines = Text.from_ansi(done.stdout).plain.splitlines()
+    assert lines
+    assert [line for line in lines if Text(line).cell_len > 80] == []
+
+
+def test_a_paragraph_of_help_fits_any_width() -> None:
+    command = typer.main.get_command(cli.build_app())
+    terminal.reflow(command)
+    ops = command.commands["bench"].commands["ops"].help.split("\n\n")
+    assert "\n" not in ops[1]
+    assert ops[-1].startswith("Examples:\n  anydelta bench ops\n")
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    with terminal.progress() as tell:
+        for now in (100.0, 110.0, 116.0, 117.0, 140.0):
+            tell("case\n[1]", (now - 100) / 50)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [" 32% after 16 s: case [1]", " 80% after 40 s: case [1]"]
 
 
 # ---- The end

@@ -26,6 +26,16 @@ COMMANDS = (
 """Modules whose `register(app)` adds a command. By name: they need typer, which may be missing."""
 
 
+HELP = """The gated delta rule as one fast operator for every device.
+
+Examples:
+  anydelta doctor
+  anydelta generate "And it came to pass"
+  anydelta conform --backend cpu
+  anydelta bench ops
+"""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the program; `args` as in sys.argv[1:]."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
@@ -42,7 +52,7 @@ def build_app() -> typer.Typer:
 
     app = typer.Typer(
         name="anydelta",
-        help="The gated delta rule as one fast operator for every device.",
+        help=HELP,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,7 +76,12 @@ def build_app() -> typer.Typer:
 
     @app.command()
     def info(as_json: bool = json_flag) -> None:
-        """Show the version, this machine, and which backends run here or why not."""
+        """Show the version, this machine, and which backends run here or why not.
+
+        Examples:
+          anydelta info
+          anydelta info --json
+        """
         facts = gather()
         if as_json:
             terminal.say(terminal.to_json(facts))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from . import terminal
 from .conformance.run import unavailable
@@ -17,7 +21,6 @@ from .rule import torch_library
 if TYPE_CHECKING:
     import typer
 
-BUILD = "pip install --force-reinstall --no-deps --no-cache-dir anydelta"
 DRAFTING = (5, 20)
 """The first Transformers that lets hybrid models draft."""
 
@@ -27,10 +30,29 @@ class Advice(NamedTuple):
     command: str
 
 
+def build(beside_torch: bool = False) -> str:
+    """The command that builds anydelta again, from the folder that it was installed from if there is one.
+
+    `beside_torch`: without isolation, so that the build finds the installed torch.
+    """
+    command = "pip install --force-reinstall --no-deps --no-cache-dir"
+    if beside_torch:
+        command = f"pip install scikit-build-core nanobind cmake ninja && {command} --no-build-isolation"
+    return f"{command} {shlex.quote(_source())}"
+
+
+def _source() -> str:
+    try:
+        url = json.loads(distribution("anydelta").read_text("direct_url.json") or "{}").get("url", "")
+    except (PackageNotFoundError, ValueError):
+        url = ""
+    return url2pathname(urlsplit(url).path) if url.startswith("file:") else "anydelta"
+
+
 def advice() -> Iterator[Advice]:
-    """Each finding as a sentence and a command, the largest gain first."""
+    """Findings, the largest gain first."""
     if native.why_not:
-        yield Advice(f"The CPU kernels do not run: {native.why_not}. A C++17 compiler builds them.", BUILD)
+        yield Advice(f"The CPU kernels do not run: {native.why_not}. A C++17 compiler builds them.", build())
     if (forced := dispatch.forced_by_env()) is not None:
         yield Advice(f"{dispatch.ENV} names {forced} for every call.", f"unset {dispatch.ENV}")
     yield from _gpu()
@@ -81,7 +103,7 @@ def _torch() -> Iterator[Advice]:
     left_out = reason == f"{torch_library.ENV}=0"
     yield Advice(
         f"torch.ops.anydelta runs from Python and not from C++: {reason}.",
-        f"unset {torch_library.ENV}" if left_out else f"{BUILD} --no-build-isolation",
+        f"unset {torch_library.ENV}" if left_out else build(beside_torch=True),
     )
 
 
@@ -109,13 +131,16 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def doctor(as_json: bool = json_flag) -> None:
-        """Say what would make this machine faster, most first, and the command for it."""
+        """Say what would make this machine faster, most first, and the command for it.
+
+        Examples:
+          anydelta doctor
+          anydelta doctor --json
+        """
         found = list(advice())
         if as_json:
             return terminal.say(terminal.to_json([each._asdict() for each in found]))
         for number, each in enumerate(found, 1):
             terminal.say(f"{number}. {each.what}\n   {each.command}")
         if not found:
-            terminal.say(
-                "Nothing is in the way: the fastest kernels that this machine has run. anydelta info lists them."
-            )
+            terminal.say("Nothing to do: this machine runs its fastest kernels. See anydelta info.")

@@ -42,20 +42,20 @@ _UNSEEN = re.compile(
 
 
 class Refused(Exception):
-    """Bad input, or a package that is not here. The text is one sentence."""
+    """Bad input, or a missing package. The text is one sentence."""
 
     status = 2
 
 
 class Failed(Refused):
-    """The work was begun, and its result is wrong or missing. The text is one sentence."""
+    """The work began, and its result is wrong or missing. The text is one sentence."""
 
     status = 1
 
 
 @contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are about what the user gave: each becomes Refused, with its text."""
+    """Turn errors of these kinds, which are about the user's input, into Refused with their text."""
     try:
         yield
     except kinds as error:
@@ -66,7 +66,7 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def literal(text: object) -> str:
-    """The text with unseen characters as escapes: nothing in it moves the cursor, colours or turns what follows."""
+    """The text with control characters as escapes: nothing in it moves the cursor, or changes colours or direction."""
     return _UNSEEN.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
 
 
@@ -76,7 +76,7 @@ def one_line(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that may go on for pages; its type, where it says nothing."""
+    """The first line of an error's text; the error's type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -91,7 +91,7 @@ def tell(text: object) -> None:
 
 
 def to_json(value: object, indent: int | None = 1) -> str:
-    """The value as JSON, which knows neither NaN nor infinity: they become null."""
+    """The value as JSON. NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -104,7 +104,7 @@ def _finite(value: object) -> object:
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The text of a CSV file. Control characters are escapes there too: not every reader keeps them in their cell."""
+    """The text of a CSV file. Control characters become escapes, since some readers break a cell at them."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(
         [literal(cell) if isinstance(cell, str) else cell for cell in cells] for cells in (head, *rows)
@@ -120,12 +120,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], left: 
 
 
 def _cell(text: object) -> str:
-    """With what would end the cell or begin a tag escaped."""
+    """The text with characters escaped that would end the cell or begin a tag."""
     return one_line(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def console(*, err: bool = False) -> Console:
-    """Where rich prints: strings have no markup, no emoji codes and no colours of their own."""
+    """A rich console that prints strings as they are: no markup, no emoji codes, no colours."""
     from rich.console import Console
 
     class Literal(Console):
@@ -142,9 +142,9 @@ def show(*shown: object) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """For `show`: numbers to the right but for the first column and those of `left`; style(cells) of a row.
+    """For `show`: columns are right-aligned, except the first and those of `left`; style(cells) styles a row.
 
-    Nothing is cut off: where a word has no room in its column, each row is printed as lines `heading: cell`.
+    Nothing is cut off: if a word does not fit its column, each row is printed as lines `heading: cell`.
     """
 
     title: str
@@ -190,23 +190,26 @@ def lines(texts: Iterable[object], style: str = "") -> Text:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """tell(text, share done): a bar on stderr, if that is a terminal.
+    """tell(text, share done): a bar on stderr; where that is no terminal, a line every `LINE_SECONDS`.
 
-    It is drawn by `tell` alone, at most ten times a second: a thread that draws would disturb measurements.
+    Only `tell` draws, at most ten times a second: a thread that draws would disturb measurements.
     """
+    where = console(err=True)
+    if not where.is_terminal:
+        yield _lines_of_progress()
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    where = console(err=True)
     bar = Progress(
         BarColumn(20), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
-        console=where, transient=True, auto_refresh=False, disable=not where.is_terminal,
+        console=where, transient=True, auto_refresh=False,
     )  # fmt: skip
     with bar:
         task, drawn = bar.add_task("starting", total=1.0), 0.0
 
         def tell(text: str, done: float) -> None:
             nonlocal drawn
-            if not bar.disable and time.monotonic() - drawn >= 0.1:
+            if time.monotonic() - drawn >= 0.1:
                 bar.update(task, description=literal(text), completed=done)
                 bar.refresh()
                 drawn = time.monotonic()
@@ -214,11 +217,28 @@ def progress() -> Iterator[Callable[[str, float], None]]:
         yield tell
 
 
+LINE_SECONDS = 15.0
+"""How often a line tells of the progress in a log."""
+
+
+def _lines_of_progress() -> Callable[[str, float], None]:
+    began = told = time.monotonic()
+
+    def line(text: str, done: float) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= LINE_SECONDS:
+            tell(f"{done:4.0%} after {now - began:.0f} s: {one_line(text)}")
+            told = now
+
+    return line
+
+
 # ---- Files
 
 
 def check_writable(path: Path) -> None:
-    """Check, before the work begins, that the file can be written. It stays as it is.
+    """Check before the work that the file can be written, without changing it.
 
     Raises:
         Refused: it cannot.
@@ -247,6 +267,7 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
         import typer.main
 
         command = typer.main.get_command(build())
+        reflow(command)
         if "_ANYDELTA_COMPLETE" in os.environ:  # a shell asks how the words go on
             command.main(args, prog_name=name)
         name = _called(command, args)
@@ -272,6 +293,19 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
             say(message)
             raise SystemExit(2) from None
         _end(name, f"{message.rstrip('.')}. See {name} --help", 2)
+
+
+def reflow(command: Any) -> None:
+    """Join the lines of each paragraph of a command's help, and of the commands below it, so that it fits any width.
+
+    Indented lines (examples) stay lines.
+    """
+    if command.help:
+        blocks = command.help.split("\n\n")
+        joined = (b if re.search(r"^ ", b, re.MULTILINE) else " ".join(b.split()) for b in blocks)
+        command.help = "\n\n".join(joined)
+    for inner in getattr(command, "commands", {}).values():
+        reflow(inner)
 
 
 def _invoke(command: Any, args: list[str]) -> int:
@@ -311,7 +345,7 @@ def _called(command: object, args: Sequence[str]) -> str:
 
 
 def _open_streams() -> None:
-    """A character that a stream's encoding lacks is written as an escape; a closed stream takes what it gets."""
+    """Write characters that a stream's encoding lacks as escapes; replace a closed stream by the null device."""
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
@@ -321,6 +355,6 @@ def _open_streams() -> None:
 
 
 def _leave_stdout() -> None:
-    """Nothing more goes there, not even what Python would flush at its end."""
+    """Discard all further output, also what Python flushes at its end."""
     with suppress(OSError, ValueError):  # a stream that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,11 +23,21 @@ from .commands import (
     threads,
 )
 
+HELP = """Measure the operator against other implementations and the limits of the machine.
+
+Contenders run interleaved in one process, and each result is checked first.
+
+Examples:
+  anydelta bench ops
+  anydelta bench model -p 512 -n 64 --profile
+  anydelta bench ops --cases decode -t 1 --plot ops.svg
+"""
+
 
 def register(app: typer.Typer) -> None:
     """Add `bench` to the command line."""
     bench = typer.Typer(
-        help="Measure the operator against other implementations and the machine's limits.",
+        help=HELP,
         no_args_is_help=True,
     )
     commands: dict[str, Callable[..., object]] = {

@@ -47,7 +47,7 @@ from .support import support
 from .token_log import LOG_CASES
 
 MAX_LISTED = 20
-"""Failures of one target that are listed without --verbose: a broken kernel fails nearly everything."""
+"""How many failures of a target are listed without --verbose: a broken kernel fails nearly everything."""
 
 
 def _option(*names_and_help: str) -> object:
@@ -66,28 +66,35 @@ def register(app: typer.Typer) -> None:
             list[str] | None, _option("--require", "Fail unless this backend runs and passes every case.")
         ] = None,
         pattern: Annotated[
-            str, _option("--filter", "-f", "Only cases whose line has this text, or matches it as a regex.")
+            str, _option("--filter", "-f", "Only cases whose line has this text, or matches this regex.")
         ] = "",
         case: Annotated[
-            list[str] | None, _option("--case", "Run this line instead of the list; failures print theirs.")
+            list[str] | None,
+            _option("--case", "Run this case instead of the list; a failure prints its line."),
         ] = None,
         isa: Annotated[list[str] | None, _option("--isa", "Only this instruction set of the CPU.")] = None,
         framework: Annotated[
             list[str] | None, _option("--framework", "Only numpy, only torch, or mlx.")
         ] = None,
-        device: Annotated[str, _option("--device", "Where torch's tensors lie: cuda, xpu, ...")] = "cpu",
+        device: Annotated[str, _option("--device", "Device of torch's tensors: cuda, xpu, ...")] = "cpu",
         gradients: Annotated[
-            bool, _option("--gradients", "Backward passes, against the float64 recurrence under autograd.")
+            bool, _option("--gradients", "Test backward passes, against the float64 recurrence.")
         ] = False,
         as_json: Annotated[bool, _option("--json", "Every result as JSON on stdout.")] = False,
         as_csv: Annotated[bool, _option("--csv", "Every result as CSV on stdout.")] = False,
         as_md: Annotated[bool, _option("--md", "The summary as a Markdown table on stdout.")] = False,
         verbose: Annotated[bool, _option("--verbose", "-v", "List every result that is not OK.")] = False,
-        asks: Annotated[
-            bool, _option("--support", "Run nothing: show what each backend says it accepts.")
-        ] = False,
+        asks: Annotated[bool, _option("--support", "Run nothing: show what each backend accepts.")] = False,
     ) -> None:
-        """Compare backends with the float64 oracle, over every case that the project knows."""
+        """Compare backends with the float64 oracle, over every case that the project knows.
+
+        Examples:
+          anydelta conform
+          anydelta conform --backend cpu --require cpu --filter T=17
+          anydelta conform --case 'B=1 T=17 H=1 HV=2 K=32 V=48 kda gate=mixed'
+          anydelta conform --gradients --backend cpu
+          anydelta conform --support
+        """
         if asks:
             _only_beside_support(
                 {
@@ -192,7 +199,7 @@ def _run(cases: list[Case], on: list[Target], gradients: bool) -> list[Result]:
 
 
 def _broken_promises(results: list[Result], required: list[str]) -> list[str]:
-    """Why a required backend did not prove itself: one sentence each."""
+    """Why a required backend did not pass: one sentence each."""
     out = []
     for name in dict.fromkeys(required):
         mine = [r for r in results if r.backend == name]
@@ -275,7 +282,7 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
         listed[r.target] = listed.get(r.target, 0) + 1
         if listed[r.target] > MAX_LISTED and not verbose:
             continue
-        # Lines that are to be copied: nothing wraps or colours them.
+        # Lines to be copied: nothing wraps or colours them.
         if r.case == "*":
             say(f"{r.status} {r.backend}: {'; '.join(r.reasons)}")
             continue

@@ -37,7 +37,7 @@ def tune_command(
         list[str] | None,
         typer.Option(
             "--cases",
-            help="As of `anydelta bench ops`: groups, names, globs, regular expressions; commas and repeats allowed.",
+            help="As in `anydelta bench ops`: groups, names, globs, regular expressions; commas and repeats allowed.",
         ),
     ] = None,
     dtype: Annotated[
@@ -61,11 +61,10 @@ def tune_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
-    """Time launches of the Triton kernels on this GPU, and keep what beats the heuristic.
+    """Time launches of the Triton kernels on this GPU, and keep those that beat the heuristic.
 
-    Nothing is tuned but by this command. It writes rows into ARCH.json of the user's folder (ANYDELTA_TRITON_CONFIGS,
-    or anydelta/triton in the user's cache), beside those that are there; processes started later take them. A folder
-    that -o names can be handed on, and is read where ANYDELTA_TRITON_CONFIGS names it.
+    It adds rows to ARCH.json in the folder ANYDELTA_TRITON_CONFIGS, or in anydelta/triton in your cache folder.
+    Processes that start later read them. -o writes to another folder, which ANYDELTA_TRITON_CONFIGS may then name.
 
     Examples:
       anydelta tune
@@ -109,7 +108,7 @@ def _problems(cases: list[str] | None, dtype: str, gradients: bool) -> list[prob
 
 
 def _here(device: str | None) -> tuple[str, str]:
-    """(device, architecture) that is asked for, or the first."""
+    """The requested (device, architecture), or the first."""
     import torch
 
     found = device or ("cuda" if torch.cuda.is_available() else "xpu")
@@ -169,7 +168,7 @@ def _tune(
     if folder is None:
         raise Refused(f"requires a folder to write to; got {tables.ENV}='' and no -o")
     path = folder / f"{arch}.json"
-    # What cannot be merged with or written to is found before the minutes, not after.
+    # Check before tuning that the table can be read and written.
     with refusing(ValueError, OSError):
         tables.read(path)
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def header(report: Report) -> list[str]:
 
 
 def groups(report: Report) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """For each mode its title and rows, the last of which holds the medians over the prompts."""
+    """For each mode its title and rows; the last row holds the medians over the prompts."""
     by_mode = sorted(report.records, key=lambda r: r.mode != "plain")  # stable: plain first, then as measured
     order = {name: i for i, name in enumerate(dict.fromkeys(r.mode for r in by_mode))}
     for mode, found in groupby(sorted(by_mode, key=lambda r: order[r.mode]), key=lambda r: r.mode):
@@ -85,7 +85,7 @@ def plot(report: Report, path: Path) -> None:
     timed = [r for r in report.records if r.ratio is not None and r.accepted_share is not None]
     if not timed:
         raise ValueError("no drafts were timed, so there is nothing to plot")
-    with outputs.figure(report, path, (6.5, 4.5)) as (_, (axis,)):
+    with outputs.figure(report, path, (6.5, 4.5)) as (fig, (axis,)):
         for mode in dict.fromkeys(r.mode for r in timed):
             mine = [r for r in timed if r.mode == mode]
             x, y = [100 * (r.accepted_share or 0.0) for r in mine], [r.ratio or 0.0 for r in mine]
@@ -99,4 +99,4 @@ def plot(report: Report, path: Path) -> None:
         axis.set_ylabel("speed over plain decoding's, median of the rounds")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(lw=0.4, alpha=0.5)
-        axis.legend(frameon=False, fontsize=7, loc="upper left")
+        fig.legend(frameon=False, fontsize=7, loc="outside lower center", ncols=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import outputs
 from .model import FILE, Record, Report
@@ -121,6 +121,12 @@ def part_tables(report: Report) -> Iterator[tuple[str, tuple[str, ...], list[tup
         yield title, ("part", *names, "ratio"), rows
 
 
+BELOW: Any = {
+    "frameon": False, "fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 6.0,
+}  # fmt: skip
+"""Where a legend is: under the axis and its label, which take some five lines."""
+
+
 def plot(report: Report, path: Path) -> None:
     """Speed over Transformers' for every test; and, if it was measured, where the time goes.
 
@@ -162,7 +168,7 @@ def _plot_speed(
     axis.set_xlim(0, 1.6 * max(r.ratio or 0.0 for r in timed))
     axis.axvline(1, color="black", lw=0.8)
     axis.set_xlabel("speed over Transformers', median of the rounds")
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+    axis.legend(ncols=2, **BELOW)
     _tidy(axis, tests)
 
 
@@ -187,9 +193,7 @@ def _plot_parts(axis: Axes, parts: list[Part], tests: list[str], label: Callable
                 left += width
             axis.annotate(f" {name}", (left, y), va="center", size=7)
     handles = [Rectangle((0, 0), 1, 1, color=colours[p]) for p in shown]
-    axis.legend(
-        handles, shown, frameon=False, fontsize=6, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0)
-    )
+    axis.legend(handles, shown, ncols=3, **BELOW)
     axis.set_xlim(0, 125)
     axis.set_xlabel("time by part, % of Transformers' time")
     _tidy(axis, tests)
