@@ -1,8 +1,8 @@
 """What a backend takes, as data, and the reasons against a call that follow from it.
 
-`Accepts` names the arrays of a call, its options and the facts of its spec, each with the values that are taken. What
-it does not name is refused: an array that is there, an option that is not at its default. So a new row of a table of
-arguments is refused by every backend until the backend names it.
+`Accepts` names the arrays of a call, its options and the facts of its spec, each with the values that are taken. A call
+is refused if it has an array or a non-default option that is not named. So every backend refuses a new argument until
+it names it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 Rule = Callable[[Any], str]
-"""A function of a spec: the reason against it, or "". For what is no list of values."""
+"""A function of a spec that returns the reason against it, or "". For checks that no list of values can express."""
 
 
 class Options(Protocol):
-    """The options of a call, a NamedTuple: what is read of them before a backend has it."""
+    """The fields of a call's options (a NamedTuple) that are read here."""
 
     def _asdict(self) -> dict[str, Any]: ...
 
@@ -28,7 +28,7 @@ class Options(Protocol):
 
 
 class Asked(Protocol):
-    """A valid call without its data: what `reasons` reads of every one. The rows name more of its fields."""
+    """The fields of a valid call that `reasons` always reads. Rows name more of them."""
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Row:
 
     allowed: Container[object]
     said: str = ""
-    """The reason, where the usual one is not good enough: a format over `allowed`, `got`, `where` and `spec`."""
+    """A reason that replaces the usual one: a format over `allowed`, `got`, `where` and `spec`."""
 
 
 _SAID = {
@@ -91,11 +91,11 @@ class Accepts:
     """What a backend takes of valid calls.
 
     Attributes:
-        arrays: those of the call's table that it reads or writes.
-        rows: by the name of an option, or of a field of the spec, what values it takes.
-        rules: what is no list of values, such as sizes that depend on each other.
-        limits: rules about the machine, the limits of a driver for instance. They are asked last, and only of a
-            backend that is available, about calls that nothing else is against.
+        arrays: the arrays of the call's table that it reads or writes.
+        rows: the values that it takes, by the name of an option or of a field of the spec.
+        rules: checks that no list of values can express, such as sizes that depend on each other.
+        limits: rules about the machine, for instance a driver's limits. They are asked last, only of an available
+            backend, and only if nothing else is against the call.
     """
 
     arrays: frozenset[str] = frozenset()
@@ -111,7 +111,7 @@ class Accepts:
         limits: tuple[Rule, ...] | None = None,
         **rows: Container[object] | Row,
     ) -> Accepts:
-        """The same, with these rows in place of or beside its own, and with more arrays and rules."""
+        """A copy with these rows added or replaced, and with more arrays and rules."""
         return replace(
             self,
             arrays=self.arrays | set(arrays),
@@ -122,7 +122,7 @@ class Accepts:
 
 
 def reasons(accepts: Accepts, spec: Asked, *, here: bool = True) -> tuple[str, ...]:
-    """Everything that is against a call, each a sentence `takes X; got Y`. `here`: ask about this machine too."""
+    """All reasons against a call, each a sentence `takes X; got Y`. `here`: check this machine's limits too."""
     no = [f"takes no {name}; got one" for name in spec.given if name not in accepts.arrays]
     options = spec.options._asdict()
     for name, row in accepts.rows.items():

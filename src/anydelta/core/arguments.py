@@ -1,8 +1,8 @@
 """The rows of a table of arguments, and what is made of a table.
 
 rule/arguments.py and mixer/arguments.py are the tables: two classes each, whose fields are annotated with the rows
-below. What is said there is not said again: options and keys of plans, the checks of numbers and choices, the schemas
-of torch.ops, the order in which C++ reads arrays. Only the standard library is used, because the build reads the tables
+below. Everything else follows from them: options and keys of plans, checks of numbers and choices, the schemas of
+torch.ops, the order in which C++ reads arrays. Only the standard library is used, because the build reads the tables
 too (scripts/generate_arguments.py).
 """
 
@@ -25,16 +25,17 @@ class ArrayRow:
     shape: str
     """Its legend, as in errors and docstrings."""
     kind: str = "token"
-    """What it holds, and so its dtypes: "token" q's; "gate", "weight" any float's; "state"; "flag" bool; "index"."""
+    """What it holds, which decides its dtypes: "token": dtype of q; "gate", "weight": any float; "state"; "flag": bool;
+    "index"."""
     optional: bool = False
     explicit: bool = False
-    """Optional, but in schemas at the place that it had when it was required: who leaves it out says None."""
+    """Optional, but its place in schemas is among the required ones: callers pass None to leave it out."""
     result: bool = False
-    """Made by the call, and no argument."""
+    """Made by the call: a result, not an argument."""
     written: bool = False
     """Written by each call that has it."""
     public: tuple[str, str] = ("", "")
-    """Its names as an argument of the functional and of the in-place operator, where the field's is another."""
+    """Its argument names in the functional and the in-place operator, where they differ from the field's name."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class NumberRow:
     minimum: float = -FLOAT32_MAX
     maximum: float = FLOAT32_MAX
     why: str = ""
-    """Said behind the maximum."""
+    """Text after the maximum in the error."""
 
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """One of a few words, or None where that is one of them."""
+    """One of a few words; None if it is among them."""
 
     values: tuple[str | None, ...]
 
@@ -74,7 +75,7 @@ class Field:
 
 @cache
 def fields(table: Hashable) -> Mapping[str, Field]:
-    """The rows of a table by name, in its order. Fields without a row are no arguments."""
+    """The rows of a table by name, in its order. Fields without a row are not arguments."""
     found: dict[str, Field] = {}
     for name, hint in get_type_hints(table, include_extras=True).items():
         if get_origin(hint) is not Annotated:
@@ -97,24 +98,24 @@ def arrays(table: Hashable, *kinds: str) -> tuple[str, ...]:
 
 
 def plain(table: Hashable, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of these options that are a flag, or a number that is always there."""
+    """Those of these options that are a flag or a number that is never None."""
     rows = {name: fields(table)[name] for name in names}
     return tuple(n for n, f in rows.items() if isinstance(f.row, FlagRow | NumberRow) and not f.optional)
 
 
 def reader(names: Iterable[str]) -> Callable[[object], Arrays]:
-    """A function from a call to these fields of it. Compiled from the names: half the time of an attrgetter."""
+    """A function that returns these fields of a call. Compiled from the names: half the time of an attrgetter."""
     found: Callable[[object], Arrays] = eval(f"lambda c: ({' '.join(f'c.{n},' for n in names)})")
     return found
 
 
 def in_order(table: type) -> Callable[[object], Arrays]:
-    """A function from a call to all its arrays, in the order of the table, which is the extension's."""
+    """A function that returns all arrays of a call, in the order of the table, which the extension shares."""
     return reader(table.__dataclass_fields__)  # type: ignore[attr-defined]
 
 
 def given(call: Any) -> tuple[str, ...]:
-    """The arrays of its table that a call has; those that it makes do not count."""
+    """The arrays that a call has, without those that it makes."""
     table: type = type(call)
     rows = fields(table)
     made = {n for n, f in rows.items() if isinstance(f.row, ArrayRow) and f.row.result}
@@ -146,7 +147,7 @@ def problem(field: Field, value: object) -> Exception | None:
 
 
 def options_of(options: NamedTuple, *without: str) -> dict[str, Any]:
-    """The options of a call by name, to be given on to a function that takes them."""
+    """The options of a call by name, as keyword arguments for a function."""
     return {name: getattr(options, name) for name in fields(type(options)) if name not in without}
 
 
@@ -156,13 +157,13 @@ class Operator:
 
     name: str
     public_name: str
-    """Of the function that it stands for, as in errors."""
+    """The name of the public function, as in errors."""
     arrays: type
     options: type
     returns: str
     inplace: bool
     required: tuple[str, ...] = ()
-    """Arrays that are optional in the table and not here. They stand behind the table's own required ones."""
+    """Arrays that are optional in the table and required here. They come after the table's required ones."""
     without: tuple[str, ...] = ()
     """Arrays and options that it does not take."""
     lists: tuple[str, ...] = ()
@@ -170,7 +171,7 @@ class Operator:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """The fields of the arrays it takes, in the order of its schema: those that have no default first."""
+        """The fields of the arrays it takes, in the order of its schema: first those without a default."""
         taken = [n for n in arrays(self.arrays) if n not in self.without]
         needed = [n for n in taken if not self._default(n)]
         return (*needed, *(n for n in taken if self._default(n)))
@@ -182,8 +183,8 @@ class Operator:
 
     @cached_property
     def bind(self) -> Callable[..., tuple[Arrays, tuple[Any, ...]]]:
-        """A function from the operator's arguments, of which the dispatcher leaves out those at their defaults, to all
-        arrays in the order of their table, and all options in theirs with the backend behind. Compiled as `reader`."""
+        """A function that takes the operator's arguments, without those at their defaults, and returns all arrays and
+        all options in the order of their tables, the backend last. Compiled as `reader`."""
         defaults = getattr(self.options, "_field_defaults")  # noqa: B009  a NamedTuple's
         taken = [self.public(n) + ("=None" if self._default(n) else "") for n in self.tensors]
         flags = [f"{n}={defaults[n]!r}" for n in self.flags]
@@ -203,11 +204,11 @@ class Operator:
         return tuple(n for n in rows if n not in made)
 
     def public(self, name: str) -> str:
-        """The name of an array among the arguments."""
+        """The argument name of an array."""
         return self.row(name).public[self.inplace] or name
 
     def row(self, name: str) -> ArrayRow:
-        """That of an array."""
+        """The row of an array."""
         row = fields(self.arrays)[name].row
         assert isinstance(row, ArrayRow)
         return row
@@ -220,7 +221,7 @@ class Operator:
         return self.optional(name) and not self.row(name).explicit
 
     def schema(self) -> str:
-        """As torch.library defines it."""
+        """The schema in torch.library's syntax."""
         texts, letters = [], iter("abcdefgh")
         for name in self.tensors:
             row = self.row(name)

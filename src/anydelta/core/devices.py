@@ -4,9 +4,9 @@
     state = dev.zeros((1, 32, 128, 128))
     o = anydelta.gated_delta_rule_(q, k, v, state, g=g, beta=beta)      # q ... o stay host arrays
 
-A `DeviceArray` goes wherever the operator takes a state or snapshots. The other arrays of the call are NumPy arrays
-or torch tensors on the CPU; the backend stages them, and `Device.staged` counts every byte that crosses. On OpenCL and
-SYCL devices q, k, v, g and beta (and A_log, dt_bias) may be `DeviceArray`s too, all of them, and o is then one.
+A `DeviceArray` goes wherever the operator takes a state or snapshots. The other arrays of the call are NumPy arrays or
+torch tensors on the CPU. The backend stages them, and `Device.staged` counts the bytes that cross. On OpenCL and SYCL
+devices, q, k, v, g and beta (and A_log, dt_bias) may all be `DeviceArray`s too; o is then one.
 
 A backend offers devices through a function `open_device(index)` in its module, and subclasses `Device` and `Memory`.
 """
@@ -34,13 +34,13 @@ KINDS: tuple[str, ...] = ("vulkan", "webgpu", "opencl", "sycl")
 """Backends that offer devices; "KIND:INDEX" names one, "KIND" the first."""
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of an element, by the dtypes that a device array may have."""
+"""Bytes of an element, for each dtype of a device array."""
 
 Bytes = NDArray[np.uint8]
 
 
 class DeviceError(RuntimeError):
-    """The driver failed: out of memory, or the device is lost. The text says whether states are still good."""
+    """The driver failed: out of memory, or the device is lost. The text says whether states are still valid."""
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Device(ABC):
     description: str
     """The driver's name for it."""
     most_bytes: int = sys.maxsize
-    """Of one array, as the driver says."""
+    """The driver's limit for one array."""
     lost: str = ""
-    """Why every array on it is invalid, once the driver has lost it; else empty."""
+    """Why every array on it is invalid, if the driver has lost it; otherwise empty."""
 
     def __init__(self, name: str, description: str):
         self.name, self.description = name, description
@@ -161,8 +161,12 @@ class DeviceArray:
     """A C-contiguous array on a device; `x[i]` and `x[i:j]` are views along the first axis.
 
     Attributes:
-        device, shape, dtype ("float32", "bfloat16" or "float16"), nbytes.
-        memory, offset: the allocation, and the byte where the array begins in it.
+        device: where it is.
+        shape: its sizes.
+        dtype: "float32", "bfloat16" or "float16".
+        nbytes: its size in bytes.
+        memory: the allocation that it lies in.
+        offset: the byte of the allocation where it begins.
     """
 
     __slots__ = ("__weakref__", "device", "dtype", "memory", "nbytes", "offset", "shape")
@@ -174,6 +178,7 @@ class DeviceArray:
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -272,7 +277,7 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
 
 
 def host_bytes(x: Array) -> Bytes:
-    """The bytes of a host array, C-contiguous: a view where it is so already, else a copy."""
+    """The bytes of a host array, C-contiguous: a view if it is contiguous already, otherwise a copy."""
     if isinstance(x, np.ndarray):
         return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     import torch
@@ -290,7 +295,7 @@ def device(name: str) -> Device:
     """Open a device by name, "KIND:INDEX" such as "vulkan:0"; a kind alone means its first device.
 
     Raises:
-        ValueError: a name that is not of that form; the text lists the kinds.
+        ValueError: the name has another form; the text lists the kinds.
         UnsupportedError: its runtime or driver is missing, or there is no such device; with the reasons.
     """
     kind, _, number = name.partition(":") if isinstance(name, str) else ("", "", "")

@@ -1,8 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
-`PRIORITY` is the whole policy: one list per device, best first. Two questions are asked of a backend, and answered with
-reasons, not booleans: `available()` (is its runtime here?), and whether its declaration `accepts` has the call
-(core/accepts.py). What is accepted runs. `ANYDELTA_BACKEND` forces one for the whole process.
+`PRIORITY` is the whole policy: one list per device, best first. A backend answers two questions with reasons:
+`available()` (is its runtime here?), and whether its declaration `accepts` the call (core/accepts.py). What is accepted
+runs. `ANYDELTA_BACKEND` forces one for the whole process.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "opencl": ("opencl", "reference"),
     "sycl": ("sycl", "reference"),
 }
-"""Backends to try for tensors on a device, in order. A device that is not listed gets the reference. With states on an
-`anydelta.device`, its kind counts."""
+"""Backends to try for tensors on a device, in order. Other devices get the reference. For states on an
+`anydelta.device`, the key is its kind."""
 
 NAMES: tuple[str, ...] = ("cpu", "triton", "metal", "vulkan", "webgpu", "opencl", "sycl", "reference")
 """Every backend that this version has; each is the package `anydelta.backends.NAME`."""
@@ -63,11 +63,11 @@ class Rejected:
 
 
 class Spec(Asked, Protocol):
-    """A valid call without its data, of the rule or of the mixer: what dispatch reads of it."""
+    """The fields of a valid call, of the rule or the mixer, that dispatch reads."""
 
     @property
     def part(self) -> str:
-        """What a backend must have a kernel for, beside the rule: "mixer", "log" or ""."""
+        """The kernel that a backend must have beside the rule: "mixer", "log" or ""."""
         ...
 
     @property
@@ -82,14 +82,14 @@ class Spec(Asked, Protocol):
         ...
 
     def without_rows(self) -> Spec:
-        """The call that is made instead on backends that know dense snapshots only."""
+        """The call that replaces this one on backends with dense snapshots only."""
         ...
 
     def shape_line(self) -> str: ...
 
 
 class Gated(Protocol):
-    """The arrays of a call: what is read of them here."""
+    """The arrays of a call that are read here."""
 
     @property
     def A_log(self) -> Array: ...
@@ -105,13 +105,12 @@ class Declares(Protocol):
 
 
 class Backend(Declares, Protocol):
-    """What `BACKEND` of `anydelta.backends.NAME.host` is.
+    """The protocol of `BACKEND` in `anydelta.backends.NAME.host`.
 
-    A backend with a kernel for the mixer names in `mixer` the module whose MIXER has `accepts`, `prepare` and `run`
-    for MixerSpec and MixerCall; `prepare` is also given the name of the backend that was asked for. One with kernels
-    for a log names in `log` the module whose LOG is a `state.log_spec.LogBackend`. One with another host for MLX
-    arrays names in `mlx_host` the module whose HOST it is. One with a backward pass declares in
-    `accepts_gradients` of which calls, and has `gradients(spec, call, grad_o, grad_state)`.
+    Optional attributes: `mixer` names the module whose MIXER has `accepts`, `prepare` and `run` for MixerSpec and
+    MixerCall (`prepare` also gets the requested backend's name). `log` names the module whose LOG is a
+    `state.log_spec.LogBackend`. `mlx_host` names the module whose HOST runs MLX arrays. A backend with a backward pass
+    declares its calls in `accepts_gradients`, and has `gradients(spec, call, grad_o, grad_state)`.
     """
 
     name: str
@@ -121,7 +120,7 @@ class Backend(Declares, Protocol):
         ...
 
     def prepare(self, spec: Spec, call: object) -> object:
-        """Whatever can be computed once per CallSpec and array geometry; given back to `run`."""
+        """Compute once per CallSpec and array geometry what `run` then gets."""
         ...
 
     def run(self, plan: object, spec: Spec, call: object) -> None:
@@ -146,7 +145,7 @@ def get_backend(name: str) -> Backend:
 
 
 def host(name: str) -> ModuleType:
-    """The module of a backend: `BACKEND`, and where there are several builds of its kernel `isas` and `forced_isa`."""
+    """The module of a backend. It has `BACKEND`, and for several builds of its kernel `isas` and `forced_isa`."""
     return importlib.import_module(f"anydelta.backends.{name}.host")
 
 
@@ -169,8 +168,8 @@ class Trace:
 
 
 def implementation(name: str, spec: Spec) -> Any:
-    """What runs such calls on a backend: itself for the rule, or its host for MLX arrays; for the mixer and the log its
-    part for them, or None."""
+    """The object that runs such calls on a backend: itself or its host for MLX arrays for the rule, its part for the
+    mixer or the log, or None."""
     backend = get_backend(name)
     if spec.part:
         return part_of(name, spec.part)
@@ -179,24 +178,24 @@ def implementation(name: str, spec: Spec) -> Any:
 
 
 def part_of(name: str, part: str) -> Any:
-    """What runs the mixer or the log on a backend, or None where it has no kernel for it."""
+    """The object that runs the mixer or the log on a backend, or None without such a kernel."""
     module = getattr(get_backend(name), part, None)
     return getattr(importlib.import_module(module), part.upper()) if module else None
 
 
 def mixer_of(name: str) -> Any:
-    """What runs the mixer on a backend, or None."""
+    """The object that runs the mixer on a backend, or None."""
     return part_of(name, "mixer")
 
 
 def takes_rows(backend: Declares, spec: Spec) -> bool:
-    """Whether the backend writes to the rows that `snapshot_indices` name, if they are given, by itself."""
+    """Whether the backend itself writes to the rows of `snapshot_indices`."""
     rows = backend.accepts.rows
     return all(getattr(spec, name) in rows[name].allowed for name in ("snapshot_rows", "final_rows"))
 
 
 def needs_A_log(backend: Declares, spec: Spec, call: Gated) -> bool:
-    """Whether the call has no A_log where the backend wants one for raw gates."""
+    """Whether the call lacks an A_log that the backend needs for raw gates."""
     return (
         spec.options.decay == "raw" and call.A_log is None and not getattr(backend, "optional_A_log", False)
     )
@@ -210,7 +209,7 @@ def reasons_against(name: str, spec: Spec) -> tuple[Rejected, ...]:
 
 
 def against(runs: Declares | None, spec: Spec, *, here: bool = True) -> tuple[str, ...]:
-    """What the declaration of an implementation has against a call; `here` as in `reasons`."""
+    """The reasons of an implementation's declaration against a call; `here` as in `reasons`."""
     if runs is None:
         return (f"has no kernel for the {spec.part}",)
     if not spec.part and not takes_rows(runs, spec):
@@ -253,9 +252,9 @@ def choose(spec: Spec, backend: str = "auto") -> Trace:
 
 
 def with_gradients(spec: Spec, backend: str = "auto", *, warn: bool = True) -> Any | None:
-    """The backend with a backward pass of its own for the call, or None: then the reference is differentiated.
+    """The backend with a native backward pass for the call. None: the reference is differentiated.
 
-    Warns once per process when a backend that has one does not take the call, unless it is only a question.
+    With `warn`, warns once per process if a backend with a backward pass does not take the call.
     """
     global _warned_of_gradients
     for name in _candidates(spec, backend)[0]:
@@ -282,7 +281,7 @@ _warned_of_gradients = False
 def pick(spec: Spec, backend: str = "auto") -> Any:
     """The `implementation` that runs the call. Warns once per process when auto falls back to the reference rule.
 
-    The mixer's fallback is no loop but torch's convolution around the rule, which says itself when it is slow.
+    The mixer's fallback runs torch's convolution around the rule; the rule warns by itself when it is slow.
 
     Raises:
         UnsupportedError: the named (or forced) backend cannot run the call.

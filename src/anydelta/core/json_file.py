@@ -1,4 +1,4 @@
-"""Reading a JSON file that somebody else wrote: its value, or one sentence that says what is wrong with it."""
+"""Read a JSON file from elsewhere: its value, or one sentence that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 MOST_BYTES = 64 * 2**20
 """Larger than any configuration, index or table."""
 MOST_DEPTH = 64
-"""Deeper than any of them, and far from what ends Python's stack wherever the value goes."""
+"""Deeper than any of them, and far from the limit of Python's stack."""
 
 
 def read_json(path: Path, *, infinities: bool = False) -> Any:
-    """The value of a file. NaN and Infinity are no JSON; with `infinities` they are taken, as Transformers writes them.
+    """The value of a file. NaN and Infinity are not JSON; `infinities` allows them, as Transformers writes them.
 
     Raises:
         ValueError: there is no such file, or it is not JSON in UTF-8. The text is one line without the file's name.
@@ -23,7 +23,7 @@ def read_json(path: Path, *, infinities: bool = False) -> Any:
         raise ValueError(f"it holds {text}, which is no JSON")
 
     try:
-        if not path.is_file():  # to read from a pipe or a device could wait, or go on, for ever
+        if not path.is_file():  # reading a pipe or a device could block, or never end
             raise ValueError("there is no such file")
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")
@@ -39,7 +39,7 @@ def read_json(path: Path, *, infinities: bool = False) -> Any:
 
 
 def _depth(value: object) -> int:
-    """How many lists and objects lie in each other, counted up to one more than is allowed."""
+    """The depth of nested lists and objects, counted up to one more than is allowed."""
     depth, level = 0, [value]
     while depth <= MOST_DEPTH and (level := [x for x in level if isinstance(x, (dict, list))]):
         level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]

@@ -1,4 +1,4 @@
-"""Modules of ours that need an optional package: named here, imported when something of them is first read."""
+"""Modules of anydelta that need an optional package: imported when an attribute of them is first read."""
 
 from __future__ import annotations
 

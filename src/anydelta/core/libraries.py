@@ -1,4 +1,4 @@
-"""Where the op libraries of src/anydelta/export lie: beside the extension. Nothing here imports a runtime."""
+"""Finds the op libraries of src/anydelta/export, which are beside the extension. Nothing here imports a runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FORMS = ("lib{}.so", "lib{}.dylib", "{}.dll", "{}.so")
 
 
 def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tuple[Path | None, str]:
-    """(the library, "") or (None, why there is none to use).
+    """Return (the library, "") or (None, the reason why there is none).
 
     Args:
         name: of the library, such as "anydelta_torch".

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, `anydelta._core` (backends/cpu/module.cpp), or the reason why they are not here."""
+"""The compiled CPU kernels, `anydelta._core` (backends/cpu/module.cpp), or the reason why they are missing."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The one cache of plans, and the one way from a call to its backend.
+"""The cache of plans, and the path of each call to its backend.
 
-A `Plan` is what was found out about a call: what it is, who runs it, what that has prepared, how results are made. It
-is kept for the next call like it. What "like it" means is a key of two parts:
+A `Plan` holds what was found out about a call: its spec, its backend, what the backend prepared, how results are made.
+The next equal call reuses it. Calls are equal if their keys are. A key has two parts:
 
     of the arrays   dtypes, shapes, strides, and what else a check looks at; and ANYDELTA_BACKEND. The extension reads
-                    it in less than a microsecond (backends/cpu/arrays.h), and says no where a plan must not be
-                    remembered: somebody looks on, a tensor is more than plain memory, a gradient is wanted.
+                    it in less than a microsecond (backends/cpu/arrays.h), and refuses where a plan must not be cached:
+                    torch traces or watches the call, a tensor is more than plain memory, or a gradient is wanted.
     the rest        a tuple of texts, numbers and None: the options of the call and the backend that was asked for.
 
-So a call like the last one pays for one look-up. Without the extension nothing is remembered.
+A call equal to an earlier one then costs one look-up. Without the extension nothing is cached.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Plan(Generic[S]):
     """New results for the arrays of a call."""
     launch: Launch
     check: Callable[[Arrays], object] | None = None
-    """What no key can say: the values of index arrays, where there are some."""
+    """Checks the values of index arrays, which no key holds; None without such arrays."""
     step: Callable[[Arrays, Arrays], core.MixerStep | None] | None = None
-    """An object of the extension that repeats the call, where the backend has such."""
+    """An object of the extension that repeats the call, if the backend has one."""
 
     def call(self, arrays: Arrays) -> Arrays:
         """The results."""
@@ -51,7 +51,7 @@ class Plan(Generic[S]):
 
 
 Key: type = type(None) if core is None else core.Key
-"""What stands for the arrays of a call."""
+"""The key of a call's arrays."""
 
 
 def _nothing(arrays: Arrays, rest: Rest, text: str | None = None) -> object:
@@ -59,8 +59,8 @@ def _nothing(arrays: Arrays, rest: Rest, text: str | None = None) -> object:
 
 
 find: Callable[..., object] = _nothing if core is None else core.find_plan
-"""find(arrays, rest, text=None): what was kept for such a call; else its key, for `keep`; else None, where nothing may
-be. `text` says what `arrays` do not."""
+"""find(arrays, rest, text=None): the plan that is cached for such a call; otherwise its key, for `keep`; None if the
+call may not be cached. `text` adds to the key what `arrays` do not hold."""
 
 
 def find_on_devices(arrays: Arrays, rest: Rest) -> object:
@@ -70,13 +70,13 @@ def find_on_devices(arrays: Arrays, rest: Rest) -> object:
 
 
 def keep(key: object, rest: Rest, plan: object) -> None:
-    """Remember a plan under what `find` answered."""
+    """Cache a plan under the key that `find` returned."""
     if key is not None:
         core.keep_plan(key, rest, plan)
 
 
 def forget() -> None:
-    """Forget all plans: for whoever changes what they were made from."""
+    """Forget all plans: for code that changes what they were made from."""
     if core is not None:
         core.forget_plans()
 
@@ -91,8 +91,8 @@ def launcher(
     table: Callable[..., C],
     written: Callable[[C], list[Array]] | None,
 ) -> Launch:
-    """For a backend that takes a call as one object: `table` makes it of arrays and results. `written` names the
-    tensors whose count of versions goes up."""
+    """For a backend that takes a call as one object: `table` builds it from arrays and results. `written` returns the
+    tensors whose version counts go up."""
 
     def launch(arrays: Arrays, made: Arrays) -> None:
         call = table(*arrays, *made)
