@@ -74,7 +74,7 @@ class Call:
 
 
 TOKENS = arrays(Call, "token", "gate")
-"""What each token has of its own."""
+"""Arrays with an entry per token."""
 TRACKED = tuple(n for n in arrays(Call, "token", "gate", "weight", "state") if n != "snapshots")
 """The arguments that may have a gradient."""
 
@@ -91,9 +91,9 @@ INPLACE = Operator(
     without=("output_final_state",),
 )  # fmt: skip
 PLAIN = plain(Options, INPLACE.flags)
-"""The options that the CPU's kernels read as they are. Choices, and numbers that may be None, are made into others."""
+"""The options that the CPU's kernels read as they are. Choices, and numbers that may be None, are converted first."""
 OPERATORS = (FUNCTIONAL, SNAPSHOTS, INPLACE)
-"""Those that the C++ library has too."""
+"""The operators that the C++ library has too."""
 
 
 class _Strength(Protocol):
@@ -104,5 +104,5 @@ class _Strength(Protocol):
 def write_strength(
     beta: Array, options: _Strength, sigmoid: Callable[[Array], Array] = lambda beta: beta.sigmoid()
 ) -> Array:
-    """beta after its sigmoid, torch's or another, with the options of a call of rule or mixer."""
+    """beta after the sigmoid if the options of a call (rule or mixer) ask for it; `sigmoid` is torch's by default."""
     return sigmoid(beta) if options.beta_is_logit else beta

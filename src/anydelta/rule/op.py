@@ -1,7 +1,7 @@
 """The two public functions: validate, choose a backend, run.
 
-A call's geometry (shapes, strides, dtypes, flags) is checked and planned once and remembered (core/plans.py), so that a
-decode step pays for one look-up and not for forty checks. Index data is checked on every call.
+A call's geometry (shapes, strides, dtypes, flags) is checked and planned once and cached (core/plans.py). A decode step
+then pays for one look-up instead of forty checks. Index data is checked on every call.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def gated_delta_rule(
     output_final_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Array, Array | None]:
-    """The gated delta rule over a batch of sequences; the given state is left as it is.
+    """The gated delta rule over a batch of sequences. The initial state is only read.
 
     Per sequence and value head, with the state S of shape [K, V]::
 
@@ -62,7 +62,8 @@ def gated_delta_rule(
     (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv 2510.26692.)
 
     Args:
-        q, k: [B, T, H, K] float32, bfloat16 or float16 (float64 runs on the reference only).
+        q: [B, T, H, K] float32, bfloat16 or float16 (float64 runs on the reference only).
+        k: [B, T, H, K], dtype of q.
         v: [B, T, HV, V], dtype of q; HV is a multiple of H.
         g: [B, T, HV] (GDA) or [B, T, HV, K] (KDA): the natural log of the decay, <= 0, -inf allowed;
             see `decay` for other forms.
@@ -73,13 +74,14 @@ def gated_delta_rule(
         decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
             log decay = -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
             lower_bound * sigmoid(exp(A_log) (g + dt_bias)) (fla's gates).
-        A_log: [HV]; dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only. With a lower bound A_log may be
-            None: exp(A_log) is then 1.
+        A_log: [HV], for raw gates only. With a lower bound it may be None: exp(A_log) is then 1.
+        dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only.
         lower_bound: a number <= 0; for raw gates only.
         beta_is_logit: take sigmoid(beta).
         heads: the q/k head of value head hv: "interleaved" hv // (HV/H) (fla, Transformers, MLX) or
             "tiled" hv % H (ggml).
         qk_l2norm: normalise q and k over K as x * rsqrt(sum x^2 + qk_l2norm_eps), 0 for 0.
+        qk_l2norm_eps: added under that root.
         state_layout: "kv" for [.., K, V] states and snapshots, "vk" for [.., V, K].
         cu_seqlens: [N+1] int32 or int64: sequence n holds tokens cu_seqlens[n] to cu_seqlens[n+1] of the only
             batch row. Empty sequences leave their state unchanged.
@@ -87,16 +89,16 @@ def gated_delta_rule(
             nothing is written to them.
         mask: [B, T] bool: a False token leaves the state alone and outputs zeros.
         erase: [B, T, H, K], with the heads of q and k, or [B, T, HV, K], dtype of q: the key that is read before k is
-            written, d_t = v_t - S^T erase_t; `qk_l2norm` does not touch it. beta is then None. The plain rule is
-            erase = beta k with beta v for v, Gated DeltaNet 2 erase = b * k with w * v, its gates b [K] and w [V].
-        snapshots: [Ks, N, HV, K, V], written: slot 0 is the state after the last token, slot s that of s tokens
+            written, d_t = v_t - S^T erase_t. beta is then None, and `qk_l2norm` leaves erase alone. The plain rule has
+            erase = beta k and beta v for v. Gated DeltaNet 2 has erase = b * k and w * v, with gates b [K] and w [V].
+        snapshots: [Ks, N, HV, K, V], written: slot 0 is the state after the last token, slot s the state s tokens
             earlier. Slots s >= T and those of skipped sequences keep what they held.
-        output_final_state: False saves writing the final state when snapshots are all that is wanted.
-        backend: "auto", or a name, which then runs or raises.
+        output_final_state: False saves writing the final state when only snapshots are wanted.
+        backend: "auto", or a name: that backend runs the call or raises.
 
     Returns:
-        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] (zeros for skipped sequences) or None. They are
-        arrays of q's kind; a final state is where the initial one, the snapshots or q are on a device.
+        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] (zeros for skipped sequences) or None. Both are
+        arrays of q's kind. The final state is on the device of the initial state, the snapshots or q.
 
     Raises:
         ValueError, TypeError: an invalid call; nothing was read or written.
@@ -138,14 +140,16 @@ def gated_delta_rule_(
 ) -> Array:
     """As `gated_delta_rule`, but advances `state` [N, HV, K, V] (or the named rows of a pool) in place.
 
+    The other arguments are those of `gated_delta_rule`.
+
     Args:
+        state: [N, HV, K, V], or with `state_indices` a pool [P, HV, K, V]; read and written.
         snapshot_indices: [Ks, N] int32 or int64, for a pool (with `state_indices`, without `snapshots`): where the
-            last states go. Row snapshot_indices[0, n] of `state` receives the state of sequence n after its last
-            token, snapshot_indices[s, n] that of s tokens earlier. No other row is written, not even the one that is
-            read, unless it is named: so a rollback is a choice of rows, and copies nothing. Rows that are
-            written must be unique and not be read by another sequence; rows that are read may then repeat
-            (sequences that share a prefix). -1 writes nothing. Entries of skipped sequences, and with s >= T_n, are
-            ignored. Beside `snapshots` it is [1, N]: the rows for the final states; `snapshots` take the last ones.
+            last states go. Row snapshot_indices[s, n] of `state` receives the state of sequence n, s tokens before its
+            end. No other row is written, the row that is read included, so a rollback only chooses rows and copies
+            nothing. Rows that are written must be unique, and no other sequence may read them. Rows that are read may
+            repeat (sequences that share a prefix). -1 writes nothing. Entries of skipped sequences, and with s >= T_n,
+            are ignored. Beside `snapshots` it is [1, N]: the rows for the final states; `snapshots` take the last ones.
 
     Returns:
         o [B, T, HV, V]. Rows of the pool that no index names keep their bits.
@@ -187,7 +191,7 @@ def _grad_enabled(q: Array) -> bool:
 
 
 def _run(arrays: Arrays, rest: Rest) -> Arrays:
-    """(final state or None, o). Arrays and options in the order of their tables, the backend behind."""
+    """Return (final state or None, o). Arrays and options are in the order of their tables, the backend last."""
     torch = sys.modules.get("torch")
     tensors = torch is not None and isinstance(arrays[0], torch.Tensor)
     if tensors and (_side or _torch_side()).is_compiling():
@@ -207,7 +211,7 @@ def _torch_side() -> ModuleType:
     """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        import anydelta.rule.torch_ops as found  # the one kind of import that torch.compile can follow
+        import anydelta.rule.torch_ops as found  # torch.compile follows only import statements
 
         _side = found
     return _side
@@ -236,7 +240,7 @@ def plan(arrays: Arrays, rest: Rest, key: object) -> Plan[CallSpec]:
 
 
 def planned(call: Call, options: Options, backend: str) -> Plan[CallSpec]:
-    """`plan`, of a call in one piece, kept nowhere."""
+    """`plan` for a call as one object, without the cache."""
     inplace = options.op == INPLACE.public_name
     spec = check_call(call, options, inplace=inplace)
     check_values(call, spec)
@@ -270,7 +274,7 @@ def planned(call: Call, options: Options, backend: str) -> Plan[CallSpec]:
 
 
 def _checking(spec: CallSpec, call: Call) -> Callable[[Arrays], None] | None:
-    """What checks the index data of calls like this one."""
+    """The function that checks the index data of calls like this one."""
     if not spec.packed and not spec.pooled:
         return None
 
@@ -296,7 +300,7 @@ def unit_A_log(call: Call) -> Array:
 
 
 def _by_dense_snapshots(call: Call, spec: CallSpec, lowered: CallSpec, chosen: dispatch.Backend) -> None:
-    """`snapshot_indices` for a backend that knows dense snapshots only: run on those, then move them to their rows."""
+    """`snapshot_indices` for a backend with dense snapshots only: run with those, then move them to their rows."""
     pool, rows = call.state_in, call.snapshot_indices
     dense = replace(call, snapshot_indices=None, state_out=None)
     shape = (spec.snapshots, spec.N, *pool.shape[1:])
@@ -324,7 +328,8 @@ def _by_dense_snapshots(call: Call, spec: CallSpec, lowered: CallSpec, chosen: d
 
 
 def _results(spec: CallSpec, call: Call) -> Callable[[Arrays], Arrays]:
-    """What makes (state_out, o) for the arrays of a call. torch's empty_like is three times as quick as by shape."""
+    """The function that makes (state_out, o) for the arrays of a call. torch's empty_like is three times as quick as by
+    shape."""
     empty_like: Callable[[Array], Array] = _empty_like
     same = False
     if spec.framework == "device":

@@ -7,7 +7,7 @@ Per sequence and value head, with the state S of shape [K, V]:
     S   = S + k_t d_t^T               update
     o_t = scale * S^T q_t             output   reads the updated state
 
-With erase, the key that is read, d_t = v_t - S^T erase_t.
+With erase, the key that is read: d_t = v_t - S^T erase_t.
 Gated DeltaNet: arXiv 2412.06464, equation 10; Kimi Delta Attention: arXiv 2510.26692, equation 1.
 NumPy only, one token at a time, all heads of a token at once. It shares no code with any kernel.
 """

@@ -32,7 +32,7 @@ INDEX_DTYPES = ("int32", "int64")
 KINDS = {"torch": "a torch.Tensor", "numpy": "a numpy.ndarray", "mlx": "an mlx.core.array"}
 """What the arrays of each framework are called."""
 MAX_NUMBERS = 1 << 48
-"""Of one array: more than memory holds, and few enough that no product of sizes leaves 64 bits."""
+"""Elements of one array: more than memory holds, and few enough that products of sizes fit 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CallSpec:
     V: int
     N: int
     P: int
-    """Rows of the state: the pool's size, or N."""
+    """Rows of the state array: the pool's size, or N."""
     kda: bool
     dtype: str
     state_dtype: str
@@ -67,20 +67,20 @@ class CallSpec:
     """Where the call runs, a key of dispatch.PRIORITY: the device type of q, or the kind of `resident`."""
     options: Options = field(default_factory=Options)
     resident: str = ""
-    """The device ("vulkan:0") that holds the state and the snapshots, and all of the call where q is there."""
+    """The device ("vulkan:0") that holds the state and the snapshots; with q on it, all arrays of the call."""
     snapshot_rows: bool = False
-    """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that take
-    `snapshot_rows` are shown such a spec; others run on dense snapshots, which op.py then moves."""
+    """Whether the snapshots go to rows of the state pool (`snapshot_indices`). Only backends that take `snapshot_rows`
+    see such a spec; for others op.py moves dense snapshots to the rows."""
     final_rows: bool = False
     """Whether `snapshot_indices` name the rows for the final states, beside dense snapshots. Only backends that take
-    `final_rows` are shown such a spec; for others op.py copies slot 0 to those rows."""
+    `final_rows` see such a spec; for others op.py copies slot 0 to the rows."""
     given: tuple[str, ...] = ()
     """The arrays that the call has, by their names in the table."""
 
     part: ClassVar[str] = ""
 
     def without_rows(self) -> CallSpec:
-        """The call that op.py makes of one with `snapshot_indices` for other backends: functional, dense snapshots."""
+        """The call without `snapshot_indices` that op.py makes for other backends: functional, dense snapshots."""
         options = self.options._replace(output_final_state=False)
         return replace(self, snapshot_rows=False, final_rows=False, inplace=False, options=options)
 
@@ -113,7 +113,7 @@ T = TypeVar("T")
 
 
 class AroundRule:
-    """What dispatch reads of a call that holds one of the rule: the mixer's, and a log's step."""
+    """The fields for dispatch of a call that contains one of the rule: the mixer's, and a log's step."""
 
     rule: CallSpec
     snapshot_rows: ClassVar[bool] = False  # they write their snapshots by themselves
@@ -167,7 +167,7 @@ def element_strides(x: Array) -> tuple[int, ...]:
 
 
 def device_name(x: Array) -> str:
-    """MLX's arrays lie in memory that CPU and GPU share: what counts is where their stream runs."""
+    """CPU and GPU share the memory of MLX's arrays: the device is where their stream runs."""
     framework = framework_of(x)
     if framework == "mlx":
         mx = sys.modules["mlx.core"]
@@ -184,9 +184,9 @@ def torch_inference_mode() -> bool:
 
 
 def without_memory(x: Array) -> bool:
-    """Whether a torch tensor has elements and no memory that holds them, such as one whose storage was freed.
+    """Whether a torch tensor has elements but no memory, such as one whose storage was freed.
 
-    Tensors of a class of their own, on a meta device or inside a transform of torch.func say nothing of memory: False.
+    False for tensors of subclasses, on a meta device or inside torch.func, whose memory is unknown.
     """
     if type(x).__name__ not in ("Tensor", "Parameter") or x.is_meta or 0 in x.shape:
         return False
@@ -222,7 +222,7 @@ class _Checker:
         self.kinds = kinds
         """The frameworks whose arrays are taken."""
         self.devices = devices
-        """Whether `first`, and all with it, may be a `DeviceArray`."""
+        """Whether `first`, and then all other arrays, may be a `DeviceArray`."""
 
     def fail(self, text: str) -> None:
         raise ValueError(f"{self.op}: {text}")
@@ -280,7 +280,7 @@ class _Checker:
         return here
 
     def held(self, name: str, x: Array, here: tuple[str, str]) -> str:
-        """A state or snapshots: an array like q, or one on a device, whose name is returned ("" for the former)."""
+        """Check a state or snapshots. Returns the name of its device, or "" for an array of q's kind."""
         if type(x) is not DeviceArray or here[0] == "device":
             self.array(name, x, here)
             return here[1] if here[0] == "device" else ""
@@ -309,7 +309,7 @@ class _Checker:
                 raise type(error)(f"{self.op}: {error}")
 
     def index(self, name: str, x: Array, here: tuple[str, str]) -> None:
-        """Index arrays may stay on the host when q is elsewhere, and must where q is a `DeviceArray`."""
+        """Check the device of an index array: the host is always allowed, and required if q is a `DeviceArray`."""
         self.host(name, x, here)
         framework, device = self.array(name, x, None)
         if here[0] != "device" and framework != here[0]:
@@ -319,8 +319,8 @@ class _Checker:
         self.dtype(name, x, INDEX_DTYPES)
 
     def sizes(self, **arrays: tuple[int, ...]) -> None:
-        """Arrays that exist or that a call implies. An empty one counts as if it had one of what it has none of: the
-        sizes of one head are used where there is no sequence."""
+        """Check the sizes of arrays that exist or that a call implies. A size of 0 counts as 1, because the sizes of
+        one head are used even without a sequence."""
         for name, dims in arrays.items():
             if math.prod(max(n, 1) for n in dims) > MAX_NUMBERS:
                 self.fail(
@@ -332,7 +332,7 @@ class _Checker:
             self.fail(f"{name} must be {legend} = {list(want)}; got {list(shape_of(x))}")
 
     def writable(self, name: str, x: Array) -> None:
-        """In-place targets: every element its own memory, and memory that may be written."""
+        """Check arrays that are written: each element has memory of its own, which may be written."""
         if overlaps(x):
             self.fail(
                 f"{name} is written and must not be a view whose elements share memory; "
@@ -595,7 +595,7 @@ def _check_state(
         if call.state_in is not None and snap_dtype != state_dtype:
             c.fail(f"snapshots must have {name}'s dtype {state_dtype}; got {snap_dtype}")
         state_dtype = snap_dtype
-        if here[0] != "mlx":  # which are values: the caller gets a new array
+        if here[0] != "mlx":  # MLX arrays are values: the caller gets a new one
             c.writable("snapshots", call.snapshots)
     return P, state_dtype, resident
 
@@ -625,7 +625,7 @@ def check_values(call: Call, spec: CallSpec) -> None:
     (always on the CPU backend).
     """
     c = _Checker(spec.options.op)
-    numpy = spec.framework != "torch"  # or MLX: index arrays that a program made are on the host already
+    numpy = spec.framework != "torch"  # or MLX, whose index arrays are on the host already
     if call.cu_seqlens is not None and (numpy or call.cu_seqlens.device.type == "cpu"):
         cu = call.cu_seqlens.tolist()
         if cu[0] != 0 or cu[-1] != spec.T:
@@ -647,7 +647,7 @@ def check_values(call: Call, spec: CallSpec) -> None:
 def quick_check(
     check: Callable[[Arrays], None], rows: Array, at: int, spec: CallSpec
 ) -> Callable[[Arrays], None]:
-    """`check`; of calls like this one, whose `state_indices` are argument number `at`, the extension looks first."""
+    """`check` for calls like this one, whose `state_indices` are argument number `at`; the extension checks first."""
     if (
         core is None
         or spec.packed

@@ -4,14 +4,14 @@ Eager calls of the public functions skip the dispatcher (it costs more than a de
 traced ones and those that need gradients come through here. Three operators share one implementation:
 
     gated_delta_rule            functional, differentiable            -> (o, final_state)
-    gated_delta_rule_snapshots  functional but for snapshots          -> (o, final_state)
+    gated_delta_rule_snapshots  functional, but writes snapshots      -> (o, final_state)
     gated_delta_rule_           advances state, may write snapshots   -> o
 
-A fourth, gated_delta_rule_backward, holds the backward pass, so that a tracer records one node for it and never sees
-its loop over tokens.
+A fourth, gated_delta_rule_backward, is the backward pass: a tracer records one node for it and not its loop over
+tokens.
 
-Where the C++ library anydelta_torch is there (export/torch_library.cpp), it holds the schemas and runs the calls on CPU
-tensors: 4 us less per call. What its kernels do not take (float64, a named backend), it hands back to
+If the C++ library anydelta_torch exists (export/torch_library.cpp), it has the schemas and runs the calls on CPU
+tensors, which saves 4 us per call. It passes calls that its kernels do not take (float64, a named backend) to
 `python_gated_delta_rule` and its siblings. Fake kernels and gradients are registered here either way.
 """
 
@@ -42,17 +42,17 @@ from .autograd import gradients
 from .spec import check_call, check_gradients, check_values
 
 mark_written = torch._C._increment_version
-"""Raise the count of versions of a sequence of tensors, as torch's operators do of those that they write."""
+"""Raise the version counts of a sequence of tensors, as torch's operators do for tensors that they write."""
 
 
 def _load_library() -> tuple[ctypes.CDLL | None, str]:
-    """anydelta_torch, or why it is not used."""
+    """The path of anydelta_torch, or the reason why it is not used."""
     path, reason = torch_library.find()
     if path is None:
         return None, reason
     try:
         torch.ops.load_library(path)
-        # visible to all, as the code that AOTInductor generates calls its functions by name
+        # visible to all: code that AOTInductor generates calls its functions by name
         library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return None, f"{path.name} does not load ({error})"
@@ -64,7 +64,7 @@ def _load_library() -> tuple[ctypes.CDLL | None, str]:
 
 
 LIBRARY, LIBRARY_REASON = _load_library()
-"""The C++ library, which then runs calls on CPU tensors, or why it is not used."""
+"""Load the C++ library, which then runs calls on CPU tensors; or return why it is not used."""
 SCHEMAS = {o.name: o.schema() for o in OPERATORS}
 """The operators' schemas by name."""
 
@@ -89,7 +89,7 @@ def _run(
     """The implementation of each of the three operators."""
     arrays, rest = operator.bind(*args, **given)
     found = find(arrays, rest)
-    if type(found) is not Plan:  # a plan is found for calls alone that nobody differentiates
+    if type(found) is not Plan:  # plans are cached only for calls without gradients
         if operator is not FUNCTIONAL:
             _refuse_grad(Call(*arrays), Options(*rest[:-1]), operator.inplace)
         found = op.plan(arrays, rest, found)
@@ -110,7 +110,7 @@ def _refuse_grad(call: Call, options: Options, inplace: bool) -> None:
 
 _IMPLEMENTATIONS = {o.name: partial(_run, o) for o in OPERATORS}
 for _name, _impl in _IMPLEMENTATIONS.items():
-    # behind the library's kernels for the CPU, if it is there
+    # after the library's CPU kernels, if it is loaded
     _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
 
 
@@ -120,7 +120,7 @@ def _twin(
     *args: object,
     **kwargs: object,
 ) -> tuple[torch.Tensor, ...]:
-    """The call for the library, which hands on what its kernels do not take: (*results, bytes of an error)."""
+    """Run a call that the library's kernels do not take: returns (*results, bytes of an error)."""
     try:
         result = implementation(*args, **kwargs)
     except Exception as error:
@@ -167,12 +167,12 @@ for _operator in OPERATORS:
 
 
 def _batched(x: torch.Tensor) -> bool:
-    """Whether a vmap follows the tensor: torch.func's, or the older one that batches gradients."""
+    """Whether a vmap batches the tensor: torch.func's, or the older one for gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The functional operator with a gradient. Tensors in the order of its schema, absent ones None."""
+    """The functional operator with a gradient. Tensors are in the order of its schema, None if absent."""
 
     @staticmethod
     def forward(
@@ -209,7 +209,8 @@ _BELOW = torch._C._after_autograd_keyset
 
 
 def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None, **flags: object) -> object:
-    """The functional operator at the Autograd key. torch.library.register_autograd would do, but takes 2 us longer."""
+    """The functional operator at the Autograd key. torch.library.register_autograd would work, but takes 2 us
+    longer."""
     if (forward_ad._current_level >= 0 or _in_transform()) and transformed(*tensors):
         return _by_recurrence(*tensors, **flags)
     if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
@@ -223,8 +224,8 @@ _LIB.impl("gated_delta_rule", _differentiable, "Autograd", with_keyset=True)
 
 
 def _transform(name: str, *arguments: object, **flags: object) -> object:
-    """An operator that writes to an argument, inside a transform of torch.func: it has no rule for one, and its kernel
-    would not see that the transform follows a tensor."""
+    """Refuse an operator that writes to an argument inside a transform of torch.func: there is no rule for it, and its
+    kernel would not see the transform."""
     tensors = tree_leaves((arguments, flags))
     if any(isinstance(x, torch.Tensor) and is_functorch_wrapped_tensor(x) for x in tensors):
         raise ValueError(
@@ -236,8 +237,8 @@ def _transform(name: str, *arguments: object, **flags: object) -> object:
 
 
 def _resolve(name: str, *arguments: Any, **flags: object) -> object:
-    """An operator that writes to an argument, where one is a negated view. torch's own fallback holds for its operators
-    only, which return what they write."""
+    """An operator that writes to an argument, one of which is a negated view. torch's fallback covers only operators
+    that return what they write."""
     operator = getattr(torch.ops.anydelta, name)
     for described, x in zip(operator.default._schema.arguments, arguments, strict=False):
         if (
@@ -255,7 +256,7 @@ def _resolve(name: str, *arguments: Any, **flags: object) -> object:
 
 
 def guard_writes(library: torch.library.Library, name: str) -> None:
-    """Have an operator that writes to an argument refuse what it cannot write for."""
+    """Make an operator that writes to an argument refuse contexts in which it cannot."""
     library.impl(name, partial(_transform, name), "FuncTorchDynamicLayerFrontMode")
     library.impl(name, partial(_resolve, name), "Negative")
 
@@ -266,8 +267,8 @@ guard_writes(_LIB, "gated_delta_rule_")
 
 @contextmanager
 def _autograd_below() -> Iterator[None]:
-    """Autograd inside an operator. Whoever calls it may have put autograd behind them, as AOTAutograd does, and
-    then the replayed recurrence would record nothing and every gradient would silently be zero."""
+    """Turn autograd on inside an operator. A caller such as AOTAutograd may have excluded it; the replayed recurrence
+    would then record nothing, and every gradient would silently be zero."""
     key = torch._C.DispatchKey.AutogradFunctionality
     before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
@@ -284,7 +285,7 @@ def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
     backend = flags.pop("backend", "auto")
     with _autograd_below():
         found = gradients(call, Options(**flags), names, grad_o, grad_state, backend=backend)
-    # An operator's results share memory neither with each other nor with its arguments.
+    # Copy results that share memory with each other or with an argument, which operators may not return.
     held = {_storage(x) for x in (*arrays, grad_o, grad_state) if x is not None}
     results = []
     for name in names:
@@ -338,10 +339,10 @@ def _warn_of_recurrence() -> None:
     )
 
 
-# ---- Who looks on
+# ---- Does torch watch the call?
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""Types whose objects are tensors and nothing else."""
+"""Types of plain tensors, without subclasses."""
 _DEVICES = ("CPU", "CUDA", "HIP", "XPU", "MPS", "PrivateUse1")
 _PLAIN_KEYS = 0
 """The dispatch keys of plain memory; others stand for a negated view, a wrapper, zeros without memory, ..."""
@@ -361,8 +362,8 @@ _QUESTIONS = {
     DISPATCH_MODE: torch._C._len_torch_dispatch_stack,
     FUNCTION_MODE: torch._C._len_torch_function_stack,
 }
-"""Who may look on, and whether they do. A dispatch mode is FakeTensorMode, make_fx, a counter of FLOPs and the like.
-torch has no public names for these functions."""
+"""What may watch a call, and whether it does. Dispatch modes are FakeTensorMode, make_fx, counters of FLOPs and the
+like. torch has no public names for these functions."""
 is_compiling = torch.compiler.is_compiling
 _ACCOUNT = dict(
     types=_PLAIN_TYPES, plain=_PLAIN_KEYS, tracked=_TRACKED, questions=tuple(_QUESTIONS.values()),
@@ -374,30 +375,30 @@ _ACCOUNT = dict(
         if (key := getattr(torch._C.DispatchKey, f"FuncTorchDynamicLayer{end}", None)) is not None
     ],
 )  # fmt: skip
-"""What the extension has to know of torch; it borrows these objects. `_in_transform` looks for these keys."""
+"""What the extension needs of torch; it borrows these objects. `_in_transform` looks for these keys."""
 
 
 def onlooker() -> str | None:
-    """Who must see operators and not what they leave in memory; a function mode if nobody else does. None: nobody."""
+    """What must see the operator and not only its effect on memory; a function mode is named last. None: nothing."""
     if forward_ad._current_level >= 0:
         return DUAL_NUMBERS
     return next((who for who, looks in _QUESTIONS.items() if looks()), None)
 
 
 def quiet() -> bool:
-    """Whether there is no onlooker."""
+    """Whether nothing watches the call."""
     return bool(_core.quiet()) if reads() else onlooker() is None
 
 
 def plain(x: torch.Tensor) -> bool:
-    """Whether a tensor is nothing but memory with a dtype, a shape and strides."""
+    """Whether a tensor is plain memory with a dtype, a shape and strides."""
     if reads():
         return bool(_core.plain(x))
     return type(x) in _PLAIN_TYPES and not torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN_KEYS
 
 
 def watched(*arrays: object) -> bool:
-    """Whether a call on these arrays must go through the dispatcher: somebody looks on, or an array is not plain."""
+    """Whether a call on these arrays must go through the dispatcher: it is watched, or an array is not plain memory."""
     return not quiet() or not all(plain(x) for x in arrays if isinstance(x, torch.Tensor))
 
 
@@ -413,7 +414,7 @@ def transformed(*tensors: object) -> bool:
 
 
 def refuse_tangents(name: str, tensors: dict[str, object]) -> None:
-    """An operator without derivatives says so, instead of returning a constant."""
+    """Refuse derivatives of an operator that has none, instead of returning a constant."""
     if forward_ad._current_level < 0:
         return
     tracked = [n for n, x in tensors.items() if transformed(x)]
@@ -425,8 +426,8 @@ def refuse_tangents(name: str, tensors: dict[str, object]) -> None:
 
 
 def reads() -> bool:
-    """Whether the extension reads tensors and knows all that is asked here. It learns once, from plain tensors, which
-    cannot be made while a tracer or a mode looks on."""
+    """Whether the extension can read tensors and check all of this. It learns once, from plain tensors, which cannot be
+    made under a tracer or a mode."""
     if _learned is None and not is_compiling() and onlooker() in (None, FUNCTION_MODE):
         _learn()
     return bool(_learned)
@@ -461,7 +462,8 @@ reads()  # here and not at the first call, which a tracer may be following
 
 
 def refuse_old_exporter(op: str) -> None:
-    """torch.onnx.export(dynamo=False) has no operators but its own. It says so when it has traced the whole model."""
+    """torch.onnx.export(dynamo=False) only has torch's operators, and fails only after it has traced the whole
+    model."""
     if not torch.compiler.is_compiling() and torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
         raise dispatch.UnsupportedError(
             f"{op}: torch.onnx.export requires dynamo=True for this operator; got dynamo=False. "
@@ -479,8 +481,7 @@ _ask_requires_grad: Callable[[Call], bool] = eval(
 
 
 def any_requires_grad(c: Call) -> bool:
-    """Written out by the table, because every decode step with gradients enabled asks. Other kinds of array have no
-    gradient."""
+    """Written out, because every decode step with gradients enabled asks. Other kinds of array have no gradient."""
     try:
         return _ask_requires_grad(c)
     except AttributeError:  # not tensors: check_call says which
@@ -488,7 +489,7 @@ def any_requires_grad(c: Call) -> bool:
 
 
 def looked_at(arrays: Arrays, rest: Rest) -> Arrays:
-    """A call whose memory is not simply there to be read, or whose plan must not be remembered."""
+    """A call whose memory cannot simply be read, or whose plan must not be cached."""
     if watched(*arrays):
         return traced(arrays, rest)
     call, options, backend = Call(*arrays), Options(*rest[:-1]), rest[-1]
@@ -512,14 +513,14 @@ def traced(arrays: Arrays, rest: Rest) -> Arrays:
                 f"torch.compile (torch.compiler.disable) and torch.export"
             )
     if inplace or call.snapshots is not None:
-        # Here, and not in the kernels alone: a tracer shows them tensors that have forgotten their gradients.
+        # Checked here too: under a tracer the kernels see tensors without their gradients.
         _refuse_grad(call, options, inplace)
     operator = INPLACE if inplace else FUNCTIONAL if call.snapshots is None else SNAPSHOTS
     tensors = (getattr(call, name) for name in operator.tensors)
     flags = {name: getattr(options, name) for name in operator.flags}
     name = operator.name
     if operator is FUNCTIONAL and is_compiling() and forward_ad._current_level >= 0:
-        name = "gated_delta_rule_by_recurrence"  # the compiled program enters a level where Python does not see it
+        name = "gated_delta_rule_by_recurrence"  # under a torch.func level that Python does not see
     result = getattr(torch.ops.anydelta, name)(*tensors, **flags, backend=backend)
     if inplace:
         return call.state_in, result
