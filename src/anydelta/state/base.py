@@ -1,4 +1,4 @@
-"""What a pool's forms ask of their pool: its sizes, and arrays of its kind."""
+"""What the forms of a pool read of it: its sizes, and arrays of its kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """`StatePool` below its sequences. Arrays are NumPy's, or torch's on `device`."""
+    """The base of `StatePool`, without sequences. Arrays are NumPy's, or torch's on `device`."""
 
     capacity: int
     layers: int
@@ -35,10 +35,10 @@ class Pool:
     backend: str
     _sequences: Sequences
     _step: Step | None
-    """What cancel takes back."""
+    """The step that `cancel` takes back."""
 
     def _accept(self, sequences: Sequences) -> None:
-        """The end of every call that changes the pool. What the last step was cannot be cancelled any more."""
+        """End a call that changes the pool. The last step cannot be cancelled any more."""
         self._sequences, self._step = sequences, None
 
     def _fail(self, method: str, text: str) -> NoReturn:

@@ -35,7 +35,7 @@ class Checkpoint:
     length: int = 0
     """Tokens that the sequence has seen."""
     tokens: tuple[int, ...] | None = None
-    """Which ones, if the caller said so: `Checkpoints.nearest` looks for them."""
+    """The tokens, if the caller gave them; `Checkpoints.nearest` compares them."""
 
 
 class Checkpoints(MutableMapping[str, Checkpoint]):
@@ -67,31 +67,37 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
     def __len__(self) -> int:
         return len(self._items)
 
-    # Each of these is one step of the dictionary, or goes over a copy of it: other threads come before or after it.
+    # Each of these is one operation of the dictionary, or works on a copy of it, so threads may share it.
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items.copy())
 
     def values(self) -> ValuesView[Checkpoint]:
+        """The checkpoints, of a copy of the dictionary."""
         return self._items.copy().values()
 
     def items(self) -> ItemsView[str, Checkpoint]:
+        """Names and checkpoints, of a copy of the dictionary."""
         return self._items.copy().items()
 
     def pop(self, name: str, *default: T) -> Checkpoint | T:
+        """Remove a checkpoint and return it; without it `default`, or KeyError."""
         return self._items.pop(name, *default)
 
     def popitem(self) -> tuple[str, Checkpoint]:
+        """Remove some checkpoint and return it with its name; KeyError if there is none."""
         for name, item in self.items():
             if self._items.pop(name, None) is not None:
                 return name, item
         raise KeyError("popitem: requires a checkpoint; got none")
 
     def clear(self) -> None:
+        """Remove all checkpoints."""
         self._items.clear()
 
     def nearest(self, tokens: Iterable[int]) -> tuple[str, int] | None:
-        """(name, number of its tokens) of the longest checkpoint whose tokens begin `tokens`; None if none does."""
+        """(name, number of its tokens) of the longest checkpoint that is a prefix of `tokens`; None if there is
+        none."""
         want = tuple(int(t) for t in tokens)
         best = None
         for name, item in self.items():
@@ -130,7 +136,7 @@ class Checkpoints(MutableMapping[str, Checkpoint]):
 
         Raises:
             ImportError: safetensors is missing.
-            ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers.
+            ValueError: there is no such file, or it is not a complete file of `save` with finite numbers.
         """
         file = File("Checkpoints.load", path, FORMAT, "numpy" if device is None else "torch")
         about = file.parsed("snapshots")

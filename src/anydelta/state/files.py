@@ -1,4 +1,5 @@
-"""Files of checkpoints: safetensors that name their format, read whole or refused in a sentence that names the file."""
+"""Files of checkpoints: safetensors with the name of their format. A bad file is refused in a sentence that names
+it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class File:
     """A file that `op` reads: its metadata and arrays, and how to refuse it.
 
     Args:
-        op: the function on whose behalf it is read, which messages begin with.
+        op: the function that reads it; messages begin with its name.
         path: of a safetensors file.
         form: the format that its metadata must name.
         framework: "numpy" or "torch"; tensors are on the CPU.
@@ -42,7 +43,7 @@ class File:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 if self.metadata.get("format") == form:
                     self.arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        except Exception as error:  # of safetensors, of the system, of a dtype that the framework has not
+        except Exception as error:  # of safetensors, of the system, or of a dtype that the framework lacks
             self.refuse(f"what cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
         if self.metadata.get("format") != form:
             self.refuse(f"the format {self.metadata.get('format')!r}")
@@ -73,7 +74,7 @@ class File:
         return tuple(self.count(name, value) for value in values)
 
     def check(self, name: str, ndim: int, whole: bool = False) -> Array:
-        """The array of that name: finite numbers of a floating type, or whole ones, with so many axes."""
+        """The array of that name, with so many axes: finite numbers of a floating type, or integers."""
         if name not in self.arrays:
             self.refuse(f"no array {name!r}")
         x = self.arrays[name]
@@ -89,7 +90,7 @@ class File:
         return x
 
     def only(self, names: Iterable[str]) -> None:
-        """Refuse other arrays than these."""
+        """Refuse a file that holds other arrays."""
         if extra := sorted(set(self.arrays) - set(names)):
             self.refuse(f"an array {extra[0]!r}, which belongs to nothing")
 

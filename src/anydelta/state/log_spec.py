@@ -1,4 +1,4 @@
-"""What dispatch and backends know of a log: its spec, and who runs its steps."""
+"""What dispatch and backends know of a log: its spec, and the backend of its steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Index = tuple[Array, ...]
 
 @dataclass(frozen=True)
 class LogSpec(AroundRule):
-    """A valid step of a log, without its data: what a backend needs to say yes or no."""
+    """A valid step of a log, without its data: what a backend needs to accept or refuse it."""
 
     rule: CallSpec
     """The same step as an in-place call on the base states."""
     entries: int
-    """C: tokens that the log of a sequence holds."""
+    """C: the capacity of a sequence's log, in tokens."""
     key_dtype: str
 
     part: ClassVar[str] = "log"
@@ -71,7 +71,7 @@ class LogSteps(Protocol):
     """The steps of one log on one backend."""
 
     def prepare(self, spec: LogSpec, call: Call) -> object:
-        """What `verify` needs for such calls; it belongs to no log."""
+        """Prepare what `verify` needs for such calls; all logs share it."""
         ...
 
     def verify(
@@ -83,16 +83,17 @@ class LogSteps(Protocol):
         index: Index,
         folded: dict[int, None] | None,
     ) -> Array:
-        """Run tokens that the log takes; `folded` learns of the layer if entries are folded on the way. Returns o."""
+        """Run tokens and append them to the log; the layer is added to `folded` if entries are folded on the way.
+        Returns o."""
         ...
 
     def fold(self, group: list[Fold], layer: int, out: Array | None, folded: dict[int, None] | None) -> None:
-        """Folds of different sequences in one layer, into `out` if it is given; `folded` learns of the layer."""
+        """Fold entries of different sequences in one layer, into `out` if given; the layer is added to `folded`."""
         ...
 
 
 class LogBackend(Protocol):
-    """What `LOG` of the module is that a backend names in `log`."""
+    """The protocol of `LOG` in the module that a backend names in `log`."""
 
     name: str
     accepts: Accepts
@@ -100,5 +101,5 @@ class LogBackend(Protocol):
     """Whether `verify` folds entries on its way through the state."""
 
     def attach(self, log: LogArrays) -> LogSteps:
-        """The steps of one log. They belong to this process, and to these arrays, which stay where they are."""
+        """The steps of one log, for this process and these arrays, which must not move."""
         ...

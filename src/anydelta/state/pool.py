@@ -1,4 +1,4 @@
-"""Commit and rollback: the recurrent and convolution states of many sequences, and the way back.
+"""Commit and rollback of the recurrent and convolution states of many sequences.
 
     pool = StatePool(8, HV=32, K=128, V=128, layers=36, snapshots=5, conv_channels=8192, conv_width=4)
     s = pool.new()
@@ -11,16 +11,16 @@
 If something fails between `begin` and `commit`, `cancel()` puts every sequence of the step back; `with pool.step(5):`
 does so by itself.
 
-A recurrent state cannot be cropped as a key-value cache can. The pool keeps the way back in one of two forms:
+A recurrent state cannot be cropped like a key-value cache. The pool keeps earlier states in one of two forms:
 
     slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
     log     one state, and per token since k, the delta d and the decay (token_log.py); a rollback shortens the log
 
 Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
-same tokens: the book-keeping is done once for all of them. A call that raises has changed nothing: what a pool knows
-of its sequences is one list, and a call that went well replaces it at its end. A pool is used by one thread at a time;
-different pools know nothing of each other. A copy (`copy.deepcopy`, `pickle`, `torch.save`), which may be taken in the
-middle of a step too, is a pool of its own.
+same tokens: the book-keeping is done once for all of them. A call that raises changes nothing: the pool keeps its
+sequences in one list, which a successful call replaces at its end. Only one thread may use a pool at a time; pools are
+independent of each other. A copy (`copy.deepcopy`, `pickle`, `torch.save`), which may be taken in the middle of a step
+too, is a pool of its own.
 """
 
 from __future__ import annotations
@@ -55,21 +55,24 @@ class StatePool(Pool):
 
     Args:
         capacity: how many sequences may live at once.
-        HV, K, V: heads and sizes of a state, as in `gated_delta_rule`; H: q/k heads (for the log; HV if None).
+        HV: value heads of a state, as in `gated_delta_rule`.
+        K: key channels of a state.
+        V: value channels of a state.
+        H: q/k heads, which the log needs; HV if None.
         layers: linear attention layers that share the pool.
-        snapshots: K of the contract. A sequence can be taken back by 0 to K - 1 tokens.
+        snapshots: Ks, how many states are kept. A sequence can go back by 0 to Ks - 1 tokens.
         form: "slots" or "log"; docs/rollback.md says which is faster when.
         kda: whether the gates are vectors over K (the log stores them).
-        key_dtype: in which the log keeps the keys. "float32" takes any; "bfloat16" and "float16" take k of that type
+        key_dtype: dtype of the keys in the log. "float32" takes any k. "bfloat16" and "float16" take k of that type
             only, keep its bits, and need less memory.
-        conv_channels, conv_width: C and W of the short convolution before the rule; its last W-1+K raw inputs are
-            kept, so that it goes back with the states. 0: no convolution.
-        dtype: "float32", "bfloat16" or "float16", of the states. conv_dtype: of the convolution's inputs, "float32" if
-            None.
+        conv_channels: C of the short convolution before the rule; 0: no convolution.
+        conv_width: W of that convolution. Its last W - 1 + Ks raw inputs are kept, so that it can go back too.
+        dtype: "float32", "bfloat16" or "float16", of the states.
+        conv_dtype: of the convolution's inputs; "float32" if None.
         state_layout: "kv" or "vk".
-        device: None for NumPy arrays; a torch device for tensors; or one of `anydelta.device`, by its name ("vulkan:0")
-            or opened, on which the states then stay. The other arrays are NumPy's there, and the form is "slots".
-        backend: as for `gated_delta_rule_`; for a log, one with kernels for it.
+        device: None for NumPy arrays; a torch device for tensors; or an `anydelta.device`, by name ("vulkan:0") or
+            opened, on which the states then stay. The other arrays are NumPy's there, and the form is "slots".
+        backend: as for `gated_delta_rule_`; for a log, a backend with kernels for it.
 
     Raises:
         ValueError, TypeError: a size below 1, an unknown form, layout or dtype.
@@ -142,7 +145,7 @@ class StatePool(Pool):
             self._form = Slots(self, tail)
         else:
             self._form = Log(self, tail)
-        # What must survive a step, and as much again, so that moving it to the front is rare.
+        # Room for what must survive a step, twice, so that moving it to the front is rare.
         self._kept = conv_width - 1 + snapshots if conv_width else 0
         self._conv = None
         if conv_width:
@@ -226,10 +229,10 @@ class StatePool(Pool):
         return place
 
     def fork(self, sequence: int) -> int:
-        """A second sequence with the same past, its way back included.
+        """A second sequence with the same past and history.
 
-        The recurrent state is shared and copied by nobody: the next step of either writes elsewhere. The
-        convolution's inputs (and a log) are copied, being small.
+        The recurrent state is shared, not copied: the next step of either writes elsewhere. The convolution's inputs
+        (and a log) are small and copied.
 
         Raises:
             ValueError: no such sequence, or every place is taken.
@@ -245,7 +248,7 @@ class StatePool(Pool):
         return place
 
     def free(self, sequence: int) -> None:
-        """End a sequence. Its rows serve others.
+        """End a sequence. Other sequences get its rows.
 
         Raises:
             ValueError: no such sequence.
@@ -254,7 +257,7 @@ class StatePool(Pool):
         self._get("free", sequence)
         sequences = list(self._sequences)
         sequences[sequence] = None
-        batch = self._batch and [s for s in self._batch if s != sequence]  # its number may be given out again
+        batch = self._batch and [s for s in self._batch if s != sequence]  # its number may be reused
         self._sequences, self._step, self._batch = sequences, None, batch
 
     def select(self, parents: Sequence[int], sequences: Sequence[int] | None = None) -> None:
@@ -303,11 +306,11 @@ class StatePool(Pool):
         return [int(s) for s in found if self._get(method, s)]
 
     def length(self, sequence: int) -> int:
-        """Tokens that the sequence has seen, those not yet committed included."""
+        """Tokens that the sequence has seen, including uncommitted ones."""
         return self._get("length", sequence).length
 
     def recorded(self, sequence: int) -> int:
-        """How many tokens the sequence could be taken back by now."""
+        """How many tokens the sequence can be taken back by now."""
         return int(self._form.recorded(self._get("recorded", sequence)))
 
     # ---- steps
@@ -360,14 +363,14 @@ class StatePool(Pool):
         self._sequences, self._step, self._batch = after, step, batch
 
     def cancel(self) -> list[int]:
-        """Take back the last `begin`, whatever has happened since: layers that have run, or failed in the middle.
+        """Take back the last `begin`, also if layers have run or failed since.
 
-        Every sequence of the step is where it was, to the bit. Its way back is complete if no layer has run;
-        otherwise what the step has overwritten of it is gone, and `recorded` says what is left. A step can be
-        cancelled until the next call that changes the pool, such as `commit`.
+        Every sequence of the step is where it was, to the bit. Its history is complete if no layer has run; otherwise
+        the step may have overwritten a part of it, and `recorded` says what is left. A step can be cancelled until the
+        next call that changes the pool, such as `commit`.
 
         Returns:
-            The sequences that could not be put back, and were ended: only ever after `begin(..., undo=False)`.
+            The sequences that could not be restored and were ended; none unless `begin(..., undo=False)`.
 
         Raises:
             ValueError: there is no step to take back.
@@ -421,7 +424,11 @@ class StatePool(Pool):
         """The rule over the tokens announced by `begin`, in one layer.
 
         Args:
-            q, k, v, g, beta: as for `gated_delta_rule`, with one row per sequence of the batch (packed: one row).
+            q: as for `gated_delta_rule`, with one row per sequence of the batch (packed: one row).
+            k: as q.
+            v: as q.
+            g: as for `gated_delta_rule`.
+            beta: as for `gated_delta_rule`.
             layer: which layer's states.
             options: the other arguments of `gated_delta_rule`: scale, decay, A_log, heads, qk_l2norm, mask, ...
 
@@ -456,7 +463,7 @@ class StatePool(Pool):
         return found
 
     def _running(self, method: str, layer: int, conv: bool = False) -> Step:
-        """The step, of which this layer has yet to run."""
+        """The current step, in which this layer must not have run yet."""
         if not _is_int(layer) or not 0 <= layer < self.layers:
             self._fail(method, f"layer must be in [0, {self.layers}); got {layer!r}")
         step = self._step
@@ -519,8 +526,8 @@ class StatePool(Pool):
         self._take_back("rollback", batch, found, counts)
 
     def fold(self, sequences: Sequence[int] | None = None) -> None:
-        """Fold what is committed into the states now; a log does so by itself when it is full. Nothing before can be
-        taken back then. Slots have nothing to fold.
+        """Fold committed tokens into the states now; a full log does so by itself. They cannot be taken back
+        afterwards. Slots have nothing to fold.
 
         Raises:
             ValueError: no such sequence, or layers that have not run.
@@ -563,8 +570,8 @@ class StatePool(Pool):
     # ---- the convolution
 
     def _conv_room(self, step: Step, end: int, tokens: int) -> int:
-        """Note where this step's inputs go behind those that end at `end`, and return where they end then. What must
-        survive moves to the front if they do not fit."""
+        """Note where this step's inputs go, after those that end at `end`, and return their end. What must survive
+        moves to the front if they do not fit."""
         size, start = 2 * self._kept + 1, max(0, end - self._kept)
         if end + tokens <= size:
             step.conv.append((start, end, end))
@@ -576,7 +583,7 @@ class StatePool(Pool):
         return self._kept
 
     def conv_inputs(self, x: Array, *, layer: int = 0) -> Array:
-        """Record the convolution's inputs of this step and return them behind the W-1 before them.
+        """Record the convolution's inputs of this step, and return them after the W-1 earlier ones.
 
         Args:
             x: [N, T, C] raw inputs, before the convolution (packed: [1, sum T, C]).
@@ -649,7 +656,7 @@ class StatePool(Pool):
         return self._form.state(sequence, self._get("state", sequence))
 
     def save(self, sequence: int, tokens: Iterable[int] | None = None) -> Checkpoint:
-        """A checkpoint: a copy of the sequence's states, to be kept in `Checkpoints` or restored, here or elsewhere.
+        """A copy of the sequence's states, for `Checkpoints` or `restore`, in this pool or another.
 
         Raises:
             ValueError: no such sequence, or tokens of it that are not committed.
@@ -665,7 +672,7 @@ class StatePool(Pool):
         return Checkpoint(self._form.state(sequence, s), conv, self.state_layout, s.length, seen)
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """A new sequence that goes on from a checkpoint. There is no way back beyond it.
+        """A new sequence that goes on from a checkpoint. It cannot go back beyond it.
 
         Raises:
             ValueError: the checkpoint is of another kind of pool, or every place is taken.
@@ -707,7 +714,7 @@ class StatePool(Pool):
 
 
 def _resident(device: object) -> Device | None:
-    """The device of anydelta that holds the states, if it is one and not torch's."""
+    """The anydelta device that holds the states, or None for a torch device."""
     if isinstance(device, str) and device.partition(":")[0] in KINDS:
         return open_device(device)
     return device if isinstance(device, Device) else None

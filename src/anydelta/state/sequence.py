@@ -1,4 +1,4 @@
-"""What a pool and its form know of one living sequence, and of the step that runs."""
+"""The records of a pool: a living sequence, and the step that runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.devices import DeviceArray
 
 
 class LiveSequence(NamedTuple):
-    """Never changed in place: a pool replaces its list of sequences at the end of a call that went well."""
+    """Never changed in place: a pool replaces its list of sequences at the end of a successful call."""
 
     rows: tuple[int, ...]
     """Of the states. Slots: newest first. Log: the one row of the base state."""
@@ -45,27 +45,27 @@ class Step:
     """Layers whose rule has yet to run."""
     conv_todo: set[int]
     conv: list[tuple[int, int, int]] = field(default_factory=list)
-    """Per sequence: where the inputs that survive lie in the buffer, from and to, and where this step's go: behind them
-    (to), behind them once they are moved to the front (less), or over them (-1)."""
+    """Per sequence: the range (from, to) of the surviving inputs in the buffer, and the start of this step's: `to`;
+    less, if the survivors move to the front first; or -1, which overwrites them."""
     conv_saved: dict[int, list[Array]] = field(default_factory=dict)
     """By layer: the inputs that the step moved or overwrote, None where it did not."""
     touched: set[int] = field(default_factory=set)
     """Layers whose rule has run, or began to."""
     saved: set[int] = field(default_factory=set)
-    """Layers of which `Saved` holds what they overwrote."""
+    """Layers whose overwritten data `Saved` holds."""
     plan: Any = None
-    """What the form has decided."""
+    """The form's plan for the step."""
 
 
 class Saved:
-    """Copies of what the running step overwrites, layer by layer. The memory serves the next step again."""
+    """Copies of what the running step overwrites, layer by layer. The next step reuses the memory."""
 
     def __init__(self) -> None:
         self.copies: dict[int, list[Array]] = {}
         self.fresh = False
 
     def not_needed(self) -> None:
-        """A step begins that saves nothing: the second in a row lets go of the memory."""
+        """A step begins that saves nothing: the second in a row frees the memory."""
         if not self.fresh:
             self.copies = {}
         self.fresh = False

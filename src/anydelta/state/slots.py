@@ -20,12 +20,12 @@ class _Plan:
     read: Array
     """[N] the rows that the step reads."""
     write: Array
-    """[n, N] the rows that it writes, newest first, -1 for none; None where they are those it reads."""
+    """[n, N] the rows that it writes, newest first, -1 for none; None if it writes the rows that it reads."""
     written: set[int]
     overwritten: list[int]
-    """Rows written that `cancel` needs as they were."""
+    """Rows that are written and that `cancel` must restore."""
     copies: list[tuple[int, int]]
-    """(row, row of which it becomes a copy before the step reads it)."""
+    """(row, the row that is copied to it before the step)."""
 
 
 class Slots:
@@ -62,7 +62,8 @@ class Slots:
         self.pool._accept(sequences)
 
     def begin(self, step: Step, sequences: Sequences) -> None:
-        """Choose the rows that this step writes: none that stays in a history, none that another sequence reads."""
+        """Choose the rows that this step writes: not those that stay in a history, nor those that another sequence
+        reads."""
         keep = self.pool.snapshots if step.record else 1
         found = [s for place in step.batch if (s := sequences[place]) is not None]
         heads = [s.rows[0] for s in found]
@@ -73,10 +74,10 @@ class Slots:
         busy = others.union(*kept)
         past = {row for s in found for row in s.rows}
         spare = [row for row in range(self.P) if row not in busy and row not in past]
-        spare += sorted(past - busy - set(heads))  # what cancel would like to find again goes last
+        spare += sorted(past - busy - set(heads))  # rows that cancel would restore go last
         given_up: dict[
             int, list[int]
-        ] = {}  # states that this step alone reads and nobody keeps: by row, who reads them
+        ] = {}  # states that only this step reads and no history keeps: by row, the sequences that read them
         for i, head in enumerate(heads):
             if head not in busy:
                 given_up.setdefault(head, []).append(i)
@@ -87,8 +88,8 @@ class Slots:
         )  # in place is faster, elsewhere can be undone
         copies = []
         for row, readers in given_up.items():
-            # Sequences that share their state all give it up at once, and there is no room but in that row: the last
-            # of them writes there, and the others read copies that lie where they will write.
+            # Sequences that share a state all leave it at once, and only that row is free: the last sequence writes
+            # there, and the others read copies in the rows that they will write.
             if len(readers) > 1 and missing > len(mine):
                 mine[readers[-1]] = row
                 copies += [(i, row) for i in readers[:-1]]

@@ -4,10 +4,9 @@ With the base state S0, entries s = 0 .. n-1 and A(s, t) the product of the deca
 
     S_n = A(-1, n) S0 + sum_s A(s, n) k_s d_s^T
 
-An entry is 2 K + V numbers at most where a state is K V. Verifying tokens reads the base state and appends entries,
-going back drops the newest ones, and committing costs nothing: when the log has no room for a step, that step folds
-what is committed into the state on its way through it. Backends run the tokens and the folds (backends/NAME/log.py);
-here is the book-keeping.
+An entry is 2 K + V numbers at most where a state is K V. Verifying tokens reads the base state and appends entries.
+Going back drops the newest entries. Committing costs nothing: a step that finds the log full folds committed entries
+into the state while it reads it. Backends run tokens and folds (backends/NAME/log.py); this file does the book-keeping.
 """
 
 from __future__ import annotations
@@ -44,13 +43,14 @@ class _Plan:
     straight: list[int]
     """Per sequence: how many of the first tokens run on the state itself."""
     folds: list[Fold]
-    """What is folded before a layer runs: first those whose state goes to another row, which others fold in place."""
+    """What is folded before a layer runs: first sequences whose state goes to another row, which others fold in
+    place."""
     late: list[Fold]
-    """What the kernel folds on its way through the state."""
+    """What the kernel folds while it reads the state."""
     index: tuple[Array, ...]
     """[N] each: rows of the states, sequences, entries before the step, and whether the kernel folds them."""
     after: Index
-    """The same when `late` has been folded."""
+    """The same after `late` was folded."""
     order: str | None
     """The log's before the step."""
     overwritten: list[tuple[Array, list[int]]]
@@ -60,7 +60,7 @@ class _Plan:
 
 
 class Log:
-    """What StatePool asks of its form, by a log of C = `snapshots` - 1 entries per sequence.
+    """The form of StatePool with a log of C = `snapshots` - 1 entries per sequence.
 
     Attributes:
         states: [layers, capacity, HV, K, V] base states, rows that forks share until one of them folds.
@@ -87,7 +87,7 @@ class Log:
         self.connect()
 
     def connect(self) -> None:
-        """What belongs to this process and to these arrays, which stay where they are; a copy has its own."""
+        """Set up what belongs to this process and these arrays, which must not move; a copy does this anew."""
         self.steps: dict[str, LogSteps] = {}
         chosen = dispatch.pick(LogSpec(self.rule(1), self.C, self.key_dtype), self.pool.backend)
         self.folds_late = chosen.folds_late
@@ -141,8 +141,8 @@ class Log:
     # ---- a step
 
     def begin(self, step: Step, sequences: Sequences) -> None:
-        """Decide where the step finds room: by folding what is committed, or on the state itself if it is longer than
-        the log or certain. The layers do so as they run; here no array is touched."""
+        """Decide where the step finds room: by folding committed entries, or on the state itself if it is certain or
+        longer than the log. The layers carry it out; no array is touched here."""
         logged = self.C if step.record else 0
         straight = [max(0, n - logged) for n in step.lengths]
         full = []
@@ -158,7 +158,8 @@ class Log:
         wanted = [place for place, yes in zip(step.batch, full, strict=True) if yes]
         alone = [place for place, n in zip(step.batch, straight, strict=True) if n]
         folds = self._folds(sequences, wanted, alone) if wanted else []
-        # The kernel folds on its way where all of the log is committed and the state is this sequence's alone.
+        # The kernel folds while it reads the state if the whole log is committed and no other sequence shares the
+        # state.
         late: list[Fold] = []
         if folds and self.folds_late and not alone:
             holders = Counter(s.rows[0] for s in step.before if s)
@@ -188,8 +189,8 @@ class Log:
             self.saved.not_needed()
 
     def _folds(self, sequences: Sequences, places: list[int], alone: list[int]) -> list[Fold]:
-        """How to fold all committed entries of these sequences. A state that is shared goes to a row of its own first:
-        for it, the fold is the copy. Those in `alone` need a row of their own even with nothing to fold."""
+        """How to fold all committed entries of these sequences. A shared state goes to a new row: its fold is also the
+        copy. Sequences in `alone` get their own row even with nothing to fold."""
         holders = Counter(s.rows[0] for s in sequences if s)
         unused = [row for row in range(self.P) if row not in holders]
         moved, own = [], []
@@ -203,12 +204,12 @@ class Log:
                 moved.append((place, row, _get(sequences, place).rows[0], n))
             elif n:
                 own.append((place, row, row, n))
-        return moved + own  # the second write what the first read
+        return moved + own  # the second ones write what the first read
 
     def cancel(self, step: Step, sequences: Sequences) -> list[int]:
         """Put states and logs back; `sequences` are those before the step. Returns those that are lost.
 
-        Layers in which the kernel has folded stay folded, and the others follow: no token is lost, but the way back."""
+        Layers in which the kernel has folded stay folded, and the others follow: no token is lost, only the history."""
         plan: _Plan = step.plan
         for layer in step.saved:
             self.saved.restore(layer, plan.overwritten)
@@ -318,12 +319,12 @@ class Log:
     def _verify(
         self, layer: int, call: Call, prepared: _Prepared, index: Index, folded: dict[int, None] | None = None
     ) -> Array:
-        """Run tokens that the log takes; `folded` learns of the layer if entries are folded on the way."""
+        """Run tokens and append them to the log; the layer is added to `folded` if entries are folded."""
         chosen, plan, spec = prepared
         return self._on(chosen).verify(plan, spec, layer, call, index, folded)
 
     def _plan(self, layer: int, call: Call, options: Options, base: Array) -> _Prepared:
-        """Who runs a call, checked and planned once per geometry."""
+        """The backend of a call, checked and planned once per geometry."""
         pool = self.pool
         arrays = (call.q, call.k, call.v, call.g, call.beta, call.A_log, call.dt_bias, call.mask)
         rest: Rest = (
@@ -379,7 +380,7 @@ class Log:
     def _fold(
         self, group: list[Fold], layer: int, out: Array = None, folded: dict[int, None] | None = None
     ) -> None:
-        """Folds of different sequences in one layer, into `out` if it is given; `folded` learns of the layer."""
+        """Fold entries of different sequences in one layer, into `out` if given; the layer is added to `folded`."""
         self.folding.fold(group, layer, out, folded)
 
     # ---- copies
@@ -401,6 +402,6 @@ def _get(sequences: Sequences, place: int) -> LiveSequence:
 
 
 def _like_v(call: Call) -> Array:
-    """Room for o."""
+    """An empty o."""
     v = call.v
     return np.empty(v.shape, v.dtype) if isinstance(v, np.ndarray) else v.new_empty(v.shape)
