@@ -1,8 +1,7 @@
 """The conformance cases: one frozen record per call, whose printed form is its reproduction.
 
-`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The values
-of a case come from a seed that is derived from that line, so a line is all that is needed to repeat a
-failure. `CASES` is the list; DESIGN.md, section 7, says what it must cover.
+`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The line is also the
+seed of the values, so it is enough to repeat a failure. `CASES` is the list.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ class Case:
     """One of MASKS: what is padding. "none": no token is live; "all": every token is."""
     snapshots: int = 0
     scattered: bool = False
-    """The snapshots go to rows of the pool (snapshot_indices), some of them the rows that their sequence reads, and
-    some nowhere."""
+    """The snapshots go to rows of the pool (snapshot_indices): some to the rows that their sequence reads, some
+    nowhere."""
     elsewhere: bool = False
     """The final states go to such rows, and the snapshots to an array."""
     noA: bool = False
@@ -106,7 +105,7 @@ class Case:
     beta: str = "mid"
     """Write strength: "mid" U(0, 1), "zero", "one", "ends" 0 or 1, "weak" about 1e-6."""
     erase: str = ""
-    """With a key of its own that is read, in the place of beta: "H" [B, T, H, K], "HV" [B, T, HV, K]."""
+    """A separate key that is read, instead of beta: "H" [B, T, H, K], "HV" [B, T, HV, K]."""
 
     def __post_init__(self) -> None:
         if self.seqlens is not None:
@@ -166,7 +165,7 @@ class Case:
                 raise ValueError(f"case: {text}; got {self}")
 
     def _counts(self) -> Iterator[tuple[str, int, int]]:
-        """Sizes by name, each with the least that it may be."""
+        """Sizes by name, each with its minimum."""
         for name, least in (
             ("B", 0),
             ("T", 0),
@@ -214,7 +213,7 @@ class Case:
 
     @property
     def refused(self) -> bool:
-        """True for the cases that must raise ValueError: an index named twice, of a state that is written."""
+        """True for cases that must raise ValueError: an index of a written state that occurs twice."""
         if self.scattered or self.elsewhere or not self.inplace:
             return False
         used = [i for i in self.indices or () if i >= 0]
@@ -274,7 +273,7 @@ MOST_ELEMENTS = 2**26
 
 
 def _int(text: str) -> int:
-    """As it prints: int() would take "1_0", "+1" and digits of every script, and numbers of any length."""
+    """Only as printed: int() would take "1_0", "+1", digits of every script, and numbers of any length."""
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise ValueError(text)
     return int(text)
@@ -360,7 +359,7 @@ def inputs(case: Case) -> Inputs:
     if not c.fresh:
         tail = (c.K, c.V) if c.layout == "kv" else (c.V, c.K)
         state = (0.5 if c.state == "normal" else 1e-39) * rng.standard_normal((c.P, c.HV, *tail))
-    if c.strides == "expanded":  # what compare.Buffer stores once must hold the same values everywhere
+    if c.strides == "expanded":  # elements that compare.Buffer stores once must be equal everywhere
         for x in (q, k, v, g, beta):
             x[:] = x[:1]
         if c.kda:
@@ -399,8 +398,8 @@ def _rows(c: Case, live: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
 
 
 def _snapshot_rows(c: Case, rng: np.random.Generator) -> NDArray[np.int64]:
-    """[Ks, N] rows of the pool: a sequence's own row if nobody else reads it, then rows that nobody reads; -1 where
-    nothing is written, some of the time because it is not wanted. [1, N] for the final states."""
+    """[Ks, N] rows of the pool: a sequence's own row if no other reads it, then rows that none reads; -1 for slots that
+    are not written, some of them at random. [1, N] for the final states."""
     assert c.indices is not None
     lengths = c.seqlens or (c.T,) * c.N
     used = [i for i in c.indices if i >= 0]
@@ -462,7 +461,7 @@ def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | No
         "ggml": lambda: rng.uniform(-20, -1e-4, shape),
         **{number: partial(np.full, shape, float(number)) for number in STRONG if number not in KINDS},
     }
-    # Long memory is the common part of a mixture: a wipe at every other token would leave nothing to test.
+    # A mixture mostly has long memory: a wipe at every other token would leave nothing to test.
     names = ("keep", "one", "twenty", "wipe", "inf")
     pick = rng.choice(len(names), shape, p=(0.7, 0.22, 0.02, 0.03, 0.03))
     g = log[c.gate]() if c.gate != "mixed" else np.choose(pick, [log[n]() for n in names])
@@ -502,8 +501,7 @@ def _betas(c: Case, rng: np.random.Generator) -> F64:
 
 
 def _erase(c: Case, k: F64, rng: np.random.Generator) -> F64:
-    """Near the keys as they are written, for 1 - k . erase to be in (0, 1): each channel times U(0, 1), and another
-    direction."""
+    """Near the written keys, so that 1 - k . erase is in (0, 1): each channel times U(0, 1), and another direction."""
     k = _unit(k) if c.l2norm else k
     k = k if c.erase == "H" else k[:, :, head_map(c.H, c.HV, c.heads)]
     aside = 0.3 * np.linalg.norm(k, axis=-1, keepdims=True) * _unit(rng.standard_normal(k.shape))
@@ -624,7 +622,7 @@ def _dtypes() -> Iterator[Case]:
             yield Case(
                 T=33, K=128, V=128, dtype=dtype, state_dtype=state_dtype, gate="keep", fresh=True, snapshots=3
             )
-    for T in (1, 2, 6):  # wide enough for the CPU's registers, and what is left beside
+    for T in (1, 2, 6):  # wide enough for the CPU's registers, and with a remainder
         for state_dtype in ("float32", "bfloat16", "float16"):
             yield Case(
                 B=2, T=T, HV=2, K=128, V=160, state_dtype=state_dtype, inplace=True, pool=4, indices=(3, 1)
@@ -813,7 +811,7 @@ def _masks() -> Iterator[Case]:
 
 
 def _snapshots() -> Iterator[Case]:
-    """Every Ks from 1 to 17 with T > Ks, T = Ks, T < Ks, and what goes wrong together."""
+    """Every Ks from 1 to 17 with T > Ks, T = Ks, T < Ks, and combinations that tend to fail."""
     for Ks in range(1, 18):
         for T in (1, Ks - 1, Ks, Ks + 1, 2 * Ks + 3):
             yield Case(
@@ -933,7 +931,7 @@ CASES: tuple[Case, ...] = tuple(dict.fromkeys(_all()))
 """Every case that a backend must pass."""
 
 SHORT_CASES = tuple(c for c in CASES if c.work <= 20e6)
-"""All but those that take seconds on a slow device: most of the tests run these."""
+"""All cases except those that take seconds on a slow device: most tests run these."""
 
 FLOAT64_CASES: tuple[Case, ...] = tuple(
     Case(

@@ -1,6 +1,6 @@
 """Runs one case on one target and compares it with the float64 oracle (anydelta.rule.reference).
 
-Output, final state and every snapshot are judged each on its own, never pooled:
+Output, final state and each snapshot are judged separately:
 
 - float32: NMSE = sum (got - exact)^2 / sum exact^2 <= 1e-7; float64: <= 1e-20.
 - bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to
@@ -71,7 +71,7 @@ class Target:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, calls run on the ISA of this target."""
+        """Inside the block, calls run on the ISA of this target."""
         if self.isa is None:
             yield
         else:
@@ -81,7 +81,7 @@ class Target:
 
 @dataclass
 class Verdict:
-    """What `check` found: no errors means that the case passed."""
+    """The result of `check`: without errors the case passed."""
 
     errors: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Buffer:
         return mx.as_strided(typed, self.shape, self.strides, self.offset)
 
     def take(self, array: mx.array) -> None:
-        """Put what the call returned in the place of this MLX array, which itself must not have changed."""
+        """Replace this MLX array, which must not have changed, by what the call returned."""
         import mlx.core as mx
 
         if stray := self.stray():
@@ -187,12 +187,11 @@ class Buffer:
         return self.base
 
     def values(self) -> F64:
-        """What the array holds now."""
+        """The present values of the array."""
         return decode(np.ascontiguousarray(self._view(self._after())), self.dtype)
 
     def stray(self, allowed: NDArray[np.bool_] | None = None) -> str | None:
-        """Says where memory changed outside the elements marked in `allowed` (broadcast from the left
-        axes)."""
+        """Return where memory changed outside of the elements marked in `allowed` (broadcast from the left axes)."""
         after = self._after()
         bits = f"u{after.itemsize}"  # compared as integers: NaN differs from NaN
         changed = after.view(bits) != self.before.view(bits)
@@ -234,7 +233,7 @@ def _layout(shape: tuple[int, ...], mode: str, spread_last: bool) -> tuple[list[
 
 def oracle(case: Case, values: Inputs) -> reference.Expected:
     """The exact answer, from the values as the call holds them."""
-    with np.errstate(all="ignore"):  # NaN in tokens that nobody may read
+    with np.errstate(all="ignore"):  # NaN in tokens that must not be read
         arrays = {n: getattr(values, n) for n in FUNCTIONAL.tensors if n != "state_in"}
         q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
         return reference.gated_delta_rule(
@@ -269,14 +268,14 @@ def buffers(case: Case, values: Inputs, target: Target) -> dict[str, Buffer]:
             dtype = "float32" if name == "A_log" else dtypes[INPLACE.row(name).kind]
             # Only arrays with a batch axis can be expanded along it; the last axis only for g [B, T, HV, K].
             mode = case.strides if name in TOKENS or case.strides != "expanded" else "dense"
-            # Where index data lies on a GPU it is not checked: what must be refused stays on the host.
+            # Index data on a GPU is not checked, so cases that must be refused keep it on the host.
             host = case.refused and name == "state_indices"
             out[name] = Buffer(x, x.shape, dtype, mode, replace(target, device="cpu") if host else target)
     if values.state is not None:
         stored = values.state.copy()
         if case.indices is not None and case.state_strides != "expanded":
             named = np.isin(np.arange(case.P), case.indices)
-            stored[~named] = np.nan  # nobody may read these rows
+            stored[~named] = np.nan  # these rows must not be read
         out["state"] = Buffer(stored, stored.shape, case.state_dtype, case.state_strides, target)
     if case.snapshots and not case.scattered:
         tail = (case.K, case.V) if case.layout == "kv" else (case.V, case.K)
@@ -353,7 +352,7 @@ def check(case: Case | Prepared, target: Target) -> Verdict:
 
 
 def refused(v: Verdict, call: Callable[[], object], held: dict[str, Buffer]) -> None:
-    """The call names a row twice: it must say so, and leave every bit as it was."""
+    """The call names a row twice: it must raise, and change no bit."""
     try:
         call()
     except ValueError as error:
@@ -378,7 +377,7 @@ class Kept:
     snapshots: F64 | None
     """[Ks, N, ...]."""
     returned: Array
-    """By the functional op; None where it must return none."""
+    """Returned by the functional op; None if it must return none."""
     wanted: bool = True
     """Whether it must be returned."""
 
@@ -511,8 +510,8 @@ def fetch(v: Verdict, name: str, x: Array, shape: tuple[int, ...], dtype: str, t
 
 @contextlib.contextmanager
 def dirty_memory(case: Case, target: Target) -> Iterator[None]:
-    """What the op allocates itself should hold NaN, so that an element that is never written shows, and so should the
-    scratch memory of the CPU kernels.
+    """Fill what the op allocates, and the scratch memory of the CPU kernels, with NaN, so that elements that are never
+    written show.
 
     torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
     freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.

@@ -13,7 +13,7 @@ KINDS = ("initialised", "trained")
 
 @dataclass(frozen=True)
 class Gates:
-    """What a layer computes its decays from."""
+    """The inputs of a layer's decays."""
 
     x: F64
     """[B, T, HV] or [B, T, HV, K]: the projection, decay="raw"'s g"""

@@ -1,8 +1,8 @@
 """Gradients of a case on a backend, compared with those of the float64 recurrence under torch's autograd.
 
-The case's values, with random gradients of the output and of the final state. Each gradient is judged on its own, as
-the parts of a result are (compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types. Gates are
-computed in float32, whatever they come in.
+The case's values, with random gradients of the output and of the final state. Each gradient is judged separately
+(compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types. Gates are computed in float32,
+whatever they come in.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
         "T=34 H=1 HV=1 K=140 V=8 kda gate=keep",
     )
 )
-"""Small enough for an interpreter; the larger shapes are a GPU's (scripts/gpu.py)."""
+"""Small enough for an interpreter; scripts/gpu.py has larger shapes."""
 LARGEST = 2_000_000
 """Numbers of states over all tokens: beyond, the recurrence under autograd takes seconds a case."""
 
 
 def every_gradient_case() -> list[Case]:
-    """GRADIENT_CASES, and of the list those that a functional call without snapshots is asked for."""
+    """GRADIENT_CASES, and the cases of the list that are functional calls without snapshots."""
     return list(dict.fromkeys((*GRADIENT_CASES, *filter(_has_gradients, CASES))))
 
 

@@ -1,7 +1,8 @@
-"""The mixer's cases: the rule's (cases.py) with a convolution before and a norm behind, compared as compare.py does.
+"""The mixer's cases: those of the rule (cases.py) with a convolution before and a norm after, compared as in
+compare.py.
 
-A line that begins with the word `mixer` is one of these. They run on every backend that has a kernel for the mixer.
-Output, conv state, state and every snapshot of both are judged each on its own.
+Their lines begin with the word `mixer`. They run on every backend with a mixer kernel. Output, conv state, state and
+each snapshot are judged separately.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NORMS = ("silu", "sigmoid", "plain", "none")
 
 @dataclass(frozen=True)
 class MixerCase(Case):
-    """One call of the mixer. Fields that the rule has too mean the same; strides are those of qkv, z, g and beta."""
+    """One call of the mixer. Fields of the rule mean the same; `strides` are those of qkv, z, g and beta."""
 
     decay: str = "raw"
     dt_bias: str = "full"
@@ -155,7 +156,7 @@ def mixer_oracle(c: MixerCase, x: MixerInputs) -> reference.MixerExpected:
     r = x.rule
     assert r.state is not None
     q, k, v = _flat(c, r)
-    with np.errstate(all="ignore"):  # NaN in tokens that nobody may read
+    with np.errstate(all="ignore"):  # NaN in tokens that must not be read
         return reference.gated_delta_mixer(
             q, k, v, x.conv_state, r.state,
             g=r.g, beta=r.beta, conv_weight=x.conv_weight, conv_bias=x.conv_bias, A_log=r.A_log, dt_bias=r.dt_bias,
@@ -217,7 +218,7 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
         assert values is not None
         stored = values.copy()
         if c.indices is not None:
-            stored[~np.isin(np.arange(c.P), c.indices)] = np.nan  # nobody may read these rows
+            stored[~np.isin(np.arange(c.P), c.indices)] = np.nan  # these rows must not be read
         hold(name, stored, dtype, c.state_strides)
     if c.snapshots and not c.scattered:
         tail = (c.K, c.V) if c.layout == "kv" else (c.V, c.K)

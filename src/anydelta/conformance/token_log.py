@@ -1,9 +1,9 @@
-"""The log form of StatePool: the rule's cases (cases.py) run in steps of a few tokens, of which some are taken back.
+"""The log form of StatePool: the rule's cases (cases.py) in steps of a few tokens, some of which are taken back.
 
-A line that begins with the word `log` is one of these. Each sequence runs its T tokens in steps; after round r sequence
-i keeps (r + i) mod (n + 1) of the n tokens that it ran, so that every count from 0 to n occurs and the counts of a
-batch differ, and goes on behind them. Every output, those of rejected tokens included, and every state must be what
-the oracle says of a single pass. A sequence that nobody runs and a fork that shares its state must keep their bits.
+A line that begins with the word `log` is one of these. Each sequence runs its T tokens in steps. After round r,
+sequence i keeps (r + i) mod (n + 1) of the n tokens that it ran, and goes on after them. So every count from 0 to n
+occurs, and the counts in a batch differ. Each output (of rejected tokens too) and each state must be that of a single
+pass of the oracle. An idle sequence and a fork that shares its state must keep their bits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WORD = "log "
 
 @dataclass(frozen=True)
 class LogCase(Case):
-    """Fields that the rule has too mean the same."""
+    """Fields of the rule mean the same."""
 
     entries: int = 8
-    """What the log holds: snapshots - 1."""
+    """The log's capacity: snapshots - 1."""
     step: int = 4
     """Tokens that a sequence runs at once."""
     blocks: int = 1
