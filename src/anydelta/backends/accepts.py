@@ -1,6 +1,6 @@
-"""What kernels take today, of the rule and of the mixer. A backend declares how it differs from that.
+"""What kernels of the rule and the mixer usually take. A backend declares how it differs.
 
-A new row of a table does not belong here: the backends whose kernels have it name it themselves.
+A new argument does not belong here: backends whose kernels have it name it themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def reads_bfloat16_of_mlx(spec: Any) -> str:
 
 
 STATES = ("float32", "bfloat16", "float16", "float64")
-"""All that a state may be."""
+"""Every dtype of a state."""
 
 RULE_CALLS = Accepts(
     arrays=frozenset({

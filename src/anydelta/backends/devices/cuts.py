@@ -1,7 +1,7 @@
-"""What the OpenCL and SYCL backends share: devices whose kernel comes in several cuts, and the way of a call to one.
+"""Kernel variants ("cuts") for OpenCL and SYCL, and how a call is launched.
 
-A cut is how the kernel is divided for a device: how many work-items share a column, how many columns each has. The
-record that tells a kernel about a call is in params.py.
+A cut says how the kernel is divided for a device: how many work-items share a column, how many columns each has.
+params.py packs the arguments of a call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CutDevice(Device):
 
     Attributes:
         kernel: the cut in use, one of `kernels()`.
-        memory: how host arrays reach it, one of `memories`, of which the first is its own choice.
+        memory: how host arrays reach it, one of `memories`; the first is the default.
         errors: what the driver's functions raise.
     """
 
@@ -47,7 +47,7 @@ class CutDevice(Device):
     errors: tuple[type[Exception], ...]
 
     def settle(self, memories: Sequence[str]) -> None:
-        """Choose kernel and memory: the environment's wish, or the first that the device offers."""
+        """Choose kernel and memory: those of the environment variables, or the first that the device offers."""
         self.lock, self.memories = threading.Lock(), memories
         env = f"ANYDELTA_{self.kind.upper()}"
         forced = os.environ.get(f"{env}_MEMORY")
@@ -65,7 +65,7 @@ class CutDevice(Device):
         """The cuts of the kernel that this device can run; the default comes first."""
 
     def refuses_rows(self, spec: CallSpec) -> str:
-        """Why no cut of the kernel holds the call's rows of K; "" where one does."""
+        """Why no cut of the kernel holds the call's rows of K; "" if one does."""
         return ""
 
     @abstractmethod
@@ -136,7 +136,7 @@ class CutRoster(Roster[D]):
 
 
 class Plan:
-    """What a call needs besides addresses: its Params, and by the cut's name the cut and its work-groups."""
+    """What a call needs besides addresses: its Params, and for each cut its work-groups."""
 
     __slots__ = ("converts", "cuts", "device", "memory", "tail")
 
@@ -145,7 +145,7 @@ class Plan:
         self.cuts: dict[str, tuple[object, int]] = {}
 
     def params(self, addresses: Sequence[int]) -> bytes:
-        """What a launch is given, with the addresses of ARRAYS."""
+        """The arguments of a launch, with the addresses of ARRAYS."""
         return struct.pack(f"={len(ARRAYS)}Q", *addresses) + self.tail
 
 
@@ -155,7 +155,7 @@ class CutBackend(ABC, Generic[D]):
     name: str
     title: str
     also: tuple[str, ...] = ()
-    """torch's devices whose tensors it takes where they are."""
+    """torch devices whose tensors it takes in place."""
 
     def __init__(self, roster: CutRoster[D]):
         self.roster = roster
@@ -242,14 +242,14 @@ def padded(K: int, sizes: Sequence[int]) -> int:
 
 
 def cpu_columns(width: int, rows: int) -> tuple[int, int]:
-    """(floats of a vector, vectors) of a work-item, which is one core's thread: vectors as wide as its registers, and
-    so many that a broadcast k or q serves several FMAs, while the panel (at most 32 KiB) stays close."""
+    """(floats of a vector, vectors) of a work-item, which is one core's thread: vectors as wide as its registers,
+    enough of them that a broadcast k or q serves several FMAs, and a panel of at most 32 KiB, which stays in L1."""
     vec = min(max(width, 4), 16)
     return vec, max(1, min(4, 8192 // (rows * vec)))
 
 
 class Packing:
-    """Where the host arrays of a call lie in two pieces of staging memory, inputs and results, each a multiple of 64.
+    """The places of a call's host arrays in two pieces of staging memory, inputs and results, each a multiple of 64.
 
     Attributes:
         taken, given: (number in ARRAYS, host array, offset, bytes) of inputs and of results.
@@ -274,7 +274,7 @@ class Packing:
                 self.nbytes_in += -(-nbytes // 64) * 64
 
     def load(self, inputs: Bytes, results: Bytes) -> tuple[int, bool]:
-        """Pack the inputs, and of the results what the call leaves alone in parts and must come back as it was.
+        """Pack the inputs, and those results that the call writes in part only and whose rest must not change.
 
         Returns (bytes that cross to the device, whether some of them are results).
         """
@@ -300,5 +300,5 @@ class Packing:
 
 
 def absent() -> list[int]:
-    """Fourteen addresses of arrays that a call does not have."""
+    """Null addresses for arrays that a call does not have."""
     return [ABSENT] * len(ARRAYS)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 @cache
 def load_triton_first() -> None:
-    """To be called before a driver is loaded that may bring an LLVM of its own. Takes 0.2 s where triton is installed.
+    """Call this before loading a driver that may bring its own LLVM. Takes 0.2 s if triton is installed.
 
-    libtriton.so holds an LLVM and exports its symbols. Loaded behind Mesa's libLLVM by way of wgpu-native, its start-up
-    code binds to that one, of another version, and the process dies with SIGSEGV in `import triton`. In this order
-    each keeps its own.
+    libtriton.so contains an LLVM and exports its symbols. Loaded after Mesa's libLLVM by way of wgpu-native, its
+    start-up code binds to that other version, and `import triton` crashes with SIGSEGV. In this order each uses its
+    own.
     """
     if "triton" in sys.modules or sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""What the OpenCL, SYCL and Metal kernels are told about a call: the numbers of structs.PARAMS, and addresses."""
+"""The arguments of a call for OpenCL, SYCL and Metal kernels: the numbers of structs.PARAMS, and addresses."""
 
 from __future__ import annotations
 
@@ -114,5 +114,5 @@ def span(x: Array) -> tuple[int, int]:
 
 
 def skip(x: Array) -> int:
-    """How far the first element is behind the first byte."""
+    """The distance of the first element from the first byte."""
     return address(x) - span(x)[0]

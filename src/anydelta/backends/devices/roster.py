@@ -28,7 +28,7 @@ class Roster(Generic[D]):
         """The device of that index; see `anydelta.device`.
 
         Raises:
-            UnsupportedError: there is no such device; the text lists those that there are.
+            UnsupportedError: there is no such device; the text lists the present ones.
         """
         labels = self.labels()
         if not 0 <= index < len(labels):

@@ -1,4 +1,4 @@
-"""What the Vulkan and WebGPU backends share: how a host call is laid out for a device, and what runs around a launch.
+"""Shared by Vulkan and WebGPU: the layout of a host call for a device, and the steps around a launch.
 
 A call is one buffer of inputs and one of outputs, dense and aligned. Inputs are copied straight into the former,
 whatever their strides: q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values
@@ -26,17 +26,17 @@ from ..accepts import EITHER, RULE_CALLS
 from .structs import CALL, OF_OPTIONS, flags
 
 ALIGN = 16
-"""Bytes: a field begins where a vec4 may."""
+"""Bytes: alignment of a field, that of a vec4."""
 WORKGROUP = 64
-"""Invocations: two subgroups of 32, one of 64. More would only share out less evenly."""
+"""Invocations: two subgroups of 32, one of 64. More would divide the work less evenly."""
 MAX_K = 4096
 """32 lanes of 128 rows in registers."""
 MAX_LAUNCHES = 256
 """Prepared launches that a device keeps; a decode loop needs one per layer."""
 DTYPES = ("float32", "bfloat16", "float16")
-"""As DTYPE in the shaders counts them."""
+"""Numbers of the dtypes, as DTYPE in the shaders."""
 _OFFSETS = {"cu_seqlens": "cu", "state_indices": "indices", "snapshot_indices": "rows"}
-"""The members of Call that say where these inputs are; those of the others have their names."""
+"""Members of Call with the offsets of these inputs; the other inputs' members have their names."""
 
 Bytes = NDArray[np.uint8]
 
@@ -76,8 +76,7 @@ def lanes_of(groups: int, subgroup: int, cpu: bool) -> int:
 
 
 class Layout:
-    """Where the inputs and the output of a call lie. `wide_output`: o is float32
-    on the device and rounded here.
+    """The places of a call's inputs and output. `wide_output`: o is float32 on the device and rounded here.
 
     Attributes:
         offsets: of each input, in bytes; 0 for those that the call does not have.
@@ -161,8 +160,8 @@ class Layout:
 
 
 def as_numpy(x: Array, *, bits: bool = False) -> NDArray[np.generic]:
-    """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 that is to be converted is not
-    among NumPy's types and comes as float32."""
+    """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 to be converted, which NumPy
+    lacks, becomes float32."""
     if framework_of(x) == "numpy":
         out: NDArray[np.generic] = x.view(np.uint16) if bits else x
         return out
@@ -177,7 +176,7 @@ def as_numpy(x: Array, *, bits: bool = False) -> NDArray[np.generic]:
 
 
 class HostStates:
-    """The states of a call that has them on the host: dense copies on the device, made once per geometry.
+    """Dense device copies of a call's host states, made once per geometry.
 
     The call then runs in place on `state` [N, ...], whose row n belongs to sequence n.
     """
@@ -243,7 +242,7 @@ def _index(mask: NDArray[np.bool_], torch: bool) -> Array:
 
 
 def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool) -> int:
-    """The shader's word of flags: bit i is what names[i] says of the call; `own` are those of one backend."""
+    """The shader's flags: bit i is names[i] of the call; `own` are those of one backend."""
     opt = spec.options
     on = {
         "packed": spec.packed,
@@ -264,14 +263,14 @@ def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool)
 
 class _Launch(Protocol):
     serials: frozenset[int]
-    """Of the allocations that it names."""
+    """The allocations that it names."""
 
 
 L = TypeVar("L", bound=_Launch)
 
 
 class Launches(Generic[L]):
-    """Launches that were prepared (recorded, bound), by what they depend on; the oldest go first."""
+    """Prepared launches (recorded, bound), by what they depend on; the oldest are dropped first."""
 
     def __init__(self, drop: Callable[[L], None]):
         self._drop = drop
@@ -288,8 +287,8 @@ class Launches(Generic[L]):
         return found
 
     def forget(self, serial: int) -> None:
-        """An allocation goes: launches that name it must not be used again."""
-        for key in tuple(self._kept):  # a finaliser may come here in the middle
+        """An allocation is freed: drop the launches that name it."""
+        for key in tuple(self._kept):  # a finaliser may call this in the middle
             if (launch := self._kept.get(key)) is not None and serial in launch.serials:
                 self._drop(self._kept.pop(key))
 
@@ -308,7 +307,7 @@ class StagedBackend(ABC):
     header = 0
     """Bytes before the inputs, in their buffer."""
     held_dtype = ""
-    """Of host states while they are on the device; empty: as they come."""
+    """Dtype of host states while they are on the device; empty: unchanged."""
 
     @property
     def accepts(self) -> Accepts:

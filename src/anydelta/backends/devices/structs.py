@@ -1,8 +1,8 @@
-"""Structs that hosts pack and kernels read: each is written once, here, and its text in a device's language made of it.
+"""Structs that hosts pack and kernels read. Each is defined once, here; its text in a device's language is generated.
 
-`Struct.text` gives the members for a language, `bits` the constants of a field of flags. Whoever compiles device code
-puts them in front of it: hosts at run time, CMake at build time (scripts/generate_arguments.py). Only the standard
-library is used, because the build reads this too.
+`Struct.text` gives the members for a language, `bits` the constants of a field of flags. They are put before the device
+code: by hosts at run time, by CMake at build time (scripts/generate_arguments.py). Only the standard library is used,
+because the build reads this too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TYPES: dict[str, dict[str, str]] = {
     "glsl": {"i": "int", "I": "uint", "f": "float"},
     "wgsl": {"i": "i32", "I": "u32", "f": "f32"},
 }
-"""How a language calls a number, by its letter in Python's struct."""
+"""A language's name of a number, by its letter in Python's struct."""
 
 
 class Struct:

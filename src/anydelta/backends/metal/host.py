@@ -1,8 +1,8 @@
 """Metal for PyTorch: mps tensors, without a copy, on torch's own stream. Kernels: backends/metal, which torch compiles.
 
 `torch.mps.compile_shader` compiles one text per head size and set of types when it is first needed, in the process.
-Nothing here waits for the device: what depends on data (where packed sequences begin, which rows of a pool are skipped)
-is read by the kernel. Tests put an emulator in the place of torch.mps (`emulated`), so this file runs on Linux too.
+Nothing here waits for the device: the kernel reads what depends on data (where packed sequences begin, which rows of a
+pool are skipped). Tests replace torch.mps by an emulator (`emulated`), so this file runs on Linux too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DENSE = ("q", "k", "v", "g")
 """Arrays whose last axis the kernels read in groups of four."""
 
 CHUNK_ENV = "ANYDELTA_METAL_CHUNK"
-"""1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
+"""1: long prompts run in chunks. 0: token by token. Unset: the faster one in the first call of the shape."""
 
 _emulator: ModuleType | None = None
 _libraries: dict[tuple[ModuleType, str], Any] = {}
@@ -56,7 +56,7 @@ _libraries: dict[tuple[ModuleType, str], Any] = {}
 
 @contextmanager
 def emulated(host: ModuleType) -> Iterator[None]:
-    """Inside, calls run on `host` instead of torch.mps, on tensors of the CPU: an object with `compile_shader`."""
+    """Inside the block, calls on CPU tensors run on `host`, an object with `compile_shader`, instead of torch.mps."""
     global _emulator
     before, _emulator = _emulator, host
     plans.forget()  # they hold compiled functions
@@ -127,7 +127,7 @@ class _Plan:
         self.kernels: dict[str, _Kernels] = {}
 
     def using(self, spec: CallSpec, call: Call) -> _Kernels:
-        """The kernels that are forced now, or those that the device chose when it first met the call."""
+        """The kernels that are forced now, or those that were faster in the first call."""
         found = self.kernels.get(_forced)
         if found is None:
             chunked = chunks_fit(spec, 1) if _forced == "chunks" else not _forced and _chosen(spec, call)
@@ -165,7 +165,7 @@ def _chosen(spec: CallSpec, call: Call) -> bool:
 
 
 def measure_chunks(spec: CallSpec, call: Call, rounds: int = 5) -> dict[bool, float]:
-    """Median seconds of a call token by token (False) and in chunks (True), in turns, on arrays of its own."""
+    """Median seconds of a call token by token (False) and in chunks (True), interleaved, on separate arrays."""
     import torch
 
     plain = replace(
@@ -239,7 +239,7 @@ class Metal:
         if plan.copies:
             call = replace(call, **{name: _copied(getattr(call, name), plan.device) for name in plan.copies})
         if plan.pooled_snapshots and _share_memory(call.state_in, call.snapshots):
-            # others' slots are rows that a lane still reads
+            # slots of other sequences are rows that a lane still reads
             call = replace(call, state_in=call.state_in.clone())
         some = next((x for n in ARRAYS if (x := getattr(call, n)) is not None and x.numel()), None)
         if some is None:

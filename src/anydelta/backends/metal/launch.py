@@ -26,7 +26,7 @@ ARRAYS = (
 )  # fmt: skip
 """The order of the kernels' buffers behind Params."""
 CHUNK_MIN_TOKENS = 64
-"""Per sequence on average: eight chunks. Below, setting up weighs more than it saves."""
+"""Tokens per sequence, on average: eight chunks. Below, the setup costs more than it saves."""
 MAX_SCRATCH = 32768
 """Bytes of threadgroup memory that every Apple GPU has."""
 
@@ -37,7 +37,7 @@ class Launch:
 
     Attributes:
         params: Params, as 64-bit integers.
-        arrays: by name, in the order of ARRAYS; None where there is none, "carry" for the state between two launches.
+        arrays: by name, in the order of ARRAYS; None if absent, "carry" for the state between two launches.
         threads: the grid in threads; `group_size`: a threadgroup.
     """
 

@@ -1,8 +1,8 @@
 """Metal for MLX: arrays whose stream runs on an Apple GPU, through mx.fast.metal_kernel. Kernels: backends/metal.
 
-A call becomes part of MLX's graph and runs when MLX does. mx.fast.metal_kernel writes the kernel's signature itself
-and makes its inputs contiguous; what is left for here is the body, which calls `run` of the .metal files, and outputs
-that are new arrays. Tests put an emulator in the place of mx.fast (`emulated`), so that this file runs on Linux too.
+A call becomes part of MLX's graph and runs when MLX does. mx.fast.metal_kernel writes the kernel's signature and makes
+its inputs contiguous. This file adds the body, which calls `run` of the .metal files, and new arrays for the outputs.
+Tests replace mx.fast by an emulator (`emulated`), so this file runs on Linux too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _OUTPUTS = ("o", "state_out", "snapshots")
 _MIN_DEVICE = 8
-"""MLX hands arrays of fewer elements over in constant memory, where the kernels do not look."""
+"""MLX passes smaller arrays in constant memory, which the kernels do not read."""
 
 _emulator: ModuleType | None = None
 _kernels: dict[tuple[object, ...], object] = {}
@@ -39,7 +39,7 @@ _kernels: dict[tuple[object, ...], object] = {}
 
 @contextmanager
 def emulated(host: ModuleType) -> Iterator[None]:
-    """Inside, calls run on `host` instead of mx.fast, on arrays of the CPU: an object with `metal_kernel`."""
+    """Inside the block, calls on CPU arrays run on `host`, an object with `metal_kernel`, instead of mx.fast."""
     global _emulator
     before, _emulator = _emulator, host
     try:
@@ -54,7 +54,7 @@ class _Plan:
     kernel: Any
     params: mx.array
     inputs: tuple[str, ...]
-    """Those that the call has."""
+    """The arrays that the call has."""
     outputs: tuple[str, ...]
 
 
@@ -85,9 +85,9 @@ class MetalForMlx:
         return {}  # by whether the prompt runs in chunks, made when first needed
 
     def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[mx.array]:
-        """o, then the final state and the snapshots where the call has them: arrays yet to be computed.
+        """o, then the final state and the snapshots if the call has them, not yet computed.
 
-        `call.snapshots` holds what slots that are not written keep.
+        Unwritten slots keep the values of `call.snapshots`.
         """
         import mlx.core as mx
 
@@ -118,8 +118,7 @@ def _has_tokens(spec: CallSpec) -> str:
 
 
 def _chunked(spec: CallSpec) -> bool:
-    """Where it is forced. With snapshots the last tokens would take a second launch, whose outputs would have to be
-    merged."""
+    """Only if forced. With snapshots, the last tokens would need a second launch whose outputs must be merged."""
     if spec.snapshots:
         return False
     if metal._forced:

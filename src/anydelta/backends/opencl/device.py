@@ -1,4 +1,4 @@
-"""OpenCL drivers and devices, by pyopencl: memory, queues, the cuts of the kernel. opencl.py runs calls on them."""
+"""OpenCL drivers and devices, by pyopencl: memory, queues, kernel variants. host.py runs calls on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ROWS = (16, 32, 64, 96, 128, 192, 256)
 
 
 def intel_runtime() -> Path | None:
-    """libintelocl.so of the package intel-opencl-rt, whose own .icd file points nowhere when pip has installed it."""
+    """libintelocl.so of the package intel-opencl-rt, whose own .icd file has a wrong path after pip's installation."""
     try:
         files = metadata.files("intel-opencl-rt") or ()
     except metadata.PackageNotFoundError:
@@ -44,9 +44,9 @@ def intel_runtime() -> Path | None:
 
 @cache
 def api() -> ModuleType:
-    """pyopencl, with its drivers found: those of the system, and intel-opencl-rt.
+    """pyopencl, set up to find the system's drivers and intel-opencl-rt.
 
-    The loader looks for drivers once, in one folder. Unless OCL_ICD_VENDORS names it, that is one that we fill.
+    The loader looks for drivers once, in one folder. Unless OCL_ICD_VENDORS names another, we create and fill it.
     """
     load_triton_first()
     import pyopencl as cl
@@ -216,9 +216,9 @@ class OpenclDevice(CutDevice):
     def kernels(self) -> list[str]:
         """The cuts of the kernel that this device can run; the default comes first.
 
-        columns: a work-item owns whole columns, and nobody adds up with anybody; best where a work-item has a whole
-        core and its caches. subgroups and local: 8 work-items share a column, so that a state of 128 rows fits into
-        the registers of a GPU; they add up through a sub-group or through local memory.
+        columns: a work-item owns whole columns and shares no sums; best where a work-item has a whole core and its
+        caches. subgroups and local: 8 work-items share a column, so that a state of 128 rows fits into the registers of
+        a GPU; they add up through a sub-group or through local memory.
         """
         together = ["subgroups"] * self.subgroups + ["local"]
         return ["columns", *together] if self.is_cpu else [*together, "columns"]
@@ -315,7 +315,7 @@ class OpenclDevice(CutDevice):
 
 
 class _Pinned:
-    """Staging: host memory that stays mapped, and a buffer of the device, for inputs and for results."""
+    """Staging memory: mapped host memory and a device buffer, for inputs and for results."""
 
     def __init__(self, device: OpenclDevice, inputs: int, outputs: int):
         cl = api()
@@ -345,7 +345,7 @@ _sharing = threading.Lock()
 
 
 def from_pyopencl(x: Any) -> DeviceArray:
-    """A pyopencl array as an array of a call (q ... beta, states, snapshots), without a copy: what is written, x shows.
+    """Take a pyopencl array as an array of a call (q ... beta, states, snapshots), without a copy; writes show in x.
 
     Args:
         x: a C-contiguous pyopencl.array.Array of float32 or float16 (bfloat16 as ml_dtypes.bfloat16), in any context.

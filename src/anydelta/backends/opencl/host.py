@@ -6,7 +6,7 @@ How a call's arrays reach the device depends on what the driver offers (`OpenclD
     wrap      memory shared with the host (integrated GPUs, pocl): buffers over the caller's memory
     copy      memory of its own: inputs are packed into one pinned buffer and cross in one transfer, as do results
 
-Arrays that live on a device (`anydelta.device("opencl:0")`, `from_pyopencl`) cross in no case. ANYDELTA_OPENCL_DEVICE
+Arrays on a device (`anydelta.device("opencl:0")`, `from_pyopencl`) never cross. ANYDELTA_OPENCL_DEVICE
 picks the device for host arrays (an index, or a part of its name), ANYDELTA_OPENCL_MEMORY forces one of the three,
 ANYDELTA_OPENCL_KERNEL one of `isas()`.
 """
@@ -101,7 +101,7 @@ def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: i
         if written:
             results.append((buffer, high - low))
     _launch(device, kernel, plan.params(at), buffers, size, group)
-    for buffer, nbytes in results:  # mapping is what makes the results the host's
+    for buffer, nbytes in results:  # mapping makes the results visible to the host
         view, _ = cl.enqueue_map_buffer(
             device.queue, buffer, cl.map_flags.READ, 0, (nbytes,), np.uint8, is_blocking=False
         )
@@ -137,7 +137,7 @@ def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: i
 
 
 def _resident(call: Call) -> tuple[list[int], list[Any]]:
-    """(byte offset, buffer) of the arrays that are on the device, by their number; the others are absent so far."""
+    """(byte offset, buffer) of the arrays on the device, by number; the others are added later."""
     at, buffers = absent(), [None] * len(ARRAYS)
     for i, name in enumerate(ARRAYS):
         x = getattr(call, name)

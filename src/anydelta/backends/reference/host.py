@@ -1,7 +1,7 @@
 """The backend that always works: NumPy arrays go to the float64 oracle, torch tensors to a torch recurrence.
 
-The torch recurrence runs on the tensors' own device and is differentiable, so it is also what gradients are
-computed with (autograd.py). It computes in float32, or in float64 for float64 inputs.
+The torch recurrence runs on the tensors' own device and is differentiable, so gradients use it too (autograd.py). It
+computes in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.T
 
 
 def _live_only(spec: CallSpec, call: Call) -> Call:
-    """The call with ones in every token that no state sees, masked or of a skipped sequence: they may hold NaN, and
-    0 * NaN is no gradient."""
+    """The call with ones in every masked token and skipped sequence: they may hold NaN, and 0 * NaN would spoil
+    gradients."""
     import torch
 
     live = call.mask
@@ -119,7 +119,7 @@ def _live_only(spec: CallSpec, call: Call) -> Call:
 
 
 def normalised(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x * rsqrt(sum x^2 + eps) over the last dimension, 0 for 0, in a unit whose squares stay in the type's range."""
+    """x * rsqrt(sum x^2 + eps) over the last dimension, 0 for 0, scaled so that squares stay in the type's range."""
     import torch
 
     unit = x.detach().abs().amax(-1, keepdim=True).clamp(min=eps**0.5)

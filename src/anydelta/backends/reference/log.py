@@ -1,4 +1,4 @@
-"""The log in float64: the oracle of its kernels, and what runs where there is none."""
+"""The log in float64: the oracle of its kernels, and the fallback without kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fold(S: F64, k: F64, d: F64, a: F64) -> F64:
 def verify(
     S: F64, entries: list[tuple[F64, F64, F64]], parents: list[int], q: F64, k: F64, v: F64, a: F64, beta: F64
 ) -> F64:
-    """Tokens q, k [T, HV, K], v [T, HV, V], a [T, HV, 1] or [T, HV, K], beta [T, HV] behind the logged `entries`.
+    """Tokens q, k [T, HV, K], v [T, HV, V], a [T, HV, 1] or [T, HV, K], beta [T, HV] after the logged `entries`.
 
     parents[e] is the entry before entry e (-1: the base state S); entries grow by one (k, d, a) per token.
 

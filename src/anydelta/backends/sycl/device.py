@@ -1,4 +1,4 @@
-"""SYCL devices through intel-sycl-rt: memory, queues, the cuts of the kernel. sycl.py runs calls on them."""
+"""SYCL devices through intel-sycl-rt: memory, queues, kernel variants. host.py runs calls on them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _FLUSH = ["-Xs", "-cl-denorms-are-zero"]
 @cache
 def host() -> ModuleType:
     """anydelta._sycl. The environment must be complete before the runtime is loaded."""
-    if library := intel_runtime():  # or the runtime finds whatever OpenCL driver the system has
+    if library := intel_runtime():  # otherwise the runtime takes any OpenCL driver of the system
         os.environ.setdefault("OCL_ICD_FILENAMES", str(library))
     os.environ.setdefault("SYCL_CACHE_PERSISTENT", "1")
     return importlib.import_module("anydelta._sycl")
 
 
 class Facts(TypedDict):
-    """What the extension says of a device (module.cpp)."""
+    """Facts about a device from the extension (module.cpp)."""
 
     name: str
     platform: str
@@ -224,7 +224,7 @@ class SyclDevice(CutDevice):
         self.built.add(cut)
 
     def staging(self, inputs: int, outputs: int) -> tuple[_Usm, _Usm]:
-        """(host, device) memory for so many bytes of inputs, and behind them so many of results."""
+        """(host, device) memory for so many bytes of inputs, followed by so many of results."""
         need = inputs + outputs
         if self._staging is None or self._staging[0].nbytes < need:
             size = 1 << max(need - 1, 65535).bit_length()
@@ -234,7 +234,7 @@ class SyclDevice(CutDevice):
 
 
 class _Foreign(Memory):
-    """USM that belongs to somebody else, who is kept alive."""
+    """USM of another owner, which is kept alive."""
 
     write, read, _copy, zero, copy_from = _Usm.write, _Usm.read, _Usm._copy, _Usm.zero, _Usm.copy_from
 
@@ -245,16 +245,17 @@ class _Foreign(Memory):
 def from_usm(
     x: Any, shape: Sequence[int] | None = None, dtype: str | None = None, device: str = "sycl:0"
 ) -> DeviceArray:
-    """USM of another library as an array of a call (q, k, v, g, beta, states, snapshots), without a copy.
+    """Take USM of another library as an array of a call (q, k, v, g, beta, states, snapshots), without a copy.
 
     Args:
         x: C-contiguous; anything with `__sycl_usm_array_interface__` (dpctl memory, dpnp arrays), or with DLPack on a
             oneAPI device (torch.xpu tensors).
-        shape, dtype: of the array, where x is only bytes.
-        device: the SYCL device that x is on. Whoever works on x in another queue must have finished.
+        shape: of the array, where x is only bytes.
+        dtype: of the array, where x is only bytes.
+        device: the SYCL device that x is on. Work on x in another queue must have finished.
 
     Raises:
-        ValueError: x is not contiguous, has another dtype, or is no USM.
+        ValueError: x is not contiguous, has another dtype, or is not USM.
     """
     there = roster.open(int(device.partition(":")[2] or 0))
     face = getattr(x, "__sycl_usm_array_interface__", None)
@@ -286,7 +287,8 @@ def from_usm(
 
 
 class UsmView:
-    """A device array as other libraries take USM: `dpctl.memory.as_usm_memory(view)`, `dpctl.tensor.asarray(view)`."""
+    """A device array in the form in which other libraries take USM: `dpctl.memory.as_usm_memory(view)`,
+    `dpctl.tensor.asarray(view)`."""
 
     def __init__(self, x: DeviceArray):
         self.array = x

@@ -3,11 +3,11 @@
 The host code is the extension anydelta._sycl, which CMake builds where it finds intel-sycl-rt. A kernel is compiled
 when a head size is first used, and kept on disk (SYCL_CACHE_PERSISTENT, which is switched on unless it is set).
 
-On devices that see the host's memory (CPUs, GPUs with system USM) kernels work on the caller's arrays; elsewhere
-inputs are packed into one piece of host USM and cross in one transfer, as do results; devices that share memory with
-the host read and write that piece itself. Arrays on a device (`anydelta.device("sycl:0")`, `from_usm`) cross in no
-case. ANYDELTA_SYCL_DEVICE picks the device for host arrays (an index, or a part of its name),
-ANYDELTA_SYCL_MEMORY=copy forces the transfer, ANYDELTA_SYCL_KERNEL one of `isas()`.
+On devices that see the host's memory (CPUs, GPUs with system USM) kernels work on the caller's arrays. Elsewhere inputs
+are packed into one piece of host USM and cross in one transfer, as do results; devices that share memory with the host
+use that piece directly. Arrays on a device (`anydelta.device("sycl:0")`, `from_usm`) never cross. ANYDELTA_SYCL_DEVICE
+picks the device for host arrays (an index, or a part of its name), ANYDELTA_SYCL_MEMORY=copy forces the transfer,
+ANYDELTA_SYCL_KERNEL one of `isas()`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Sycl(CutBackend[SyclDevice]):
 
     def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Variant, groups: int) -> None:
         device = plan.device
-        if spec.device == "xpu":  # torch's queue is another one
+        if spec.device == "xpu":  # torch has another queue
             import torch
 
             torch.xpu.synchronize()

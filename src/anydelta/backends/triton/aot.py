@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for GPUs that are not here, and what the compiler says about the result.
+"""Ahead-of-time compilation for GPUs that are not present, and what the compiler says about the result.
 
-The launches are those that a call on such a GPU would make (launch.py), with tensors on torch's meta device in place of
-real ones: same arguments, same specialisation on what is 1 or a multiple of 16.
+The launches are those of a call on such a GPU (launch.py), with tensors on torch's meta device: same arguments, same
+specialisation on values that are 1 or a multiple of 16.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TYPES = {
 
 
 NEVER_SPILL = ("recurrent", "convolve", "gated_norm")
-"""Kernels of decode, and those beside them."""
+"""Kernels of a decode step."""
 SPILL_LIMIT = 16
 """Bytes of stack per thread (NVIDIA) or spilled registers (AMD) that another shipped kernel may have."""
 FIRST_CALL = 15.0
@@ -66,7 +66,7 @@ def spill_limit(kernel: str, target: str, shape: str) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """One specialisation that ships: a call by what its kernels are compiled for."""
+    """One specialisation that ships: a call, described by what its kernels are compiled for."""
 
     T: int = 1
     N: int = 8
@@ -213,13 +213,13 @@ def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
 
 
 def launch_of(call: KernelCall) -> dict[str, int]:
-    """The sizes that a launch was chosen by."""
+    """The sizes that decided the launch."""
     names = [name for name in ("BV", "C", "STAGES", "SEGMENTS", "SLICE", "BT") if name in call.args]
     return {**{name: int(call.args[name]) for name in names}, "warps": call.warps}
 
 
 def source_of(call: KernelCall) -> ASTSource:
-    """What Triton's just-in-time compiler would compile for these arguments."""
+    """The source that Triton's just-in-time compiler would compile for these arguments."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -244,7 +244,7 @@ def source_of(call: KernelCall) -> ASTSource:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes on one target."""
+    """Resources of one kernel on one target."""
 
     kernel: str
     registers: int
@@ -275,7 +275,7 @@ def compile_call(call: KernelCall, target: str) -> Compiled:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """Processor time of this process and of those it has waited for."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
 
@@ -307,9 +307,9 @@ def _number(pattern: str, text: str) -> str:
 
 
 def record(path: str, targets: list[str]) -> None:
-    """Compile everything that ships and write what it takes: `python -m anydelta.backends.triton.aot FILE [TARGET]`.
+    """Compile everything that ships and write its resources: `python -m anydelta.backends.triton.aot FILE [TARGET]`.
 
-    Rows of other targets that the file holds stay. Tables of the user's do not count.
+    Rows of other targets in the file stay. The user's tables are ignored.
     """
     import json
 

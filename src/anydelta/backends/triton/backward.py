@@ -1,6 +1,6 @@
-"""Gradients of a call: the launches of chunk_backward.py, and what leads from theirs to those of the inputs.
+"""Gradients of a call: the launches of chunk_backward.py, and the steps from their results to gradients of the inputs.
 
-Nothing is kept from the forward pass but the inputs. Scratch memory grows with the number of tokens: two states per
+Only the inputs are kept from the forward pass. Scratch memory grows with the number of tokens: two states per
 chunk and head, and rows of q, k and v in float32 for each value head.
 """
 
@@ -49,7 +49,7 @@ class BackwardLaunches:
     def calls(
         self, call: Call, do: torch.Tensor, d_state: torch.Tensor | None, found: Found
     ) -> Iterator[KernelCall]:
-        """The launches in their order. `do` [B, T, HV, V] and `d_state` [N, HV, K, V] have any strides, but the last of
+        """The launches in order. `do` [B, T, HV, V] and `d_state` [N, HV, K, V] may have any strides; the last axis of
         `do` is contiguous."""
         spec, config, forward, opt = self.spec, self.config, self.forward, self.spec.options
         scratch = Scratch(spec, call, config.chunk)
@@ -103,7 +103,7 @@ class BackwardLaunches:
 
 
 def room(spec: CallSpec, call: Call) -> Found:
-    """Memory for what the kernels write. Zeros where they may leave out a skipped sequence."""
+    """Memory for the kernels' results. Zeros where they may skip a sequence."""
     new = call.q.new_zeros if spec.pooled else call.q.new_empty
     rows = (spec.B, spec.T, spec.HV)
     state = None
@@ -120,16 +120,16 @@ def room(spec: CallSpec, call: Call) -> Found:
 
 
 def of_inputs(spec: CallSpec, call: Call, found: Found) -> dict[str, torch.Tensor | None]:
-    """The gradients of the call's own arrays, in their dtypes.
+    """The gradients of the call's arrays, in their dtypes.
 
-    Where a gradient is zero the input may be anything, NaN included: it is masked, or of a skipped sequence.
+    Inputs with zero gradients (masked tokens, skipped sequences) may be NaN.
     """
     opt = spec.options
     state = found.state
     if state is not None and call.state_indices is not None:
         rows = call.state_indices.to(state.device).long()
         pool = state.new_zeros(tuple(call.state_in.shape))
-        state = pool.index_add_(0, rows.clamp(min=0), state)  # of a skipped sequence zeros
+        state = pool.index_add_(0, rows.clamp(min=0), state)  # zeros for a skipped sequence
     out: dict[str, torch.Tensor | None] = {"v": found.v, "state_in": state}
     for name in ("q", "k"):
         dy = _per_qk_head(spec, getattr(found, name))
@@ -155,7 +155,8 @@ def _per_qk_head(spec: CallSpec, x: torch.Tensor) -> torch.Tensor:
 
 
 def _through_norm(x: torch.Tensor, dy: torch.Tensor, eps: float) -> torch.Tensor:
-    """y = r x with r = rsqrt(sum x^2 + eps): dx = r (dy - y <y, dy>). In a unit whose squares float32 holds."""
+    """y = r x with r = rsqrt(sum x^2 + eps): dx = r (dy - y <y, dy>). Scaled so that squares stay in float32's
+    range."""
     x = torch.where((dy != 0).any(-1, keepdim=True), x.float(), 1.0)
     unit = x.abs().amax(-1, keepdim=True).clamp(min=eps**0.5)
     unit = torch.where(unit > 0, unit, 1.0)

@@ -15,9 +15,9 @@ U [C, V] the rows d_t and E_i = exp(g_1 + ... + g_i):
     S    = diag(E_C) S0 + (k * e(., C))^T U
 
 `scores` (KDA only) and `prepare` work on all chunks at once and leave T and P; `scan` walks through the chunks of a
-sequence, one program per head and BV columns of the state, which stay in float32 registers. Its factors of k and q are
-the rows themselves for GDA in bfloat16, with the decays applied to the products; in all other cases `operands` writes
-them out once, split, so that no program of the scan has to do it again.
+sequence, one program per head and BV columns of the state, which stay in float32 registers. For GDA in bfloat16 it
+multiplies rows of k and q directly and applies the decays to the products. In all other cases `operands` writes split
+factors once for all programs of the scan.
 
 Every exponent is a sum of log decays, never a difference of two such sums: it is <= 0, it keeps its precision beside
 large ones, and with -inf among the terms it is -inf and not NaN. Factors that are not bfloat16 numbers are split in
@@ -56,8 +56,8 @@ def scores(
 ):  # fmt: skip
     """KDA: <r_i * e(j, i), k_j> and scale <q_i * e(j, i), k_j> for 16 tokens i of a chunk and all its j <= i.
 
-    Grid: slots * HV * C / 16. Columns of earlier blocks of 16 factor at the first token of the block of i; within
-    the block every pair has its own exponent, and the sum over K is made for one j after the other.
+    Grid: slots * HV * C / 16. Columns of earlier blocks of 16 are factored at the first token of the block of i. Within
+    the block every pair has its own exponent, and the sum over K runs for one j at a time.
     """
     NB: tl.constexpr = C // 16
     pid = tl.program_id(0)
@@ -147,8 +147,8 @@ def prepare(
 ):  # fmt: skip
     """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
 
-    Factors, where EXACT: E_i / |k_i|, or E_i with erase; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y in place
-    of T (see chunk_backward.py), the factor beta, and for GDA `found` is written.
+    Factors, where EXACT: E_i / |k_i|, or E_i with erase; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y instead
+    of T (see chunk_backward.py), the factor beta, and for GDA `found` are written.
     """
     slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
@@ -247,7 +247,7 @@ def operands(
     ERASE: tl.constexpr,
     DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, TILED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """What the scan multiplies the state and U with, for one chunk and head. Grid: slots * HV."""
+    """The factors by which the scan multiplies the state and U, for one chunk and head. Grid: slots * HV."""
     slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
         return
@@ -365,7 +365,7 @@ def scan(
                 if state is not None:
                     at = row * s_n + hv * s_h + at_state
                     S = widen(tl.load(state + at, mask=inside, other=0.0))
-                # Kept for segment 0 of the second launch: in place, another program overwrites the state then.
+                # Kept for segment 0 of the second launch: when in place, another program overwrites the state.
                 tl.store(pieces + own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :], S, mask=inside)
         else:
             if segment == 0:  # its start is known

@@ -161,11 +161,11 @@ def back(
 def pairs(
     g, do,
     A_log, dt_bias, mask, cu_seqlens, state_indices,
-    found, factors,                   # what `prepare` wrote: a and P, in whose place da and dP are written; beta
+    found, factors,                   # what `prepare` wrote: a and P, overwritten by da and dP; beta
     deltas, dv,                       # D and dR [B, T, HV, V] float32, from `scan` and `back`
     dg, dbeta,                        # written: what comes from pairs of tokens; dg [B, T, HV] for GDA only
     N, T, scale, lower_bound,
-    columns,                          # V: where loops end, unknown to the compiler, which would unroll them
+    columns,                          # V: hidden from the compiler, which would unroll loops up to it
     g_b, g_t, g_h, do_b, do_t, do_h, mask_b, mask_t,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KDA: tl.constexpr,
     DECAY: tl.constexpr, BOUNDED: tl.constexpr, EXACT_O: tl.constexpr,
@@ -232,7 +232,7 @@ def gradients(
     dq, dk,                           # [B, T, HV, K] float32, written
     dg, dbeta,                        # [B, T, HV(, K)], [B, T, HV] float32; dbeta and GDA's dg hold a part already
     N, T, scale, eps, lower_bound,
-    channels, columns,                # K and V: where loops end, unknown to the compiler, which would unroll them
+    channels, columns,                # K and V: hidden from the compiler, which would unroll loops up to them
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, do_b, do_t, do_h, mask_b, mask_t,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr,
@@ -317,8 +317,8 @@ def gradients(
         dP = tl.load(at_found + C * C)
 
         if KDA:
-            # Pair by pair, every channel with its own decay; j goes down, so that log e(j, i) grows by one term.
-            same = tl.sum(tl.where(below, 0.0, dP), 1)[:, None]  # the pairs i = j, where no decay stands
+            # Pair by pair, since each channel has its own decay; j goes down, so that log e(j, i) grows by one term.
+            same = tl.sum(tl.where(below, 0.0, dP), 1)[:, None]  # the pairs i = j, which have no decay
             k_late = tl.zeros([C, SLICE], tl.float32)
             q_late = tl.zeros([C, SLICE], tl.float32)
             early = tl.zeros([C, SLICE], tl.float32)

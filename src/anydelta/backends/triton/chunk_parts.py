@@ -16,8 +16,8 @@ FACTORS = tl.constexpr(5)
 def chunk_at(slot, cu_seqlens, N, T, Ks, C: tl.constexpr, TAIL: tl.constexpr):
     """(sequence, row of the batch, first token of the chunk, end of the sequence) of a slot.
 
-    Row b has the slots from b * ceil(T / C). Packed sequence n has those from cu_seqlens[n] // C + n, which leaves
-    room for all its chunks and needs no table that the host would have to wait for.
+    Row b has the slots from b * ceil(T / C). Packed sequence n has those from cu_seqlens[n] // C + n: enough for all
+    its chunks, without a table for which the host would have to wait.
     """
     if cu_seqlens is None:
         per_row = tl.cdiv(T, C)
@@ -43,7 +43,7 @@ def chunk_at(slot, cu_seqlens, N, T, Ks, C: tl.constexpr, TAIL: tl.constexpr):
 def chunk_of(pid, cu_seqlens, state_indices, N, T, Ks, HV: tl.constexpr, C: tl.constexpr, TAIL: tl.constexpr):
     """(slot, value head, row of the batch, first token, end) for a program per chunk and head.
 
-    The end is not behind the first token where there is nothing to do: in an unused slot, or a skipped sequence.
+    If there is nothing to do (an unused slot, a skipped sequence), the end is not after the first token.
     """
     hv = pid % HV
     slot = pid // HV
@@ -135,7 +135,7 @@ def chunk_decays(
 ):  # fmt: skip
     """(log decays g_i, E_i = exp(g_1 + ... + g_i), e(i, C), E_C) of a chunk: [C], E_C a number; KDA: [C, BK], [BK]."""
     live = alive(mask, mask_t, t, end)
-    # e(i, C) from sums that begin behind i, which no difference of two sums could give beside -inf
+    # e(i, C) from sums that begin after i; a difference of two sums would fail beside -inf
     following = alive(mask, mask_t, t + 1, end) & (tl.arange(0, C) < C - 1)
     if KDA:
         gate = gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY, BOUNDED)

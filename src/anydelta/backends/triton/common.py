@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Triton 3.9's interpreter truncates when it converts to bfloat16, is slow at it, and multiplies the bit patterns of
-# bfloat16 operands of a dot. There the conversions are made on bits, to nearest even as GPUs do, and the operands of
-# products stay float32 that hold bfloat16 numbers: their products are exact in float32 either way.
+# Triton 3.9's interpreter truncates conversions to bfloat16, slowly, and multiplies the bit patterns of bfloat16
+# operands of a dot. There, conversions work on bits and round to nearest even like GPUs. Operands of products stay
+# float32 with bfloat16 values, whose products are exact in float32.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -148,7 +148,7 @@ def mma(a, b, acc):
 
 @triton.jit
 def product(a_high, a_low, b_high, b_low, acc, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr):
-    """acc + a b, where an EXACT factor is its high part and has no low one. Small terms first."""
+    """acc + a b. An EXACT factor has only a high part. Small terms first."""
     if not B_EXACT:
         acc = mma(a_high, b_low, acc)
     if not A_EXACT:

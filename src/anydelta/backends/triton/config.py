@@ -1,7 +1,7 @@
 """How the kernels are launched: block sizes, warps, pipeline stages, segments.
 
-A table per architecture (tables.py, written by `anydelta tune`) comes first, then the heuristic below. Nothing is timed
-behind the user's back: a shape always gets the same launch on the same machine.
+A table per architecture (tables.py, written by `anydelta tune`) comes first, then the heuristic below. A call times
+nothing: a shape always gets the same launch on the same machine.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Config:
     gradients_slice: int = 16
     """Channels of q and k that `gradients` takes at a time."""
     segments: int = 0
-    """Pieces that a long sequence is cut into; 0 lets `segments()` choose."""
+    """How many pieces a long sequence is cut into; 0 lets `segments()` choose."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a launch depends on in the device."""
+    """The properties of a device that decide launches."""
 
     arch: str
     processors: int
@@ -62,17 +62,17 @@ def power_of_two(n: int, least: int = 1) -> int:
 def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int) -> Config:
     """A launch that fits, for heads of K x V; `programs` is how many heads there are in all sequences together."""
     BK = power_of_two(K, 16)
-    # Decode: enough programs to fill the machine twice over, each with 32 float32 of the state per thread (half the
-    # registers are left for the token); rows of at least 64 bytes, so that no sector is read in vain.
+    # Decode: twice as many programs as fill the machine, each with 32 float32 of the state per thread (half of the
+    # registers are left for the token); rows of at least 64 bytes, so that whole sectors are used.
     BV = min(32, power_of_two(V))
     while BV > 16 and programs * -(-V // BV) < 2 * machine.processors:
         BV //= 2
     while BV > 1 and 32 * machine.warp * 8 < BK * BV:
         BV //= 2
     warps = min(8, max(1, BK * BV // (32 * machine.warp)))
-    # Prefill. All but GDA in bfloat16 multiplies split rows, high and low. What follows, with configs/ over it, keeps
-    # every kernel that ships off the stack (docs/measurements/triton-aot.json): chunks of 64, 32 columns and loads that
-    # run ahead take registers, and compilers differ in how many.
+    # Prefill. All but GDA in bfloat16 multiplies split rows, high and low. These values, and configs/, keep every
+    # shipped kernel off the stack (docs/measurements/triton-aot.json): chunks of 64, 32 columns and early loads take
+    # registers, and compilers differ in how many.
     split = BK > 64 and (dtype != "bfloat16" or kda)
     scan_BV = 32 if BK <= 128 else 16
     # 16 columns too where 32 would leave half of the processors without a program.
@@ -95,7 +95,7 @@ def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, progra
 def segments(config: Config, machine: Machine, *, programs: int, tokens: int) -> int:
     """Into how many pieces a sequence of `tokens` is cut, when `programs` would walk through it.
 
-    The first of the two launches does the same work for V + K columns, so four segments are the least that pay.
+    The first of the two launches does the work for V + K columns, so fewer than four segments do not pay.
     """
     if config.segments:
         return config.segments
@@ -109,7 +109,7 @@ _forced: dict[str, int] = {}
 
 @contextmanager
 def forced(**changes: int) -> Iterator[None]:
-    """Inside the block, launches take these values: for tests and for tuning. New plans only."""
+    """Inside the block, new plans take these values: for tests and tuning."""
     global _forced
     before = _forced
     _forced = {**before, **changes}
@@ -122,7 +122,7 @@ def forced(**changes: int) -> Iterator[None]:
 def choose(
     machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int, tokens: float = 1
 ) -> Config:
-    """The launch for a shape: the heuristic, the rows of the tables over it, and what `forced` says over both.
+    """The launch for a shape: the heuristic, overridden by rows of the tables, then by `forced`.
 
     Raises:
         ValueError: a table that is not one (tables.read).

@@ -1,8 +1,8 @@
 """The Triton backend (CUDA, ROCm, XPU): hands pointers, strides and launch sizes to backends/triton.
 
-Nothing here waits for the device: plans depend on shapes, and what depends on data (where packed sequences begin, which
-rows of a pool are skipped) is read by the kernels. All memory comes from torch. Under TRITON_INTERPRET=1 the
-same kernels run on CPU tensors in NumPy, which is slow and meant for tests.
+Nothing here waits for the device: plans depend on shapes, and kernels read what depends on data (where packed sequences
+begin, which rows of a pool are skipped). All memory comes from torch. Under TRITON_INTERPRET=1 the same kernels run on
+CPU tensors in NumPy, which is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _INPUTS = (*TOKENS, "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for. The variable counts when triton is first imported."""
+    """Whether Triton's interpreter is on. Triton reads the variable when it is first imported."""
     return os.environ.get(INTERPRETER_ENV, "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -52,7 +52,7 @@ class _Plan:
     copies: tuple[str, ...]
     """Arrays that are copied first: their last dimension is strided, they are float64, or they lie on the host."""
     pooled_snapshots: bool
-    """A pool that may be one of the snapshot slots is copied: programs read rows that others' slots overwrite."""
+    """A pool that may share memory with a snapshot slot is copied: programs read rows that others overwrite."""
     device: torch.device
 
 
@@ -87,12 +87,12 @@ class Triton:
 
     @property
     def accepts_gradients(self) -> Accepts:
-        """Other calls that run here have the reference's backward pass. Nothing that only the forward pass takes."""
+        """Other calls use the reference's backward pass. Calls that the forward pass refuses are not listed."""
         return RULE_CALLS.but(
             framework=TORCH,
             device=device_row(),
             K=Row(UpTo(MAX_CHUNKED_K), "takes K {allowed} for gradients; got {got}"),
-            # its kernels know d / d log(decay), which says nothing at a decay of 0
+            # its kernels compute d / d log(decay), which is undefined at a decay of 0
             decay=Row(("log", "raw"), "takes {allowed} gates for gradients; got decay={got!r}"),
             rules=(_norms_have_gradients, _erase_has_no_gradient),
         )
@@ -126,7 +126,7 @@ class Triton:
     def gradients(
         self, spec: CallSpec, call: Call, grad_o: torch.Tensor, grad_state: torch.Tensor | None
     ) -> dict[str, torch.Tensor | None]:
-        """d loss / d input by name, given d loss / d o and d loss / d final state (in the caller's layout)."""
+        """Gradients of the inputs by name, from those of o and of the final state (in the caller's layout)."""
         plan = self.prepare(spec, call)
         inner = replace(call, **{name: copied(getattr(call, name), plan.device) for name in plan.copies})
         launches = backward.BackwardLaunches(
@@ -229,7 +229,8 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @cache
 def machine_of(device: torch.device) -> Machine:
-    """What a launch depends on in a device; for the interpreter a small machine, so that every path is short."""
+    """The properties of a device that decide launches; the interpreter counts as a small machine, to keep loops
+    short."""
     import torch
 
     if device.type == "cuda":

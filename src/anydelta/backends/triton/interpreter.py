@@ -1,7 +1,7 @@
 """Makes Triton's interpreter about twice as fast: for tests without a GPU.
 
-Whenever a kernel calls a function, the interpreter looks through all of triton.language for what it has to replace,
-although the kernel's own start has replaced it. Here that second look is left out.
+Whenever a kernel calls a function, the interpreter searches all of triton.language for things to replace, which the
+kernel's start has already replaced. This removes the second search.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a call to its kernel launches: which kernels, on which grid, with which arguments.
 
-`Launches.calls` only computes arguments, so the same code serves the GPU, the interpreter and ahead-of-time
-compilation (aot.py), which hands it tensors without memory.
+`Launches.calls` only computes arguments, so it also serves the interpreter and ahead-of-time compilation (aot.py),
+which passes tensors without memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .config import MAX_CHUNKED_K, Config, Machine, choose, power_of_two, segmen
 
 FACTORS = int(_FACTORS.value)
 COMPILER = {"enable_fp_fusion": True}
-"""Said aloud, because Triton's default is about to change: products and sums become FMAs."""
+"""Set explicitly, because Triton's default will change: products and sums become FMAs."""
 
 
 NO_NORM: Mapping[str, object] = dict(
@@ -76,16 +76,16 @@ class Launches:
             kernel_call.run()
 
     def calls(self, call: Call) -> Iterator[KernelCall]:
-        """The launches in their order. Scratch memory is taken from torch as they are asked for."""
+        """The launches in order. Scratch memory is allocated as they are produced."""
         spec = self.spec
         if not self.chunked:
             yield self.recurrent(call, call.state_in, tail=False)
             return
-        # With rows of the pool as snapshots, these are all that is written of it.
+        # With rows of the pool as snapshots, only these rows are written.
         out = None if spec.snapshot_rows else call.state_out
         carry, strides = out, self.strides["state_out"]
         if spec.snapshots and (carry is None or spec.state_dtype != "float32"):
-            # What the chunks hand over to the last tokens: not rounded on the way.
+            # The state between the chunks and the last tokens, not rounded.
             carry = call.q.new_empty((spec.N, spec.HV, spec.K, spec.V), dtype=torch.float32)
             strides = tuple(carry.stride())
         dense = carry is not out
@@ -127,7 +127,8 @@ class Launches:
         scratch = Scratch(spec, call, config.chunk)
         yield from self.prepare(call, scratch)
         columns = -(-spec.V // config.scan_BV)
-        # A mask takes one walk: a state without a live token must keep its bits, and products do not keep them.
+        # With a mask there is one segment: a state without a live token must keep its bits, and products do not keep
+        # them.
         programs = spec.N * spec.HV * columns
         tokens = -(-spec.T // max(spec.N, 1)) if spec.packed else spec.T
         pieces = 1 if spec.masked else segments(config, self.machine, programs=programs, tokens=tokens)
@@ -147,7 +148,7 @@ class Launches:
         yield KernelCall(chunk.scan, programs * pieces, {**args, "TRANSITIONS": False}, warps)
 
     def prepare(self, call: Call, scratch: Scratch, *, backward: bool = False) -> Iterator[KernelCall]:
-        """What all chunks need before a walk through them."""
+        """The launches before the walk through the chunks."""
         spec, config, opt, inputs = self.spec, self.config, self.spec.options, self.inputs
         heads = scratch.slots * spec.HV
         args = dict(
@@ -175,7 +176,7 @@ class Launches:
         yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
 
     def scan_args(self, call: Call, scratch: Scratch) -> dict[str, object]:
-        """The arguments of `scan`, but for what it writes beside o."""
+        """The arguments of `scan`, without those for extra results beside o."""
         spec, config, inputs = self.spec, self.config, self.inputs
         return dict(
             q=call.q, k=call.k, v=call.v, o=call.o, erase=call.erase, solved=scratch.solved, factors=scratch.factors,
@@ -190,7 +191,7 @@ class Launches:
 
 
 class Scratch:
-    """Memory that the kernels of chunks hand on to each other: see their arguments for what it holds."""
+    """Memory that the kernels of chunks pass to each other; their arguments describe it."""
 
     def __init__(self, spec: CallSpec, call: Call, C: int):
         self.C = C
@@ -219,8 +220,8 @@ def _heads(x: torch.Tensor) -> int:
 
 
 def products_fit(spec: CallSpec) -> bool:
-    """Whether the chunks of such a call can multiply keys before they are of length 1, as GDA's do: with a smaller eps
-    keys count whose products float32 does not hold."""
+    """Whether chunks can multiply keys before their normalisation, as GDA's do: with a smaller eps, products of valid
+    keys leave float32's range."""
     return spec.kda or not spec.options.qk_l2norm or spec.options.qk_l2norm_eps >= 2.0**-90
 
 

@@ -173,7 +173,7 @@ def _convolutions(
         return
     args |= dict(arrivals=None, BT=TILE)
     yield launch.KernelCall(mixer.convolve, _slots(r, TILE) * blocks, {**args, "y": y, "WALK": False}, 4)
-    # Only now: each block of tokens has read the old states.
+    # After each block of tokens has read the old states.
     yield launch.KernelCall(mixer.convolve, r.N * blocks, {**args, "y": None, "WALK": True}, 4)
 
 
@@ -206,7 +206,7 @@ def _live_tokens(call: MixerCall) -> tuple[torch.Tensor, torch.Tensor]:
         start = cu[torch.bucketize(at, cu[1:], right=True).clamp_max(cu.shape[0] - 1)]
         before = torch.nn.functional.pad(count, (1, 0))[:, start]
     rank = count - before - 1
-    # The position of live token r of a sequence goes to start + r; what is masked goes to a column that nobody reads.
+    # The position of live token r of a sequence goes to start + r; masked tokens go to an unused column.
     order = torch.zeros(B, T + 1, dtype=torch.int64, device=mask.device)
     order.scatter_(1, torch.where(mask, start + rank, T), at.expand(B, T))
     return rank.int(), order[:, :T].int().contiguous()

@@ -1,4 +1,4 @@
-"""The mixer around the rule: the convolution before it with its states, and the gated norm behind it.
+"""The mixer around the rule: the convolution before it with its states, and the gated norm after it.
 
     y_t   = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])      x: the inputs of a sequence, before them its conv state
                                                                  [C, S], whose last column is the newest
@@ -7,8 +7,8 @@
 At decode the norm is done by `recurrent` itself, so that a step is two launches: `convolve`, which also advances the
 conv state, and `recurrent`. Everything between the inputs and the output is float32.
 
-A masked token is as if it were not there. With a mask, rank [B, T] is how many live tokens a sequence has before and at
-t, less one, and order [B, T] holds from the sequence's first token on the positions of its live tokens.
+A masked token does not exist. With a mask, rank [B, T] is the number of live tokens of a sequence up to t, minus one;
+order [B, T] holds the positions of its live tokens, from its first token on.
 """
 
 import triton
@@ -20,7 +20,7 @@ from .common import LARGE, SMALL, gate_of, inverse_length, narrow, squares, toke
 
 @triton.jit
 def _position(order, b, T, start, r, inside):
-    """Where live token r of a sequence stands in its row of the batch."""
+    """The position of live token r of a sequence in its row of the batch."""
     if order is not None:
         at = tl.load(order + b * T + start + r, mask=inside, other=0)
     else:
@@ -192,7 +192,7 @@ def convolve(
                 tl.store(conv_snapshots + at, narrow(value, conv_snapshots.dtype.element_ty), mask=inside)
         own, named = final, row < 0
         if snapshot_indices is not None:
-            # The row that is read may be any slot's: it is written last.
+            # The row that is read may be that of any slot, so it is written last.
             for slot in range(0, tl.minimum(Ks, end - start)):
                 earlier = _count(rank, b, T, start, end, slot)
                 value = _window(

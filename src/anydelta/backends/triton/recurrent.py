@@ -35,10 +35,10 @@ def _token(
     i_k, i_v, K: tl.constexpr, V: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """(q [BK], k [BK], e [BK], v [BV], decay [BK] or scalar, beta, live) of token t; pointers stand at the head's token
+    """(q [BK], k [BK], e [BK], v [BV], decay [BK] or scalar, beta, live) of token t; pointers point to the head's token
     0. e is k without erase.
 
-    What is masked is not read: it may hold anything.
+    Masked tokens are not read; they may hold anything.
     """
     live = t < end
     at = t.to(tl.int64)
@@ -81,7 +81,7 @@ def _normed(o, live, z, weight, eps, V: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def _beside(z, norm_weight, t, z_t, i_v, live, V: tl.constexpr, GATE: tl.constexpr):
-    """(z, weight of the norm) of token t, [BV] each; z stands at the head's token 0."""
+    """(z, weight of the norm) of token t, [BV] each; z points to the head's token 0."""
     in_v = i_v < tl.where(live, V, 0)
     row_z = tl.zeros(i_v.shape, tl.float32)
     if GATE != "":
@@ -92,7 +92,7 @@ def _beside(z, norm_weight, t, z_t, i_v, live, V: tl.constexpr, GATE: tl.constex
 @triton.jit(do_not_specialize=["N", "T", "Ks", "scale", "eps", "lower_bound", "norm_eps"])
 def recurrent(
     q, k, v, g, beta, o,              # q, k [B, T, H, K]; v, o [B, T, HV, V]; g [B, T, HV(, K)]; beta [B, T, HV]
-    erase,                            # [B, T, ERASE, K] in the place of beta, or None
+    erase,                            # [B, T, ERASE, K] instead of beta, or None
     state, state_out, snapshots,      # [N or P, HV, K, V]; [N or P, HV, K, V]; [Ks, N, HV, K, V]; each may be None
     A_log, dt_bias, mask,             # [HV]; [HV] or [HV, K]; [B, T] uint8; each may be None
     cu_seqlens, state_indices,        # [N + 1], [N]; may be None
@@ -114,9 +114,9 @@ def recurrent(
     sequence n; else row n is its own. TAIL: only the last Ks tokens of a sequence; chunk.py has done the others.
     AHEAD: there is more than one token, so the next one is loaded early. DOUBLE: beta counts twice (allow_neg_eigval).
 
-    With norm_weight o is normed over V and gated (GATE, by z), as backends/triton/mixer.py has it. Where a head has
-    several programs, each leaves its columns in `plain`, and the one that arrives last norms them all: the sum is made
-    by one program in one order. VV is V as a power of two.
+    With norm_weight o is normed over V and gated (GATE, by z), as backends/triton/mixer.py has it. If a head has
+    several programs, each leaves its columns in `plain`, and the last to finish norms them all, so the sum has a fixed
+    order. VV is V as a power of two.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -139,7 +139,7 @@ def recurrent(
     if row < 0:  # skipped: zeros out, nothing else read or written
         zero = tl.zeros([BV], o.dtype.element_ty)
         for i in range(start, end):
-            t = i  # the interpreter's loop variable is an int, what is assigned is a tensor
+            t = i  # the interpreter's loop variable is an int, the assigned value a tensor
             tl.store(o + t.to(tl.int64) * (HV * V) + i_v, zero, mask=in_v)
         if state_out is not None and not POOL_OUT:
             at = n.to(tl.int64) * u_n + hv * u_h + i_k[:, None] * u_k + i_v[None, :] * u_v
@@ -183,7 +183,7 @@ def recurrent(
                 bias = widen(tl.load(dt_bias + hv))
 
     if AHEAD:
-        # The next token is on its way while this one is computed: its address does not depend on the state.
+        # The next token is loaded while this one is computed: its address does not depend on the state.
         q1, k1, e1, v1, decay1, beta1, live1 = _token(
             q, k, v, g, beta, erase, mask, start, end, q_t, k_t, v_t, g_t, beta_t, erase_t, mask_t,
             A, bias, lower_bound, eps, i_k, i_v, K, V, KDA, DECAY, BOUNDED, LOGIT, L2NORM,

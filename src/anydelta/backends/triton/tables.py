@@ -1,14 +1,14 @@
-"""Tables of launches by architecture: what stands in one, where they lie, how they are read and written.
+"""Tables of launches by architecture: their format, their places, reading and writing.
 
     {"version": 1, "arch": "sm_90", "rows": {
     "recurrent T<=1 heads<=512 K=128 V=128 gda bfloat16": {"launch": {"BV": 16, "warps": 2}, "how": "..."}
     }}
 
-A row counts for the calls of its class: up to so many tokens a sequence and value heads in all sequences, and more than
-the class below. A row without T and heads counts for those that have no row of their own. `launch` has fields of
-config.Config; what it does not name, the heuristic decides. `how` says where the row comes from.
+A row applies to the calls of its class: up to so many tokens a sequence and value heads in all sequences, and more than
+the next smaller class. A row without T and heads applies to classes without a row. `launch` has fields of
+config.Config; the heuristic decides the others. `how` says where the row comes from.
 
-Shipped tables lie in configs/ beside this file; rows of the user's, which `anydelta tune` writes, come before them. A
+Shipped tables are in configs/ beside this file; the user's rows, which `anydelta tune` writes, override them. A
 process reads its tables once, so a shape keeps its launch.
 """
 
@@ -121,7 +121,7 @@ def read(path: Path) -> dict[str, Row]:
 
 @cache
 def rows(arch: str) -> Mapping[str, Row]:
-    """The rows in force for an architecture: those shipped, with the user's over them.
+    """The rows for an architecture: those shipped, overridden by the user's.
 
     Raises:
         ValueError: as `read`.
@@ -132,7 +132,7 @@ def rows(arch: str) -> Mapping[str, Row]:
 
 
 def merge(path: Path, new: Mapping[str, Row]) -> None:
-    """Write rows to a file for the architecture it is named for: in place of those of the same name, beside the others.
+    """Write rows to the file of an architecture: replace those of the same name, keep the others.
 
     Raises:
         ValueError: what is there is not a table.

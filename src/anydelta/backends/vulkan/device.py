@@ -1,4 +1,4 @@
-"""Vulkan devices: instance, queue, memory, pipelines. What the operator does with them is in vulkan.py.
+"""Vulkan devices: instance, queue, memory, pipelines. host.py runs calls on them.
 
 Where host and device share their memory (integrated GPUs, CPU drivers) every buffer is mapped and nothing is copied
 twice. Elsewhere states and inputs lie in device-local memory and pass through mapped staging buffers.
@@ -66,8 +66,8 @@ def instance() -> object:
         version = vk.VK_MAKE_VERSION(1, 0, 0)
     names = {e.extensionName for e in vk.vkEnumerateInstanceExtensionProperties(None)}
     portable = "VK_KHR_portability_enumeration" in names  # MoltenVK
-    # A structure with pointers must have a name here until the call is over: another structure copies the pointers
-    # only, and what they point to goes with the Python object that made it.
+    # A structure with pointers must stay referenced until the call ends: another structure copies only the pointers,
+    # and their targets are freed with the Python object.
     application = vk.VkApplicationInfo(
         pApplicationName="anydelta", apiVersion=min(version, vk.VK_MAKE_VERSION(1, 3, 0))
     )
@@ -161,7 +161,7 @@ class Facts:
             and sizes.requiredSubgroupSizeStages & vk.VK_SHADER_STAGE_COMPUTE_BIT
         )  # fmt: skip
         self.subgroup = int(subgroup.subgroupSize) if has_operations and pinned else 0
-        """The size that is asked for; 0 where the driver has no shuffles or does not let a size be pinned."""
+        """The requested subgroup size; 0 if the driver has no shuffles or cannot pin a size."""
         self.extensions = [n for n in ("VK_KHR_portability_subset",) if n in names]
         if pinned and not core:
             self.extensions.append("VK_EXT_subgroup_size_control")
@@ -314,7 +314,7 @@ class VulkanDevice(Device):
         self.local_inputs: VulkanMemory | None = None
         self.local_outputs: VulkanMemory | None = None
         self.generation = 0
-        """Counts how often the staging buffers were made anew: recordings of an earlier one are void."""
+        """Counts how often the staging buffers were replaced: recordings of earlier ones are invalid."""
         self.launches: Launches[Launch] = Launches(self._drop)
         self.best_chunk: dict[tuple[object, ...], int] = {}
         """What vulkan.py measured."""
@@ -374,7 +374,7 @@ class VulkanDevice(Device):
         )
 
     def close(self) -> None:
-        """Give everything back to the driver; arrays that are still held become invalid."""
+        """Free everything; arrays that are still held become invalid."""
         if self.handle is None:
             return
         d = self.handle
@@ -461,7 +461,7 @@ class VulkanDevice(Device):
         return command
 
     def submit(self, info: object, what: str) -> None:
-        """Submit and wait. If the device is lost on the way, every state is void."""
+        """Submit and wait. If the device is lost, every state is invalid."""
         with driver_errors(self, what):
             vk.vkQueueSubmit(self.queue, 1, info, self.fence)
             vk.vkWaitForFences(self.handle, 1, self._fences, 1, FOREVER)
@@ -480,7 +480,7 @@ class VulkanDevice(Device):
         vk.vkDestroyDescriptorPool(self.handle, launch.pool, None)
 
     def forget(self, serial: int) -> None:
-        """A buffer goes: recordings that name it must not be used again."""
+        """A buffer is freed: drop the recordings that name it."""
         with self.lock:
             self.launches.forget(serial)
 
@@ -511,7 +511,7 @@ class VulkanDevice(Device):
         return pool, list(sets)
 
     def bound(self, array: DeviceArray) -> tuple[tuple[VulkanMemory, int, int], int]:
-        """((memory, offset, bytes) for a descriptor, first element behind that offset)."""
+        """((memory, offset, bytes) for a descriptor, first element after that offset)."""
         memory = array.memory
         assert isinstance(memory, VulkanMemory)
         rest = array.offset % self.facts.alignment
@@ -559,7 +559,7 @@ def _copy(source: tuple[object, int], target: tuple[object, int], nbytes: int, c
 
 
 def barrier(command: object, stage: int, access: int) -> None:
-    """Whatever was written before is visible to `access` in `stage`."""
+    """Make earlier writes visible to `access` in `stage`."""
     written = vk.VK_ACCESS_SHADER_WRITE_BIT | vk.VK_ACCESS_TRANSFER_WRITE_BIT
     before = vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | vk.VK_PIPELINE_STAGE_TRANSFER_BIT
     memory = vk.VkMemoryBarrier(srcAccessMask=written, dstAccessMask=access)

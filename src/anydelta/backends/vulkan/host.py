@@ -1,8 +1,8 @@
 """Vulkan: any GPU with a Vulkan 1.1 driver, through the package `vulkan`. Shaders: backends/vulkan, SPIR-V since build.
 
-A call copies its inputs into a mapped buffer, submits a command buffer that was recorded when the same shapes and
-states came first, and waits. States on a device (`anydelta.device("vulkan:0")`) stay there; those of a host call
-are copied there and back.
+A call copies its inputs into a mapped buffer, submits a command buffer that was recorded in the first call with these
+shapes and states, and waits. States on a device (`anydelta.device("vulkan:0")`) stay there; those of a host call are
+copied there and back.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ else:
     driver = late("anydelta.backends.vulkan.device")
 
 CHUNK_MIN_TOKENS = 64
-"""Per sequence on average. Four chunks: below, the two ways are hardly apart."""
+"""Tokens per sequence, on average: four chunks. Below, the two kernels hardly differ."""
 CHUNK_COLUMNS = 64
-"""Of a workgroup of chunk.comp: what its invocations compute together of k and q serves them all."""
+"""Columns of a workgroup of chunk.comp: its invocations share what they compute of k and q."""
 CHUNK_GROUPS = 16
 """Groups of four rows that a lane of chunk.comp holds: 64 registers."""
 CPU_CHUNK_MIN_K = 64
-"""Of KDA, whose K exponentials per token a chunk computes once for all columns. GDA is no faster in chunks."""
+"""Least K of KDA for chunks, which compute its K exponentials per token once for all columns. GDA gains nothing."""
 CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
-"""1: long prompts run in chunks. 0: token by token. Unset: whichever was faster when the device first met the shape."""
+"""1: long prompts run in chunks. 0: token by token. Unset: the faster one in the first call of the shape."""
 _serials = count()
 
 
@@ -87,7 +87,7 @@ def _chosen_chunk(plan: _Plan, spec: CallSpec, call: Call) -> int:
         return tokens
     if (
         device.facts.type == "CPU"
-    ):  # no trial: it would compile both. Measured on lavapipe, in docs/backends/vulkan.md
+    ):  # no trial, which would compile both; measured on lavapipe (docs/backends/vulkan.md)
         return tokens if spec.kda and spec.K >= CPU_CHUNK_MIN_K else 0
     key = (spec.K, spec.V, spec.kda, spec.dtype)
     if key not in device.best_chunk:
@@ -100,7 +100,7 @@ def _chosen_chunk(plan: _Plan, spec: CallSpec, call: Call) -> int:
 def measure_chunks(
     device: Any, spec: CallSpec, call: Call, tokens: int, rounds: int = 5
 ) -> dict[int, list[float]]:
-    """Seconds of calls token by token (0) and in chunks (`tokens`), in turns, on states of their own."""
+    """Seconds of calls token by token (0) and in chunks (`tokens`), interleaved, on separate states."""
     plain = replace(spec, resident="", pooled=False, snapshots=0, snapshot_rows=False)
     state = device.zeros((spec.N, spec.HV, spec.K, spec.V), spec.state_dtype)
     call = replace(call, state_indices=None, snapshots=None, snapshot_indices=None)

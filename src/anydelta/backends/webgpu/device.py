@@ -1,8 +1,8 @@
-"""WebGPU devices: adapter, buffers, pipelines, launches. What the operator does with them is in webgpu.py.
+"""WebGPU devices: adapter, buffers, pipelines, launches. host.py runs calls on them.
 
-Everything is made through the package wgpu, which checks each call. What happens once per call of the operator goes to
-wgpu-native's own functions instead, which wgpu exposes: its wrapper takes 5 to 10 us for each of the thirty, and hands
-the wait for the result to another thread, together more than all the rest. Errors come by WebGPU's error scopes.
+Objects are made through the package wgpu, which checks each call. The steps of a call of the operator use wgpu-native's
+C functions, which wgpu exposes: its wrapper takes 5 to 10 us for each of the thirty and waits in another thread, which
+costs more than everything else. Errors come by WebGPU's error scopes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..devices.structs import CALL, WEBGPU_FLAGS, bits, source
 
 _USAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
 _SCOPES = (lib.WGPUErrorFilter_OutOfMemory, lib.WGPUErrorFilter_Validation)
-"""wgpu-native has no third: what else goes wrong shows when the result is mapped."""
+"""wgpu-native has no third kind: other errors show when the result is mapped."""
 _MAPPABLE = "mappable-primary-buffers"
 _ERRORS = {
     lib.WGPUErrorType_OutOfMemory: wgpu.GPUOutOfMemoryError,
@@ -95,7 +95,7 @@ class WebGPUMemory(Memory):
 
 
 class Launch:
-    """What a call has set up beforehand: pipeline, bind group, grid. WebGPU encodes commands anew for each call."""
+    """The prepared parts of a call: pipeline, bind group, grid. WebGPU encodes commands anew for each call."""
 
     __slots__ = ("grid", "group", "pipeline", "serials", "uniforms")
 
@@ -112,7 +112,8 @@ class Launch:
 
 
 class WebGPUDevice(Device):
-    """One adapter's device and queue, used by one thread at a time. `copies`: as if memory were not unified (tests)."""
+    """One adapter's device and queue, used by one thread at a time. `copies`: act as if memory were not unified
+    (tests)."""
 
     def __init__(self, index: int, adapter: wgpu.GPUAdapter, *, copies: bool = False):
         info = adapter.info
@@ -168,7 +169,7 @@ class WebGPUDevice(Device):
             return WebGPUMemory(self, -(-nbytes // 4) * 4)
 
     def forget(self, serial: int) -> None:
-        """A buffer goes: bind groups that name it would keep its memory."""
+        """A buffer is freed: drop bind groups, which would keep its memory."""
         with self.lock:
             self.launches.forget(serial)
 
@@ -255,7 +256,7 @@ class WebGPUDevice(Device):
 
 
 class _Calls:
-    """One call's way through wgpu-native's functions (webgpu.h), whose descriptors are made once.
+    """One call through wgpu-native's functions (webgpu.h), whose descriptors are made once.
 
     On unified memory the inputs are mapped between calls, and o is mapped where the shader wrote it. Elsewhere inputs
     go through the queue, and o is copied to `readback`.
@@ -292,7 +293,7 @@ class _Calls:
         self._keep = (handle, mapped, popped)
 
     def use(self, inputs: WebGPUMemory, outputs: WebGPUMemory, readback: WebGPUMemory) -> None:
-        """The staging buffers from now on; `inputs` is mapped on unified memory, unless it is already."""
+        """Set the staging buffers; `inputs` is mapped on unified memory, unless it is already."""
         before, self.inputs, self.inputs_size = self.inputs, inputs.native, inputs.nbytes
         self.outputs, self.readback = outputs.native, readback.native
         if self.unified and before != self.inputs:
@@ -326,7 +327,7 @@ class _Calls:
         commands = self.commands[0] = lib.wgpuCommandEncoderFinish(encoder, self.finish)
         lib.wgpuCommandEncoderRelease(encoder)
         try:
-            self._raise()  # wgpu-native ends the process when it is given commands that it has refused
+            self._raise()  # wgpu-native aborts the process if it gets commands that it has refused
             lib.wgpuQueueSubmit(self.queue, 1, self.commands)
         finally:
             lib.wgpuCommandBufferRelease(commands)
@@ -357,7 +358,7 @@ class _Calls:
             raise self.errors[0]
 
     def _wait(self) -> None:
-        """Until what was to be mapped is, or is refused."""
+        """Wait until the mapping succeeds or fails."""
         while self.pending > 0:
             lib.wgpuDevicePoll(self.device, True, ffi.NULL)
         if self.errors:

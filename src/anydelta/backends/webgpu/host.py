@@ -1,8 +1,8 @@
 """WebGPU: any GPU that wgpu-native drives (Vulkan, Metal, D3D12), through the package `wgpu`. WGSL: backends/webgpu.
 
-As vulkan.py, with what WebGPU lacks done here: mapped buffers cannot be used by shaders, so inputs are written through
-the queue and o is read from a buffer that is mapped for each call; there are no 16-bit integers in storage, so o and
-states are float32 on the device (half-typed inputs travel as they are, and are widened in the shader).
+Like Vulkan's, with workarounds for what WebGPU lacks. Shaders cannot use mapped buffers, so inputs are written through
+the queue, and o is read from a buffer that is mapped for each call. Storage has no 16-bit integers, so o and states are
+float32 on the device; inputs in half types are widened in the shader.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ roster: Roster[WebGPUDevice] = Roster(
 )
 open_device = roster.open
 HEADER = 256
-"""Bytes of the struct Call of recurrent.wgsl before the inputs, in their buffer. No driver aligns more coarsely."""
+"""Bytes for the struct Call of recurrent.wgsl before the inputs in their buffer; no driver needs a larger alignment."""
 
 
 class _Plan:
@@ -83,7 +83,7 @@ class WebGPU(StagedBackend):
     def rows(self, device: WebGPUDevice, K: int) -> tuple[int, int]:
         groups = -(-K // 4)
         lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
-        while lanes < 32 and groups > 32 * lanes:  # more than the subgroup: through workgroup memory
+        while lanes < 32 and groups > 32 * lanes:  # more than a subgroup: sums through workgroup memory
             lanes *= 2
         return lanes, 4 * lanes * -(-groups // lanes)
 
@@ -98,7 +98,7 @@ class WebGPU(StagedBackend):
     def advance(
         self, plan: _Plan, spec: CallSpec, call: Call, state_in: Any, state_out: object, snapshots: Any
     ) -> None:
-        """The kernel advances a state in place, for a buffer cannot be bound for reading and for writing at once."""
+        """The kernel advances a state in place, because a buffer cannot be bound for reading and writing at once."""
         if not spec.resident:
             self._launch(plan, spec, call, state_in, snapshots, indexed=False)
             return
