@@ -1,7 +1,7 @@
-"""`anydelta bench decays`: what strong decays and faded states cost beside mild ones.
+"""`anydelta bench decays`: the cost of strong decays and faded states, over mild ones.
 
-The same call with other decays, in turns; ratios are taken within a round of turns.py, and the median of the rounds
-counts. A kernel that computes subnormal numbers takes up to 50 times as long on Intel's CPUs.
+The same call with different decays, interleaved (turns.py); the median of the rounds' ratios counts. A kernel that
+computes subnormal numbers takes up to 50 times as long on Intel's CPUs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADS, D = 16, 128
 STRONG = {"initialised": "initialised", "trained": "trained", "g16": "-16", "g40": "-40", "faded": "faded"}
 """The record's field and the kind: of conformance/gates.py, that g everywhere, mild decays on a state of 1e-39."""
 CHECKED = 64
-"""Calls of up to so many tokens are compared with the float64 oracle; it needs seconds for more."""
+"""Calls of up to so many tokens are compared with the float64 oracle, which needs seconds for more."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, NDArray[np.float
 
 
 def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Array, Array]]:
-    """The functional form, which begins each time from the same state. Returns (o, state)."""
+    """Run the functional form, which always begins from the same state. Returns (o, state)."""
     x = dict(x)
     state = x.pop("state")
     if op == "rule":
@@ -190,6 +190,11 @@ def decays_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time strong decays and faded states against mild ones: rule and mixer, GDA and KDA."""
+    """Time strong decays and faded states against mild ones: rule and mixer, GDA and KDA.
+
+    Examples:
+      anydelta bench decays
+      anydelta bench decays -T 1,64 -t 2 --md -o decays.md
+    """
     measure = partial(strong_decays, numbers("-T", tokens, 65536), numbers_of_threads(threads, 1))
     small(measure, rounds, sample_ms, json, csv, md, output)

@@ -1,4 +1,4 @@
-"""`anydelta bench devices`: whole calls on devices, every cut of the kernel and every way to memory beside the CPU's.
+"""`anydelta bench devices`: whole calls on devices, by every kernel variant and way to memory, beside the CPU backend.
 
 A tiny call (one head of 16) is dispatch and waiting alone; a decode step with its state on the device stages q, k, v,
 g, beta and o only. Results are compared with the cpu backend's before anything is timed.
@@ -37,7 +37,7 @@ SHAPES = {"tiny call": (1, 1, 1, 16), "decode step": (1, 16, 32, 128), "64 token
 
 @dataclass
 class DevicesRecord:
-    """One call by one way."""
+    """One call by one variant and way to memory."""
 
     call: str
     kda: bool
@@ -48,7 +48,7 @@ class DevicesRecord:
     """The quartiles."""
     high_us: float
     staged_bytes: int
-    """That cross in a call."""
+    """Bytes that cross in a call."""
     nmse: float
     others_pct: float | None = None
 
@@ -62,7 +62,7 @@ class DevicesRecord:
 
 @dataclass(frozen=True)
 class Way:
-    """A device, how its kernel is cut and how host arrays reach it; None: the cpu backend."""
+    """A device, its kernel variant and its way to memory; without a device the cpu backend."""
 
     name: str
     device: Any = None
@@ -74,7 +74,7 @@ class Way:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, calls run so. Plans were made for another way."""
+        """Inside the block, calls run this way; earlier plans are dropped."""
         for attribute, value in self.settings:
             setattr(self.device, attribute, value)
         variable = dispatch.host("vulkan").CHUNK_ENV
@@ -95,7 +95,7 @@ class Way:
 
 
 def ways(kind: str, cuts: Sequence[str], prompts: bool) -> list[Way]:
-    """Those of a kind of device; of its later cuts one way to memory each."""
+    """The ways of a kind of device: all ways to memory for the first variant, one for the others."""
     found: Any = device(kind)
     if kind in ("opencl", "sycl"):
         every = itertools.product(found.kernels(), found.memories, (False, True))
@@ -191,7 +191,7 @@ def devices_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time calls on devices: every cut of the kernel and every way to memory, states on the host and on the device.
+    """Time calls on devices: every kernel variant and way to memory, states on the host and on the device.
 
     Examples:
       anydelta bench devices vulkan webgpu

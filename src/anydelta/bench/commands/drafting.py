@@ -55,8 +55,8 @@ def spec_command(
 ) -> None:
     """Time drafting: MTP, prompt lookup and an assistant against decoding token by token.
 
-    Nine fixed prompts, a fresh state for each, greedy; the modes take turns, and must write the same text. The share of
-    accepted drafts, tokens per verification, tokens per second.
+    Nine fixed prompts, a fresh state for each, greedy. The modes run interleaved, and must write the same text. Shows
+    the share of accepted drafts, tokens per verification and tokens per second.
 
     Examples:
       anydelta bench spec

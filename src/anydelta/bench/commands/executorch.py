@@ -1,7 +1,7 @@
 """`anydelta bench executorch`: the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime.
 
-Entering a program costs more than one call in it, so programs of one call and of several are compared: their
-difference, per call. Each call advances the state that the last one left. One thread, in one process and in turns.
+Entering a program costs more than one call in it, so the difference of programs with one call and with several counts.
+Each call advances the state of the last one. One thread, one process, interleaved.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HEADS, HEAD = 32, 128
 CALLS = {1: 33, 512: 2}
 """T: calls in the longer program."""
 
-BAR = 3.0
+GOAL = 3.0
 """How many times as fast as llama::gated_delta_rule the operator must be."""
 
 
@@ -140,7 +140,7 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
     notes = [
         f"float32, B = 1, H = HV = {HEADS}, K = V = {HEAD}, one thread; ExecuTorch {_version()}",
         f"a program of {' and '.join(map(str, CALLS.values()))} calls less one of a single call, per call",
-        f"the bar is {BAR:g} times as fast as llama::gated_delta_rule",
+        f"the goal is {GOAL:g} times as fast as llama::gated_delta_rule",
     ]
     return Measured("In ExecuTorch's runtime", describe_machine(), settings, notes, records)
 
@@ -158,7 +158,7 @@ begins so has each vector of AVX-512 in two cache lines; `export.executorch.lowe
 def _add_bare(
     calls: dict[str, Callable[[], object]], x: Mapping[str, F32], want: Sequence[ArrayLike | None]
 ) -> dict[str, float]:
-    """Enter the kernel itself, in place, on states at both places; gives their errors."""
+    """Add the bare kernel, in place, on states at both alignments; returns their errors."""
     import torch
 
     errors = {}
@@ -177,7 +177,7 @@ def _add_bare(
 def _programs(
     x: Mapping[str, F32], counts: tuple[int, ...]
 ) -> tuple[dict[str, torch.export.ExportedProgram], dict[str, list[torch.Tensor]]]:
-    """Every operator as a program of each number of calls, NAME_COUNT, and the inputs of each operator."""
+    """Programs of every operator with each number of calls, NAME_COUNT, and the inputs of each operator."""
     import torch
 
     class InPlace(torch.nn.Module):
@@ -259,5 +259,10 @@ def executorch_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime, on one thread."""
+    """Time the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime, on one thread.
+
+    Examples:
+      anydelta bench executorch
+      anydelta bench executorch -r 5 --json
+    """
     small(against_llama, rounds, sample_ms, json, csv, md, output)

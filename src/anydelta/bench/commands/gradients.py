@@ -1,8 +1,8 @@
 """`anydelta bench gradients`: forward and backward pass of the rule beside Transformers' torch path and the reference.
 
-The native backward pass alone is also set beside the FMA peak of the same rounds. Its flops are those of the 8 products
-of a token with the state that it cannot do without, 16 K V per token and value head: two forward again, six backward.
-What it does besides (the pairs of a block, products that it makes twice to save memory) is not counted.
+The native backward pass alone is also compared with the FMA peak of the same rounds. Its flops are those of the 8
+unavoidable products of a token with the state, 16 K V per token and value head: two of the repeated forward pass, six
+of the backward pass. Other work (pairs of a block, products that are repeated to save memory) is not counted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class GradientsRecord:
     reference: float | None
     """Time of one call of the reference over ours."""
     memory_mib: float | None
-    """By which a call raises the process's resident memory at its highest."""
+    """How much a call raises the process's peak resident memory."""
     transformers_mib: float | None
     nmse: float
     others_pct: float | None = None
@@ -170,7 +170,7 @@ def _peak(core: ModuleType, threads: int, found: list[float]) -> None:
 
 
 def _memory(call: Callable[[], object]) -> float | None:
-    """MiB by which a call raises the resident memory at its highest; None where the system does not tell."""
+    """MiB by which a call raises the peak resident memory; None if the system does not report it."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def read(name: str) -> float:
@@ -178,7 +178,7 @@ def _memory(call: Callable[[], object]) -> float | None:
         return float(line.split()[1]) / 1024
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory must not be reused
         before = read("VmRSS:")
         reset.write_text("5")
         call()
@@ -274,6 +274,11 @@ def gradients_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time forward and backward pass against Transformers' torch path, the reference and the FMA peak."""
+    """Time forward and backward pass against Transformers' torch path, the reference and the FMA peak.
+
+    Examples:
+      anydelta bench gradients
+      anydelta bench gradients -T 512 -t 1 --reference 512
+    """
     measure = partial(gradients, numbers("-T", tokens, 65536), numbers_of_threads(threads, 1), slow_tokens)
     small(measure, rounds, sample_ms, json, csv, md, output)

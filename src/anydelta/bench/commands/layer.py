@@ -1,7 +1,7 @@
-"""`anydelta bench layer`: what the mixer replaces, in one qwen3.5-0.8b layer of Transformers without its projections.
+"""`anydelta bench layer`: the part that the mixer replaces in one qwen3.5-0.8b layer of Transformers.
 
-These are replaced by fixed tensors, so that convolution, gates, rule, norm and cache are left. Transformers as it is
-and with anydelta take turns.
+The projections are replaced by fixed tensors, which leaves convolution, gates, rule, norm and cache. Transformers runs
+with and without anydelta, interleaved.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _layer(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedConfig]:
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
     class Fixed(torch.nn.Module):
-        """A projection that costs nothing: the same numbers for every input of a shape."""
+        """A projection without cost: the same numbers for every input of a shape."""
 
         def __init__(self, width: int):
             super().__init__()
@@ -93,7 +93,7 @@ def _layer(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedConfig]:
 def _step(
     layer: nn.Module, config: PreTrainedConfig, tokens: int, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    """A prefill into a new cache, or, for one token, a decode step on a cache that has seen some."""
+    """A prefill into a new cache, or, for one token, a decode step on a filled cache."""
     import torch
     import transformers
 
@@ -162,7 +162,12 @@ def layer_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time what the mixer replaces in a layer of Transformers: convolution, gates, rule, norm and cache."""
+    """Time the part of a Transformers layer that the mixer replaces: convolution, gates, rule, norm, cache.
+
+    Examples:
+      anydelta bench layer
+      anydelta bench layer -T 128 -t 1 --md
+    """
     for name, value, least, most in (("-T", tokens, 2, 65536), ("-t", threads, 1, 1024)):
         if not least <= value <= most:
             raise Refused(f"{name} must be from {least} to {most}; got {value}")

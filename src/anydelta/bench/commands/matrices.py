@@ -1,4 +1,4 @@
-"""`anydelta bench matrices`: what a decode step's matrices cost, one row times a weight, in GB/s of weights read.
+"""`anydelta bench matrices`: the matrices of a decode step, one row times a weight, in GB/s of weights read.
 
 Each way reads the same matrices of a qwen3.5-0.8b layer, more of them than the caches hold. A sum over the same bytes
 is the limit.
@@ -135,5 +135,10 @@ def matrices_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time a decode step's matrices: torch's ways, oneDNN's on packed weights, and reading them."""
+    """Time the matrices of a decode step: torch, oneDNN on packed weights, and a plain read of the weights.
+
+    Examples:
+      anydelta bench matrices
+      anydelta bench matrices -t 1 -r 3
+    """
     small(partial(matrices, numbers_of_threads(threads, 1)), rounds, 15.0, json, csv, md, output)

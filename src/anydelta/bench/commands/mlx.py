@@ -1,8 +1,8 @@
 """`anydelta bench mlx`: the recurrence inside mlx-lm's models on MLX's CPU device, by mlx-lm's function and by ours.
 
 Models have the heads of real checkpoints, random weights, and few and narrow layers: the recurrence is what is timed.
-A clock stands around each call of gated_delta_update, whose inputs are computed before and whose outputs before it
-stops. Both take turns. MLX's CPU device runs an op on one thread, anydelta on OMP_NUM_THREADS.
+A clock runs around each call of gated_delta_update: its inputs are computed before, its outputs inside. Both functions
+run interleaved. MLX's CPU device runs an op on one thread, anydelta on OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -218,7 +218,12 @@ def mlx_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time the recurrence inside mlx-lm's models, by mlx-lm's function and by anydelta's."""
+    """Time the recurrence inside mlx-lm's models, by mlx-lm's function and by anydelta's.
+
+    Examples:
+      anydelta bench mlx
+      anydelta bench mlx --family qwen3_5 -T 64
+    """
     if not 2 <= tokens <= 65536:
         raise Refused(f"-T must be from 2 to 65536; got {tokens}")
     for name in family or ():

@@ -57,8 +57,8 @@ def ops_command(
 ) -> None:
     """Time the operator: decode, short blocks with snapshots, prefill.
 
-    Every contender's result is compared with a float64 oracle before it is timed. All run in one process, in
-    turns; the table shows times relative to anydelta's and the share of the machine's own limit.
+    Every contender's result is compared with a float64 oracle before it is timed. All run interleaved in one process.
+    The table shows times relative to anydelta's and the share of the machine's limit.
 
     Examples:
       anydelta bench ops

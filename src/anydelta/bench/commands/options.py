@@ -1,4 +1,4 @@
-"""Options that the commands of `anydelta bench` share, their checks, and what becomes of a report.
+"""Options that the commands of `anydelta bench` share, their checks, and the output of a report.
 
 A command declares `json: Json = False` and so on, calls `checked` before it measures and `show` after it.
 """

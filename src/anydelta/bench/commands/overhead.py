@@ -1,4 +1,4 @@
-"""`anydelta bench overhead`: what a call costs beside its kernel."""
+"""`anydelta bench overhead`: the time of a call beside its kernel."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def overhead_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time what a call at T = 1 costs beside its kernel: torch, torch.ops and NumPy, in place and functional."""
+    """Time a call at T = 1 beside its kernel: torch, torch.ops and NumPy, in place and functional.
+
+    Examples:
+      anydelta bench overhead
+      anydelta bench overhead --aoti -o overhead.json
+    """
     measure = aoti_measure.call_overhead if aoti else overhead.call_overhead
     small(measure, rounds, sample_ms, json, csv, md, output)

@@ -40,7 +40,7 @@ def prefix_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time prefix checkpoints: the first token of a chat's next turn, from a checkpoint against computing all anew.
+    """Time prefix checkpoints: the first token of a chat's next turn, from a checkpoint and without one.
 
     The texts of both must be the same.
 

@@ -1,8 +1,9 @@
-"""`anydelta bench rollback`: what verifying drafts and going back cost, in slots and with a log, beside plain decoding.
+"""`anydelta bench rollback`: the cost of verifying drafts and going back, with slots and with a log, over plain
+decoding.
 
-A model's linear attention layers run in turn, so that no state stays in a cache. As in ops.py, results are checked
-before anything is timed, everything runs in one process in turns, ratios are taken within a round, and the median of
-the rounds counts.
+All linear attention layers of a model run one after the other, so that no state stays in a cache. As in ops.py, results
+are checked before anything is timed, everything runs interleaved in one process, ratios are taken within a round, and
+the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _Model:
         return o
 
     def check(self, pool: StatePool, T: int, accepted: int) -> float:
-        """NMSE of output and state after a step of T and a commit; the pool is left as it is then."""
+        """NMSE of output and state after a step of T and a commit, which change the pool."""
         o = self.step(pool, T)
         pool.commit(accepted)
 
@@ -192,9 +193,7 @@ def rollback(
         for n in range(1, tokens + 1):
             add("slots", slots, n)
         for n in range(tokens + 1):
-            add(
-                "log", model.pool("log", snapshots), n
-            )  # one each: whoever runs has caused the folds it pays for
+            add("log", model.pool("log", snapshots), n)  # one pool each, so that each pays for its own folds
         add("log", model.pool("log", snapshots), tokens, fold=True)
 
         for call in calls.values():
@@ -273,7 +272,12 @@ def rollback_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time verifying drafted tokens and going back, in slots and with a log, in decode steps of the rule."""
+    """Time verifying drafted tokens and going back, with slots and with a log, in decode steps of the rule.
+
+    Examples:
+      anydelta bench rollback
+      anydelta bench rollback --kda --layers 8 -T 8
+    """
     for name, value in (("--layers", layers), ("-T", tokens), ("-K", snapshots), ("-t", threads)):
         if not 1 <= value <= 1024:
             raise Refused(f"{name} must be from 1 to 1024; got {value}")

@@ -1,6 +1,6 @@
-"""`anydelta bench threads`: do our threads and torch's get in each other's way?
+"""`anydelta bench threads`: do our threads and torch's disturb each other?
 
-One matmul and one call of the operator in turns, beside each alone, within a round of turns.py.
+One matmul and one call of the operator, interleaved, beside each alone, within a round of turns.py.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class ThreadsRecord:
     op_us: float
     """The operator alone."""
     both_us: float
-    """One of each, in turns."""
+    """One of each, interleaved."""
     excess_pct: float
-    """both over matmul + op, less 1: what they cost each other; median of the rounds. Caches count too, so compare
-    with 1 thread, where there is nothing but caches."""
+    """both over matmul + op, minus 1: the cost of running both; median of the rounds. It includes cache misses, so
+    compare with 1 thread, which has only those."""
     excess_min_pct: float
     """The same from the minima."""
     nmse: float
@@ -78,7 +78,7 @@ def shared_threads(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """The operator in turns with torch's matmuls, on torch's OpenMP threads and on a pool of its own.
+    """The operator interleaved with torch's matmuls, on torch's OpenMP threads and on a separate pool.
 
     Raises:
         Refused: the extension is not built.
@@ -154,6 +154,11 @@ def threads_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time the operator in turns with torch's matmuls: do their threads cost each other anything?"""
+    """Time the operator interleaved with torch's matmuls: do their threads disturb each other?
+
+    Examples:
+      anydelta bench threads
+      anydelta bench threads -t 1 -r 5
+    """
     counts = numbers_of_threads(threads, 1)
     small(partial(shared_threads, counts), rounds, sample_ms, json, csv, md, output)

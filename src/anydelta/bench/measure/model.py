@@ -1,9 +1,9 @@
 """Measure whole models: Transformers as it is, with anydelta, and llama.cpp on the same weights, in one process.
 
-As llama-bench does: ppN is N prompt tokens in one go, tgN is N tokens one after the other, both after d tokens of
-context. As everywhere here: the results are compared before anything is timed, the contenders take turns within a
-round, a ratio is taken within a round, and the median of the rounds counts. The contenders of Transformers are one
-model; what differs is whether anydelta is enabled while it runs.
+As in llama-bench, ppN is N prompt tokens at once, tgN is N tokens one after the other, both after d tokens of context.
+Results are compared before anything is timed. Contenders run interleaved in rounds, ratios are taken within a round,
+and the median of the rounds counts. Transformers' contenders share one model; they differ in whether anydelta is
+enabled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECK_PROMPT, CHECK_STEPS = 48, 8
-"""Tokens that the contenders must agree about before they are timed."""
+"""Tokens that the contenders must agree on before they are timed."""
 
 FILE = "GGUF "
 """What `dtype` begins with where a model is a file of quantised weights; its type follows."""
@@ -52,7 +52,7 @@ class Settings:
     tests: tuple[Test, ...]
     rounds: int = 5
     profile: bool = False
-    """Also say where the time goes, in rounds of their own."""
+    """Also measure the time of each part, in separate rounds."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ def measure(
     report: Report,
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> None:
-    """Add the records of one model to the report; the first runner is what the others are compared with."""
+    """Add the records of one model to the report; others are compared with the first runner."""
     import torch
 
     before = torch.get_num_threads()
@@ -129,7 +129,7 @@ def measure(
     try:
         progress(f"{built.name}: comparing results", 0.0)
         verdicts = _check(built, runners, dtype)
-        gc.disable()  # a pause of the collector is nobody's speed
+        gc.disable()  # a pause of the collector must not count
         good = [r for r in runners if verdicts[r.name].status == "ok"]
         for i, test in enumerate(settings.tests):
 
@@ -172,13 +172,13 @@ class _Verdict:
 
 
 def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Verdict]:
-    """Logits after a prompt and after each of some tokens, the same tokens for everybody.
+    """Logits after a prompt and after each of some tokens, the same tokens for every contender.
 
     Files of quantised weights are compared with the numbers that they hold, in float32. A product of theirs rounds its
     input to 8 bits, and the errors of two such products a layer add up like random ones.
 
-    float32 is compared with Transformers itself. In a half type two right results differ by the rounding of that type,
-    so each is compared with the float32 result of the same weights, and may be about as far from it as Transformers is.
+    float32 is compared with Transformers itself. In a half type two correct results differ by rounding, so each is
+    compared with the float32 result of the same weights, and may be about as far from it as Transformers is.
     """
     prompt = random_ids(built, CHECK_PROMPT)
     base = runners[0]
@@ -269,7 +269,7 @@ def _rms(x: F32) -> float:
 
 
 def _margin(logits: F32) -> F32:
-    """How far the likeliest token is ahead of the next."""
+    """The lead of the likeliest token over the next."""
     top = np.partition(logits, -2, axis=-1)
     return np.asarray(top[:, -1] - top[:, -2])
 

@@ -1,8 +1,8 @@
-"""Measure the operator: check every contender, then time all of them in turns in this one process.
+"""Measure the operator: check every contender, then time all of them interleaved in one process.
 
-A shared machine drifts by more than the differences looked for, so no absolute time is trusted: in every
-round each contender takes its turn (A B C, B C A, ...), a ratio is taken within a round, and the median of
-the rounds counts. The machine's own limits are measured in the same rounds.
+A shared machine drifts by more than the differences of interest, so absolute times are not trusted: each round runs
+every contender (A B C, B C A, ...), ratios are taken within a round, and the median of the rounds counts. The machine's
+own limits are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .cases import Case, Inputs, make_inputs, rounded, subnormals
 from .contender import Contender, Result, Runner, tensors_on
 
 NMSE = 1e-7
-"""The contract's bound for float32 (DESIGN, conformance), on output, state and each snapshot separately."""
+"""The limit for float32, as in conformance, for output, state and each snapshot separately."""
 
 HALF_FACTOR = 4.0
-"""The contract's for half types: twice the error, squared, of the oracle's answer rounded to the type."""
+"""The limit for half types: twice the error, squared, of the oracle's answer rounded to the type."""
 
 PEER_NMSE = 1e-3
-"""Where tokens are in a half type, a peer may compute in it: its error is shown, and only a wrong answer refused."""
+"""A peer may compute in the half type of its tokens: its error is shown, and only a wrong answer is refused."""
 
 ORACLE_ELEMENTS = 5e7
 """State elements times tokens that the float64 oracle goes through for one case (about a second)."""
 
 COPY_MIB = 256
-"""Each buffer of the copy measurement. A virtual machine sees all of a server's cache, 300 MiB and more."""
+"""Size of each buffer of the copy measurement. A virtual machine may see all of a server's cache, 300 MiB and more."""
 
 COPY_SAMPLES = 3
 """Rounds of a case that measure the copy too; filling its buffers costs more than a round."""
@@ -57,7 +57,7 @@ class Settings:
     sample_seconds: float = 0.015
     """Calls are repeated until a sample lasts about this long."""
     contender_seconds: float = 2.0
-    """A contender whose single call is slow takes part in fewer rounds, at least two."""
+    """A contender with slow calls takes part in fewer rounds, at least two."""
 
 
 @dataclass
@@ -146,14 +146,14 @@ def available_cpus() -> int:
 
 
 class Others:
-    """How much of the CPUs other work takes: what makes the times of several threads worthless."""
+    """The share of the CPUs that other work takes, which disturbs times of several threads."""
 
     def __init__(self) -> None:
         self.start = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float] | None:
-        """Jiffies of all CPUs: total, and neither idle nor ours."""
+        """Jiffies of all CPUs: the total, and those that are neither idle nor ours."""
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except (OSError, ValueError):
@@ -197,14 +197,14 @@ class Limits:
                 self.best[kind] = max(self.best.get(kind, 0.0), measure())
 
     def of(self, case: Case) -> tuple[str, float, float] | None:
-        """(kind, its value, least seconds of one call) of what bounds the case; None if unmeasured."""
+        """(kind, its value, least seconds of one call) of the case's limit; None if unmeasured."""
         work = {"fma": case.flops, "copy": case.moved_bytes}
         found = [(kind, value, work[kind] / (value * 1e9)) for kind, value in self.best.items() if value > 0]
         return max(found, key=lambda f: f[2], default=None)
 
 
 class Oracle:
-    """What a case must produce: float64 on as many heads as fit, and all heads as anydelta once it passed."""
+    """The expected result of a case: float64 on as many heads as fit; all heads from anydelta once it passed."""
 
     def __init__(self, case: Case, x: Inputs):
         self.case = case
@@ -293,7 +293,7 @@ def nmse(got: ArrayLike, want: ArrayLike) -> float:
 
 
 def raw_options(x: Inputs, heads: NDArray[np.integer] | slice = slice(None)) -> dict[str, Any]:
-    """What a call through a pool says about its gates, as the reference takes it; nothing for other calls."""
+    """The reference's arguments for the gates of a call through a pool; empty for other calls."""
     if x.A_log is None or x.dt_bias is None:
         return {}
     weights = {"A_log": x.A_log[heads].astype(np.float64), "dt_bias": x.dt_bias[heads].astype(np.float64)}
@@ -324,7 +324,7 @@ def measure(
 ) -> Report:
     """Measure every case with every contender that is here; the others are compared with the first.
 
-    `progress` is called with what is going on and the finished share of the whole.
+    `progress` is called with the present step and the finished share.
     """
     import torch
 
@@ -422,7 +422,7 @@ def _prepare(
     except (
         Exception,
         SystemExit,
-    ) as error:  # a peer's failure must not end the run: it is a row of the result
+    ) as error:  # a peer's failure is a row of the result and must not end the run
         record.status, record.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     else:
         why = oracle.check(got, record)
@@ -466,7 +466,7 @@ def _rounds(entries: list[_Entry], limits: Limits, settings: Settings, tell: Cal
     for r in range(settings.rounds):
         tell(f"round {r + 1} of {settings.rounds}")
         limits.sample(copy=r % every == 0)
-        first = r % len(entries)  # so that nobody always runs after the same neighbour
+        first = r % len(entries)  # so that no contender always runs after the same one
         for entry in entries[first:] + entries[:first]:
             if r >= entry.rounds:
                 continue

@@ -1,6 +1,6 @@
-"""What a report is written as: JSON, CSV, Markdown, or tables for a terminal.
+"""The forms of a report: JSON, CSV, Markdown, or tables for a terminal.
 
-The printers of a kind of report (report.py, model_report.py, ...) say what stands in a row.
+The printers of a kind of report (report.py, model_report.py, ...) define the rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def to_json(report: DataclassInstance) -> str:
 
 
 def to_csv(kind: type[DataclassInstance], records: Iterable[object]) -> str:
-    """One line per record of dataclass `kind`; what is common to all stands in the JSON and Markdown forms."""
+    """One line per record of dataclass `kind`; facts common to all are in the JSON and Markdown forms."""
     names = [f.name for f in dataclasses.fields(kind)]
     return terminal.csv_table(names, [[getattr(r, name) for name in names] for r in records])
 

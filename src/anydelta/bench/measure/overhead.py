@@ -1,4 +1,4 @@
-"""`anydelta bench overhead`: what a call at T = 1 costs beside its kernel.
+"""`anydelta bench overhead`: the time of a call at T = 1 beside its kernel.
 
 Differences are taken within a round of turns.py, and the median of the rounds counts.
 """
@@ -33,10 +33,10 @@ else:
     torch_op = late("anydelta.rule.torch_ops")
 
 ALLOWED_US = 10.0
-"""The bar for a torch call at T = 1."""
+"""The most that a torch call at T = 1 should take."""
 
 HEAD = 32
-"""K = V of the one head whose call is measured: its kernel takes about 1 us, less than what is looked for."""
+"""K = V of the one measured head: its kernel takes about 1 us, less than the overhead."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class OverheadRecord:
 
 
 def call_overhead(settings: Settings | None = None, progress: Progress = lambda text, done: None) -> Measured:
-    """Every way to call one small decode step, beside the kernel that all of them run.
+    """Measure every way to call one small decode step, beside the kernel that all of them run.
 
     Raises:
         Refused: the extension is not built, so there is no bare kernel to compare with.
@@ -107,7 +107,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     notes = [
         f"float32, B = T = H = HV = 1, K = V = {HEAD}, one thread, no gradients",
         "bare kernel: the extension with ready addresses; overhead: over it, median of the rounds (of the minima)",
-        f"the bar for torch calls is {ALLOWED_US:g} µs",
+        f"torch calls should take at most {ALLOWED_US:g} µs",
         f"torch.ops is registered from {'C++' if torch_op.LIBRARY else f'Python ({torch_op.LIBRARY_REASON})'}",
     ]
     return Measured("Call overhead at T = 1", describe_machine(), settings, notes, records)

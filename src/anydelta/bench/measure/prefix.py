@@ -1,9 +1,9 @@
-"""Measure prefix checkpoints: how soon the next tokens come when a prompt begins as an earlier one did.
+"""Measure prefix checkpoints: the time to the first token when a prompt begins like an earlier one.
 
-For each length of the shared prefix, four situations of a chat: a new question behind the prefix, the next turn behind
-an answer, the same turn edited, and the prefix from a file. Each is run from nothing and from a `PrefixStore`, in
-turns; both must write the same tokens, but for ties of the two largest logits. A ratio is taken within a round, and the
-median of the rounds counts.
+For each length of the shared prefix, four situations of a chat: a new question after the prefix, the next turn after an
+answer, the same turn edited, and the prefix from a file. Each is run from nothing and from a `PrefixStore`,
+interleaved. Both must write the same tokens, except for ties of the two largest logits. Ratios are taken within a
+round; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Record:
     prefix: int
     prompt_tokens: int
     run_tokens: int
-    """Of the prompt, those that are run with checkpoints; without, all are."""
+    """Tokens of the prompt that are run with checkpoints; without, all are."""
     status: str = "ok"
     """ok; wrong: the text is another."""
     reason: str = ""

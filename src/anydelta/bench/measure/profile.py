@@ -1,6 +1,6 @@
-"""Where the time of a model goes: the own time of each part, from timers around its modules and functions.
+"""The time of each part of a model, from timers around its modules and functions.
 
-A clock is read whenever a part begins or ends, and the time in between is charged to the innermost part that is open.
+A clock is read whenever a part begins or ends; the time between counts for the innermost open part.
 Linear layers inside a linear attention layer are its projections; what remains of that layer is its mixer: convolution,
 gates, rule and gated norm, and whatever is copied between them. Where anydelta runs all of that as one operator, it is
 one part. Reading clocks costs some microseconds a module, which is why the speeds of the table come from runs
@@ -66,7 +66,7 @@ R = TypeVar("R")
 
 
 class Clock:
-    """Time by part, exclusive: what is charged to a part is not charged to the one around it."""
+    """Time by part, exclusive: time of a part does not count for the one around it."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -105,7 +105,7 @@ def measure(
     threads: int,
     tell: Callable[[str, float], None],
 ) -> list[Part]:
-    """The parts of the Transformers contenders, in rounds of their own; llama.cpp and graphs cannot be looked into."""
+    """The parts of the Transformers contenders, in separate rounds; llama.cpp and graphs cannot be profiled."""
     chosen = [
         run
         for run in runs
@@ -154,7 +154,7 @@ def _watched(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
 
 
 def _time_modules(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
-    """Around the whole call, so that what nn.Module does about a forward counts as that part's own.
+    """Around the whole call, so that nn.Module's work around a forward counts for that part.
 
     In the class, because a hook or a forward in a layer would make enable() leave it alone, and costs 20 us a module.
     """

@@ -1,4 +1,4 @@
-"""Who runs a whole model in `anydelta bench model`, and how a test is run again and again in turns."""
+"""The contenders of `anydelta bench model`, and how a test is repeated, interleaved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Test:
 
 
 Enabled = Callable[["PreTrainedModel"], AbstractContextManager[object]]
-"""What is in force while a model runs."""
+"""The context in which a model runs."""
 
 
 class Runner(Protocol):
@@ -50,19 +50,19 @@ class Runner(Protocol):
     logit_error: float
 
     def threads(self, n: int) -> None:
-        """Run on so many threads from now on; torch's number is set beside."""
+        """Run on so many threads from now on; torch's number is set separately."""
         ...
 
     def context(self, ids: Sequence[int]) -> object:
-        """Process `ids` from the start, and keep what the next calls need. Not timed."""
+        """Process `ids` from the start, and keep the context for the next calls. Not timed."""
         ...
 
     def restore(self, kept: Any) -> None:
-        """Back to such a context. Not timed."""
+        """Return to such a context. Not timed."""
         ...
 
     def prompt(self, ids: Sequence[int]) -> F32:
-        """Process `ids` in one go; the logits after the last one, [vocabulary]."""
+        """Process `ids` at once; the logits after the last one, [vocabulary]."""
         ...
 
     def decode(self, token: int, n: int) -> None:
@@ -89,7 +89,7 @@ class TransformersRunner:
         self._cache: Any = None
 
     def threads(self, n: int) -> None:
-        """torch's number counts."""
+        """Nothing to do: torch's number counts."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -201,7 +201,7 @@ class Prepared:
 
     def __init__(self, test: Test, runner: Runner, ids: Sequence[int]):
         self.test, self.runner = test, runner
-        # A token of context at least: the first token of an empty one goes another way through the layers.
+        # At least one token of context: without context, layers take another path.
         depth = test.depth if test.kind == "pp" else max(1, test.depth)
         self.prompt, self.token = list(ids[depth : depth + test.n]), ids[depth]
         with running(runner):
@@ -230,7 +230,7 @@ def prepare(test: Test, runners: Sequence[Runner], built: Built) -> list[Prepare
 def interleave(
     runs: Sequence[Callable[[], object]], rounds: int, tell: Callable[[str, float], None]
 ) -> list[list[Any]]:
-    """What each run gave in each round, taking turns; the one that begins changes from round to round."""
+    """The results of each run in each round, interleaved; another run begins each round."""
     results: list[list[object]] = [[] for _ in runs]
     for r in range(rounds):
         tell(f"round {r + 1} of {rounds}", r / rounds)

@@ -1,7 +1,7 @@
-"""What the small measurements share: inputs, the oracle's check, the bare kernel, and calls timed in turns.
+"""Shared by the small measurements: inputs, the check against the oracle, the bare kernel, and interleaved timing.
 
 overhead.py, threads.py, rollback.py and aoti.py measure with it. As in ops.py, results are checked before anything is
-timed, everything runs in one process in turns (A B C, B C A, ...), and the median of the rounds counts.
+timed, everything runs interleaved in one process (A B C, B C A, ...), and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def interleave(
     progress: Progress,
     within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
-    """(us per call by round, calls per sample, CPU share of other work); the garbage collector rests meanwhile.
+    """(us per call by round, calls per sample, CPU share of other work); the garbage collector is off meanwhile.
 
     `within` are the contexts that calls are made in, by name; entering them is not timed.
     """
