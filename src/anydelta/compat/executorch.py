@@ -1,7 +1,7 @@
 """ExecuTorch's gated delta rules: metal:: and mlx::gated_delta_rule, and llama::gated_delta_rule.
 
 All take the decay itself, in [0, 1], and not its logarithm; beta after the sigmoid; and no scale (fold it
-into q). Their layouts differ from each other: see the two functions.
+into q). Their layouts differ: see the two functions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def gated_delta_rule(
     """metal::gated_delta_rule and mlx::gated_delta_rule: o [B, T, Hv, Dv], with `state` advanced in place.
 
     Args:
-        q, k: [B, T, Hk, Dk]; value head hv reads head hv // (Hv/Hk).
+        q: [B, T, Hk, Dk]; value head hv reads head hv // (Hv/Hk).
+        k: [B, T, Hk, Dk].
         v: [B, T, Hv, Dv].
         g: [B, T, Hv], the decay in [0, 1].
         beta: [B, T, Hv].
@@ -42,9 +43,9 @@ def llama_gated_delta_rule(
 ) -> tuple[Array, Array]:
     """llama::gated_delta_rule: output [B, H, T, V], final state [B, Hkv, K, V]; initial_state is only read.
 
-    Here the *query* heads are the many: each of the Hkv states serves H / Hkv neighbouring query heads. A
-    state of anydelta serves one query head, so with H > Hkv the key, value and state heads are repeated, and
-    each state is computed H / Hkv times, to the same bits.
+    Here there may be more *query* heads: each of the Hkv states serves H / Hkv neighbouring query heads. A state of
+    anydelta serves one query head. So with H > Hkv, key, value and state heads are repeated, and each state is computed
+    H / Hkv times, with the same bits.
 
     Args:
         query: [B, H, T, K] float32; H a multiple of Hkv. Query head h reads state h // (H/Hkv).

@@ -40,7 +40,12 @@ def gated_delta_net(
     """o and the last K states, packed as ggml_gated_delta_net packs them; `unpack` takes them apart.
 
     Args:
-        q, k, v, g, beta, state: see the head of this file; any strides with a contiguous last dimension.
+        q: [Bq, T, H, S]; Bq divides B. All inputs may have any strides with a contiguous last dimension.
+        k: [Bq, T, H, S].
+        v: [B, T, HV, S].
+        g: [B, T, HV, 1] or [B, T, HV, S] (KDA), natural log.
+        beta: [B, T, HV, 1], after the sigmoid.
+        state: [B, HV, S, S], the state before the first token; the key channel is the contiguous one.
         K: snapshots to keep, >= 1. Slot 0 is the final state, slot s the state s tokens earlier.
         out: written and returned: contiguous, float32, of the result's shape, apart from every input.
             With T < K the slots s >= T keep what it held (as in ggml, where the caller owns the memory);

@@ -1,14 +1,14 @@
 """flash-linear-attention on anydelta: the same names, arguments and conventions, for torch tensors on any device.
 
-    from anydelta.compat.fla import chunk_kda       # in the place of: from fla.ops.kda import chunk_kda
+    from anydelta.compat.fla import chunk_kda       # instead of: from fla.ops.kda import chunk_kda
 
     import anydelta.compat.fla
     anydelta.compat.fla.install()                   # from now on `import fla` works, where fla is not installed
     model = AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
     anydelta.compat.fla.uninstall()
 
-- ops: the functions of `fla.ops`; its head says which
-- gate, norm, convolution, index, simple_gla: what the code of released checkpoints imports beside them
+- ops: the functions of `fla.ops`, listed at its top
+- gate, norm, convolution, index, simple_gla: other names that the code of released checkpoints imports
 - offered: the modules `fla` and `causal_conv1d` that are made of these
 """
 

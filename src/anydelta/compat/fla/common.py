@@ -1,4 +1,4 @@
-"""What fla's functions share: checks of their arguments, and the call in anydelta's terms."""
+"""Shared by fla's functions: checks of arguments, and the call in anydelta's terms."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def chunked_kda(
     cp_context: object,
     **flags: bool,
 ) -> float | None:
-    """What the chunk functions with KDA's gates check alike. Returns the lower bound that counts."""
+    """The checks of the chunk functions with KDA's gates. Returns the effective lower bound."""
     no_context_parallel(op, cp_context)
     host_copy(op, cu_seqlens, cu_seqlens_cpu)
     for name, value in flags.items():
@@ -138,7 +138,7 @@ def summed_decays(
     gk: torch.Tensor | None,
     gv: torch.Tensor | None,
 ) -> torch.Tensor:
-    """g [B, T, HV], gk [B, T, HV, K] or their sum, for the decays multiply; with neither, nothing decays."""
+    """g [B, T, HV], gk [B, T, HV, K] or their sum, since decays multiply; with neither, nothing decays."""
     if gv is not None:
         raise UnsupportedError(
             f"{op}: gv (a decay per value channel) is not part of the gated delta rule; leave it None"
@@ -159,7 +159,7 @@ def no_channels(op: str, beta: object) -> None:
 
 
 def keywords(op: str, kwargs: dict[str, Any], known: tuple[str, ...], state_v_first: bool) -> bool:
-    """Refuse what is not known, and resolve the old name of state_v_first."""
+    """Refuse unknown arguments, and resolve the old name of state_v_first."""
     if "head_first" in kwargs:
         raise UnsupportedError(
             f"{op}: head_first was removed; inputs are [B, T, H, ...]. Transpose(1, 2) and drop it"
@@ -242,7 +242,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def host_copy(op: str, cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None) -> None:
-    """cu_seqlens_cpu spares fla a device sync; here only a copy that contradicts matters."""
+    """fla uses cu_seqlens_cpu to avoid a device sync; here it is only checked for contradictions."""
     if cu_seqlens_cpu is None:
         return
     if cu_seqlens is None:

@@ -19,7 +19,7 @@ _SILU = ("silu", "swish")
 class ShortConvolution(nn.Conv1d):
     """A causal depthwise convolution with an activation and a cache; `weight` is [D, 1, W].
 
-    `backend` ("triton", "cuda") and `use_fast_conv1d` choose kernels of fla's and change nothing here.
+    `backend` ("triton", "cuda") and `use_fast_conv1d` choose kernels of fla and change nothing here.
 
     Raises:
         ValueError: an activation other than SiLU or none, or another backend.
@@ -99,7 +99,7 @@ class ShortConvolution(nn.Conv1d):
             y = convolve(row, weight, self.bias, self.activation)[:, width:]
             state = row[:, row.shape[1] - width :]
         else:
-            # What came before each sequence goes in front of it, so that no sequence reads another.
+            # Earlier inputs of each sequence go in front of it, so that no sequence reads another.
             ends = cu_seqlens.to(x.device).long()
             tokens = torch.arange(x.shape[1], device=x.device)
             tokens = tokens + width * torch.bucketize(tokens, ends[1:], right=True) + width
@@ -139,8 +139,8 @@ def causal_conv1d_fn(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x [B, D, T], weight [D, W] to y [B, D, T]; with return_final_states (y, the last W - 1 inputs [B, D, W - 1]).
 
-    Packed rows: `seq_idx` [B, T] numbers them. `cu_seq_lens_q` [N + 1] says the same and is an addition: Transformers
-    hands it to every function that has it.
+    Packed rows: `seq_idx` [B, T] numbers them. `cu_seq_lens_q` [N + 1] means the same and is an addition: Transformers
+    passes it to every function that has it.
 
     Raises:
         ValueError: an activation other than SiLU or none, shapes that do not fit, packed rows with states.

@@ -1,7 +1,7 @@
 """install() and uninstall(): `import fla` and `import causal_conv1d` find anydelta where the real packages are missing.
 
-`OFFERED` is the whole of what is there: the names that the code of released checkpoints and Transformers import. Where
-each of them was seen is in docs/fla.md. Any other name raises ImportError or AttributeError, which says so.
+`OFFERED` lists all names: those that the code of released checkpoints and Transformers import. docs/fla.md says where
+each was seen. Any other name raises ImportError or AttributeError with that name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _VERSION = "0.5.2"
-"""The release of fla whose names, arguments and conventions these are."""
+"""The release of fla that these names, arguments and conventions follow."""
 
 
 R = TypeVar("R")
@@ -33,8 +33,8 @@ R = TypeVar("R")
 def _packed(function: Callable[..., R]) -> Callable[..., R]:
     """The same, which also takes packed sequences under the name that Transformers gives them.
 
-    Transformers hands a function what its signature names, and in the models of Kimi Delta Attention it calls
-    `cu_seqlens` as its attention layers do.
+    Transformers passes the arguments that a signature names; in models of Kimi Delta Attention it names `cu_seqlens` as
+    in its attention layers.
     """
 
     def rule(*args: object, cu_seq_lens_q: torch.Tensor | None = None, **kwargs: object) -> R:
@@ -85,9 +85,8 @@ OFFERED: dict[str, dict[str, object]] = {
 def install() -> bool:
     """Let `import fla` find anydelta, and `import causal_conv1d` too, where the real packages are not installed.
 
-    Returns whether it does. False: the real fla is here, or another one that somebody else put there, and nothing is
-    changed. Code that was imported before keeps what it found then: call this first. Installing twice is installing
-    once.
+    Returns whether it does. False: the real fla, or another replacement, is present, and nothing changes. Code that was
+    imported before keeps what it found, so call this first. A second call changes nothing.
     """
     with _LOCK:
         if _finder in sys.meta_path:
@@ -110,7 +109,7 @@ def install() -> bool:
 def uninstall() -> None:
     """Undo install(): from now on `import fla` finds what it found before. Nothing happens if it is not installed.
 
-    Code that imported names meanwhile keeps them, and they go on to work.
+    Code that imported names meanwhile keeps them, and they still work.
     """
     with _LOCK:
         if _finder not in sys.meta_path:
@@ -125,7 +124,7 @@ _LOCK = threading.Lock()
 
 
 def _is_here(package: str) -> bool:
-    """Whether importing it gives something. A mere folder of that name, without code, is nothing."""
+    """Whether it can be imported. A folder of that name without code does not count."""
     if package in sys.modules:
         return True
     try:
@@ -177,7 +176,7 @@ _finder = _Finder()
 
 
 def _too_late() -> list[str]:
-    """The modelling modules of Transformers that looked for fla before, in vain."""
+    """The modelling modules of Transformers that did not find fla when they were imported."""
     found = []
     for name, module in sorted(sys.modules.items()):
         if name.startswith("transformers.models.") and ".modeling_" in name:

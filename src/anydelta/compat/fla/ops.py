@@ -1,14 +1,14 @@
 """flash-linear-attention's functions of the gated delta rule and of its relatives, for torch tensors on any device.
 
-Same names, argument order, defaults and conventions, so they can stand where those of fla.ops stood.
+Same names, argument order, defaults and conventions, so they can replace those of fla.ops.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; value head hv reads q/k head hv // (HV/H)
     g [B, T, HV] (gated delta rule) or [B, T, HV, K] (KDA), the natural log of the decay; beta [B, T, HV]
     states [N, HV, K, V], final states in float32
     q, k and v may differ in dtype; o has q's in the chunk functions and v's in the recurrent ones
 
-The relatives read another key than they write (`erase` of anydelta.gated_delta_rule). With S after its decay, but for
-Comba, whose kernels read it before:
+The relatives read another key than they write (`erase` of anydelta.gated_delta_rule). S is the state after its decay,
+except in Comba, whose kernels read it before:
 
     gdn2      d = w * v - S^T (b * k)       S += k d^T          gates b [K], w [V]     naive_recurrent_gdn2
     comba     d = beta (v - S_(t-1)^T p)    S += k d^T                                 fused_recurrent_comba_fwd_kernel
@@ -341,8 +341,8 @@ def chunk_gdn2(
 ) -> Pair:
     """Gated DeltaNet 2 over whole sequences: (o [B, T, HV, V], final state or None).
 
-    b [B, T, HV, K] is the gate of what is erased, w [B, T, HV, V] that of what is written; g and its keywords are those
-    of chunk_kda, chunk_size 64 alone.
+    b [B, T, HV, K] gates what is erased, w [B, T, HV, V] what is written; g and its keywords are those of chunk_kda,
+    except that chunk_size is 64.
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -692,7 +692,7 @@ def _gdn2(
 
 
 FADED = -40.0
-"""A log decay that leaves less of a state than float64 keeps beside what is written, and whose inverse is a number."""
+"""A log decay that leaves less of a state than float64 can hold beside new values, and whose inverse is finite."""
 
 
 def _comba(
@@ -784,7 +784,7 @@ def _preconditioned(
 def _faded_sums(x: torch.Tensor, g: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A_t = exp(g_t) A_(t-1) + x_t over T, and the last one; x [B, T, H, K], g [B, T, H], A_0 = start [B, H, K].
 
-    In blocks of 64 tokens, as products with exp(g_(j+1) + ... + g_i): sums of terms, for -inf - -inf is no number.
+    In blocks of 64 tokens, as products with exp(g_(j+1) + ... + g_i): sums of terms, because -inf - -inf is NaN.
     """
     out, A = [x[:, :0]], start
     for x_b, g_b in zip(x.split(64, 1), g.split(64, 1), strict=True):

@@ -4,8 +4,8 @@
 
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H] log decays; state [N, H, K, V]
 
-It has no delta, so it is not the operator of this package: it is here because the code of some checkpoints with Kimi
-Delta Attention imports it beside. Computed in chunks, in float32 (float64 for float64).
+It has no delta, so it is not this package's operator; the code of some checkpoints with Kimi Delta Attention imports
+it. Computed in chunks, in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _simple_gla(
 
     dtype = v.dtype
     q, k, v = wide(q) * (K**-0.5 if scale is None else scale), wide(k), wide(v)
-    # Sums of log decays in float64, so that strong ones leave the small ones their digits; below -1e4 all are zero.
+    # Sums of log decays in float64, so that small ones keep their digits beside strong ones; below -1e4 all are zero.
     if g is None:
         g = q.new_zeros(H) if g_gamma is None else g_gamma.reshape(H)
     g = g.double().clamp(min=-1e4).expand(B, T, H)
