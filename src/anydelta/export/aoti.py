@@ -22,7 +22,7 @@ _C_TYPES = {
     "bool": "int32_t",
     "str": "const char*",
 }
-"""What the generated code passes for an argument of the schema."""
+"""The C types of the schema's arguments in the generated code."""
 
 
 def c_shims() -> dict[torch._ops.OpOverload, list[str]]:

@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL:
 
 
 def schemas() -> dict[str, tuple[str, str]]:
-    """By the name that ExecuTorch has for it: an operator's schema, and that of the form with results as arguments."""
+    """Schemas by ExecuTorch's name of the operator: its own, and that of the form with results as arguments."""
     both = {}
     for name, schema in torch_op.SCHEMAS.items():
         theirs = _name(name)
@@ -84,13 +84,13 @@ def schemas() -> dict[str, tuple[str, str]]:
 
 
 def _name(name: str) -> str:
-    """The exporter takes a trailing underscore for a method of its first argument."""
+    """The exporter reads a trailing underscore as a method of the first argument."""
     return name[:-1] + "_inplace" if name.endswith("_") else name
 
 
 @cache
 def _register() -> torch.library.Library:
-    """Teach torch the operators' forms that ExecuTorch's exporter looks for."""
+    """Register the forms of the operators that ExecuTorch's exporter looks for."""
     library = torch.library.Library("anydelta", "FRAGMENT")
     for name, (schema, out) in schemas().items():
         if name not in torch_op.SCHEMAS:
@@ -139,7 +139,7 @@ def lower(
                 )
             node.target = getattr(torch.ops.anydelta, _name("gated_delta_rule_")).default
         program.graph_module.recompile()
-    # the operators are no core ATen ones, which the check would want
+    # the check wants core ATen operators only
     edge = to_edge(methods, compile_config=EdgeCompileConfig(_check_ir_validity=False))
     initialized = []
     for name in methods:
@@ -166,14 +166,14 @@ def lower(
 LINE = 64
 """Bytes of a cache line, and of a vector of AVX-512."""
 AFTER_LINE = 16
-"""Where large blocks of glibc's malloc begin behind a line, and with them the runtime's memory."""
+"""Offset from a cache line at which large blocks of glibc's malloc begin, and the runtime's memory with them."""
 
 
 def _planning(share_states: bool) -> MemoryPlanningPass:
     """The pass that gives every tensor its place in the runtime's memory: at the beginning of a cache line.
 
-    A state that lies across lines costs the kernel a fourth of its speed at T = 1. Where the memory begins elsewhere
-    than at AFTER_LINE, nothing is lost that was there before.
+    A state that lies across lines costs the kernel a fourth of its speed at T = 1. If the memory begins at another
+    offset than AFTER_LINE, nothing is lost.
     """
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite
     from executorch.exir.passes import MemoryPlanningPass

@@ -2,8 +2,7 @@
 
 `to_onnx(program)` writes each call as one node, by default `anydelta.GatedDeltaRule`, whose kernel is in
 libanydelta_onnxruntime (onnxruntime_library.cpp); `session` loads that. Needs the packages `onnx` and `onnxscript`, and
-`onnxruntime` to run. An ONNX program changes none of its inputs: a state comes in as one input and goes out as one
-output more.
+`onnxruntime` to run. An ONNX program cannot change its inputs: a state is one input and one additional output.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")
-"""What a call becomes: our operator; ONNX Runtime's LinearAttention; that of the ONNX standard (opset 27)."""
+"""What a call becomes: anydelta's operator; ONNX Runtime's LinearAttention; the one of the ONNX standard (opset 27)."""
 
 LINEAR_ATTENTION_OPSET = 27
 """The first opset of the ONNX standard that has LinearAttention."""
@@ -39,7 +38,7 @@ _STANDARD = "anydelta.standard"
 no older LinearAttention to convert from."""
 
 MINIMUM = (1, 17)
-"""The first onnxruntime whose interface has all that the library uses."""
+"""The first onnxruntime with everything that the library uses."""
 
 
 def library() -> Path:
@@ -82,8 +81,8 @@ def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta"
             neither masks nor packed sequences; "onnx" also repeats q and k where v has more heads.
 
     Raises:
-        ValueError: a state is a buffer, which an ONNX program could not carry on; or the call needs what the chosen
-            operator cannot express. Says which.
+        ValueError: a state is a buffer, which an ONNX program cannot keep; or the chosen operator cannot express the
+            call. Says which.
     """
     if operator not in OPERATORS:
         raise ValueError(f"to_onnx: operator must be one of {OPERATORS}; got {operator!r}")
@@ -112,7 +111,7 @@ def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta"
 
 
 _DTYPES = {"gate": torch.float32, "weight": torch.float32, "index": torch.int64}
-"""Of the node's inputs, by the kinds of the table; others keep theirs."""
+"""Dtypes of the node's inputs, by the kinds of the table; others keep theirs."""
 
 
 def _bind(
@@ -160,7 +159,7 @@ def _state_shape(
 
 
 _LINEAR_ATTENTION = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
-"""The arrays of a call that can become one."""
+"""The arrays that LinearAttention can take."""
 
 
 def _linear_attention(domain: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -270,7 +269,7 @@ def _functional(graph: torch.fx.Graph, node: Node) -> None:
 
 
 def _return_states(program: torch.export.ExportedProgram) -> list[str]:
-    """What the program would write to its inputs, as outputs: the exporter would leave it out in silence.
+    """Return what the program writes to its inputs as outputs: the exporter would silently drop it.
 
     Gives the names of these inputs, in the order of the outputs.
     """

@@ -1,10 +1,10 @@
 """A graph pass: calls of ExecuTorch's own gated delta rules in an exported program become calls of anydelta's.
 
     metal::gated_delta_rule    [B, T, H, D], the decay itself, state [B, Hv, Dv, Dk] advanced in place, no scale
-    llama::gated_delta_rule    [B, H, T, D], the decay itself, state [B, Hkv, K, V] in and out, no scale; here the
-                               query heads are the many, so with H > Hkv the others are repeated
+    llama::gated_delta_rule [B, H, T, D], the decay itself, state [B, Hkv, K, V] in and out, no scale; query heads may
+                               be more than the others, which are then repeated
 
-What each means is written down in `anydelta.compat.executorch`.
+`anydelta.compat.executorch` describes both.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def use_anydelta(program: torch.export.ExportedProgram) -> torch.export.Exported
     """Replace the calls in the program, as `torch.export.export` returned it; gives the same program back.
 
     Raises:
-        ValueError: the program was decomposed, so that what metal::gated_delta_rule advances no longer stands in its
-            call.
+        ValueError: the program was decomposed, so that the state of metal::gated_delta_rule is no longer in its call.
     """
     graph = program.graph
     for node in list(graph.nodes):
