@@ -1,4 +1,4 @@
-"""`anydelta tune --dry-run`: compiles every launch that would be tried, for a GPU that need not be here."""
+"""`anydelta tune --dry-run`: compiles every launch that would be tried, for any GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Trial:
     key: str
     change: Change
     kernels: list[Compiled] = field(default_factory=list)
-    """Those of the call that no earlier trial has compiled."""
+    """Kernels of the call that no earlier trial compiled."""
     fits: bool = True
-    """Whether all its kernels, those compiled earlier too, find room in shared memory."""
+    """Whether all its kernels, also those compiled earlier, fit into shared memory."""
     error: str = ""
 
 
@@ -44,7 +44,9 @@ def compile_all(problems: Iterable[Problem], target: str, tell: Callable[[str, f
                     seen[name] = compile_call(call, target)
                     trial.kernels.append(seen[name])
                 trial.fits &= seen[name].shared <= machine.shared
-        except Exception as error:  # the compilers raise what they like: the trial says so, the others go on
+        except (
+            Exception
+        ) as error:  # compilers raise any kind of error: it is recorded, and the other trials go on
             trial.error = first_line(error)
     return trials
 

@@ -70,7 +70,7 @@ def problems(cases: Iterable[Case], dtypes: Sequence[str], *, gradients: bool) -
 
 
 def groups(problem: Problem, machine: Machine) -> Iterator[list[Change]]:
-    """What is tried, group after group: what wins a group is kept while the next one is tried."""
+    """The launches to try, in groups: the winner of a group is kept while the next group is tried."""
     s, base = problem.shape, problem.heuristic(machine)
     BK, VV = power_of_two(s.K, 16), power_of_two(s.V, 16)
     if problem.kernel == "recurrent":

@@ -1,7 +1,7 @@
-"""The search: launches of a problem are run, compared with the heuristic's, and timed in turns.
+"""The search: launches of a problem are run, compared with the heuristic's, and timed interleaved.
 
-A launch wins only if its result agrees with the heuristic's and its median is at least 2% below that of what it would
-replace. What has won all groups meets the heuristic once more, in twice as many rounds.
+A launch wins if its result agrees with the heuristic's and its median is at least 2% lower. The final winner is timed
+against the heuristic again, in twice as many rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..terminal import first_line
 from .problems import Change, Problem, groups
 
 MARGIN = 0.98
-"""A faster launch takes at most this share of the time: less is noise, and no reason to leave the heuristic."""
+"""A winner takes at most this share of the time: a smaller gain may be noise."""
 AGREE = 4e-7
 """NMSE between two results in float32: each may be off by 1e-7 (docs/conventions.md), in opposite directions."""
 
@@ -43,7 +43,7 @@ class Run:
 
 class Timer(Protocol):
     def __call__(self, runs: Sequence[Run], rounds: int) -> list[list[float]]:
-        """Microseconds by run and round; the runs take turns."""
+        """Microseconds by run and round, interleaved."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Trial:
     """By round."""
     why_not: str = ""
     wrong: bool = False
-    """It ran, and its result is not the heuristic's."""
+    """It ran, and its result differs from the heuristic's."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Outcome:
     key: str
     case: str
     launch: Change
-    """What is better than the heuristic; empty where nothing is."""
+    """The fields that beat the heuristic; empty if none do."""
     us: float
     heuristic_us: float
     trials: list[Trial]
@@ -110,7 +110,7 @@ class Contest:
         return Run(config, gradients)
 
     def results(self, run: Run) -> dict[str, torch.Tensor]:
-        """What a run from the first state leaves."""
+        """The results of a run from the first state."""
         call = self.call
         call.state_in.copy_(self.first)
         for x in (call.o, call.snapshots):
@@ -126,7 +126,7 @@ class Contest:
 
 
 def agree(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> str:
-    """Empty if they do; else the first that does not, and by how much."""
+    """Empty if they agree; otherwise the first that does not, and by how much."""
     for name, right in want.items():
         exact, other = right.double(), got[name].double()
         # Rounding to a half type leaves about eps^2 / 22; either result may have twice that error.
@@ -145,7 +145,7 @@ def tune(
     tell: Callable[[str], None],
     in_time: Callable[[], bool] = lambda: True,
 ) -> Outcome:
-    """Search one problem. When `in_time` turns false, what has been found so far meets the heuristic and is kept.
+    """Search one problem. When `in_time` turns false, the best launch so far is timed against the heuristic and kept.
 
     Raises:
         RuntimeError: the heuristic's own launch fails, or the device does.
@@ -195,7 +195,7 @@ def tune(
 
 def gpu_times(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     """By triton.testing.do_bench, which empties the caches before each call. On CUDA and ROCm the launches of a call
-    are replayed as one graph: what Python takes to launch them is none of theirs."""
+    are replayed as one graph, so that Python's time does not count."""
     from triton.testing import do_bench
 
     ready: list[Callable[[], object]] = list(runs)
