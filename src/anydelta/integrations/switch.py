@@ -1,8 +1,8 @@
-"""enable() and disable() of every program: which call counts, and what is put where.
+"""enable() and disable() for every integration: which call decides, and what is replaced.
 
 A `Place` is where something is switched on: all models, or one module. Of the calls of enable() and disable() in force
-there, the one that began last decides. A block's call is in force to the end of the block, in whatever order blocks
-end; any other call for good. A `Patch` is one attribute that holds ours while the place is on.
+there, the one that began last decides. A block's call is in force until the block ends; blocks may overlap. Any other
+call is in force for good. A `Patch` is one attribute that is replaced while the place is on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
 
 LOCK = threading.RLock()
-"""Whoever changes what is switched on holds it."""
+"""Held while anything is switched on or off."""
 MISSING: Any = object()
 
 
@@ -42,7 +42,7 @@ class Switch:
 
     def __enter__(self) -> Switch:
         with LOCK:
-            if not self._calls or self._calls[-1].is_block:  # entered before: a block of its own
+            if not self._calls or self._calls[-1].is_block:  # entered before: make another block
                 self._begin()
             self._calls[-1].is_block = True
         return self
@@ -64,12 +64,12 @@ class _Call:
 
     @property
     def is_for_good(self) -> bool:
-        """Whether nobody can make a block of it, or end it, any more."""
+        """Whether it can no longer become a block, or end."""
         return not self.is_block and (self._switch is None or self._switch() is None)
 
 
 class Place:
-    """Where something is switched on; `change` is told when that turns, and returns what to warn of.
+    """Where something is switched on; `change` is called when that changes, and returns warnings.
 
     Attributes:
         on: whether it is.
@@ -79,12 +79,12 @@ class Place:
         self.on = on
         self._change = change
         self._calls = [_Call(True)] if on else []
-        """Those in force, in the order of their beginning."""
+        """The calls in force, in the order of their beginning."""
 
     def begin(self, call: _Call) -> None:
         self._calls.append(call)
         last = max((i for i, c in enumerate(self._calls) if c.is_for_good), default=0)
-        # Calls for good before another one for good will never decide again.
+        # A permanent call makes earlier permanent calls irrelevant.
         self._calls = [c for i, c in enumerate(self._calls) if i >= last or not c.is_for_good]
         self._settle()
 
@@ -101,10 +101,10 @@ class Place:
 
 
 class Ours(NamedTuple):
-    """What one of our functions carries as its attribute `anydelta`."""
+    """The attribute `anydelta` of our functions."""
 
     function: Callable[..., object]
-    """Which one: wrappers made by functools.wraps have the attribute as well."""
+    """The function itself: wrappers made by functools.wraps have the attribute too."""
     theirs: Any
     """What runs instead while it is off."""
     ours: Callable[..., object]
@@ -123,9 +123,9 @@ def guarded(
     also: Callable[..., bool] | None = None,
     name: str = "",
 ) -> Callable[P, R]:
-    """`ours` while the place is on, or `also` says so of the arguments; else `theirs`.
+    """`ours` while the place is on, or if `also` accepts the arguments; otherwise `theirs`.
 
-    Whoever took hold of the function, or wrapped it, may call it at any time.
+    Code that kept or wrapped the function may call it at any time.
     """
 
     @functools.wraps(theirs, updated=())
@@ -141,20 +141,21 @@ def guarded(
 
 
 def mark(function: object) -> Ours | None:
-    """Of one of our functions; None for all others."""
+    """The attribute of one of our functions; None for all others."""
     found = getattr(function, "anydelta", None)
     return found if isinstance(found, Ours) and found.function is function else None
 
 
 def stock(function: F) -> F:
-    """What was there before ours."""
+    """The function that ours replaced."""
     while (found := mark(function)) is not None:
         function = found.theirs
     return function
 
 
 def held(function: object, owner: object) -> Iterator[Callable[..., object]]:
-    """What a callable of `owner` may run: itself, and what its methods, partials, closures and attributes hold."""
+    """The functions that a callable of `owner` may run: itself, and those in its methods, partials, closures and
+    attributes."""
     seen: set[int] = set()
     rest = [function]
     while rest:
@@ -188,7 +189,7 @@ class Patch:
         self._inherited = False
 
     def learn(self) -> bool:
-        """Look at what is there now. Returns whether that was unknown."""
+        """Look at the present attribute. Returns whether it was unknown."""
         here = getattr(self.owner, self.name, MISSING)
         if self.ours is not MISSING and (here is self.theirs or here is self.ours):
             return False
@@ -201,7 +202,7 @@ class Patch:
         setattr(self.owner, self.name, self.ours)
 
     def take(self) -> list[str]:
-        """Put back what was there, unless ours is not. Returns what to warn of."""
+        """Restore the original, unless ours was replaced. Returns warnings."""
         if vars(self.owner).get(self.name) is not self.ours:
             return [
                 f"anydelta: {self.owner.__name__}.{self.name} was replaced by someone else since enable(), and stays "
@@ -215,7 +216,7 @@ class Patch:
 
 
 def turn(patches: Iterable[Patch], on: bool) -> list[str]:
-    """Put ours in place, or take it out. Returns what to warn of."""
+    """Put ours in place, or take it out. Returns warnings."""
     if not on:
         return [message for patch in patches for message in patch.take()]
     for patch in patches:
@@ -224,7 +225,7 @@ def turn(patches: Iterable[Patch], on: bool) -> list[str]:
 
 
 def warn(message: str) -> None:
-    """A RuntimeWarning at the line outside of this package that led here."""
+    """Raise a RuntimeWarning at the calling line outside of this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("anydelta."):
         frame, level = frame.f_back, level + 1

@@ -2,17 +2,16 @@
 
     import anydelta.integrations.mlx_lm as adm
 
-    adm.enable()                  # every model, loaded already or not yet
+    adm.enable() # every model, loaded already or not yet
     with adm.enable(): ...        # for the length of the block
     adm.disable()                 # what mlx-lm had before
 
-Each model module of mlx-lm looks up `gated_delta_update` by name when a layer runs; `enable()` puts ours there. A call
-that anydelta does not take goes on to the function that was there, and `status()` says which and why.
+Each model module of mlx-lm looks up `gated_delta_update` by name when a layer runs; `enable()` replaces that name. A
+call that anydelta does not take falls back to mlx-lm's function, and `status()` says which and why.
 
 `enable()` also lets these models draft: mlx-lm's `speculative_generate_step` (and `generate` and `stream_generate` with
-a `draft_model`) requires caches that can be trimmed, which a recurrent state cannot. Ours gives each linear attention
-layer a `RollbackCache` for the time of the generation. `make_prompt_cache(model, rollback=8)` makes such caches for
-loops of one's own.
+a `draft_model`) requires caches that can be trimmed, and a recurrent state cannot. During a generation, each linear
+attention layer gets a `RollbackCache`. `make_prompt_cache(model, rollback=8)` makes such caches for your own loops.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ _INSTALL = "pip install 'anydelta[mlx-lm]'"
 
 @dataclass(frozen=True)
 class Status:
-    """Whether ours are in place, and what became of the calls since the process began."""
+    """Whether anydelta is enabled, and what became of the calls since the process began."""
 
     mlx_lm: str
     enabled: bool
     families: tuple[str, ...]
-    """Those that this mlx-lm has."""
+    """The families that this mlx-lm has."""
     taken: int
     """Calls that anydelta ran."""
     passed_on: dict[str, int] = field(default_factory=dict)
-    """Calls that went on to mlx-lm, by reason."""
+    """Calls that fell back to mlx-lm, by reason."""
     left: dict[str, str] = field(default_factory=dict)
     """Families that are left as they are, or in part, and why."""
 
@@ -64,8 +63,8 @@ class Status:
 def enable() -> Switch:
     """Run the linear attention of mlx-lm's models on anydelta. Enabling twice is enabling once.
 
-    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
-    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
+    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, and blocks may overlap: of all
+    calls of `enable` and `disable` in force, in all threads, the one that began last decides.
 
     Raises:
         ImportError: mlx or mlx-lm is missing.
@@ -76,8 +75,8 @@ def enable() -> Switch:
 def disable() -> Switch:
     """Undo `enable()`: mlx-lm gets back what it had. Nothing happens if it was not enabled.
 
-    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
-    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+    A plain call ends plain calls of `enable` and turns off running blocks; a later `enable` is on again. A block (`with
+    disable():`) turns off what began before it, until it ends.
 
     Raises:
         ImportError: as `enable`.
@@ -102,8 +101,8 @@ def status() -> Status:
 def make_prompt_cache(model: Module, rollback: int) -> list[_BaseCache]:
     """A prompt cache whose last `rollback` tokens mlx-lm's `trim_prompt_cache` can take back, exactly.
 
-    Memory: per linear attention layer and sequence, `rollback` states more than mlx-lm's cache. Whatever calls the
-    model must do so while anydelta is enabled.
+    Memory: per linear attention layer and sequence, `rollback` states more than mlx-lm's cache. Code that calls the
+    model with it must do so while anydelta is enabled.
 
     Raises:
         ValueError: rollback < 1, or a layer's cache cannot be made so.
@@ -155,7 +154,7 @@ def _guarded(
 
 @functools.cache
 def _families() -> tuple[list[Found], dict[str, str]]:
-    """What the running mlx-lm has, looked at once."""
+    """The families of the installed mlx-lm, looked up once."""
     try:
         for name in ("mlx.core", "mlx_lm"):
             importlib.import_module(name)
@@ -211,7 +210,7 @@ def _drafting(theirs: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
         call.arguments["prompt_cache"] = caches
         try:
             yield from theirs(*call.args, **call.kwargs)
-        finally:  # what could be taken back no longer can: the caller's caches are as mlx-lm made them
+        finally:  # the caller's caches are mlx-lm's own again; nothing can be taken back any more
             for place, cache in plain.items():
                 hand_over(caches[place], cache)
                 caches[place] = cache
@@ -220,7 +219,7 @@ def _drafting(theirs: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
 
 
 def _make_trimmable(caches: list[_BaseCache], models: list[Module], rollback: int) -> dict[int, _BaseCache]:
-    """Put a RollbackCache in the place of each linear attention layer's cache. Returns those that were there."""
+    """Replace each linear attention layer's cache by a RollbackCache. Returns the replaced caches."""
     ArraysCache = importlib.import_module("mlx_lm.models.cache").ArraysCache
     kinds = tuple(f.layer for f in _families()[0] if f.layer is not None)
     layers = [layer for model in models for layer in model.layers]

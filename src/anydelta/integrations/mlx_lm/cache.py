@@ -1,8 +1,8 @@
 """RollbackCache: the cache of a linear attention layer of mlx-lm that can take back its last tokens.
 
 mlx-lm's ArraysCache holds the inputs that the convolutions still need and the recurrent state, both as they are after
-the last token. This one also keeps the states after the tokens before it, which the kernel writes on its way (the
-snapshots of `anydelta.mlx.gated_delta_rule`), and the convolutions' inputs. `trim(n)` picks; nothing is computed.
+the last token. This one also keeps earlier states (the snapshots of `anydelta.mlx.gated_delta_rule`) and the
+convolutions' inputs. `trim(n)` chooses among them; nothing is computed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mlx_lm.models.cache import ArraysCache
 class RollbackCache(ArraysCache):
     """An ArraysCache that can be trimmed: one slot per convolution, the recurrent state in the last.
 
-    Whoever changes it otherwise than by running a layer while anydelta is enabled (padding on the right, `filter`,
-    `extend`, an assignment) leaves a point beyond which there is no way back.
+    A change other than running a layer while anydelta is enabled (padding on the right, `filter`, `extend`, an
+    assignment) cannot be taken back.
 
     Args:
         size: slots, as of ArraysCache.
@@ -39,7 +39,7 @@ class RollbackCache(ArraysCache):
 
     @classmethod
     def of(cls, cache: ArraysCache, depth: int) -> RollbackCache:
-        """One that goes on from what an ArraysCache holds."""
+        """A cache that goes on from the contents of an ArraysCache."""
         out = cls(len(cache.cache), depth)
         hand_over(cache, out)
         out._forget()
@@ -57,7 +57,7 @@ class RollbackCache(ArraysCache):
         return len(self._past)
 
     def record(self, step: Step) -> None:
-        """Take over what a layer leaves behind."""
+        """Store the results of a layer."""
         depth, before = self.depth, self.cache[-1]
         self.cache = [*step.windows, step.states[0]]
         if self.lengths is not None or len(step.states) < min(step.tokens, depth + 1):
@@ -110,7 +110,7 @@ class RollbackCache(ArraysCache):
 
     @property
     def state(self) -> Any:
-        return super().state  # whatever this mlx-lm takes for it
+        return super().state  # in the form that this mlx-lm takes
 
     @state.setter
     def state(self, v: list[mx.array | None]) -> None:
@@ -136,11 +136,11 @@ class RollbackCache(ArraysCache):
 
 
 def hand_over(cache: ArraysCache, to: ArraysCache) -> None:
-    """What one cache holds, to another."""
+    """Move the contents of one cache to another."""
     to.cache, to.left_padding, to.lengths = list(cache.cache), cache.left_padding, cache.lengths
 
 
-# mlx-lm's prompt cache files name the class of each cache, and only its own can be loaded: a plain one, there.
+# mlx-lm's prompt cache files name the class of each cache, and only mlx-lm's classes can be loaded: name the plain one.
 RollbackCache.__name__ = ArraysCache.__name__
 
 

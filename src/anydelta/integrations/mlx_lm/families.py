@@ -1,7 +1,7 @@
-"""The model families of mlx-lm: one table, and what the mlx-lm that runs has of it.
+"""The model families of mlx-lm: one table, and which of them the installed mlx-lm has.
 
-A family is a module of mlx_lm.models that calls `gated_delta_update`. It is found by that name, so that one without a
-row here has the rule as well. A row says where its layers keep their states, which drafting needs.
+A family is a module of mlx_lm.models that calls `gated_delta_update`. It is found by that name, so families without a
+row have the rule too. A row says where layers keep their states, which drafting needs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FAMILIES: tuple[Family, ...] = (
 
 RULE = "gated_delta_update"
 _ARGUMENTS = ["q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "mask"]
-"""Of mlx-lm's gated_delta_update, in this order; more may follow."""
+"""The arguments of mlx-lm's gated_delta_update, in this order; more may follow."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Found:
 
 
 def look() -> tuple[list[Found], dict[str, str]]:
-    """The families that fit, and of the others why they are left as they are."""
+    """The families that fit, and the reasons why others are left as they are."""
     rows = {f.name: f for f in FAMILIES}
     found, left = [], {}
     for name in dict.fromkeys((*rows, *_callers())):
@@ -88,7 +88,7 @@ def look() -> tuple[list[Found], dict[str, str]]:
 
 
 def _callers() -> list[str]:
-    """The modules of mlx_lm.models whose text names the function, but for the one that defines it."""
+    """The modules of mlx_lm.models whose text names the function, without the one that defines it."""
     spec = importlib.util.find_spec("mlx_lm.models")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
@@ -97,7 +97,7 @@ def _callers() -> list[str]:
 
 
 def _parameters(function: Callable[..., object]) -> list[str]:
-    """Of what is there now, ours or theirs: functools.wraps leads to theirs."""
+    """The signature of the present function; functools.wraps leads from ours to theirs."""
     try:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

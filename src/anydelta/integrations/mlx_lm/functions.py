@@ -1,4 +1,4 @@
-"""What stands in for mlx-lm's `gated_delta_update`, and around its linear attention layers."""
+"""Replacements for mlx-lm's `gated_delta_update` and the calls of its linear attention layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Forward = Callable[..., "mx.array"]
 def update(
     theirs: Callable[..., tuple[mx.array, mx.array]], taken: Counter[str], passed_on: Counter[str]
 ) -> Update:
-    """gated_delta_update on anydelta; `theirs` runs what that does not take."""
+    """gated_delta_update on anydelta, with `theirs` as the fallback."""
 
     @functools.wraps(theirs)
     def gated_delta_update(
@@ -110,8 +110,8 @@ def layer(theirs: Forward, convolutions: tuple[str, ...]) -> Forward:
         self: Module, x: mx.array, mask: mx.array | None = None, cache: _BaseCache | None = None
     ) -> mx.array:
         if mask is None and hasattr(self, "_decode_core"):
-            # Without a mask such a layer compiles its decode step on Metal, with the functions and for the cache of
-            # the day that it does: it would go on to run ours, and cannot take a Step.
+            # Without a mask such a layer compiles its decode step on Metal with the present functions and cache. It
+            # would keep running ours after disable(), and cannot take a Step.
             mask = mx.ones(x.shape[:2], mx.bool_)
         if not isinstance(cache, RollbackCache):
             return theirs(self, x, mask, cache)

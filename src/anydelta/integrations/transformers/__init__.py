@@ -10,8 +10,8 @@
 Transformers looks up four functions by name each time a linear attention layer runs (the rule over a whole
 sequence, the rule for one token, and the causal convolution in the same two forms). `enable()` puts ours in
 their place in the modules; `enable(model)` gives each layer of the model a class whose forward finds ours instead. A
-call that anydelta does not take goes on to the function that was there. `status()` says what is replaced, how
-many calls were taken, and why the others were not.
+call that anydelta does not take falls back to the original function. `status()` says what is replaced, how many calls
+were taken, and why the others were not.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class _Bound:
         )
 
     def dress(self, base: type) -> type:
-        """The class that `enable(model)` gives a layer, or a part that generates, in the place of `base`."""
+        """The class that `enable(model)` gives a layer, or a part that generates, instead of `base`."""
         if _classes.is_dressed(base):
             return base
         self.learn()

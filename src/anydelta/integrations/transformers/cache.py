@@ -64,6 +64,7 @@ class RollbackCache(DynamicCache):
 
     @property
     def rollback(self) -> int:
+        """How many tokens `crop` can take back while the cache records."""
         return max((layer.rollback for layer in _rolling(self)), default=0)
 
     @rollback.setter
@@ -106,7 +107,7 @@ class RollbackCache(DynamicCache):
 
 
 def with_rollback(cache: Cache, config: PreTrainedConfig | None = None) -> Cache:
-    """Put layers that can roll back in the place of an empty cache's; returns the cache. `config` is the model's."""
+    """Put layers that can roll back instead of an empty cache's; returns the cache. `config` is the model's."""
     text = None if config is None else config.get_text_config(decoder=True)
     end = getattr(text, "eos_token_id", None)
     for i, layer in enumerate(cache.layers):

@@ -5,7 +5,7 @@
 
 A decode step is mostly one row times each weight. torch's F.linear gives float32 to MKL, which multiplies one row on
 one thread; oneDNN, which torch brings along for torch.compile, takes all threads (`anydelta bench matrices`). The sums
-are the same but for their order.
+are the same except for their order.
 
 That is not so on every CPU: with AMX, torch's own bfloat16 matrices are as fast or faster. So each shape is measured
 first, for one row and for many, and is packed only for what that makes faster.

@@ -123,6 +123,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(x.nbytes for x in self.tensors.values())
 
     def cache(self, config: PreTrainedConfig, rollback: int = ROLLBACK) -> RollbackCache:
