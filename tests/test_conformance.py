@@ -148,7 +148,7 @@ def test_the_list_has_ggmls(kda: bool) -> None:
 
 
 def test_the_list_covers_the_contract() -> None:
-    """DESIGN.md, section 7, item by item."""
+    """Every kind of case that the list must have."""
 
     def some(**fields: Any) -> bool:
         return any(all(getattr(c, k) == v for k, v in fields.items()) for c in CASES)

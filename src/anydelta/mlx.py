@@ -7,12 +7,12 @@
 
 Gradients (mx.grad, mx.vjp) are computed by the CPU's backward pass, on an Apple GPU too.
 
-MLX arrays are values: nothing that a caller holds ever changes. So there is no in-place form, a new state is a new
-array, and so are the snapshots.
+MLX arrays are values: arrays of the caller never change. There is no in-place form; states and snapshots are new
+arrays.
 
-Where the stream runs on the CPU, the native CPU kernel reads the arrays where they lie (MLX's buffer protocol, no copy)
-and writes into new ones. It needs their values, so a call there computes its inputs and itself at once: MLX's laziness
-ends at it, and inside mx.compile or mx.vmap, where arrays have no values, it is refused.
+If the stream runs on the CPU, the native CPU kernel reads the arrays in place (buffer protocol, no copy) and writes new
+ones. It needs their values: a call evaluates its inputs and itself at once, and is refused inside mx.compile or
+mx.vmap, where arrays have no values.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _inputs = reader(INPLACE.arguments)
 
 @dataclass(slots=True)
 class _Chosen:
-    """What is known of calls on arrays of these shapes and dtypes before their values are."""
+    """What is known about calls on arrays of these shapes and dtypes without their values."""
 
     spec: CallSpec
     backend: dispatch.Backend
     rest: Rest
     native: object = None
-    """What a backend whose calls become part of MLX's graph has prepared."""
+    """Prepared by a backend whose calls become part of MLX's graph."""
 
 
 def gated_delta_rule(
@@ -85,9 +85,9 @@ def gated_delta_rule(
     """As `anydelta.gated_delta_rule`, which describes the arguments, on MLX arrays.
 
     Args:
-        snapshots: how many of the last states to return (slots that no token reaches hold zeros), or an array
-            [Ks, N, HV, K, V] whose slots are returned as they were where nothing new belongs. Slot 0 is the state after
-            the last token, slot s that of s tokens earlier.
+        snapshots: how many of the last states to return (unreached slots are zeros), or an array [Ks, N, HV, K, V]
+            whose unreached slots are returned unchanged. Slot 0 is the state after the last token, slot s that of s
+            tokens earlier.
 
     Returns:
         o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] or None; with `snapshots` a third, the snapshots
@@ -95,8 +95,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError, TypeError: an invalid call; nothing was computed.
-        UnsupportedError: the named backend cannot run it, or the arrays have no values because mx.compile or mx.vmap
-            follows the call.
+        UnsupportedError: the named backend cannot run it, or the arrays have no values inside mx.compile or mx.vmap.
         RuntimeError: mx.jvp, a gradient of a gradient, or a gradient beside snapshots is asked for; there is none.
     """
     options = Options(
@@ -278,7 +277,7 @@ def _compute(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[m
     return [_as(x, dtype) for x, dtype in results if x is not None]
 
 
-# ---- MLX's memory. NumPy has no bfloat16: such memory is uint16 until it is handed out.
+# ---- MLX's memory. NumPy has no bfloat16, so such memory is uint16 inside.
 
 
 def _empty(shape: Sequence[int], dtype: str) -> mx.array:
@@ -305,7 +304,7 @@ def _slots(call: Call, spec: CallSpec, state: tuple[int, ...]) -> mx.array:
 
 
 def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
-    """For a backend that does not read MLX arrays: it gets their memory as NumPy arrays."""
+    """Run a backend that does not read MLX arrays: it gets their memory as NumPy arrays."""
     spec, name = chosen.spec, chosen.backend.name
     bfloat16: Any = None
     if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):

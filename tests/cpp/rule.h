@@ -457,7 +457,7 @@ Expected<X> expect(const Call& x) {
 // ---------------------------------------------------------------------------------------------------------------
 // comparing
 
-constexpr double CONTRACT = 1e-7;  // DESIGN.md, 7: float32 NMSE
+constexpr double CONTRACT = 1e-7;  // of the NMSE in float32
 // What the kernels reach on these well-behaved cases with room to spare: an error that hides below the contract,
 // such as a forgotten eps, still shows.
 constexpr double TIGHT = 1e-10;

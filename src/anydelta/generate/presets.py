@@ -1,8 +1,7 @@
 """Models of true shape with random weights, for `anydelta bench model`; and the repository's trained one.
 
-A preset is a configuration of Transformers under a name. The larger ones are cut, because a full one is far
-beyond the memory of the machines that this benchmark is for: fewer layers, fewer experts to choose from (a token still
-goes through as many of them as in the full model), and fewer words. What is cut stands in the record.
+A preset is a configuration of Transformers under a name. The larger ones are cut to fit into memory: fewer layers,
+fewer experts (a token still uses as many as in the full model), and fewer words. The record says what was cut.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Preset:
     """The class of the configuration."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     cut: str = ""
-    """What is missing against the model of that name."""
+    """What was cut from the model of that name."""
     around: str = ""
     """The class of the configuration that this one is a part of, where a text model has no class of its own."""
 
@@ -120,7 +119,7 @@ def build(name: str, dtype: str = "float32", layers: int | None = None, seed: in
         layers: cut it to so many layers.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be opened, a package that is missing, or a cut that is none.
+        CheckpointError: a checkpoint that cannot be opened, a missing package, or a cut that removes nothing.
     """
     preset = next((p for p in PRESETS if p.name == name), None)
     if preset is None:
@@ -167,7 +166,7 @@ def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
 
 
 def _slow_decays(model: PreTrainedModel) -> None:
-    """Let the states remember, as trained ones do: freshly initialised they forget within a token or two.
+    """Set decays with a long memory, as trained models have: fresh ones forget within a token or two.
 
     A check of the results would then hardly see the state. As in Mamba 2: a time step drawn from 0.001 to 0.1 on a
     logarithmic scale, through the inverse of softplus, with A from 1 to 16.
