@@ -409,9 +409,16 @@ def test_a_class_without_the_rule(program: Any, tmp_path: Path, capsys: pytest.C
     assert code == 0
 
 
-def test_no_default_outside_a_checkout(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_is_the_model_of_the_clone_that_one_is_in(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An installed package has no model beside it."""
     monkeypatch.setattr(checkpoint, "REPOSITORY_MODEL", tmp_path)
-    fails(program, "requires --model: the default is examples/tiny_model of a checkout", "x")
+    monkeypatch.chdir(tmp_path)
+    fails(program, "requires --model: the default is examples/tiny_model of a clone", "x")
+    (tmp_path / "examples/tiny_model").mkdir(parents=True)
+    (tmp_path / "examples/tiny_model/config.json").touch()
+    assert checkpoint.default_model() == "examples/tiny_model"
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -70,17 +70,18 @@ class Opened:
 
 
 def default_model() -> str:
-    """The repository's model.
+    """The repository's model: of the clone that the package is in, or of the current folder.
 
     Raises:
-        CheckpointError: this is not a checkout.
+        CheckpointError: neither is a clone.
     """
-    if not (REPOSITORY_MODEL / "config.json").is_file():
-        raise CheckpointError(
-            "requires --model: the default is examples/tiny_model of a checkout of anydelta; got an installed package "
-            "without it. Give --model a folder or a name on the Hugging Face hub, or run from a clone"
-        )
-    return str(REPOSITORY_MODEL)
+    for folder in (REPOSITORY_MODEL, Path("examples/tiny_model")):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise CheckpointError(
+        "requires --model: the default is examples/tiny_model of a clone of anydelta; got a folder without it. "
+        "Give --model a folder or a name on the Hugging Face hub, or run in a clone"
+    )
 
 
 def need_packages() -> None:
