@@ -22,10 +22,18 @@ Json = Annotated[bool, typer.Option("--json", help="The record as JSON on stdout
 
 def register(app: typer.Typer) -> None:
     """Add `gguf` to the command line."""
-    group = typer.Typer(no_args_is_help=True, help="GGUF files: write one, or say what one holds.")
+    group = typer.Typer(no_args_is_help=True, help=HELP)
     group.command("write")(write_command)
     group.command("show")(show_command)
     app.add_typer(group, name="gguf")
+
+
+HELP = """GGUF files: write one, or say what one holds.
+
+Examples:
+  anydelta gguf write examples/tiny_model --type Q8_0 -o tiny-Q8_0.gguf
+  anydelta gguf show tiny-Q8_0.gguf
+"""
 
 
 def write_command(

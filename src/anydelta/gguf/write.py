@@ -185,7 +185,7 @@ def _write(
 
 
 def _stored(t: names.Tensor, kind: Kind, ggml: Library, pool: ThreadPoolExecutor) -> NDArray[Any]:
-    """A tensor as it stands in the file."""
+    """A tensor in the form of the file."""
     import torch
 
     with torch.no_grad():

@@ -5,8 +5,8 @@ are two chains of anydelta.ggml's, one before the mixer and one behind:
 
     x -> norm -> the projections          y, x -> output projection -> + x -> norm -> MLP -> + -> the layer's output
 
-Attention, and linear attention while anydelta is disabled, stay Transformers' modules between the two. Whoever hooks,
-wraps or replaces a part of the layer gets the layer's own forward.
+Attention, and linear attention while anydelta is disabled, stay Transformers' modules between the two. A layer with a
+part that is hooked, wrapped or replaced runs its own forward.
 """
 
 from __future__ import annotations
