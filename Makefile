@@ -97,8 +97,9 @@ format: $(VENV)/.installed ## Format Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Without --quiet, which would hide warnings from --strict.
 docs: $(VENV)/.docs ## Build the site into build/site; a broken link or a missing docstring fails
-	NO_MKDOCS_2_WARNING=1 $(ISOLATE) $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(ISOLATE) $(BIN)/mkdocs build --strict
 
 readme: $(VENV)/.built ## Write the generated tables of README.md and docs/transformers.md anew
 	$(ISOLATE) $(BIN)/anydelta conform --support --json | $(ISOLATE) $(BIN)/python scripts/support_table.py --from - --write README.md

@@ -115,6 +115,26 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
+def slugs(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(
+        r"^#+ (.*)$", prose.unfenced(document.read_text(encoding="utf-8")), re.MULTILINE
+    ):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", plain).replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))
+def test_anchors_exist_on_github_too(document: Path) -> None:
+    """mkdocs makes other anchors of some headings, and `make docs` looks for those."""
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            where = document.parent / target if target else document
+            assert anchor in slugs(where), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names(DOCUMENTS))
 def test_make_targets_and_paths_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")

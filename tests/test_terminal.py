@@ -394,6 +394,17 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     assert err.splitlines() == [" 32% after 16 s: case [1]", " 80% after 40 s: case [1]"]
 
 
+@pytest.mark.parametrize(("variable", "value"), [("FORCE_COLOR", "1"), ("TERM", "dumb")])
+def test_no_bar_goes_to_a_log(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: variable == "TERM", raising=False)
+    with terminal.progress() as tell:
+        tell("x", 0.5)
+    assert capsys.readouterr().err == ""
+
+
 # ---- The end
 
 

@@ -195,7 +195,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     Only `tell` draws, at most ten times a second: a thread that draws would disturb measurements.
     """
     where = console(err=True)
-    if not where.is_terminal:
+    if not sys.stderr.isatty() or where.is_dumb_terminal:  # FORCE_COLOR makes rich take a file for a terminal
         yield _lines_of_progress()
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

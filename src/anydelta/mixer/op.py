@@ -81,20 +81,23 @@ def gated_delta_mixer_(
         conv_state: [N, C, S] of qkv's dtype or float32, C = 2 H K + HV V, S >= W - 1: the last S inputs, the newest
             last (Transformers keeps S = W). Zeros for a new sequence. With `state_indices` a pool [P, C, S].
         state: [N, HV, K, V] float32, bfloat16 or float16, or a pool [P, HV, K, V].
-        g, beta, A_log, dt_bias, lower_bound: the gates, as in `gated_delta_rule`; raw and a logit by default.
-        conv_weight: [C, W]; conv_bias: [C] or None.
+        g: the gate, raw by default; as in `gated_delta_rule`, and so are `decay`, `A_log`, `dt_bias` and `lower_bound`.
+        beta: [B, T, HV], a logit by default (`beta_is_logit`).
+        conv_weight: [C, W].
+        conv_bias: [C] or None.
         activation: of the convolution: "silu" or None.
         allow_neg_eigval: beta = 2 sigmoid(logit), in [0, 2] (fla's name; olmo_hybrid).
         z: the gate of the norm, [B, T, HV * V] or grouped as v, qkv's dtype; None: a norm without gate.
         norm_weight: [V]; None: no norm.
         norm_gate: "silu" (Gated DeltaNet) or "sigmoid" (Kimi Delta Attention).
-        mask: [B, T] bool: a False token is as if it were not there: neither state sees it, its output is zero.
-        snapshots: [Ks, N, HV, K, V], conv_snapshots: [Ks, N, C, S], written: both states after the last token, and s
-            tokens earlier, as in `gated_delta_rule`.
+        mask: [B, T] bool: a False token does not exist: neither state sees it, its output is zero.
+        snapshots: [Ks, N, HV, K, V], written: the state after the last token, and s tokens earlier, as in
+            `gated_delta_rule`.
+        conv_snapshots: [Ks, N, C, S], written: the conv states of the same tokens.
         snapshot_indices: [Ks, N], for pools (with `state_indices`): the rows of both pools that the last states go to,
             the only ones that are written; beside `snapshots` [1, N], for the final states; as in `gated_delta_rule_`.
-        scale, heads, qk_l2norm, qk_l2norm_eps, state_layout, cu_seqlens, state_indices, backend: as in
-            `gated_delta_rule`.
+        scale: as in `gated_delta_rule`, and so are `heads`, `qk_l2norm`, `qk_l2norm_eps`, `state_layout`,
+            `cu_seqlens`, `state_indices` and `backend`.
 
     Returns:
         [B, T, HV * V] in qkv's dtype: what the output projection takes.
