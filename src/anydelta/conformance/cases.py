@@ -146,7 +146,7 @@ class Case:
             ),
             (self.scattered and self._rows_left() < 0, "scattered needs a row of the pool for each snapshot"),
             (self.scattered and self.elsewhere, "scattered says where all snapshots go, elsewhere one"),
-            (bool(self.erase) and (self.logit or self.beta != "mid"), "erase stands in the place of beta"),
+            (bool(self.erase) and (self.logit or self.beta != "mid"), "erase replaces beta"),
             (self.noA and (self.lower_bound is None or self.decay != "raw"), "noA goes with a lower bound"),
             (self.key in NORMED_KEYS and not self.l2norm, "such keys go with l2norm"),
             (self.nofinal and self.inplace, "nofinal goes with the functional op"),

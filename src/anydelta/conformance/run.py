@@ -119,7 +119,7 @@ def targets(
     known = [isa for names in offered.values() for isa in names]
     for isa in only_isas:
         if isa not in known:
-            names = ", ".join(dict.fromkeys(known)) or "of which there is none"
+            names = ", ".join(dict.fromkeys(known)) or "but there is none"
             raise ValueError(f"isa must be one that runs on this machine, {names}; got {isa!r}")
     out = []
     for name in backends:

@@ -45,23 +45,29 @@ def generate_command(
     min_new_tokens: Annotated[int | None, _option("--min-new-tokens", "How many at least.")] = None,
     do_sample: Annotated[
         bool | None,
-        _option("--do-sample/--greedy", "Draw tokens, or take the likeliest. Default: the model's."),
+        _option("--do-sample/--greedy", "Sample tokens, or take the likeliest. Default: the model's."),
     ] = None,
-    temperature: Annotated[float | None, _option("--temperature", "Below 1: safer, above: bolder.")] = None,
-    top_k: Annotated[int | None, _option("--top-k", "Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, _option("--top-p", "Draw from the likeliest that make up p.")] = None,
-    min_p: Annotated[float | None, _option("--min-p", "Draw from those above p times the likeliest.")] = None,
+    temperature: Annotated[
+        float | None, _option("--temperature", "Below 1: less random; above 1: more random.")
+    ] = None,
+    top_k: Annotated[int | None, _option("--top-k", "Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, _option("--top-p", "Sample from the likeliest tokens with a total probability of p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, _option("--min-p", "Sample from tokens above p times the likeliest probability.")
+    ] = None,
     typical_p: Annotated[float | None, _option("--typical-p", "Locally typical sampling.")] = None,
     repetition_penalty: Annotated[
         float | None, _option("--repetition-penalty", "Above 1: tokens seen before become less likely.")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None, _option("--no-repeat-ngram-size", "No run of so many tokens occurs twice.")
+        int | None, _option("--no-repeat-ngram-size", "No sequence of so many tokens occurs twice.")
     ] = None,
     stop_strings: Annotated[
         list[str] | None, _option("--stop-strings", "End after this text (repeat for more).")
     ] = None,
-    seed: Annotated[int | None, _option("--seed", "Where the drawing starts.")] = None,
+    seed: Annotated[int | None, _option("--seed", "Seed of the random draws.")] = None,
     chat: Annotated[
         bool, _option("--chat", "The prompt is a user's message in the model's chat form.")
     ] = False,
@@ -98,9 +104,9 @@ def generate_command(
     plain: Annotated[bool, _option("--plain", "Transformers alone, without anydelta.")] = False,
     compare: Annotated[
         bool,
-        _option("--compare", "Write it with Transformers alone and with anydelta; exit 1 if they differ."),
+        _option("--compare", "Write with Transformers alone and with anydelta; exit 1 if the texts differ."),
     ] = False,
-    as_json: Annotated[bool, _option("--json", "Only the record of the run, as JSON on stdout.")] = False,
+    as_json: Annotated[bool, _option("--json", "Print only the record of the run, as JSON.")] = False,
 ) -> None:
     """Continue a prompt with a model of Transformers, on anydelta.
 

@@ -45,15 +45,15 @@ def tune_command(
     ] = "bfloat16,float32",
     gradients: Annotated[bool, typer.Option("--gradients", help="The backward pass too.")] = False,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:1, xpu, ...")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Rounds in which launches take turns.")] = 7,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")] = 7,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", help="Try nothing new after so long; what was found is kept.")
+        float | None, typer.Option("--seconds", help="Stop after so many seconds and keep what was found.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of tables. Default: the user's.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Time nothing: compile all that would be tried, and list it.")
+        bool, typer.Option("--dry-run", help="Only compile what would be tried, and list it.")
     ] = False,
     target: Annotated[
         str | None,

@@ -170,7 +170,7 @@ def on_devices(
                 DevicesRecord(label, kda, name, len(us), middle, low, high, staged, error, others)
             )
     measured.notes.append(
-        "float32, one sequence, in place; H = 16, HV = 32, K = V = 128 but for the tiny call"
+        "float32, one sequence, in place; H = 16, HV = 32, K = V = 128, except for the tiny call"
     )
     return measured
 

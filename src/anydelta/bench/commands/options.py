@@ -26,7 +26,9 @@ PLOTS = (".svg", ".png", ".pdf")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 Md = Annotated[bool, typer.Option("--md", help="Print Markdown.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Write there: .json, .csv or .md.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Write the report to this file: .json, .csv or .md.")
+]
 Rounds = Annotated[int, typer.Option("--rounds", "-r", help="Interleaved rounds.")]
 SampleMs = Annotated[float, typer.Option("--sample-ms", help="Length of one sample.")]
 Threads = Annotated[str, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2.")]

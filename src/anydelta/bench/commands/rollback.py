@@ -261,9 +261,9 @@ def rollback_command(
     layers: Annotated[int, typer.Option("--layers", help="Linear attention layers of the model.")] = 36,
     tokens: Annotated[int, typer.Option("--tokens", "-T", help="Tokens of a verification.")] = 4,
     snapshots: Annotated[
-        int, typer.Option("--snapshots", "-K", help="States that a log may go back among.")
+        int, typer.Option("--snapshots", "-K", help="How many states a log can go back to.")
     ] = 16,
-    kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
+    kda: Annotated[bool, typer.Option("--kda", help="Gates per key channel (KDA).")] = False,
     decay: Annotated[str, typer.Option("--decay", help="mild, initialised or trained.")] = "mild",
     threads: Annotated[int, typer.Option("--threads", "-t", help="Number of threads.")] = 1,
     rounds: Rounds = 15,

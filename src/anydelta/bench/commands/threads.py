@@ -87,7 +87,7 @@ def shared_threads(
     import torch
 
     settings = settings or Settings()
-    measured = Measured("The operator and torch's matmuls in turns", describe_machine(), settings)
+    measured = Measured("The operator and torch's matmuls interleaved", describe_machine(), settings)
     core = extension()
     providers = [True, False] if core.thread_provider(True) != "own" else [False]
     if len(providers) == 1:
