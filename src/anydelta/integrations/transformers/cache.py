@@ -5,10 +5,9 @@
     model(ids, past_key_values=cache)
     cache.crop(-3)                           # as if the last three tokens had never been
 
-A KV cache forgets tokens by dropping columns. A recurrent state cannot, so while the past is recorded the rule
-writes the state after each token (the operator's `snapshots`) and `crop` goes back to one of them; nothing is
-computed, and no state is copied. `enable()` in .transformers has `generate` use this cache where tokens may be
-dropped.
+A KV cache drops tokens by dropping columns. A recurrent state cannot. While the past is recorded, the rule writes the
+state after each token (the operator's `snapshots`), and `crop` returns to one of them; nothing is computed or copied.
+While enabled, `generate` uses this cache where tokens may be dropped.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CACHES = ("cache", "cache_params", "past_key_values")
-"""What models and layers call their cache: the first from Transformers 5.24 on."""
+"""Names of the cache argument of models and layers; the first from Transformers 5.24 on."""
 CACHE = next(
     name
     for name in CACHES
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
-"""What models call it in this Transformers."""
+"""Its name in this Transformers."""
 POSITIONS = "position_ids"
 """Where Transformers 5.20 keeps qwen4_exp's positions of all tokens: an attribute of the cache itself."""
 ROLLBACK = 8
@@ -45,7 +44,7 @@ class RollbackCache(DynamicCache):
     Args:
         config: the model's.
         rollback: how many of the last tokens can be dropped while the past is recorded. Every layer keeps that many
-            states and one; tokens dropped free theirs.
+            states plus one; dropped tokens free theirs.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class RollbackCache(DynamicCache):
         self.config = config
         self.rollback = rollback
         self.is_assistants = False
-        """Whether it belongs to a model that drafts, in `generate`."""
+        """Whether it belongs to a drafting model in `generate`."""
 
     @property
     def rollback(self) -> int:
@@ -75,17 +74,17 @@ class RollbackCache(DynamicCache):
             layer.rollback = tokens
 
     def skip(self, tokens: int) -> None:
-        """Keep no states for so many coming tokens: a prompt, which nobody will drop."""
+        """Keep no states for so many coming tokens: a prompt, which is never dropped."""
         for layer in _rolling(self):
             layer.skip = max(0, tokens)
 
     def allow(self, drafts: int) -> None:
-        """Let one forward record so many tokens, though it be more than `rollback`."""
+        """Let one forward record so many tokens, also more than `rollback`."""
         for layer in _rolling(self):
             layer.drafts = drafts
 
     def stop_recording(self) -> None:
-        """Go on as a plain cache, which decodes in place, until `activate_past_recording` is called again."""
+        """Become a plain cache, which decodes in place, until `activate_past_recording` is called again."""
         for layer in self.layers:
             if isinstance(layer, RollbackLayer | RollbackWindow) and layer.record_past:
                 layer.keep_newest()
@@ -93,7 +92,7 @@ class RollbackCache(DynamicCache):
                 layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last n tokens for -n; every layer or none.
+        """crop(-n) drops the last n tokens, in every layer or in none.
 
         Raises:
             RuntimeError: no past is recorded.
@@ -107,7 +106,7 @@ class RollbackCache(DynamicCache):
 
 
 def with_rollback(cache: Cache, config: PreTrainedConfig | None = None) -> Cache:
-    """Put layers that can roll back instead of an empty cache's; returns the cache. `config` is the model's."""
+    """Replace the layers of an empty cache by layers that can roll back; returns the cache. `config` is the model's."""
     text = None if config is None else config.get_text_config(decoder=True)
     end = getattr(text, "eos_token_id", None)
     for i, layer in enumerate(cache.layers):
@@ -191,7 +190,7 @@ class RollbackWindow(DynamicSlidingWindowLayer):
             self.cumulative_length += tokens_to_remove
 
     def keep_newest(self) -> None:
-        """Let go of what is before the window."""
+        """Drop what is before the window."""
         if self.is_initialized and (window := self.sliding_window - 1):
             self.keys, self.values = (
                 self.keys[..., -window:, :].clone(),
@@ -217,7 +216,7 @@ class RollbackLayer(LinearAttentionLayer):
         self.token_before = 0
         """In windows of tokens, such as those of n-grams: what stands before the first one."""
         self._tokens: float = math.inf
-        """Recorded since the layer was empty; inf: it was not when recording began."""
+        """Tokens recorded since the layer was empty; inf if it was not empty when recording began."""
 
     @property
     def is_croppable(self) -> bool:
@@ -234,11 +233,11 @@ class RollbackLayer(LinearAttentionLayer):
     # ---- What the forward of a linear attention layer calls
 
     def begin(self, state_idx: int = 0) -> None:
-        """A forward begins, of which the layer's own code will run: take note of the states before it."""
+        """A forward of the layer's own code begins: note the states before it."""
         if self.record_past:
             self._past[state_idx].start(*self._states(state_idx))
             window = self.conv_states[state_idx]
-            if window is not None:  # the convolution of one token may roll it in place
+            if window is not None:  # the convolution of one token may shift it in place
                 self.conv_states[state_idx] = window.clone()
 
     def pools(
@@ -249,7 +248,7 @@ class RollbackLayer(LinearAttentionLayer):
         tokens: int,
         state_idx: int = 0,
     ) -> Pools:
-        """Where the mixer finds both states before `tokens` tokens, and puts those after the last of them.
+        """The places for the mixer of both states before `tokens` tokens and after the last of them.
 
         `state` and `window` are the shapes [B, HV, K, V] and [B, C, k]; zeros, unless the layer has seen tokens. The
         caller then says `adopt`.
@@ -259,7 +258,7 @@ class RollbackLayer(LinearAttentionLayer):
         return past.rows(tokens, *self._recorded(tokens))
 
     def adopt(self, state_idx: int = 0) -> None:
-        """Go on from what the mixer put into the pools."""
+        """Continue from what the mixer wrote into the pools."""
         past = self._past[state_idx]
         self._count(past.tokens)
         past.end()
@@ -278,7 +277,7 @@ class RollbackLayer(LinearAttentionLayer):
         conv_kernel_size: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Append columns [B, C, T]; returns them behind those that the convolution still sees."""
+        """Append columns [B, C, T]; returns them after those that the convolution still needs."""
         if not self.record_past:
             full = super().update_conv_state(
                 conv_states, state_idx, conv_kernel_size=conv_kernel_size, **kwargs
@@ -303,13 +302,14 @@ class RollbackLayer(LinearAttentionLayer):
         return full
 
     def can_record(self, state_idx: int = 0) -> bool:
-        """Whether the convolution's window is known: a layer that has none, or says it last, cannot be rolled back."""
+        """Whether the convolution's window is known: a layer without one, or that sets it last, cannot be rolled
+        back."""
         return self.conv_states[state_idx] is not None
 
     def snapshots(
         self, shape: tuple[int, ...], like: torch.Tensor, tokens: int, state_idx: int = 0
     ) -> torch.Tensor:
-        """Where the rule shall write the states after the last of `tokens` tokens: [n, *shape], newest first.
+        """Room for the states after the last of `tokens` tokens: [n, *shape], newest first.
 
         The state before them may be read while these are written; `update_recurrent_state(result[0])` adopts them.
         """
@@ -346,7 +346,7 @@ class RollbackLayer(LinearAttentionLayer):
         self._tokens += tokens
 
     def _recorded(self, tokens: int) -> tuple[int, int]:
-        """Of how many tokens' states are kept, and how many states at most."""
+        """How many tokens' states are kept, and how many states at most."""
         limit = max(self.rollback, min(self.drafts, tokens)) + 1
         return min(max(1, tokens - self.skip), limit), limit
 
@@ -382,10 +382,10 @@ class RollbackLayer(LinearAttentionLayer):
         self._tokens = math.inf
 
     def keep_newest(self) -> None:
-        """Let go of all states but the newest, and of their memory."""
+        """Drop all states except the newest, and their memory."""
         self._change(torch.clone)
 
-    # ---- Changes of the batch: what comes out is the oldest state that can be reached
+    # ---- Changes of the batch: the result becomes the oldest state that can be reached
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -411,7 +411,8 @@ class RollbackLayer(LinearAttentionLayer):
 
 
 class Pools(NamedTuple):
-    """What `gated_delta_mixer_` takes to record: both pools, the rows to read [B] and the rows to write [n, B]."""
+    """Arguments of `gated_delta_mixer_` for recording: both pools, the rows to read [B] and the rows to write [n,
+    B]."""
 
     windows: torch.Tensor
     states: torch.Tensor
@@ -422,9 +423,8 @@ class Pools(NamedTuple):
 class _Past:
     """The state and the convolution's window after each of the last tokens, and of the state that they began with.
 
-    They stand in slots of two buffers and are never moved: a forward writes into free neighbouring slots, newest
-    first as the operator does, and dropping tokens frees theirs. The first forward after a drop keeps, of all that
-    was before, the state that it starts from.
+    They are in slots of two buffers and are never moved: a forward writes to free neighbouring slots, newest first, and
+    dropped tokens free their slots. The first forward after a drop keeps only the earlier state that it starts from.
     """
 
     def __init__(self) -> None:
@@ -510,7 +510,7 @@ class _Past:
         return begin
 
     def _grow(self, kept: list[int], more: int) -> tuple[int, list[int]]:
-        """Buffers with room for more, and again as much; returns the first free slot, and where the kept ones are."""
+        """Allocate larger buffers, with spare room; returns the first free slot, and where the kept ones are."""
         moved = kept or self.slots[-1:]
         states, windows = self._states, self._windows
         self._allocate(2 * (len(moved) + more), (states.shape[1:], windows.shape[1:]), windows)
@@ -524,7 +524,7 @@ class _Past:
         return self._room is not None and state.data_ptr() == self._states[self._room[0]].data_ptr()
 
     def put_windows(self, window: torch.Tensor) -> None:
-        """The windows of the forward that is under way, whose last is this."""
+        """The windows of the present forward, of which this is the last."""
         assert self._room is not None
         begin, recorded = self._room
         if self.columns is None:  # one token, whose column went straight into the window

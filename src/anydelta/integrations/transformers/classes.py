@@ -1,8 +1,8 @@
-"""One module that runs ours while others of its class do not: it gets a class of its own, by the same name.
+"""One module that runs ours while others of its class do not: it gets a separate class of the same name.
 
-The class is derived from the module's and holds our methods. Nothing is written into the module itself: a pickle of it
-is that of the module without us, and a copy runs ours on its own weights. What others put into a module stays there:
-the hooks of accelerate, which keep the forward that they found, and wrappers around a forward.
+The class is derived from the module's and holds our methods. Nothing is written into the module: its pickle is that of
+the original, and a copy runs ours on its own weights. Changes of other libraries stay: the hooks of accelerate, which
+keep the forward that they found, and wrappers around a forward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..switch import LOCK, Place, guarded, held, mark, stock
 
 KEPT = "_old_forward"
-"""Where accelerate's hooks keep the forward of a module; their own stands in `forward`."""
+"""Where accelerate's hooks keep the forward of a module; theirs is `forward`."""
 BASE = "_anydelta_base"
-"""Of a class that `dressed` made: the class it stands for."""
+"""The original class of a class that `dressed` made."""
 LAYERS: set[type[nn.Module]] = set()
 """The classes of linear attention layers of the families that are bound."""
 
@@ -57,7 +57,7 @@ def dressed(base: type, methods: dict[str, Callable[..., object]], everywhere: P
     def is_on(self: nn.Module, *_: object) -> bool:
         if type(self) is cls:
             return True
-        # A class that someone derived from ours for this module stays where we leave.
+        # A class that other code derived from ours for this module stays when ours is removed.
         return isinstance(self, cls) and (torch.compiler.is_compiling() or _is_on(self))
 
     def __reduce_ex__(
@@ -96,7 +96,7 @@ _places: weakref.WeakKeyDictionary[nn.Module, Place] = weakref.WeakKeyDictionary
 
 
 def place(module: nn.Module, dress: Callable[[type], type]) -> Place:
-    """Where calls of enable(module) and disable(module) stand; `dress` makes the module's class while it is on."""
+    """Keeps the calls of enable(module) and disable(module); `dress` makes the module's class while it is on."""
     with LOCK:
         found = _places.get(module)
         if found is None:  # a copy of a module that is on is on
@@ -134,7 +134,7 @@ def _change(module: weakref.ref[nn.Module], dress: Callable[[type], type], on: b
 
 
 def runs_ours(layer: nn.Module) -> bool:
-    """Whether a call of the layer comes to our forward, as far as can be seen, and that is switched on."""
+    """Whether a call of the layer reaches our forward, as far as is visible, and it is switched on."""
     own = layer.__dict__
     if KEPT in own:
         found = [getattr(layer, KEPT)]
@@ -160,8 +160,8 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def require_ours(model: nn.Module) -> None:
-    """Refuse to draft where a layer does not run ours, so that nobody would record its states, or where Transformers
-    cannot draft with any model.
+    """Refuse to draft if a layer does not run ours, so that its states would not be recorded, or if this Transformers
+    cannot draft.
 
     Raises:
         ValueError: one of these.

@@ -1,7 +1,7 @@
-"""The table of families: what Transformers' models that use the rule are, a row each.
+"""The table of families: Transformers' models that use the rule, one row each.
 
-What a family has is found by looking (.find); a row adds what cannot be seen from outside: how its projections become
-the arguments of the mixer. So a family without a row runs the rule, and with a row the mixer as well.
+A family's functions are found automatically (.find). A row adds how its projections become the arguments of the mixer.
+A family without a row runs the rule, and with a row the mixer too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
         | Qwen3NextGatedDeltaNet
         | Qwen3_5GatedDeltaNet
     )
-    """A layer of the table; those that are not named here have the attributes of one that is."""
+    """A layer of the table; layers that are not named here have the attributes of one that is."""
 
 
 class Projected(NamedTuple):
-    """What a family's projections give, in the mixer's terms."""
+    """The results of a family's projections, as arguments of the mixer."""
 
     qkv: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """[B, T, C], or (q, k, v)."""
@@ -74,7 +74,7 @@ class Family:
 
 
 def _qkvz(layer: Qwen3_5GatedDeltaNet, x: torch.Tensor) -> Projected:
-    m = layer._modules  # not by attributes: nn.Module looks for those in three dictionaries, in Python
+    m = layer._modules  # faster than attributes, which nn.Module searches in three dictionaries, in Python
     return Projected(
         m["in_proj_qkv"](x),
         m["in_proj_z"](x),

@@ -1,9 +1,9 @@
-"""Which modules of this process have the rule, and whether ours can stand in: found by what they are.
+"""Finds the modules of this process that have the rule, and whether ours can replace it.
 
 Transformers marks a function that a kernel may replace by the kernel's name on the hub, `use_kernel_func_from_hub_with_
-fallback("chunk_kda", "fla")`. A module that has such functions for the rule is taken, whatever it is called, where they
-have the parameters that ours have. In it each layer is taken whose forward calls them and has the parameters that ours
-passes on. Whatever does not fit is left as it is, with a reason.
+fallback("chunk_kda", "fla")`. A module with such functions for the rule is taken, whatever its name, if they have the
+parameters of ours. In it, each layer is taken whose forward calls them and has the parameters that ours passes on.
+Everything else is left as it is, with a reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAKERS = {
     "causal_conv1d_fn": "conv",
     "causal_conv1d_update": "conv_update",
 }
-"""By the name on the hub: what in .functions makes ours."""
+"""The makers of ours in .functions, by the name on the hub."""
 _UNMARKED = {
     "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
     "torch_recurrent_gated_delta_rule": "fused_recurrent_gated_delta_rule",
@@ -44,7 +44,7 @@ _UNMARKED = {
     "causal_conv1d_fn": "causal_conv1d_fn",
     "causal_conv1d_update": "causal_conv1d_update",
 }
-"""Up to 5.19 the name on the hub cannot be seen from outside: it is known by that of the function."""
+"""Up to 5.19 the name on the hub is not visible: it follows from the function's name."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Found:
     functions: dict[str, str] = field(default_factory=dict)
     """By the name in the module: the name on the hub."""
     layers: dict[type[nn.Module], str] = field(default_factory=dict)
-    """The layers that fit: what each calls its cache."""
+    """The layers that fit, with the name of their cache argument."""
     left: dict[str, str] = field(default_factory=dict)
     """What does not fit: the reason, by the name of the layer, or by "" for the whole module."""
     strangers: list[type[nn.Module]] = field(default_factory=list)
@@ -77,7 +77,7 @@ def find() -> tuple[list[Found], dict[str, str]]:
     for name in _with_rule():
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever it is: the others are to work
+        except Exception as error:  # of any kind: the others must still work
             failed[name.rpartition(".")[2].removeprefix("modeling_")] = (
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             )
@@ -94,7 +94,7 @@ def find() -> tuple[list[Found], dict[str, str]]:
         except Exception as error:  # a module may be any object, and answer with anything
             if name in _with_rule():
                 failed[name.rpartition(".")[2].removeprefix("modeling_")] = f"{type(error).__name__}: {error}"
-    _seen.update(looked)  # all or, where this is interrupted, none
+    _seen.update(looked)  # all of them, or none if interrupted
     return new, failed
 
 
@@ -120,7 +120,7 @@ def _with_rule() -> tuple[str, ...]:
 
 
 def look_at(module: ModuleType) -> Found | None:
-    """What a module has of the rule; None where that is nothing."""
+    """What a module has of the rule, or None."""
     own = vars(module)
     found = Found(module)
     marked = [(name, hub) for name, x in list(own.items()) if (hub := _hub_name(name, x)) is not None]
@@ -129,7 +129,7 @@ def look_at(module: ModuleType) -> Found | None:
         return None
     users = [cls for cls in list(own.values()) if _calls(cls, module, rules)]
     if not users and not any(getattr(own[name], "__module__", None) == module.__name__ for name in rules):
-        return None  # it only hands them on
+        return None  # it only passes them on
     if problems := [p for name, hub in marked if (p := _misfit(name, own[name], hub))]:
         found.left[""] = "; ".join(problems)
         found.strangers = users
@@ -177,7 +177,7 @@ def _calls(cls: type[nn.Module], module: ModuleType, rules: set[str]) -> bool:
 
 
 def _undecorated(cls: type[nn.Module], module: ModuleType) -> Callable[..., object]:
-    """A class's forward as it is written in the module. Up to 5.16 a decorator keeps it in a cell alone."""
+    """A class's forward as written in the module. Up to 5.16 a decorator keeps it in a cell."""
     rest: list[Callable[..., object]] = [inspect.unwrap(stock(cls.forward))]
     while rest:
         function = rest.pop()

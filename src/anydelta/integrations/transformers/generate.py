@@ -1,10 +1,9 @@
 """What `enable()` changes in `generate` of the hybrid families: drafts are verified, and rejected ones rolled back.
 
-Transformers refuses assisted generation for these families, since nothing can take a token out of a recurrent
-state. RollbackCache can. A call that drafts runs on a copy of the model that is made for this call, shares all its
-modules, and has the methods of `Drafting` before those of its class: nothing is written to what other threads use,
-and nothing stays behind when the call is cut short. `HOOKS` are the methods that are replaced in the models
-themselves; each maker takes the method that was there and returns ours.
+Transformers refuses assisted generation for these families, because it cannot take a token out of a recurrent state.
+RollbackCache can. A drafting call runs on a temporary copy of the model, which shares all modules and has the methods
+of `Drafting` before those of its class. Other threads see no change, and an interrupted call leaves nothing behind.
+`HOOKS` are the methods that are replaced in the models; each maker takes the original method and returns ours.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def counting() -> Iterator[list[tuple[int, int]]]:
 
 
 def generate(theirs: Method) -> Method:
-    """Run the calls that draft, those of a model that drafts for another, and those with a RollbackCache on a copy."""
+    """Run on a copy: calls that draft, calls of a model that drafts for another, and calls with a RollbackCache."""
     names = list(inspect.signature(theirs).parameters)[1:]
 
     @functools.wraps(theirs)
@@ -95,7 +94,7 @@ def _drafting(cls: type[GenerationMixin]) -> type[Drafting]:
 
 
 class Drafting(GenerationMixin):
-    """What `generate` does otherwise than in Transformers, for the length of a call."""
+    """What `generate` does differently from Transformers, during a call."""
 
     _is_stateful = False
 
@@ -107,7 +106,7 @@ class Drafting(GenerationMixin):
         batch_size: int,
         *args: object,
     ) -> None:
-        """Make a RollbackCache where tokens may be dropped; one given by the user must be that."""
+        """Make a RollbackCache where tokens may be dropped; a cache given by the user must be one."""
         cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant:
             require_ours(self)
@@ -148,7 +147,7 @@ class Drafting(GenerationMixin):
     def _drafter(
         self, config: GenerationConfig, assistant: PreTrainedModel | None, **options: Any
     ) -> CandidateGenerator:
-        """What proposes tokens: the class for each way to draft."""
+        """The class that proposes tokens, for each way to draft."""
         if config.assistant_early_exit is not None:
             drafter: CandidateGenerator = EarlyExit(self, generation_config=config, **options)
         elif config.use_mtp:
@@ -191,11 +190,11 @@ class Drafting(GenerationMixin):
         cache = model_kwargs[CACHE]
         cache.activate_past_recording()
         new = _new_tokens(input_ids, generation_config, model_kwargs)
-        cache.skip(new - 1)  # nobody will drop the prompt
+        cache.skip(new - 1)  # the prompt is never dropped
         record = Record(generation_config)
         outputs, tokens, finished = None, 0, False
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
-            if finished:  # other processes go on, and wait for this one's forward
+            if finished:  # other processes continue and wait for this one's forward
                 self(input_ids=input_ids[:, -1:], use_cache=False)
                 continue
             known = input_ids.shape[1]
@@ -272,7 +271,7 @@ def _is_dynamic(config: GenerationConfig) -> bool:
 def _check(
     model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, object], batch_size: int
 ) -> None:
-    """Refuse what cannot be drafted for, before anything is touched."""
+    """Refuse calls that cannot draft, before anything is touched."""
     require_ours(model)
     for option in ("prompt_lookup_num_tokens", "assistant_early_exit"):
         value = getattr(config, option)
@@ -321,7 +320,7 @@ def _check(
 
 
 def _new_tokens(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
-    """How many tokens of the prompt the cache does not hold; all where it holds every one, as without drafts.
+    """How many tokens of the prompt the cache does not hold; all if it holds every one, as without drafts.
 
     The inputs are all tokens, or those that are not in the cache; embeddings are always all. The mask is that of all.
     """
@@ -337,8 +336,8 @@ def _choose(
     """The next token [1, 1] from its scores [1, vocabulary]; equal to the draft [1, 1] exactly if that is accepted.
 
     A draft that was drawn from the scores `guess` is accepted by speculative sampling: with probability
-    min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). So tokens follow p. `guess` is None where
-    there is no draft, or where it comes without scores.
+    min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). So tokens follow p. `guess` is None without a
+    draft, or for a draft without scores.
     """
     weight = getattr(config, "assistant_ensemble_weight", None)
     if not config.do_sample:
@@ -372,7 +371,7 @@ def _for_drafts(processors: LogitsProcessorList) -> LogitsProcessorList:
 
 
 class Record:
-    """What `generate` returns beside the tokens, where its configuration asks for it: a tuple per kind, over tokens."""
+    """What `generate` returns beside the tokens, if its configuration asks for it: a tuple per kind, over tokens."""
 
     def __init__(self, config: GenerationConfig):
         kinds = ("scores", "logits", "attentions", "hidden_states") if config.return_dict_in_generate else ()
@@ -403,7 +402,7 @@ class Record:
 
 
 class EarlyExit(AssistedCandidateGenerator):
-    """The model itself drafts, without the layers behind the exit."""
+    """The model itself drafts, without the layers after the exit."""
 
     def __init__(
         self,
@@ -421,7 +420,7 @@ class EarlyExit(AssistedCandidateGenerator):
 
 
 def _first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """The model with the first layers of its decoder alone."""
+    """The model with only the first layers of its decoder."""
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)
     own = inner = copy_for_call(model)
@@ -436,7 +435,7 @@ def _first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 
 
 def _only_draft(drafter: AssistedCandidateGenerator) -> None:
-    """Let its model do what drafts are made of: where the text stops, and what is returned, is the main model's."""
+    """Restrict its model to drafting: the main model decides where the text stops and what is returned."""
     config, given = drafter.generation_config, drafter.assistant_kwargs
     config.stop_strings = config.assistant_early_exit = config.prompt_lookup_num_tokens = None
     config.use_mtp = config.token_healing = False

@@ -1,10 +1,10 @@
-"""The matrices of a model on a CPU, computed by torch's oneDNN on weights in oneDNN's own layout.
+"""Runs the matrices of a model on a CPU through torch's oneDNN, on weights in oneDNN's layout.
 
     packed = pack(model)       # on from here; a copy of every nn.Linear's weight
     with packed: ...           # on for the length of a block; packed.off(), packed.on()
 
 A decode step is mostly one row times each weight. torch's F.linear gives float32 to MKL, which multiplies one row on
-one thread; oneDNN, which torch brings along for torch.compile, takes all threads (`anydelta bench matrices`). The sums
+one thread; oneDNN, which torch includes for torch.compile, uses all threads (`anydelta bench matrices`). The sums
 are the same except for their order.
 
 That is not so on every CPU: with AMX, torch's own bfloat16 matrices are as fast or faster. So each shape is measured

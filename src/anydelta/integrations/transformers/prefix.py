@@ -1,12 +1,12 @@
-"""Prefix checkpoints: what many prompts begin with is computed once.
+"""Prefix checkpoints: the common beginning of prompts is computed once.
 
     store = PrefixStore(model)
     cache = store.cache_for(ids)                             # runs what no checkpoint covers, and keeps the result
     out = model.generate(ids, past_key_values=cache)
     store.add(out, cache)                                    # the next turn begins after the answer
 
-A hybrid model's cache cannot be cut back to a shared prefix as a KV cache can: the recurrent state of that point must
-have been kept. A checkpoint holds it, with the convolution windows and the attention layers' keys and values.
+A hybrid model's cache cannot be cut back to a shared prefix like a KV cache: the recurrent state at that point must be
+kept. A checkpoint holds it, with the convolution windows and the attention layers' keys and values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PARTNER = {
     "keys": "values", "values": "keys", "indexer": "keys", "positions": "indexer", "conv": "recurrent",
     "recurrent": "conv",
 }  # fmt: skip
-"""What is not there without the other; windows after the first stand alone."""
+"""Tensors that come in pairs; windows after the first stand alone."""
 _FACTS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
@@ -48,18 +48,18 @@ _FACTS = (
     "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
-"""Of a config: what tells one model from another."""
+"""The fields of a config that tell one model from another."""
 _MORE = (
     "linear_lower_bound", "kda_safe_gate", "kda_lower_bound", "output_gate_type", "hc_mult", "hc_count", "index_topk",
     "index_kpool", "index_n_heads", "indexer_types", "indexer_budget", "indexer_compress_ratio", "indexer_n_heads",
     "ple_layer_ids", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "seed",
 )  # fmt: skip
-"""The same for families that came later: they count where a config has them, so that older digests stand."""
+"""The same for later families: they count if a config has them, so that older digests stay valid."""
 _GROWING = (DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer))
 """Attention layers that keep all tokens."""
 _INDEXER = {"indexer": "indexer_keys", "positions": "indexer_position_ids"}
 _lock = threading.Lock()
-"""Of all stores' books; models run without it. (A lock in a store would keep it from being copied.)"""
+"""Guards the lists of all stores; models run without it. (A lock inside a store would prevent copies of it.)"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Checkpoint:
     """By "layer.keys", "layer.values", "layer.indexer" and "layer.positions" (of attention that chooses its tokens),
     "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
     model: str | None = None
-    """`fingerprint` of the config of the model that it is of; None: not known."""
+    """`fingerprint` of its model's config; None if unknown."""
     file: str | None = None
     """Where it was loaded from."""
 
@@ -99,9 +99,7 @@ class Checkpoint:
                         tensors[f"{i}.conv.{j}"] = layer.conv_states[j].clone()
                     if layer.has_previous_state[j] and layer.recurrent_states[j] is not None:
                         tensors[f"{i}.recurrent.{j}"] = layer.recurrent_states[j].clone()
-            elif isinstance(
-                layer, DynamicSlidingWindowLayer
-            ):  # while it records, it holds more than the window
+            elif isinstance(layer, DynamicSlidingWindowLayer):  # a recording cache holds more than the window
                 begin = max(0, layer.keys.shape[-2] - layer.sliding_window + 1)
                 tensors[f"{i}.keys"] = layer.keys[..., begin:, :].clone()
                 tensors[f"{i}.values"] = layer.values[..., begin:, :].clone()
@@ -193,7 +191,7 @@ class Checkpoint:
         )
 
     def save(self, path: str | Path) -> None:
-        """To a safetensors file."""
+        """Write it to a safetensors file."""
         tensors = {name: x.contiguous() for name, x in self.tensors.items()}
         facts = {"format": FORMAT, "tokens": json.dumps(self.tokens)}
         if self.model is not None:
@@ -204,11 +202,11 @@ class Checkpoint:
     def load(
         cls, path: str | Path, device: str | torch.device = "cpu", config: PreTrainedConfig | None = None
     ) -> Checkpoint:
-        """From a file that `save` wrote, for the model with this config; without one, `cache` compares it.
+        """Read a file of `save`, for the model with this config; without a config, `cache` compares it.
 
         Raises:
-            ValueError: there is no such file, or it is not one that `save` wrote, whole and with finite numbers; or it
-                is of another model.
+            ValueError: there is no such file, or it is not a complete file of `save` with finite numbers, or it is of
+                another model.
         """
         file = File("Checkpoint.load", path, FORMAT, "torch")
         tokens = file.tokens("tokens", file.parsed("tokens"))
@@ -258,7 +256,7 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """By the names of a checkpoint's tensors: the shapes that they may have."""
+    """The possible shapes of a checkpoint's tensors, by name."""
     W = config.linear_conv_kernel_dim
     if hasattr(config, "linear_num_heads"):
         HV, K, V = config.linear_num_heads, config.linear_head_dim, config.linear_head_dim
@@ -311,14 +309,14 @@ def _length(kind: str, x: torch.Tensor) -> int:
 
 
 class PrefixStore:
-    """Checkpoints of one model, found by the tokens that a prompt begins with; the least recently used go first.
+    """Checkpoints of one model, found by the first tokens of a prompt; the least recently used are dropped first.
 
     Threads may share one.
 
     Args:
         model: one that generates, of a family that anydelta knows.
-        max_bytes: what all checkpoints may take together; None: as much as there is.
-        rollback: of the caches that come out.
+        max_bytes: the most that all checkpoints may take; None: no limit.
+        rollback: of the caches that it returns.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, rollback: int = ROLLBACK):
@@ -332,7 +330,7 @@ class PrefixStore:
 
     @property
     def nbytes(self) -> int:
-        """Of all checkpoints; keys and values that several share are counted for each."""
+        """Bytes of all checkpoints; shared keys and values count for each."""
         with _lock:
             return sum(c.nbytes for c in self._kept.values())
 
@@ -357,7 +355,7 @@ class PrefixStore:
         return checkpoint
 
     def find(self, input_ids: torch.Tensor) -> Checkpoint | None:
-        """The longest checkpoint that these tokens [1, T] begin with, and that leaves one of them to run.
+        """The longest checkpoint that is a prefix of these tokens [1, T] and leaves at least one to run.
 
         Raises:
             ValueError: other tokens than one row of integers.
