@@ -71,10 +71,10 @@ def constraints() -> str:
 
 
 def readme_lines() -> list[str]:
-    """The commands of README.md that run the program."""
+    """The commands of README.md that run the program, without those on a FILE of the reader's."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^    (anydelta .*)$", text, re.MULTILINE)
-    return [line.partition("  #")[0].strip() for line in lines]
+    return [line.partition("  #")[0].strip() for line in lines if "FILE" not in line]
 
 
 def check(version: str, python: str, folder: Path) -> None:
