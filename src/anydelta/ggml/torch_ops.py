@@ -10,6 +10,7 @@ the exact product than 8 bits are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -68,16 +69,20 @@ class Blocks:
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
         """The same by torch, a part of the rows at a time."""
-        dtype = wide_dtype()
-        x = x.to(dtype)
+        x = x.to(wide_dtype())
         y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
-        part = max(1, PART // self.n)
-        numbers = torch.empty((min(part, self.rows), self.n), dtype=dtype)
-        for begin in range(0, self.rows, part):
-            count = min(part, self.rows - begin)
-            self._unpack(numbers, begin, count)
-            y[:, begin : begin + count] = x @ numbers[:count].T
+        for begin, end, numbers in self.parts():
+            y[:, begin:end] = x @ numbers.T
         return y
+
+    def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The matrix in parts: first row, row behind the last, and numbers that are good until the next part."""
+        part = max(1, PART // self.n)
+        numbers = torch.empty((min(part, self.rows), self.n), dtype=wide_dtype())
+        for begin in range(0, self.rows, part):
+            end = min(begin + part, self.rows)
+            self._unpack(numbers, begin, end - begin)
+            yield begin, end, numbers[: end - begin]
 
     def numbers(self, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
         """All rows, or those of int64 `rows`: [count, n]."""
@@ -106,6 +111,15 @@ def kind_of(type: int) -> Kind:
         names = ", ".join(f"{k.name} ({k.type})" for k in ggml.kinds.values())
         raise ValueError(f"ggml: requires a type of ggml {ggml.version}: {names}; got {type}")
     return ggml.kinds[type]
+
+
+def gated(x: torch.Tensor, gate: Blocks, up: Blocks, down: Blocks) -> torch.Tensor:
+    """down(silu(gate x) * up x) of many rows x [m, n], float32: an MLP whose inner numbers stay in `wide_dtype()`."""
+    x = x.to(wide_dtype())
+    inner = torch.empty((x.shape[0], gate.rows), dtype=x.dtype)
+    for (begin, end, of_gate), (_, _, of_up) in zip(gate.parts(), up.parts(), strict=True):
+        torch.mul(torch.nn.functional.silu(x @ of_gate.T), x @ of_up.T, out=inner[:, begin:end])
+    return down.multiply(inner)
 
 
 @functools.cache

@@ -203,40 +203,79 @@ def _served(utils: ModuleType) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
         for kind in vars(module).values():
             if isinstance(kind, type) and kind.__name__.endswith("DecoderLayer"):
                 yield kind, gguf_layers.fused
+            elif isinstance(kind, type) and kind.__name__ in ("Qwen3_5MLP", "Qwen3_5MoeMLP"):
+                yield kind, _mlp
+
+
+class _Held:
+    """The blocks of a module, looked at once; again if its weight was replaced."""
+
+    def __init__(self, module: Any):
+        self.weight, self.at = module._parameters["weight"], module._parameters["weight"].data_ptr()
+        order = module.input_permutation
+        self.order = None if order is None or torch.equal(order, torch.arange(len(order))) else order
+        self.blocks = torch_ops.Blocks(self.weight, module.ggml_type)
+
+
+_held: dict[int, _Held] = {}
+"""By the identity of modules."""
+
+
+def _blocks(module: Any) -> _Held | None:
+    """Of a GgufLinear; None where its weight is not on the CPU."""
+    weight, held = module._parameters["weight"], _held.get(id(module))
+    if held is None or held.weight is not weight or held.at != weight.data_ptr():
+        if weight.device.type != "cpu":
+            return None
+        if held is None:
+            weakref.finalize(module, _held.pop, id(module), None).atexit = False
+        held = _held[id(module)] = _Held(module)
+    return held
 
 
 def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """GgufLinear's forward. Its blocks are looked at once."""
-    known: dict[int, tuple[torch.Tensor, int, torch_ops.Blocks, torch.Tensor | None]] = {}
+    """GgufLinear's forward."""
 
     @functools.wraps(theirs)
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        weight = self._parameters["weight"]
-        if torch.compiler.is_compiling() or watched(x, weight) or torch_ops.wants_gradient(x):
+        if (
+            torch.compiler.is_compiling()
+            or watched(x, self._parameters["weight"])
+            or torch_ops.wants_gradient(x)
+            or (held := _blocks(self)) is None
+        ):
             return theirs(self, x)
-        held = known.get(id(self))
-        if held is None or held[0] is not weight or held[1] != weight.data_ptr():
-            if weight.device.type != "cpu":
-                return theirs(self, x)
-            order = self.input_permutation
-            if order is not None and torch.equal(order, torch.arange(len(order))):
-                order = None
-            if held is None:
-                weakref.finalize(self, known.pop, id(self), None).atexit = False
-            held = known[id(self)] = (
-                weight,
-                weight.data_ptr(),
-                torch_ops.Blocks(weight, self.ggml_type),
-                order,
-            )
-        _, _, blocks, order = held
         flat = x.reshape(-1, x.shape[-1])
-        if order is not None:
-            flat = flat.index_select(1, order)
-        y = blocks.multiply(flat).view(*x.shape[:-1], blocks.rows)
+        if held.order is not None:
+            flat = flat.index_select(1, held.order)
+        y = held.blocks.multiply(flat).view(*x.shape[:-1], held.blocks.rows)
         if self.bias is not None:
             y = y + self.bias
         return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return forward
+
+
+def _mlp(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The forward of an MLP with packed matrices, for many rows."""
+
+    @functools.wraps(theirs)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or x.numel() <= torch_ops.FEW_ROWS * x.shape[-1]:
+            return theirs(self, x)
+        parts = [self._modules.get(name) for name in gguf_layers.MLP]
+        if (
+            not all(gguf_layers.is_plain(part) and type(part).__name__ == "GgufLinear" for part in parts)
+            or not gguf_layers.is_silu(self._modules.get("act_fn"))
+            or torch_ops.wants_gradient(x)
+            or watched(x, *(part._parameters["weight"] for part in parts))
+        ):
+            return theirs(self, x)
+        gate, up, down = (_blocks(part) for part in parts)
+        if gate is None or up is None or down is None or gate.blocks.rows != up.blocks.rows:
+            return theirs(self, x)
+        y = torch_ops.gated(x.reshape(-1, x.shape[-1]), gate.blocks, up.blocks, down.blocks)
+        return y.view(*x.shape[:-1], down.blocks.rows).to(x.dtype)
 
     return forward
 

@@ -89,7 +89,7 @@ def _known(layer: Any) -> _Layer | None:
         or not dense
         or not all(map(_is_matrix, dense))
         or len(mlp._modules) != len(MLP) + 1
-        or type(mlp._modules.get("act_fn")).__name__ != "SiLUActivation"
+        or not is_silu(mlp._modules.get("act_fn"))
     ):
         return None
     projections: list[Any] = []
@@ -249,6 +249,21 @@ class _Layer:
 
 def _kind(module: nn.Module | None) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
+
+
+def is_silu(module: object) -> bool:
+    return type(module).__name__ == "SiLUActivation"
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a matrix has no bias, and nobody hooks or wraps it."""
+    return (
+        module is not None
+        and module._parameters.get("bias") is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 def _is_norm(module: Any) -> bool:
