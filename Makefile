@@ -23,7 +23,7 @@ EXPORT_PROMPT := In the beginning God created
 TRANSFORMERS := 5.15.0 5.20.0 5.23.0 5.24.0
 README_CASES := gda-t1-h16x32-d128-b1-cold,gda-t512-h16x32-d128-b1
 README_PEERS := ggml onnxruntime executorch transformers
-README_RECORDING := 'anydelta doctor' 'anydelta generate -m examples/tiny_model --compare -n 48 "Psalm 1"'
+README_RECORDING := 'anydelta doctor' 'anydelta generate -m examples/tiny_model --compare -n 48 -t 1 "Psalm 1"'
 DEMO_PROMPT := "And it came to pass in those days, that"
 
 # What `make backends` installs: Debian packages, and dependency groups of pyproject.toml.

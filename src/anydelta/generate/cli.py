@@ -313,5 +313,5 @@ def _figures(run: Written) -> str:
         speed += f"; compiled before that in {run.compile_s:.1f} s"
     return (
         f"{run.way}: {len(run.tokens)} tokens in {run.seconds:.2f} s: the first after {run.first_token_s:.3f} s "
-        f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} threads"
+        f"({run.prompt_tokens} of prompt){speed}; {run.dtype}, {run.threads} thread{'s' * (run.threads > 1)}"
     )

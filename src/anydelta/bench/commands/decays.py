@@ -154,7 +154,7 @@ def strong_decays(
     ]
     for i, (op, kda, T, n) in enumerate(groups):
         name = f"{op}, {'KDA' if kda else 'GDA'}"
-        tell = part_of(progress, f"{name}, {T} tokens, {n} threads", i, len(groups))
+        tell = part_of(progress, f"{name}, {T} tokens, {n} thread{'s' * (n > 1)}", i, len(groups))
         calls, worst = {}, []
         with torch_threads(n), torch.no_grad():
             for kind in ("mild", *STRONG.values()):

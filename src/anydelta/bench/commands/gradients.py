@@ -218,7 +218,7 @@ def gradients(
     ]
     for i, (kda, decays, T, n) in enumerate(groups):
         name = "KDA" if kda else "GDA"
-        tell = part_of(progress, f"{name}, {decays}, {T} tokens, {n} threads", i, len(groups))
+        tell = part_of(progress, f"{name}, {decays}, {T} tokens, {n} thread{'s' * (n > 1)}", i, len(groups))
         peaks: list[float] = []
         with torch_threads(n):
             error = _check(kda, GATES[decays])

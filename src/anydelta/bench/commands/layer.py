@@ -120,7 +120,7 @@ def mixer_of_a_layer(
     import torch
 
     settings = settings or Settings()
-    title = f"A qwen3.5-0.8b layer without projections, {threads} threads"
+    title = f"A qwen3.5-0.8b layer without projections, {threads} thread{'s' * (threads > 1)}"
     measured = Measured(title, describe_machine(), settings)
     switches: dict[str, Callable[[], AbstractContextManager[object]]] = {
         "Transformers": plug.disable, "anydelta": plug.enable,

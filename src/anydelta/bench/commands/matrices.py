@@ -106,7 +106,7 @@ def matrices(
                             f"{name}, {dtype}: the error must be at most {most}; got {errors[name]:.1e}"
                         )
                 samples, _, others = interleave(
-                    ways, settings, part_of(progress, f"{dtype}, {n} threads", 0, 1)
+                    ways, settings, part_of(progress, f"{dtype}, {n} thread{'s' * (n > 1)}", 0, 1)
                 )
             for name, us in samples.items():
                 rates = sorted(size / t / 1e3 for t in us)

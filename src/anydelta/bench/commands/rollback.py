@@ -236,7 +236,7 @@ def rollback(
     total = layers * model.state_bytes / 2**20
     return Measured(
         title=f"Rollback: {layers} layers of {heads[0]}x{heads[1]} heads, {size}x{size}, {gate}, {decay} decays, "
-        f"{threads} threads",
+        f"{threads} thread{'s' * (threads > 1)}",
         machine=describe_machine(),
         settings=settings,
         notes=[

@@ -104,7 +104,7 @@ def shared_threads(
         c = torch.empty(rows, columns)
         for n in threads:
             for share in providers:
-                tell = part_of(progress, f"{name}, {n} threads", done, total)
+                tell = part_of(progress, f"{name}, {n} thread{'s' * (n > 1)}", done, total)
                 with torch_threads(n), torch.no_grad():
                     run, o, state = bare_kernel(tensors(x), threads=n, share_openmp=share)
                     run()

@@ -140,7 +140,9 @@ def plot(report: Report, path: Path) -> None:
     several = len({(r.dtype, r.threads) for r in timed}) > 1
 
     def label(r: Record | Part) -> str:
-        return f"{r.model} {r.test}" + (f"\n{r.dtype}, {r.threads} threads" if several else "")
+        return f"{r.model} {r.test}" + (
+            f"\n{r.dtype}, {r.threads} thread{'s' * (r.threads > 1)}" if several else ""
+        )
 
     tests = list(dict.fromkeys(label(r) for r in timed))
     names = list(dict.fromkeys(r.contender for r in timed))

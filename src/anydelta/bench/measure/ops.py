@@ -348,7 +348,7 @@ def measure(
                 done = (i * len(threads) + j) / total
 
                 def tell(text: str, case: Case = case, n: int = n, done: float = done) -> None:
-                    progress(f"{case.name} on {n} threads: {text}", done)
+                    progress(f"{case.name} on {n} thread{'s' * (n > 1)}: {text}", done)
 
                 report.records += _measure_case(
                     case, inputs, oracle, present, n, settings, report.notes, tell, tensors_on(backend)
