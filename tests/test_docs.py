@@ -205,7 +205,8 @@ def test_the_speed_table_is_that_of_its_record() -> None:
 
 def test_a_recording_is_what_a_command_prints(tmp_path: Path) -> None:
     svg = tmp_path / "x.svg"
-    command = f"{sys.executable} -c \"import sys; print('seen'); print(' 50% after 15 s: x\\nlast', file=sys.stderr)\""
+    bar = "\\x20" + "50% a" + "\\x66ter 15 s: x"  # the word is not in the command, which is recorded too
+    command = f"{sys.executable} -c \"import sys; print('seen'); print('{bar}\\nlast', file=sys.stderr)\""
     subprocess.run([sys.executable, str(ROOT / "scripts/recording.py"), str(svg), command], check=True)
     text = svg.read_text(encoding="utf-8")
     assert "seen" in text

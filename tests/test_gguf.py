@@ -246,6 +246,13 @@ def test_a_few_tokens_run_in_chains(opened, monkeypatch):
     assert after - before == 3 * 6
 
 
+def test_models_of_numbers_are_left_alone(opened, tiny, monkeypatch):
+    opened("Q8_0")  # from here on decoder layers are looked at
+    monkeypatch.setattr(gguf_layers._Layer, "run", lambda *_: pytest.fail("a chain ran"))
+    with adt.enable():
+        logits(tiny.model, ids(tiny)[:, :3], 1)
+
+
 def test_a_hook_sees_what_it_would_see(opened):
     packed, seen = opened("Q8_0"), []
     x = ids(packed)[:, :4]

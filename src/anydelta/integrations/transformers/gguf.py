@@ -265,7 +265,7 @@ def _mlp(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             return theirs(self, x)
         parts = [self._modules.get(name) for name in gguf_layers.MLP]
         if (
-            not all(gguf_layers.is_plain(part) and type(part).__name__ == "GgufLinear" for part in parts)
+            not all(gguf_layers.is_plain(part) and gguf_layers.is_packed(part) for part in parts)
             or not gguf_layers.is_silu(self._modules.get("act_fn"))
             or torch_ops.wants_gradient(x)
             or watched(x, *(part._parameters["weight"] for part in parts))

@@ -88,6 +88,7 @@ def _known(layer: Any) -> _Layer | None:
         or not all(map(_is_norm, norms))
         or not dense
         or not all(map(_is_matrix, dense))
+        or not any(map(is_packed, dense))
         or len(mlp._modules) != len(MLP) + 1
         or not is_silu(mlp._modules.get("act_fn"))
     ):
@@ -280,10 +281,12 @@ def _is_norm(module: Any) -> bool:
 def _is_matrix(module: Any) -> bool:
     if module is None or module._parameters.get("bias") is not None:
         return False
-    kind, weight = type(module), module._parameters.get("weight")
-    packed = kind.__name__ == "GgufLinear"
-    return (
-        weight is not None
-        and weight.device.type == "cpu"
-        and (packed or (kind is nn.Linear and weight.dtype in TYPES))
-    )
+    weight = module._parameters.get("weight")
+    if weight is None or weight.device.type != "cpu" or not plain(weight):
+        return False
+    return is_packed(module) or (type(module) is nn.Linear and weight.dtype in TYPES)
+
+
+def is_packed(module: object) -> bool:
+    """Whether a matrix is in blocks of a file."""
+    return type(module).__name__ == "GgufLinear"
