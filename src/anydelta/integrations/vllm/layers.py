@@ -20,6 +20,7 @@ from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 
 from .core import Inputs, Parameters, run
@@ -238,7 +239,13 @@ def register() -> list[str]:
     for seam in SEAMS:
         PluggableLayer.register_oot(name=seam.theirs.__name__)(seam.ours)
     ModelRegistry.register_model("KimiLinearForCausalLM", KIMI_FOR_CPU)
+    CPUMLABackend.supports_block_size = classmethod(_whole_kernel_blocks)
     return [seam.theirs.__name__ for seam in SEAMS]
+
+
+def _whole_kernel_blocks(backend: Any, block_size: int | None) -> bool:
+    """Latent attention beside layers with a state: a block is as large as a state, many blocks of the kernel."""
+    return block_size is None or block_size % backend.get_supported_kernel_block_sizes()[0] == 0
 
 
 def _problems() -> list[str]:

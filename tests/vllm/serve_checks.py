@@ -1,0 +1,126 @@
+"""vLLM with the plug-in, over HTTP: the text of Transformers in float32, whatever the scheduler does. `make test-vllm`.
+
+Run by the Python of vLLM's environment: `python -m pytest tests/vllm/serve_checks.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY, with_mtp
+from server import Server, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anydelta.bench.measure.prompts import PROMPTS
+
+NEW = 24
+"""Tokens that are asked for."""
+FLOAT32 = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32")
+RUNS_LAYERS = "anydelta: runs QwenGatedDeltaNetAttention"
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """100 of 1 to 600 tokens; a quarter of them begin as another one does."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    text = tokenizer("\n".join(PROMPTS.values()))["input_ids"]
+    choose = random.Random(0)
+    found = []
+    for i in range(100):
+        length = choose.choice((1, 2, 5, 13, 32, 64, 100, 129, 256, 300, 450, 600))
+        first = 0 if i % 4 == 0 else choose.randrange(len(text) - length)
+        found.append(text[first : first + length])
+        if i % 4 == 0 and length > 3:
+            found[-1][-1] = choose.randrange(3, 1000)  # they end apart
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    """What Transformers writes, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0]
+        found.append(ids[len(prompt) :].tolist())
+    return found
+
+
+def written(server: Server, prompts: list[list[int]], *, at_once: int = 32, new: int = NEW) -> list[list[int]]:
+    """The tokens that a server writes after each prompt, so many of them under way at a time."""
+
+    async def one(prompt: list[int], turns: asyncio.Semaphore) -> list[int]:
+        async with turns:
+            answer = await server.client.completions.create(
+                model="model", prompt=prompt, max_tokens=new, temperature=0,
+                extra_body={"return_token_ids": True},
+            )  # fmt: skip
+        return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
+
+    async def all_of_them() -> list[list[int]]:
+        turns = asyncio.Semaphore(at_once)
+        return list(await asyncio.gather(*(one(prompt, turns) for prompt in prompts)))
+
+    return asyncio.run(all_of_them())
+
+
+def check_texts(got: list[list[int]], expected: list[list[int]]) -> None:
+    wrong = [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
+    assert not wrong, f"{len(wrong)} of {len(got)} texts differ, the first {wrong[0]}: {got[wrong[0]]}"
+
+
+def test_batches_of_32_in_chunks(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    """Continuous batching, chunked prefill: no step takes more than 256 tokens."""
+    options = (*FLOAT32, "--max-num-batched-tokens", "256", "--no-enable-prefix-caching")
+    with serving(TINY, tmp_path / "log", *options) as server:
+        check_texts(written(server, prompts), expected)
+        check_texts(written(server, prompts[:20], at_once=1), expected[:20])
+        assert RUNS_LAYERS in server.log_text()
+
+
+def test_prefix_caching(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    options = (*FLOAT32, "--enable-prefix-caching")
+    with serving(TINY, tmp_path / "log", *options) as server:
+        check_texts(written(server, prompts), expected)
+        before = server.metric("vllm:prefix_cache_hits_total")
+        check_texts(written(server, prompts), expected)
+        assert server.metric("vllm:prefix_cache_hits_total") - before > 2000
+
+
+def test_mtp(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    drafting = '{"method": "mtp", "num_speculative_tokens": 2}'
+    with serving(
+        with_mtp(tmp_path / "model"), tmp_path / "log", *FLOAT32, "--speculative-config", drafting
+    ) as server:
+        check_texts(written(server, prompts), expected)
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 200
+
+
+def test_drafts_of_the_prompt(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    """As many drafts as are found, another number in every step, beside prefills and with a cache of prefixes."""
+    drafting = (
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}'
+    )
+    options = (*FLOAT32, "--max-num-batched-tokens", "256", "--enable-prefix-caching")
+    with serving(TINY, tmp_path / "log", *options, "--speculative-config", drafting) as server:
+        check_texts(written(server, prompts), expected)
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 200
+
+
+def test_tensor_parallel(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    with serving(TINY, tmp_path / "log", *FLOAT32, "--tensor-parallel-size", "2") as server:
+        check_texts(written(server, prompts), expected)
+
+
+def test_without_the_plug_in_the_model_does_not_run(prompts: list[list[int]], tmp_path: Path):
+    """Why there is a plug-in; and that ANYDELTA_VLLM=0 leaves it out."""
+    with serving(TINY, tmp_path / "log", *FLOAT32, ANYDELTA_VLLM="0") as server:
+        with pytest.raises(Exception):  # noqa: B017 - the engine dies, and the client is told this or that
+            written(server, prompts[:1])
+        log = server.log_text()
+    assert "anydelta: runs" not in log
+    assert "CPU GDN attention requires BF16" in log
