@@ -11,8 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from anydelta import gated_delta_mixer
 from anydelta.integrations.vllm.core import Inputs, Parameters, run
@@ -63,7 +62,9 @@ class Request:
 class Engine:
     """vLLM's runner for one layer, with a pool of pages that hold more than one layer's state."""
 
-    def __init__(self, *, H: int, HV: int, K: int, V: int, kda: bool, dtype: torch.dtype, spec: int, dim_first: bool):
+    def __init__(
+        self, *, H: int, HV: int, K: int, V: int, kda: bool, dtype: torch.dtype, spec: int, dim_first: bool
+    ):
         self.shape = dict(H=H, HV=HV, K=K, V=V, kda=kda, dtype=dtype)
         self.p = parameters(**self.shape)
         self.spec = spec
@@ -158,9 +159,7 @@ class Engine:
             m.num_spec_decodes = int(drafted.sum())
             m.spec_query_start_loc = starts(lengths[drafted])
             m.spec_state_indices_tensor = table[drafted][:, : self.spec + 1]
-            m.num_accepted_tokens = torch.tensor(
-                [r.accepted for r, _, d in batch if d], dtype=torch.int32
-            )
+            m.num_accepted_tokens = torch.tensor([r.accepted for r, _, d in batch if d], dtype=torch.int32)
             order = torch.argsort(torch.repeat_interleave(drafted, lengths), stable=True)
             count = int(lengths[plain].sum())
             m.non_spec_token_indx, m.spec_token_indx = order[:count], order[count:]
@@ -238,9 +237,7 @@ def test_the_null_block_is_neither_read_nor_written(spec: int):
     engine.step(budget=48)
     blocks, nowhere.blocks = nowhere.blocks, [0] * (spec + 1)
     engine.step(budget=48)
-    torch.testing.assert_close(
-        torch.cat(here.outputs).double(), engine.expected(here), rtol=2e-4, atol=2e-5
-    )
+    torch.testing.assert_close(torch.cat(here.outputs).double(), engine.expected(here), rtol=2e-4, atol=2e-5)
     assert not nowhere.outputs[-1].any()
     assert engine.state[0].isnan().all()
     assert engine.conv[0].isnan().all()
@@ -266,7 +263,9 @@ def test_groups_of_heads_are_taken_as_they_lie():
     step = step_of(engine._metadata([(request, 3, True)]))
     qkv, g, beta, z = request.tokens[6:9]
     q, k, v = qkv.split([H * K, H * K, HV * V], -1)
-    groups = torch.cat([x.view(3, H, -1) for x in (q, k, v, z)], -1).split([K, K, HV // H * V, HV // H * V], -1)
+    groups = torch.cat([x.view(3, H, -1) for x in (q, k, v, z)], -1).split(
+        [K, K, HV // H * V, HV // H * V], -1
+    )
     out = torch.empty(3, HV * V)
     run(step, Inputs(groups[:3], g, beta, groups[3]), engine.conv, engine.state, engine.p, out)
     request.done = 9

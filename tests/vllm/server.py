@@ -23,7 +23,9 @@ MINUTES = 10
 class Server:
     def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path):
         self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
-        self.client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
+        self.client = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0
+        )
 
     def metric(self, name: str) -> float:
         """The sum of a counter over its labels."""
@@ -56,7 +58,12 @@ def serving(model: Path, log: Path, *options: str, **variables: str) -> Iterator
     }  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=log.parent, start_new_session=True
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=log.parent,
+            start_new_session=True,
         )
     try:
         server = Server(port, process, log)

@@ -43,7 +43,7 @@ class Parameters:
 class Inputs:
     """A layer's projections, rows of tokens; views are fine."""
 
-    qkv: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    qkv: torch.Tensor | tuple[torch.Tensor, ...]
     """[T, C], or three arrays [T, groups, heads / groups * width]"""
     g: torch.Tensor
     """[T, HV], of KDA [T, HV, K]: before its activation"""
@@ -76,48 +76,45 @@ def run(
         if sequences is None:
             continue
         given = inputs.at(sequences.tokens, sequences.total)
-        one = _plain if isinstance(sequences, Plain) else _drafted
-        o = one(sequences, given, conv, state, p)  # type: ignore[operator]
-        if sequences.tokens is None:
-            out[: sequences.total] = o
+        if isinstance(sequences, Plain):
+            o = _plain(sequences, given, conv, state, p)
         else:
-            out[sequences.tokens] = o
+            o = _drafted(sequences, given, conv, state, p)
+        out[slice(sequences.total) if sequences.tokens is None else sequences.tokens] = o
     if step.total < out.shape[0]:
         out[step.total :] = 0
 
 
-def _plain(
-    s: Plain, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters
-) -> torch.Tensor:
+def _plain(s: Plain, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters) -> torch.Tensor:
     conv = conv[..., : p.conv_weight.shape[1] - 1]
     if s.fresh is not None:
         conv.index_fill_(0, s.fresh, 0)
         state.index_fill_(0, s.fresh, 0)
     at = 1 if s.cu_seqlens is None else 0  # N rows of one token, or one row of all
     qkv = tuple(y.unsqueeze(at) for y in x.qkv) if isinstance(x.qkv, tuple) else x.qkv.unsqueeze(at)
-    return gated_delta_mixer_(
+    o: torch.Tensor = gated_delta_mixer_(
         qkv, conv, state,
         g=x.g.unsqueeze(at), beta=x.beta.unsqueeze(at), z=x.z.unsqueeze(at),
         A_log=p.A_log, dt_bias=p.dt_bias, lower_bound=p.lower_bound, allow_neg_eigval=p.allow_neg_eigval,
         conv_weight=p.conv_weight, conv_bias=p.conv_bias,
         norm_weight=p.norm_weight, norm_eps=p.norm_eps, norm_gate=p.norm_gate, qk_l2norm_eps=EPS,
         cu_seqlens=s.cu_seqlens, state_indices=s.rows,
-    ).view(s.total, -1)  # fmt: skip
+    )  # fmt: skip
+    return o.view(s.total, -1)
 
 
-def _drafted(
-    s: Drafted, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters
-) -> torch.Tensor:
+def _drafted(s: Drafted, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters) -> torch.Tensor:
     T, (HV, K, V) = s.total, state.shape[1:]
     qkv = torch.cat([y.reshape(T, -1) for y in x.qkv], -1) if isinstance(x.qkv, tuple) else x.qkv
     q, k, v = _convolved(s, qkv, conv, p).split_with_sizes(_widths(qkv.shape[1], HV * V), -1)
     beta = x.beta.float().sigmoid()
-    o = gated_delta_rule_(
+    o: torch.Tensor = gated_delta_rule_(
         q.view(1, T, -1, K), k.view(1, T, -1, K), v.view(1, T, HV, V), state,
         g=x.g.unsqueeze(0), beta=(2 * beta if p.allow_neg_eigval else beta).unsqueeze(0),
         decay="raw", A_log=p.A_log, dt_bias=p.dt_bias, lower_bound=p.lower_bound, qk_l2norm=True, qk_l2norm_eps=EPS,
         cu_seqlens=s.cu_seqlens, state_indices=s.rows, snapshot_indices=s.written,
-    ).view(T, HV, V)  # fmt: skip
+    )  # fmt: skip
+    o = o.view(T, HV, V)
     z = x.z.reshape(T, HV, V).float()
     gate = z.sigmoid() if p.norm_gate == "sigmoid" else F.silu(z)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + p.norm_eps) * p.norm_weight.float() * gate

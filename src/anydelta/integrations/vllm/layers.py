@@ -20,8 +20,8 @@ from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
 from .core import Inputs, Parameters, run
 from .step import step_of
@@ -83,7 +83,7 @@ def _conv_weight(conv1d: Any) -> torch.Tensor:
     return conv1d.weight.flatten(1) if unpacked is None else unpacked
 
 
-class QwenLayer(qwen.QwenGatedDeltaNetAttention):  # type: ignore[misc]
+class QwenLayer(qwen.QwenGatedDeltaNetAttention):
     """Qwen3-Next, Qwen3.5: Gated DeltaNet."""
 
     def forward_cpu(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class QwenLayer(qwen.QwenGatedDeltaNetAttention):  # type: ignore[misc]
         )  # fmt: skip
 
 
-class OlmoLayer(olmo.OlmoHybridGatedDeltaNetAttention):  # type: ignore[misc]
+class OlmoLayer(olmo.OlmoHybridGatedDeltaNetAttention):
     """OLMo-Hybrid: Gated DeltaNet, with beta up to 2."""
 
     def forward(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ class OlmoLayer(olmo.OlmoHybridGatedDeltaNetAttention):  # type: ignore[misc]
         )  # fmt: skip
 
 
-class KimiLayer(kimi.KimiGatedDeltaNetAttention):  # type: ignore[misc]
+class KimiLayer(kimi.KimiGatedDeltaNetAttention):
     """Kimi-Linear: Kimi Delta Attention."""
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class KimiLayer(kimi.KimiGatedDeltaNetAttention):  # type: ignore[misc]
         )  # fmt: skip
 
 
-class BailingLayer(bailing.BailingMoeV3KimiDeltaAttention):  # type: ignore[misc]
+class BailingLayer(bailing.BailingMoeV3KimiDeltaAttention):
     """Ling 3: Kimi Delta Attention, its gate bounded from below."""
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, output: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ METADATA = (
 )  # fmt: skip
 
 KIMI_FOR_CPU = "vllm.models.kimi_k3.amd.linear:KimiLinearForCausalLM"
-"""vLLM writes Kimi-Linear down twice. On a CPU it takes the one that asks for CUDA streams; this one asks for nothing."""
+"""vLLM writes Kimi-Linear down twice. On a CPU it takes the one that asks for CUDA streams, which this one does not."""
 
 
 def register() -> list[str]:
@@ -269,5 +269,3 @@ def _method(layer: type, name: str) -> Callable[..., object]:
     if method is None:
         return lambda: None
     return method  # type: ignore[no-any-return]
-
-

@@ -79,7 +79,9 @@ class Drafted(NamedTuple):
         # new tokens follow on W - 2 columns. Those behind them are not read.
         column = torch.arange(S)
         new = column - (W - 2)
-        kept = torch.where(new < 0, offsets + 1 + column, torch.where(new < lengths[:, None], S + new, column))
+        kept = torch.where(
+            new < 0, offsets + 1 + column, torch.where(new < lengths[:, None], S + new, column)
+        )
         return Windows(inputs[mask], (kept + base[:, None]).flatten())
 
 
