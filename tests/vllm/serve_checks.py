@@ -9,6 +9,7 @@ import asyncio
 import random
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from models import TINY, with_mtp
@@ -58,9 +59,9 @@ def written(
 ) -> list[list[int]]:
     """The tokens that a server writes after each prompt, so many of them under way at a time."""
 
-    async def one(prompt: list[int], turns: asyncio.Semaphore) -> list[int]:
+    async def one(client: openai.AsyncOpenAI, prompt: list[int], turns: asyncio.Semaphore) -> list[int]:
         async with turns:
-            answer = await server.client.completions.create(
+            answer = await client.completions.create(
                 model="model", prompt=prompt, max_tokens=new, temperature=0,
                 extra_body={"return_token_ids": True},
             )  # fmt: skip
@@ -68,7 +69,8 @@ def written(
 
     async def all_of_them() -> list[list[int]]:
         turns = asyncio.Semaphore(at_once)
-        return list(await asyncio.gather(*(one(prompt, turns) for prompt in prompts)))
+        async with server.client() as client:
+            return list(await asyncio.gather(*(one(client, prompt, turns) for prompt in prompts)))
 
     return asyncio.run(all_of_them())
 

@@ -23,9 +23,9 @@ MINUTES = 10
 class Server:
     def __init__(self, port: int, process: subprocess.Popen[bytes], log: Path):
         self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
-        self.client = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0
-        )
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
 
     def metric(self, name: str) -> float:
         """The sum of a counter over its labels."""

@@ -42,14 +42,15 @@ if TYPE_CHECKING:
     from . import gguf as _gguf
     from . import layer as _layer
     from . import packed_matrices as _packed_matrices
+    from . import serving as _serving
     from .find import Found
     from .generate import Method
     from .layer import Forward
     from .packed_matrices import Packed
 else:  # they import torch and Transformers
-    _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices = (
+    _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices, _serving = (
         late(f"{__name__}.{name}")
-        for name in ("classes", "find", "functions", "generate", "gguf", "layer", "packed_matrices")
+        for name in ("classes", "find", "functions", "generate", "gguf", "layer", "packed_matrices", "serving")
     )
 
 
@@ -173,8 +174,17 @@ def _files() -> tuple[Patch, ...]:
     return tuple(_gguf.patches(_everywhere))
 
 
+@functools.cache
+def _server() -> tuple[Patch | _serving.Entry, ...]:
+    """What continuous batching needs, where Transformers has allocators of caches (5.24 and later)."""
+    try:
+        return tuple(_serving.patches(_everywhere))
+    except ImportError:
+        return ()
+
+
 def _turn(on: bool) -> list[str]:
-    return turn((*_files(), *(patch for b in _bound for patch in b.patches())), on)
+    return turn((*_files(), *_server(), *(patch for b in _bound for patch in b.patches())), on)
 
 
 _everywhere = Place(_turn)

@@ -74,6 +74,12 @@ def fused(
         if cache is None and kwargs:
             cache = cache_of(kwargs)
         if not _is_compiling():
+            if hasattr(cache, "cache_allocators"):
+                why_not = _why_not(self, parts, hidden_states, None, {})
+                if why_not is not None:
+                    raise ValueError(f"{name}: continuous batching requires the mixer; got {why_not}")
+                taken[name] += 1
+                return _serve(self, parts, hidden_states, cache, kwargs)
             step = _steps.get(id(self))
             if step is not None:
                 held = step.takes(hidden_states, cache, kwargs)
@@ -97,6 +103,46 @@ def fused(
 
     forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
     return forward
+
+
+def _serve(
+    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Any, kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """A step of Transformers' continuous batching: packed sequences, their states in blocks of its cache."""
+    allocator = cache.layer_to_allocator[self.layer_idx]
+    conv_state, state = allocator.pools[self.layer_idx]
+    p = parts.project(self, x)
+    out: torch.Tensor | None = None
+    for tokens, cu_seqlens, read, written in allocator.rounds(kwargs["write_index"][allocator.index]):
+        some = p if tokens is None else _at(p, tokens)
+        if cu_seqlens is None:  # one token each: a row of the batch for every sequence
+            some = _rows(some)
+        o = _call(
+            self, parts, some, conv_state, state,
+            cu_seqlens=cu_seqlens, state_indices=read, snapshot_indices=written,
+        ).view(1, -1, state.shape[1] * state.shape[3])  # fmt: skip
+        if tokens is None:
+            out = o
+        else:
+            out = x.new_empty((1, x.shape[1], o.shape[2])) if out is None else out
+            out[:, tokens] = o
+    result: torch.Tensor = getattr(self, parts.out)(out)
+    return result
+
+
+def _at(p: Projected, tokens: torch.Tensor) -> Projected:
+    """Those of some tokens of the only row."""
+    return _each(p, lambda x: x.index_select(1, tokens))
+
+
+def _rows(p: Projected) -> Projected:
+    """[1, T, ...] as [T, 1, ...]."""
+    return _each(p, lambda x: x.transpose(0, 1))
+
+
+def _each(p: Projected, change: Callable[[torch.Tensor], torch.Tensor]) -> Projected:
+    qkv = tuple(map(change, p.qkv)) if isinstance(p.qkv, tuple) else change(p.qkv)
+    return p._replace(qkv=qkv, z=change(p.z), a=change(p.a), b=change(p.b))
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
