@@ -23,6 +23,8 @@ NEW = 24
 FLOAT32 = (
     "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32", "--gpu-memory-utilization", "0.2",
 )  # fmt: skip
+ALONE = ("--no-enable-prefix-caching",)
+"""With drafts: on a CPU, vLLM's cache of prefixes for layers with a state has Triton kernels for these."""
 RUNS_LAYERS = "anydelta: runs QwenGatedDeltaNetAttention"
 
 
@@ -82,7 +84,7 @@ def check_texts(got: list[list[int]], expected: list[list[int]]) -> None:
 
 def test_batches_of_32_in_chunks(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
     """Continuous batching, chunked prefill: no step takes more than 256 tokens."""
-    options = (*FLOAT32, "--max-num-batched-tokens", "256", "--no-enable-prefix-caching")
+    options = (*FLOAT32, *ALONE, "--max-num-batched-tokens", "256")
     with serving(TINY, tmp_path / "log", *options) as server:
         check_texts(written(server, prompts), expected)
         check_texts(written(server, prompts[:20], at_once=1), expected[:20])
@@ -100,20 +102,19 @@ def test_prefix_caching(prompts: list[list[int]], expected: list[list[int]], tmp
 
 def test_mtp(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
     drafting = '{"method": "mtp", "num_speculative_tokens": 2}'
-    with serving(
-        with_mtp(tmp_path / "model"), tmp_path / "log", *FLOAT32, "--speculative-config", drafting
-    ) as server:
+    options = (*FLOAT32, *ALONE, "--speculative-config", drafting)
+    with serving(with_mtp(tmp_path / "model"), tmp_path / "log", *options) as server:
         check_texts(written(server, prompts), expected)
         assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 200
 
 
 def test_drafts_of_the_prompt(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
-    """As many drafts as are found, another number in every step, beside prefills and with a cache of prefixes."""
+    """As many drafts as are found, another number in every step, beside prefills."""
     drafting = (
         '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}'
     )
-    options = (*FLOAT32, "--max-num-batched-tokens", "256", "--enable-prefix-caching")
-    with serving(TINY, tmp_path / "log", *options, "--speculative-config", drafting) as server:
+    options = (*FLOAT32, *ALONE, "--max-num-batched-tokens", "256", "--speculative-config", drafting)
+    with serving(TINY, tmp_path / "log", *options) as server:
         check_texts(written(server, prompts), expected)
         assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 200
 

@@ -66,8 +66,8 @@ class Sizes(NamedTuple):
             K = V = config.linear_head_dim
         else:
             raise ValueError(
-                f"continuous batching requires linear_num_value_heads or linear_num_heads in the config of a model with "
-                f"linear attention; got {type(config).__name__} without"
+                f"continuous batching: requires linear_num_value_heads or linear_num_heads in the config; got "
+                f"{type(config).__name__} without. Use generate()"
             )
         return cls(2 * H * K + HV * V, HV, K, V, config.linear_conv_kernel_dim)
 
@@ -163,11 +163,17 @@ class LinearAttentionCacheAllocator(CacheAllocator):  # type: ignore[misc]
             every = self.tokens_per_page
             new = self.new.setdefault(request_id, {})
             for end in range(_up(past_length + 1, every), past_length + query_length + 1, every):
-                if not self.pool.count_free_blocks(self.index):
-                    break  # a state that is kept is a bonus, and never a reason to ask for memory
+                if not self._room():
+                    break
                 if end not in new:
                     [new[end]] = self.pool.get_free_blocks(self.index, 1)
         self._tell(request_id)
+
+    def _room(self) -> bool:
+        """Whether there is a block for a state that is kept: a bonus, for which half of the memory is left alone."""
+        if not self.pool.count_free_blocks(self.index) and 2 * self.pool.num_free_sectors > self.pool.num_sectors:
+            self.pool.allocate_sector(self.index)
+        return self.pool.count_free_blocks(self.index) > 0
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         freed = list(self.new.pop(request_id, {}).values())
