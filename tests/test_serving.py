@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.generation.continuous_batching.cache_allocators", reason="needs Transformers 5.24")
-
-import anydelta.integrations.transformers as adt
-from anydelta.integrations.transformers import serving
-from anydelta.integrations.transformers.serving import INTERVAL, LINEAR, LinearAttentionCacheAllocator
+import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache as paged
 from transformers.generation.continuous_batching import offloading_manager
 from transformers.generation.continuous_batching.requests import RequestState
+
+import anydelta.integrations.transformers as adt
+from anydelta.integrations.transformers import serving
+from anydelta.integrations.transformers.serving import INTERVAL, LINEAR, LinearAttentionCacheAllocator
+from test_transformers import FAMILIES, build
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_model"
 NEW = 12
@@ -54,7 +53,9 @@ def prompts_of(count: int, lengths: tuple[int, ...], *, shared: int = 0, seed: i
 def alone(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
     with adt.disable():
         return [
-            model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=new, eos_token_id=EOS)[0, len(p) :].tolist()
+            model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=new, eos_token_id=EOS)[
+                0, len(p) :
+            ].tolist()
             for p in prompts
         ]
 
@@ -173,7 +174,9 @@ def test_cancelled(model: Any):
 def test_several_answers_to_a_prompt(model: Any):
     """A state is copied when a request forks."""
     prompts = prompts_of(3, (30, 70))
-    config = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=EOS, num_return_sequences=3)
+    config = GenerationConfig(
+        do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=EOS, num_return_sequences=3
+    )
     answers = model.generate_batch(
         inputs=prompts, generation_config=config, progress_bar=False,
         continuous_batching_config=ContinuousBatchingConfig(
@@ -205,6 +208,24 @@ def test_pieces_wait_for_those_before_them():
     assert decode.tokens is None
     assert decode.cu_seqlens is None
     assert decode.written is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe", "olmo_hybrid", "lara_mini"])
+def test_other_families(family: str):
+    if family not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = build(family)
+    vocabulary = model.config.vocab_size
+    prompts = [[x % (vocabulary - 2) + 1 for x in p] for p in prompts_of(5, (1, 5, 20, 40))]
+    assert together(model, prompts, num_blocks=100) == alone(model, prompts)
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid"])
+def test_latent_attention_is_refused(family: str):
+    if family not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    with pytest.raises(ValueError, match="continuous batching: requires attention with keys and values"):
+        together(build(family), [[1, 2, 3]])
 
 
 def test_disabled_it_is_refused_as_before(model: Any):

@@ -141,8 +141,10 @@ def _rows(p: Projected) -> Projected:
 
 
 def _each(p: Projected, change: Callable[[torch.Tensor], torch.Tensor]) -> Projected:
-    qkv = tuple(map(change, p.qkv)) if isinstance(p.qkv, tuple) else change(p.qkv)
-    return p._replace(qkv=qkv, z=change(p.z), a=change(p.a), b=change(p.b))
+    if isinstance(p.qkv, tuple):
+        q, k, v = map(change, p.qkv)
+        return p._replace(qkv=(q, k, v), z=change(p.z), a=change(p.a), b=change(p.b))
+    return p._replace(qkv=change(p.qkv), z=change(p.z), a=change(p.a), b=change(p.b))
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,14 @@ class Sizes(NamedTuple):
         """What a config says of its linear attention.
 
         Raises:
-            ValueError: it says it in words that are not known here.
+            ValueError: it says it in words that are not known here, or its other layers do not fit into Transformers'
+                cache.
         """
+        if getattr(config, "kv_lora_rank", None):
+            raise ValueError(
+                f"continuous batching: requires attention with keys and values; got the latent attention of "
+                f"{type(config).__name__}, which Transformers' cache does not hold. Use generate()"
+            )
         get = config.to_dict().get
         if get("linear_num_value_heads"):
             H, HV = config.linear_num_key_heads, config.linear_num_value_heads
@@ -84,7 +90,7 @@ class Round(NamedTuple):
     """[1, N], or None: the rows that are read."""
 
 
-class LinearAttentionCacheAllocator(CacheAllocator):  # type: ignore[misc]
+class LinearAttentionCacheAllocator(CacheAllocator):
     """A request has a block of its own from its first step on, and reads its state there or where a prefix was kept."""
 
     supports_block_sharing = True
@@ -171,9 +177,12 @@ class LinearAttentionCacheAllocator(CacheAllocator):  # type: ignore[misc]
 
     def _room(self) -> bool:
         """Whether there is a block for a state that is kept: a bonus, for which half of the memory is left alone."""
-        if not self.pool.count_free_blocks(self.index) and 2 * self.pool.num_free_sectors > self.pool.num_sectors:
+        if (
+            not self.pool.count_free_blocks(self.index)
+            and 2 * self.pool.num_free_sectors > self.pool.num_sectors
+        ):
             self.pool.allocate_sector(self.index)
-        return self.pool.count_free_blocks(self.index) > 0
+        return bool(self.pool.count_free_blocks(self.index))
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         freed = list(self.new.pop(request_id, {}).values())
