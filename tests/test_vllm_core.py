@@ -89,6 +89,9 @@ class Engine:
         """Some tokens of each request, as a scheduler gives them out."""
         batch: list[tuple[Request, int, bool]] = []  # (request, tokens, whether drafted)
         for request in self.requests:
+            if self.spec and request.done == 0 and request.prompt == 1:
+                batch.append((request, 1, True))  # as vLLM does: a draft of none
+                continue
             if request.done < request.prompt:
                 count = min(request.prompt - request.done, budget)
             elif self.spec and (drafts := min(self.spec, request.length - request.done - 1)) >= 0:
@@ -160,6 +163,7 @@ class Engine:
             m.spec_query_start_loc = starts(lengths[drafted])
             m.spec_state_indices_tensor = table[drafted][:, : self.spec + 1]
             m.num_accepted_tokens = torch.tensor([r.accepted for r, _, d in batch if d], dtype=torch.int32)
+            m.anydelta_new = new[drafted]
             order = torch.argsort(torch.repeat_interleave(drafted, lengths), stable=True)
             count = int(lengths[plain].sum())
             m.non_spec_token_indx, m.spec_token_indx = order[:count], order[count:]

@@ -32,7 +32,7 @@ LAYERS = {
 METADATA = (
     "num_prefills", "num_decodes", "num_spec_decodes", "num_actual_tokens", "has_initial_state",
     "spec_query_start_loc", "non_spec_query_start_loc", "spec_state_indices_tensor", "non_spec_state_indices_tensor",
-    "spec_sequence_masks", "spec_token_indx", "non_spec_token_indx", "num_accepted_tokens",
+    "spec_sequence_masks", "spec_sequence_masks_cpu", "spec_token_indx", "non_spec_token_indx", "num_accepted_tokens",
 )  # fmt: skip
 
 
@@ -90,6 +90,9 @@ class StandIn:
         self.module(
             "vllm.v1.attention.backends.gdn_attn",
             GDNAttentionMetadata=dataclasses.make_dataclass("GDNAttentionMetadata", METADATA),
+            GDNAttentionMetadataBuilder=type(
+                "Builder", (), {"build": lambda self, prefix, common: common.made}
+            ),
         )
         mla = type("CPUMLABackend", (), {"get_supported_kernel_block_sizes": staticmethod(lambda: [16])})
         self.module("vllm.v1.attention.backends.mla.cpu_mla", CPUMLABackend=mla)
@@ -149,6 +152,18 @@ def test_its_layers_stand_for_vllm_s(vllm: StandIn):
     assert [backend.supports_block_size(n) for n in (None, 16, 128, 24)] == [True, True, True, False]
     [line] = vllm.lines
     assert line.startswith("anydelta: runs Qwen")
+
+
+def test_metadata_say_which_drafted_sequences_are_new(vllm: StandIn):
+    plugin.register()
+    builder = sys.modules["vllm.v1.attention.backends.gdn_attn"].GDNAttentionMetadataBuilder()
+    made = types.SimpleNamespace(spec_sequence_masks_cpu=torch.tensor([True, False, True]))
+    common = types.SimpleNamespace(made=made, compute_num_computed_tokens=lambda: torch.tensor([0, 0, 7]))
+    assert builder.build(0, common) is made
+    assert made.anydelta_new.tolist() == [True, False]
+    made.spec_sequence_masks_cpu = None
+    del made.anydelta_new
+    assert not hasattr(builder.build(0, common), "anydelta_new")
 
 
 def test_loading_twice_is_loading_once(vllm: StandIn):

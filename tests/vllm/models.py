@@ -21,20 +21,32 @@ MTP_NAMES = {
 }
 
 
+def _renamed(folder: Path, names: dict[str, str]) -> Path:
+    """The same weights under other names."""
+    weights = {}
+    for name, x in load_file(folder / "model.safetensors").items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = x
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def with_mtp(folder: Path) -> Path:
     """The repository's model with its first MTP layer as vLLM reads it."""
     shutil.copytree(TINY, folder)
-    weights = {}
-    for name, x in load_file(folder / "model.safetensors").items():
-        for old, new in MTP_NAMES.items():
-            name = name.replace(old, new)
-        if not name.startswith("mtp.layers.1."):
-            weights[name] = x
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _renamed(folder, MTP_NAMES)
+    weights = load_file(folder / "model.safetensors")
+    first = {name: x for name, x in weights.items() if not name.startswith("mtp.layers.1.")}
+    save_file(first, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["mtp_num_hidden_layers"] = 1
     for name in ("mtp_layer_types", "num_mtp_layers"):
         config.pop(name, None)
+    # For text the three positions of a token are one. With these words vLLM's drafter makes three of them, where the
+    # layers of a text model take one, and writes beyond its arrays.
+    for name in ("mrope_section", "mrope_interleaved"):
+        config["rope_parameters"].pop(name)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -66,14 +78,7 @@ def kimi(folder: Path) -> Path:
         kv_lora_rank=512, qk_rope_head_dim=64,  # the sizes of vLLM's kernel for latent attention on CPUs
         mlp_layer_types=["sparse"] * 4, pad_token_id=0, bos_token_id=0, eos_token_id=0, max_position_embeddings=4096,
     )  # fmt: skip
-    model = KimiLinearForCausalLM(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("A_log"):
-                p.uniform_(-4, 0)
-            elif p.ndim >= 2:
-                p.mul_(4)  # so that the layers have a say in the logits
-    _save(model, folder)
+    _save(_louder(KimiLinearForCausalLM(config)), folder)
     # vLLM reads the words of the published checkpoints.
     written = json.loads((folder / "config.json").read_text())
     written |= dict(
@@ -86,6 +91,31 @@ def kimi(folder: Path) -> Path:
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(written))
     return folder
+
+
+def qwen3_next(folder: Path) -> Path:
+    """A Qwen3-Next with random weights: q, k, v and z of a head lie side by side; experts."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32,
+        linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64, max_position_embeddings=4096, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return _save(_louder(Qwen3NextForCausalLM(config)), folder)
+
+
+def _louder(model: torch.nn.Module) -> torch.nn.Module:
+    """So that the layers have a say in the logits, and states a memory."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("A_log"):
+                p.uniform_(-4, 0)
+            elif p.ndim >= 2:
+                p.mul_(4)
+    return model
 
 
 def _save(model: torch.nn.Module, folder: Path) -> Path:

@@ -87,9 +87,7 @@ def run(
 
 def _plain(s: Plain, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters) -> torch.Tensor:
     conv = conv[..., : p.conv_weight.shape[1] - 1]
-    if s.fresh is not None:
-        conv.index_fill_(0, s.fresh, 0)
-        state.index_fill_(0, s.fresh, 0)
+    _clear(s.fresh, conv, state)
     at = 1 if s.cu_seqlens is None else 0  # N rows of one token, or one row of all
     qkv = tuple(y.unsqueeze(at) for y in x.qkv) if isinstance(x.qkv, tuple) else x.qkv.unsqueeze(at)
     o: torch.Tensor = gated_delta_mixer_(
@@ -104,6 +102,7 @@ def _plain(s: Plain, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Para
 
 
 def _drafted(s: Drafted, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: Parameters) -> torch.Tensor:
+    _clear(s.fresh, conv, state)
     T, (HV, K, V) = s.total, state.shape[1:]
     qkv = torch.cat([y.reshape(T, -1) for y in x.qkv], -1) if isinstance(x.qkv, tuple) else x.qkv
     q, k, v = _convolved(s, qkv, conv, p).split_with_sizes(_widths(qkv.shape[1], HV * V), -1)
@@ -119,6 +118,12 @@ def _drafted(s: Drafted, x: Inputs, conv: torch.Tensor, state: torch.Tensor, p: 
     gate = z.sigmoid() if p.norm_gate == "sigmoid" else F.silu(z)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + p.norm_eps) * p.norm_weight.float() * gate
     return o.view(T, HV * V).to(x.z.dtype)
+
+
+def _clear(rows: torch.Tensor | None, conv: torch.Tensor, state: torch.Tensor) -> None:
+    if rows is not None:
+        conv.index_fill_(0, rows, 0)
+        state.index_fill_(0, rows, 0)
 
 
 def _widths(channels: int, values: int) -> list[int]:

@@ -6,6 +6,7 @@ A layer's projections go through one custom operator, which torch.compile leaves
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,11 @@ from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata, GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
 from .core import Inputs, Parameters, run
-from .step import step_of
+from .step import NEW, step_of
 
 OP = "anydelta_gated_delta_layer"
 
@@ -214,7 +215,7 @@ SEAMS = (
 METADATA = (
     "num_prefills", "num_decodes", "num_spec_decodes", "num_actual_tokens", "has_initial_state",
     "spec_query_start_loc", "non_spec_query_start_loc", "spec_state_indices_tensor", "non_spec_state_indices_tensor",
-    "spec_sequence_masks", "spec_token_indx", "non_spec_token_indx", "num_accepted_tokens",
+    "spec_sequence_masks", "spec_sequence_masks_cpu", "spec_token_indx", "non_spec_token_indx", "num_accepted_tokens",
 )  # fmt: skip
 
 KIMI_FOR_CPU = "vllm.models.kimi_k3.amd.linear:KimiLinearForCausalLM"
@@ -240,7 +241,24 @@ def register() -> list[str]:
         PluggableLayer.register_oot(name=seam.theirs.__name__)(seam.ours)
     ModelRegistry.register_model("KimiLinearForCausalLM", KIMI_FOR_CPU)
     CPUMLABackend.supports_block_size = classmethod(_whole_kernel_blocks)
+    GDNAttentionMetadataBuilder.build = _with_new(GDNAttentionMetadataBuilder.build)
+    olmo.set_triton_allocator = lambda device: None  # vLLM's OLMo layer asks for Triton when it is made
     return [seam.theirs.__name__ for seam in SEAMS]
+
+
+def _with_new(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Of drafted sequences vLLM's metadata does not say which are new, and a prompt of one token is among them."""
+
+    @functools.wraps(theirs)
+    def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata = theirs(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+        drafted = metadata.spec_sequence_masks_cpu
+        if drafted is not None:
+            computed = common_attn_metadata.compute_num_computed_tokens()
+            setattr(metadata, NEW, (computed == 0)[drafted])
+        return metadata
+
+    return build
 
 
 def _whole_kernel_blocks(backend: Any, block_size: int | None) -> bool:

@@ -15,6 +15,10 @@ NULL_BLOCK = 0
 """The block that vLLM names where a sequence has none: nothing is read from it or written to it."""
 
 
+NEW = "anydelta_new"
+"""The attribute of metadata that says which of the drafted sequences are new: vLLM's own does not (layers.py)."""
+
+
 class Plain(NamedTuple):
     """N sequences whose rows are read and written."""
 
@@ -54,6 +58,8 @@ class Drafted(NamedTuple):
     """[N] int64: the rows of the windows."""
     live: torch.Tensor | None
     """Which sequences have a row of windows, or None: all."""
+    fresh: torch.Tensor | None
+    """int64: the rows that begin anew: vLLM takes a prompt of one token for a draft of none."""
     padded: torch.Tensor
     """[N, longest]: the tokens of each, the last one again where there are fewer."""
     windows: dict[tuple[int, int], Windows]
@@ -144,6 +150,8 @@ def _drafted(m: Any, tokens: torch.Tensor | None) -> Drafted:
     written = _rows(blocks.long().gather(1, block.T).T)
     slots = blocks[:, 0].long()
     live = slots != NULL_BLOCK
+    new = m.__dict__.get(NEW)
+    fresh = None if new is None else slots[new[:N] & live]
     padded = torch.minimum(torch.arange(longest), (lengths - 1).clamp(min=0)[:, None])
     return Drafted(
         None if tokens is None else tokens[:total].long(),
@@ -154,6 +162,7 @@ def _drafted(m: Any, tokens: torch.Tensor | None) -> Drafted:
         offsets,
         slots,
         None if bool(live.all()) else live.nonzero()[:, 0],
+        fresh if fresh is not None and fresh.numel() else None,
         (cu_seqlens[:-1, None] + padded).clamp_(max=max(0, total - 1)),
         {},
     )
