@@ -35,7 +35,7 @@ BESIDE := --numprocesses auto --maxprocesses 8 --dist loadfile
 PYTEST := $(ISOLATE) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(BESIDE)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup backends test test-transformers lint format docs demo demo-export wheel readme figures release-check clean distclean
+.PHONY: help setup backends test test-transformers test-vllm lint format docs demo demo-export wheel readme figures release-check clean distclean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -58,6 +58,16 @@ test-transformers: $(VENV)/.built ## Test the plug on other Transformers, instal
 	  $(BIN)/python -m pip install -q --target build/transformers-$$version transformers==$$version && \
 	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -c 'import transformers; print(transformers.__version__)' && \
 	  $(ISOLATE) PYTHONPATH=build/transformers-$$version $(BIN)/python -m pytest $(BESIDE) tests/test_transformers.py tests/test_speculative.py $(PYTEST_ARGS) || exit 1; done
+
+test-vllm: $(VENV)/.built build/vllm/.installed ## Test vLLM's plug-in over HTTP; vLLM goes below build/ (3.5 GB): PYTEST_ARGS="-k mtp"
+	rm -rf build/vllm-wheel
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir build/vllm-wheel .
+	build/vllm/bin/python -m pip install -q --no-deps --force-reinstall build/vllm-wheel/*.whl
+	cd build && $(ISOLATE) vllm/bin/python -m pytest -p no:cacheprovider ../tests/vllm/serve_checks.py $(PYTEST_ARGS)
+
+build/vllm/.installed: tests/vllm/install.sh tests/vllm/sitecustomize.py
+	tests/vllm/install.sh build/vllm $(PYTHON)
+	@touch $@
 
 demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measure it: out/model.svg, out/ops.svg
 	mkdir -p out

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
 import pytest
 import torch
-from models import TINY, with_mtp
+from models import TINY, kimi, qwen3_next, with_mtp
 from server import Server, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +78,24 @@ def written(
     return asyncio.run(all_of_them())
 
 
+def scored(server: Server, prompts: list[list[int]]) -> list[tuple[list[float], list[int]]]:
+    """The log probability of each token of each prompt but the first, and the tokens that are written after it."""
+
+    async def one(client: openai.AsyncOpenAI, prompt: list[int]) -> tuple[list[float], list[int]]:
+        answer = await client.completions.create(
+            model="model", prompt=prompt, max_tokens=NEW, temperature=0, echo=True, logprobs=0,
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        [choice] = answer.choices
+        return choice.logprobs.token_logprobs[1 : len(prompt)], list(choice.token_ids)  # type: ignore[union-attr, attr-defined, index, return-value]
+
+    async def all_of_them() -> list[tuple[list[float], list[int]]]:
+        async with server.client() as client:
+            return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
+
+    return asyncio.run(all_of_them())
+
+
 def check_texts(got: list[list[int]], expected: list[list[int]]) -> None:
     wrong = [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
     assert not wrong, f"{len(wrong)} of {len(got)} texts differ, the first {wrong[0]}: {got[wrong[0]]}"
@@ -122,6 +141,23 @@ def test_drafts_of_the_prompt(prompts: list[list[int]], expected: list[list[int]
 def test_tensor_parallel(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
     with serving(TINY, tmp_path / "log", *FLOAT32, "--tensor-parallel-size", "2") as server:
         check_texts(written(server, prompts), expected)
+
+
+@pytest.mark.parametrize("family", [kimi, qwen3_next])
+def test_other_families(family: Callable[[Path], Path], tmp_path: Path):
+    """Random weights: Kimi Delta Attention with latent attention and experts; q, k, v and z side by side."""
+    folder = family(tmp_path / "model")
+    choose = random.Random(1)
+    prompts = [[choose.randrange(3, 1000) for _ in range(n)] for n in (2, 5, 40, 100, 300)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = (*FLOAT32, *ALONE)
+    with serving(folder, tmp_path / "log", *options) as server, torch.no_grad():
+        for prompt, (logprobs, new) in zip(prompts, scored(server, prompts), strict=True):
+            ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0]
+            logits = model(ids[None]).logits[0].log_softmax(-1)
+            expected = logits[:-1].gather(1, ids[1:, None])[: len(prompt) - 1, 0]
+            torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-4)
+            assert new == ids[len(prompt) :].tolist()
 
 
 def test_without_the_plug_in_the_model_does_not_run(prompts: list[list[int]], tmp_path: Path):
