@@ -50,7 +50,16 @@ if TYPE_CHECKING:
 else:  # they import torch and Transformers
     _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices, _serving = (
         late(f"{__name__}.{name}")
-        for name in ("classes", "find", "functions", "generate", "gguf", "layer", "packed_matrices", "serving")
+        for name in (
+            "classes",
+            "find",
+            "functions",
+            "generate",
+            "gguf",
+            "layer",
+            "packed_matrices",
+            "serving",
+        )
     )
 
 
@@ -175,7 +184,7 @@ def _files() -> tuple[Patch, ...]:
 
 
 @functools.cache
-def _server() -> tuple[Patch | _serving.Entry, ...]:
+def _server() -> tuple[Patch, ...]:
     """What continuous batching needs, where Transformers has allocators of caches (5.24 and later)."""
     try:
         return tuple(_serving.patches(_everywhere))

@@ -241,7 +241,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self._keep(request_id, block)
 
     def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
-        """Give the states that the last step kept to whoever asks for them."""
+        """Give the states that the last step kept to other requests."""
         new = self.new.pop(request_id, {})
         parent, at, every = None, 0, self.tokens_per_page
         for end, block in sorted(new.items()):
@@ -342,8 +342,11 @@ def _block_bytes(least: int, others: list[int]) -> int:
 # ---- What is put into Transformers
 
 
-class Entry:
+class Entry(Patch):
     """Our allocator in Transformers' table of them."""
+
+    def __init__(self) -> None:
+        super().__init__(paged, "ATTN_TYPE_TO_ALLOCATOR", lambda theirs: theirs)
 
     def put(self) -> None:
         paged.ATTN_TYPE_TO_ALLOCATOR.setdefault(LINEAR, LinearAttentionCacheAllocator)
@@ -354,7 +357,7 @@ class Entry:
         return []
 
 
-def patches(place: Place) -> Iterator[Any]:
+def patches(place: Place) -> Iterator[Patch]:
     """All that `enable()` puts in place."""
 
     def patch(owner: type, name: str, make: Callable[[Any], Callable[..., Any]]) -> Patch:

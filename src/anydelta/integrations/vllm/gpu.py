@@ -73,7 +73,7 @@ BACKEND = {"cuda": "triton", "xpu": "triton"}
 
 
 def register() -> list[str]:
-    """Put ours in the place of vLLM's.
+    """Put ours instead of vLLM's.
 
     Returns:
         The names of what ours stands for.

@@ -1,4 +1,4 @@
-"""vLLM's gated delta layers on a CPU: their own projections around `core.run`, registered in the place of vLLM's.
+"""vLLM's gated delta layers on a CPU: their own projections around `core.run`, registered instead of vLLM's.
 
 Each class here is vLLM's layer with another forward: parameters, weights, caches and tensor parallelism are vLLM's own.
 A layer's projections go through one custom operator, which torch.compile leaves alone.
@@ -223,7 +223,7 @@ KIMI_FOR_CPU = "vllm.models.kimi_k3.amd.linear:KimiLinearForCausalLM"
 
 
 def register() -> list[str]:
-    """Put our layers in the place of vLLM's, all or none.
+    """Put our layers instead of vLLM's, all or none.
 
     Returns:
         The names of the layers.
