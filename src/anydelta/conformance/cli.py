@@ -28,7 +28,7 @@ from ..terminal import (
 from .cases import CASES, Case
 from .compare import Target
 from .gradients import every_gradient_case
-from .mixer import MIXER_CASES
+from .mixer import MIXER_CASES, MixerCase
 from .run import (
     FAIL,
     FRAMEWORKS,
@@ -144,10 +144,8 @@ def _select(pattern: str, lines: list[str], gradients: bool) -> list[Case]:
         if pattern:
             raise Refused("--case and --filter exclude each other")
         cases = [parse(line) for line in lines]
-        if gradients and (others := [c for c in cases if type(c) is not Case or c.inplace or c.snapshots]):
-            raise Refused(
-                f"--gradients takes functional calls of the rule without snapshots; got {others[0]}"
-            )
+        if gradients and (others := [c for c in cases if type(c) not in (Case, MixerCase) or c.inplace or c.snapshots]):
+            raise Refused(f"--gradients takes functional calls without snapshots; got {others[0]}")
         return cases
     every: list[Case] = every_gradient_case() if gradients else [*CASES, *MIXER_CASES, *LOG_CASES]
     if not pattern:

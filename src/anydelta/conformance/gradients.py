@@ -7,6 +7,7 @@ whatever they come in.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +16,34 @@ from numpy.typing import NDArray
 from ..core import dispatch
 from ..core.accepts import reasons
 from ..core.late import late
+from ..mixer import op as mixer_op
+from ..mixer.arguments import TRACKED as TRACKED_BY_MIXER
+from ..mixer.arguments import MixerCall, MixerOptions
 from ..rule.arguments import TRACKED, Call, Options
 from ..rule.spec import check_call
 from .cases import CASES, STRONG, Case, Inputs, inputs
-from .compare import NotRunnable, Target, Verdict, buffers, call, dirty_memory, judge
+from .compare import Buffer, NotRunnable, Target, Verdict, buffers, call, dirty_memory, judge
+from .mixer import (
+    MIXER_CASES,
+    MixerCase,
+    MixerInputs,
+    flat,
+    mixer_buffers,
+    mixer_call_on,
+    mixer_inputs,
+    mixer_options,
+    mixer_qkv,
+)
 from .options import options_of_case
 
 if TYPE_CHECKING:
     import torch
 
+    from ..mixer import autograd as mixer_autograd
     from ..rule import autograd
 else:
     autograd = late("anydelta.rule.autograd")
+    mixer_autograd = late("anydelta.mixer.autograd")
 
 GRADIENT_CASES: tuple[Case, ...] = tuple(
     Case.parse(line)
@@ -61,8 +78,9 @@ LARGEST = 2_000_000
 
 
 def every_gradient_case() -> list[Case]:
-    """GRADIENT_CASES, and the cases of the list that are functional calls without snapshots."""
-    return list(dict.fromkeys((*GRADIENT_CASES, *filter(_has_gradients, CASES))))
+    """GRADIENT_CASES, and the cases of the list that are functional calls without snapshots; the mixer's cases too."""
+    mixers = (replace(c, inplace=False, snapshots=0) for c in MIXER_CASES if not c.refused and not c.scattered)
+    return list(dict.fromkeys((*GRADIENT_CASES, *filter(_has_gradients, (*CASES, *mixers)))))
 
 
 def _has_gradients(case: Case) -> bool:
@@ -83,6 +101,8 @@ def check_gradients(case: Case, target: Target, *, native: bool = False) -> Verd
     if target.framework != "torch":
         raise NotRunnable(f"gradients are those of torch tensors, not of {target.framework} arrays")
     with target.active():
+        if isinstance(case, MixerCase):
+            return _check_mixer(case, target, native)
         return _check(case, target, native)
 
 
@@ -103,9 +123,20 @@ def _check(case: Case, target: Target, native: bool) -> Verdict:
     with dirty_memory(case, target):
         got = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads, allow_unused=True)
     exact = _exact(case, values, [g.detach().cpu().double() for g in grads])
+    exact["state"] = exact.pop("state_in", None)
+    return _judged(case, held, leaves, dict(zip(wanted, got, strict=True)), exact)
+
+
+def _judged(
+    case: Case,
+    held: dict[str, Buffer],
+    leaves: dict[str, torch.Tensor],
+    got: dict[str, torch.Tensor | None],
+    exact: dict[str, NDArray[np.float64]],
+) -> Verdict:
     v = Verdict()
-    for name, x in zip(wanted, got, strict=True):
-        want = exact["state_in" if name == "state" else name]
+    for name, x in got.items():
+        want = exact[name]
         if x is None or tuple(x.shape) != want.shape or x.dtype != leaves[name].dtype:
             v.errors.append(f"gradient of {name}: is {x if x is None else (list(x.shape), x.dtype)}")
             continue
@@ -114,6 +145,55 @@ def _check(case: Case, target: Target, native: bool) -> Verdict:
             dtype = "float32"
         judge(v, f"gradient of {name}", x.cpu().double().numpy(), want, dtype)
     return v
+
+
+def _check_mixer(case: MixerCase, target: Target, native: bool) -> Verdict:
+    import torch
+
+    values = mixer_inputs(case)
+    rng = np.random.default_rng(len(str(case)))
+    held = mixer_buffers(case, values, target)
+    wanted = [n for n in ("q", *TRACKED_BY_MIXER) if n in held]
+    leaves: dict[str, torch.Tensor] = {n: b.array for n, b in held.items()}
+    leaves.update({n: leaves[n].detach().requires_grad_() for n in wanted})
+    if native:
+        _require_mixer_backward(case, leaves, target.backend)
+    outputs = mixer_call_on(case, leaves, target.backend)
+    grads = [torch.from_numpy(rng.standard_normal(x.shape)).to(x) for x in outputs]
+    pairs = [(x, g) for x, g in zip(outputs, grads, strict=True) if x.requires_grad]
+    with dirty_memory(case, target):
+        got = torch.autograd.grad(
+            [x for x, _ in pairs], [leaves[n] for n in wanted], [g for _, g in pairs], allow_unused=True
+        )
+    exact = _exact_mixer(case, values, [g.detach().cpu().double() for g in grads])
+    return _judged(case, held, leaves, dict(zip(wanted, got, strict=True)), exact)
+
+
+def _exact_mixer(
+    case: MixerCase, values: MixerInputs, grads: list[torch.Tensor]
+) -> dict[str, NDArray[np.float64]]:
+    """As `_exact`, by the names of the arrays that the case has."""
+    r = values.rule
+    tensors = {
+        name: _tensor(getattr(holder, name))
+        for holder, names in (
+            (values, ("conv_state", "conv_weight", "conv_bias", "z", "norm_weight")),
+            (r, ("state", "g", "beta", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices")),
+        )
+        for name in names
+    }
+    tensors.update(zip(("qkv", "k", "v"), map(_tensor, flat(case, r)), strict=True))
+    whole = MixerCall(**tensors)
+    names = [n for n in TRACKED_BY_MIXER if getattr(whole, n) is not None]
+    options = MixerOptions(**mixer_options(case))
+    found = mixer_autograd.gradients(whole, options, names, grads, backend="reference")
+    exact = {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}
+    parts = [exact.pop("qkv"), exact.pop("k"), exact.pop("v")]
+    if case.split == "split":
+        return exact | dict(zip("qkv", parts, strict=True))
+    if case.split == "grouped":
+        parts = [x.reshape(case.B, case.T, case.H, -1) for x in (*parts, *([exact.pop("z")] if "z" in exact else []))]
+    return exact | {"qkv": np.concatenate(parts, -1)}
 
 
 def _require_backward_pass(case: Case, arrays: dict[str, torch.Tensor], backend: str) -> None:
@@ -127,24 +207,34 @@ def _require_backward_pass(case: Case, arrays: dict[str, torch.Tensor], backend:
         raise dispatch.UnsupportedError(f"the backward pass of {backend}: {'; '.join(map(str, no))}")
 
 
+def _require_mixer_backward(case: MixerCase, arrays: dict[str, torch.Tensor], backend: str) -> None:
+    runs: Any = dispatch.mixer_of(backend)
+    if not hasattr(runs, "gradients"):
+        raise dispatch.UnsupportedError(f"{backend} has no backward pass of the mixer: its parts' run")
+    qkv, arrays = mixer_qkv(case, arrays)
+    q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+    spec = mixer_op.check(MixerCall(q, k, v, **arrays), MixerOptions(**mixer_options(case)))
+    if no := (*dispatch.reasons_against(backend, spec), *reasons(runs.accepts_gradients, spec)):
+        raise dispatch.UnsupportedError(f"the backward pass of {backend}: {'; '.join(map(str, no))}")
+
+
 def _exact(case: Case, values: Inputs, grads: list[torch.Tensor]) -> dict[str, NDArray[np.float64]]:
     """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
-    import torch
-
-    def tensor(x: NDArray[np.generic] | None) -> torch.Tensor | None:
-        return (
-            None
-            if x is None
-            else torch.from_numpy(np.where(np.isnan(x), 0.0, x) if x.dtype == np.float64 else x)
-        )
-
     names = [n for n in TRACKED if n != "state_in"]
-    arrays = {n: tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
-    whole = Call(**arrays, state_in=tensor(values.state))
+    arrays = {n: _tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
+    whole = Call(**arrays, state_in=_tensor(values.state))
     options = Options(**options_of_case(case, Options), output_final_state=not case.nofinal)
     names = [n for n in TRACKED if getattr(whole, n) is not None]
     found = autograd.gradients(whole, options, names, grads[0], grads[-1], backend="reference")
     return {n: np.zeros(tuple(getattr(whole, n).shape)) if x is None else x.numpy() for n, x in found.items()}
+
+
+def _tensor(x: NDArray[np.generic] | None) -> torch.Tensor | None:
+    import torch
+
+    if x is None:
+        return None
+    return torch.from_numpy(np.where(np.isnan(x), 0.0, x) if x.dtype == np.float64 else x)
 
 
 if __name__ == "__main__":

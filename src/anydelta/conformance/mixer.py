@@ -137,7 +137,7 @@ def mixer_inputs(c: MixerCase) -> MixerInputs:
     )
 
 
-def _options(c: MixerCase) -> dict[str, Any]:
+def mixer_options(c: MixerCase) -> dict[str, Any]:
     return {
         **options_of_case(c, MixerOptions),
         "activation": None if c.linear else "silu",
@@ -145,7 +145,7 @@ def _options(c: MixerCase) -> dict[str, Any]:
     }
 
 
-def _flat(c: MixerCase, r: Inputs) -> tuple[F64, F64, F64]:
+def flat(c: MixerCase, r: Inputs) -> tuple[F64, F64, F64]:
     """q, k [B, T, H K] and v [B, T, HV V]."""
     key = (c.B, c.T, c.H * c.K)
     return r.q.reshape(key), r.k.reshape(key), r.v.reshape(c.B, c.T, c.HV * c.V)
@@ -155,13 +155,13 @@ def mixer_oracle(c: MixerCase, x: MixerInputs) -> reference.MixerExpected:
     """The exact answer, from the values as the call holds them."""
     r = x.rule
     assert r.state is not None
-    q, k, v = _flat(c, r)
+    q, k, v = flat(c, r)
     with np.errstate(all="ignore"):  # NaN in tokens that must not be read
         return reference.gated_delta_mixer(
             q, k, v, x.conv_state, r.state,
             g=r.g, beta=r.beta, conv_weight=x.conv_weight, conv_bias=x.conv_bias, A_log=r.A_log, dt_bias=r.dt_bias,
             z=x.z, norm_weight=x.norm_weight, cu_seqlens=r.cu_seqlens, state_indices=r.state_indices, mask=r.mask,
-            snapshots=c.snapshots, **_options(c),
+            snapshots=c.snapshots, **mixer_options(c),
         )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
         if values is not None:
             out[name] = Buffer(values, values.shape, dtype, mode, target)
 
-    q, k, v = _flat(c, r)
+    q, k, v = flat(c, r)
     if c.split == "packed":
         hold("qkv", np.concatenate([q, k, v], -1), c.dtype, c.strides)
     elif c.split == "split":
@@ -231,24 +231,33 @@ def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buf
 
 def mixer_call(c: MixerCase, held: dict[str, Buffer], backend: str) -> tuple[Array, Array, Array]:
     """Run the operator; returns (o, conv state, state)."""
-    arrays: dict[str, Any] = {name: b.array for name, b in held.items()}
-    qkv: Array
-    if c.split == "split":
-        qkv = tuple(arrays.pop(n) for n in ("q", "k", "v"))
-    else:
-        qkv = arrays.pop("qkv")
-        if c.split == "grouped":
-            V = c.HV // c.H * c.V
-            at = np.cumsum([0, c.K, c.K, V, V])
-            q, k, v, z = (qkv[..., at[i] : at[i + 1]] for i in range(4))
-            qkv = (q, k, v)
-            if c.norm in ("silu", "sigmoid"):
-                arrays["z"] = z
+    return mixer_call_on(c, {name: b.array for name, b in held.items()}, backend)
+
+
+def mixer_call_on(c: MixerCase, arrays: dict[str, Array], backend: str) -> tuple[Array, Array, Array]:
+    qkv, arrays = mixer_qkv(c, arrays)
     conv_state, state = arrays.pop("conv_state"), arrays.pop("state")
+    options = mixer_options(c)
     if c.inplace:
-        o = anydelta.gated_delta_mixer_(qkv, conv_state, state, **arrays, **_options(c), backend=backend)
+        o = anydelta.gated_delta_mixer_(qkv, conv_state, state, **arrays, **options, backend=backend)
         return o, conv_state, state
-    return anydelta.gated_delta_mixer(qkv, conv_state, state, **arrays, **_options(c), backend=backend)
+    return anydelta.gated_delta_mixer(qkv, conv_state, state, **arrays, **options, backend=backend)
+
+
+def mixer_qkv(c: MixerCase, arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """qkv of a call, or (q, k, v), and its other arrays."""
+    arrays = dict(arrays)
+    if c.split == "split":
+        return tuple(arrays.pop(n) for n in ("q", "k", "v")), arrays
+    qkv: Array = arrays.pop("qkv")
+    if c.split == "packed":
+        return qkv, arrays
+    V = c.HV // c.H * c.V
+    at = np.cumsum([0, c.K, c.K, V, V])
+    q, k, v, z = (qkv[..., at[i] : at[i + 1]] for i in range(4))
+    if c.norm in ("silu", "sigmoid"):
+        arrays["z"] = z
+    return (q, k, v), arrays
 
 
 def check_mixer_case(case: MixerCase | MixerPrepared, target: Target) -> Verdict:

@@ -168,6 +168,8 @@ class Operator:
     """Arrays and options that it does not take."""
     lists: tuple[str, ...] = ()
     """Arrays that come as a list of tensors."""
+    reads: tuple[str, ...] = ()
+    """Arrays that other operators of the table write, and this one does not."""
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -226,7 +228,7 @@ class Operator:
         for name in self.tensors:
             row = self.row(name)
             kind = "Tensor[]" if name in self.lists else "Tensor"
-            if row.written or (self.inplace and row.public[1]):
+            if (row.written and name not in self.reads) or (self.inplace and row.public[1]):
                 kind += f"({next(letters)}!)"
             mark = "?" if self.optional(name) else ""
             texts.append(f"{kind}{mark} {self.public(name)}" + ("=None" if self._default(name) else ""))

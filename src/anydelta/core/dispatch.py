@@ -110,7 +110,8 @@ class Backend(Declares, Protocol):
     Optional attributes: `mixer` names the module whose MIXER has `accepts`, `prepare` and `run` for MixerSpec and
     MixerCall (`prepare` also gets the requested backend's name). `log` names the module whose LOG is a
     `state.log_spec.LogBackend`. `mlx_host` names the module whose HOST runs MLX arrays. A backend with a backward pass
-    declares its calls in `accepts_gradients`, and has `gradients(spec, call, grad_o, grad_state)`.
+    declares its calls in `accepts_gradients`, and has `gradients(spec, call, grad_o, grad_state)`; a MIXER has
+    `gradients(spec, call, grads, wanted)`, with the gradients of its three results.
     """
 
     name: str
@@ -258,7 +259,7 @@ def with_gradients(spec: Spec, backend: str = "auto", *, warn: bool = True) -> A
     """
     global _warned_of_gradients
     for name in _candidates(spec, backend)[0]:
-        runs: Any = get_backend(name)
+        runs: Any = implementation(name, spec) if spec.part else get_backend(name)
         if hasattr(runs, "gradients") and not reasons_against(name, spec):
             no = reasons(runs.accepts_gradients, spec)
             if not no:

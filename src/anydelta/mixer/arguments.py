@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from ..core.arguments import ArrayRow, ChoiceRow, Operator
+from ..core.arguments import ArrayRow, ChoiceRow, Operator, arrays
 from ..core.arrays import Array
 from ..rule.arguments import (
     ALog,
@@ -83,3 +83,10 @@ class MixerCall:
 INPLACE = Operator(
     "gated_delta_mixer_", "gated_delta_mixer_", MixerCall, MixerOptions, "Tensor", True, lists=("qkv",)
 )
+FUNCTIONAL = Operator(
+    "gated_delta_mixer", "gated_delta_mixer", MixerCall, MixerOptions, "(Tensor, Tensor, Tensor)", False,
+    without=("snapshots", "conv_snapshots", "snapshot_indices"), lists=("qkv",), reads=("conv_state", "state"),
+)  # fmt: skip
+TRACKED = ("qkv", "k", "v", *(n for n in arrays(MixerCall, "token", "gate", "weight", "state")
+                              if n not in ("qkv", "snapshots", "conv_snapshots")))  # fmt: skip
+"""The arguments that may have a gradient."""

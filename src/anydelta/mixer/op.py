@@ -142,7 +142,9 @@ def gated_delta_mixer(
 ) -> tuple[Array, Array, Array]:
     """As `gated_delta_mixer_`, with all of its arguments, but the given states are left as they are. Differentiable.
 
-    Gradients go through torch's own convolution and norm around `gated_delta_rule`, on any device.
+    On the CPU the backward pass is one native call too, which keeps nothing but the inputs. Elsewhere, for float64, for
+    gradients of gradients and for torch.func, gradients go through torch's own convolution and norm around
+    `gated_delta_rule`.
 
     Returns:
         The output [B, T, HV * V], the new conv state [N, C, S] and the new state [N, HV, K, V] (zeros for skipped
@@ -157,40 +159,54 @@ def gated_delta_mixer(
         raise ValueError(
             f"{options.op}: snapshot_indices name rows of a pool that is written, and go with gated_delta_mixer_ only"
         )
-    tracked: list[str] = []
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(call.qkv, torch.Tensor) and not torch.compiler.is_compiling():
-        call, tracked = _torch_side().by_parts(call)
+    tensors = torch is not None and isinstance(call.qkv, torch.Tensor)
+    if tensors and torch is not None:
+        compiling = torch.compiler.is_compiling()
+        if compiling and call.snapshots is None and not _torch_side().dual_numbers():
+            return _torch_side().functional(call, options, backend)  # type: ignore[no-any-return]
+        tracked: list[str] = []
+        if not compiling:
+            call, tracked = _torch_side().by_parts(call)
+        wanted = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
+        if wanted:
+            return _differentiable(call, check(call, options), backend, wanted, composed=bool(tracked))
+    return on_copies(call, options, backend)
+
+
+def check(call: MixerCall, options: MixerOptions) -> MixerSpec:
+    """The checks of a functional call."""
     checker = _Checker(options.op, first="qkv")
     for name in ("conv_state", "state"):
         if getattr(call, name) is not None:
             checker.array(name, getattr(call, name), None)
-    spec = check_mixer(_writable(call), options)
+    spec = check_mixer(writable(call), options)
     check_mixer_values(call, spec, inplace=False)
-    if spec.framework == "torch" and torch is not None:
-        tracked = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
-        if tracked:
-            return _differentiable(call, spec, backend, tracked)
-    qkv, conv_state, state = (
-        call.qkv if call.k is None else (call.qkv, call.k, call.v),
-        call.conv_state,
-        call.state,
-    )
-    arguments = {n: getattr(call, n) if n in _ARRAYS else x for n, x in arguments.items()}
+    return spec
+
+
+def on_copies(call: MixerCall, options: MixerOptions, backend: str) -> tuple[Array, Array, Array]:
+    """The functional call without gradients: the one in place, on copies of the states."""
+    spec = check(call, options)
+    conv_state, state, rows = call.conv_state, call.state, call.state_indices
     if spec.rule.pooled:
-        conv_state, state, arguments["state_indices"] = _gather(call, spec)
+        conv_state, state, rows = _gather(call, spec)
     else:
         conv_state, state = (
             x.clone() if spec.framework == "torch" else x.copy() for x in (conv_state, state)
         )
+    inside = replace(call, conv_state=conv_state, state=state, state_indices=rows)
+    arguments = {n: getattr(inside, n) for n in _ARRAYS}
+    flags = {n: getattr(options, n) for n in _FLAGS}
     o = gated_delta_mixer_(
-        qkv,
+        call.qkv if call.k is None else (call.qkv, call.k, call.v),
         conv_state,
         state,
-        snapshots=snapshots,
-        conv_snapshots=conv_snapshots,
+        snapshots=call.snapshots,
+        conv_snapshots=call.conv_snapshots,
         backend=backend,
         **arguments,
+        **flags,
     )
     return o, conv_state, state
 
@@ -257,7 +273,7 @@ _ARRAYS = frozenset(MixerCall.__slots__) - {
 _FLAGS = frozenset(MixerOptions._fields) - {"op"}
 
 
-def _writable(call: MixerCall) -> MixerCall:
+def writable(call: MixerCall) -> MixerCall:
     """The call as it will run, on states that may be written: those given may be read-only or share memory."""
 
     def fresh(x: Array) -> Array:
@@ -270,14 +286,18 @@ def _writable(call: MixerCall) -> MixerCall:
 
 
 def _differentiable(
-    call: MixerCall, spec: MixerSpec, backend: str, tracked: list[str]
+    call: MixerCall, spec: MixerSpec, backend: str, tracked: list[str], *, composed: bool
 ) -> tuple[Array, Array, Array]:
     if call.snapshots is not None:
         raise ValueError(
             f"{spec.options.op}: snapshots have no gradient, but {', '.join(tracked)} requires grad, carries a tangent "
             "or is made of other tensors. Use torch.no_grad(), or leave snapshots out"
         )
-    found: tuple[Array, Array, Array] = dispatch.mixer_of("reference").differentiable(call, spec, backend)
+    found: tuple[Array, Array, Array]
+    if composed or dispatch.with_gradients(spec, backend, warn=False) is None:
+        found = dispatch.mixer_of("reference").differentiable(call, spec, backend)
+    else:
+        found = _torch_side().functional(call, spec.options, backend)
     return found
 
 

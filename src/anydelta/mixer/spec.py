@@ -24,7 +24,7 @@ from ..rule.spec import (
     framework_of,
     shape_of,
 )
-from .arguments import MixerCall, MixerOptions
+from .arguments import TRACKED, MixerCall, MixerOptions
 
 NORM_GATES = ("silu", "sigmoid")
 
@@ -277,6 +277,4 @@ def check_mixer_values(call: MixerCall, spec: MixerSpec, *, inplace: bool = True
 
 def requiring_grad(call: MixerCall) -> list[str]:
     """The names of the tensors that require grad."""
-    names = ("qkv", "k", "v", "conv_state", "state", "g", "beta", "conv_weight", "conv_bias", "A_log", "dt_bias", "z",
-             "norm_weight")  # fmt: skip
-    return [n for n in names if (x := getattr(call, n)) is not None and getattr(x, "requires_grad", False)]
+    return [n for n in TRACKED if (x := getattr(call, n)) is not None and getattr(x, "requires_grad", False)]

@@ -7,7 +7,9 @@ state per block is kept (see backends/reference.py), so memory does not grow wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +42,29 @@ def gradients(
                     spec, call, grad_o, grad_state if options.output_final_state else None
                 )
             return {name: found[name] for name in wanted}
+
+    def results(live: Call) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        spec = check_call(live, options, inplace=False)
+        o, state = dispatch.get_backend("reference").recurrence(spec, live)  # type: ignore[attr-defined]
+        if not options.output_final_state:
+            return [(o, grad_o)]
+        grad = grad_state.transpose(-1, -2) if options.state_layout == "vk" else grad_state
+        return [(o, grad_o), (state, grad)]
+
+    return replayed(call, wanted, results, create_graph)
+
+
+C = TypeVar("C", bound=Any)  # Call, or the mixer's
+
+
+def replayed(
+    call: C,
+    wanted: list[str],
+    results: Callable[[C], list[tuple[torch.Tensor, torch.Tensor | None]]],
+    create_graph: bool,
+) -> dict[str, torch.Tensor | None]:
+    """The gradients of the inputs that are wanted, by running a call again under autograd: `results` gives each of its
+    results with that result's gradient."""
     with torch.enable_grad():
         leaves = {}
         for name in wanted:
@@ -48,16 +73,12 @@ def gradients(
             leaves[name] = x.view_as(x) if create_graph else x.detach().requires_grad_()
         if not all(x.view_as(x).requires_grad for x in leaves.values()):
             raise RuntimeError("anydelta: autograd records nothing here, so no gradient can be computed")
-        live = replace(call, **leaves)
-        spec = check_call(live, options, inplace=False)
-        o, state = dispatch.get_backend("reference").recurrence(spec, live)  # type: ignore[attr-defined]
-        pairs = [(o, grad_o)]
-        if options.output_final_state:
-            pairs.append(
-                (state, grad_state.transpose(-1, -2) if options.state_layout == "vk" else grad_state)
-            )
-        # Neither need depend on any input that is wanted: o depends on q and the state does not, for instance.
-        pairs = [(out, grad.to(out.dtype)) for out, grad in pairs if out.requires_grad]
+        # A result need not depend on any input that is wanted: o depends on q and the state does not, for instance.
+        pairs = [
+            (out, grad.to(out.dtype))
+            for out, grad in results(replace(call, **leaves))
+            if grad is not None and out.requires_grad
+        ]
         if not pairs:
             return dict.fromkeys(wanted)
         outputs, grads = zip(*pairs, strict=True)

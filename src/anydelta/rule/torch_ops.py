@@ -166,7 +166,7 @@ for _operator in OPERATORS:
     torch.library.register_fake(f"anydelta::{_operator.name}", partial(_fake, _operator), lib=_LIB)
 
 
-def _batched(x: torch.Tensor) -> bool:
+def batched(x: torch.Tensor) -> bool:
     """Whether a vmap batches the tensor: torch.func's, or the older one for gradients."""
     return is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x)
 
@@ -181,7 +181,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.flags = flags
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.anydelta.gated_delta_rule.default.redispatch(keys & _BELOW, *tensors, **flags)
+            return torch.ops.anydelta.gated_delta_rule.default.redispatch(keys & BELOW, *tensors, **flags)
 
     @staticmethod
     def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -189,7 +189,7 @@ class _Differentiable(torch.autograd.Function):
         # create_graph=True: the gradient is itself to be differentiated. is_grads_batched=True: vmap has no rule for
         # the operator below.
         again = torch.is_grad_enabled()
-        if again or _batched(grad_o) or _batched(grad_state):
+        if again or batched(grad_o) or batched(grad_state):
             call = Call(**dict(zip(_INPUTS, ctx.saved_tensors, strict=True)))
             names = [_INPUTS[i] for i in wanted]
             flags = {name: value for name, value in ctx.flags.items() if name != "backend"}
@@ -205,7 +205,7 @@ class _Differentiable(torch.autograd.Function):
         return (None, None, *grads)
 
 
-_BELOW = torch._C._after_autograd_keyset
+BELOW = torch._C._after_autograd_keyset
 
 
 def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None, **flags: object) -> object:
@@ -216,7 +216,7 @@ def _differentiable(keys: torch._C.DispatchKeySet, *tensors: torch.Tensor | None
     if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         absent = (None,) * (len(_INPUTS) - len(tensors))
         return _Differentiable.apply(keys, flags, *tensors, *absent)  # type: ignore[no-untyped-call]
-    return _REDISPATCH(keys & _BELOW, *tensors, **flags)
+    return _REDISPATCH(keys & BELOW, *tensors, **flags)
 
 
 _REDISPATCH = torch.ops.anydelta.gated_delta_rule.default._handle.redispatch_boxed
@@ -266,7 +266,7 @@ guard_writes(_LIB, "gated_delta_rule_")
 
 
 @contextmanager
-def _autograd_below() -> Iterator[None]:
+def autograd_below() -> Iterator[None]:
     """Turn autograd on inside an operator. A caller such as AOTAutograd may have excluded it; the replayed recurrence
     would then record nothing, and every gradient would silently be zero."""
     key = torch._C.DispatchKey.AutogradFunctionality
@@ -283,13 +283,19 @@ def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
     call = Call(**dict(zip(_INPUTS, arrays, strict=True)))
     names = [_INPUTS[i] for i in wanted]
     backend = flags.pop("backend", "auto")
-    with _autograd_below():
+    with autograd_below():
         found = gradients(call, Options(**flags), names, grad_o, grad_state, backend=backend)
-    # Copy results that share memory with each other or with an argument, which operators may not return.
-    held = {_storage(x) for x in (*arrays, grad_o, grad_state) if x is not None}
+    return apart([(found[n], getattr(call, n)) for n in names], (*arrays, grad_o, grad_state))
+
+
+def apart(
+    found: list[tuple[torch.Tensor | None, torch.Tensor]], arguments: Iterable[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """Gradients, each with what it is of, as an operator's results: copies of those that share memory with each other
+    or with an argument."""
+    held = {_storage(x) for x in arguments if x is not None}
     results = []
-    for name in names:
-        grad, x = found[name], getattr(call, name)
+    for grad, x in found:
         if grad is None:
             grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
         elif not grad.is_contiguous() or _storage(grad) in held:

@@ -1,9 +1,21 @@
-// The gradients of a call of the rule, as raw pointers. Shared by the host and every ISA build; backward.inl.h has the
-// maths.
+// The gradients of a call of the rule or of the mixer, as raw pointers. Shared by the host and every ISA build;
+// backward.inl.h and mixer_backward.inl.h have the maths.
 #pragma once
-#include "problem.h"
+#include "mixer.h"
 
 namespace anydelta {
+
+// What the mixer has around the rule: rows of q, k and v that are made, and gradients that go further.
+struct AroundBackward {
+    Mixer m;  // the call; its outputs are not read
+    GroupedTokens d_o;  // d loss / d out
+    Windows d_final;    // d loss / d final conv state, [N, C, S]; data null: zeros
+    GroupedTokens d_q, d_k, d_v, d_z;  // written in every token
+    float* d_conv = nullptr;  // [N, C, S]: of the conv state, or null
+    float* d_weight = nullptr;  // [N, C, W]: what each sequence adds
+    float* d_bias = nullptr;  // [N, C]: the same, or null
+    float* d_norm = nullptr;  // [N, HV, V]: the same, or null
+};
 
 struct Backward {
     Problem rule;  // the call; its results are not read
@@ -14,6 +26,7 @@ struct Backward {
     float* d_A_log = nullptr;  // [N, HV]: what each sequence adds, or null
     float* d_dt_bias = nullptr;  // [N, HV] or [N, HV, K]: the same, or null
     int64_t longest = 0;  // tokens of the longest sequence
+    const AroundBackward* mixer = nullptr;  // of a call of the mixer, whose rule `rule` is: without q, k, v, d_o and theirs
 
     static constexpr int64_t SPAN = 64;  // tokens between the states that are kept
     static int64_t spans(int64_t tokens) { return (tokens + SPAN - 1) / SPAN; }

@@ -18,14 +18,13 @@
 // and from there, channel by channel, through the products of decays to those of q, k, r and a (`channels_back`).
 // FMAs per token and value head: K V for each of N S, w d (forward) and w dS, S do, S dx, dS d, E do, N dx (backward),
 // then 3 BT (K + V) for the pairs. States are kept once per SPAN tokens: to have them the forward part runs over the
-// sequence, and again inside each chunk.
+// sequence, and again inside each chunk. In a call of the mixer (mixer_backward.inl.h) rows of q, k, v and do are made when
+// they are read, do from the block's o = E S + P d, and dq, dk and dv go on to what is before the rule.
 #pragma once
-#include "backward.h"
-#include "rule.inl.h"
+#include "mixer_backward.inl.h"
 
 namespace anydelta::ANYDELTA_ISA {
 
-constexpr int BT = 16;  // tokens of a block: a BT x BT matrix has whole rows of vectors in every ISA
 constexpr int SPAN = Backward::SPAN;
 constexpr int SPAN_BLOCKS = SPAN / BT;
 static_assert(BT % L == 0 && SPAN % BT == 0, "blocks are whole vectors, chunks whole blocks");
@@ -105,12 +104,6 @@ static void transpose(float* to, int64_t ldt, const float* from, int64_t ldf, in
 // ---------------------------------------------------------------------------------------------------------------
 // elementary derivatives
 
-// d sigmoid(x) / dx = e / (1 + e)^2 with e = exp(-|x|): no difference of nearly equal numbers
-AD_INLINE V vsigmoid_slope(V x) {
-    const V e = vexp(vneg_abs(x)), t = vdiv(vset(1.0f), vadd(e, vset(1.0f)));
-    return vmul(e, vmul(t, t));
-}
-
 // From da, the gradient of the decay a = decay_of(x), to that of x; `to_A` is what it adds to that of A_log.
 AD_INLINE V through_decay(const Problem& p, V x, V a, V da, V A, V& to_A) {
     to_A = vzero();
@@ -154,6 +147,10 @@ struct BackBlock {
     float* scratch;  // X, where it is not kept
 };
 
+struct Length {  // of a row, as inverse_length says it
+    float inverse, unit;
+};
+
 struct BackHead {
     int64_t hv;
     float A;
@@ -170,6 +167,7 @@ struct BackScratch {
     float *q, *k, *e;            // [SPAN][Kp]
     float *dq, *dk, *de;         // [SPAN][Kp]
     float *a, *da;               // [SPAN][Kp]
+    Length q_length[SPAN], k_length[SPAN];
     float* gates;                // [SPAN] of a scalar gate
     float* d_beta;               // [SPAN]
     float* NE;                   // [2 BT][Kp]: N, then E
@@ -185,6 +183,7 @@ struct BackScratch {
     float* dwt;                  // [Kp][BT]
     float* d_gamma;              // [Kp]
     float* line;                 // [max(Kp, panels W)] twice
+    float *Et, *o;               // of the mixer: E transposed; o in panels, then dv [BT][panels W]
     int64_t* positions;          // of the tokens that are read, where there is a mask
     const char* next_state;  // that the next head, or the first of the chunk before, begins with
     Ahead ahead[8];
@@ -213,6 +212,7 @@ class BackRunner {
     void run() {
         find_tokens();
         const bool skipped = seq.row_in < 0;
+        if (g.mixer) around.begin(seq, p.mask ? s.positions : nullptr, count);
         for (int64_t u = 0; u < each; ++u) begin_head(u);
         if (count < seq.end - seq.start) zero_rows();
         const int64_t chunks = Backward::spans(count);
@@ -228,6 +228,7 @@ class BackRunner {
         }
         if (g.d_initial)
             for (int64_t u = 0; u < each; ++u) end_head(head(u), skipped);
+        if (g.mixer) around.end();
     }
 
   private:
@@ -238,6 +239,7 @@ class BackRunner {
     const int64_t each;  // value heads
     int64_t Kp = 0, panels = 0, count = 0;
     BackScratch s{};
+    Around around{};
     BackHead* heads_ = nullptr;
     char* end_ = nullptr;
     bool erases() const { return p.erase.data != nullptr; }
@@ -290,6 +292,11 @@ class BackRunner {
         s.d_gamma = arena.take<float>(Kp);
         s.line = arena.take<float>(2 * (Kp + columns));
         s.positions = arena.take<int64_t>(p.mask ? g.longest : 0);
+        if (g.mixer) {
+            around.carve(*g.mixer, job, arena);
+            s.Et = arena.take<float>(BT * Kp);
+            s.o = arena.take<float>(BT * columns);
+        }
         end_ = arena.at;
     }
 
@@ -307,6 +314,10 @@ class BackRunner {
     }
     int64_t position(int64_t i) const { return p.mask ? s.positions[i] : seq.start + i; }
     int64_t tokens_of(int64_t c) const { return count - c * SPAN < SPAN ? count - c * SPAN : SPAN; }
+    int64_t tokens_in(int64_t c, int64_t b) const {
+        const int64_t n = tokens_of(c) - b * BT;
+        return n < 0 ? 0 : n < BT ? n : BT;
+    }
 
     static void zero_row(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t n) {
         if (x.data) std::memset(const_cast<void*>(token(x, b, t, h)), 0, static_cast<size_t>(n * dtype_size(x.dtype)));
@@ -323,6 +334,7 @@ class BackRunner {
                 ++next;
                 continue;
             }
+            if (g.mixer) around.zero(t);
             zero_row(g.d_q, seq.b, t, job.h, p.K);
             zero_row(g.d_k, seq.b, t, job.h, p.K);
             if (erases() && !erases_per_head()) zero_row(g.d_erase, seq.b, t, job.h, p.K);
@@ -346,11 +358,15 @@ class BackRunner {
     void read_keys(int64_t c, bool queries) {
         const int64_t n = tokens_of(c);
         float *const read[] = {s.q, s.k, s.e}, *const sums[] = {s.dq, s.dk, s.de};
+        if (g.mixer) {
+            around.rows(1, 0, c * SPAN, n, s.k, Kp);
+            if (queries) around.rows(0, 0, c * SPAN, n, s.q, Kp);
+        }
         for (int64_t i = 0; i < SPAN; ++i) {
             if (i < n) {
                 const int64_t t = position(c * SPAN + i);
-                read_unit(p.k, t, 1.0f, s.k + i * Kp);
-                if (queries) read_unit(p.q, t, p.scale, s.q + i * Kp);
+                read_unit(p.k, t, 1.0f, s.k + i * Kp, s.k_length[i]);
+                if (queries) read_unit(p.q, t, p.scale, s.q + i * Kp, s.q_length[i]);
                 if (erases() && !erases_per_head())
                     read_row(s.e + i * Kp, token(p.erase, seq.b, t, job.h), p.erase.dtype, p.K);
             } else {
@@ -360,47 +376,49 @@ class BackRunner {
         if (queries)
             for (float* x : sums) std::memset(x, 0, static_cast<size_t>(SPAN * Kp) * 4);
     }
-    void read_unit(const Tokens& x, int64_t t, float factor, float* row) const {
-        read_row(row, token(x, seq.b, t, job.h), x.dtype, p.K);
+    void read_unit(const Tokens& x, int64_t t, float factor, float* row, Length& length) const {
+        if (x.data) read_row(row, token(x, seq.b, t, job.h), x.dtype, p.K);
         if (p.qk_l2norm) {
             const float* from = row;
-            factor *= inverse_length(from, Kp, 1.0f, p.qk_l2norm_eps, row);
+            length.inverse = inverse_length(from, Kp, 1.0f, p.qk_l2norm_eps, row, length.unit);
+            factor *= length.inverse;
         }
         if (factor != 1.0f)
             for (int64_t i = 0; i < Kp; i += L) vstore(row + i, vmul(vset(factor), vload(row + i)));
     }
 
     void write_keys(int64_t c) {
-        for (int64_t i = 0; i < tokens_of(c); ++i) {
+        const int64_t n = tokens_of(c);
+        for (int64_t i = 0; i < n; ++i) {
             const int64_t t = position(c * SPAN + i);
-            write_unit(p.q, g.d_q, t, p.scale, s.dq + i * Kp);
-            write_unit(p.k, g.d_k, t, 1.0f, s.dk + i * Kp);
+            write_unit(g.d_q, t, p.scale, s.q + i * Kp, s.q_length[i], s.dq + i * Kp);
+            write_unit(g.d_k, t, 1.0f, s.k + i * Kp, s.k_length[i], s.dk + i * Kp);
             if (erases() && !erases_per_head()) write(g.d_erase, seq.b, t, job.h, s.de + i * Kp, p.K);
         }
+        if (!g.mixer) return;
+        for (int64_t i = (n - 1) / BT * BT; i >= 0; i -= BT) {
+            const int64_t rows = n - i < BT ? n - i : BT;
+            around.inputs_back(0, 0, c * SPAN + i, rows, s.dq + i * Kp, Kp);
+            around.inputs_back(1, 0, c * SPAN + i, rows, s.dk + i * Kp, Kp);
+        }
     }
-    // From dy, the gradient of a row as it was read, to that of x. y = r x, r = 1 / sqrt(sum x^2 + eps):
-    // dx = r (dy - y <y, dy>).
-    void write_unit(const Tokens& x, const Tokens& dx, int64_t t, float factor, float* dy) {
+    // From dy, the gradient of a row as it was read, y, to that of x. y = f r x, r = 1 / sqrt(sum x^2 + eps):
+    // dx = f r dy - r y <y, dy> / f.
+    void write_unit(const Tokens& dx, int64_t t, float f, const float* y, const Length& length, float* dy) {
         if (p.qk_l2norm) {
-            float* scratch = s.line;
-            for (int64_t i = p.K; i < Kp; ++i) scratch[i] = 0.0f;
-            read_row(scratch, token(x, seq.b, t, job.h), x.dtype, p.K);
-            const float* y = scratch;
-            float unit;
-            float r = inverse_length(y, Kp, 1.0f, p.qk_l2norm_eps, scratch, unit);
-            if (r == 0.0f) r = unit = 1.0f;  // a row of zeros and no eps: as if it had length 1
+            // a row of zeros and no eps: as if it had length 1
+            const float r = length.inverse == 0.0f ? 1.0f : length.inverse;
             V dot = vzero();
             for (int64_t i = 0; i < Kp; i += L) dot = vfma(vload(y + i), vload(dy + i), dot);
-            const V along = vset(r * r * vsum(dot));
-            factor *= r;
+            const V along = vset(f == 0.0f ? 0.0f : vsum(dot) / f);
             for (int64_t i = 0; i < Kp; i += L) {
-                const V d = vfnma(along, vload(y + i), vload(dy + i));
-                vstore(dy + i, vmul(vmul(vset(factor), d), vset(unit)));
+                const V d = vfnma(along, vload(y + i), vmul(vset(f), vload(dy + i)));
+                vstore(dy + i, vmul(vmul(vset(r), d), vset(length.inverse == 0.0f ? 1.0f : length.unit)));
             }
-        } else if (factor != 1.0f) {
-            for (int64_t i = 0; i < Kp; i += L) vstore(dy + i, vmul(vset(factor), vload(dy + i)));
+        } else if (f != 1.0f) {
+            for (int64_t i = 0; i < Kp; i += L) vstore(dy + i, vmul(vset(f), vload(dy + i)));
         }
-        write(dx, seq.b, t, job.h, dy, p.K);
+        if (dx.data) write(dx, seq.b, t, job.h, dy, p.K);
     }
 
     // ---- heads ----
@@ -582,6 +600,32 @@ class BackRunner {
         if (i < p.V) write_as(to + i, from + i * rows, p.V - i);
     }
 
+    // v of block b in a call of the mixer.
+    void make_values(float* to, const BackHead& h, int64_t c, int64_t b) {
+        const int64_t n = tokens_in(c, b);
+        around.rows(2, &h - heads_, c * SPAN + b * BT, n, s.o, panels * W);
+        for (int64_t t = 0; t < BT; ++t, to += W)
+            if (t < n)
+                read_panels(to, BT, static_cast<const float*>(s.o + t * panels * W));
+            else
+                for (int64_t i = 0; i < panels * W; i += W)
+                    AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * BT + j, vzero());
+    }
+    // do of block b in a call of the mixer, from its o = E S + P d.
+    void make_d_o(const BackHead& h, int64_t c, int64_t b) {
+        const BackBlock& block = s.block[b];
+        transpose(s.Et, BT, s.NE + BT * Kp, Kp, BT, Kp);
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t t = 0; t < BT; t += R) {
+                V acc[R][NV];
+                set_zero(acc);
+                multiply<R, NV, 1>(acc, s.Et + t, BT, s.S[b] + panel * Kp * W, W, Kp);
+                multiply<R, NV, BT>(acc, block.P + t * BT, 1, block.D + panel * BT * W, W, BT);
+                store(acc, s.o + (panel * BT + t) * W, W);
+            }
+        around.outputs(&h - heads_, c * SPAN + b * BT, tokens_in(c, b), s.o, s.rows + BT * W, 2 * BT);
+    }
+
     // Rows from token `first` on, for who comes next.
     void plan(const Tokens& x, int64_t head, int64_t first, int64_t rows, int64_t n) {
         if (x.data && first >= 0) s.ahead[s.aheads++] = {&x, head, first, rows, n};
@@ -601,7 +645,10 @@ class BackRunner {
         BackBlock& block = s.block[b];
         block.X = job.keeps_x ? h.x + (c * SPAN_BLOCKS + b) * panels * BT * W : block.scratch;
         if (!known) {
-            read_rows(block.X, BT, p.v, h, c, b);
+            if (g.mixer)
+                make_values(block.X, h, c, b);
+            else
+                read_rows(block.X, BT, p.v, h, c, b);
             transpose(s.Nt, BT, s.NE, Kp, BT, Kp);
         }
         for (int64_t panel = 0; panel < panels; ++panel) {
@@ -700,7 +747,10 @@ class BackRunner {
     void backward(const BackHead& h, int64_t c, int64_t b) {
         BackBlock& block = s.block[b];
         const float* S = s.S[b];
-        read_rows(s.rows + BT * W, 2 * BT, g.d_o, h, c, b);
+        if (g.mixer)
+            make_d_o(h, c, b);
+        else
+            read_rows(s.rows + BT * W, 2 * BT, g.d_o, h, c, b);
         transpose(s.wt, BT, s.w, Kp, BT, Kp);
         V d_beta[BT];
         AD_UNROLL for (int t = 0; t < BT; ++t) d_beta[t] = vzero();
@@ -753,8 +803,12 @@ class BackRunner {
                 store(acc, dS + i * W, W);
             }
         }
-        const int64_t n = tokens_of(c) - b * BT;
-        for (int64_t t = 0; t < BT && t < n; ++t) {
+        const int64_t n = tokens_in(c, b);
+        if (g.mixer) {
+            for (int64_t t = 0; t < n; ++t) write_panels(s.o + t * panels * W, s.rows + t * W, 2 * BT);
+            return around.inputs_back(2, &h - heads_, c * SPAN + b * BT, n, s.o, panels * W);
+        }
+        for (int64_t t = 0; t < n; ++t) {
             void* to = const_cast<void*>(token(g.d_v, seq.b, position(c * SPAN + b * BT + t), h.hv));
             const float* from = s.rows + t * W;
             if (g.d_v.dtype == DType::f32)

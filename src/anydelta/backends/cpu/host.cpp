@@ -536,7 +536,8 @@ size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share
         spans += Backward::spans(g.tokens(n));
         g.longest = std::max(g.longest, g.tokens(n));
     }
-    // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward
+    // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward; the mixer
+    // has one more
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     threads = worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V));
     threads = static_cast<int>(std::min<int64_t>({threads, p.N * p.H, MAX_THREADS}));

@@ -160,39 +160,133 @@ struct Convolved {  // one of q, k, v: where its channels begin, in the arrays a
     int64_t first, width, padded, at;
 };
 
-struct MixerScratch {
+// The channels of `heads` heads of q and k of one sequence, from head h0 on, with their value heads.
+struct Convolution {
+    const Mixer* m;
+    int64_t h0, heads, r;   // r value heads per q/k head
+    int64_t ld;             // of the rows below: all channels
+    Convolved part[3];
     float *taps, *bias;     // [W][ld], [ld]
     float* past;            // [S][ld]: the conv state before the call
-    float* window;          // [S][width]: a conv state on its way out
-    float* steps;           // [W - 1 + C_MAX][width]: half tokens that are convolved with float32 columns of the state
-    float *q, *k;           // [CHUNK][heads][K]
-    float* norm_weight;     // [V]
-    int64_t* inputs;        // [W - 1 + CHUNK] before and in the chunk: live token t >= 0, or -1 - column of the conv state
-                            // and at the end [S]: the last live tokens, the latest first
-    int64_t* order;         // [CHUNK] of a live token of the chunk: its number among them
-    const void** pointers;  // [W - 1 + C_MAX]
-    char* rule;             // the rule's own
+    float* steps;           // [W - 1 + most][width]: tokens that are convolved with float32 columns of the state
+    const void** pointers;  // [W - 1 + most]
+
+    static int64_t width_of(const Mixer& m) { return round_up(m.rule.K < m.rule.V ? m.rule.V : m.rule.K, L); }
+
+    // Up to `most` tokens are convolved in a call.
+    void carve(const Mixer& mixer, int64_t first, int64_t count, int64_t most, Arena& arena) {
+        m = &mixer, h0 = first, heads = count;
+        const Problem& p = mixer.rule;
+        r = p.HV / p.H;
+        const int64_t Kp = round_up(p.K, L), Vp = round_up(p.V, L);
+        part[0] = {&mixer.q, 0, p.K, Kp, 0};
+        part[1] = {&mixer.k, p.H * p.K, p.K, Kp, heads * Kp};
+        part[2] = {&mixer.v, 2 * p.H * p.K, p.V, Vp, 2 * heads * Kp};
+        ld = heads * (2 * Kp + r * Vp);
+        taps = arena.take<float>(m->W * ld);
+        bias = arena.take<float>(ld);
+        past = arena.take<float>(m->S * ld);
+        steps = arena.take<float>((m->W - 1 + most) * width_of(mixer));
+        pointers = arena.take<const void*>(m->W - 1 + most);
+    }
+
+    // Where value head hv stands among these.
+    int64_t local(int64_t hv) const {
+        const Problem& p = m->rule;
+        return p.tiled ? (hv % p.H - h0) * r + hv / p.H : hv - h0 * r;
+    }
+    // And the other way round.
+    int64_t value_head(int64_t i) const { return m->rule.tiled ? h0 + i / r + i % r * m->rule.H : h0 * r + i; }
+
+    template <class F>
+    void each_head(F&& f) const {
+        for (int64_t i = 0; i < heads; ++i) f(part[0], h0 + i, i), f(part[1], h0 + i, i);
+        for (int64_t i = 0; i < heads * r; ++i) f(part[2], value_head(i), i);
+    }
+
+    char* window_at(const Windows& x, int64_t slot, int64_t n, int64_t channel) const {
+        return static_cast<char*>(x.data) + (slot * x.slot + n * x.n + channel * x.c) * dtype_size(x.dtype);
+    }
+    // The columns of a row of conv states: to [S][ld].
+    void load_windows(float* to, const Windows& x, int64_t row) const {
+        each_head([&](const Convolved& c, int64_t head, int64_t i) {
+            const int64_t channel = c.first + head * c.width, at = c.at + i * c.padded;
+            read_rows(to + at, ld, window_at(x, 0, row, channel), x.dtype, x.c, x.s, c.width, m->S);
+        });
+    }
+    void load_parameters() const {
+        each_head([&](const Convolved& c, int64_t head, int64_t i) {
+            const int64_t channel = c.first + head * c.width, at = c.at + i * c.padded;
+            read_rows(taps + at, ld, element(m->weight, m->weight_dtype, channel * m->weight_c), m->weight_dtype,
+                      m->weight_c, m->weight_w, c.width, m->W);
+            if (m->bias) read_row(bias + at, element(m->bias, m->bias_dtype, channel), m->bias_dtype, c.width);
+        });
+    }
+
+    // `pointers` to the inputs of one head of q, k or v that `in` names: a token >= 0, or -1 - column of the conv state.
+    // Returns their type.
+    DType gather(const Convolved& c, int64_t b, const int64_t* in, int64_t rows, int64_t head, int64_t i) const {
+        const int64_t at = c.at + i * c.padded;
+        const DType dtype = c.x->dtype;
+        const bool widened = in[0] < 0 && dtype != DType::f32;  // half tokens after float32 columns of the state
+        const char* base = static_cast<const char*>(grouped(*c.x, b, 0, head, c.width));
+        const int64_t stride = c.x->t * dtype_size(dtype);
+        for (int64_t r = 0, step = 0; r < rows; ++r) {
+            pointers[r] = in[r] >= 0 ? static_cast<const void*>(base + in[r] * stride) : past + at + (-1 - in[r]) * ld;
+            if (!widened || in[r] < 0) continue;
+            float* row = steps + step++ * width_of(*m);
+            read_row(row, pointers[r], dtype, c.width);
+            pointers[r] = row;
+        }
+        return widened ? DType::f32 : dtype;
+    }
+
+    // y_t of one head of q, k or v, for `count` tokens of row b whose inputs are `in` [W - 1 + count]; tokens before `end`
+    // are fetched ahead
+    void run(const Convolved& c, int64_t b, int64_t end, const int64_t* in, int64_t count, int64_t head, int64_t i,
+             float* const* dst) const {
+        const int64_t at = c.at + i * c.padded, rows = m->W - 1 + count;
+        const DType dtype = gather(c, b, in, rows, head, i);
+        const int64_t last = in[rows - 1] + TOKENS_AHEAD;
+        const int64_t ahead = dtype != c.x->dtype || last >= end ? 0 : TOKENS_AHEAD * c.x->t;
+        const float *w = taps + at, *offset = m->bias ? bias + at : nullptr;
+        if (dtype == DType::f32)
+            return conv_rows_as<float>(dst, pointers, count, c.width, w, ld, offset, m->W, m->silu, ahead);
+        if (dtype == DType::bf16)
+            return conv_rows_as<bf16>(dst, pointers, count, c.width, w, ld, offset, m->W, m->silu, ahead);
+        conv_rows_as<f16>(dst, pointers, count, c.width, w, ld, offset, m->W, m->silu, ahead);
+    }
 };
 
-static int64_t width_of(const Mixer& m) { return round_up(m.rule.K < m.rule.V ? m.rule.V : m.rule.K, L); }
+struct MixerScratch {
+    float* window;        // [S][width]: a conv state on its way out
+    float *q, *k;         // [CHUNK][heads][K]
+    float* norm_weight;   // [V]
+    int64_t* inputs;      // [W - 1 + CHUNK] before and in the chunk: live token t >= 0, or -1 - column of the conv state
+                          // and at the end [S]: the last live tokens, the latest first
+    int64_t* order;       // [CHUNK] of a live token of the chunk: its number among them
+    char* rule;           // the rule's own
+};
+
+// The norm's weight, ones where there is none, readable to the next whole vector.
+static void load_norm(const Mixer& m, float* weight) {
+    for (int64_t i = 0; i < round_up(m.rule.V, L); ++i) weight[i] = 1.0f;
+    if (m.norm_weight) read_row(weight, m.norm_weight, m.norm_dtype, m.rule.V);
+}
 
 class MixerRunner final : public RowMaker {
   public:
     MixerRunner(const Mixer& mixer, const MixerTask& task, char* memory)
         : m(mixer), p(rule_of(mixer)), job(task), seq(sequence(mixer.rule, task.n)), r(p.HV / p.H) {
-        const int64_t Kp = round_up(p.K, L), Vp = round_up(p.V, L);
-        part[0] = {&m.q, 0, p.K, Kp, 0};
-        part[1] = {&m.k, p.H * p.K, p.K, Kp, job.heads * Kp};
-        part[2] = {&m.v, 2 * p.H * p.K, p.V, Vp, 2 * job.heads * Kp};
         Arena arena{memory};
-        carve_mixer(m, job.heads, arena, s, ld);
+        carve_mixer(m, job.h0, job.heads, arena, s, conv);
     }
 
     static size_t workspace(const Mixer& m, int64_t heads) {
         Arena arena{reinterpret_cast<char*>(64)};  // addresses are only counted, never read
         MixerScratch s;
-        int64_t ld;
-        carve_mixer(m, heads, arena, s, ld);
+        Convolution conv;
+        carve_mixer(m, 0, heads, arena, s, conv);
         const int64_t values = heads * (m.rule.HV / m.rule.H);
         return reinterpret_cast<size_t>(s.rule) - 64 +
                ANYDELTA_ISA::workspace(rule_of(m), values < MAX_HEADS ? values : MAX_HEADS);
@@ -212,7 +306,9 @@ class MixerRunner final : public RowMaker {
             if (!live) zero_outputs(t);
         }
         if (seq.row_in < 0) return;
-        load_parameters();
+        conv.load_parameters();
+        conv.load_windows(conv.past, m.conv, seq.row_in);
+        if (m.norm) load_norm(m, s.norm_weight);
         if (tokens > 0) {
             p.q = scratch_rows(s.q);
             p.k = scratch_rows(s.k);
@@ -253,7 +349,7 @@ class MixerRunner final : public RowMaker {
                     float* dst[C_MAX];
                     for (int64_t c = 0; c < count; ++c)
                         dst[c] = (which ? s.k : s.q) + ((s.inputs[m.W - 1 + j + c] - from) * job.heads + i) * p.K;
-                    convolve(part[which], j, count, job.h0 + i, i, dst);
+                    convolve(conv.part[which], j, count, job.h0 + i, i, dst);
                 }
         // read_tokens adds t * stride and head * K; take off what makes the chunk's first row the first of the scratch
         const int64_t back = (from * job.heads + job.h0) * p.K * 4;
@@ -265,7 +361,7 @@ class MixerRunner final : public RowMaker {
     void values(const int64_t* t, int64_t count, int64_t hv, float* v, int64_t ldv) override {
         float* dst[C_MAX];
         for (int64_t c = 0; c < count; ++c) dst[c] = v + c * ldv;
-        convolve(part[2], s.order[t[0] - begin], count, hv, local(hv), dst);
+        convolve(conv.part[2], s.order[t[0] - begin], count, hv, conv.local(hv), dst);
     }
 
     void outputs(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) override {
@@ -281,27 +377,21 @@ class MixerRunner final : public RowMaker {
     const Sequence seq;
     const int64_t r;  // value heads per q/k head
     MixerScratch s;
-    int64_t ld;        // of taps, bias and past: all channels of the task
-    Convolved part[3];
+    Convolution conv;
     int64_t from_head = 0, to_head = 0;  // heads of q and k, counted from h0, that this run of the rule needs
     int64_t begin = 0;                   // of the chunk
     int64_t live = 0;                    // tokens of the chunk that no mask hides
 
-    static void carve_mixer(const Mixer& m, int64_t heads, Arena& arena, MixerScratch& s, int64_t& ld) {
+    static void carve_mixer(const Mixer& m, int64_t h0, int64_t heads, Arena& arena, MixerScratch& s,
+                            Convolution& conv) {
         const Problem& p = m.rule;
-        const int64_t width = width_of(m);
-        ld = heads * (2 * round_up(p.K, L) + p.HV / p.H * round_up(p.V, L));
-        s.taps = arena.take<float>(m.W * ld);
-        s.bias = arena.take<float>(ld);
-        s.past = arena.take<float>(m.S * ld);
-        s.window = arena.take<float>((m.S ? m.S : 1) * width);
-        s.steps = arena.take<float>((m.W - 1 + C_MAX) * width);
+        conv.carve(m, h0, heads, C_MAX, arena);
+        s.window = arena.take<float>((m.S ? m.S : 1) * Convolution::width_of(m));
         s.q = arena.take<float>(CHUNK * heads * p.K);
         s.k = arena.take<float>(CHUNK * heads * p.K);
         s.norm_weight = arena.take<float>(round_up(p.V, L));
         s.inputs = arena.take<int64_t>(m.W - 1 + CHUNK > m.S ? m.W - 1 + CHUNK : m.S);
         s.order = arena.take<int64_t>(CHUNK);
-        s.pointers = arena.take<const void*>(m.W - 1 + C_MAX);
         s.rule = arena.at;
     }
 
@@ -313,59 +403,9 @@ class MixerRunner final : public RowMaker {
         return x;
     }
 
-    // Where value head hv stands among the task's.
-    int64_t local(int64_t hv) const { return p.tiled ? (hv % p.H - job.h0) * r + hv / p.H : hv - job.h0 * r; }
-    // And the other way round.
-    int64_t value_head(int64_t i) const { return p.tiled ? job.h0 + i / r + i % r * p.H : job.h0 * r + i; }
-
-    template <class F>
-    void each_head(F&& f) {
-        for (int64_t i = 0; i < job.heads; ++i) f(part[0], job.h0 + i, i), f(part[1], job.h0 + i, i);
-        for (int64_t i = 0; i < job.heads * r; ++i) f(part[2], value_head(i), i);
-    }
-
-    char* window_at(const Windows& x, int64_t slot, int64_t n, int64_t channel) const {
-        return static_cast<char*>(x.data) + (slot * x.slot + n * x.n + channel * x.c) * dtype_size(x.dtype);
-    }
-
-    void load_parameters() {
-        each_head([&](const Convolved& c, int64_t head, int64_t i) {
-            const int64_t channel = c.first + head * c.width, at = c.at + i * c.padded;
-            read_rows(s.taps + at, ld, element(m.weight, m.weight_dtype, channel * m.weight_c), m.weight_dtype,
-                      m.weight_c, m.weight_w, c.width, m.W);
-            read_rows(s.past + at, ld, window_at(m.conv, 0, seq.row_in, channel), m.conv.dtype, m.conv.c, m.conv.s,
-                      c.width, m.S);
-            if (m.bias) read_row(s.bias + at, element(m.bias, m.bias_dtype, channel), m.bias_dtype, c.width);
-        });
-        if (!m.norm) return;
-        for (int64_t i = 0; i < round_up(p.V, L); ++i) s.norm_weight[i] = 1.0f;
-        if (m.norm_weight) read_row(s.norm_weight, m.norm_weight, m.norm_dtype, p.V);
-    }
-
     // y_t of one head of q, k or v, for `count` live tokens of the chunk from the `first`-th on
     void convolve(const Convolved& c, int64_t first, int64_t count, int64_t head, int64_t i, float* const* dst) {
-        const int64_t at = c.at + i * c.padded, rows = m.W - 1 + count;
-        const int64_t* in = s.inputs + first;
-        const float *taps = s.taps + at, *bias = m.bias ? s.bias + at : nullptr;
-        DType dtype = c.x->dtype;
-        const bool widened = in[0] < 0 && dtype != DType::f32;  // half tokens after float32 columns of the state
-        const char* base = static_cast<const char*>(grouped(*c.x, seq.b, 0, head, c.width));
-        const int64_t stride = c.x->t * dtype_size(dtype);
-        for (int64_t r = 0, step = 0; r < rows; ++r) {
-            s.pointers[r] = in[r] >= 0 ? static_cast<const void*>(base + in[r] * stride) : s.past + at + (-1 - in[r]) * ld;
-            if (!widened || in[r] < 0) continue;
-            float* row = s.steps + step++ * width_of(m);
-            read_row(row, s.pointers[r], dtype, c.width);
-            s.pointers[r] = row;
-        }
-        const int64_t last = in[rows - 1] + TOKENS_AHEAD;
-        const int64_t ahead = widened || last >= seq.end ? 0 : TOKENS_AHEAD * c.x->t;
-        if (widened) dtype = DType::f32;
-        if (dtype == DType::f32)
-            return conv_rows_as<float>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
-        if (dtype == DType::bf16)
-            return conv_rows_as<bf16>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
-        conv_rows_as<f16>(dst, s.pointers, count, c.width, taps, ld, bias, m.W, m.silu, ahead);
+        conv.run(c, seq.b, seq.end, s.inputs + first, count, head, i, dst);
     }
 
     // out = o * rsqrt(mean o^2 + eps) * norm_weight * gate(z)
@@ -414,7 +454,7 @@ class MixerRunner final : public RowMaker {
 
     void zero_outputs(int64_t t) {
         for (int64_t i = 0; i < job.heads * r; ++i)
-            std::memset(const_cast<void*>(grouped(m.o, seq.b, t, value_head(i), p.V)), 0,
+            std::memset(const_cast<void*>(grouped(m.o, seq.b, t, conv.value_head(i), p.V)), 0,
                         static_cast<size_t>(p.V * dtype_size(m.o.dtype)));
     }
 
@@ -444,17 +484,17 @@ class MixerRunner final : public RowMaker {
     }
 
     void write_window(const Windows& to, int64_t slot, int64_t n, int64_t live) {
-        const int64_t width = width_of(m);
-        each_head([&](const Convolved& c, int64_t head, int64_t i) {
+        const int64_t width = Convolution::width_of(m);
+        conv.each_head([&](const Convolved& c, int64_t head, int64_t i) {
             const int64_t at = c.at + i * c.padded;
             for (int64_t j = 0; j < m.S; ++j) {  // column S - 1 - j
                 float* row = s.window + (m.S - 1 - j) * width;
                 if (j < live)
                     read_row(row, grouped(*c.x, seq.b, s.inputs[j], head, c.width), c.x->dtype, c.width);
                 else
-                    std::memcpy(row, s.past + at + (m.S - 1 - (j - live)) * ld, static_cast<size_t>(c.width) * 4);
+                    std::memcpy(row, conv.past + at + (m.S - 1 - (j - live)) * conv.ld, static_cast<size_t>(c.width) * 4);
             }
-            write_rows(window_at(to, slot, n, c.first + head * c.width), to.dtype, to.c, to.s, s.window, width, c.width,
+            write_rows(conv.window_at(to, slot, n, c.first + head * c.width), to.dtype, to.c, to.s, s.window, width, c.width,
                        m.S);
         });
     }

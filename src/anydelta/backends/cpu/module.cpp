@@ -215,7 +215,16 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, const uintptr_t*
 // For anydelta_torch in the same process.
 void run_for_torch(const Problem& p, int threads) { run_chosen(p, threads, true); }
 
-void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const uintptr_t* a) {
+// The parts of packed [B, T, 2 H K + HV V], which stand side by side.
+void unpack(const Problem& p, const GroupedTokens& q, GroupedTokens& k, GroupedTokens& v) {
+    char* qkv = static_cast<char*>(const_cast<void*>(q.data));
+    const int64_t size = q.dtype == DType::f32 ? 4 : 2;
+    k.data = qkv + p.H * p.K * size;
+    v.data = qkv + 2 * p.H * p.K * size;
+}
+
+// The mixer of a plan on these arrays. `indices` must outlive it.
+Mixer mixer_on(const MixerPlan& plan, const uintptr_t* a, Indices& indices) {
     using namespace mixer_array;
     Mixer m = plan.m;
     m.rule = plan.rule.p;
@@ -223,12 +232,7 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
     m.q.data = at(a[QKV]);
     m.k.data = at(a[K]);
     m.v.data = at(a[V]);
-    if (!a[K]) {  // packed: q, k and v stand side by side
-        const char* qkv = static_cast<const char*>(at(a[QKV]));
-        const int64_t size = m.q.dtype == DType::f32 ? 4 : 2;
-        m.k.data = qkv + p.H * p.K * size;
-        m.v.data = qkv + 2 * p.H * p.K * size;
-    }
+    if (!a[K]) unpack(p, m.q, m.k, m.v);
     p.g.data = at(a[G]);
     p.beta.data = at(a[BETA]);
     m.o.data = at(a[O]);
@@ -243,14 +247,27 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
     m.z.data = at(a[Z]);
     m.norm_weight = at(a[NORM_WEIGHT]);
     p.mask = static_cast<const uint8_t*>(at(a[MASK]));
-    Indices indices;
     indices.widen_into(p, plan.rule, a[CU_SEQLENS], a[STATE_INDICES], a[SNAPSHOT_INDICES]);
+    return m;
+}
+
+void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const uintptr_t* a) {
+    Indices indices;
+    const Mixer m = mixer_on(plan, a, indices);
     nb::gil_scoped_release unlocked;
     run_chosen(m, threads, share_openmp);
 }
 
 ArrayReader reader;
 Plans plans;
+
+// Of an array, an address, or None.
+uintptr_t address_of(nb::handle x) {
+    uintptr_t found;
+    if (PyLong_Check(x.ptr())) return nb::cast<uintptr_t>(x);
+    if (!reader.address(x.ptr(), found)) throw nb::python_error();
+    return found;
+}
 
 // A key for the arrays of a call and the environment that dispatch depends on. False where a key cannot say enough:
 // somebody looks on, a tensor is more than plain memory, gradients are wanted.
@@ -440,13 +457,7 @@ void run_log(const Plan& plan, bool fold_entries, int64_t capacity, int key_dtyp
     };
     uintptr_t a[COUNT] = {};
     if (arrays.size() != COUNT) throw std::invalid_argument("run_log: wrong number of arrays");
-    for (size_t i = 0; i < COUNT; ++i) {  // an array, an address, or None
-        PyObject* x = arrays[i].ptr();
-        if (PyLong_Check(x))
-            a[i] = nb::cast<uintptr_t>(arrays[i]);
-        else if (!reader.address(x, a[i]))
-            throw nb::python_error();
-    }
+    for (size_t i = 0; i < COUNT; ++i) a[i] = address_of(arrays[i]);
     Log g;
     g.rule = plan.p;
     g.capacity = capacity;
@@ -490,13 +501,7 @@ size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& a
     using namespace rule_array;
     uintptr_t a[COUNT];
     if (arrays.size() != COUNT) throw std::invalid_argument("run_backward: wrong number of arrays");
-    const auto read = [](nb::handle x) {
-        uintptr_t found;
-        if (PyLong_Check(x.ptr())) return nb::cast<uintptr_t>(x);
-        if (!reader.address(x.ptr(), found)) throw nb::python_error();
-        return found;
-    };
-    for (size_t i = 0; i < COUNT; ++i) a[i] = read(arrays[i]);
+    for (size_t i = 0; i < COUNT; ++i) a[i] = address_of(arrays[i]);
     Backward g;
     g.rule = plan.p;
     Problem& p = g.rule;
@@ -515,16 +520,62 @@ size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& a
     const char* const names[] = {"q", "k", "v", "g", "beta", "erase"};
     for (size_t i = 0; i < 6; ++i) {
         *written[i] = tokens(fields, names[i]);
-        written[i]->data = at(read(grads[i]));
+        written[i]->data = at(address_of(grads[i]));
     }
-    g.d_initial = static_cast<float*>(at(read(grads[6])));
-    g.d_A_log = static_cast<float*>(at(read(grads[7])));
-    g.d_dt_bias = static_cast<float*>(at(read(grads[8])));
-    g.d_o.data = at(read(grads[9]));
-    g.d_final.data = at(read(grads[10]));
+    g.d_initial = static_cast<float*>(at(address_of(grads[6])));
+    g.d_A_log = static_cast<float*>(at(address_of(grads[7])));
+    g.d_dt_bias = static_cast<float*>(at(address_of(grads[8])));
+    g.d_o.data = at(address_of(grads[9]));
+    g.d_final.data = at(address_of(grads[10]));
     const int threads = number_of(plan.threads);
     nb::gil_scoped_release unlocked;
     return differentiate(g, chosen(), threads, plan.threads.torch);
+}
+
+// The same of the mixer. `arrays` in the order of the table; `grads` by name: those of the inputs, which are written, and of
+// the outputs, "d_o", "d_conv_state" and "d_state"; 0 or None for none. `fields`: the geometry of those of tokens, and of
+// the outputs'.
+size_t run_mixer_backward(const MixerPlan& plan, const nb::dict& fields, const nb::tuple& arrays, const nb::dict& grads) {
+    uintptr_t a[mixer_array::COUNT] = {};
+    if (arrays.size() != mixer_array::COUNT) throw std::invalid_argument("run_mixer_backward: wrong number of arrays");
+    for (size_t i = 0; i < mixer_array::COUNT; ++i) a[i] = address_of(arrays[i]);
+    Indices indices;
+    AroundBackward around;
+    around.m = mixer_on(plan, a, indices);
+    const auto of = [&](const char* name) { return at(address_of(grads[name])); };
+    const auto rows = [&](const char* name, const char* at) {
+        GroupedTokens x = grouped_tokens(fields, at);
+        x.data = of(name);
+        return x;
+    };
+    const auto numbers = [&](const char* name) { return static_cast<float*>(of(name)); };
+    around.d_o = rows("d_o", "o");
+    around.d_q = rows("qkv", "q");
+    around.d_k = rows("k", "k");
+    around.d_v = rows("v", "v");
+    if (!around.d_k.data) unpack(around.m.rule, around.d_q, around.d_k, around.d_v);
+    around.d_z = rows("z", "z");
+    around.d_final = windows(fields, "conv_state");
+    around.d_final.data = of("d_conv_state");
+    around.d_conv = numbers("conv_state");
+    around.d_weight = numbers("conv_weight");
+    around.d_bias = numbers("conv_bias");
+    around.d_norm = numbers("norm_weight");
+    Backward g;
+    g.rule = around.m.rule;
+    g.mixer = &around;
+    g.d_final = states(fields, "state");
+    g.d_final.data = of("d_state");
+    for (auto [to, name] : {std::pair{&g.d_g, "g"}, std::pair{&g.d_beta, "beta"}}) {
+        *to = tokens(fields, name);
+        to->data = of(name);
+    }
+    g.d_initial = numbers("state");
+    g.d_A_log = numbers("A_log");
+    g.d_dt_bias = numbers("dt_bias");
+    const int threads = number_of(plan.rule.threads);
+    nb::gil_scoped_release unlocked;
+    return differentiate(g, chosen(), threads, plan.rule.threads.torch);
 }
 
 }  // namespace
@@ -569,6 +620,7 @@ NB_MODULE(_core, m) {
     m.def("rows_fit", &rows_fit, "Whether index numbers are -1 or rows of a pool, each once if they must be.");
     m.def("run_log", &run_log);
     m.def("run_backward", &run_backward);
+    m.def("run_mixer_backward", &run_mixer_backward);
     m.def("learn_torch", &learn_torch);
     m.def("reads_torch", [] { return reader.learned(); }, "Whether torch tensors are read here.");
     m.def("quiet", [] { return reader.quiet(); }, "Whether nobody looks on: no tracer, mode, transform or dual level.");

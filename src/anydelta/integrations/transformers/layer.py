@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...core import dispatch, native
-from ...mixer.op import gated_delta_mixer_, plan_step
+from ...mixer.op import gated_delta_mixer, gated_delta_mixer_, plan_step
 from ...mixer.spec import unpack_qkv
 from ...rule.torch_ops import FUNCTION_MODE, onlooker, plain, quiet
 from ..switch import mark
@@ -53,6 +53,12 @@ MIXER_DEVICES: frozenset[str] = frozenset(
     if n != "reference" and not dispatch.get_backend(n).available() and dispatch.mixer_of(n) is not None
 )
 """Devices with a native kernel for the mixer."""
+GRADIENT_DEVICES: frozenset[str] = frozenset(
+    device
+    for device in MIXER_DEVICES
+    if any(hasattr(dispatch.mixer_of(n), "gradients") for n in dispatch.PRIORITY[device])
+)
+"""Those whose backend has a backward pass of the mixer."""
 
 
 def fused(
@@ -88,14 +94,19 @@ def fused(
                     if attention_mask is not None:
                         hidden_states = _without_padding(hidden_states, attention_mask)
                     return step.run(self, hidden_states, held)
-            why_not = _why_not(self, parts, hidden_states, cache, kwargs)
+            training = _trains(self, hidden_states)
+            why_not = _why_not(self, parts, hidden_states, cache, kwargs, training)
             if why_not is None:
                 taken[name] += 1
-                keep = functools.partial(_keep, self, name, taken)
+                cu_seqlens = _cu_seqlens(kwargs)
+                if attention_mask is not None:
+                    hidden_states = _without_padding(hidden_states, attention_mask)
                 project = functools.partial(parts.project, self)
-                out = _mix(
-                    self, parts, hidden_states, cache, attention_mask, _cu_seqlens(kwargs), keep, project
-                )
+                if training:
+                    out = _train(self, parts, hidden_states, cache, cu_seqlens, project)
+                else:
+                    keep = functools.partial(_keep, self, name, taken)
+                    out = _mix(self, parts, hidden_states, cache, cu_seqlens, keep, project)
                 result: torch.Tensor = getattr(self, parts.out)(out)
                 return result
             _count(name, why_not, taken, passed_on)
@@ -147,6 +158,10 @@ def _each(p: Projected, change: Callable[[torch.Tensor], torch.Tensor]) -> Proje
     return p._replace(qkv=change(p.qkv), z=change(p.z), a=change(p.a), b=change(p.b))
 
 
+def _trains(layer: LinearAttention, x: torch.Tensor) -> bool:
+    return _is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
+
+
 def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """As Transformers does: padding is zero, and counts as a token."""
     return (x * mask[:, :, None]).to(x.dtype)
@@ -157,14 +172,11 @@ def _mix(
     parts: Family,
     x: torch.Tensor,
     cache: Cache | None,
-    attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     keep: Callable[[_Step], None],
     project: Callable[[torch.Tensor], Projected],
 ) -> torch.Tensor:
     """The mixer's output, before the layer's last projection."""
-    if attention_mask is not None:
-        x = _without_padding(x, attention_mask)
     held = None if cache is None else cache.layers[self.layer_idx]
     read = written = None
     recording: RollbackLayer | None = held if held is not None and held.record_past else None
@@ -177,7 +189,7 @@ def _mix(
         conv_state, state = _states(self, parts, x, held, cu_seqlens)
     p = project(x)
     out = None
-    if held is not None and recording is None and quiet():
+    if held is not None and recording is None and quiet() and not _is_autocast_enabled(x.device.type):
         step = _Step(self, parts, cache)
         out = step.mix(self, p, conv_state, state)
         if out is not None and x.shape[1] == 1:
@@ -198,6 +210,47 @@ def _mix(
     elif held is not None:
         held.has_previous_state[0] = True
     return out
+
+
+def _train(
+    self: LinearAttention,
+    parts: Family,
+    x: torch.Tensor,
+    cache: Cache | None,
+    cu_seqlens: torch.Tensor | None,
+    project: Callable[[torch.Tensor], Projected],
+) -> torch.Tensor:
+    """As `_mix`, with gradients: the states are made anew, and kept as Transformers keeps them."""
+    held = None if cache is None else cache.layers[self.layer_idx]
+    if held is not None and held.has_previous_state[0]:
+        # copies, because the backward pass reads what the end of this step writes over
+        conv_state, state = held.conv_states[0].clone(), held.recurrent_states[0].clone()
+    else:
+        B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        HV, K, V = (getattr(self, n) for n in parts.heads)
+        zero = x.new_zeros(())
+        columns = self.conv_kernel_size - (held is None)
+        conv_state = zero.to(_dtype(x)).expand(B, self.conv_dim, columns)
+        state = zero.float().expand(B, HV, K, V)
+    p = project(x)
+    arguments = _arguments(self, parts, p)
+    arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
+    out, conv_state, state = gated_delta_mixer(p.qkv, conv_state, state, cu_seqlens=cu_seqlens, **arguments)
+    if held is not None:
+        if not held.is_conv_states_initialized[0]:
+            held.lazy_initialization(
+                conv_states=conv_state, state_idx=0, conv_kernel_size=self.conv_kernel_size
+            )
+        held.conv_states[0].copy_(conv_state)
+        held.update_recurrent_state(state)
+        held.has_previous_state[0] = True
+    return out
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """Of what the layer's projections make of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if _is_autocast_enabled(device) else x.dtype
 
 
 def _call(
@@ -358,12 +411,14 @@ def mixed(
     if step is not None and held is not None:
         step.taken[step.name] += 1
         return step.advance(layer, project(x), held)
-    if _why_not(layer, parts, x, cache, kwargs) is not None:
+    if _trains(layer, x) or _is_autocast_enabled(x.device.type):
+        return None  # the layer's own forward takes these
+    if _why_not(layer, parts, x, cache, kwargs, False) is not None:
         return None  # and is counted when the layer's own forward finds the reason again
     name, taken = f"{parts.name}.mixer", _taken[parts.name]
     taken[name] += 1
     keep = functools.partial(_keep, layer, name, taken)
-    return _mix(layer, parts, x, cache, None, _cu_seqlens(kwargs), keep, project)
+    return _mix(layer, parts, x, cache, _cu_seqlens(kwargs), keep, project)
 
 
 _taken: dict[str, Counter[str]] = {}
@@ -402,12 +457,13 @@ def _states(
     HV, K, V = (getattr(self, n) for n in parts.heads)
     W = self.conv_kernel_size
     if held is None:
-        return x.new_zeros((B, self.conv_dim, W - 1)), x.new_zeros((B, HV, K, V), dtype=torch.float32)
+        conv_state = x.new_zeros((B, self.conv_dim, W - 1), dtype=_dtype(x))
+        return conv_state, x.new_zeros((B, HV, K, V), dtype=torch.float32)
     if held.is_conv_states_initialized[0]:
         held.conv_states[0].zero_()
     else:
         held.lazy_initialization(
-            conv_states=x.new_empty((B, self.conv_dim, 0)), state_idx=0, conv_kernel_size=W
+            conv_states=x.new_empty((B, self.conv_dim, 0), dtype=_dtype(x)), state_idx=0, conv_kernel_size=W
         )
     if held.is_recurrent_states_initialized[0]:
         held.recurrent_states[0].zero_()
@@ -419,9 +475,14 @@ def _states(
 
 
 def _why_not(
-    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
+    self: LinearAttention,
+    parts: Family,
+    x: torch.Tensor,
+    cache: Cache | None,
+    kwargs: dict[str, object],
+    training: bool,
 ) -> str | None:
-    """The reason to leave a call to the layer's own forward, or None."""
+    """The reason to leave a call, of which gradients may be wanted, to the layer's own forward, or None."""
     who = None if quiet() else onlooker()
     if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
         return f"{who} looks on"
@@ -443,13 +504,13 @@ def _why_not(
         return f"its {parts.gate} is a {type(gate).__name__}"
     if not _is_norm(norm, type(self)):
         return f"its norm is a {type(norm).__name__}"
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-        return "gradients are wanted"
     if x.dtype not in _DTYPES or conv.weight.dtype not in (x.dtype, torch.float32):
         return f"inputs of {x.dtype} with weights of {conv.weight.dtype}"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast"
+    if _dtype(x) not in _DTYPES:
+        return f"autocast to {_dtype(x)}"
     forced = dispatch.forced_by_env()
+    if training and (x.device.type not in GRADIENT_DEVICES if forced is None else forced != "cpu"):
+        return "gradients are wanted"
     if x.device.type not in MIXER_DEVICES if forced is None else forced not in ("cpu", "reference"):
         return (
             f"there is no native mixer for device {x.device.type}"
@@ -478,7 +539,7 @@ def _why_not(
         return None
     if packed:
         return "packed rows with a cache"
-    return _why_not_cache(self, parts, x, cache)
+    return _why_not_cache(self, parts, x, cache, training)
 
 
 def _wrapped(module: nn.Module, x: torch.Tensor) -> bool:
@@ -517,7 +578,9 @@ def _known_caches() -> tuple[type[Cache], type[LinearAttentionLayer]]:
     return Cache, LinearAttentionLayer
 
 
-def _why_not_cache(self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache) -> str | None:
+def _why_not_cache(
+    self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache, training: bool
+) -> str | None:
     """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
     Cache, Known = _known_caches()
     layers = getattr(cache, "layers", None)
@@ -532,13 +595,13 @@ def _why_not_cache(self: LinearAttention, parts: Family, x: torch.Tensor, cache:
         or type(held).update_conv_state not in (Known.update_conv_state, RollbackLayer.update_conv_state)
     ):
         return f"the cache {kind.__name__} of {type(held).__name__}"
-    if held.record_past and not isinstance(held, RollbackLayer):
-        return "the cache records its past"
+    if held.record_past and (training or not isinstance(held, RollbackLayer)):
+        return "gradients are wanted" if training else "the cache records its past"
     if held.is_conv_states_initialized[0]:
         conv, state = held.conv_states[0], held.recurrent_states[0]
         if state is None:
             return "a cache with a conv state alone" if held.has_previous_state[0] else None
-        if conv.dtype != x.dtype or state.dtype not in (torch.float32, torch.bfloat16):
+        if conv.dtype != _dtype(x) or state.dtype not in (torch.float32, torch.bfloat16):
             return f"cached states of {conv.dtype} and {state.dtype}"
         if conv.shape[0] != x.shape[0] or conv.shape[2] < self.conv_kernel_size - 1:
             return f"a conv state of {list(conv.shape)}"
