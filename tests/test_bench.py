@@ -722,7 +722,7 @@ def test_a_layer_without_projections_is_compared_and_timed(monkeypatch: pytest.M
     monkeypatch.setattr(layer, "HEADS", 2)
     measured = layer.mixer_of_a_layer(5, 1, ops.Settings(rounds=2, sample_seconds=1e-3))
     assert [(r.call, r.dtype) for r in measured.records] == [
-        (call, dtype) for dtype in layer.ERROR for call in ("prefill of 5", "decode")
+        (call, dtype) for dtype in layer.ERROR for call in ("prefill of 5", "decode", "training on 5")
     ]
     for r in measured.records:
         assert 0 < r.error <= layer.ERROR[r.dtype]

@@ -3,7 +3,7 @@
 TEST_CORE_CMAKE ?= $(firstword $(wildcard .venv/bin/cmake) cmake)
 TEST_CORE_BUILD = nice -n 10 $(TEST_CORE_CMAKE) --build $(1) --target test_core --parallel 2
 # The fuzz targets with the inputs of their corpus: the mixer, the log and the call check are in no other test of C++.
-REPLAYS := spec rule backward mixer log
+REPLAYS := spec rule backward mixer mixer_backward log
 REPLAY_BUILD = nice -n 10 $(TEST_CORE_CMAKE) --build $(1) --target $(REPLAYS:%=replay_%) --parallel 2
 REPLAY = for name in $(REPLAYS); do nice -n 10 $(1)/tests/fuzz/replay_$$name tests/fuzz/corpus/$$name 2> $(1)/replay.log || \
   { tail -n 60 $(1)/replay.log; exit 1; }; done

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "fuzz"
-CORE = ("spec", "rule", "backward", "mixer", "log")
+CORE = ("spec", "rule", "backward", "mixer", "mixer_backward", "log")
 
 
 def command(name: str) -> list[str]:

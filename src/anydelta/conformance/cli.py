@@ -144,7 +144,9 @@ def _select(pattern: str, lines: list[str], gradients: bool) -> list[Case]:
         if pattern:
             raise Refused("--case and --filter exclude each other")
         cases = [parse(line) for line in lines]
-        if gradients and (others := [c for c in cases if type(c) not in (Case, MixerCase) or c.inplace or c.snapshots]):
+        if gradients and (
+            others := [c for c in cases if type(c) not in (Case, MixerCase) or c.inplace or c.snapshots]
+        ):
             raise Refused(f"--gradients takes functional calls without snapshots; got {others[0]}")
         return cases
     every: list[Case] = every_gradient_case() if gradients else [*CASES, *MIXER_CASES, *LOG_CASES]

@@ -1,7 +1,7 @@
 """torch.ops.anydelta.gated_delta_mixer and gated_delta_mixer_: the mixer for torch.compile, torch.export and autograd.
 
 Eager calls without gradients skip the dispatcher, as those of the rule do (`anydelta.rule.torch_ops`). qkv is a list of
-one packed tensor or of the three tensors q, k, v. A third operator, gated_delta_mixer_backward, holds the backward pass.
+one packed tensor or of the three tensors q, k, v. A third operator, gated_delta_mixer_backward, is the backward pass.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def _differentiable(
 ) -> Any:
     """The functional operator at the Autograd key."""
     tensors = (*qkv, *others, *(None,) * (len(_OTHERS) - len(others)))
-    if (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()) and transformed(*tensors):
+    if (forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()) and transformed(
+        *tensors
+    ):
         return _composed(qkv, *others, **flags)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Differentiable.apply(keys, len(qkv), flags, *tensors)  # type: ignore[no-untyped-call]
@@ -167,7 +169,9 @@ def _composed(*args: object, **given: object) -> Any:
     """The functional operator as torch's own operators around the rule, which all transforms go through."""
     arrays, rest = _bind(FUNCTIONAL, *args, **given)
     call = MixerCall(*arrays)
-    return dispatch.mixer_of("reference").differentiable(call, op.check(call, MixerOptions(*rest[:-1])), rest[-1])
+    return dispatch.mixer_of("reference").differentiable(
+        call, op.check(call, MixerOptions(*rest[:-1])), rest[-1]
+    )
 
 
 def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
@@ -232,5 +236,7 @@ def traced(arrays: Arrays, rest: Rest) -> torch.Tensor:
     )  # here too: a tracer shows the kernel tensors that have forgotten their gradients
     flags = {name: getattr(options, name) for name in INPLACE.flags}
     tensors = [getattr(call, name) for name in INPLACE.tensors if name != "qkv"]
-    result: torch.Tensor = torch.ops.anydelta.gated_delta_mixer_(_qkv(call), *tensors, **flags, backend=backend)
+    result: torch.Tensor = torch.ops.anydelta.gated_delta_mixer_(
+        _qkv(call), *tensors, **flags, backend=backend
+    )
     return result

@@ -66,7 +66,9 @@ def gradients(spec: CallSpec, call: Call, grad_o: Array, grad_state: Array | Non
         written["dt_bias"] = written["dt_bias"].sum(0).reshape(call.dt_bias.shape)
     found = {n: finished(x, kinds[n], getattr(call, n)) for n, x in written.items() if n != "state_in"}
     if call.state_in is not None:
-        found["state_in"] = finished(_of_rows(call, written["state_in"], call.state_in), "float32", call.state_in)
+        found["state_in"] = finished(
+            _of_rows(call, written["state_in"], call.state_in), "float32", call.state_in
+        )
     return {**dict.fromkeys(("q", "k", "v", "g", "beta", "erase", "state_in", "A_log", "dt_bias")), **found}
 
 
@@ -78,7 +80,9 @@ def mixer_gradients(
     new, finished = _of_torch()
     native, copies, written = mixer.describe(spec, call)
     inner = replace(call, **{n: host.contiguous(getattr(call, n)) for n in (*copies, *written)})
-    sizes = {n: (tuple(x.shape), dtype_name(x)) for n in _MIXER_TOKENS if (x := getattr(inner, n)) is not None}
+    sizes = {
+        n: (tuple(x.shape), dtype_name(x)) for n in _MIXER_TOKENS if (x := getattr(inner, n)) is not None
+    }
     states = dict(conv_state=(spec.C, spec.S), state=tuple(call.state.shape[1:]))
     each = {n: (r.N, *shape) for n, shape in states.items() if n in wanted}
     each["conv_weight"] = (r.N, spec.C, spec.W)

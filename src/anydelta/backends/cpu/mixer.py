@@ -28,9 +28,7 @@ _SMALL = (
 arrays = in_order(MixerCall)
 
 
-def describe(
-    spec: MixerSpec, call: MixerCall
-) -> tuple[_core.MixerPlan, tuple[str, ...], tuple[str, ...]]:
+def describe(spec: MixerSpec, call: MixerCall) -> tuple[_core.MixerPlan, tuple[str, ...], tuple[str, ...]]:
     """The native plan, and which arrays the kernel cannot read, or not write, as they are."""
     r, opt = spec.rule, spec.options
     copies: list[str] = []

@@ -106,13 +106,30 @@ def _step(
     return lambda: layer(x, cache_params=cache)
 
 
+def _train(layer: nn.Module, tokens: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Forward and backward pass of a prefill; gives the gradients of the projections, of weights it has them too."""
+    import torch
+
+    torch.manual_seed(1)
+    x, grad = torch.randn(1, tokens, HIDDEN).to(dtype), torch.randn(1, tokens, HEADS * SIZE).to(dtype)
+    projections = [getattr(layer, f"in_proj_{name}")(x) for name in ["qkv", "z", "a", "b"]]
+    leaves = [*(p.requires_grad_() for p in projections), *layer.parameters()]
+
+    def step() -> torch.Tensor:
+        with torch.enable_grad():
+            found = torch.autograd.grad(layer(x), leaves, grad)
+        return torch.cat([g.flatten().float() for g in found[:2]])
+
+    return step
+
+
 def mixer_of_a_layer(
     tokens: int = 512,
     threads: int = 2,
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """A prefill of `tokens` and a decode step, in float32 and bfloat16.
+    """A prefill of `tokens`, a decode step, and forward and backward pass of the prefill, in float32 and bfloat16.
 
     Raises:
         Failed: a result is wrong.
@@ -129,20 +146,26 @@ def mixer_of_a_layer(
         for dtype, most in ERROR.items():
             torch.manual_seed(0)
             layer, config = _layer(getattr(torch, dtype))
-            for n in (tokens, 1):
+            makers = {
+                f"prefill of {tokens}": partial(_step, layer, config, tokens),
+                "decode": partial(_step, layer, config, 1),
+                f"training on {tokens}": partial(
+                    _train, layer, tokens
+                ),  # last: gradients are wanted from here on
+            }
+            for call, make in makers.items():
                 steps, first = {}, {}
                 for name, switch in switches.items():
                     with switch():
-                        steps[name] = _step(layer, config, n, getattr(torch, dtype))
+                        steps[name] = make(getattr(torch, dtype))
                         first[name] = steps[name]().float()
                 want = first["Transformers"]
                 error = float((first["anydelta"] - want).abs().max() / want.abs().max())
                 if not error <= most:
-                    raise Failed(f"{dtype}, {n} tokens: the error must be at most {most}; got {error:.1e}")
+                    raise Failed(f"{dtype}, {call}: the error must be at most {most}; got {error:.1e}")
                 samples, _, others = interleave(steps, settings, progress, switches)
                 ratios = [a / b for a, b in zip(samples["Transformers"], samples["anydelta"], strict=True)]
                 theirs, ours = (statistics.median(samples[name]) for name in switches)
-                call = f"prefill of {n}" if n > 1 else "decode"
                 measured.records.append(
                     LayerRecord(
                         call, dtype, len(ratios), theirs, ours, statistics.median(ratios), min(ratios), max(ratios),
@@ -162,7 +185,7 @@ def layer_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time the part of a Transformers layer that the mixer replaces: convolution, gates, rule, norm, cache.
+    """Time the part of a Transformers layer that the mixer replaces, forward and backward.
 
     Examples:
       anydelta bench layer

@@ -1,8 +1,8 @@
 """The functions that stand in for Transformers' own, with the parameters and results of those.
 
 Each maker takes the function that was there and returns ours, which calls it whenever anydelta does not take a
-call: gradients are wanted where no backend has a backward pass (the convolution has none), the device has no
-native backend, torch.export traces, or an argument asks for something else. Our functions differ from
+call: gradients are wanted where no backend has a backward pass (outside torch.compile the convolution has none), the
+device has no native backend, torch.export traces, or an argument asks for something else. Our functions differ from
 Transformers' in one point: packed rows (`cu_seqlens`, `seq_idx`) are kept apart, where Transformers without fla
 refuses them, or in kimi_linear ignores them.
 """
@@ -359,8 +359,11 @@ def _why_not_conv(
     kwargs: dict[str, object],
     packed: bool,
 ) -> str | None:
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    compiling = torch.compiler.is_compiling()  # which fuses whole passes, and those of their gradients
+    if (
+        not compiling
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
     ):
         return "gradients are wanted"
     if any(kwargs.get(name) is not None and kwargs.get(name) is not False for name in _CONV_OPTIONS):
@@ -369,7 +372,7 @@ def _why_not_conv(
         return f"the activation {activation}"
     if x.dtype not in _DTYPES or weight.dtype != x.dtype or weight.ndim != 2:
         return f"inputs of {x.dtype} with weights of {weight.dtype}"
-    if torch.compiler.is_compiling():
+    if compiling:
         if _is_exporting():
             return "torch.export"
     elif type(x) is not torch.Tensor:
