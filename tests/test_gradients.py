@@ -155,6 +155,33 @@ def test_memory(lengths: tuple[int, ...], calls: list[int]) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize("kda", [False, True])
+@pytest.mark.parametrize("lengths", [(2100,), (1100, 0, 700, 1030)])
+def test_few_heads_on_many_threads(lengths: tuple[int, ...], kda: bool, layout: str, calls: list[int]) -> None:
+    """Then segments of a sequence are tasks, in three passes: the same bits, and no more memory for states."""
+    torch.manual_seed(3)
+    T, N = sum(lengths), len(lengths)
+    x = inputs(T, B=1, kda=kda, state_layout=layout, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    x |= {n: x[n][:, :, :1].detach().requires_grad_() for n in "qk"}
+    shape = (N, 4, 32, 64) if layout == "kv" else (N, 4, 64, 32)
+    x |= dict(initial_state=torch.randn(shape).requires_grad_(), mask=torch.rand(1, T) < 0.9)
+    before, state = torch.get_num_threads(), 32 * 64 * 4
+    try:
+        torch.set_num_threads(1)
+        want = gradients(x)
+        scratch = calls[-1] - max(-(-t // 64) for t in lengths) * 4 * state  # of one thread
+        for threads in (2, 3, 16):
+            torch.set_num_threads(threads)
+            core.fill_scratch(0xFF)
+            for name, grad in gradients(x).items():
+                assert torch.equal(grad, want[name]), (threads, name)
+            assert calls[-1] - threads * scratch <= sum(-(-t // 64) for t in lengths) * 4 * state
+    finally:
+        core.fill_scratch(-1)
+        torch.set_num_threads(before)
+
+
 def test_gradients_without_strides_and_float64_gates(calls: list[int]) -> None:
     """Such as `sum` gives: expanded numbers."""
     x = inputs(20)

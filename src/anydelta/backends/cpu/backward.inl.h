@@ -210,25 +210,71 @@ class BackRunner {
     }
 
     void run() {
+        if (job.pass == BackwardPass::states) return run_states();
+        if (job.pass == BackwardPass::d_states) return run_d_states();
         find_tokens();
+        const int64_t chunks = Backward::spans(count);
+        const bool part = job.pass == BackwardPass::segment;
+        first = part ? job.segment * Backward::SEGMENT : 0;
+        end = part && first + Backward::SEGMENT < chunks ? first + Backward::SEGMENT : chunks;
+        if (part && first > 0 && first >= end) return;
         const bool skipped = seq.row_in < 0;
         if (g.mixer) around.begin(seq, p.mask ? s.positions : nullptr, count);
         for (int64_t u = 0; u < each; ++u) begin_head(u);
-        if (count < seq.end - seq.start) zero_rows();
-        const int64_t chunks = Backward::spans(count);
-        if (chunks) clear_padding();
-        for (int64_t c = 0; c + 1 < chunks; ++c) {
+        if (first == 0 && count < seq.end - seq.start) zero_rows();
+        if (first < end) clear_padding();
+        for (int64_t c = first; c + 1 < end; ++c) {
             read_keys(c, false);
-            for (int64_t u = 0; u < each; ++u) keep_next(u, c);
+            for (int64_t u = 0; u < each; ++u) advance(u, c, state(head(u), c), state(head(u), c + 1));
         }
-        for (int64_t c = chunks - 1; c >= 0; --c) {
+        for (int64_t c = end - 1; c >= first; --c) {
             read_keys(c, true);
             for (int64_t u = 0; u < each; ++u) chunk_back(u, c);
             write_keys(c);
         }
-        if (g.d_initial)
+        if (g.d_initial && first == 0)
             for (int64_t u = 0; u < each; ++u) end_head(head(u), skipped);
         if (g.mixer) around.end();
+    }
+
+    // The states at the beginning of each segment but the first; in place of dS, which nobody has yet.
+    void run_states() {
+        find_tokens();
+        if (Backward::segments(count) < 2) return;
+        for (int64_t u = 0; u < each; ++u) begin_head(u);
+        clear_padding();
+        const int64_t last = (Backward::segments(count) - 1) * Backward::SEGMENT;
+        for (int64_t c = 0; c < last; ++c) {
+            read_keys(c, false);
+            for (int64_t u = 0; u < each; ++u) advance(u, c, head(u).dS, head(u).dS);
+            if ((c + 1) % Backward::SEGMENT == 0)
+                for (int64_t u = 0; u < each; ++u) copy_panels(start_of(job.starts, c + 1, u), head(u).dS);
+        }
+    }
+    // Their gradients.
+    void run_d_states() {
+        find_tokens();
+        if (Backward::segments(count) < 2) return;
+        for (int64_t u = 0; u < each; ++u) begin_head(u);
+        clear_padding();
+        for (int64_t c = Backward::spans(count) - 1; c >= Backward::SEGMENT; --c) {
+            read_keys(c, true);
+            for (int64_t u = 0; u < each; ++u) {
+                const BackHead& h = head(u);
+                read_gates(h, c);
+                for (int64_t b = (tokens_of(c) - 1) / BT; b >= 0; --b) {
+                    operands(b);
+                    pairs<true>(b);
+                    read_rows(s.rows + BT * W, 2 * BT, g.d_o, h, c, b);
+                    transpose(s.wt, BT, s.w, Kp, BT, Kp);
+                    for (int64_t panel = panel0(); panel < panel1(); ++panel) {
+                        solve_back<false>(s.block[b], panel, h.dS, nullptr);
+                        state_back(panel, h.dS);
+                    }
+                }
+                if (c % Backward::SEGMENT == 0) copy_panels(start_of(job.d_starts, c, u), h.dS);
+            }
+        }
     }
 
   private:
@@ -238,6 +284,7 @@ class BackRunner {
     const Sequence seq;
     const int64_t each;  // value heads
     int64_t Kp = 0, panels = 0, count = 0;
+    int64_t first = 0, end = 0;  // chunks that this task is for
     BackScratch s{};
     Around around{};
     BackHead* heads_ = nullptr;
@@ -245,6 +292,18 @@ class BackRunner {
     bool erases() const { return p.erase.data != nullptr; }
     bool erases_per_head() const { return erases() && p.erase.heads == p.HV; }
     int64_t state_size() const { return panels * Kp * W; }
+    int64_t panel0() const { return job.panel0; }
+    int64_t panel1() const { return job.panel1 < panels ? job.panel1 : panels; }
+    // The state before chunk c.
+    float* state(const BackHead& h, int64_t c) const { return h.kept + (c - first) * state_size(); }
+    // Of head u at the chunk c that a segment begins with.
+    float* start_of(float* starts, int64_t c, int64_t u) const {
+        return starts + ((c / Backward::SEGMENT - 1) * each + u) * state_size();
+    }
+    void copy_panels(float* to, const float* from) const {
+        const int64_t at = panel0() * Kp * W, n = (panel1() - panel0()) * Kp * W;
+        std::memcpy(to + at, from + at, static_cast<size_t>(n) * 4);
+    }
     BackHead& head(int64_t u) { return heads_[u]; }
 
     // Only to count the memory.
@@ -428,15 +487,21 @@ class BackRunner {
         h.hv = p.tiled ? job.h + u * p.H : job.h * each + u;
         for (int64_t i = 0; i < Kp; ++i) h.bias[i] = 0.0f;
         h.A = gate_parameters(p, h.hv, h.bias);
-        if (g.d_A_log) g.d_A_log[job.n * p.HV + h.hv] = 0.0f;
-        const int64_t wide = p.kda ? p.K : 1;
-        for (int64_t i = 0; g.d_dt_bias && i < wide; ++i) g.d_dt_bias[(job.n * p.HV + h.hv) * wide + i] = 0.0f;
-        const int64_t spans = Backward::spans(seq.end - seq.start);
+        if (job.pass == BackwardPass::states) return load_state(h.dS, p.in, seq.row_in, h.hv);
+        const int64_t spans = job.pass == BackwardPass::whole ? Backward::spans(seq.end - seq.start) : Backward::SEGMENT;
         float* const kept = reinterpret_cast<float*>(job.kept);
         h.kept = kept + u * spans * state_size();
         h.x = kept + (each * state_size() + u * SPAN * panels * W) * spans;
-        load_state(h.dS, g.d_final, job.n, h.hv);
-        if (count > 0) load_state(h.kept, p.in, seq.row_in, h.hv);
+        const size_t bytes = static_cast<size_t>(state_size()) * 4;
+        if (end < Backward::spans(count) && job.pass == BackwardPass::segment)
+            std::memcpy(h.dS, start_of(job.d_starts, end, u), bytes);
+        else
+            load_state(h.dS, g.d_final, job.n, h.hv);
+        if (job.pass == BackwardPass::d_states) return;
+        if (first > 0)
+            std::memcpy(h.kept, start_of(job.starts, first, u), bytes);
+        else if (count > 0)
+            load_state(h.kept, p.in, seq.row_in, h.hv);
     }
     void load_state(float* to, const States& from, int64_t row, int64_t hv) const {
         pack(p, to, Kp, from.data ? state_at(p, from, 0, row, hv, 0) : nullptr, from.row, p.V);
@@ -643,7 +708,7 @@ class BackRunner {
     // Block b on the state S: x, if it is not `known`, d and, where `to` is given, the state behind it. `to` may be S.
     void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to, bool known) {
         BackBlock& block = s.block[b];
-        block.X = job.keeps_x ? h.x + (c * SPAN_BLOCKS + b) * panels * BT * W : block.scratch;
+        block.X = job.keeps_x ? h.x + ((c - first) * SPAN_BLOCKS + b) * panels * BT * W : block.scratch;
         if (!known) {
             if (g.mixer)
                 make_values(block.X, h, c, b);
@@ -651,7 +716,7 @@ class BackRunner {
                 read_rows(block.X, BT, p.v, h, c, b);
             transpose(s.Nt, BT, s.NE, Kp, BT, Kp);
         }
-        for (int64_t panel = 0; panel < panels; ++panel) {
+        for (int64_t panel = panel0(); panel < panel1(); ++panel) {
             const float* from = S + panel * Kp * W;
             float *X = block.X + panel * BT * W, *D = block.D + panel * BT * W;
             AD_FETCH_AHEAD(panel)
@@ -691,12 +756,10 @@ class BackRunner {
         }
     }
 
-    // The state before chunk c + 1 from that before chunk c.
-    void keep_next(int64_t u, int64_t c) {
+    // The state before chunk c + 1 from that before chunk c. `to` may be S.
+    void advance(int64_t u, int64_t c, const float* S, float* to) {
         const BackHead& h = head(u);
         read_gates(h, c);
-        const float* S = h.kept + c * state_size();
-        float* to = h.kept + (c + 1) * state_size();
         for (int64_t b = 0; b < SPAN_BLOCKS; ++b) {
             s.aheads = 0;
             plan(p.v, h.hv, c * SPAN + (b + 1) * BT, BT, p.V);
@@ -714,10 +777,10 @@ class BackRunner {
         const BackHead& h = head(u);
         read_gates(h, c);
         const int64_t blocks = (tokens_of(c) + BT - 1) / BT;
-        s.S[0] = h.kept + c * state_size();
+        s.S[0] = state(h, c);
         s.next_state = reinterpret_cast<const char*>(
-            u + 1 < each ? head(u + 1).kept + c * state_size() : head(0).kept + (c ? c - 1 : 0) * state_size());
-        const bool known = job.keeps_x && c + 1 < Backward::spans(count);
+            u + 1 < each ? state(head(u + 1), c) : state(head(0), c > first ? c - 1 : first));
+        const bool known = job.keeps_x && c + 1 < end;
         for (int64_t b = 0; b < blocks; ++b) {
             const bool last = b + 1 == blocks;
             s.aheads = 0;
@@ -744,6 +807,41 @@ class BackRunner {
         write_gates(h, c);
     }
 
+    // dx of a panel from its do, with the gradient of the state behind the block; and with X what it adds to d_beta.
+    template <bool whole>
+    void solve_back(const BackBlock& block, int64_t panel, const float* gradient, V* d_beta) {
+        const float* dS = gradient + panel * Kp * W;
+        float *dx = s.rows + panel * 2 * BT * W, *d_o = dx + BT * W;
+        const float* X = whole ? block.X + panel * BT * W : nullptr;
+        for (int64_t t = 0; t < BT; t += R) {
+            V acc[R][NV];
+            set_zero(acc);
+            multiply<R, NV, 1>(acc, block.P + t, BT, d_o, W, BT);
+            multiply<R, NV, 1>(acc, s.wt + t, BT, dS, W, Kp);
+            store(acc, dx + t * W, W);
+        }
+        for (int64_t j = 0; j < W; j += L) {
+            V d[BT];
+            AD_UNROLL for (int t = 0; t < BT; ++t) d[t] = vload(dx + t * W + j);
+            AD_UNROLL for (int t = BT - 1; t >= 0; --t) {
+                if (whole) d_beta[t] = vfma(d[t], vload(X + t * W + j), d_beta[t]);
+                d[t] = vmul(vset(block.beta[t]), d[t]);
+                vstore(dx + t * W + j, d[t]);
+                AD_UNROLL for (int u = 0; u < t; ++u) d[u] = vfnma(vset(block.A[t * BT + u]), d[t], d[u]);
+            }
+        }
+    }
+    // The gradient of a panel of the state before the block from that behind it.
+    void state_back(int64_t panel, float* gradient) {
+        float* dS = gradient + panel * Kp * W;
+        for (int64_t i = 0; i < Kp; i += R) {
+            V acc[R][NV];
+            load_faded(acc, dS + i * W, W, s.gamma + i);
+            multiply<R, NV, 1>(acc, s.NE + i, Kp, s.rows + panel * 2 * BT * W, W, 2 * BT);
+            store(acc, dS + i * W, W);
+        }
+    }
+
     void backward(const BackHead& h, int64_t c, int64_t b) {
         BackBlock& block = s.block[b];
         const float* S = s.S[b];
@@ -755,28 +853,9 @@ class BackRunner {
         V d_beta[BT];
         AD_UNROLL for (int t = 0; t < BT; ++t) d_beta[t] = vzero();
         for (int64_t panel = 0; panel < panels; ++panel) {
-            const float* dS = h.dS + panel * Kp * W;
-            float *dx = s.rows + panel * 2 * BT * W, *d_o = dx + BT * W;
             AD_FETCH_AHEAD(panel)
-            const float* X = block.X + panel * BT * W;
-            for (int64_t t = 0; t < BT; t += R) {
-                V acc[R][NV];
-                set_zero(acc);
-                multiply<R, NV, 1>(acc, block.P + t, BT, d_o, W, BT);
-                multiply<R, NV, 1>(acc, s.wt + t, BT, dS, W, Kp);
-                store(acc, dx + t * W, W);
-            }
-            for (int64_t j = 0; j < W; j += L) {
-                V d[BT];
-                AD_UNROLL for (int t = 0; t < BT; ++t) d[t] = vload(dx + t * W + j);
-                AD_UNROLL for (int t = BT - 1; t >= 0; --t) {
-                    d_beta[t] = vfma(d[t], vload(X + t * W + j), d_beta[t]);
-                    d[t] = vmul(vset(block.beta[t]), d[t]);
-                    vstore(dx + t * W + j, d[t]);
-                    AD_UNROLL for (int u = 0; u < t; ++u) d[u] = vfnma(vset(block.A[t * BT + u]), d[t], d[u]);
-                }
-            }
-            transpose(s.rowst + panel * W * 2 * BT, 2 * BT, dx, W, 2 * BT, W);
+            solve_back<true>(block, panel, h.dS, d_beta);
+            transpose(s.rowst + panel * W * 2 * BT, 2 * BT, s.rows + panel * 2 * BT * W, W, 2 * BT, W);
             transpose(s.Dt + panel * W * BT, BT, block.D + panel * BT * W, W, BT, W);
         }
         for (int64_t t = 0; t < BT; ++t) s.d_beta[b * BT + t] = vsum(d_beta[t]);
@@ -794,15 +873,7 @@ class BackRunner {
                 }
             s.d_gamma[i] = vsum(dot);
         }
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            float* dS = h.dS + panel * Kp * W;
-            for (int64_t i = 0; i < Kp; i += R) {
-                V acc[R][NV];
-                load_faded(acc, dS + i * W, W, s.gamma + i);
-                multiply<R, NV, 1>(acc, s.NE + i, Kp, s.rows + panel * 2 * BT * W, W, 2 * BT);
-                store(acc, dS + i * W, W);
-            }
-        }
+        for (int64_t panel = 0; panel < panels; ++panel) state_back(panel, h.dS);
         const int64_t n = tokens_in(c, b);
         if (g.mixer) {
             for (int64_t t = 0; t < n; ++t) write_panels(s.o + t * panels * W, s.rows + t * W, 2 * BT);
@@ -879,7 +950,8 @@ class BackRunner {
     // dg, dbeta and the head's own de of a chunk, and what it adds to the gradients of A_log and dt_bias.
     void write_gates(const BackHead& h, int64_t c) {
         const int64_t n = tokens_of(c), wide = p.kda ? p.K : 1;
-        float* d_bias = g.d_dt_bias ? g.d_dt_bias + (job.n * p.HV + h.hv) * wide : nullptr;
+        const int64_t row = (job.row + c / Backward::SEGMENT) * p.HV + h.hv;
+        float* d_bias = g.d_dt_bias ? g.d_dt_bias + row * wide : nullptr;
         alignas(64) float dx[SPAN] = {}, db[SPAN] = {};
         V to_A = vzero(), sum = vzero(), more;
         for (int64_t i = 0; i < n; ++i) {
@@ -926,7 +998,7 @@ class BackRunner {
             if (!erases()) write(g.d_beta, seq.b, t, h.hv, db + i, 1);
         }
         if (d_bias && !p.kda) d_bias[0] += vsum(sum);
-        if (g.d_A_log) g.d_A_log[job.n * p.HV + h.hv] += vsum(to_A);
+        if (g.d_A_log) g.d_A_log[row] += vsum(to_A);
     }
 };
 

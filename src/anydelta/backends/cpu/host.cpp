@@ -314,24 +314,52 @@ struct LogWork final : Work {
     }
 };
 
-// The tasks of the backward pass: the value heads of one q/k head of one sequence.
+// The tasks of the backward pass: the value heads of one q/k head of one sequence, or a part of them.
 struct BackwardWork final : Work {
     const Backward& g;
     const Kernels& kernels;
     char* kept = nullptr;  // states
     size_t per_thread = 0;  // bytes of them, or 0: each task has its own
     bool keeps_x = false;  // x in every thread too
-    std::vector<int64_t> before;  // [N]: spans of the sequences before this one
+    std::vector<int64_t> before, segments_before;  // [N + 1]: spans and segments of the sequences before this one
     size_t state;  // bytes of the states that a task keeps per span
+    BackwardPass pass = BackwardPass::whole;
+    float *starts = nullptr, *d_starts = nullptr;
+    int64_t ranges = 1, panels = 0;  // of columns; panels in all
 
     BackwardWork(const Backward& backward, const Kernels& k)
         : g(backward), kernels(k), state(k.kept_bytes(g.rule, false)) {}
 
+    int64_t tasks() const {
+        if (pass == BackwardPass::segment) return segments_before.back() * g.rule.H;
+        return g.rule.N * g.rule.H * ranges;
+    }
     const char* run(int64_t i, int64_t, char* memory) const override {
-        const int64_t n = i / g.rule.H, h = i % g.rule.H;
-        const auto spans = static_cast<size_t>(before[n] * g.rule.H + h * Backward::spans(g.tokens(n)));
-        char* mine = kept + (per_thread ? per_thread * static_cast<size_t>(share_of(memory)) : spans * state);
-        return kernels.differentiate(g, BackwardTask{n, h, mine, keeps_x}, memory);
+        const bool keeps = pass == BackwardPass::whole || pass == BackwardPass::segment;
+        BackwardTask task{0, 0, kept, keeps && keeps_x};
+        task.pass = pass;
+        if (pass == BackwardPass::segment) {
+            const int64_t at = i / g.rule.H;
+            while (segments_before[static_cast<size_t>(task.n) + 1] <= at) ++task.n;
+            task.segment = at - segments_before[static_cast<size_t>(task.n)];
+        } else {
+            task.n = i / ranges / g.rule.H;
+            task.panel0 = panels * (i % ranges) / ranges;
+            task.panel1 = ranges > 1 ? panels * (i % ranges + 1) / ranges : INT64_MAX;
+        }
+        const auto n = static_cast<size_t>(task.n);
+        task.h = pass == BackwardPass::segment ? i % g.rule.H : i / ranges % g.rule.H;
+        task.row = segments_before[n];
+        if (starts) {
+            const auto at = (segments_before[n] * g.rule.H + task.h * (segments_before[n + 1] - segments_before[n])) *
+                            static_cast<int64_t>(state / 4);
+            task.starts = starts + at;
+            task.d_starts = d_starts + at;
+        }
+        if (!keeps) return kernels.differentiate(g, task, memory);
+        const auto spans = static_cast<size_t>(before[n] * g.rule.H + task.h * Backward::spans(g.tokens(task.n)));
+        task.kept += per_thread ? per_thread * static_cast<size_t>(share_of(memory)) : spans * state;
+        return kernels.differentiate(g, task, memory);
     }
 };
 
@@ -526,34 +554,94 @@ void fold(const Log& g, const Kernels& kernels, int threads, bool share_openmp) 
     LogShares(g, entries, kernels, threads).run(g, kernels.fold, kernels, share_openmp);
 }
 
+namespace {
+// Memory at a multiple of 64.
+struct Aligned {
+    std::unique_ptr<char[]> memory;
+    char* data;
+    explicit Aligned(size_t bytes)
+        : memory(new char[bytes + 64]),
+          data(memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64) {}
+};
+
+// What the segments of each sequence add, last to first, to its row.
+void add_up(const std::vector<float>& parts, float* to, int64_t width, const BackwardWork& work) {
+    for (int64_t n = 0; to && n < work.g.rule.N; ++n, to += width) {
+        std::fill(to, to + width, 0.0f);
+        const auto i = static_cast<size_t>(n);
+        for (int64_t s = work.segments_before[i + 1] - 1; s >= work.segments_before[i]; --s)
+            for (int64_t j = 0; j < width; ++j) to[j] += parts[static_cast<size_t>(s * width + j)];
+    }
+}
+}  // namespace
+
 size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share_openmp) {
     const Problem& p = g.rule;
     if (p.N * p.H == 0) return 0;
     BackwardWork work(g, kernels);
-    int64_t spans = 0;
+    int64_t spans = 0, segments = 0;
     for (int64_t n = 0; n < p.N; ++n) {
         work.before.push_back(spans);
+        work.segments_before.push_back(segments);
         spans += Backward::spans(g.tokens(n));
+        segments += Backward::segments(g.tokens(n));
         g.longest = std::max(g.longest, g.tokens(n));
     }
+    work.segments_before.push_back(segments);
     // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward; the mixer
     // has one more
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
-    threads = worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V));
-    threads = static_cast<int>(std::min<int64_t>({threads, p.N * p.H, MAX_THREADS}));
-    // Room for the longest sequence in each thread, with x where both need no more than a state per span and head would;
-    // or where that is less, room for every task.
+    threads = std::min(worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V)), MAX_THREADS);
+    // Half of the threads and more would be idle: three passes, of 15 products for 10, whose tasks are segments. Not of
+    // the mixer, whose norm needs whole rows of o.
+    const int64_t heads = p.N * p.H;
+    const size_t all = static_cast<size_t>(spans * p.H) * work.state, ends = static_cast<size_t>(segments * p.H) * work.state;
+    // as many threads as the states in the segments leave memory for
+    const auto fit = static_cast<int64_t>((all - std::min(all, 2 * ends)) / (Backward::SEGMENT * work.state));
+    const bool split = !g.mixer && threads >= 2 * heads && std::min<int64_t>(fit, threads) >= 2 * heads;
+    const int most = threads;
+    threads = static_cast<int>(std::min<int64_t>(threads, split ? std::min(segments * p.H, fit) : heads));
+    // Room for the longest sequence, or a segment, in each thread, with x where both need no more than a state per span
+    // and head would; or where that is less, room for every task.
+    const int64_t longest = split ? Backward::SEGMENT : Backward::spans(g.longest);
     const auto room = [&](bool x) {
-        return static_cast<size_t>(Backward::spans(g.longest)) * kernels.kept_bytes(p, x) *
-               static_cast<size_t>(threads);
+        return static_cast<size_t>(longest) * kernels.kept_bytes(p, x) * static_cast<size_t>(threads);
     };
-    const size_t all = static_cast<size_t>(spans * p.H) * work.state;
-    work.keeps_x = room(true) <= all;
-    const size_t bytes = std::min(room(work.keeps_x), all), workspace = kernels.backward_workspace(g);
-    work.per_thread = bytes < all || work.keeps_x ? bytes / static_cast<size_t>(threads) : 0;
-    const std::unique_ptr<char[]> kept(new char[bytes + 64]);
-    work.kept = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64) % 64;
-    work.share_out(p.N * p.H, threads, workspace, share_openmp);
+    work.keeps_x = room(true) + (split ? 2 * ends : 0) <= all;
+    size_t bytes = split ? room(work.keeps_x) : std::min(room(work.keeps_x), all);
+    const size_t workspace = kernels.backward_workspace(g);
+    work.per_thread = split || bytes < all || work.keeps_x ? bytes / static_cast<size_t>(threads) : 0;
+    const Aligned kept(bytes);
+    work.kept = kept.data;
+    const int64_t wide = p.HV * (p.kda ? p.K : 1);
+    std::vector<float> A_log(static_cast<size_t>(g.d_A_log ? segments * p.HV : 0));
+    std::vector<float> dt_bias(static_cast<size_t>(g.d_dt_bias ? segments * wide : 0));
+    float *const to_A_log = g.d_A_log, *const to_dt_bias = g.d_dt_bias;
+    if (g.d_A_log) g.d_A_log = A_log.data();
+    if (g.d_dt_bias) g.d_dt_bias = dt_bias.data();
+    const auto pass = [&](BackwardPass which, int with) {
+        work.pass = which;
+        work.share_out(work.tasks(), with, workspace, share_openmp);
+    };
+    if (split) {
+        const Aligned starts(ends), d_starts(ends);
+        work.starts = reinterpret_cast<float*>(starts.data);
+        work.d_starts = reinterpret_cast<float*>(d_starts.data);
+        work.panels = (p.V + kernels.panel - 1) / kernels.panel;
+        work.ranges = std::min(work.panels, (most + heads - 1) / heads);
+        // these two keep no states in the threads, of which there may be more
+        const auto with = static_cast<int>(std::min<int64_t>(most, heads * work.ranges));
+        pass(BackwardPass::states, with);
+        pass(BackwardPass::d_states, with);
+        work.ranges = 1;
+        pass(BackwardPass::segment, threads);
+        bytes += 2 * ends;
+        threads = std::max(threads, with);
+    } else {
+        pass(BackwardPass::whole, threads);
+    }
+    add_up(A_log, to_A_log, p.HV, work);
+    add_up(dt_bias, to_dt_bias, wide, work);
     return bytes + workspace * static_cast<size_t>(threads);
 }
 
