@@ -158,7 +158,9 @@ def test_memory(lengths: tuple[int, ...], calls: list[int]) -> None:
 @pytest.mark.parametrize("layout", ["kv", "vk"])
 @pytest.mark.parametrize("kda", [False, True])
 @pytest.mark.parametrize("lengths", [(2100,), (1100, 0, 700, 1030)])
-def test_few_heads_on_many_threads(lengths: tuple[int, ...], kda: bool, layout: str, calls: list[int]) -> None:
+def test_few_heads_on_many_threads(
+    lengths: tuple[int, ...], kda: bool, layout: str, calls: list[int]
+) -> None:
     """Then segments of a sequence are tasks, in three passes: the same bits, and no more memory for states."""
     torch.manual_seed(3)
     T, N = sum(lengths), len(lengths)

@@ -90,7 +90,8 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         std::snprintf(context, sizeof context, "%s: mixer W %" PRId64 " S %" PRId64 " %s", kernels->name, x.m.W, x.m.S,
                       x.rule->c.text().c_str());
         const auto one = run_backward(x, final_state, windows, *kernels, 1, 0x55);
-        check(run_backward(x, final_state, windows, *kernels, 1, static_cast<char>(0xff)) == one, "what lay there shows");
+        check(run_backward(x, final_state, windows, *kernels, 1, static_cast<char>(0xff)) == one,
+              "what lay there shows");
         check(run_backward(x, final_state, windows, *kernels, 2, 0x55) == one, "2 threads and 1 differ");
         for (Array* a : {&x.z, &x.weight, &x.bias, &x.norm_weight, &x.conv, &x.rule->state_in})
             if (*a) check(a->stray({}) == 0, "an input was changed");

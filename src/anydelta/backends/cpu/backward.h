@@ -26,11 +26,13 @@ struct Backward {
     float* d_A_log = nullptr;  // [N, HV]: what each sequence adds, or null; a kernel adds to [segments, HV] instead
     float* d_dt_bias = nullptr;  // [N, HV] or [N, HV, K]: the same, or null
     int64_t longest = 0;  // tokens of the longest sequence
-    const AroundBackward* mixer = nullptr;  // of a call of the mixer, whose rule `rule` is: without q, k, v, d_o and theirs
+    const AroundBackward* mixer =
+        nullptr;  // of a call of the mixer, whose rule `rule` is: without q, k, v, d_o and theirs
 
     static constexpr int64_t SPAN = 64;  // tokens between the states that are kept
     static int64_t spans(int64_t tokens) { return (tokens + SPAN - 1) / SPAN; }
-    static constexpr int64_t SEGMENT = 8;  // spans that are summed before they are added up, and a task where heads are few
+    static constexpr int64_t SEGMENT =
+        8;  // spans that are summed before they are added up, and a task where heads are few
     static int64_t segments(int64_t tokens) { return (spans(tokens) + SEGMENT - 1) / SEGMENT; }
     int64_t tokens(int64_t n) const { return rule.cu_seqlens ? rule.cu_seqlens[n + 1] - rule.cu_seqlens[n] : rule.T; }
 };
@@ -38,9 +40,9 @@ struct Backward {
 // What a task does: everything; or where heads are few, one of the three passes that give the same together.
 enum class BackwardPass : int {
     whole,
-    states,    // forward: the states at the beginning of each segment but the first
+    states,  // forward: the states at the beginning of each segment but the first
     d_states,  // backward: their gradients
-    segment,   // everything, of one segment
+    segment,  // everything, of one segment
 };
 
 // The value heads of one q/k head of one sequence: whose gradients of q and k are added up, always in the same order.

@@ -595,7 +595,8 @@ size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share
     // Half of the threads and more would be idle: three passes, of 15 products for 10, whose tasks are segments. Not of
     // the mixer, whose norm needs whole rows of o.
     const int64_t heads = p.N * p.H;
-    const size_t all = static_cast<size_t>(spans * p.H) * work.state, ends = static_cast<size_t>(segments * p.H) * work.state;
+    const size_t all = static_cast<size_t>(spans * p.H) * work.state,
+                 ends = static_cast<size_t>(segments * p.H) * work.state;
     // as many threads as the states in the segments leave memory for
     const auto fit = static_cast<int64_t>((all - std::min(all, 2 * ends)) / (Backward::SEGMENT * work.state));
     const bool split = !g.mixer && threads >= 2 * heads && std::min<int64_t>(fit, threads) >= 2 * heads;

@@ -35,7 +35,7 @@ static void conv_back(float* d, const float* const* dy, const float* const* x, i
     for (int64_t i = 0; i < n; i += L) {
         const V b = bias ? vload(bias + i) : vzero();
         V w[TAPS ? TAPS : 1], in[TAPS ? TAPS : 1], sum[TAPS ? TAPS : 1], more = vzero();
-        AD_UNROLL for (int j = 0; j < TAPS; ++j) w[j] = vload(taps + j * ld + i), sum[j] = vzero();
+    AD_UNROLL for (int j = 0; j < TAPS; ++j) w[j] = vload(taps + j * ld + i), sum[j] = vzero();
         AD_UNROLL for (int j = 0; j + 1 < TAPS; ++j) in[j] = vload(x[j] + i);
         for (int64_t t = 0; t < count; ++t) {
             V y = b, g = vload(dy[t] + i);

@@ -535,7 +535,8 @@ size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& a
 // The same of the mixer. `arrays` in the order of the table; `grads` by name: those of the inputs, which are written, and of
 // the outputs, "d_o", "d_conv_state" and "d_state"; 0 or None for none. `fields`: the geometry of those of tokens, and of
 // the outputs'.
-size_t run_mixer_backward(const MixerPlan& plan, const nb::dict& fields, const nb::tuple& arrays, const nb::dict& grads) {
+size_t run_mixer_backward(const MixerPlan& plan, const nb::dict& fields, const nb::tuple& arrays,
+                          const nb::dict& grads) {
     uintptr_t a[mixer_array::COUNT] = {};
     if (arrays.size() != mixer_array::COUNT) throw std::invalid_argument("run_mixer_backward: wrong number of arrays");
     for (size_t i = 0; i < mixer_array::COUNT; ++i) a[i] = address_of(arrays[i]);

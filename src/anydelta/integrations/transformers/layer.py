@@ -235,6 +235,7 @@ def _train(
     p = project(x)
     arguments = _arguments(self, parts, p)
     arguments["conv_weight"] = arguments["conv_weight"].squeeze(1)
+    out: torch.Tensor
     out, conv_state, state = gated_delta_mixer(p.qkv, conv_state, state, cu_seqlens=cu_seqlens, **arguments)
     if held is not None:
         if not held.is_conv_states_initialized[0]:
