@@ -2,7 +2,7 @@
 // backward.inl.h asks it for rows of q, k and v and for those of do, a block of tokens at a time, and hands it dq, dk and
 // dv. With dX the gradient of X, y the convolution before the activation, n = f o, f = 1 / sqrt(mean o^2 + eps):
 //
-//     dn_t = dout_t gate(z_t)     dz_t = dout_t n_t w gate'(z_t)     dw = sum_t dn_t n_t
+//     dn_t = d_out_t gate(z_t)     dz_t = d_out_t n_t w gate'(z_t)     dw = sum_t dn_t n_t
 //     do_t = f (w dn_t - n_t mean(n_t w dn_t))
 //     dy_t = dq_t silu'(y_t)      dtaps_j = sum_t dy_t x_(t - W + 1 + j)      dbias = sum_t dy_t
 //     dx_t = sum_j taps_(W - 1 - j) dy_(t + j)      a convolution with the taps in reverse, over this block and what the
@@ -261,7 +261,7 @@ class Around {
         for (int64_t j = 0; j < c.width; ++j) row[j] += d_window[column * conv.ld + at + j];
     }
 
-    // In place: dy is dout, then do. `o` in panels.
+    // In place: dy is d_out, then do. `o` in panels.
     void normed_back(const float* o, float* y, float* dy, const float* z, float* dz, float* to_weight) const {
         for (int64_t i = 0; i < Vp; i += L) vstore(y + i, vload(o + i / W * BT * W + i % W));
         const float n = static_cast<float>(m->rule.V);
