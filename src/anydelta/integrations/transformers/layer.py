@@ -81,7 +81,10 @@ def fused(
             cache = cache_of(kwargs)
         if not _is_compiling():
             if hasattr(cache, "cache_allocators"):
-                why_not = _why_not(self, parts, hidden_states, None, {})
+                why_not = "gradients are wanted" if _trains(self, hidden_states) else None
+                if _is_autocast_enabled(hidden_states.device.type):
+                    why_not = "autocast"
+                why_not = why_not or _why_not(self, parts, hidden_states, None, {}, False)
                 if why_not is not None:
                     raise ValueError(f"{name}: continuous batching requires the mixer; got {why_not}")
                 taken[name] += 1
