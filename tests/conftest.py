@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
@@ -55,6 +55,25 @@ def run_program(*args: str) -> Ran:
         cli.main(list(args))
     assert isinstance(stop.value.code, int)
     return Ran(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def count_native(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> list[int]:
+    """What each call of a function of the extension gives that this module makes from now on."""
+    core, found = module._core, list[int]()
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            if name != function:
+                return getattr(core, name)
+
+            def counted(*arguments: Any) -> int:
+                found.append(getattr(core, function)(*arguments))
+                return found[-1]
+
+            return counted
+
+    monkeypatch.setattr(module, "_core", Counting())
+    return found
 
 
 @pytest.fixture

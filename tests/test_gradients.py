@@ -15,6 +15,7 @@ from anydelta.conformance.compare import Target
 from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients, every_gradient_case
 from anydelta.conformance.run import run_one
 from anydelta.core.native import core
+from conftest import count_native
 
 if core is None:
     pytest.skip("the cpu backend is not built", allow_module_level=True)
@@ -42,18 +43,7 @@ MORE_CASES = tuple(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that each call of the native backward pass took."""
-    found: list[int] = []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(core, name)
-
-        def run_backward(self, *arguments: Any) -> int:
-            found.append(core.run_backward(*arguments))
-            return found[-1]
-
-    monkeypatch.setattr(native, "_core", Counting())
-    return found
+    return count_native(monkeypatch, native, "run_backward")
 
 
 def inputs(T: int = 150, B: int = 2, **options: Any) -> dict[str, Any]:

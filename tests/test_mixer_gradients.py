@@ -18,6 +18,7 @@ from anydelta.conformance.mixer import MIXER_CASES, MixerCase
 from anydelta.conformance.run import OK, run_one
 from anydelta.core.native import core
 from anydelta.mixer import torch_ops
+from conftest import count_native
 
 if core is None:
     pytest.skip("the cpu backend is not built", allow_module_level=True)
@@ -38,18 +39,7 @@ MORE_CASES = tuple(
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that each call of the native backward pass took."""
-    found: list[int] = []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(core, name)
-
-        def run_mixer_backward(self, *arguments: Any) -> int:
-            found.append(core.run_mixer_backward(*arguments))
-            return found[-1]
-
-    monkeypatch.setattr(native, "_core", Counting())
-    return found
+    return count_native(monkeypatch, native, "run_mixer_backward")
 
 
 OTHERS = ("conv_state", "state", "g", "beta", "conv_weight", "A_log", "dt_bias", "z", "norm_weight")

@@ -1,4 +1,4 @@
-"""Whether something runs, tried in a process of its own: it may raise, or crash on another CPU than its own."""
+"""What this machine has and runs. Code is tried in a process of its own, because it may crash on another CPU."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "?"
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.probe import available_cpus
 from ..generate import gguf_file, presets
 from ..generate.checkpoint import need_packages, open_checkpoint, quiet
 from ..terminal import Refused, Table, check_writable, progress, refusing, say, show, tell, to_json
@@ -85,9 +86,7 @@ def write_command(
             given = dict(
                 model=opened.model, name=Path(model).name, tokenizer=opened.tokenizer, mtp=_mtp(opened.model)
             )
-        summary = write.write(
-            path=path, mix=type_, tell=draw, threads=threads or write.available_cpus(), **given
-        )
+        summary = write.write(path=path, mix=type_, tell=draw, threads=threads or available_cpus(), **given)
     if as_json:
         say(to_json(dataclasses.asdict(summary)))
         return

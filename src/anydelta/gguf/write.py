@@ -48,10 +48,6 @@ def types() -> list[str]:
     return [*MIXES, *(k.name for k in ggml.kinds.values() if not ggml.needs_matrix(k))]
 
 
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def missing() -> str | None:
     """Why no file can be written here, or None."""
     return (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...core.probe import available_cpus
 from ...generate import gguf_file, presets
 from ...generate.checkpoint import need_packages, open_checkpoint, quiet
 from ...generate.write import with_anydelta
@@ -95,7 +96,7 @@ def model_command(
     for one in contender or ():
         if one not in CONTENDERS:
             raise Refused(f"requires --contender of {', '.join(CONTENDERS)}; got {one!r}")
-    counts = numbers_of_threads(threads, ops.available_cpus())
+    counts = numbers_of_threads(threads, available_cpus())
     need_packages()
     if list_:
         _list()

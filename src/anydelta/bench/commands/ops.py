@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ...core.dispatch import get_backend
+from ...core.probe import available_cpus
 from ...terminal import Refused, progress, refusing, say
 from ..contenders import packages
 from ..measure import cases as case_list
@@ -76,7 +77,7 @@ def ops_command(
         chosen = case_list.with_decays(chosen, decays)
         device = tensors_on(backend)
         rivals = packages.choose_peers(peer or [], device) if peers else []
-        counts = numbers_of_threads(threads, ops.available_cpus()) if device == "cpu" else [1]
+        counts = numbers_of_threads(threads, available_cpus()) if device == "cpu" else [1]
     field: list[Contender] = [packages.Anydelta(backend), *rivals]
     if list_:
         for c in chosen:

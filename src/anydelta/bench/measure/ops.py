@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ... import __version__
 from ...core import dispatch, native
+from ...core.probe import available_cpus
 from ...rule import reference
 from ...terminal import first_line
 from .cases import Case, Inputs, make_inputs, rounded, subnormals
@@ -139,10 +140,6 @@ def describe_machine(backend: str = "auto") -> dict[str, object]:
     except Exception as error:  # a backend that cannot describe itself still has its row in `anydelta info`
         facts["backend"] = {name: f"no description: {error}"}
     return facts
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Others:
