@@ -113,6 +113,24 @@ def test_a_product_has_the_gradient_of_its_numbers():
     assert torch.allclose(x.grad, numbers(kind, w).sum(0).expand(3, N), atol=1e-4)
 
 
+def test_defaults_of_torch_do_not_count():
+    """Nor does a default device: what ggml writes to lies beside what it reads."""
+    kind = library().kind("Q8_0")
+    w, x = blocks(kind), torch.randn(3, N)
+    many = torch.randn(torch_ops.FEW_ROWS + 1, N)
+    want = [torch_ops.linear(x, w, kind.type), torch_ops.linear(many, w, kind.type)]
+    want.append(torch_ops.numbers(w, kind.type, torch.float32, torch.tensor([1])))
+    rows = torch.tensor([1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = [torch_ops.linear(x, w, kind.type), torch_ops.linear(many, w, kind.type)]
+            got.append(torch_ops.numbers(w, kind.type, torch.float32, rows))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_operators_are_registered_as_torch_wants():
     kind = library().kind("Q8_0")
     w, x = blocks(kind), torch.randn(3, N)

@@ -63,14 +63,14 @@ class Blocks:
             return self._unpacked(x)
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.to(torch.float32).contiguous()
-        y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
+        y = x.new_empty((x.shape[0], self.rows), dtype=torch.float32)
         self.native.multiply(x.data_ptr(), x.shape[0], y.data_ptr(), torch.get_num_threads())
         return y
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
         """The same by torch, a part of the rows at a time."""
         x = x.to(wide_dtype())
-        y = torch.empty((x.shape[0], self.rows), dtype=torch.float32)
+        y = x.new_empty((x.shape[0], self.rows), dtype=torch.float32)
         for begin, end, numbers in self.parts():
             y[:, begin:end] = x @ numbers.T
         return y
@@ -78,7 +78,7 @@ class Blocks:
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The matrix in parts: first row, row behind the last, and numbers that are good until the next part."""
         part = max(1, PART // self.n)
-        numbers = torch.empty((min(part, self.rows), self.n), dtype=wide_dtype())
+        numbers = self.tensor.new_empty((min(part, self.rows), self.n), dtype=wide_dtype())
         for begin in range(0, self.rows, part):
             end = min(begin + part, self.rows)
             self._unpack(numbers, begin, end - begin)
@@ -88,7 +88,7 @@ class Blocks:
         """All rows, or those of int64 `rows`: [count, n]."""
         count = self.rows if rows is None else rows.numel()
         fast = dtype in (torch.float32, torch.bfloat16, torch.float16)
-        out = torch.empty((count, self.n), dtype=dtype if fast else torch.float32)
+        out = self.tensor.new_empty((count, self.n), dtype=dtype if fast else torch.float32)
         picked = None if rows is None else rows.reshape(-1).to(torch.int64).contiguous()
         self._unpack(out, 0, count, 0 if picked is None else picked.data_ptr())
         return out if fast else out.to(dtype)
@@ -116,7 +116,7 @@ def kind_of(type: int) -> Kind:
 def gated(x: torch.Tensor, gate: Blocks, up: Blocks, down: Blocks) -> torch.Tensor:
     """down(silu(gate x) * up x) of many rows x [m, n], float32: an MLP whose inner numbers stay in `wide_dtype()`."""
     x = x.to(wide_dtype())
-    inner = torch.empty((x.shape[0], gate.rows), dtype=x.dtype)
+    inner = x.new_empty((x.shape[0], gate.rows))
     for (begin, end, of_gate), (_, _, of_up) in zip(gate.parts(), up.parts(), strict=True):
         torch.mul(torch.nn.functional.silu(x @ of_gate.T), x @ of_up.T, out=inner[:, begin:end])
     return down.multiply(inner)
@@ -185,7 +185,7 @@ def _experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int
         raise ValueError(f"ggml: requires x {[T, blocks.n]} with these blocks and ids; got {list(x.shape)}")
     x = x.detach().to(torch.float32).contiguous()
     ids = ids.to(torch.int32).contiguous()
-    out = torch.empty((T, k, rows), dtype=torch.float32)
+    out = x.new_empty((T, k, rows))
     if T * k <= FEW_ROWS * weight.shape[0]:
         threads = torch.get_num_threads()
         blocks.native.multiply_experts(rows, x.data_ptr(), ids.data_ptr(), T * k, k, out.data_ptr(), threads)

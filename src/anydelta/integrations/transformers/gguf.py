@@ -213,7 +213,11 @@ class _Held:
     def __init__(self, module: Any):
         self.weight, self.at = module._parameters["weight"], module._parameters["weight"].data_ptr()
         order = module.input_permutation
-        self.order = None if order is None or torch.equal(order, torch.arange(len(order))) else order
+        self.order = (
+            None
+            if order is None or torch.equal(order, torch.arange(len(order), device=order.device))
+            else order
+        )
         self.blocks = torch_ops.Blocks(self.weight, module.ggml_type)
 
 

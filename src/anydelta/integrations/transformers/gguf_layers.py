@@ -181,7 +181,7 @@ class _Layer:
             order = getattr(out, "input_permutation", None)
             width = out.in_features
             y = given = chain.buffer(width, given=True)
-            if order is not None and not torch.equal(order, torch.arange(width)):
+            if order is not None and not torch.equal(order, torch.arange(width, device=order.device)):
                 y = chain.buffer(width)
                 chain.native.pick(given, y, order.tolist())
         x = chain.buffer(D, given=True)
@@ -227,7 +227,7 @@ class _Layer:
             return None
 
         def project(x: torch.Tensor) -> Projected:
-            qkv, z, a, b = outs = [torch.empty((*x.shape[:2], width)) for width in self.widths]
+            qkv, z, a, b = outs = [x.new_empty((*x.shape[:2], width)) for width in self.widths]
             self.before.run(rows, x, *outs)
             return Projected(qkv, z, a, b, mixer.A_log, mixer.dt_bias)
 
