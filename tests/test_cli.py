@@ -142,7 +142,7 @@ def test_filter_by_text_or_regex(program: Any) -> None:
         ),
         (
             ("--gradients", "--case", CASE + " inplace"),
-            "takes functional calls of the rule without snapshots",
+            "takes functional calls without snapshots",
         ),
     ],
 )

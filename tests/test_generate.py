@@ -234,7 +234,7 @@ def fails(program: Any, text: str, *args: str) -> None:
         (("-m", "./nowhere", "x"), "got ./nowhere, which does not exist"),
         (
             ("-m", __file__, "x"),
-            "requires a folder with config.json and safetensors, or a hub name; got the file",
+            "requires a folder with config.json and safetensors, a .gguf file, or a hub name; got the file",
         ),
     ],
 )

@@ -239,7 +239,7 @@ def test_a_few_tokens_run_in_chains(opened, monkeypatch):
     run = gguf_layers._Layer.run
     monkeypatch.setattr(gguf_layers._Layer, "run", lambda self, *a: seen.append(1) or run(self, *a))
     with adt.enable():
-        before = adt.status().taken["qwen3_5.mixer"] if adt.status().taken else 0
+        before = adt.status().taken.get("qwen3_5.mixer", 0)
         logits(packed.model, ids(packed)[:, :3], 1)
         after = adt.status().taken["qwen3_5.mixer"]
     assert len(seen) == 3 * LAYERS
@@ -266,6 +266,52 @@ def test_a_hook_sees_what_it_would_see(opened):
             handle.remove()
     assert len(seen) == 4
     assert relative(got, want) < BOUND
+
+
+@pytest.mark.parametrize("name", ["linear_attn", "mlp.act_fn", "mlp", "input_layernorm", "mlp.down_proj"])
+def test_a_hook_has_its_effect_at_any_length(name, opened):
+    """One token, some, and many go different ways through a layer."""
+    model = opened("Q8_0").model
+    part = model.model.layers[1].get_submodule(name)
+    x = ids(opened("Q8_0")).repeat(1, 2)
+    with adt.enable():
+        for n in (1, 3, 12, 20):
+            before = logits(model, x[:, :n])
+            handle = part.register_forward_hook(lambda m, i, o: o * 0)
+            try:
+                assert relative(logits(model, x[:, :n]), before) > 1e-4
+            finally:
+                handle.remove()
+            assert torch.equal(logits(model, x[:, :n]), before)
+
+
+def test_autocast(opened):
+    packed, stock = opened("Q8_0"), opened("Q8_0", False)
+    x = ids(packed).repeat(1, 2)
+    want = logits(stock.model, x)
+    with adt.enable(), torch.autocast("cpu", torch.bfloat16):
+        for step in (None, 1):
+            assert relative(logits(packed.model, x, step).float(), want) < 2 * BOUND
+
+
+def test_copies_know_their_file(opened, monkeypatch, tmp_path):
+    import copy
+
+    twin = copy.deepcopy(opened("Q8_0").model)
+    monkeypatch.chdir(tmp_path)
+    with adt.enable():
+        assert len(written(twin, ids(opened("Q8_0")), 4, use_mtp=True)) == 4
+
+
+def test_the_file_that_was_named_is_opened(file, folder, tmp_path, monkeypatch):
+    """Not one of the same name in the current folder."""
+    other = tmp_path / "sub" / "model.gguf"
+    other.parent.mkdir()
+    other.write_bytes(file("Q8_0").read_bytes())
+    (tmp_path / "model.gguf").write_bytes(b"GGUF junk")
+    monkeypatch.chdir(tmp_path)
+    done = run_program("generate", "-m", "sub/model.gguf", "-n", "2", "x")
+    assert done.exit_code == 0, done.output
 
 
 def test_a_weight_that_is_replaced_counts(opened):
@@ -387,6 +433,18 @@ def test_files_that_cannot_be_opened_are_one_sentence(file, folder, monkeypatch)
     done = run_program("generate", "-m", str(source), "x")
     assert done.exit_code == 2
     assert "GiB of memory for" in done.stderr
+
+
+def test_a_file_without_a_tensor_is_refused(file, folder):
+    path = edited(file("F32"), folder / "lacks.gguf", b"blk.2.ffn_up.weight", b"blk.2.ffn_xx.weight")
+    with pytest.raises(
+        gguf_file.Refused, match=r"without 1 of them, such as model\.layers\.2\.mlp\.up_proj\.weight"
+    ):
+        gguf_file.load(path)
+    upper = folder / "T.GGUF"
+    upper.write_bytes(file("Q8_0").read_bytes())
+    with pytest.raises(gguf_file.Refused, match=r"whose name ends in \.gguf"):
+        gguf_file.check(upper)
 
 
 def test_every_cut_of_a_file_is_refused(file, folder):

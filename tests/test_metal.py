@@ -330,7 +330,7 @@ def test_less_work_than_mlx_lm() -> None:
         for other in theirs:
             mine = rows[f"anydelta {gate}"]
             assert all(a <= b for a, b in zip(mine, rows[f"mlx-lm {gate}, {other}"], strict=True)), rows
-    page = (ROOT / "docs" / "backends" / "metal.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "measurements" / "metal-work.md").read_text(encoding="utf-8")
     assert all(
         f"| {name} |" in page for name in rows
     )  # how many loads a compiler leaves depends on its version

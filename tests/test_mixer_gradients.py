@@ -393,7 +393,10 @@ def test_gates_that_forget_all(kda: bool, calls: list[int]) -> None:
     for gate in (40.0, 1e4, -1e4):
         found = gradients(x | {"g": torch.full_like(x["g"], gate).requires_grad_()})
         assert all(grad.isfinite().all() for grad in found.values())
-        assert not found["g"].any()
+        if gate == 40.0:  # exp(-40) can be held: slopes of that size are right
+            assert float(found["g"].abs().max()) < 1e-10
+        else:
+            assert not found["g"].any()
     assert len(calls) == 3
 
 

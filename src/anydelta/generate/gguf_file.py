@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.late import late
 from ..integrations import transformers as plug
@@ -61,6 +61,8 @@ def check(path: Path) -> Header:
     """
     if not path.is_file():
         raise Refused(f"requires a GGUF file; got {path}, which does not exist")
+    if path.suffix != ".gguf":
+        raise Refused(f"requires a file whose name ends in .gguf, for Transformers; got {path}. Rename it")
     if importlib.util.find_spec("transformers.integrations.gguf") is None:
         version = importlib.import_module("transformers").__version__
         raise Refused(f"requires Transformers {SINCE} or later for GGUF files; got {version}")
@@ -74,6 +76,8 @@ def check(path: Path) -> Header:
         raise Refused(
             f"requires a GGUF file; got {path}, which begins with other bytes. Is it a pointer of Git LFS?"
         )
+    if len(start) == 24 and int.from_bytes(start[4:8], "little") >= 1 << 16:
+        raise Refused(f"requires a GGUF file in little-endian byte order; got {path}, which is big-endian")
     try:
         metadata, _ = reader.read_gguf_metadata(str(path))
         architecture = str(metadata["general.architecture"])
@@ -81,6 +85,10 @@ def check(path: Path) -> Header:
             names = ", ".join(sorted(known))
             raise Refused(
                 f"requires a GGUF file of {names}, which Transformers keeps in blocks; got {path} of {architecture}"
+            )
+        if (parts := metadata.get("split.count", 1)) > 1:
+            raise Refused(
+                f"requires a GGUF file in one piece; got {path}, one of {parts}. Join them: llama-gguf-split --merge"
             )
         header = reader.GgufHeader.from_file(str(path))
     except Refused:
@@ -169,12 +177,22 @@ def load(
         Refused: Transformers does not load it.
     """
     transformers = importlib.import_module("transformers")
-    given: dict[str, Any] = dict(gguf_file=path.name)
+    # The whole path: of a bare name Transformers takes a file of the current folder first.
+    folder, given = str(path.resolve().parent), dict(gguf_file=str(path.resolve()))
     try:
         with plug.enable() if packed else nullcontext():
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **given)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **given)
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **given
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
     except Exception as error:  # whatever Transformers raises, the sentence names it
         text = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        if "ignore_mismatched_sizes" in str(error):
+            text = "its tensors have other shapes than its header says"
         raise Refused(f"requires a GGUF file that Transformers loads; got {path}: {text}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise Refused(
+            f"requires every tensor of {type(model).__name__}; got {path} without {len(missing)} of them, such as "
+            f"{missing[0]}. Is the file whole, and its header its own?"
+        )
     return model.eval(), tokenizer

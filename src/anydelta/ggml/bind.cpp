@@ -4,6 +4,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #include "blocks.h"
 
@@ -62,7 +63,8 @@ struct Blocks {
         const auto* chosen = at<const int32_t>(ids);
         for (int64_t i = 0; i < m; ++i)
             if (chosen[i] < 0 || chosen[i] >= rows / per_expert)
-                throw std::invalid_argument("mul_mat_id: requires ids of experts that there are");
+                throw std::out_of_range("mul_mat_id: requires ids from 0 to " + std::to_string(rows / per_expert - 1) +
+                                        "; got " + std::to_string(chosen[i]));
         nb::gil_scoped_release unlocked;
         anydelta::ggml::multiply_experts(kind, blocks, per_expert, at<const float>(x), n, chosen, m, each, at<float>(y),
                                          threads, true);
@@ -72,7 +74,8 @@ struct Blocks {
         const auto* which = at<const int64_t>(picked);
         for (int64_t i = 0; which && i < count; ++i)
             if (which[i] < 0 || which[i] >= rows)
-                throw std::invalid_argument("get_rows: requires indices of rows that there are");
+                throw std::out_of_range("get_rows: requires indices from 0 to " + std::to_string(rows - 1) + "; got " +
+                                        std::to_string(which[i]));
         nb::gil_scoped_release unlocked;
         anydelta::ggml::unpack(kind, blocks + static_cast<size_t>(from) * kind.row(n), n, which, count,
                                function<Kind::FromFloat>(narrow), at<void>(out), threads, true);

@@ -153,6 +153,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
 
 def experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
     """x [T, n] times the matrices that `ids` [T, k] choose of blocks [E, rows, bytes]: float32 [T, k, rows]."""
+    if wants_gradient(x):
+        return _differentiable_experts(x, weight, ids, type)
     if _traced(x, weight, ids):
         out: torch.Tensor = torch.ops.anydelta.ggml_experts(x, weight, ids, type)
         return out
@@ -195,6 +197,19 @@ def _experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int
         mine = (of == expert).nonzero().view(-1)
         flat[mine] = Blocks(weight[expert], type).multiply(x[mine // k])
     return out
+
+
+def _differentiable_experts(
+    x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int
+) -> torch.Tensor:
+    """The same by the experts' numbers, one expert at a time."""
+    of, k = ids.reshape(-1), ids.shape[1]
+    places, found = [], []
+    for expert in of.unique().tolist():
+        mine = (of == expert).nonzero().view(-1)
+        places.append(mine)
+        found.append(x[mine // k].float() @ numbers(weight[expert], type, torch.float32).T)
+    return torch.cat(found)[torch.cat(places).argsort()].view(*ids.shape, -1)
 
 
 def _numbers(

@@ -168,6 +168,9 @@ def gated_delta_mixer(
         tracked: list[str] = []
         if not compiling:
             call, tracked = _torch_side().by_parts(call)
+            call = replace(
+                call, snapshots=snapshots, conv_snapshots=conv_snapshots
+            )  # written: no copies of them
         wanted = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
         if wanted:
             return _differentiable(call, check(call, options), backend, wanted, composed=bool(tracked))

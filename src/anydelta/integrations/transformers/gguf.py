@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -31,8 +32,8 @@ _AT = "transformers.integrations.gguf"
 _LOADER = "transformers.quantizers.quantizer_gguf"
 
 
-FILES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Decoders that were loaded from a GGUF file, and which."""
+FILE = "_anydelta_gguf_file"
+"""Of a decoder that was loaded from a GGUF file: where that is. Copies and pickles keep it."""
 
 
 class Kernel:
@@ -160,7 +161,7 @@ def _finishing(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             self.attn_requested = True
         if self.header is not None:
             decoder: Any = model.get_decoder()  # type: ignore[operator]
-            FILES[decoder] = self.header.path
+            decoder.__dict__[FILE] = os.path.abspath(self.header.path)
         return theirs(self, model, **kwargs)
 
     return finish
@@ -255,9 +256,14 @@ def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         y = held.blocks.multiply(flat).view(*x.shape[:-1], held.blocks.rows)
         if self.bias is not None:
             y = y + self.bias
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y.to(_out_dtype(x))
 
     return forward
+
+
+def _out_dtype(x: torch.Tensor) -> torch.dtype:
+    """What F.linear would give."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _mlp(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -279,7 +285,7 @@ def _mlp(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if gate is None or up is None or down is None or gate.blocks.rows != up.blocks.rows:
             return theirs(self, x)
         y = torch_ops.gated(x.reshape(-1, x.shape[-1]), gate.blocks, up.blocks, down.blocks)
-        return y.view(*x.shape[:-1], down.blocks.rows).to(x.dtype)
+        return y.view(*x.shape[:-1], down.blocks.rows).to(_out_dtype(x))
 
     return forward
 

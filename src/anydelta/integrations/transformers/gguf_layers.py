@@ -142,7 +142,7 @@ class _Layer:
     def __init__(
         self, layer: Any, norms: list[Any], mlp: Any, dense: list[Any], mixer: Any, projections: list[Any]
     ):
-        parts = [*norms, mlp, *dense, *projections]
+        parts = [*norms, mlp, *dense, mlp.act_fn, *projections]
         owners = [layer, mlp, *([] if mixer is None else [mixer])]
         self.modules = [(o._modules, name, m) for o in owners for name, m in o._modules.items()]
         self.hooks: list[Mapping[Any, Any]] = [
@@ -151,6 +151,8 @@ class _Layer:
         self.own = [part.__dict__ for part in parts]
         held = [part._parameters for part in parts if "weight" in part._parameters]
         self.weights = [(own, own["weight"], own["weight"].data_ptr()) for own in held]
+        self.classes = [(part, type(part).forward) for part in parts]
+        self.constants = [(norm, norm.eps) for norm in norms]
         self.mixer = mixer
         self.family: Family = BY_LAYER.get(_kind(mixer))  # type: ignore[assignment]
         self.D: int = norms[0].weight.shape[0]
@@ -201,6 +203,8 @@ class _Layer:
             any(self.hooks)
             or _has_any_global_hook()
             or any("forward" in own for own in self.own)
+            or any(type(part).forward is not forward for part, forward in self.classes)
+            or any(norm.eps != eps for norm, eps in self.constants)
             or any(owner.get(name) is not module for owner, name, module in self.modules)
             or any(own.get("weight") is not w or w.data_ptr() != at for own, w, at in self.weights)
         )
@@ -221,6 +225,9 @@ class _Layer:
 
     def _mixed(self, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor | None:
         """The mixer's output; None: it is off, or another call."""
+        mixer = self.mixer
+        if mixer._forward_hooks or mixer._forward_pre_hooks:
+            return None  # for who looks at the module itself
         rest = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
         cache = rest.pop("cache", None)
         if rest.pop("attention_mask", None) is not None:
@@ -231,7 +238,6 @@ class _Layer:
             self.before.run(rows, x, *outs)
             return Projected(qkv, z, a, b, mixer.A_log, mixer.dt_bias)
 
-        mixer = self.mixer
         return mixers.mixed(mixer, self.family, x, cache, rest, project)
 
     def _inner(self, layer: nn.Module, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor:
@@ -252,19 +258,18 @@ def _kind(module: nn.Module | None) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
 
-def is_silu(module: object) -> bool:
-    return type(module).__name__ == "SiLUActivation"
+def is_silu(module: Any) -> bool:
+    return type(module).__name__ == "SiLUActivation" and is_free(module)
+
+
+def is_free(module: Any) -> bool:
+    """Whether nobody hooks or wraps a module."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_plain(module: Any) -> bool:
     """Whether a matrix has no bias, and nobody hooks or wraps it."""
-    return (
-        module is not None
-        and module._parameters.get("bias") is None
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
-    )
+    return module is not None and module._parameters.get("bias") is None and is_free(module)
 
 
 def _is_norm(module: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,13 @@ def read(main_model: PreTrainedModel, path: str) -> MtpModel:
         model = MtpModel(main, config.num_mtp_layers).eval()
     finally:
         torch.set_default_dtype(before)
-    stored = reader.load_gguf_state_dict(reader.GgufHeader.from_file(path))
+    try:
+        stored = reader.load_gguf_state_dict(reader.GgufHeader.from_file(path))
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        raise ValueError(
+            f"generate: requires {path} with its MTP layers for use_mtp; got: {' '.join(str(error).split())}. "
+            "Use assistant_model or prompt_lookup_num_tokens"
+        ) from error
     packed = _packs(main_model)
     for i, layer in enumerate(model.layers):
         at = f"blk.{config.num_hidden_layers + i}."

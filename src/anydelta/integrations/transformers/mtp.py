@@ -321,7 +321,7 @@ def _floating(module: nn.Module) -> torch.Tensor:
 
 def _read(main_model: PreTrainedModel, weight: torch.Tensor) -> _MtpModel:
     """Read the MTP layers from the folder or the GGUF file that the model came from."""
-    if (path := gguf.FILES.get(main_model.get_decoder())) is not None:
+    if (path := vars(main_model.get_decoder()).get(gguf.FILE)) is not None:
         found = gguf_mtp.read(main_model, path)
         found.__class__ = _MtpModel
         mine: _MtpModel = found
