@@ -108,10 +108,13 @@ def test_anydelta_is_what_runs_and_only_meanwhile(opened: checkpoint.Opened) -> 
 def test_the_commands_of_the_documents_run(program: Any) -> None:
     root = Path(__file__).parent.parent
     text = (root / "README.md").read_text(encoding="utf-8")
-    text += (root / "Makefile").read_text(encoding="utf-8").replace("$(DEMO_PROMPT)", '"In those days"')
+    recipes = (root / "Makefile").read_text(encoding="utf-8").replace("$(DEMO_PROMPT)", '"In those days"')
+    text += "\n".join(line for line in recipes.splitlines() if line.startswith("\t"))
     found = re.findall(r"anydelta generate (.*?)(?: +#.*)?$", text, re.MULTILINE)
-    assert len(found) >= 5
+    assert len(found) >= 4
     for line in dict.fromkeys(found):
+        if ".gguf" in line:  # tests/test_gguf.py
+            continue
         code, out, err = program(*shlex.split(line), "-n", "4")
         assert code == 0, err
         assert out

@@ -107,24 +107,38 @@ def test_gradient_checkpointing(family: str, reentrant: bool, calls: list[int]) 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_under_autocast(family: str, reentrant: bool, calls: list[int]) -> None:
-    """The second pass has the types of the first (pytorch#141896)."""
-    model = build(family).train()
+    """The second pass has the types of the first (pytorch#141896), as far as Transformers' own layers do.
+
+    Those of olmo_hybrid round elsewhere in the second pass: with them alone gradients differ by 1%.
+    """
 
     def run(model: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return loss_of(model)
 
-    with adt.enable(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    def twice() -> list[dict[str, torch.Tensor]]:
+        model = build(family).train()
         want = gradients(model, run)
         try:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         except ValueError as error:
             pytest.skip(str(error))
         model.enable_input_require_grads()
-        got = gradients(model, run)
+        return [want, gradients(model, run)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = twice()
+        with adt.enable():
+            want, got = twice()
     assert len(calls) == 2 * LINEAR
-    same(got, want, 1e-3)
+    spread = max(apart(stock[1][name], grad) for name, grad in stock[0].items())
+    assert max(apart(got[name], grad) for name, grad in want.items()) <= 1e-3 + 2 * spread
+
+
+def apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    """How far a gradient is from another, relative to it."""
+    return float((got - want).norm()) / (float(want.norm()) + 1e-8)
 
 
 def test_hidden_states_retain_their_gradients(family: str, calls: list[int]) -> None:
@@ -137,7 +151,7 @@ def test_hidden_states_retain_their_gradients(family: str, calls: list[int]) -> 
         states = [x for x in outputs.hidden_states if x.requires_grad]
         for x in states:
             x.retain_grad()
-        outputs.logits.flatten()[0].backward()
+        outputs.logits[0, -1].square().sum().backward()
         found.append([x.grad for x in states])
     assert len(calls) == LINEAR
     assert any(x is not None and x.any() for x in found[0])
