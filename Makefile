@@ -63,10 +63,10 @@ test-vllm: $(VENV)/.built build/vllm/.installed ## Test vLLM's plug-in over HTTP
 	rm -rf build/vllm-wheel
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir build/vllm-wheel .
 	build/vllm/bin/python -m pip install -q --no-deps --force-reinstall build/vllm-wheel/*.whl
-	cd build && $(ISOLATE) vllm/bin/python -m pytest -p no:cacheprovider ../tests/vllm/serve_checks.py $(PYTEST_ARGS)
+	cd build && $(ISOLATE) vllm/bin/python -m pytest -p no:cacheprovider ../tests/vllm_engine/serve_checks.py $(PYTEST_ARGS)
 
-build/vllm/.installed: tests/vllm/install.sh tests/vllm/sitecustomize.py
-	tests/vllm/install.sh build/vllm $(PYTHON)
+build/vllm/.installed: tests/vllm_engine/install.sh tests/vllm_engine/sitecustomize.py
+	tests/vllm_engine/install.sh build/vllm $(PYTHON)
 	@touch $@
 
 demo: $(VENV)/.built ## Show what runs here, prove it, write text with it, measure it: out/model.svg, out/ops.svg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple, NoReturn
 
@@ -74,6 +74,43 @@ def count_native(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) ->
 
     monkeypatch.setattr(module, "_core", Counting())
     return found
+
+
+def same_bits_on_threads(compute: Callable[[], dict[str, Any]]) -> None:
+    """The same tensors, bit for bit, by one thread, two and three, and whatever scratch memory held before."""
+    import torch
+
+    from anydelta.core.native import core
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = compute()
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            core.fill_scratch(0xFF)
+            for name, x in compute().items():
+                assert torch.equal(x, want[name]), (threads, name)
+    finally:
+        core.fill_scratch(-1)
+        torch.set_num_threads(before)
+
+
+def states_kept(taken: Callable[..., int], state: int, lengths: tuple[int, ...]) -> None:
+    """A backward pass of four value heads on two q/k heads keeps no more than a state per 64 tokens and head.
+
+    Beside it there is a scratch for each thread, the same for any T. `taken(threads, *lengths)` gives bytes.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        scratch = taken(1, 64) - 2 * state  # those of the value heads of one q/k head
+        for threads in (1, 2, 4):
+            kept = taken(threads, *lengths) - min(threads, 2 * len(lengths)) * scratch
+            assert 0 < kept <= sum(-(-t // 64) for t in lengths) * 4 * state
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ if not folders():
 
 from anydelta.ggml import torch_ops  # noqa: E402
 
-KINDS = [k for k in library().kinds.values() if not library().needs_matrix(k)]
+KINDS = list(library().kinds.values())
 ROWS, N = 70, 512
 EIGHT_BITS = 2 * 3 / 127 / 12**0.5
 """Relative error of a product whose input was rounded to 8 bits (bench/measure/model.py), twice."""
@@ -31,7 +31,8 @@ def blocks(kind, rows: int = ROWS, n: int = N, seed: int = 0) -> torch.Tensor:
     w = np.random.default_rng(seed).standard_normal((rows, n)).astype(np.float32)
     if not kind.quantised:
         return torch.from_numpy(w).to(torch_ops.NUMBERS[kind.type])
-    return torch.from_numpy(library().quantise(kind, w))
+    importance = np.ones(n, np.float32) if library().needs_matrix(kind) else None
+    return torch.from_numpy(library().quantise(kind, w, importance))
 
 
 def numbers(kind, w: torch.Tensor) -> torch.Tensor:

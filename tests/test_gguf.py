@@ -349,6 +349,42 @@ def test_disabled_the_loader_is_transformers_own(file):
     assert "GgufLinear" not in {type(m).__name__ for m in model.modules()}
 
 
+@pytest.mark.parametrize(
+    ("device_map", "accelerator", "packs"),
+    [
+        (None, False, True),
+        (None, True, False),
+        ("auto", True, False),
+        ("cpu", True, True),
+        ({"": "cpu"}, True, True),
+        ("cuda:0", False, False),
+        ({"a": "cpu", "b": 0}, True, False),
+    ],
+)
+def test_what_goes_to_an_accelerator_is_left_to_transformers(device_map, accelerator, packs, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    assert gguf.runs_on_cpu(device_map) is packs
+
+
+def test_a_model_that_will_be_moved_holds_numbers(file, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    path, auto = file("Q8_0"), transformers.AutoModelForCausalLM
+    given = dict(gguf_file=str(path))
+    with adt.enable():
+        moved = auto.from_pretrained(str(path.parent), **given)
+        stays = auto.from_pretrained(str(path.parent), device_map="cpu", **given)
+    kinds = [{type(m).__name__ for m in model.modules()} for model in (moved, stays)]
+    assert ["GgufLinear" in names for names in kinds] == [False, True]
+    part = stays.model.layers[0].mlp.up_proj
+    assert not any("forward" in m.__dict__ for m in stays.modules())  # no hooks that move things
+    part.weight = torch.nn.Parameter(part.weight.to("meta"), requires_grad=False)
+    with (
+        adt.enable(),
+        pytest.raises(RuntimeError, match=r"requires blocks of a GGUF file on the CPU.*on meta"),
+    ):
+        part(torch.zeros(1, 128))
+
+
 def test_without_ggml_the_loader_is_transformers_own(file, monkeypatch):
     def missing():
         raise gguf.GgmlError("gguf: requires ggml's library; got none")

@@ -15,7 +15,7 @@ from anydelta.conformance.compare import Target
 from anydelta.conformance.gradients import GRADIENT_CASES, check_gradients, every_gradient_case
 from anydelta.conformance.run import run_one
 from anydelta.core.native import core
-from conftest import count_native
+from conftest import count_native, same_bits_on_threads, states_kept
 
 if core is None:
     pytest.skip("the cpu backend is not built", allow_module_level=True)
@@ -108,23 +108,12 @@ def test_conform(calls: list[int]) -> None:
 @pytest.mark.parametrize("kda", [False, True])
 def test_threads_and_what_memory_held_change_no_bit(kda: bool) -> None:
     x = inputs(kda=kda, mask=torch.rand(2, 150) < 0.8)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        want = gradients(x)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            core.fill_scratch(0xFF)
-            for name, grad in gradients(x).items():
-                assert torch.equal(grad, want[name]), (threads, name)
-    finally:
-        core.fill_scratch(-1)
-        torch.set_num_threads(before)
+    same_bits_on_threads(lambda: gradients(x))
 
 
 @pytest.mark.parametrize("lengths", [(1000,), (960, 0, 3, 37)])
 def test_memory(lengths: tuple[int, ...], calls: list[int]) -> None:
-    """Beside a scratch for each thread, the same for any T, no more than a state per 64 tokens and head."""
+    """No more than a state per 64 tokens and head."""
 
     def taken(threads: int, *lengths: int) -> int:
         x = {n: a for n, a in inputs(sum(lengths), B=1).items() if n != "initial_state"}
@@ -132,17 +121,7 @@ def test_memory(lengths: tuple[int, ...], calls: list[int]) -> None:
         gradients(x | {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)})
         return calls[-1]
 
-    before = torch.get_num_threads()
-    state = 32 * 64 * 4  # bytes
-    try:
-        scratch = taken(1, 64) - 2 * state  # those of the value heads of one q/k head
-        for threads in (1, 2, 4):
-            busy = min(threads, 2 * len(lengths))
-            kept = taken(threads, *lengths) - busy * scratch
-            assert kept <= sum(-(-t // 64) for t in lengths) * 4 * state
-            assert kept > 0
-    finally:
-        torch.set_num_threads(before)
+    states_kept(taken, 32 * 64 * 4, lengths)
 
 
 @pytest.mark.parametrize("layout", ["kv", "vk"])

@@ -1,6 +1,6 @@
 """What the plug-in does to a vLLM: registered once, or not at all. A stand-in of vLLM's modules takes its place here.
 
-With vLLM itself: tests/vllm, by `make test-vllm`.
+With vLLM itself: tests/vllm_engine, by `make test-vllm`.
 """
 
 from __future__ import annotations

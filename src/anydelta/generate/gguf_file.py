@@ -179,10 +179,13 @@ def load(
     transformers = importlib.import_module("transformers")
     # The whole path: of a bare name Transformers takes a file of the current folder first.
     folder, given = str(path.resolve().parent), dict(gguf_file=str(path.resolve()))
+    place = (
+        dict(device_map="cpu") if packed else {}
+    )  # also where there is a GPU, to which others would move it
     try:
         with plug.enable() if packed else nullcontext():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, **given
+                folder, dtype=dtype, output_loading_info=True, **given, **place
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
     except Exception as error:  # whatever Transformers raises, the sentence names it

@@ -101,15 +101,19 @@ class Library:
         """Whether this type is chosen by what its numbers are multiplied with (an importance matrix)."""
         return bool(self.base.ggml_quantize_requires_imatrix(kind.type))
 
-    def quantise(self, kind: Kind, rows: Any) -> Any:
-        """Blocks [rows, bytes] of float32 rows [rows, n]; n must be a multiple of `kind.values`."""
+    def quantise(self, kind: Kind, rows: Any, importance: Any = None) -> Any:
+        """Blocks [rows, bytes] of float32 rows [rows, n]; n must be a multiple of `kind.values`.
+
+        `importance`: float32 [n], how much each column counts, where `needs_matrix(kind)`.
+        """
         import numpy as np
 
         rows = np.ascontiguousarray(rows, np.float32)
         out = np.zeros((rows.shape[0], kind.row_bytes(rows.shape[1])), np.uint8)
         self.base.ggml_quantize_chunk(
-            kind.type, rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], None
-        )
+            kind.type, rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1],
+            None if importance is None else importance.ctypes.data,
+        )  # fmt: skip
         return out
 
 

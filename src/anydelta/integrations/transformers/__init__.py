@@ -125,6 +125,9 @@ def disable(model: nn.Module | None = None) -> Switch:
     A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
     that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
 
+    A model that was loaded from a GGUF file with its weights in blocks keeps the products with them: nothing else can
+    read such weights. Its linear attention is Transformers' again.
+
     Raises:
         ValueError: `disable(model)` while all models are enabled, which a single model cannot escape.
     """

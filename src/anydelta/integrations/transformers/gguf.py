@@ -5,7 +5,8 @@
 
 Transformers keeps the blocks where it finds a kernel for the device, and has none for CPUs: there it turns the whole
 model into numbers. While anydelta is enabled its loader is told of ours (anydelta.ggml), and of all types of ggml. A
-model that was loaded so keeps its products after `disable()`: nothing else can read its weights.
+model that was loaded so keeps its products after `disable()`: nothing else can read its weights. A model that goes to
+an accelerator is left to Transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import importlib
 import importlib.util
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +69,7 @@ def patches(place: Place) -> Iterator[Patch]:
         lambda theirs: guarded(theirs, _config(theirs), place),
     )
     made: dict[str, Callable[[Any], Any]] = {
+        "update_device_map": _placing,
         "read_header": _reading,
         "_process_model_after_weight_loading": _finishing,
     }
@@ -110,7 +113,7 @@ def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
 
     def get_gguf_kernel() -> Any:
         found = theirs()
-        if torch.backends.mps.is_available():  # the loader puts the model there, and there is a kernel for it
+        if not found and not _on_cpu.get():
             return found
         try:
             library()
@@ -123,13 +126,42 @@ def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
     return get_gguf_kernel
 
 
+_on_cpu: ContextVar[bool] = ContextVar(
+    "whether the model that is being loaded will run on the CPU", default=True
+)
+_PLACES = "_anydelta_device_map"
+
+
+def _placing(theirs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """update_device_map, which the loader calls first: where the model goes is remembered."""
+
+    @functools.wraps(theirs)
+    def update_device_map(self: Any, device_map: Any) -> Any:
+        self.__dict__[_PLACES] = device_map
+        return theirs(self, device_map)
+
+    return update_device_map
+
+
+def runs_on_cpu(device_map: Any) -> bool:
+    """Whether a model that is loaded so runs on the CPU: without a device others move it to an accelerator."""
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.accelerator.is_available()
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(str(place) in ("cpu", "disk") for place in places)
+
+
 def _reading(theirs: Callable[..., None]) -> Callable[..., None]:
     """read_header: with the sizes of all types of ggml, of which Transformers knows some."""
 
     @functools.wraps(theirs)
     def read_header(self: Any, gguf_file: str) -> None:
         learn_types()
-        theirs(self, gguf_file)
+        token = _on_cpu.set(runs_on_cpu(vars(self).get(_PLACES)))
+        try:
+            theirs(self, gguf_file)
+        finally:
+            _on_cpu.reset(token)
 
     return read_header
 
@@ -182,6 +214,11 @@ def _serve() -> None:
         def either(weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if weight.device.type == "cpu":
                 return ours(weight, *args, **kwargs)
+            if not kernels._gguf_kernel:
+                raise RuntimeError(
+                    f"{name}: requires blocks of a GGUF file on the CPU, where the model was loaded; got them on "
+                    f"{weight.device}. Load the file with device_map={weight.device.type!r}, as numbers"
+                )
             result: torch.Tensor = theirs(weight, *args, **kwargs)
             return result
 

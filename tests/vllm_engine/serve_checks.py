@@ -1,6 +1,6 @@
 """vLLM with the plug-in, over HTTP: the text of Transformers in float32, whatever the scheduler does. `make test-vllm`.
 
-Run by the Python of vLLM's environment: `python -m pytest tests/vllm/serve_checks.py`.
+Run by the Python of vLLM's environment: `python -m pytest tests/vllm_engine/serve_checks.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """vLLM with its own kernels and with ours, in one engine, interleaved: the time of each workload, and its ratio.
 
-    build/vllm/bin/python tests/vllm/throughput.py [--rounds 7] [--threads 1]
+    build/vllm/bin/python tests/vllm_engine/throughput.py [--rounds 7] [--threads 1]
 
 The model is a Qwen3.5 with random weights and a shape that vLLM's own kernels take (heads of 128, bfloat16). Both ways
 work on the same pools. A ratio is vLLM's time over ours, of one round; printed are its median and quartiles. With one
@@ -44,7 +44,6 @@ def main() -> None:
     )  # fmt: skip
     import torch
     from models import qwen
-
     from vllm import LLM, SamplingParams
 
     torch.set_num_threads(args.threads)
