@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "src" / "anydelta"
+TESTS = Path(__file__).parent
 
 
 def ours(node: ast.AST) -> bool:
@@ -47,6 +49,14 @@ def test_importing_anydelta_imports_no_backend() -> None:
     code = "import sys, anydelta; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not [name for name in done.stdout.split() if name.startswith("anydelta.backends")]
+
+
+def test_no_module_beside_the_tests_hides_a_package() -> None:
+    """Tests put these folders on sys.path: a module there named as a package is found in its place."""
+    packages = importlib.metadata.packages_distributions()
+    assert "pytest" in packages
+    folders = [TESTS, *(TESTS / name for name in ("metal", "fuzz", "vllm_engine")), TESTS.parent / "scripts"]
+    assert not [path for folder in folders for path in folder.glob("*") if path.stem in packages]
 
 
 def test_the_stub_of_the_extension_names_what_it_has() -> None:

@@ -1,7 +1,7 @@
 """Counts the work of the Metal kernels per token and column of the state, and that of mlx-lm's kernels beside it.
 
     python tests/metal/work.py                  K = V = 128, float32, state [V, K], H = HV = 1
-    python tests/metal/work.py --ggml FOLDER    and ggml's kernel: ggml.py says where to get it
+    python tests/metal/work.py --ggml FOLDER    and ggml's kernel: ggml_kernel.py says where to get it
 
 All of them run in the emulator, which counts what reaches memory (as g++ -O2 leaves the loads) and what needs the
 simdgroup. A count is the difference between two prompts, so that reading and writing the state once does not enter.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ggml
+import ggml_kernel
 import numpy as np
 import torch
 from emulator import Counts, Emulator
@@ -86,7 +86,7 @@ def mlx_lm_run(emulator: Emulator, x: dict[str, torch.Tensor], packed: bool) -> 
 
 
 def ggml_run(emulator: Emulator, x: dict[str, torch.Tensor], folder: Path) -> Any:
-    return ggml.run(emulator, folder, {**x, "q": x["q"] * D**0.5})  # its scale is D^-0.5
+    return ggml_kernel.run(emulator, folder, {**x, "q": x["q"] * D**0.5})  # its scale is D^-0.5
 
 
 def work(name: str, run: Callable[[Emulator, dict[str, torch.Tensor]], Any], kda: bool) -> Work:
