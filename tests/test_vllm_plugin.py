@@ -94,6 +94,8 @@ class StandIn:
                 "Builder", (), {"build": lambda self, prefix, common: common.made}
             ),
         )
+        runner = type("CPUModelRunner", (), {"_zero_block_ids": lambda self, ids: self.zeroed.extend(ids)})
+        self.module("vllm.v1.worker.cpu_model_runner", CPUModelRunner=runner)
         mla = type("CPUMLABackend", (), {"get_supported_kernel_block_sizes": staticmethod(lambda: [16])})
         self.module("vllm.v1.attention.backends.mla.cpu_mla", CPUMLABackend=mla)
         log = logging.Logger("stand-in")
@@ -164,6 +166,21 @@ def test_metadata_say_which_drafted_sequences_are_new(vllm: StandIn):
     made.spec_sequence_masks_cpu = None
     del made.anydelta_new
     assert not hasattr(builder.build(0, common), "anydelta_new")
+
+
+@pytest.mark.parametrize(("rows", "zeroed"), [(10, [2, 5]), (40, [8, 9, 10, 11, 20, 21, 22, 23])])
+def test_a_new_block_is_zeroed_whole(vllm: StandIn, rows: int, zeroed: list[int]):
+    """Kimi Delta Attention comes with latent attention, whose cache has several of its kernel's blocks in a block."""
+    plugin.register()
+    for _ in range(2):  # layers of a model
+        vllm.registry["KimiGatedDeltaNetAttention"]()
+    runner = sys.modules["vllm.v1.worker.cpu_model_runner"].CPUModelRunner()
+    runner.zeroed, runner.kv_cache_config = [], types.SimpleNamespace(num_blocks=10)
+    layers = {"kda": [torch.zeros(10, 3), torch.zeros(10, 4)], "mla": torch.zeros(rows, 16, 576)}
+    context = {name: types.SimpleNamespace(kv_cache=cache) for name, cache in layers.items()}
+    runner.compilation_config = types.SimpleNamespace(static_forward_context=context)
+    runner._zero_block_ids([2, 5])
+    assert runner.zeroed == zeroed
 
 
 def test_loading_twice_is_loading_once(vllm: StandIn):

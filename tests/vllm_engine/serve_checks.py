@@ -145,10 +145,11 @@ def test_tensor_parallel(prompts: list[list[int]], expected: list[list[int]], tm
 
 @pytest.mark.parametrize("family", [kimi, qwen3_next])
 def test_other_families(family: Callable[[Path], Path], tmp_path: Path):
-    """Random weights: Kimi Delta Attention with latent attention and experts; q, k, v and z side by side."""
+    """Random weights: Kimi Delta Attention with latent attention and experts; q, k, v and z side by side. Prompts come
+    while others are continued, whose blocks must stay as they are."""
     folder = family(tmp_path / "model")
     choose = random.Random(1)
-    prompts = [[choose.randrange(3, 1000) for _ in range(n)] for n in (2, 5, 40, 100, 300)]
+    prompts = [[choose.randrange(3, 1000) for _ in range(n)] for n in (2, 5, 40, 100, 300, 3, 9, 200)]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     options = (*FLOAT32, *ALONE)
     with serving(folder, tmp_path / "log", *options) as server, torch.no_grad():

@@ -140,6 +140,10 @@ class OlmoLayer(olmo.OlmoHybridGatedDeltaNetAttention):
 class KimiLayer(kimi.KimiGatedDeltaNetAttention):
     """Kimi-Linear: Kimi Delta Attention."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        zero_whole_blocks()
+
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inside, D = self.local_projection_size, self.head_dim
         projected, _ = self.in_proj_qkvgfab(hidden_states)
@@ -165,6 +169,10 @@ class KimiLayer(kimi.KimiGatedDeltaNetAttention):
 
 class BailingLayer(bailing.BailingMoeV3KimiDeltaAttention):
     """Ling 3: Kimi Delta Attention, its gate bounded from below."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        zero_whole_blocks()
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, output: torch.Tensor) -> None:
         channels = 3 * self.projection_size_per_partition
@@ -264,6 +272,28 @@ def _with_new(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _whole_kernel_blocks(backend: Any, block_size: int | None) -> bool:
     """Latent attention beside layers with a state: a block is as large as a state, many blocks of the kernel."""
     return block_size is None or block_size % backend.get_supported_kernel_block_sizes()[0] == 0
+
+
+def zero_whole_blocks() -> None:
+    """Let vLLM zero the blocks that it means.
+
+    It zeroes a new block by its number. The cache of latent attention has several of the kernel's blocks in each, so
+    that number is the place of another sequence's tokens.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # too much to load before the worker does
+
+    theirs = getattr(CPUModelRunner, "_zero_block_ids", None)
+    if theirs is None or theirs.__module__ == __name__:
+        return
+
+    @functools.wraps(theirs, assigned=("__name__", "__qualname__", "__doc__"))
+    def zero(self: Any, block_ids: list[int]) -> None:
+        layers = self.compilation_config.static_forward_context.values()
+        caches = [x for x in (getattr(layer, "kv_cache", None) for layer in layers) if torch.is_tensor(x)]
+        parts = max([1, *(x.shape[0] // self.kv_cache_config.num_blocks for x in caches)])
+        theirs(self, [parts * block + i for block in block_ids for i in range(parts)])
+
+    CPUModelRunner._zero_block_ids = zero
 
 
 def _problems() -> list[str]:
