@@ -29,21 +29,61 @@ DRAFTING: dict[str, dict[str, Any]] = {
 }
 
 
-def quantised(dtype: torch.dtype) -> Any:
-    """The repository's model with int8 weights."""
+def _int8() -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
+    return Int8WeightOnlyConfig()
+
+
+def _int8_activations() -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _int4() -> Any:
+    """torch's own int4 product for CPUs."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=32)
+
+
+def _intx() -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+QUANTISERS = {
+    _int8: "Int8Tensor", _int8_activations: "Int8Tensor", _int4: "Int4OpaqueTensor", _intx: "IntxUnpackedToInt8Tensor"
+}  # fmt: skip
+"""What torchao makes of the weights."""
+
+
+@pytest.fixture(scope="module", params=QUANTISERS, ids=lambda f: f.__name__.strip("_"))
+def model(request: pytest.FixtureRequest) -> Any:
+    """The repository's model with weights of a few bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(REPOSITORY_MODEL), quantization_config=config, dtype=dtype
-        ).eval()
+        if request.param is _int4:  # of 16 rows at a time, which a and b have not
+            from torchao.quantization import quantize_
 
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return quantised(torch.float32)
+            found = transformers.AutoModelForCausalLM.from_pretrained(
+                str(REPOSITORY_MODEL), dtype=torch.bfloat16
+            )
+            quantize_(
+                found,
+                _int4(),
+                lambda m, name: type(m) is torch.nn.Linear and m.out_features % 16 == 0 and name != "lm_head",
+            )
+        else:
+            found = transformers.AutoModelForCausalLM.from_pretrained(
+                str(REPOSITORY_MODEL),
+                quantization_config=transformers.TorchAoConfig(request.param()),
+                dtype=torch.float32,
+            )
+    assert QUANTISERS[request.param] in {type(p).__name__ for p in found.parameters()}
+    return found.eval()
 
 
 def written(model: Any, **more: Any) -> list[int]:
@@ -53,9 +93,8 @@ def written(model: Any, **more: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", DRAFTING)
-def test_int8_weights_of_torchao(model: Any, mode: str) -> None:
+def test_weights_of_torchao(model: Any, mode: str) -> None:
     """The text is Transformers' own, whatever drafts; the mixer takes every call."""
-    assert "Int8Tensor" in {type(p).__name__ for p in model.parameters()}
     want = written(model)
     before = adt.status()
     with adt.enable():
@@ -66,8 +105,11 @@ def test_int8_weights_of_torchao(model: Any, mode: str) -> None:
 
 
 @torch.no_grad()
-def test_logits_of_int8_weights(model: Any) -> None:
+def test_logits(model: Any, request: pytest.FixtureRequest) -> None:
+    """To float32's rounding; where activations have 8 bits, to a rounding of 2^-8 in each of the 8 layers."""
     x = torch.arange(5, 45)[None]
-    want = model(x).logits
+    want = model(x).logits.float()
     with adt.enable():
-        assert float((model(x).logits - want).abs().max()) < 1e-4
+        got = model(x).logits.float()
+    rounded = request.node.callspec.params["model"] in (_int8_activations, _int4)
+    assert float((got - want).norm() / want.norm()) < (8 * 2**-8 if rounded else 1e-5)

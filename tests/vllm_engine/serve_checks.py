@@ -15,15 +15,9 @@ import pytest
 import torch
 from models import TINY, kimi, qwen3_next, with_mtp
 from server import Server, serving
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from texts import FLOAT32, NEW, mixed_prompts, of_transformers
+from transformers import AutoModelForCausalLM
 
-from anydelta.bench.measure.prompts import PROMPTS
-
-NEW = 24
-"""Tokens that are asked for."""
-FLOAT32 = (
-    "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32", "--gpu-memory-utilization", "0.2",
-)  # fmt: skip
 ALONE = ("--no-enable-prefix-caching",)
 """With drafts: on a CPU, vLLM's cache of prefixes for layers with a state has Triton kernels for these."""
 RUNS_LAYERS = "anydelta: runs QwenGatedDeltaNetAttention"
@@ -31,30 +25,12 @@ RUNS_LAYERS = "anydelta: runs QwenGatedDeltaNetAttention"
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """100 of 1 to 600 tokens; a quarter of them begin as another one does."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    text = tokenizer("\n".join(PROMPTS.values()))["input_ids"]
-    choose = random.Random(0)
-    found = []
-    for i in range(100):
-        length = choose.choice((1, 2, 5, 13, 32, 64, 100, 129, 256, 300, 450, 600))
-        first = 0 if i % 4 == 0 else choose.randrange(len(text) - length)
-        found.append(text[first : first + length])
-        if i % 4 == 0 and length > 3:
-            found[-1][-1] = choose.randrange(3, 1000)  # they end apart
-    return found
+    return mixed_prompts()
 
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[list[int]]) -> list[list[int]]:
-    """What Transformers writes, one prompt at a time."""
-    torch.set_num_threads(1)  # threads that wait for each other cost more here than they bring
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    found = []
-    for prompt in prompts:
-        ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0]
-        found.append(ids[len(prompt) :].tolist())
-    return found
+    return of_transformers(prompts)
 
 
 def written(
