@@ -516,7 +516,7 @@ def test_a_wrapper_around_what_is_in_the_module_follows_the_switch() -> None:
         for owner, name in places:
             setattr(owner, name, functools.wraps(getattr(owner, name))(closed(getattr(owner, name))))
         assert runs_ours(model)
-        with pytest.warns(RuntimeWarning, match="was replaced by someone else") as told:
+        with pytest.warns(RuntimeWarning, match="was replaced by other code") as told:
             adt.disable()
         assert len(told) == len(places)
         assert {warning.filename for warning in told} == {__file__}

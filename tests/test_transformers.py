@@ -763,7 +763,7 @@ def test_a_function_replaced_meanwhile_stays() -> None:
     try:
         adt.enable()
         module.causal_conv1d_fn = theirs
-        with pytest.warns(RuntimeWarning, match="causal_conv1d_fn was replaced by someone else"):
+        with pytest.warns(RuntimeWarning, match="causal_conv1d_fn was replaced by other code"):
             adt.disable()
         assert module.causal_conv1d_fn is theirs
         with adt.enable():
