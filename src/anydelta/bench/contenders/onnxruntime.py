@@ -112,9 +112,7 @@ class _OnnxRuntimeRunner(RunnerBase):
     def result(self) -> Result:
         c = self.case
         for x in (*self.outs, *self.kept[0]):
-            x.update_inplace(
-                np.full(x.shape(), np.nan, np.float32)
-            )  # NaN, so that elements that are not written show
+            x.update_inplace(np.full(x.shape(), np.nan, np.float32))  # so that unwritten elements show
         self.call(0)
         o = np.concatenate([x.numpy().reshape(c.B, -1, c.HV, c.D) for x in self.outs], axis=1)
         kept = np.stack([x.numpy() for x in reversed(self.kept[0])])
