@@ -57,7 +57,7 @@ FEATURES = (
         lambda c: c.decay == "raw",
     ),
     Feature("beta as a logit", lambda s: _with(s, logit=True), lambda c: c.logit),
-    Feature("a key of its own to read (`erase`)", lambda s: _given(s, "erase"), lambda c: bool(c.erase)),
+    Feature("a separate key to read (`erase`)", lambda s: _given(s, "erase"), lambda c: bool(c.erase)),
     Feature("q/k L2 norm in the kernel", lambda s: _with(s, l2norm=True), lambda c: c.l2norm),
     Feature("tiled heads (GGUF)", lambda s: _with(s, heads="tiled"), lambda c: c.heads == "tiled"),
     Feature("state as [V, K]", lambda s: _with(s, layout="vk"), lambda c: c.layout == "vk"),
