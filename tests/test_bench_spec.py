@@ -82,8 +82,8 @@ def test_the_printers_show_every_record(measured: tuple[dict[str, Any], Path]) -
     assert len(list(csv.DictReader(io.StringIO(outputs.to_text(spec_report, report, "csv"))))) == len(records)
     text = outputs.to_text(spec_report, report, "md")
     assert text.count("| song |") == text.count("| median |") == len(MODES)
-    bad = replace(records[1], status="wrong", reason="the text is another", median_tps=None)
-    assert "wrong: the text is another" in spec_report.row(bad)[3]
+    bad = replace(records[1], status="wrong", reason="the text differs", median_tps=None)
+    assert "wrong: the text differs" in spec_report.row(bad)[3]
 
 
 def test_another_text_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_another_text_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec, "_write", wrong)
     done = run("spec", "-n", "4", "--prompt", "law")
     assert done.exit_code == 1
-    assert "wrong: the text is another from new token 3 on" in " ".join(done.stdout.split())
+    assert "wrong: the text differs from new token 3 on" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_another_models_checkpoint(tmp_path: Path) -> None:
             {"vocab_size": 9},
         ):
             refused(
-                lambda p, c=changes: Checkpoint.load(p, config=config(**c)), path, "with this very config"
+                lambda p, c=changes: Checkpoint.load(p, config=config(**c)), path, "with exactly this config"
             )
             with pytest.raises(ValueError, match=r"a\.safetensors"):
                 Checkpoint.load(path).cache(config(**changes))

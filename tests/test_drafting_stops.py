@@ -396,7 +396,7 @@ def test_speculative_sampling_gives_the_distribution(weight: float | None) -> No
     ("options", "sentence"),
     [
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences has to be 1"),
-        ({"use_cache": False}, "requires the cache that it makes by itself .*; got use_cache=False"),
+        ({"use_cache": False}, "requires the cache that it makes itself .*; got use_cache=False"),
         ({"cache_implementation": "static"}, "got cache_implementation='static'"),
     ],
 )

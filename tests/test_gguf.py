@@ -392,7 +392,7 @@ def test_without_ggml_the_loader_is_transformers_own(file, monkeypatch):
     monkeypatch.setattr(gguf, "library", missing)
     with (
         adt.enable(),
-        pytest.warns(RuntimeWarning, match="GGUF weights become numbers as Transformers has it"),
+        pytest.warns(RuntimeWarning, match="Transformers unpacks the GGUF weights"),
     ):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(file("Q8_0").parent), gguf_file=file("Q8_0").name

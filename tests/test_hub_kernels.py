@@ -101,7 +101,7 @@ with warnings.catch_warnings(record=True) as seen:
 with switch:
     same(model)
     assert adt.status(model).layers == ()
-assert any("already has a forward of its own (a kernel?), which stays" in str(w.message) for w in seen)
+assert any("already has its own forward (a kernel?), which is kept" in str(w.message) for w in seen)
 assert not grew(before)
 """)
 

@@ -582,7 +582,7 @@ def test_what_crop_refuses(pair: tuple[Any, Any]) -> None:
         empty.crop(0)
         cache = RollbackCache(config=model.config, rollback=3)
         model(tokens(9), past_key_values=cache)
-        with pytest.raises(RuntimeError, match="requires that the past is recorded"):
+        with pytest.raises(RuntimeError, match="requires a cache that records its past"):
             cache.crop(-1)
         cache.activate_past_recording()
         for _ in range(5):

@@ -493,7 +493,7 @@ def test_a_fault_keeps_its_traceback() -> None:
     code, out, err = Program.run(raising(KeyError("[red]")), "go")
     assert (code, out) == (70, "")
     assert err.startswith("Traceback")
-    assert err.splitlines()[-1].startswith("anydelta go: this is a fault of anydelta, please report it")
+    assert err.splitlines()[-1].startswith("anydelta go: this is a bug of anydelta, please report it")
     assert err.splitlines()[-1].endswith("KeyError: '[red]'.")
 
 

@@ -219,7 +219,7 @@ def test_a_layer_with_other_arguments_is_left_alone(vllm: StandIn, name: str):
     plugin.register()
     assert not vllm.registry
     [line] = vllm.lines
-    assert line.startswith(f"anydelta: this vLLM is left as it is: its {name}.")
+    assert line.startswith(f"anydelta: this vLLM stays unchanged: its {name}.")
     assert "residual, not self, hidden_states" in line
 
 
@@ -230,9 +230,7 @@ def test_metadata_with_other_fields_is_left_alone(vllm: StandIn):
     )
     plugin.register()
     assert not vllm.registry
-    assert vllm.lines == [
-        "anydelta: this vLLM is left as it is: its GDNAttentionMetadata has no num_prefills"
-    ]
+    assert vllm.lines == ["anydelta: this vLLM stays unchanged: its GDNAttentionMetadata has no num_prefills"]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -241,7 +239,7 @@ def test_a_vllm_without_the_layer_is_left_alone(vllm: StandIn, name: str):
     plugin.register()
     assert not vllm.registry
     [line] = vllm.lines
-    assert line.startswith("anydelta: this vLLM is left as it is: ")
+    assert line.startswith("anydelta: this vLLM stays unchanged: ")
 
 
 def test_a_layer_that_somebody_else_has_registered_is_left_alone(vllm: StandIn):

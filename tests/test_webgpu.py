@@ -61,7 +61,9 @@ def test_without_unified_memory(copying: Any) -> None:
 
 def test_half_typed_states_stay_on_the_host(dev: Any) -> None:
     (q, k, v), gates = tokens()
-    with pytest.raises(anydelta.UnsupportedError, match=r"keeps float32 states on its device.*got bfloat16"):
+    with pytest.raises(
+        anydelta.UnsupportedError, match=r"keeps states in float32 on its device.*got bfloat16"
+    ):
         anydelta.gated_delta_rule_(q, k, v, dev.zeros((1, 2, 16, 16), "bfloat16"), **gates)
 
 

@@ -85,7 +85,7 @@ def _gpu() -> Iterator[Advice]:
 def _cpu() -> Iterator[Advice]:
     facts: dict[str, Any] = dispatch.get_backend("cpu").describe()
     isa, threads = facts["isa"], facts["threads"]
-    best = [name for name in facts["isas"] if name != "amx"][-1]  # that one runs by name only
+    best = [name for name in facts["isas"] if name != "amx"][-1]  # amx runs by name only
     if isa not in (best, "amx"):
         yield Advice(f"The kernels for {isa} run; this CPU runs those for {best}.", "unset ANYDELTA_CPU_ISA")
     affinity = getattr(os, "sched_getaffinity", None)

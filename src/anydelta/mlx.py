@@ -5,14 +5,14 @@
     o, state = gated_delta_rule(q, k, v, g=g, beta=beta)                     # mx.array in, mx.array out
     o, state, last = gated_delta_rule(q, k, v, g=g, beta=beta, snapshots=4)  # and the states after the last 4 tokens
 
-Gradients (mx.grad, mx.vjp) are computed by the CPU's backward pass, on an Apple GPU too.
+The CPU's backward pass computes gradients (mx.grad, mx.vjp), also for arrays on an Apple GPU.
 
 MLX arrays are values: arrays of the caller never change. There is no in-place form; states and snapshots are new
 arrays.
 
-If the stream runs on the CPU, the native CPU kernel reads the arrays in place (buffer protocol, no copy) and writes new
-ones. It needs their values: a call evaluates its inputs and itself at once, and is refused inside mx.compile or
-mx.vmap, where arrays have no values.
+If the stream runs on the CPU, the native CPU kernel reads the arrays directly (buffer protocol, no copy) and writes new
+ones. It needs their values: a call evaluates its inputs and itself at once. It is refused inside mx.compile or mx.vmap,
+where arrays have no values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Chosen:
     backend: dispatch.Backend
     rest: Rest
     native: object = None
-    """Prepared by a backend whose calls become part of MLX's graph."""
+    """The preparation of a backend whose calls become part of MLX's graph."""
 
 
 def gated_delta_rule(
@@ -82,21 +82,21 @@ def gated_delta_rule(
     output_final_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Any, ...]:
-    """As `anydelta.gated_delta_rule`, which describes the arguments, on MLX arrays.
+    """As `anydelta.gated_delta_rule`, which describes the arguments, for MLX arrays.
 
     Args:
-        snapshots: how many of the last states to return (unreached slots are zeros), or an array [Ks, N, HV, K, V]
-            whose unreached slots are returned unchanged. Slot 0 is the state after the last token, slot s that of s
-            tokens earlier.
+        snapshots: how many of the last states to return (slots without a token are zeros), or an array
+            [Ks, N, HV, K, V] whose unreached slots are returned unchanged. Slot 0 is the state after the last token,
+            slot s the state s tokens earlier.
 
     Returns:
-        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] or None; with `snapshots` a third, the snapshots
+        o [B, T, HV, V] in q's dtype, and the final state [N, HV, K, V] or None. With `snapshots` also the snapshots
         [Ks, N, HV, K, V].
 
     Raises:
         ValueError, TypeError: an invalid call; nothing was computed.
         UnsupportedError: the named backend cannot run it, or the arrays have no values inside mx.compile or mx.vmap.
-        RuntimeError: mx.jvp, a gradient of a gradient, or a gradient beside snapshots is asked for; there is none.
+        RuntimeError: mx.jvp, a gradient of a gradient, or a gradient beside snapshots, which do not exist.
     """
     options = Options(
         "gated_delta_rule", scale, decay, lower_bound, beta_is_logit, heads, qk_l2norm, qk_l2norm_eps,
@@ -115,7 +115,7 @@ def gated_delta_rule(
     run = _lazily if hasattr(chosen.backend, "run_lazily") else _compute
     compute: Any = mx.custom_function(partial(run, chosen, names))
     compute.vjp(partial(_vjp, chosen, names))
-    compute.jvp(partial(_no_derivative, "mx.jvp: it has a backward pass and no forward one"))
+    compute.jvp(partial(_no_derivative, "mx.jvp: there is a backward pass, but no forward one"))
     return _results(compute(*(getattr(call, n) for n in names)), output_final_state, snapshots is not None)
 
 
@@ -166,14 +166,14 @@ def __getattr__(name: str) -> NoReturn:
 
 
 def _choose(call: Call, options: Options, backend: str, slots: int | None) -> _Chosen:
-    """Which backend runs calls with arrays of these shapes and dtypes; checked once. Of arrays that MLX has not
+    """The backend that runs calls with arrays of these shapes and dtypes, checked once. For arrays that MLX has not
     computed yet, shapes are known and memory is not."""
     rest: Rest = (*options, backend, "mlx", slots)
     try:
         arrays = (getattr(call, name) for name in _INPUTS)
         text = "|".join("-" if x is None else f"{x.shape} {x.dtype}" for x in arrays)
         found = find((), rest, f"{mx.default_device()} {text}")
-    except AttributeError:  # no array: the check says which
+    except AttributeError:  # not an array: the check says which
         found = None
     if type(found) is _Chosen:
         return found
@@ -202,7 +202,7 @@ def _check_data(call: Call, spec: CallSpec) -> None:
 
 
 def _values(spec: CallSpec, *arrays: mx.array) -> None:
-    """Have MLX compute these arrays."""
+    """Make MLX compute these arrays."""
     try:
         mx.eval(*arrays)
     except ValueError as error:
@@ -214,7 +214,7 @@ def _values(spec: CallSpec, *arrays: mx.array) -> None:
         ) from error
 
 
-# ---- Gradients: the CPU's backward pass, on arrays of a GPU's stream too, since both share their memory.
+# ---- Gradients: the CPU's backward pass, also for arrays of a GPU's stream, because both share their memory.
 
 
 def _vjp(
@@ -254,7 +254,7 @@ def _call_of(names: Sequence[str], arrays: Sequence[mx.array]) -> Call:
 
 
 def _compute(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[mx.array]:
-    """o, then the final state and the snapshots where they are wanted; all of them new arrays."""
+    """o, then the final state and the snapshots if they are wanted. All are new arrays."""
     spec = chosen.spec
     _values(spec, *arrays)
     call = _call_of(names, arrays)
@@ -277,7 +277,7 @@ def _compute(chosen: _Chosen, names: Sequence[str], *arrays: mx.array) -> list[m
     return [_as(x, dtype) for x, dtype in results if x is not None]
 
 
-# ---- MLX's memory. NumPy has no bfloat16, so such memory is uint16 inside.
+# ---- MLX's memory. NumPy has no bfloat16, so such memory is uint16 here.
 
 
 def _empty(shape: Sequence[int], dtype: str) -> mx.array:
@@ -308,7 +308,7 @@ def _through_numpy(chosen: _Chosen, call: Call) -> list[mx.array]:
     spec, name = chosen.spec, chosen.backend.name
     bfloat16: Any = None
     if "bfloat16" in (spec.dtype, spec.state_dtype, spec.g_dtype, spec.beta_dtype):
-        import ml_dtypes  # or dispatch has refused the call
+        import ml_dtypes  # installed, or dispatch would have refused the call
 
         bfloat16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -1,9 +1,9 @@
-"""How the programs print and how they end: text from data is printed literally, and a wrong input is one sentence.
+"""How the programs print and end: text from data is printed literally, and a wrong input gives one sentence.
 
-A command raises `Refused` for what its user can put right and `Failed` for a result that is wrong or missing. `run`
-alone turns them, and whatever else ends a program, into a line on stderr and an exit status:
+A command raises `Refused` for what its user can correct, and `Failed` for a result that is wrong or missing. `run`
+alone turns these, and whatever else ends a program, into a line on stderr and an exit status:
 
-    0 all well   1 failed   2 refused   70 a fault of anydelta   130 interrupted   141 nobody reads stdout any more
+    0 success   1 failed   2 refused   70 a bug of anydelta   130 interrupted   141 stdout was closed
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 FAULT, INTERRUPTED, CLOSED = 70, 130, 141
 
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: what begins an ANSI escape, too
-    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"  # what ends a line or turns its direction
-    "\ud800-\udfff]"  # bytes of a file name that are no UTF-8
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and newline; they begin ANSI escapes
+    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"  # characters that end a line or change its direction
+    "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
 )
 
 
@@ -66,7 +66,7 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def literal(text: object) -> str:
-    """The text with control characters as escapes: nothing in it moves the cursor, or changes colours or direction."""
+    """The text with control characters as escapes, so that it cannot move the cursor or change colours or direction."""
     return _UNSEEN.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
 
 
@@ -81,12 +81,12 @@ def first_line(error: BaseException) -> str:
 
 
 def say(text: object = "", end: str = "\n") -> None:
-    """Text on stdout: on a terminal `literal`, into a file or a pipe as it is."""
+    """Print text on stdout: `literal` on a terminal, unchanged into a file or a pipe."""
     print(literal(text) if sys.stdout.isatty() else text, end=end, flush=not end)
 
 
 def tell(text: object) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     print(literal(text), file=sys.stderr)
 
 
@@ -104,7 +104,7 @@ def _finite(value: object) -> object:
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The text of a CSV file. Control characters become escapes, since some readers break a cell at them."""
+    """The text of a CSV file. Control characters become escapes, because some readers break a cell at them."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(
         [literal(cell) if isinstance(cell, str) else cell for cell in cells] for cells in (head, *rows)
@@ -120,7 +120,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], left: 
 
 
 def _cell(text: object) -> str:
-    """The text with characters escaped that would end the cell or begin a tag."""
+    """The text, with characters escaped that would end the cell or begin a tag."""
     return one_line(text).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -130,13 +130,13 @@ def console(*, err: bool = False) -> Console:
 
     class Literal(Console):
         def on_broken_pipe(self) -> None:
-            raise  # rich would end the program with status 1; `run` says how it ends
+            raise  # rich would end the program with status 1; `run` decides the status
 
     return Literal(stderr=err, markup=False, emoji=False, highlight=False)
 
 
 def show(*shown: object) -> None:
-    """Tables and the like on stdout."""
+    """Print tables and the like on stdout."""
     console().print(*shown, sep="\n")
 
 
@@ -190,7 +190,7 @@ def lines(texts: Iterable[object], style: str = "") -> Text:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """tell(text, share done): a bar on stderr; where that is no terminal, a line every `LINE_SECONDS`.
+    """tell(text, share done): a bar on stderr, or without a terminal a line every `LINE_SECONDS`.
 
     Only `tell` draws, at most ten times a second: a thread that draws would disturb measurements.
     """
@@ -218,7 +218,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 
 
 LINE_SECONDS = 15.0
-"""How often a line tells of the progress in a log."""
+"""Seconds between two lines of progress in a log."""
 
 
 def _lines_of_progress() -> Callable[[str, float], None]:
@@ -243,7 +243,7 @@ def check_writable(path: Path) -> None:
     Raises:
         Refused: it cannot.
     """
-    with refusing(OSError, ValueError):  # a name too long, a NUL in it
+    with refusing(OSError, ValueError):  # the name is too long, or has a NUL
         if not path.parent.is_dir():
             raise Refused(f"requires a folder that exists; got {path}, whose folder does not exist")
         if path.is_dir():
@@ -268,7 +268,7 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
 
         command = typer.main.get_command(build())
         reflow(command)
-        if "_ANYDELTA_COMPLETE" in os.environ:  # a shell asks how the words go on
+        if "_ANYDELTA_COMPLETE" in os.environ:  # a shell asks for completions
             command.main(args, prog_name=name)
         name = _called(command, args)
         raise SystemExit(_invoke(command, args))
@@ -287,18 +287,18 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
         if not hasattr(error, "format_message"):
             traceback.print_exc()
             said = f"{type(error).__name__}: {error}"
-            _end(name, f"this is a fault of anydelta, please report it with the lines above: {said}", FAULT)
+            _end(name, f"this is a bug of anydelta, please report it with the lines above: {said}", FAULT)
         message = error.format_message()  # typer's: a wrong option or command
-        if type(error).__name__ == "NoArgsIsHelpError":  # its help, or "" where typer has printed it
+        if type(error).__name__ == "NoArgsIsHelpError":  # its help, or "" if typer has printed it
             say(message)
             raise SystemExit(2) from None
         _end(name, f"{message.rstrip('.')}. See {name} --help", 2)
 
 
 def reflow(command: Any) -> None:
-    """Join the lines of each paragraph of a command's help, and of the commands below it, so that it fits any width.
+    """Join the lines of each paragraph in the help of a command and its subcommands, so that it fits any width.
 
-    Indented lines (examples) stay lines.
+    Indented lines (examples) are not joined.
     """
     if command.help:
         blocks = command.help.split("\n\n")
@@ -309,7 +309,7 @@ def reflow(command: Any) -> None:
 
 
 def _invoke(command: Any, args: list[str]) -> int:
-    """The exit status, once all that was printed has been written."""
+    """The exit status, after all output has been written."""
     import typer
 
     status = 0
@@ -323,7 +323,7 @@ def _invoke(command: Any, args: list[str]) -> int:
 
 
 def _end(name: str, sentence: object, status: int) -> NoReturn:
-    """Say one sentence, on one line, and exit."""
+    """Print one sentence on one line, and exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -355,6 +355,6 @@ def _open_streams() -> None:
 
 
 def _leave_stdout() -> None:
-    """Discard all further output, also what Python flushes at its end."""
-    with suppress(OSError, ValueError):  # a stream that is no file
+    """Discard all further output, including what Python flushes when it ends."""
+    with suppress(OSError, ValueError):  # a stream that is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

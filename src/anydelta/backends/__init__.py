@@ -1,1 +1,1 @@
-"""Thin hosts, one file per backend, each with a `BACKEND` object (see dispatch.Backend). Imported on first use."""
+"""The backends, one folder each. `host.py` has a `BACKEND` object (see dispatch.Backend), imported on first use."""

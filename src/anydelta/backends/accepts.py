@@ -1,6 +1,6 @@
-"""What kernels of the rule and the mixer usually take. A backend declares how it differs.
+"""The calls that kernels of the rule and the mixer usually take. A backend declares its differences.
 
-A new argument does not belong here: backends whose kernels have it name it themselves.
+New arguments do not belong here. A backend whose kernels have one names it itself.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RULE_CALLS = Accepts(
     }),
     limits=(reads_bfloat16_of_mlx,),
 ).but(
-    framework=("torch", "numpy", "mlx"), device=(),  # which each backend says
+    framework=("torch", "numpy", "mlx"), device=(),  # declared by each backend
     # options
     scale=ANY, decay=("log", "linear", "raw"), lower_bound=ANY, beta_is_logit=EITHER, heads=("interleaved", "tiled"),
     qk_l2norm=EITHER, qk_l2norm_eps=ANY, state_layout=("kv", "vk"), output_final_state=EITHER,
-    # facts: a float64 state goes with float64 q only, which dtype says; snapshot_indices become dense snapshots,
-    # unless a backend takes such rows
+    # facts: float64 states require float64 q, which dtype declares; snapshot_indices become dense snapshots, unless a
+    # backend takes such rows
     kda=EITHER, dtype=FLOATS, state_dtype=("float32", "bfloat16", "float64"), g_dtype=GATES, beta_dtype=GATES,
     snapshot_rows=(False,), final_rows=(False,),
 )  # fmt: skip

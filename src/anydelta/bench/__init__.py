@@ -1,8 +1,8 @@
-"""Measuring the operator against other implementations and against the machine's own limits: `anydelta bench`.
+"""Measures the operator against other implementations and the machine's limits: `anydelta bench`.
 
-commands/     one command a file: its options, and what is small enough to be measured there
-contenders/   who is measured: anydelta, ggml, llama.cpp, ExecuTorch, MLX, Transformers
-measure/      what is measured (cases, prompts), how (turns, ops, model, ...), and reports
+commands/     one command per file: its options, and small measurements themselves
+contenders/   what is compared: anydelta, ggml, llama.cpp, ExecuTorch, MLX, Transformers
+measure/      cases and prompts, how each kind is timed (turns, ops, model, ...), and reports
 
-Results are records; nothing but the modules *report.py formats them.
+Results are records. Only the modules *report.py format them.
 """

@@ -1,4 +1,4 @@
-"""`anydelta bench`: one command a file of commands/. Progress goes to stderr, results to stdout or a file."""
+"""`anydelta bench`: one command per file of commands/. Progress goes to stderr, results to stdout or a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """ExecuTorch's gated delta rules: metal:: and mlx::gated_delta_rule, and llama::gated_delta_rule.
 
-All take the decay itself, in [0, 1], and not its logarithm; beta after the sigmoid; and no scale (fold it
-into q). Their layouts differ: see the two functions.
+All take the decay itself, in [0, 1], instead of its logarithm; beta after the sigmoid; and no scale (multiply q by it).
+Their layouts differ: see the two functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def gated_delta_rule(
         g: [B, T, Hv], the decay in [0, 1].
         beta: [B, T, Hv].
         state: [B, Hv, Dv, Dk] float32 or bfloat16, overwritten.
-        use_custom_kernel: mlx's choice between two of its kernels; checked, and without effect on the result.
+        use_custom_kernel: mlx's choice between two of its kernels. Checked, without effect on the result.
 
     Raises:
         ValueError, TypeError: an invalid call.

@@ -1,7 +1,7 @@
 """ggml's GGML_OP_GATED_DELTA_NET on row-major arrays: shapes, head order and packed output as in ggml.h.
 
-A ggml tensor with ne [D, H, T, B] is a row-major array [B, T, H, D], so a buffer moves between the two as it
-is. As in ggml, S is the head size (of keys and values both) and K the number of state snapshots:
+A ggml tensor with ne [D, H, T, B] is a row-major array [B, T, H, D], so a buffer can be used as either without
+changes. As in ggml, S is the head size (of both keys and values) and K the number of state snapshots:
 
     q, k   [Bq, T, H, S]    Bq divides B; sequence b reads row b // (B / Bq)
     v      [B, T, HV, S]    HV a multiple of H; value head hv reads q/k head hv % H
@@ -10,7 +10,7 @@ is. As in ggml, S is the head size (of keys and values both) and K the number of
     state  [B, HV, S, S]    the state before the first token; the key channel is the contiguous one
     result [(T + K * S) * B, S * HV]: o [B, T, HV, S], then the snapshots [K, B, HV, S, S], newest first
 
-The scale is 1/sqrt(S); q and k come normalised. Everything is float32. There is no gradient.
+The scale is 1/sqrt(S). q and k must be normalised. Everything is float32. There is no gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def gated_delta_net(
     *,
     out: Array | None = None,
 ) -> Array:
-    """o and the last K states, packed as ggml_gated_delta_net packs them; `unpack` takes them apart.
+    """o and the last K states, packed as by ggml_gated_delta_net. `unpack` separates them.
 
     Args:
         q: [Bq, T, H, S]; Bq divides B. All inputs may have any strides with a contiguous last dimension.
@@ -47,9 +47,9 @@ def gated_delta_net(
         beta: [B, T, HV, 1], after the sigmoid.
         state: [B, HV, S, S], the state before the first token; the key channel is the contiguous one.
         K: snapshots to keep, >= 1. Slot 0 is the final state, slot s the state s tokens earlier.
-        out: written and returned: contiguous, float32, of the result's shape, apart from every input.
-            With T < K the slots s >= T keep what it held (as in ggml, where the caller owns the memory);
-            without `out` those slots are zeros.
+        out: written and returned: contiguous, float32, of the result's shape, without memory shared with an input.
+            If T < K, the slots s >= T keep their contents (as in ggml, where the caller owns the memory). Without
+            `out` these slots are zeros.
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -148,7 +148,7 @@ def _check_out(out: Array, shape: tuple[int, int], v: Array, inputs: dict[str, A
 
 
 def _overlap(a: Array, b: Array) -> bool:
-    """Whether the address ranges of two arrays of one kind meet."""
+    """Whether the address ranges of two arrays of one kind overlap."""
     if framework_of(a) == "numpy":
         return bool(np.may_share_memory(a, b))
     (a0, a1), (b0, b1) = _span(a), _span(b)

@@ -1,7 +1,7 @@
-"""Does a backend compute the gated delta rule? One list of cases, one way to compare, one way to run them.
+"""Checks that backends compute the gated delta rule: one list of cases, one way to compare, one way to run them.
 
 cases.py     Case: a call described in one line, and the list that tests and CLI share
-gates.py     decays as models have them, for the cases and for the benchmarks
+gates.py     decays as in models, for the cases and for the benchmarks
 mixer.py     the same for the mixer: MixerCase, its list and its comparison
 token_log.py  the same for the log form of StatePool: LogCase
 compare.py   check(case, target): runs one case and compares it with the float64 oracle

@@ -1,6 +1,6 @@
-"""The conformance cases: one frozen record per call, whose printed form is its reproduction.
+"""The conformance cases: one frozen record per call, whose printed line reproduces it.
 
-`str(case)` holds the sizes and every field that is not at its default; `Case.parse` reads it back. The line is also the
+`str(case)` has the sizes and every field that is not at its default. `Case.parse` reads it back. The line is also the
 seed of the values, so it is enough to repeat a failure. `CASES` is the list.
 """
 
@@ -78,28 +78,27 @@ class Case:
     int64: bool = False
     """Index arrays are int64, not int32."""
     mask: str = ""
-    """One of MASKS: what is padding. "none": no token is live; "all": every token is."""
+    """One of MASKS: where padding is. "none": no token is live. "all": every token is."""
     snapshots: int = 0
     scattered: bool = False
-    """The snapshots go to rows of the pool (snapshot_indices): some to the rows that their sequence reads, some
-    nowhere."""
+    """The snapshots go to rows of the pool (snapshot_indices): some to the rows that their sequence reads, some are not
+    written."""
     elsewhere: bool = False
     """The final states go to such rows, and the snapshots to an array."""
     noA: bool = False
     """Raw gates with a lower bound and without A_log."""
     strides: str = "dense"
-    """Of the inputs, see compare.Buffer: one of STRIDES."""
+    """Strides of the inputs, one of STRIDES: see compare.Buffer."""
     state_strides: str = "dense"
-    """Of the state and the snapshots: one of STATE_STRIDES."""
+    """Strides of the state and the snapshots, one of STATE_STRIDES."""
     gate: str = "model"
-    """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of
-    them,
-    "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4), "initialised" and "trained" as gates.py says, a
-    number: that everywhere."""
+    """Log decay: "keep" about 0, "one" about -1, "twenty" about -20, "wipe" -1e4, "inf" -inf, "mixed" all of these,
+    "model" log-uniform in [-8, -1e-3], "ggml" U(-20, -1e-4), "initialised" and "trained" as in gates.py, a number: that
+    decay everywhere."""
     key: str = "unit"
     """Keys: "unit" of norm 1, "alike" norm 1 and almost parallel, "tiny" 1e-3, "huge" 1e4 (64 in half types),
-    "zero", "gaps": every third one zero, "faint" 1e-20 (1e-7 in float16). With the norm in the kernel "vanishing" 1e-25
-    and "vast" 1e25, the queries too."""
+    "zero", "gaps": every third one zero, "faint" 1e-20 (1e-7 in float16). With the norm in the kernel, for queries too:
+    "vanishing" 1e-25 and "vast" 1e25."""
     state: str = "normal"
     """Initial states: "normal", "faded": 1e-39, below float32's normal numbers."""
     beta: str = "mid"
@@ -181,7 +180,7 @@ class Case:
             yield "seqlens", 0, length
 
     def _rows_left(self) -> int:
-        """Rows of the pool that stay free when every snapshot has one: see _snapshot_rows. Asked of wrong cases too."""
+        """Rows of the pool that stay free when every snapshot has one: see _snapshot_rows. Wrong cases need it too."""
         live = [
             (i, n)
             for i, n in zip(self.indices or (), self.seqlens or (self.T,) * self.N, strict=False)
@@ -193,7 +192,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Of all arrays, and of what the oracle keeps."""
+        """Elements of all arrays, and of what the oracle keeps."""
         tokens, states = self.B * self.T, self.P + self.N * (1 + self.snapshots)
         return (
             tokens * (self.H * self.K + self.HV * (self.K + self.V)) * 2 + states * self.HV * self.K * self.V
@@ -213,7 +212,7 @@ class Case:
 
     @property
     def refused(self) -> bool:
-        """True for cases that must raise ValueError: an index of a written state that occurs twice."""
+        """True for cases that must raise ValueError: an index of a written state occurs twice."""
         if self.scattered or self.elsewhere or not self.inplace:
             return False
         used = [i for i in self.indices or () if i >= 0]
@@ -221,7 +220,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Tokens times state elements: what a case costs."""
+        """Tokens times state elements: the cost of a case."""
         return self.B * self.T * self.HV * self.K * self.V
 
     def __str__(self) -> str:
@@ -273,7 +272,7 @@ MOST_ELEMENTS = 2**26
 
 
 def _int(text: str) -> int:
-    """Only as printed: int() would take "1_0", "+1", digits of every script, and numbers of any length."""
+    """An integer exactly as printed: int() takes "1_0", "+1", digits of every script, and numbers of any length."""
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise ValueError(text)
     return int(text)
@@ -307,7 +306,7 @@ _READERS: dict[str, Callable[[str], object]] = {
 
 
 def _bare(name: str, reader: object) -> bool:
-    """A word without "=" is a flag."""
+    """Whether a word without "=" is a flag."""
     if reader is not _bool:
         raise ValueError(name)
     return True
@@ -333,7 +332,7 @@ class Inputs:
     erase: F64 | None = None
 
     def live(self, case: Case) -> list[NDArray[np.bool_]]:
-        """Per sequence: which of its tokens the operator must process."""
+        """Per sequence: a mask of the tokens that the operator must process."""
         mask = np.ones((case.B, case.T), bool) if self.mask is None else self.mask
         if self.cu_seqlens is None:
             rows = list(mask)
@@ -422,7 +421,7 @@ def _unit(x: F64) -> F64:
 
 
 def _keys(c: Case, rng: np.random.Generator) -> F64:
-    # Norm 1 as in real models: with beta in [0, 1] the recurrence is then stable however long it runs.
+    # Norm 1 as in real models: with beta in [0, 1] the recurrence is then stable, however long it runs.
     shape = (c.B, c.T, c.H, c.K)
     k = rng.standard_normal(shape)
     if c.key == "alike":
@@ -441,7 +440,7 @@ def _keys(c: Case, rng: np.random.Generator) -> F64:
 
 
 def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | None]:
-    """g in the form that `decay` says, A_log and dt_bias."""
+    """g in the form that `decay` names, A_log and dt_bias."""
     shape = (c.B, c.T, c.HV, c.K) if c.kda else (c.B, c.T, c.HV)
     if c.gate in KINDS:
         gates = model_gates(c.gate, shape, rng)
@@ -470,7 +469,7 @@ def _gates(c: Case, rng: np.random.Generator) -> tuple[F64, F64 | None, F64 | No
     if c.decay == "linear":
         return np.exp(g), None, None
 
-    # Raw: the gate before its activation. The inverse of the softplus, clipped where it has none.
+    # Raw: the gate before its activation. This inverts the softplus, clipped where it has no inverse.
     A_log = np.zeros(c.HV) if c.noA else np.log(rng.uniform(0.5, 4.0, (c.HV,)))
     A = np.exp(A_log)[:, None] if c.kda else np.exp(A_log)
     x = np.clip(-g, 1e-9, 1e4) / A
@@ -576,7 +575,7 @@ def _chunks() -> Iterator[Case]:
 
 
 def _sizes() -> Iterator[Case]:
-    """Head sizes: the usual, those that peers refuse (80, 96, 192), odd ones, K != V."""
+    """Head sizes: the usual ones, those that peers refuse (80, 96, 192), odd ones, K != V."""
     sizes = (1, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 80, 96, 100, 112, 128, 160, 192, 256)
     for i, size in enumerate(sizes):
         for T in (1, 20):
@@ -675,7 +674,7 @@ def _regimes() -> Iterator[Case]:
     for gate in (gate for gate in GATES if gate not in STRONG):
         for key in (key for key in KEYS if key != "faint"):
             for T in (1, 17, 67):
-                # Unnormalised huge keys make the recurrence explode: a few tokens are enough.
+                # With unnormalised huge keys the recurrence explodes within a few tokens.
                 steps = min(T, 3) if key == "huge" else T
                 beta = BETAS[(GATES.index(gate) + KEYS.index(key)) % 4]
                 kda = (GATES.index(gate) + T) % 2 == 0
@@ -687,7 +686,7 @@ def _regimes() -> Iterator[Case]:
 
 
 def _subnormal() -> Iterator[Case]:
-    """Decays as models have them and stronger, faded states, faint keys: products below float32's normal numbers."""
+    """Decays as in models and stronger, faded states, faint keys: products below float32's normal numbers."""
     for kda in (False, True):
         for T in (1, 2, 4, 6, 16, 64):
             base = Case(
@@ -826,7 +825,7 @@ def _snapshots() -> Iterator[Case]:
         )  # fmt: skip
         yield Case(T=30, H=1, HV=1, K=32, V=32, snapshots=Ks, nofinal=True, fresh=Ks % 2 == 0, gate="mixed")
     for T in (63, 64, 65, 130):
-        # 4 MiB of snapshots and more: the CPU stores them around its caches
+        # 4 MiB of snapshots or more: on the CPU they bypass the caches
         yield Case(T=T // 8, H=8, HV=16, K=128, V=128, snapshots=5, kda=T == 65, inplace=T == 65, gate="keep")
         for Ks in (1, 8, 17, 60):
             yield Case(T=T, H=1, HV=2, K=64, V=32, snapshots=Ks, kda=T == 65, gate="keep", dtype="bfloat16")
@@ -874,7 +873,7 @@ def random_case(rng: np.random.Generator) -> Case:
 
 
 def _erases() -> Iterator[Case]:
-    """The key that is read: heads, chunk edges, decays, types, layouts and strides, as the plain rule has them."""
+    """A separate key to read: heads, chunk edges, decays, types, layouts and strides, as for the plain rule."""
     for kda in (False, True):
         for erase in ("H", "HV"):
             for T in (1, 2, 3, 4, 5, 6, 7, 13, 16, 17, 48, 49, 64, 65, 100, 200):
@@ -942,4 +941,4 @@ FLOAT64_CASES: tuple[Case, ...] = tuple(
     for kda in (False, True)
     for inplace in (False, True)
 )  # fmt: skip
-"""float64 is for gradient checks and runs on the reference only; no native backend has to take it."""
+"""float64 is for gradient checks and runs only on the reference. No native backend has to take it."""

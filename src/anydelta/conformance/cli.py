@@ -47,7 +47,7 @@ from .support import support
 from .token_log import LOG_CASES
 
 MAX_LISTED = 20
-"""How many failures of a target are listed without --verbose: a broken kernel fails nearly everything."""
+"""How many failures of a target are listed without --verbose. A broken kernel fails nearly everything."""
 
 
 def _option(*names_and_help: str) -> object:
@@ -86,7 +86,7 @@ def register(app: typer.Typer) -> None:
         verbose: Annotated[bool, _option("--verbose", "-v", "List every result that is not OK.")] = False,
         asks: Annotated[bool, _option("--support", "Run nothing: show what each backend accepts.")] = False,
     ) -> None:
-        """Compare backends with the float64 oracle, over every case that the project knows.
+        """Compare backends with the float64 oracle, over every case of the project.
 
         Examples:
           anydelta conform
@@ -251,7 +251,7 @@ def _print_md(results: list[Result], broken: list[str]) -> None:
 
 
 def _arrays(row: dict[str, Any]) -> str:
-    """What the arrays of a target are: "numpy", "torch", "torch cuda"."""
+    """The kind of a target's arrays: "numpy", "torch", "torch cuda"."""
     return " ".join(name for name in (row["framework"], row["device"]) if name != "cpu")
 
 
@@ -282,7 +282,7 @@ def _print_tables(results: list[Result], broken: list[str], verbose: bool) -> No
         listed[r.target] = listed.get(r.target, 0) + 1
         if listed[r.target] > MAX_LISTED and not verbose:
             continue
-        # Lines to be copied: nothing wraps or colours them.
+        # Lines for copying: they are neither wrapped nor coloured.
         if r.case == "*":
             say(f"{r.status} {r.backend}: {'; '.join(r.reasons)}")
             continue

@@ -3,17 +3,16 @@
 Output, final state and each snapshot are judged separately:
 
 - float32: NMSE = sum (got - exact)^2 / sum exact^2 <= 1e-7; float64: <= 1e-20.
-- bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to
-  float32 and then to the half type: the best that a computation in float32 can store. Where rounding is
-  exact, got must be too.
-- an absolute floor applies only where `exact` is zero everywhere, or below 1e-30 everywhere, where float32
-  runs out of normal numbers: then |got| <= 2e-30.
+- bfloat16, float16: rms(got - exact) <= 2 * rms(rounded - exact), where `rounded` is `exact` rounded to float32 and
+  then to the half type: the best that a computation in float32 can store. If rounding is exact, got must be too.
+- an absolute floor applies only if `exact` is zero everywhere, or below 1e-30 everywhere, where float32 runs out of
+  normal numbers: then |got| <= 2e-30.
 - nothing may be NaN or infinite.
 
-`exact` is the oracle's answer to the values as the call holds them, rounded to their dtypes. Every array lies
-in memory filled with NaN (`Buffer`); after the call, all that the contract does not allow to change is
-compared bit for bit: inputs, the initial state of the functional op, rows of a pool that no index names,
-states of sequences without a live token, snapshot slots s >= T_n, and the gaps between strided elements.
+`exact` is the oracle's answer to the values of the call, rounded to their dtypes. Every array is in memory filled with
+NaN (`Buffer`). After the call, everything that must not change is compared bit for bit: inputs, the initial state of
+the functional op, rows of a pool that no index names, states of sequences without a live token, snapshot slots s >=
+T_n, and the gaps between strided elements.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class Verdict:
 
     errors: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
-    """Per part ("o", "state", "snapshots 0", ...): error divided by the error allowed."""
+    """Per part ("o", "state", "snapshots 0", ...): the error divided by the allowed error."""
 
     @property
     def worst(self) -> float:
@@ -97,12 +96,11 @@ class NotRunnable(Exception):
 
 
 class Buffer:
-    """An array of a call inside poisoned memory, with the strides that a mode asks for.
+    """An array of a call inside poisoned memory, with the strides of a mode.
 
-    dense: contiguous. permuted: axes 1 and 2 swapped in memory. fused: a slice of wider rows at an odd
-    offset, as in a fused qkv projection. strided: every other element. padded: gaps after each axis.
-    transposed: the last two axes swapped in memory. expanded: axis 0 (and the last one of a KDA gate) has
-    stride 0; read-only in NumPy.
+    dense: contiguous. permuted: axes 1 and 2 swapped in memory. fused: a slice of wider rows at an odd offset, as in a
+    fused qkv projection. strided: every other element. padded: gaps after each axis. transposed: the last two axes
+    swapped in memory. expanded: axis 0 (and the last one of a KDA gate) has stride 0; read-only in NumPy.
     """
 
     def __init__(
@@ -170,7 +168,7 @@ class Buffer:
         return mx.as_strided(typed, self.shape, self.strides, self.offset)
 
     def take(self, array: mx.array) -> None:
-        """Replace this MLX array, which must not have changed, by what the call returned."""
+        """Check that this MLX array has not changed, and replace it by the result of the call."""
         import mlx.core as mx
 
         if stray := self.stray():
@@ -187,11 +185,11 @@ class Buffer:
         return self.base
 
     def values(self) -> F64:
-        """The present values of the array."""
+        """The current values of the array."""
         return decode(np.ascontiguousarray(self._view(self._after())), self.dtype)
 
     def stray(self, allowed: NDArray[np.bool_] | None = None) -> str | None:
-        """Return where memory changed outside of the elements marked in `allowed` (broadcast from the left axes)."""
+        """Where memory changed outside of the elements marked in `allowed` (broadcast from the left axes), or None."""
         after = self._after()
         bits = f"u{after.itemsize}"  # compared as integers: NaN differs from NaN
         changed = after.view(bits) != self.before.view(bits)
@@ -232,7 +230,7 @@ def _layout(shape: tuple[int, ...], mode: str, spread_last: bool) -> tuple[list[
 
 
 def oracle(case: Case, values: Inputs) -> reference.Expected:
-    """The exact answer, from the values as the call holds them."""
+    """The exact answer for the values of the call."""
     with np.errstate(all="ignore"):  # NaN in tokens that must not be read
         arrays = {n: getattr(values, n) for n in FUNCTIONAL.tensors if n != "state_in"}
         q, k, v = (arrays.pop(n) for n in ("q", "k", "v"))
@@ -367,7 +365,7 @@ def refused(v: Verdict, call: Callable[[], object], held: dict[str, Buffer]) -> 
 
 @dataclass
 class Kept:
-    """A state that a call carries on, and what it must be afterwards."""
+    """A state that a call advances, and its expected value afterwards."""
 
     name: str
     snapshots_name: str
@@ -386,7 +384,7 @@ def judge_result(
     v: Verdict, case: Case, values: Inputs, o: tuple[Array, F64], kept: Sequence[Kept], exact: reference.Expected,
     held: dict[str, Buffer], target: Target,
 ) -> None:  # fmt: skip
-    """The output (`o`: got and exact), the states and their snapshots; everything else must keep its bits."""
+    """Judge the output (`o`: got and exact), the states and their snapshots. Everything else must keep its bits."""
     live = values.live(case)
     got_o = fetch(v, "o", o[0], o[1].shape, case.dtype, target)
     if got_o is not None:
@@ -443,7 +441,7 @@ def _judge_snapshots(v: Verdict, exact: reference.Expected, part: Kept, dense: B
 def _judge_rows(
     v: Verdict, case: Case, values: Inputs, exact: reference.Expected, part: Kept, pool: Buffer
 ) -> None:
-    """The snapshots in the rows of the pool that name them; every other row keeps its bits."""
+    """Judge the snapshots in their rows of the pool. Every other row must keep its bits."""
     assert part.snapshots is not None
     assert exact.snapshot_written is not None
     assert values.snapshot_indices is not None
@@ -460,7 +458,7 @@ def _judge_rows(
 
 
 def judge(v: Verdict, name: str, got: F64, exact: F64, dtype: str) -> None:
-    """Compare one part; see the top of this file for the rule."""
+    """Compare one part, by the rule at the top of this file."""
     if not exact.size:
         return
     if not np.isfinite(got).all():
@@ -513,8 +511,8 @@ def dirty_memory(case: Case, target: Target) -> Iterator[None]:
     """Fill what the op allocates, and the scratch memory of the CPU kernels, with NaN, so that elements that are never
     written show.
 
-    torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and
-    freed: malloc gives the last one back first, and large ones come zeroed, which shows as well.
+    torch fills new memory with NaN in deterministic mode. For NumPy, blocks of the right size are filled and freed:
+    malloc returns the last one first. Large blocks are zeroed, which shows as well.
     """
     with contextlib.ExitStack() as stack:
         if _core is not None:

@@ -1,4 +1,4 @@
-"""Decays as models have them: g = -A softplus(x + dt_bias), with A and dt_bias per head (KDA: dt_bias per channel)."""
+"""Decays as in models: g = -A softplus(x + dt_bias), with A and dt_bias per head (KDA: dt_bias per channel)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Gates:
 def model_gates(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Gates:
     """Gates of x's shape.
 
-    "initialised": A in U(0.01, 16), dt_bias 1, as Transformers' layers begin; half of the decays are below -8.
-    "trained": the ranges of examples/tiny_model's parameters; long memory, and some 3% of the decays below -8.
+    "initialised": A in U(0.01, 16), dt_bias 1, as in new layers of Transformers. Half of the decays are below -8.
+    "trained": the ranges of examples/tiny_model's parameters. Long memory, and some 3% of the decays below -8.
     """
     if kind == "initialised":
         return Gates(rng.standard_normal(shape), rng.uniform(0.01, 16, shape[2]), np.ones(shape[2:]))

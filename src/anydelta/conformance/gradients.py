@@ -1,8 +1,8 @@
 """Gradients of a case on a backend, compared with those of the float64 recurrence under torch's autograd.
 
-The case's values, with random gradients of the output and of the final state. Each gradient is judged separately
-(compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types. Gates are computed in float32,
-whatever they come in.
+The case's values are used, with random gradients of the output and of the final state. Each gradient is judged
+separately (compare.py): NMSE <= 1e-7 in float32, twice the error of rounding in half types. Gates are computed in
+float32, whatever their dtype.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ GRADIENT_CASES: tuple[Case, ...] = tuple(
 )
 """Small enough for an interpreter; scripts/gpu.py has larger shapes."""
 LARGEST = 2_000_000
-"""Numbers of states over all tokens: beyond, the recurrence under autograd takes seconds a case."""
+"""The most numbers of states over all tokens. With more, the recurrence under autograd takes seconds per case."""
 
 
 def every_gradient_case() -> list[Case]:
-    """GRADIENT_CASES, and the cases of the list that are functional calls without snapshots; the mixer's cases too."""
+    """GRADIENT_CASES, and the rule's and mixer's cases that are functional calls without snapshots."""
     mixers = (
         replace(c, inplace=False, snapshots=0) for c in MIXER_CASES if not c.refused and not c.scattered
     )
@@ -175,7 +175,7 @@ def _check_mixer(case: MixerCase, target: Target, native: bool) -> Verdict:
 def _exact_mixer(
     case: MixerCase, values: MixerInputs, grads: list[torch.Tensor]
 ) -> dict[str, NDArray[np.float64]]:
-    """As `_exact`, by the names of the arrays that the case has."""
+    """As `_exact`, by the names of the case's arrays."""
     r = values.rule
     tensors = {
         name: _tensor(getattr(holder, name))
@@ -227,7 +227,7 @@ def _require_mixer_backward(case: MixerCase, arrays: dict[str, torch.Tensor], ba
 
 
 def _exact(case: Case, values: Inputs, grads: list[torch.Tensor]) -> dict[str, NDArray[np.float64]]:
-    """Gradients by name: float64, the recurrence under autograd. Zero at tokens that are not read."""
+    """Gradients by name, from the float64 recurrence under autograd. Zero at tokens that are not read."""
     names = [n for n in TRACKED if n != "state_in"]
     arrays = {n: _tensor(getattr(values, n)) for n in (*names, "mask", "cu_seqlens", "state_indices")}
     whole = Call(**arrays, state_in=_tensor(values.state))

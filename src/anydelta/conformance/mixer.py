@@ -1,5 +1,4 @@
-"""The mixer's cases: those of the rule (cases.py) with a convolution before and a norm after, compared as in
-compare.py.
+"""The mixer's cases: the rule's cases (cases.py) with a convolution before and a norm after, compared as in compare.py.
 
 Their lines begin with the word `mixer`. They run on every backend with a mixer kernel. Output, conv state, state and
 each snapshot are judged separately.
@@ -47,14 +46,14 @@ class MixerCase(Case):
     S: int = 0
     """Columns of the conv state; 0: W - 1."""
     conv_float: bool = False
-    """A float32 conv state whatever the dtype."""
+    """A float32 conv state, whatever the dtype."""
     bias: bool = False
     linear: bool = False
     """No activation after the convolution."""
     split: str = "packed"
-    """How q, k, v and z come: one of SPLITS. "grouped": views of one projection, q/k head by q/k head."""
+    """The arrays of q, k, v and z: one of SPLITS. "grouped": views of one projection, q/k head by q/k head."""
     norm: str = "silu"
-    """One of NORMS: the gate of the norm, a norm without gate, no norm."""
+    """One of NORMS: a gate of the norm, a norm without gate, no norm."""
     neg: bool = False
     """allow_neg_eigval."""
 
@@ -152,7 +151,7 @@ def flat(c: MixerCase, r: Inputs) -> tuple[F64, F64, F64]:
 
 
 def mixer_oracle(c: MixerCase, x: MixerInputs) -> reference.MixerExpected:
-    """The exact answer, from the values as the call holds them."""
+    """The exact answer for the values of the call."""
     r = x.rule
     assert r.state is not None
     q, k, v = flat(c, r)
@@ -180,7 +179,7 @@ class MixerPrepared:
 
 
 def mixer_buffers(c: MixerCase, x: MixerInputs, target: Target) -> dict[str, Buffer]:
-    """The arrays of the call. q, k, v (and z, where grouped) come as "qkv"; `_arrays` takes them apart."""
+    """The arrays of the call. q, k, v (and z, if grouped) are one buffer "qkv", which `_arrays` separates."""
     r = x.rule
     index = "int64" if c.int64 else "int32"
     out: dict[str, Buffer] = {}
@@ -359,7 +358,7 @@ def _forms() -> Iterator[MixerCase]:
 
 
 def _subnormal() -> Iterator[MixerCase]:
-    """As the rule's: cases.py."""
+    """As the rule's in cases.py."""
     for kda in (False, True):
         for T in (1, 2, 4, 6, 16, 64):
             base = MixerCase(T=T, H=1, HV=2, K=32, V=32, kda=kda, layout="vk" if T == 2 else "kv")

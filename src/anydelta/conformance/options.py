@@ -1,4 +1,4 @@
-"""The options of a call by the words of a case: a line says `logit`, the call beta_is_logit."""
+"""The options of a call, by the words of a case: a line says `logit`, the call beta_is_logit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = {
 
 
 def options_of_case(case: object, table: type, *without: str) -> dict[str, Any]:
-    """The options of a table that a case has, by their names there."""
+    """The options of a table that a case has, by their names in the table."""
     words = {name: WORDS.get(name, name) for name in fields(table) if name not in without}
     return {name: getattr(case, word) for name, word in words.items() if hasattr(case, word)}
 

@@ -1,4 +1,4 @@
-"""Runs cases on targets and returns records; printing is left to cli.py."""
+"""Runs cases on targets and returns records. cli.py prints them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY_CASE = "*"
 
 @dataclass(frozen=True)
 class Result:
-    """One case on one target. `case` is its reproduction line, or "*" where a target could not run at all."""
+    """One case on one target. `case` is its reproduction line, or "*" if the target could not run at all."""
 
     backend: str
     isa: str | None
@@ -35,10 +35,10 @@ class Result:
     status: str
     reasons: tuple[str, ...] = ()
     worst: float = 0.0
-    """The largest error of any part, divided by the error allowed: 1 is the limit."""
+    """The largest error of any part, divided by the allowed error: 1 is the limit."""
     seconds: float = 0.0
     device: str = "cpu"
-    """Of the tensors, as torch names it."""
+    """The tensors' device, by torch's name."""
     gradients: bool = False
     """Whether the backward pass was run."""
 
@@ -59,7 +59,7 @@ class Result:
 
 
 def backend_of(name: str) -> dispatch.Backend:
-    """As dispatch.get_backend, but a module that offers nothing (not built) is a ValueError too."""
+    """As dispatch.get_backend, but a backend that is not built is a ValueError too."""
     backend = dispatch.get_backend(name)
     if backend is None:
         raise ValueError(f"backend {name!r} has no implementation in this installation")
@@ -72,12 +72,12 @@ def unavailable(name: str) -> tuple[str, ...]:
         return tuple(str(r) for r in backend_of(name).available())
     except (ImportError, ValueError) as error:
         return (str(error),)
-    except (Exception, SystemExit) as error:  # what a package raises that is installed and does not import
+    except (Exception, SystemExit) as error:  # any error of a package that is installed but does not import
         return (f"{type(error).__name__}: {one_line(error)}",)
 
 
 def isas(name: str) -> list[str]:
-    """The instruction sets among which a backend can be forced to one, on this machine."""
+    """The instruction sets that a backend can be forced to use on this machine."""
     if unavailable(name):
         return []
     offered = getattr(dispatch.host(name), "isas", None)
@@ -88,7 +88,7 @@ FRAMEWORKS = ("numpy", "torch", "mlx")
 
 
 def frameworks() -> list[str]:
-    """NumPy, and torch where it is installed: those that run unless others are asked for."""
+    """The default frameworks: NumPy, and torch if it is installed."""
     return ["numpy", "torch"] if importlib.util.find_spec("torch") else ["numpy"]
 
 
@@ -98,10 +98,10 @@ def targets(
     only_frameworks: Sequence[str] = (),
     device: str = "cpu",
 ) -> list[Target]:
-    """One target per backend, ISA and framework. A backend that cannot run here gets one, to say so.
+    """One target per backend, ISA and framework. A backend that cannot run here also gets one, to say so.
 
-    On another device than the CPU all arrays are torch tensors. A backend that takes no host arrays says where its
-    tensors lie (`tensors_on`), which counts where `device` is the CPU.
+    On another device than the CPU all arrays are torch tensors. A backend that takes no host arrays names its tensors'
+    device in `tensors_on`. This replaces `device` if that is the CPU.
 
     Raises:
         ValueError: an ISA that none of the backends offers, or a device that is not here.
@@ -113,7 +113,7 @@ def targets(
             torch.empty(1, device=device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(
-                f"device must be one of torch's that is here; got {device!r}: {first_line(error)}"
+                f"device must be a torch device of this machine; got {device!r}: {first_line(error)}"
             ) from None
     offered = {name: isas(name) for name in backends}
     known = [isa for names in offered.values() for isa in names]
@@ -139,7 +139,7 @@ def targets(
 
 
 def run(cases: Iterable[Case], on: Sequence[Target], *, gradients: bool = False) -> Iterator[Result]:
-    """Every case on every target, case by case so that the oracle is asked once. With `gradients` the backward pass."""
+    """Run every case on every target, case by case, so that the oracle runs once. `gradients`: the backward pass."""
     usable = []
     for target in on:
         if reasons := unavailable(target.backend) if target.backend != "auto" else ():
@@ -157,7 +157,7 @@ def run(cases: Iterable[Case], on: Sequence[Target], *, gradients: bool = False)
 
 
 def parse(line: str) -> Case:
-    """The case that prints as `line`: the mixer's and the log's begin with that word.
+    """The case that prints as `line`. Lines of the mixer and the log begin with that word.
 
     Raises:
         ValueError: an unknown field, or a value that does not fit it.
@@ -182,7 +182,7 @@ def is_asked(case: Case, target: Target) -> bool:
 
 
 def has_mixer(backend: str) -> bool:
-    """Whether the backend has a kernel for the mixer: others are not asked its cases."""
+    """Whether the backend has a kernel for the mixer. Others do not run its cases."""
     return backend == "auto" or dispatch.mixer_of(backend) is not None
 
 

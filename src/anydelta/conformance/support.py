@@ -1,7 +1,7 @@
-"""What each backend says it accepts (`Backend.accepts`), feature by feature: `anydelta conform --support`.
+"""The calls that each backend declares (`Backend.accepts`), feature by feature: `anydelta conform --support`.
 
-A yes says that the backend takes such a call; that it then computes the right thing is what `anydelta conform`
-proves. Nothing here depends on the machine: a backend answers without its hardware.
+A yes means that the backend takes such a call. `anydelta conform` proves that it then computes the right result.
+Nothing here depends on the machine: a backend answers without its hardware.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .options import from_words
 
 @dataclass(frozen=True)
 class Feature:
-    """One row: how a plain call must change to ask for it, and which conformance cases use it."""
+    """One row: how it changes a plain call, and which conformance cases use it."""
 
     name: str
     change: Callable[[CallSpec], CallSpec]
@@ -29,17 +29,17 @@ class Feature:
 
     @property
     def cases(self) -> int:
-        """How many cases of the rule use it, the float64 ones that only the reference runs included."""
+        """How many cases of the rule use it, including float64 cases that only the reference runs."""
         return sum(self.used_by(case) for case in (*CASES, *FLOAT64_CASES))
 
 
 def _with(spec: CallSpec, **words: object) -> CallSpec:
-    """With these options, in the words of a case."""
+    """The call with these options, in the words of a case."""
     return replace(spec, options=spec.options._replace(**from_words(**words)))
 
 
 def _given(spec: CallSpec, *names: str, **facts: object) -> CallSpec:
-    """With these arrays of the table."""
+    """The call with these arrays of the table."""
     return replace(spec, given=(*spec.given, *names), **facts)  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ FEATURES = (
         lambda c: c.decay == "raw",
     ),
     Feature("beta as a logit", lambda s: _with(s, logit=True), lambda c: c.logit),
-    Feature("a key of its own to read (`erase`)", lambda s: _given(s, "erase"), lambda c: bool(c.erase)),
+    Feature("a separate key to read (`erase`)", lambda s: _given(s, "erase"), lambda c: bool(c.erase)),
     Feature("q/k L2 norm in the kernel", lambda s: _with(s, l2norm=True), lambda c: c.l2norm),
     Feature("tiled heads (GGUF)", lambda s: _with(s, heads="tiled"), lambda c: c.heads == "tiled"),
     Feature("state as [V, K]", lambda s: _with(s, layout="vk"), lambda c: c.layout == "vk"),
@@ -87,7 +87,7 @@ def devices(backend: str) -> list[str]:
 
 
 def plain(backend: str) -> CallSpec:
-    """A small call that uses nothing special, on a device and with arrays that the backend is meant for."""
+    """A small call without special features, on a device and with arrays of the backend."""
     x, gate = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 4, 2), np.float32)
     spec = check_call(Call(x, x, x, gate, gate), Options(), inplace=False)
     on = [replace(spec, device=d, framework=f) for d in devices(backend) for f in ("numpy", "torch")]
@@ -95,22 +95,22 @@ def plain(backend: str) -> CallSpec:
 
 
 def _against(backend: str, spec: CallSpec) -> tuple[str, ...]:
-    """What the declaration has against a call, the machine aside."""
+    """The declaration's reasons against a call, without limits of the machine."""
     return dispatch.against(dispatch.get_backend(backend), spec, here=False)
 
 
 def answers(backend: str) -> dict[str, list[str]]:
-    """Per feature, the backend's reasons against it; none is a yes."""
+    """Per feature, the backend's reasons against it. No reason is a yes."""
     spec = plain(backend)
     return {f.name: list(_against(backend, f.change(spec))) for f in FEATURES}
 
 
 def support(backends: Iterable[str] = dispatch.NAMES) -> dict[str, object]:
-    """Everything, as `anydelta conform --support --json` prints it.
+    """The output of `anydelta conform --support --json`.
 
     Returns:
-        version: of anydelta. cases: per feature, the number of conformance cases that use it.
-        backends: per backend its devices, and its features as `answers` gives them.
+        version: anydelta's version. cases: per feature, the number of conformance cases that use it.
+        backends: per backend its devices, and its features as from `answers`.
     """
     return {
         "version": __version__,

@@ -1,9 +1,9 @@
 """The log form of StatePool: the rule's cases (cases.py) in steps of a few tokens, some of which are taken back.
 
-A line that begins with the word `log` is one of these. Each sequence runs its T tokens in steps. After round r,
-sequence i keeps (r + i) mod (n + 1) of the n tokens that it ran, and goes on after them. So every count from 0 to n
-occurs, and the counts in a batch differ. Each output (of rejected tokens too) and each state must be that of a single
-pass of the oracle. An idle sequence and a fork that shares its state must keep their bits.
+Their lines begin with the word `log`. Each sequence runs its T tokens in steps. After round r, sequence i keeps
+(r + i) mod (n + 1) of the n tokens that it ran, and continues after them. So every count from 0 to n occurs, and the
+counts in a batch differ. Each output (also of rejected tokens) and each state must equal that of a single pass of the
+oracle. An idle sequence and a fork that shares its state must keep their bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORD = "log "
 
 @dataclass(frozen=True)
 class LogCase(Case):
-    """Fields of the rule mean the same."""
+    """A case of the log. Fields of the rule mean the same."""
 
     entries: int = 8
     """The log's capacity: snapshots - 1."""
@@ -101,7 +101,7 @@ def _run(v: Verdict, prepared: Prepared, target: Target) -> None:
             _step(v, c, x, exact.o, pool, mine, at, ran, target)
         batch = [i for i in range(c.B) if ran[i]]
         kept = [(r + i) % (ran[i] + 1) for i in batch]
-        # a step longer than the log cannot be taken back beyond what the log holds
+        # a step longer than the log can only be taken back as far as the log goes
         kept = [max(n, ran[i] - c.entries) for n, i in zip(kept, batch, strict=True)]
         pool.commit(kept, [mine[i] for i in batch])
         for i, n in zip(batch, kept, strict=True):
@@ -118,7 +118,7 @@ def _step(
     v: Verdict, c: LogCase, x: Inputs, exact: F64, pool: StatePool, mine: list[int], at: list[int], ran: list[int],
     target: Target,
 ) -> None:  # fmt: skip
-    """One begin and run from where each sequence stands; `ran` grows by what it ran."""
+    """One begin and run from the place of each sequence. `ran` grows by its tokens."""
     first = [a + n for a, n in zip(at, ran, strict=True)]
     counts = [min(c.step, c.T - a) for a in first]
     batch = [i for i in range(c.B) if counts[i]]
@@ -153,7 +153,7 @@ def _step(
 
 
 def runs_the_log(backend: str) -> bool:
-    """Whether the backend is asked these cases."""
+    """Whether the backend runs these cases."""
     return backend == "auto" or dispatch.part_of(backend, "log") is not None
 
 
@@ -178,7 +178,7 @@ def _cases() -> Iterator[LogCase]:
         )
         for gate in ("keep", "wipe", "inf"):
             yield LogCase(B=1, T=16, H=1, HV=2, K=140, V=70, kda=kda, gate=gate, entries=5)
-        for step in (1, 2, 4, 6, 16):  # as the rule's strong decays: cases.py
+        for step in (1, 2, 4, 6, 16):  # like the rule's strong decays in cases.py
             strong = LogCase(B=1, T=20, H=1, HV=2, K=32, V=32, kda=kda, step=step, entries=16, l2norm=True)
             for gate in STRONG:
                 yield replace(strong, gate=gate, layout="vk" if step == 2 else "kv")

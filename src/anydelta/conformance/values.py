@@ -1,7 +1,7 @@
 """Numbers in the four float types, in plain NumPy: rounding, and the bits of a stored array.
 
-NumPy has no bfloat16 of its own, and the checks compare memory bit by bit, so arrays are kept as `storage`:
-their own type for most, int16 for bfloat16.
+NumPy has no bfloat16, and the checks compare memory bit by bit. So arrays are kept as `storage`: bfloat16 as int16,
+others in their own type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of a table of arguments, and what is made of a table.
+"""The rows of a table of arguments, and what is generated from a table.
 
 rule/arguments.py and mixer/arguments.py are the tables: two classes each, whose fields are annotated with the rows
 below. Everything else follows from them: options and keys of plans, checks of numbers and choices, the schemas of
@@ -25,7 +25,7 @@ class ArrayRow:
     shape: str
     """Its legend, as in errors and docstrings."""
     kind: str = "token"
-    """What it holds, which decides its dtypes: "token": dtype of q; "gate", "weight": any float; "state"; "flag": bool;
+    """What it holds. This decides its dtypes: "token": dtype of q; "gate", "weight": any float; "state"; "flag": bool;
     "index"."""
     optional: bool = False
     explicit: bool = False
@@ -50,7 +50,7 @@ class NumberRow:
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """One of a few words; None if it is among them."""
+    """One of a few words. None is allowed if it is among them."""
 
     values: tuple[str | None, ...]
 
@@ -98,7 +98,7 @@ def arrays(table: Hashable, *kinds: str) -> tuple[str, ...]:
 
 
 def plain(table: Hashable, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of these options that are a flag or a number that is never None."""
+    """The options among `names` that are a flag, or a number that is never None."""
     rows = {name: fields(table)[name] for name in names}
     return tuple(n for n, f in rows.items() if isinstance(f.row, FlagRow | NumberRow) and not f.optional)
 

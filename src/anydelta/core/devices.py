@@ -79,7 +79,7 @@ class Device(ABC):
     name: str
     """As `anydelta.device` takes it: "vulkan:0"."""
     description: str
-    """The driver's name for it."""
+    """The driver's name for the device."""
     most_bytes: int = sys.maxsize
     """The driver's limit for one array."""
     lost: str = ""
@@ -165,7 +165,7 @@ class DeviceArray:
         shape: its sizes.
         dtype: "float32", "bfloat16" or "float16".
         nbytes: its size in bytes.
-        memory: the allocation that it lies in.
+        memory: the allocation that holds it.
         offset: the byte of the allocation where it begins.
     """
 

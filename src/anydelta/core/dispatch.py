@@ -1,8 +1,8 @@
 """Which backend runs a call, and why the others do not.
 
-`PRIORITY` is the whole policy: one list per device, best first. A backend answers two questions with reasons:
-`available()` (is its runtime here?), and whether its declaration `accepts` the call (core/accepts.py). What is accepted
-runs. `ANYDELTA_BACKEND` forces one for the whole process.
+`PRIORITY` is the whole policy: one list per device, best first. A backend answers two questions, with reasons:
+is its runtime here (`available()`), and does its declaration `accepts` the call (core/accepts.py)? Accepted calls must
+run. `ANYDELTA_BACKEND` forces one backend for the whole process.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Gated(Protocol):
 
 
 class Declares(Protocol):
-    """What runs the rule, the mixer or the log on a backend."""
+    """The object that runs the rule, the mixer or the log on a backend."""
 
     @property
     def accepts(self) -> Accepts:
@@ -169,8 +169,8 @@ class Trace:
 
 
 def implementation(name: str, spec: Spec) -> Any:
-    """The object that runs such calls on a backend: itself or its host for MLX arrays for the rule, its part for the
-    mixer or the log, or None."""
+    """The object that runs such calls on a backend. For the rule: the backend itself, or its host for MLX arrays. For
+    the mixer or the log: the backend's part, or None."""
     backend = get_backend(name)
     if spec.part:
         return part_of(name, spec.part)

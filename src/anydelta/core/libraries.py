@@ -17,7 +17,7 @@ def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tu
     Args:
         name: of the library, such as "anydelta_torch".
         package: the distribution of its runtime, of `minimum` or newer.
-        env: the environment variable that leaves the library out where it is 0.
+        env: the environment variable that turns the library off if it is 0.
     """
     if env and os.environ.get(env) == "0":
         return None, f"{env}=0"
@@ -33,7 +33,7 @@ def find(name: str, package: str, minimum: tuple[int, ...], env: str = "") -> tu
     paths = (folder / form.format(name) for form in _FORMS)
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        return None, f"anydelta was built where no {package} was; see docs/export.md"
+        return None, f"anydelta was built without {package}; see docs/export.md"
     return path, ""
 
 

@@ -1,11 +1,11 @@
 """The cache of plans, and the path of each call to its backend.
 
-A `Plan` holds what was found out about a call: its spec, its backend, what the backend prepared, how results are made.
+A `Plan` holds what is known of a call: its spec, its backend, what the backend prepared, how results are made.
 The next equal call reuses it. Calls are equal if their keys are. A key has two parts:
 
-    of the arrays   dtypes, shapes, strides, and what else a check looks at; and ANYDELTA_BACKEND. The extension reads
-                    it in less than a microsecond (backends/cpu/arrays.h), and refuses where a plan must not be cached:
-                    torch traces or watches the call, a tensor is more than plain memory, or a gradient is wanted.
+    of the arrays   dtypes, shapes, strides, everything else that a check reads, and ANYDELTA_BACKEND. The extension
+                    reads it in less than a microsecond (backends/cpu/arrays.h). It refuses if a plan must not be
+                    cached: torch traces or watches the call, a tensor is not plain memory, or a gradient is wanted.
     the rest        a tuple of texts, numbers and None: the options of the call and the backend that was asked for.
 
 A call equal to an earlier one then costs one look-up. Without the extension nothing is cached.
@@ -34,7 +34,7 @@ Launch = Callable[[Arrays, Arrays], object]
 class Plan(Generic[S]):
     spec: S
     make: Callable[[Arrays], Arrays]
-    """New results for the arrays of a call."""
+    """Returns new results for the arrays of a call."""
     launch: Launch
     check: Callable[[Arrays], object] | None = None
     """Checks the values of index arrays, which no key holds; None without such arrays."""
@@ -59,12 +59,12 @@ def _nothing(arrays: Arrays, rest: Rest, text: str | None = None) -> object:
 
 
 find: Callable[..., object] = _nothing if core is None else core.find_plan
-"""find(arrays, rest, text=None): the plan that is cached for such a call; otherwise its key, for `keep`; None if the
-call may not be cached. `text` adds to the key what `arrays` do not hold."""
+"""find(arrays, rest, text=None): the plan that is cached for such a call; or its key, for `keep`; or None if the call
+may not be cached. `text` adds to the key what `arrays` do not hold."""
 
 
 def find_on_devices(arrays: Arrays, rest: Rest) -> object:
-    """`find`, where some arrays are on an `anydelta.device`, which the extension does not read."""
+    """`find` if some arrays are on an `anydelta.device`, which the extension does not read."""
     text = [f"{x.device.name} {x.shape} {x.dtype}" if type(x) is DeviceArray else "-" for x in arrays]
     return find(tuple(None if type(x) is DeviceArray else x for x in arrays), rest, "|".join(text))
 
@@ -91,7 +91,7 @@ def launcher(
     table: Callable[..., C],
     written: Callable[[C], list[Array]] | None,
 ) -> Launch:
-    """For a backend that takes a call as one object: `table` builds it from arrays and results. `written` returns the
+    """The launch for a backend that takes one object: `table` builds it from arrays and results. `written` returns the
     tensors whose version counts go up."""
 
     def launch(arrays: Arrays, made: Arrays) -> None:

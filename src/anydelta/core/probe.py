@@ -1,4 +1,4 @@
-"""What this machine has and runs. Code is tried in a process of its own, because it may crash on another CPU."""
+"""What this machine has and runs. Code is tried in a separate process, because it may crash on another CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cache
 
 @cache
 def fails(code: str) -> str | None:
-    """Why that code fails, in a line; None where it does not."""
+    """Why that code fails, in one line; None if it runs."""
     paths = os.pathsep.join(filter(None, sys.path))
     try:
         done = subprocess.run(
@@ -28,7 +28,7 @@ def fails(code: str) -> str | None:
 
 
 def package_version(name: str) -> str:
-    """Of an installed package; "?" where it is not."""
+    """The version of a package, or "?" if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""ExecuTorch: lower exported programs that hold the operator, and load its kernels into the Python runtime.
+"""ExecuTorch: lower exported programs that use the operator, and load its kernels into the Python runtime.
 
 `lower` makes an ExecuTorch program whose calls are anydelta::gated_delta_rule.out, gated_delta_rule_snapshots.out and
 gated_delta_rule_inplace.out. The kernels of these are in libanydelta_executorch (executorch_library.cpp), which Python
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from executorch.exir.passes import MemoryPlanningPass
 
 MINIMUM = (1, 5)
-"""The first executorch package with C++ libraries and a registry of operators that others can add to."""
+"""The first executorch package with C++ libraries and a registry that accepts other operators."""
 
 
 def library() -> Path:
     """The library that a C++ program links to run programs with the operator.
 
     Raises:
-        RuntimeError: there is none; says why.
+        RuntimeError: there is none; with the reason.
     """
     path, reason = libraries.find("anydelta_executorch", "executorch", MINIMUM)
     if path is None:
@@ -44,12 +44,12 @@ def load() -> ctypes.CDLL:
     """Register the kernels with the runtime of `executorch.runtime`, once.
 
     Raises:
-        RuntimeError: there is no library, or it was built for another release; says so.
+        RuntimeError: there is no library, or it was built for another release.
     """
     from importlib.metadata import version
 
     path = library()
-    # brings the C++ runtime, whose registry the library enters
+    # loads the C++ runtime, in which the library registers
     from executorch.extension.pybindings import portable_lib  # noqa: F401
 
     try:
@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL:
 
 
 def schemas() -> dict[str, tuple[str, str]]:
-    """Schemas by ExecuTorch's name of the operator: its own, and that of the form with results as arguments."""
+    """By ExecuTorch's name of the operator: its schema, and the schema with results as arguments."""
     both = {}
     for name, schema in torch_op.SCHEMAS.items():
         theirs = _name(name)
@@ -84,7 +84,7 @@ def schemas() -> dict[str, tuple[str, str]]:
 
 
 def _name(name: str) -> str:
-    """The exporter reads a trailing underscore as a method of the first argument."""
+    """The name without a trailing underscore, which the exporter reads as a method of the first argument."""
     return name[:-1] + "_inplace" if name.endswith("_") else name
 
 
@@ -107,20 +107,20 @@ def lower(
     *,
     share_states: bool = False,
 ) -> ExecutorchProgramManager:
-    """Exported programs as an `ExecutorchProgramManager`, whose `buffer` is the content of a .pte file.
+    """Exported programs as an `ExecutorchProgramManager`. Its `buffer` is the content of a .pte file.
 
     A state that is a registered buffer is part of the program and is advanced in place, without a copy.
 
     Args:
         programs: one program, which becomes the method "forward", or several by the names of their methods, from
             `torch.export.export`. Their graphs are changed.
-        share_states: buffers of one name are one memory in all methods, so that a prefill hands its states to the
-            decode step. They then begin as the memory that the runtime gives them, which Python's and C++'s `Module`
-            (with share_memory_arenas) fill with zeros.
+        share_states: buffers with the same name share memory in all methods, so that a prefill passes its states to the
+            decode step. They begin as the runtime's memory, which the `Module` of Python and of C++ (with
+            share_memory_arenas) fills with zeros.
 
     Raises:
-        ValueError: a state that is an input of the program is advanced: the runtime gives a program copies of its
-            inputs. Or shared states do not begin at zero.
+        ValueError: a program advances a state that is its input, and the runtime copies inputs. Or shared states do not
+            begin at zero.
     """
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
     from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
@@ -170,17 +170,17 @@ AFTER_LINE = 16
 
 
 def _planning(share_states: bool) -> MemoryPlanningPass:
-    """The pass that gives every tensor its place in the runtime's memory: at the beginning of a cache line.
+    """The pass that places every tensor in the runtime's memory: at the beginning of a cache line.
 
-    A state that lies across lines costs the kernel a fourth of its speed at T = 1. If the memory begins at another
-    offset than AFTER_LINE, nothing is lost.
+    A state across lines costs the kernel a fourth of its speed at T = 1. If the memory begins at another offset than
+    AFTER_LINE, nothing is lost.
     """
     from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite
     from executorch.exir.passes import MemoryPlanningPass
 
     class Lines(MemoryPlanningAlgorithmSuite):  # type: ignore[misc]
         def __call__(self, alignment: int, specs: object, graph: Any, *more: object) -> object:
-            taken = getattr(graph, "input_mem_buffer_sizes", None) or [0, 0]  # by graphs inside this one
+            taken = getattr(graph, "input_mem_buffer_sizes", None) or [0, 0]  # used by graphs inside this one
             graph.input_mem_buffer_sizes = [0, *(-(-n // LINE) * LINE + LINE - AFTER_LINE for n in taken[1:])]
             return super().__call__(alignment, specs, graph, *more)
 

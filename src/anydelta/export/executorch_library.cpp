@@ -52,25 +52,25 @@ ScalarType scalar_type(Type t) {
     return t == Type::f32 ? ScalarType::Float : t == Type::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
-// A tensor's geometry in the width that the core takes.
+// A tensor's geometry, in the core's integer type.
 constexpr int MAX_DIMS = 8;
 struct Sizes {
     int64_t sizes[MAX_DIMS], strides[MAX_DIMS];
 };
 
-// The values of one call. Every accessor asks for the tag first, because EValue's own abort the process.
+// The values of one call. Every accessor checks the tag first, because EValue's own accessors abort the process.
 class Values {
   public:
     Values(const char* op, Span<EValue*> values) : op_(op), values_(values) {}
 
-    // Null where None.
+    // Null for None.
     const Tensor* tensor(size_t i, bool optional) const {
         const EValue& v = *values_[i];
         if (v.isTensor()) return &v.toTensor();
         if (!optional || !v.isNone()) wrong(i, optional ? "a tensor or None" : "a tensor");
         return nullptr;
     }
-    // None leaves a number at its default.
+    // For None a number keeps its default.
     template <class Number>
     void take(size_t i, Number& out) const {
         const EValue& v = *values_[i];
@@ -102,7 +102,7 @@ class Values {
     }
 };
 
-// A result must have the type that was planned, and is given its true size.
+// A result must have the planned type, and gets its true size.
 void fit(const char* op, const char* name, const Tensor& out, ScalarType type, std::initializer_list<int64_t> sizes) {
     if (out.scalar_type() != type)
         fail(op, std::string(name) + " was planned with another dtype. Export the program again");
@@ -190,12 +190,12 @@ void boxed(KernelRuntimeContext& context, Span<EValue*> stack) {
     }
 }
 
-// ExecuTorch's own threads, whose workers are the ones awake between two kernels of a program.
+// ExecuTorch's own threads: its workers are awake between two kernels of a program.
 void on_executorch_threads(int threads, void (*work)(void*), void* context) {
     executorch::extension::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(context); });
 }
 
-// Registering twice aborts the process, so a second copy of the library leaves it be.
+// Registering twice aborts the process, so a second copy of the library does not register.
 bool register_operators() {
     using executorch::runtime::Kernel;
     static const Kernel kernels[] = {
@@ -212,7 +212,7 @@ bool register_operators() {
 
 }  // namespace
 
-// The ExecuTorch that the library was built for: its C++ interface is not a stable one.
+// The ExecuTorch that the library was built for: its C++ interface is not stable.
 ANYDELTA_EXPORT const char* anydelta_executorch_version() { return ANYDELTA_EXECUTORCH_VERSION; }
 // The instruction set that ran the latest call.
 ANYDELTA_EXPORT const char* anydelta_executorch_isa() {

@@ -1,8 +1,8 @@
-"""ONNX: export programs that hold the operator, for ONNX Runtime's CPU provider or with an operator of the standard.
+"""ONNX: export programs that use the operator, for ONNX Runtime's CPU provider or with a standard operator.
 
 `to_onnx(program)` writes each call as one node, by default `anydelta.GatedDeltaRule`, whose kernel is in
-libanydelta_onnxruntime (onnxruntime_library.cpp); `session` loads that. Needs the packages `onnx` and `onnxscript`, and
-`onnxruntime` to run. An ONNX program cannot change its inputs: a state is one input and one additional output.
+libanydelta_onnxruntime (onnxruntime_library.cpp). `session` loads that library. Needs the packages `onnx` and
+`onnxscript`, and `onnxruntime` to run. An ONNX program cannot change its inputs: a state is an input and an output.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPERATORS = ("anydelta", "com.microsoft", "onnx")
-"""What a call becomes: anydelta's operator; ONNX Runtime's LinearAttention; the one of the ONNX standard (opset 27)."""
+"""What a call becomes: anydelta's operator, ONNX Runtime's LinearAttention, or the ONNX standard's (opset 27)."""
 
 LINEAR_ATTENTION_OPSET = 27
 """The first opset of the ONNX standard that has LinearAttention."""
 
 _STANDARD = "anydelta.standard"
-"""Stands for the standard's own domain while torch's exporter converts the rest from the opset that it writes: there is
-no older LinearAttention to convert from."""
+"""Replaces the standard's own domain while torch's exporter converts the other nodes from the opset that it writes:
+there is no older LinearAttention to convert from."""
 
 MINIMUM = (1, 17)
 """The first onnxruntime with everything that the library uses."""
@@ -45,7 +45,7 @@ def library() -> Path:
     """The library of custom operators, for `SessionOptions.register_custom_ops_library` or its C twin.
 
     Raises:
-        RuntimeError: there is none; says why.
+        RuntimeError: there is none; with the reason.
     """
     path, reason = libraries.find("anydelta_onnxruntime", "onnxruntime", MINIMUM)
     if path is None:
@@ -56,10 +56,10 @@ def library() -> Path:
 def session(
     model: str | bytes | Path, options: onnxruntime.SessionOptions | None = None
 ) -> onnxruntime.InferenceSession:
-    """An `onnxruntime.InferenceSession` on the CPU that knows the operator; `options` are SessionOptions to add to.
+    """An `onnxruntime.InferenceSession` on the CPU that has the operator. `options` are SessionOptions to extend.
 
     Raises:
-        RuntimeError: there is no library to load; says why.
+        RuntimeError: there is no library to load; with the reason.
     """
     import onnxruntime
 
@@ -72,17 +72,17 @@ def session(
 def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta") -> torch.onnx.ONNXProgram:
     """An exported program as a `torch.onnx.ONNXProgram` (`.save(path)`, `.model_proto`).
 
-    States that calls advance in place must be inputs of the program; the program has an output for each, in
-    the order of the inputs and after its own, called NAME_out.
+    States that calls advance in place must be inputs of the program. The program gets an output NAME_out for each,
+    after its own outputs and in the order of the inputs.
 
     Args:
         program: from `torch.export.export`. Its graph is changed.
-        operator: one of `OPERATORS`. The last two compute gates and norms in nodes of their own, and take
-            neither masks nor packed sequences; "onnx" also repeats q and k where v has more heads.
+        operator: one of `OPERATORS`. The last two compute gates and norms in separate nodes, and take neither masks nor
+            packed sequences. "onnx" also repeats q and k if v has more heads.
 
     Raises:
         ValueError: a state is a buffer, which an ONNX program cannot keep; or the chosen operator cannot express the
-            call. Says which.
+            call. The text says which.
     """
     if operator not in OPERATORS:
         raise ValueError(f"to_onnx: operator must be one of {OPERATORS}; got {operator!r}")
@@ -111,7 +111,7 @@ def to_onnx(program: torch.export.ExportedProgram, *, operator: str = "anydelta"
 
 
 _DTYPES = {"gate": torch.float32, "weight": torch.float32, "index": torch.int64}
-"""Dtypes of the node's inputs, by the kinds of the table; others keep theirs."""
+"""Dtypes of the node's inputs by the kinds of the table. Other inputs keep theirs."""
 
 
 def _bind(
@@ -125,7 +125,7 @@ def _bind(
 
 
 def _gated_delta_rule(*tensors: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
-    """anydelta.GatedDeltaRule, with the types that it has."""
+    """The node anydelta.GatedDeltaRule, with inputs in its types."""
     arrays, flags = _bind(tensors, options)
     q, v, initial_state = arrays["q"], arrays["v"], arrays.get("state_in")
     inputs = []
@@ -163,7 +163,7 @@ _LINEAR_ATTENTION = ("q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias")
 
 
 def _linear_attention(domain: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """LinearAttention of the standard or of com.microsoft: log decay, beta and normalised keys are made before it."""
+    """LinearAttention of the standard or of com.microsoft, after nodes for log decay, beta and normalised keys."""
 
     def write(*tensors: Tensor | None, **options: object) -> tuple[Tensor, Tensor]:
         arrays, flags = _bind(tensors, options)
@@ -242,7 +242,7 @@ def _gates(
 
 
 def _functional(graph: torch.fx.Graph, node: Node) -> None:
-    """gated_delta_rule_ as gated_delta_rule and a copy into the state, which decomposition then takes apart."""
+    """gated_delta_rule_ as gated_delta_rule and a copy into the state. Decomposition then separates them."""
     ops = torch.ops.anydelta
     if node.target is ops.gated_delta_rule_snapshots.default:
         raise ValueError("to_onnx: an ONNX operator changes none of its inputs; got a call with snapshots")
@@ -269,15 +269,15 @@ def _functional(graph: torch.fx.Graph, node: Node) -> None:
 
 
 def _return_states(program: torch.export.ExportedProgram) -> list[str]:
-    """Return what the program writes to its inputs as outputs: the exporter would silently drop it.
+    """Return as outputs what the program writes to its inputs: the exporter would silently drop it.
 
-    Gives the names of these inputs, in the order of the outputs.
+    Returns the names of these inputs, in the order of the outputs.
     """
     signature = program.graph_signature
     buffers = signature.buffers_to_mutate
     if buffers:
         raise ValueError(
-            "to_onnx: a state must be an input of the program, since ONNX programs keep nothing between calls; got "
+            "to_onnx: a state must be an input of the program, because ONNX programs keep nothing between calls; got "
             f"the buffer {next(iter(buffers.values()))!r}. Pass it in, and its output in again"
         )
     inputs = [s.arg.name for s in signature.input_specs if s.kind is InputKind.USER_INPUT]

@@ -1,6 +1,7 @@
-// The part of ONNX Runtime's C interface that a library of custom operators needs. Its headers are in no Python package, and
-// the interface is a table of functions to which each release only appends, so the few places that are used are named
-// here and the library needs nothing to be built. Source: onnxruntime_c_api.h, struct OrtApi and struct OrtCustomOp.
+// The part of ONNX Runtime's C interface that a library of custom operators needs. No Python package has its
+// headers. The interface is a table of functions, and each release only appends to it. So the few places that are
+// used are named here, and the library builds without ONNX Runtime. Source: onnxruntime_c_api.h, struct OrtApi and
+// struct OrtCustomOp.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -64,7 +65,7 @@ inline void ReleaseTensorInfo(Api* api, TensorInfo* info) {
     reinterpret_cast<void (*)(TensorInfo*)>(const_cast<void*>(api[99]))(info);
 }
 
-// OrtCustomOp as of VERSION. The runtime calls with the pointer that it was given.
+// OrtCustomOp as of VERSION. The runtime passes the pointer that it was given.
 struct CustomOp {
     uint32_t version;
     void* (*CreateKernel)(const CustomOp*, Api*, const KernelInfo*);

@@ -38,7 +38,7 @@ void ok(Api* api, ort::Status* status, const char* what) {
     throw std::runtime_error(std::string("gated_delta_rule: ONNX Runtime refused ") + what);
 }
 
-// What ONNX Runtime takes for an error; null where f returns.
+// Runs f. Returns its error as ONNX Runtime's, or null.
 template <class F>
 ort::Status* guarded(Api* api, F f) {
     try {
@@ -76,7 +76,7 @@ Array read(Api* api, const ort::Value* value, Sizes& geometry) {
                                     std::to_string(dims));
     ok(api, ort::GetDimensions(api, raw, geometry.sizes, dims), "to show a tensor");
     ok(api, ort::GetTensorMutableData(api, const_cast<ort::Value*>(value), &x.data), "to show a tensor");
-    uint64_t step = 1;  // of an empty tensor it may wrap
+    uint64_t step = 1;  // may wrap for an empty tensor
     for (size_t i = dims; i-- > 0; step *= static_cast<uint64_t>(geometry.sizes[i]))
         geometry.strides[i] = static_cast<int64_t>(step);
     x.sizes = geometry.sizes, x.strides = geometry.strides, x.dims = static_cast<int>(dims);
@@ -140,7 +140,7 @@ struct Kernel {
         if (outputs > 1) call.state_out = output(context, 1, state);
         if (call.state_out && call.state_out == call.state.data && call.state_indices.given())
             throw std::invalid_argument(
-                "gated_delta_rule: final_state must not be the memory of initial_state where that is a pool; got one "
+                "gated_delta_rule: final_state must not be the memory of initial_state if that is a pool; got one "
                 "memory. Bind another output");
         Prepared prepared;
         prepare(call, options, spec, prepared);
@@ -158,7 +158,7 @@ struct Kernel {
         if (value) ok(api, ort::GetTensorMutableData(api, value, &data), "to show a result");
         return data;
     }
-    // An attribute that is not there leaves the default.
+    // A missing attribute leaves the default.
     bool given(ort::Status* status) const {
         if (status) ort::ReleaseStatus(api, status);
         return !status;
@@ -173,14 +173,14 @@ struct Kernel {
         if (given(ort::KernelInfoGetAttribute_int64(api, info, name, &value))) out = value != 0;
     }
     void take(const ort::KernelInfo* info, const char* name, std::string& out) const {
-        size_t size = 0;  // with the zero at the end
+        size_t size = 0;  // includes the final zero
         if (!given(ort::KernelInfoGetAttribute_string(api, info, name, nullptr, &size)) || size == 0) return;
         std::vector<char> buffer(size);
         if (given(ort::KernelInfoGetAttribute_string(api, info, name, buffer.data(), &size))) out = buffer.data();
     }
 };
 
-// ONNX Runtime wants the type of each input and output, so there is one entry per type of q and of the state.
+// ONNX Runtime needs the type of each input and output, so there is one entry per type of q and of the state.
 struct Typed : ort::CustomOp {
     int tokens, state;
 };
@@ -226,7 +226,7 @@ Typed typed(int tokens, int state) {
     return op;
 }
 
-// Sessions keep pointers to both, so they live as long as the library.
+// Sessions keep pointers to both, so they must live as long as the library.
 ort::CustomOpDomain* domain(Api* api) {
     static std::vector<Typed> ops;
     static ort::CustomOpDomain* domain = [api] {

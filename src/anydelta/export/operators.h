@@ -1,5 +1,5 @@
-// The order of the operators' arguments (rule/arguments.py), for runtimes that hand them over as a list: the tensors in
-// this order, then the options, output_final_state (not of the in-place operator), backend
+// The order of the operators' arguments (rule/arguments.py), for runtimes that pass them as a list: the tensors in
+// this order, then the options, output_final_state (not for the in-place operator), backend
 #pragma once
 #include <cstddef>
 #include <stdexcept>
@@ -17,7 +17,7 @@
 
 namespace anydelta {
 
-// The tensors of one call in the runtime's own type.
+// The tensors of one call, in the runtime's own type.
 template <class T>
 struct TensorsOf {
 #define ANYDELTA_MEMBER(name, ...) T name;
@@ -40,7 +40,7 @@ struct OperatorOf {
 #undef ANYDELTA_COUNT
     }
     bool optional(size_t i) const { return presence[i] == Presence::optional; }
-    // The name in error messages: that of the public function.
+    // The name in error messages: the public function's.
     const char* op() const { return inplace ? "gated_delta_rule_" : "gated_delta_rule"; }
 };
 

@@ -1,8 +1,8 @@
-"""A Qwen3.5 text model that can be exported whole: one module for prefill and decode, every state a tensor of its own.
+"""A Qwen3.5 text model that can be exported whole: one module for prefill and decode, with every state as a tensor.
 
-The mathematics and the names of the weights are those of Transformers' `Qwen3_5ForCausalLM`; its caches are Python
-objects that change shape, so here the states are arguments (or buffers) of fixed shape that each call advances in
-place. The rotary embedding is for text, where its three axes agree.
+The maths and the names of the weights are those of Transformers' `Qwen3_5ForCausalLM`. Its caches are Python objects
+that change shape. Here the states are arguments (or buffers) of fixed shape, and each call advances them in place. The
+rotary embedding is for text, where its three axes agree.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Config:
 
     @staticmethod
     def read(folder: Path) -> Config:
-        """From config.json.
+        """The fields in config.json.
 
         Raises:
             ValueError: the folder holds another architecture.
@@ -242,7 +242,7 @@ class Model(nn.Module):
         return model.eval().requires_grad_(False)
 
     def new_states(self, batch: int = 1, max_tokens: int = 256) -> list[Tensor]:
-        """The states before the first token; `max_tokens` is the room for keys and values."""
+        """The states before the first token. Keys and values have `max_tokens` places."""
         layers: Any = self.layers
         return [s for layer in layers for s in layer.mixer.states(batch, max_tokens)]
 

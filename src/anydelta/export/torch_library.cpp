@@ -1,8 +1,9 @@
-// anydelta_torch: torch.ops.anydelta for CPU tensors, in C++ on libtorch's stable ABI (torch/csrc/stable), so that one
-// build serves every torch from 2.10 on, and programs without Python. The schemas come from rule/arguments.py; fake kernels,
-// gradients and everything that the CPU kernels do not take stay in Python (torch_op.py), which attaches itself below.
+// anydelta_torch: torch.ops.anydelta for CPU tensors, in C++ on libtorch's stable ABI (torch/csrc/stable). So one
+// build serves every torch from 2.10 on, and programs without Python. The schemas come from rule/arguments.py.
+// Fake kernels, gradients and all calls that the CPU kernels do not take stay in Python (torch_ops.py), which
+// registers itself below.
 //
-// Each operator is there twice: boxed, for the dispatcher, and as a C function with the name that AOTInductor's
+// Each operator exists twice: boxed, for the dispatcher, and as a C function with the name that AOTInductor's
 // generated code calls directly (aoti_torch_cpu_...; declared in export/aoti.py).
 #include <torch/csrc/stable/library.h>
 
@@ -36,7 +37,7 @@ void ok(AOTITorchError error, const char* what) {
 
 // ---- tensors
 
-// The tensors of a call, borrowed; null where not given.
+// The tensors of a call, borrowed; null if not given.
 using Tensors = TensorsOf<AtenTensorHandle>;
 using Op = OperatorOf<AtenTensorHandle>;
 
@@ -78,10 +79,10 @@ struct Types {
     }
 };
 
-// Borrows the tensor's sizes and strides. Null data with elements: the storage does not hold them.
+// Borrows the tensor's sizes and strides. Null data despite elements: the storage does not hold them.
 Array read(AtenTensorHandle t) {
     Array x;
-    bool defined = false;  // None for a tensor that is not optional comes as an undefined one
+    bool defined = false;  // None for a required tensor arrives as an undefined one
     if (!t || aoti_torch_is_defined(t, &defined) || !defined) return x;
     int64_t dims, *sizes, *strides;
     int32_t dtype;
@@ -150,7 +151,7 @@ bool is_leaf(AtenTensorHandle t) {
     return to<bool>(stack[0]);
 }
 
-// Whether a result that depends on t would require grad. The stable ABI has no such question, so a view is asked
+// Whether a result that depends on t would require grad. The stable ABI cannot say, so a view of t is asked
 // whether it has a history.
 bool requires_grad(AtenTensorHandle t) {
     bool defined = false;
@@ -182,7 +183,7 @@ bool has_tangent(AtenTensorHandle t) {
     return both;
 }
 
-// Without these, calls that write go through Python.
+// Without these, calls that write fall back to Python.
 const void* const torch_library = reinterpret_cast<const void*>(&aoti_torch_is_defined);
 const auto bump_version =  // a handle points to an at::Tensor, taken by reference
     torch_symbol<void (*)(AtenTensorHandle)>(torch_library, torch_names::BUMP_VERSION);
@@ -190,7 +191,7 @@ const auto dual_level = torch_symbol<std::shared_ptr<void> (*)(uint64_t)>(torch_
 
 bool in_dual_level() { return dual_level && dual_level(0); }
 
-// The operators that write to an argument have no gradient: say so instead of returning a constant.
+// Refuse gradients of operators that write to an argument, instead of returning a constant.
 void refuse_gradients(const Tensors& t, const Options& opt) {
     const bool grads = aoti_torch_grad_mode_is_enabled(), duals = in_dual_level();
     if (!grads && !duals) return;
@@ -220,7 +221,7 @@ void count_write(AtenTensorHandle t) {
     if (bump_version) bump_version(t);
 }
 
-// Freed storage is neither an absent argument nor one that may be read.
+// A tensor with freed storage is neither absent nor readable.
 void require_memory(const Call& c, const Options& opt) {
 #define ANYDELTA_NAMED(member, place, functional, in_place) {opt.inplace ? in_place : functional, &c.member},
     const std::pair<const char*, const Array*> all[] = {ANYDELTA_ARRAYS(ANYDELTA_NAMED)};
@@ -238,22 +239,23 @@ void require_memory(const Call& c, const Options& opt) {
 // ---- the call
 
 void run_here(const Problem& p, int threads) { run_chosen(p, threads, true); }
-// Where the Python extension is in the process too, its copy of the kernels runs: one thread pool, one choice of the ISA.
+// If the Python extension is in the process too, its copy of the kernels runs: one thread pool,
+// one choice of the ISA.
 std::atomic<void (*)(const Problem&, int)> runner{run_here};
 std::atomic<bool> python_attached{false};
 
 struct Results {
-    Owned o, state;  // state: null where not wanted
+    Owned o, state;  // state: null if not wanted
 };
 
-// Validate and run. Throws std::invalid_argument before anything is written. Generated code knows no gradients.
+// Validate and run. Throws std::invalid_argument before anything is written. Generated code has no gradients.
 Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask_gradients) try {
     Call call = call_of(t, read);
     require_memory(call, opt);
     const Spec spec = check(call, opt);
     if (call.cu_seqlens.given() || call.state_indices.given()) check_values(call, opt, spec);
     if (ask_gradients && (opt.inplace || call.snapshots.given())) refuse_gradients(t, opt);
-    if (ask_gradients) {  // autograd's count of versions, as torch's own operators keep it
+    if (ask_gradients) {  // raise autograd's version counts, as torch's own operators do
         if (opt.inplace) count_write(t.state);
         count_write(t.snapshots);
     }
@@ -298,7 +300,7 @@ Results compute(const Tensors& t, const Options& opt, bool final_state, bool ask
 
 // ---- for the dispatcher
 
-// The arguments of one boxed call. They are this function's to free, unless they are passed on.
+// The arguments of one boxed call. This function must free them, unless it passes them on.
 class Stack {
   public:
     Stack(const Op& op, StableIValue* stack, uint64_t arguments) : op_(op), stack_(stack) {
@@ -333,7 +335,7 @@ class Stack {
     }
     Stack(const Stack&) = delete;
     Stack& operator=(const Stack&) = delete;
-    // Whoever has the arguments now frees them.
+    // The new owner of the arguments frees them.
     StableIValue* release() { return std::exchange(stack_, nullptr); }
 
     Tensors tensors{};
@@ -345,7 +347,7 @@ class Stack {
     const Op& op_;
     StableIValue* stack_;
 
-    // One value of the stack, by its C++ type; `release` frees what it holds.
+    // One value of the stack by its C++ type; `release` frees what it holds.
     template <class T>
     static void take(StableIValue value, T& out) {
         out = to<T>(value);
@@ -366,7 +368,7 @@ class Stack {
     static void release(StableIValue value, const std::optional<double>&) { (void)to<std::optional<double>>(value); }
 };
 
-// What the CPU kernels do not take, or another backend is asked for: Python decides which one runs, or says why none.
+// Calls that the CPU kernels do not take, or for another backend: Python chooses the backend, or says why none runs.
 bool for_python(const Stack& s) {
     const bool writes = s.options.inplace || s.tensors.snapshots;
     const bool unknown = type_of(s.tensors.q) == Type::f64 || (writes && !(bump_version && dual_level));
@@ -378,9 +380,9 @@ bool for_python(const Stack& s) {
     return false;
 }
 
-// The operator's twin in Python takes the same arguments and returns one tensor more: the text of an error as bytes, since
-// an exception does not pass through the stable ABI (nor does a text among tensors: torch_call_dispatcher takes the
-// types of results in reverse). "ValueError: ..." becomes that; anything else a RuntimeError.
+// The operator's twin in Python takes the same arguments and returns one tensor more: an error's text as bytes. An
+// exception cannot pass through the stable ABI, and neither can a text among tensors (torch_call_dispatcher takes the
+// types of results in reverse). "ValueError: ..." becomes that error, anything else a RuntimeError.
 void call_python(const Op& op, Stack& s, StableIValue* stack, uint64_t outputs) {
     if (!python_attached.load())
         require_cpu(s.options.op, s.backend == "auto" ? std::getenv("ANYDELTA_BACKEND") : s.backend);
@@ -420,7 +422,7 @@ STABLE_TORCH_LIBRARY_IMPL(anydelta, CPU, m) {
     m.impl("gated_delta_rule_", boxed<INPLACE<AtenTensorHandle>>);
 }
 
-// torch's own threads, wherever there is no OpenMP runtime that threads.cpp finds by itself (macOS, Windows).
+// torch's own threads, if threads.cpp finds no OpenMP runtime by itself (macOS, Windows).
 void on_torch_threads(int threads, void (*work)(void*), void* context) {
     struct Job {
         void (*work)(void*);
@@ -435,8 +437,8 @@ void on_torch_threads(int threads, void (*work)(void*), void* context) {
 
 }  // namespace
 
-// ---- for the code that AOTInductor generates: the schemas, with tensors as handles, optional ones as pointers to
-// handles, results last. aoti.py derives the declarations from the schemas.
+// ---- for the code that AOTInductor generates. The schemas, with tensors as handles, optional ones as pointers to handles,
+// results last. aoti.py derives the declarations from the schemas.
 
 namespace {
 
@@ -456,7 +458,7 @@ AOTITorchError shim(bool inplace, const Tensors& t, Options opt, bool final_stat
         if (o) *o = r.o.release();
         if (state) *state = r.state ? r.state.release() : empty({0}, dtype_of(t.q)).release();
         return 0;
-    } catch (const std::exception& error) {  // what the generated code throws names only this function
+    } catch (const std::exception& error) {  // the generated code's own error names only this function
         std::cerr << error.what() << std::endl;
         return 1;
     }
@@ -476,7 +478,7 @@ void set(std::optional<double>& option, const double* value) {
 
 using Handle = AtenTensorHandle;
 
-// A function for each operator; `...` is what stands behind its options.
+// A function for each operator; `...` is what follows its options.
 #define ANYDELTA_PARAMETER_required Handle
 #define ANYDELTA_PARAMETER_optional Handle*
 #define ANYDELTA_PARAMETER(presence, name, kind) ANYDELTA_PARAMETER_##presence name,
@@ -499,7 +501,8 @@ ANYDELTA_SHIM(gated_delta_rule_, true, false, nullptr, const char* backend, Hand
 
 // ---- for Python
 
-// Called once by torch_op.py: the kernels of the Python extension (0: none), and that there is Python to fall back to.
+// Called once by torch_ops.py: the kernels of the Python extension (0: none), and that Python is
+// there as the fallback.
 ANYDELTA_EXPORT void anydelta_torch_attach(void* run) {
     if (run) runner.store(reinterpret_cast<void (*)(const anydelta::Problem&, int)>(run));
     python_attached.store(true);

@@ -1,7 +1,7 @@
 """Open a checkpoint with Transformers, or say in one sentence what is wrong with it and what to do.
 
-What Transformers answers with a traceback, a page of keys or a random layer is looked for before: the folder, its
-config.json, the class, every weight file (whole?), and afterwards that no tensor was left as it was initialised.
+Transformers answers some faults with a traceback, a page of keys or a random layer. These faults are found first: in
+the folder, its config.json, the class and every weight file. After loading, no tensor may still be as initialised.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What `dtype` may be; "auto" is what the checkpoint says."""
+"""Values of `dtype`. "auto" takes the checkpoint's."""
 
 REPOSITORY_MODEL = Path(__file__).resolve().parents[3] / "examples" / "tiny_model"
-"""Where the repository keeps its model, if this file lies in a checkout."""
+"""Where the repository keeps its model, if this file is in a checkout."""
 
 _HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
@@ -51,13 +51,13 @@ _GENERATION: dict[str, Any] = {
 """Fields of generation_config.json that are checked, and their types; an id may be a list of ids."""
 
 _LFS = b"version https://git-lfs"
-"""What stands in place of a large file in a clone that was made without Git LFS."""
+"""The start of the text that replaces a large file in a clone without Git LFS."""
 
 INSTALL = "pip install 'anydelta[transformers]'"
 
 
 class CheckpointError(Refused):
-    """A model that cannot be opened. The text is one sentence, and what to do."""
+    """A model that cannot be opened. The text is one sentence, then what to do."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Opened:
 
 
 def default_model() -> str:
-    """The repository's model: of the clone that the package is in, or of the current folder.
+    """The repository's model, in the clone of this package or in the current folder.
 
     Raises:
         CheckpointError: neither is a clone.
@@ -85,7 +85,7 @@ def default_model() -> str:
 
 
 def need_packages() -> None:
-    """Check that torch and Transformers are here, without importing them.
+    """Check that torch and Transformers are installed, without importing them.
 
     Raises:
         CheckpointError: one is not.
@@ -100,11 +100,11 @@ def open_checkpoint(
 ) -> Opened:
     """The model and the tokenizer of a folder, of a GGUF file, or of a name on the Hugging Face hub.
 
-    The weights of a GGUF file stay in their blocks, unless `packed` is False: then as Transformers alone has it.
-    `trust_remote_code` runs the Python code that comes with them, where they have their own.
+    The weights of a GGUF file stay packed, unless `packed` is False: then Transformers unpacks them.
+    `trust_remote_code` runs the Python code that a checkpoint brings.
 
     Raises:
-        CheckpointError: anything that keeps the model from being loaded whole.
+        CheckpointError: the model cannot be loaded completely.
     """
     need_packages()
     if dtype not in DTYPES:
@@ -143,7 +143,7 @@ def open_checkpoint(
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder must have a config.json, weight files that are whole, and what stands beside them must be readable."""
+    """Check that a folder has a config.json, and that its weight files are complete and its other files readable."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"requires a checkpoint folder; got {folder} without a config.json. Give the folder that "
@@ -151,7 +151,7 @@ def _check_folder(folder: Path) -> None:
         )
     config = _read(folder / "config.json")
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).exists():  # Transformers passes over a generation_config.json that it cannot read
+        if (folder / name).exists():  # Transformers ignores a generation_config.json that it cannot read
             found = _read(folder / name)
             if name == "generation_config.json":
                 _check_generation(folder / name, found)
@@ -160,7 +160,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """A JSON file with an object."""
+    """The object in a JSON file."""
     try:
         found = read_json(path, infinities=True)
         if isinstance(found, dict):
@@ -172,7 +172,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _check_generation(path: Path, found: dict[str, Any]) -> None:
-    """What generate() takes of it must have the right type: Transformers looks when it is too late, or never."""
+    """Check the types of the fields that generate() uses: Transformers checks them too late, or never."""
     for name, value in found.items():
         kind = _GENERATION.get(name)
         if kind is None or value is None:
@@ -215,7 +215,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_whole(file: Path, quantised: bool) -> None:
-    """A safetensors file says in its header how long it must be, and what it holds."""
+    """Check a safetensors file against its header, which gives its length and contents."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -242,7 +242,7 @@ def _check_whole(file: Path, quantised: bool) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """A hub name must be in the cache, or be found by one quick question (downloads themselves retry for long)."""
+    """Check that a hub name is cached, or that one quick request finds it (downloads retry for long)."""
     hub = importlib.import_module("huggingface_hub")
     if isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
         return
@@ -275,7 +275,7 @@ def _load_model(name: str, dtype: str, trust: bool) -> PreTrainedModel:
     transformers = importlib.import_module("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    except Exception as error:  # whatever Transformers or the hub raise, the sentence names it
+    except Exception as error:  # Transformers and the hub raise any type; the sentence names it
         if "trust_remote_code" in str(error) and not trust:
             raise CheckpointError(
                 f"requires --trust-remote-code for {name}, which comes with Python code; got none. Read the code first"
@@ -322,7 +322,7 @@ def _load_tokenizer(name: str, trust: bool) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' reports and warnings off stderr: what matters of them becomes a sentence."""
+    """Keep the libraries' reports and warnings off stderr. The important ones become a sentence."""
     log = importlib.import_module("transformers.utils.logging")
     before, disabled = log.get_verbosity(), logging.root.manager.disable
     bar = log.is_progress_bar_enabled()
@@ -342,17 +342,17 @@ def quiet() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of an error that may go on for pages."""
+    """The first sentence of an error, which may have pages."""
     first, _, others = str(error).strip().partition("\n")
     text = first.strip() or type(error).__name__
-    if text.endswith(":") and others:  # what it announces
+    if text.endswith(":") and others:  # the line that it announces
         text += " " + others.strip().partition("\n")[0].strip()
-    elif isinstance(error, KeyError):  # its text is the key alone
+    elif isinstance(error, KeyError):  # its text is only the key
         text = f"no {text}"
     text = text.split(". ", 1)[0].rstrip(".")
     return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _shown(text: str) -> str:
-    """Of a text that may be long."""
+    """A text, shortened if it is long."""
     return text if len(text) <= 100 else text[:100] + "…"

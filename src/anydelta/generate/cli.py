@@ -1,4 +1,4 @@
-"""`anydelta generate`: the text goes to stdout as it is written, figures to stderr."""
+"""`anydelta generate`: streams text to stdout, and prints figures to stderr."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def generate_command(
         float | None, _option("--repetition-penalty", "Above 1: tokens seen before become less likely.")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None, _option("--no-repeat-ngram-size", "No sequence of so many tokens occurs twice.")
+        int | None, _option("--no-repeat-ngram-size", "No sequence of this many tokens occurs twice.")
     ] = None,
     stop_strings: Annotated[
         list[str] | None, _option("--stop-strings", "End after this text (repeat for more).")
@@ -82,12 +82,14 @@ def generate_command(
         int | None,
         _option(
             "--lookup",
-            "Draft so many tokens: what followed the same words before. With --mtp: after its drafts.",
+            "Draft up to this many tokens, as they followed the same words before. With --mtp: after its drafts.",
         ),
     ] = None,
     drafts: Annotated[
         int | None,
-        _option("--drafts", "How many tokens --mtp or --draft drafts at a time. Default: their own."),
+        _option(
+            "--drafts", "How many tokens --mtp or --draft drafts at a time. Default: the model's choice."
+        ),
     ] = None,
     pack: Annotated[
         bool, _option("--pack", "Compute the matrices by oneDNN, on a second copy of their weights (CPU).")
@@ -203,7 +205,7 @@ def _run(
         torch.set_num_threads(threads)
     runs = []
     try:
-        with quiet():  # what Transformers would say is checked before, or is that its reference code is slow
+        with quiet():  # Transformers' messages are about slow code, or about faults that were checked before
             for way in ways:
                 if not as_json:
                     if compare:
@@ -295,7 +297,7 @@ def _check(max_new_tokens: int, threads: int | None, given: dict[str, Any], both
 
 
 def _check_sampling(opened: Opened, given: dict[str, Any]) -> None:
-    """Options that would be accepted and not used are refused."""
+    """Refuse options that would be accepted and then ignored."""
     asked = [name for name in SAMPLING if name in given]
     if asked and not given.get("do_sample", opened.model.generation_config.do_sample):
         raise CheckpointError(f"requires --do-sample with {_flag(asked[0])}; got greedy decoding")

@@ -1,4 +1,4 @@
-"""Open a GGUF file with Transformers, its weights in their blocks, or say in one sentence what is wrong with it."""
+"""Open a GGUF file with Transformers and keep its weights packed, or say in one sentence what is wrong with it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SINCE = "5.23"
 """The first Transformers that loads these files itself."""
 
 HEADROOM = 300 << 20
-"""Bytes beside the file's own that a model takes at least."""
+"""The least memory of a model beyond the size of its file, in bytes."""
 
 WORDS = ("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-"""Keys without which Transformers has no tokenizer of a byte-level vocabulary."""
+"""The keys that Transformers needs for a byte-level tokenizer."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """What a file says about itself."""
 
     path: Path
     architecture: str
@@ -43,9 +43,9 @@ class Header:
     bytes: int
     parameters: int
     kind: str
-    """What the file is named after: Q4_K_M."""
+    """The type in the file's name: Q4_K_M."""
     types: Mapping[str, int]
-    """How many tensors there are of each type of ggml."""
+    """The number of tensors of each type of ggml."""
     mtp_layers: int
 
 
@@ -54,10 +54,10 @@ def is_gguf(name: str) -> bool:
 
 
 def check(path: Path) -> Header:
-    """Look at a file before anything is loaded.
+    """Check a file before anything is loaded.
 
     Raises:
-        Refused: it is cut off, no GGUF, of a model that is not known here, or larger than the memory.
+        Refused: it is cut off, not GGUF, of an unknown model, or larger than the memory.
     """
     if not path.is_file():
         raise Refused(f"requires a GGUF file; got {path}, which does not exist")
@@ -133,11 +133,11 @@ FILE_TYPES = {
     13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 25: "IQ4_NL", 30: "IQ4_XS",
     32: "BF16",
 }  # fmt: skip
-"""general.file_type of the files that are common (llama_ftype)."""
+"""general.file_type of common files (llama_ftype)."""
 
 
 def _kind(number: object, types: Mapping[str, int]) -> str:
-    """The name of a file's type; of one that is not listed, that of most of its matrices."""
+    """The name of a file's type. If it is not listed, the type of most of its matrices."""
     quantised = {name: n for name, n in types.items() if name not in ("F32", "F16", "BF16")}
     return (
         FILE_TYPES.get(number, "")
@@ -154,7 +154,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had, where the system tells."""
+    """Available bytes, or None if the system does not say."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
@@ -171,24 +171,22 @@ def load(
     """The model and the tokenizer of a file that `check` has passed.
 
     Args:
-        packed: keep the weights in their blocks, as `enable()` does; False: as Transformers alone has it.
+        packed: keep the weights packed, as `enable()` does. False: Transformers unpacks them.
 
     Raises:
         Refused: Transformers does not load it.
     """
     transformers = importlib.import_module("transformers")
-    # The whole path: of a bare name Transformers takes a file of the current folder first.
+    # The whole path: for a bare name Transformers first looks in the current folder.
     folder, given = str(path.resolve().parent), dict(gguf_file=str(path.resolve()))
-    place = (
-        dict(device_map="cpu") if packed else {}
-    )  # also where there is a GPU, to which others would move it
+    place = dict(device_map="cpu") if packed else {}  # even with a GPU, to which Transformers would move it
     try:
         with plug.enable() if packed else nullcontext():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, **given, **place
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
-    except Exception as error:  # whatever Transformers raises, the sentence names it
+    except Exception as error:  # Transformers raises any type; the sentence names it
         text = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         if "ignore_mismatched_sizes" in str(error):
             text = "its tensors have other shapes than its header says"

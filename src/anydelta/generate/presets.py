@@ -1,7 +1,7 @@
-"""Models of true shape with random weights, for `anydelta bench model`; and the repository's trained one.
+"""Models of real shape with random weights, for `anydelta bench model`; and the repository's trained one.
 
-A preset is a configuration of Transformers under a name. The larger ones are cut to fit into memory: fewer layers,
-fewer experts (a token still uses as many as in the full model), and fewer words. The record says what was cut.
+A preset is a named configuration of Transformers. The larger ones are cut to fit into memory: fewer layers, fewer
+experts (a token still uses as many as in the full model), and a smaller vocabulary. The record says what was cut.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Preset:
     """The class of the configuration."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
     cut: str = ""
-    """What was cut from the model of that name."""
+    """What was cut from the original model."""
     around: str = ""
-    """The class of the configuration that this one is a part of, where a text model has no class of its own."""
+    """The class of the configuration that contains this one, if a text model has no class of its own."""
 
 
 _WORDS = 32768
 _QWEN3_5 = dict(vocab_size=248320, head_dim=256, num_key_value_heads=2, tie_word_embeddings=True)
-"""Of the small ones; heads of the gated delta rule are 16 of 128 for q and k, and 16 or 32 for v."""
+"""For the small ones. The gated delta rule has 16 heads of 128 for q and k, and 16 or 32 for v."""
 
 PRESETS = (
     Preset(
@@ -83,7 +83,7 @@ PRESETS = (
         "and an indexer of our own choice",
     ),
 )  # fmt: skip
-"""Sizes that are not given are the defaults of the class, which are those of the published model."""
+"""Other sizes are the defaults of the class, which are those of the published model."""
 
 NAMES = (*(p.name for p in PRESETS), REPOSITORY)
 
@@ -96,7 +96,7 @@ class Built:
     model: PreTrainedModel
     cut: str = ""
     file: Header | None = None
-    """Of a GGUF file: what it says of itself."""
+    """What a GGUF file says about itself; None for other models."""
 
     @property
     def params(self) -> int:
@@ -106,17 +106,17 @@ class Built:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights; those that are shared count once."""
+        """Bytes of the weights. Shared weights count once."""
         if self.file is not None:
             return self.file.bytes
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
 def build(name: str, dtype: str = "float32", layers: int | None = None, seed: int = 0) -> Built:
-    """A preset, or the checkpoint of that folder or hub name.
+    """A preset, or the checkpoint in a folder or on the hub.
 
     Args:
-        layers: cut it to so many layers.
+        layers: cut a preset to this many layers.
 
     Raises:
         CheckpointError: a checkpoint that cannot be opened, a missing package, or a cut that removes nothing.
@@ -166,10 +166,10 @@ def _random(preset: Preset, dtype: str, layers: int | None, seed: int) -> Built:
 
 
 def _slow_decays(model: PreTrainedModel) -> None:
-    """Set decays with a long memory, as trained models have: fresh ones forget within a token or two.
+    """Set decays with a long memory, as trained models have. Fresh ones forget within a token or two.
 
-    A check of the results would then hardly see the state. As in Mamba 2: a time step drawn from 0.001 to 0.1 on a
-    logarithmic scale, through the inverse of softplus, with A from 1 to 16.
+    Otherwise a check of the results would hardly see the state. As in Mamba 2: a time step between 0.001 and 0.1, drawn
+    on a logarithmic scale and put through the inverse of softplus, with A from 1 to 16.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Run a model on a prompt and time it: the first token, and the tokens after it.
 
-A `Way` says how: plain Transformers, Transformers with anydelta, or something that drafts. It brings a context to run
-in, and more keyword arguments for `model.generate`, or a function to call in its place.
+A `Way` says how: plain Transformers, Transformers with anydelta, or with drafts. It has a context to run in, more
+keyword arguments for `model.generate`, or a function to call instead.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Way:
 
     name: str
     context: Context = lambda model: nullcontext()
-    """What surrounds the run, from the model."""
+    """Makes the context manager around the run from the model."""
     options: Mapping[str, object] = field(default_factory=dict)
     """More keyword arguments for generate()."""
     generate: Callable[..., torch.Tensor] | None = None
-    """Called as generate(model, **inputs and options) in place of model.generate."""
+    """Called as generate(model, **inputs and options) instead of model.generate."""
     drafts: bool = False
     """Whether it drafts tokens, so that drafts are counted."""
     compiles: bool = False
-    """Whether its first tokens wait for torch.compile: some are written beforehand, and not timed."""
+    """Whether its first tokens wait for torch.compile. A few tokens then run first, untimed."""
 
 
 PLAIN = Way("transformers")
@@ -57,7 +57,7 @@ def with_anydelta() -> Way:
     """Transformers with the linear attention layers of the model on anydelta.
 
     Raises:
-        CheckpointError: this Transformers is not one that is supported.
+        CheckpointError: this Transformers is not supported.
     """
     try:
         plug.status()
@@ -67,12 +67,12 @@ def with_anydelta() -> Way:
 
 
 def with_fla() -> Way:
-    """What `import fla` found when the model was loaded, with the mixer of enable() where it knows the layers."""
+    """Keep what `import fla` gave the model's code, and use the mixer of enable() for layers that it knows."""
 
     def context(model: PreTrainedModel) -> AbstractContextManager[object]:
         try:
             return plug.enable(model)
-        except (ImportError, RuntimeError, ValueError):  # layers of its own, which call what they imported
+        except (ImportError, RuntimeError, ValueError):  # its layers are unknown and call what they imported
             return nullcontext()
 
     return Way("anydelta, fla", context)
@@ -81,9 +81,9 @@ def with_fla() -> Way:
 def drafting(
     *, mtp: bool = False, draft: Opened | None = None, lookup: int | None = None, count: int | None = None
 ) -> Way:
-    """With anydelta, and tokens drafted by another model, by prompt lookup, by MTP layers, or by these and then lookup.
+    """With anydelta, and drafts from another model, prompt lookup, MTP layers, or MTP layers and then lookup.
 
-    `count` is how many MTP and the other model draft at a time; None: their own number.
+    `count` is how many tokens MTP or the other model drafts at a time. None: their default.
     """
     base = with_anydelta()
     if mtp or lookup is not None:
@@ -101,7 +101,7 @@ def drafting(
     @contextmanager
     def both(model: PreTrainedModel) -> Iterator[None]:
         with base.context(model), ExitStack() as stack:
-            with suppress(ValueError):  # it has no linear attention layer, and needs nothing of ours
+            with suppress(ValueError):  # it has no linear attention layer
                 stack.enter_context(base.context(helper))
             yield
 
@@ -109,7 +109,7 @@ def drafting(
 
 
 def packed(way: Way) -> Way:
-    """The same with the model's matrices packed for oneDNN (`pack()`)."""
+    """The same, with the model's matrices packed for oneDNN (`pack()`)."""
 
     @contextmanager
     def both(model: PreTrainedModel) -> Iterator[None]:
@@ -124,11 +124,11 @@ def packed(way: Way) -> Way:
 
 
 def compiled(way: Way) -> Way:
-    """The same with generate()'s decode step compiled, on a static cache."""
+    """The same, with generate()'s decode step compiled, on a static cache."""
     from transformers.generation import CompileConfig
 
     config = CompileConfig(fullgraph=True, mode="default")
-    config._compile_all_devices = True  # on a CPU too, where Transformers does not of itself
+    config._compile_all_devices = True  # on a CPU too, where Transformers does not by default
     options = {**way.options, "cache_implementation": "static", "compile_config": config}
     return replace(way, name=f"{way.name}, compiled", options=options, compiles=True)
 
@@ -143,23 +143,23 @@ class Written:
     threads: int
     prompt_tokens: int
     text: str = ""
-    """What follows the prompt."""
+    """The text after the prompt."""
     tokens: list[int] = field(default_factory=list)
     stop: str = "length"
     """Why it ended: length, end (an end-of-text token) or other (a stop string, a time limit)."""
     compile_s: float = 0.0
-    """Before all that: torch.compile, and the three tokens that make it work."""
+    """Earlier, untimed elsewhere: torch.compile, and the three tokens that trigger it."""
     first_token_s: float = 0.0
-    """From the call to the first token: the prompt, and what generate() does before it."""
+    """From the call to the first token: the prompt, and generate()'s preparation."""
     seconds: float = 0.0
     """The whole call."""
     prompt_per_s: float | None = None
     """Prompt tokens over the time to the first token."""
     tokens_per_s: float | None = None
-    """Tokens after the first ones that came, over their time."""
+    """Tokens after the first ones, over their time."""
     drafted: int = 0
     accepted: int = 0
-    """Of the drafted tokens, those that the model took."""
+    """How many drafted tokens the model accepted."""
     verifications: int = 0
     """Forwards of the model in which drafts could be verified."""
 
@@ -196,7 +196,7 @@ def write(
             run = opened.model.generate if way.generate is None else partial(way.generate, opened.model)
             begin = time.perf_counter()
             if way.compiles:
-                # as long a cache as the run's own, so that the graph serves it
+                # a cache as long as the run's, so that the run can use the graph
                 run(
                     **inputs,
                     **{**(options or {}), **way.options},
@@ -210,8 +210,8 @@ def write(
             given = {**(options or {}), **way.options, "return_dict_in_generate": False}
             ids = run(**inputs, **given, streamer=stream, logits_processor=[_finite(n)])
             done.seconds = time.perf_counter() - begin
-    # What enable() and generate() refuse: no layer is anydelta's, options that contradict, a way that this class
-    # of Transformers has not (NotImplementedError). The cause stays attached, should the fault be ours.
+    # enable() and generate() refuse: no supported layer, options that contradict each other, or a way that this class
+    # of Transformers does not have (NotImplementedError). The cause stays attached in case it is a bug of ours.
     except (ValueError, NotImplementedError) as error:
         hint = ". --plain runs it without anydelta" if "gated delta rule layers" in str(error) else ""
         raise CheckpointError((" ".join(str(error).split()) or type(error).__name__) + hint) from error
@@ -230,7 +230,7 @@ def write(
     if stream.times:
         done.first_token_s = stream.times[0] - begin
         done.prompt_per_s = n / done.first_token_s
-        if len(stream.times) > 1:  # a way that drafts may put several tokens at once
+        if len(stream.times) > 1:  # a way that drafts may deliver several tokens at once
             done.tokens_per_s = (len(stream.ids) - stream.first) / (stream.times[-1] - stream.times[0])
     return done
 
@@ -243,7 +243,7 @@ def _counting(way: Way) -> AbstractContextManager[list[tuple[int, int]]]:
 
 
 def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
-    """Token ids [1, T] and a mask of ones: where bos, eos and padding share a number, generate() would guess it."""
+    """Token ids [1, T] and a mask of ones. If bos, eos and padding share a number, generate() would guess the mask."""
     import torch
 
     if chat:
@@ -275,10 +275,10 @@ def _encode(opened: Opened, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
 
 
 def _finite(n: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor that ends the run, after a prompt of n tokens, where a logit is NaN."""
+    """A logits processor for a prompt of n tokens that ends the run if a logit is NaN."""
 
     def check(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if bool(scores.amax().isnan()):  # the largest of numbers with a NaN among them is NaN
+        if bool(scores.amax().isnan()):  # the maximum is NaN if any number is
             raise Failed(
                 f"requires logits that are numbers; got NaN for new token {ids.shape[1] - n + 1}. The weights hold "
                 "NaN, or their type overflows: try --dtype float32"
@@ -289,7 +289,7 @@ def _finite(n: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def _through_ours(error: BaseException) -> bool:
-    """Whether code of anydelta was running where it was raised, on top of what runs the model."""
+    """Whether anydelta's code was running when it was raised, called by the library that runs the model."""
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     outside = [i for i, name in enumerate(frames) if not name.startswith(_PACKAGE)]
     return not outside or any(name.startswith(_PACKAGE) for name in frames[outside[0] :])
@@ -304,19 +304,19 @@ def _why_it_ended(model: PreTrainedModel, tokens: list[int], limit: int | None) 
 
 
 class _Stream:
-    """What generate() hands tokens to: notes when they came, and shows text as soon as its characters are whole."""
+    """Gets tokens from generate(): records their times, and shows text as soon as its characters are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
         self.tokenizer, self.show = tokenizer, show
         self.times: list[float] = []
         self.ids: list[int] = []
         self.first = 0
-        """How many tokens came first."""
+        """How many tokens came in the first delivery."""
         self._prompt = True
         self._from = self._read = 0
 
     def put(self, value: torch.Tensor) -> None:
-        if self._prompt:  # the first thing that generate() puts
+        if self._prompt:  # generate() delivers the prompt first
             self._prompt = False
             return
         self.times.append(time.perf_counter())
@@ -328,7 +328,7 @@ class _Stream:
         self._flush(whole=True)
 
     def _flush(self, *, whole: bool) -> None:
-        # Decoded together with a few tokens before: a token's text may depend on its left neighbour.
+        # Decoded with a few earlier tokens: a token's text may depend on its left neighbour.
         shown = self._decode(self.ids[self._from : self._read])
         text = self._decode(self.ids[self._from :])
         if len(text) > len(shown) and (whole or not text.endswith("\N{REPLACEMENT CHARACTER}")):

@@ -1,4 +1,4 @@
-// The Python face of blocks.h, in anydelta._core. Addresses and sizes have been checked by products.py.
+// The Python interface of blocks.h, in anydelta._core. library.py and torch_ops.py check addresses and sizes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
@@ -28,14 +28,15 @@ F function(uintptr_t address) {
 
 const Kind& kind_of(int type) {
     if (type < 0 || type >= MAX_TYPES || !kinds[static_cast<size_t>(type)].vec_dot)
-        throw std::invalid_argument("ggml: requires a type that learn_kind was told of");
+        throw std::invalid_argument("ggml: requires a type that learn_kind has learned");
     return kinds[static_cast<size_t>(type)];
 }
 
-// (type, to_float, vec_dot, values and bytes of a block; type, from_float, values and bytes of what it multiplies with)
+// (type, to_float, vec_dot, values and bytes of a block; and of the type that it multiplies with: type, from_float,
+// values, bytes of a block)
 void learn_kind(int type, uintptr_t to_float, uintptr_t vec_dot, int64_t values, int64_t bytes, int x_type,
                 uintptr_t from_float, int64_t x_values, int64_t x_bytes) {
-    if (type < 0 || type >= MAX_TYPES) throw std::invalid_argument("ggml: no number of a type");
+    if (type < 0 || type >= MAX_TYPES) throw std::invalid_argument("ggml: requires the number of a type");
     kinds[static_cast<size_t>(type)] = {function<Kind::ToFloat>(to_float),
                                         function<Kind::VecDot>(vec_dot),
                                         values,
@@ -46,7 +47,7 @@ void learn_kind(int type, uintptr_t to_float, uintptr_t vec_dot, int64_t values,
                                         x_bytes};
 }
 
-// A matrix [rows, n] that somebody else keeps alive.
+// A matrix [rows, n] that the caller keeps alive.
 struct Blocks {
     const Kind& kind;
     const uint8_t* blocks;

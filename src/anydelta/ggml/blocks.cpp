@@ -11,13 +11,13 @@ namespace anydelta::ggml {
 
 namespace {
 
-// Rows of a matrix that a thread takes at a time: some 20 KB of 4 or 8 bit weights, 1 to 2 us.
+// Rows of a matrix that a thread takes at a time: some 20 KB of weights of 4 or 8 bits, 1 to 2 us.
 constexpr int64_t ROWS = 32;
-// Below so many products of a weight and a number another thread costs more than it saves (host.cpp has the measure).
+// Below this many products of a weight and a number another thread costs more than it saves (measured in host.cpp).
 constexpr double MIN_PRODUCTS_PER_THREAD = 300e3;
 
-// Runs task(i) for every i below `tasks`. Each thread begins in a part of its own, where it reads memory in one stream,
-// and who is done helps the others: two threads that took turns read 208 MB no faster than one.
+// Runs task(i) for every i below `tasks`. Each thread begins in its own part, where it reads memory in one stream,
+// and helps the others when it is done. Two threads that alternated read 208 MB no faster than one.
 template <class F>
 void share_out(int64_t tasks, int threads, bool share_openmp, const F& task) {
     constexpr int MOST = 64;
@@ -52,7 +52,7 @@ int worthwhile(int threads, double products) {
     return std::max(1, std::min(threads, static_cast<int>(std::min(products / MIN_PRODUCTS_PER_THREAD, 4096.0))));
 }
 
-// Memory of the calling thread that grows: of products, and of chains around them.
+// Growing memory of the calling thread: one buffer for products, one for chains around them.
 template <int WHOSE>
 uint8_t* scratch(size_t bytes) {
     static thread_local std::vector<uint8_t> memory;
@@ -61,7 +61,7 @@ uint8_t* scratch(size_t bytes) {
     return memory.data() + (64 - address % 64) % 64;
 }
 
-// x in the blocks that a kind multiplies with.
+// x in the blocks that a kind's vec_dot takes.
 const uint8_t* blocks_of(const Kind& kind, const float* x, int64_t m, int64_t n, uint8_t* to) {
     if (!kind.from_float) return reinterpret_cast<const uint8_t*>(x);
     const size_t row = kind.x_row(n);
@@ -132,7 +132,7 @@ void multiply_experts(const Kind& kind, const uint8_t* blocks, int64_t rows, con
 
 void unpack(const Kind& kind, const uint8_t* blocks, int64_t n, const int64_t* picked, int64_t rows,
             Kind::FromFloat narrow, void* out, int threads, bool share_openmp) {
-    constexpr int64_t PIECE = 4096;  // numbers at a time: 16 KiB of float32, in L1 when they are narrowed
+    constexpr int64_t PIECE = 4096;  // numbers at a time: 16 KiB of float32, still in L1 when they are narrowed
     const size_t row = kind.row(n);
     const int64_t part = std::max<int64_t>(1, 16384 / n), piece = PIECE / kind.values * kind.values;
     share_out((rows + part - 1) / part, worthwhile(threads, static_cast<double>(rows * n)), share_openmp,

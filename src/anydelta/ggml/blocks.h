@@ -1,9 +1,9 @@
-// Products with matrices that stay in the blocks of a GGUF file, on this package's threads.
+// Products with matrices that stay packed in the blocks of a GGUF file, on this package's threads.
 //
 //     y[i, r] = sum_c x[i, c] w[r, c]        x float32 [m, n]; w [rows, n] in blocks of ggml
 //
-// The arithmetic is ggml's: `from_float` brings a row of x into the blocks that `vec_dot` multiplies with (8 bits for
-// most types), once for all matrices that read it. Each row of w is then one call of `vec_dot`.
+// The arithmetic is ggml's. `from_float` converts a row of x to the blocks that `vec_dot` takes (8 bits for most
+// types), once for all matrices that read it. Each row of w is then one call of `vec_dot`.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace anydelta::ggml {
 
-// A type of ggml, by its functions in the library that this process has loaded (ggml.h, ggml-cpu.h).
+// A type of ggml, with its functions in the library that this process has loaded (ggml.h, ggml-cpu.h).
 struct Kind {
     using ToFloat = void (*)(const void* blocks, float* x, int64_t n);
     using FromFloat = void (*)(const float* x, void* blocks, int64_t n);
@@ -19,8 +19,8 @@ struct Kind {
 
     ToFloat to_float = nullptr;  // null: the blocks are float32
     VecDot vec_dot = nullptr;
-    int64_t values = 1, bytes = 0;  // of a block of w
-    int x_type = 0;  // what vec_dot multiplies with, and how it is made; from_float null: float32
+    int64_t values = 1, bytes = 0;  // in a block of w
+    int x_type = 0;  // the type that vec_dot multiplies with, and its conversion; from_float null: float32
     FromFloat from_float = nullptr;
     int64_t x_values = 1, x_bytes = 0;
 
@@ -36,8 +36,8 @@ struct Matrix {
     int64_t stride;
 };
 
-// y of every matrix, from x [m, n]. `gated`: of two matrices of equal size, silu(y of the first) times y of the second
-// goes to the first's y. Results do not depend on the number of threads.
+// y of every matrix, from x [m, n]. `gated`: of two matrices of equal size, silu(y of the first) times y of the
+// second goes to the first's y. Results do not depend on the number of threads.
 void multiply(const float* x, int64_t m, int64_t n, const std::vector<Matrix>& matrices, bool gated, int threads,
               bool share_openmp);
 
@@ -46,14 +46,14 @@ void multiply(const float* x, int64_t m, int64_t n, const std::vector<Matrix>& m
 void multiply_experts(const Kind& kind, const uint8_t* blocks, int64_t rows, const float* x, int64_t n,
                       const int32_t* ids, int64_t m, int64_t each, float* y, int threads, bool share_openmp);
 
-// Rows of numbers out of blocks, as float32 or, with `narrow`, through it as bfloat16 or float16. `picked`: which rows;
-// without it those from 0 on.
+// Unpacked rows, as float32 or, with `narrow`, rounded from it to bfloat16 or float16. `picked`: which rows;
+// without it the first ones.
 void unpack(const Kind& kind, const uint8_t* blocks, int64_t n, const int64_t* picked, int64_t rows,
             Kind::FromFloat narrow, void* out, int threads, bool share_openmp);
 
-// ---- A decode step between the mixers of a model, as one call
+// ---- The part of a decode step between two mixers, as one call
 
-// A list of operations on rows of numbers; buffers are numbered.
+// A list of operations on rows of numbers. Buffers have numbers.
 class Chain {
   public:
     // out = in / sqrt(mean(in^2) + eps) * (offset + weight[n])
@@ -64,11 +64,11 @@ class Chain {
     // out[c] = in[order[c]]
     void pick(int in, int out, std::vector<int64_t> order);
 
-    // The number of a new buffer of that width.
+    // The number of a new buffer of this width.
     int buffer(int64_t width);
     int64_t width(int buffer) const { return widths_[static_cast<size_t>(buffer)]; }
 
-    // `given`: buffers that the caller brings, and their addresses [m, width]; the others are scratch.
+    // `given`: the caller's buffers and their addresses [m, width]; the others are scratch memory.
     void run(int64_t m, const std::vector<int>& given, const std::vector<float*>& at, int threads,
              bool share_openmp) const;
 

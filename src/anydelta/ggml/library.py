@@ -1,8 +1,8 @@
-"""ggml's shared libraries, as ggml-python or llama-cpp-python build them: its types, and what computes with them.
+"""ggml's shared libraries, as ggml-python or llama-cpp-python build them: its types and their functions.
 
     pip install anydelta[gguf]
 
-Only functions of ggml's public headers are called, by ctypes or, through their addresses, by anydelta._core.
+Only functions of ggml's public headers are called: by ctypes, or by anydelta._core through their addresses.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ..core.native import core
 from ..core.probe import fails, package_version
 
 PACKAGES = {"ggml": "ggml-python", "llama_cpp": "llama-cpp-python"}
-"""Modules with a folder lib of ggml's shared libraries, and what to install for them."""
+"""Modules with ggml's shared libraries in their folder lib, and the package of each."""
 
 F32, F16, BF16 = 0, 1, 30
-"""Types of ggml that are numbers and not blocks (enum ggml_type)."""
+"""Types of ggml that are plain numbers, not blocks (enum ggml_type)."""
 
 TYPES = 42
-"""Numbers of types that every ggml from OLDEST on has; later ones are appended (GGML_TYPE_COUNT)."""
+"""The number of types in ggml since OLDEST. Later ones are appended (GGML_TYPE_COUNT)."""
 
 OLDEST = (0, 15)
 """The first release with all of them."""
 
 _NO_NUMBERS = ("q8_1", "q8_K")
-"""Types that no file stores weights in: what others are multiplied with."""
+"""Types of inputs, which no file stores weights in."""
 
 
 class GgmlError(RuntimeError):
-    """No usable ggml is here; the text says what to do."""
+    """There is no usable ggml. The text says what to do."""
 
 
 class _Traits(C.Structure):
-    """struct ggml_type_traits of ggml.h, up to what is read here."""
+    """struct ggml_type_traits of ggml.h, up to the last field that is read here."""
 
     _fields_ = (
         ("type_name", C.c_char_p),
@@ -71,9 +71,9 @@ class Kind:
 
     type: int
     name: str
-    """As files are named: Q4_K."""
+    """As in names of files: Q4_K."""
     values: int
-    """Of a block."""
+    """Numbers in a block."""
     bytes: int
     quantised: bool
 
@@ -98,13 +98,13 @@ class Library:
         return next((k for k in self.kinds.values() if k.name.lower() == name.lower()), None)
 
     def needs_matrix(self, kind: Kind) -> bool:
-        """Whether this type is chosen by what its numbers are multiplied with (an importance matrix)."""
+        """Whether quantising to this type needs the importance of the columns (an importance matrix)."""
         return bool(self.base.ggml_quantize_requires_imatrix(kind.type))
 
     def quantise(self, kind: Kind, rows: Any, importance: Any = None) -> Any:
         """Blocks [rows, bytes] of float32 rows [rows, n]; n must be a multiple of `kind.values`.
 
-        `importance`: float32 [n], how much each column counts, where `needs_matrix(kind)`.
+        `importance`: float32 [n], the weight of each column; required if `needs_matrix(kind)`.
         """
         import numpy as np
 
@@ -118,7 +118,7 @@ class Library:
 
 
 def folders() -> dict[str, Path]:
-    """Where the packages that are installed keep their libraries, by the packages' names."""
+    """The folders with libraries of the installed packages, by package."""
     found = {}
     for module, package in PACKAGES.items():
         spec = importlib.util.find_spec(module)
@@ -128,12 +128,12 @@ def folders() -> dict[str, Path]:
 
 
 def usable(module: str, name: str) -> Path:
-    """The first folder whose libraries that module's function or class `name` opens.
+    """The first folder whose libraries the module's function or class `name` can open.
 
-    It is tried elsewhere first: a library built for another CPU ends the process.
+    Each is tried in another process first: a library built for another CPU ends the process.
 
     Raises:
-        GgmlError: there is none; why not, for each.
+        GgmlError: there is none; with the reason for each.
     """
     reasons = []
     for package, folder in folders().items():
@@ -145,7 +145,7 @@ def usable(module: str, name: str) -> Path:
 
 
 def load(folder: Path) -> tuple[C.CDLL, C.CDLL]:
-    """ggml-base and ggml-cpu."""
+    """The libraries ggml-base and ggml-cpu."""
     end = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     start = "" if sys.platform == "win32" else "lib"
     base, cpu = (C.CDLL(str(folder / f"{start}ggml-{part}.{end}")) for part in ("base", "cpu"))

@@ -1,10 +1,10 @@
-"""Products of torch tensors with matrices in ggml's blocks, on the CPU; and the numbers of such blocks.
+"""Products of torch tensors with matrices in ggml's blocks, on the CPU; and unpacking of such blocks.
 
     y = linear(x, blocks, type)            x [..., n], blocks uint8 [rows, bytes]: y float32 [..., rows]
 
-Few rows of x are multiplied block by block by ggml's functions, which bring x into 8 bits. Many are multiplied by
-torch with the numbers of a part of the blocks at a time, in bfloat16 where the CPU has instructions for it: closer to
-the exact product than 8 bits are.
+For few rows of x, ggml's functions convert x to 8 bits and multiply it block by block. For many rows, torch multiplies
+them with a part of the unpacked matrix at a time, in bfloat16 if the CPU has instructions for it. That is closer to the
+exact product than 8 bits are.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ..rule.torch_ops import watched
 from .library import BF16, F16, F32, Kind, Library, library
 
 FEW_ROWS = 16
-"""Up to so many rows, reading blocks once a row is faster than unpacking them. Measured for Q4_K, 3584 x 1024, on a
-Zen 4: 16 rows take 1.9 ms either way; types that unpack slowly (Q6_K, IQ4_XS) change sides at 38."""
+"""Up to this many rows, reading packed blocks once per row is faster than unpacking them. Measured for Q4_K, 3584 x
+1024, on a Zen 4: 16 rows take 1.9 ms either way. For types that unpack slowly (Q6_K, IQ4_XS) the limit would be 38."""
 
 PART = 1 << 19
-"""Numbers that are unpacked at a time: 1 MB of bfloat16 stays in the cache until it is multiplied."""
+"""Numbers to unpack at a time: 1 MB of bfloat16 stays in the cache until it is multiplied."""
 
 NUMBERS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
-"""Types of ggml that are numbers."""
+"""Types of ggml that are plain numbers."""
 
 
 class Blocks:
-    """A matrix [rows, n] in blocks, with what it takes to multiply with it."""
+    """A matrix [rows, n] in blocks, and its products."""
 
     __slots__ = ("kind", "n", "native", "rows", "tensor")
 
     def __init__(self, tensor: torch.Tensor, type: int):
         """
         Args:
-            tensor: uint8 [..., bytes of a row], on the CPU; for a type of numbers, those. Kept.
-            type: as ggml numbers it.
+            tensor: uint8 [..., bytes of a row], on the CPU; or plain numbers, for such a type. Kept alive.
+            type: ggml's number of the type.
 
         Raises:
             ValueError: a type or a shape that ggml does not multiply with.
@@ -68,7 +68,7 @@ class Blocks:
         return y
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by torch, a part of the rows at a time."""
+        """The same in torch, a part of the rows at a time."""
         x = x.to(wide_dtype())
         y = x.new_empty((x.shape[0], self.rows), dtype=torch.float32)
         for begin, end, numbers in self.parts():
@@ -76,7 +76,7 @@ class Blocks:
         return y
 
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The matrix in parts: first row, row behind the last, and numbers that are good until the next part."""
+        """The matrix in parts: first row, row after the last, and numbers that stay valid until the next part."""
         part = max(1, PART // self.n)
         numbers = self.tensor.new_empty((min(part, self.rows), self.n), dtype=wide_dtype())
         for begin in range(0, self.rows, part):
@@ -104,7 +104,7 @@ def kind_of(type: int) -> Kind:
 
     Raises:
         ValueError: ggml's CPU code has none.
-        GgmlError: no ggml is here.
+        GgmlError: ggml is not installed.
     """
     ggml: Library = library()
     if type not in ggml.kinds:
@@ -124,7 +124,7 @@ def gated(x: torch.Tensor, gate: Blocks, up: Blocks, down: Blocks) -> torch.Tens
 
 @functools.cache
 def wide_dtype() -> torch.dtype:
-    """What many rows are multiplied in."""
+    """The dtype of products with many rows."""
     has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -134,7 +134,7 @@ def wants_gradient(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-# ---- Operators: what a tracer or torch.compile sees of these
+# ---- Operators, for tracers and torch.compile
 
 
 def _traced(*arrays: torch.Tensor | None) -> bool:
@@ -152,7 +152,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, type: int) -> torch.Tensor:
 
 
 def experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int) -> torch.Tensor:
-    """x [T, n] times the matrices that `ids` [T, k] choose of blocks [E, rows, bytes]: float32 [T, k, rows]."""
+    """x [T, n] times the matrices of blocks [E, rows, bytes] that `ids` [T, k] choose: float32 [T, k, rows]."""
     if wants_gradient(x):
         return _differentiable_experts(x, weight, ids, type)
     if _traced(x, weight, ids):
@@ -164,7 +164,7 @@ def experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int)
 def numbers(
     weight: torch.Tensor, type: int, dtype: torch.dtype, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The rows [count, n] that blocks hold, all or those of the indices `rows`."""
+    """The unpacked rows [count, n] of blocks: all, or those of the indices `rows`."""
     if _traced(weight, rows):
         out: torch.Tensor = torch.ops.anydelta.ggml_numbers(weight, type, dtype, rows)
         return out
@@ -192,7 +192,7 @@ def _experts(x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, type: int
         threads = torch.get_num_threads()
         blocks.native.multiply_experts(rows, x.data_ptr(), ids.data_ptr(), T * k, k, out.data_ptr(), threads)
         return out
-    flat, of = out.view(T * k, rows), ids.view(-1)  # each expert's rows together
+    flat, of = out.view(T * k, rows), ids.view(-1)  # the rows of each expert together
     for expert in of.unique().tolist():
         mine = (of == expert).nonzero().view(-1)
         flat[mine] = Blocks(weight[expert], type).multiply(x[mine // k])

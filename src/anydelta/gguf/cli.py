@@ -1,4 +1,4 @@
-"""`anydelta gguf`: write a GGUF file, and say what one holds."""
+"""`anydelta gguf`: writes a GGUF file, or says what it holds."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def write_command(
         Path | None, typer.Option("-o", "--output", help="The file. Default: NAME-TYPE.gguf here.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", help="Default: all CPUs.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as a GGUF file, for llama.cpp and for Transformers.
 
-    Matrices are brought into blocks by ggml's own functions, types chosen as llama.cpp chooses them. Multi-token
-    prediction layers and the tokenizer go with the model.
+    ggml's own functions pack the matrices. Their types are those that llama.cpp would choose. Multi-token prediction
+    layers and the tokenizer are included.
 
     Examples:
       anydelta gguf write examples/tiny_model --type Q8_0 -o tiny-Q8_0.gguf
       anydelta gguf write qwen3.5-0.8b --type Q4_K_M
     """
     need_packages()
-    with refusing(RuntimeError):  # ggml is not here
+    with refusing(RuntimeError):  # ggml is not installed
         known = write.types()
     if type_ not in known:
         raise Refused(f"requires --type of {', '.join(known)}; got {type_!r}")
@@ -75,7 +75,7 @@ def write_command(
         raise Refused(f"requires -o to end in .gguf; got {path}")
     check_writable(path)
     if path.exists() and not force:
-        raise Refused(f"requires a new file, or --force; got {path}, which is there")
+        raise Refused(f"requires a new file, or --force; got {path}, which exists")
     with progress() as draw:
         draw(f"opening {model}", 0.0)
         if model in {p.name for p in presets.PRESETS}:
@@ -99,7 +99,7 @@ def write_command(
 
 
 def _mtp(model: PreTrainedModel) -> Any:
-    """Transformers' MTP layers of a model, where it has any."""
+    """Transformers' MTP layers of a model, if it has any."""
     if not getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None):
         return None
     reading = importlib.import_module("anydelta.integrations.transformers.mtp")

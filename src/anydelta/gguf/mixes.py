@@ -1,7 +1,7 @@
-"""Which type of ggml each matrix of a file gets: a file is named after a mix, such as Q4_K_M.
+"""The type of each matrix in a file that is named after a mix, such as Q4_K_M.
 
-The mixes are llama.cpp's (src/llama-quant.cpp): most matrices get the type in the name; the output matrix, and in the
-mixes M and L some of the matrices that matter most, get more bits.
+The mixes are llama.cpp's (src/llama-quant.cpp). Most matrices get the type in the name. The output matrix gets more
+bits, and in the mixes M and L so do some of the most important matrices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Where = Callable[[int, int], bool]
-"""Of the i-th of n matrices of a sort: whether it gets a type."""
+"""Whether the i-th of n matrices of one kind gets a type."""
 
 
 def _all(i: int, n: int) -> bool:
@@ -19,7 +19,7 @@ def _all(i: int, n: int) -> bool:
 
 
 def _more(i: int, n: int) -> bool:
-    """At both ends, and every third between."""
+    """At both ends, and every third in between."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
@@ -33,7 +33,7 @@ def _part(of: int) -> Where:
 
 @dataclass(frozen=True)
 class Mix:
-    """Types by what a matrix is for. The first that fits counts, and `base` where none does."""
+    """The types of matrices by their purpose. The first that applies counts, otherwise `base`."""
 
     base: str
     value: tuple[tuple[str, Where], ...] = ()
@@ -55,13 +55,13 @@ MIXES = {
     "Q5_K_S": Mix("Q5_K"),
     "Q5_K_M": Mix("Q5_K", (("Q6_K", _more),), (("Q6_K", _more),)),
 }
-"""Beside these a file may be named after any type of ggml that needs no importance matrix: Q8_0, Q4_0, IQ4_XS, F16."""
+"""A file may also be named after any type of ggml that needs no importance matrix: Q8_0, Q4_0, IQ4_XS, F16."""
 
 _NARROWER = {
     **dict.fromkeys(("Q2_K", "Q3_K", "IQ3_XXS", "IQ3_S", "IQ2_S", "IQ4_XS", "TQ1_0", "TQ2_0"), "IQ4_NL"),
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "NVFP4": "Q8_0", "Q1_0": "Q4_0",
 }  # fmt: skip
-"""What takes the place of a type whose blocks do not divide the rows of a matrix."""
+"""The replacement for a type whose blocks do not divide the rows of a matrix."""
 
 
 def is_matrix(name: str, dims: int) -> bool:

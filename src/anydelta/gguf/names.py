@@ -1,7 +1,7 @@
 """A model of Transformers under llama.cpp's names: its sizes, and every tensor as a GGUF file holds it.
 
-What a file holds in place of Transformers' tensors (-exp(A_log), norms with their one added, value heads in tiled
-order) and how it is called is llama.cpp's: src/models/qwen35.cpp, qwen35moe.cpp, qwen3next.cpp and its converters.
+Names and contents are llama.cpp's (src/models/qwen35.cpp, qwen35moe.cpp, qwen3next.cpp and its converters). A file
+holds -exp(A_log), norms with one added, and value heads in tiled order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARCHITECTURES = {"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "qwe
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file, which is computed when it is asked for."""
+    """A tensor of a file, computed on request."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ def write_sizes(writer: Any, config: PreTrainedConfig, vocabulary: int, mtp_laye
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_rope_dimension_count(rotated)
-    if kind != "qwen3_next":  # without sections any split is right: text has one position on all axes
+    if kind != "qwen3_next":  # without sections any split is right: for text all axes have the same position
         axis = rotated // 6
         sections = list(rope.get("mrope_section") or [rotated // 2 - 2 * axis, axis, axis])
         writer.add_rope_dimension_sections([*sections, *[0] * (4 - len(sections))])
@@ -68,20 +68,20 @@ def write_sizes(writer: Any, config: PreTrainedConfig, vocabulary: int, mtp_laye
 
 
 def _interval(config: PreTrainedConfig) -> int:
-    """Every how many layers one has full attention."""
+    """Every n-th layer has full attention: n."""
     types = list(config.layer_types)
     return types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
 
 
 def irregular(config: PreTrainedConfig) -> str | None:
-    """Why a file cannot tell which layer is which, or None: it says every how many layers one has full attention."""
+    """Why a file cannot describe the kinds of layers, or None. It only says that every n-th has full attention."""
     n, types = _interval(config), list(config.layer_types)
     regular = ["linear_attention" if (i + 1) % n else "full_attention" for i in range(len(types))]
     return None if types == regular else f"layers in the order {', '.join(types)}"
 
 
 def tensors(model: PreTrainedModel, mtp: Any = None) -> Iterator[Tensor]:
-    """Every tensor under its GGUF name; `mtp` is Transformers' MtpModel of the model, where it has one."""
+    """Every tensor under its GGUF name; `mtp` is Transformers' MtpModel of the model, if there is one."""
     config, base = model.config, model.base_model
     yield _whole("token_embd.weight", base.embed_tokens.weight)
     yield _norm("output_norm.weight", base.norm.weight)
@@ -132,7 +132,7 @@ def _attention(at: str, attn: Qwen3_5Attention) -> Iterator[Tensor]:
 
 
 def _linear(at: str, attn: LinearAttention, config: PreTrainedConfig) -> Iterator[Tensor]:
-    """The gated delta rule's layer, value heads in tiled order: head i of ggml uses key head i mod their number."""
+    """The gated delta rule's layer, value heads in tiled order: ggml's head i uses key head i mod H."""
     import torch
 
     H, HV = config.linear_num_key_heads, config.linear_num_value_heads
@@ -145,7 +145,7 @@ def _linear(at: str, attn: LinearAttention, config: PreTrainedConfig) -> Iterato
         parts: torch.Tensor = x.unflatten(dim, (H, HV // H, size))
         return parts.transpose(dim, dim + 1).flatten(dim, dim + 2)
 
-    if hasattr(attn, "in_proj_qkvz"):  # qwen3_next: per key head its q, k, and the v and z of its value heads
+    if hasattr(attn, "in_proj_qkvz"):  # qwen3_next: per key head q, k, and the v and z of its value heads
         rest = HV // H * V
         rows = attn.in_proj_qkvz.weight.unflatten(0, (H, 2 * K + 2 * rest))
         q, k, v, z = (part.flatten(0, 1) for part in rows.split([K, K, rest, rest], 1))

@@ -1,7 +1,7 @@
 """Write a model of Transformers as a GGUF file, for llama.cpp and for Transformers: `anydelta gguf write`.
 
-The file is made under another name and gets its own when it is whole. Matrices are brought into blocks one after the
-other, so that besides the model one matrix is in memory.
+The file is written under another name and renamed when it is complete. Matrices are packed one after the other, so only
+one of them is in memory besides the model.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Summary:
     bytes: int
     parameters: int
     matrices: dict[str, int]
-    """How many, by type."""
+    """Numbers of matrices, by type."""
     mtp_layers: int
 
 
 def types() -> list[str]:
-    """What a file can be named after."""
+    """The types that a file can be named after."""
     ggml = library()
     return [*MIXES, *(k.name for k in ggml.kinds.values() if not ggml.needs_matrix(k))]
 
 
 def missing() -> str | None:
-    """Why no file can be written here, or None."""
+    """Why files cannot be written here, or None."""
     return (
         None if importlib.util.find_spec("gguf") else "gguf is not installed (pip install 'anydelta[gguf]')"
     )
@@ -70,11 +70,11 @@ def write(
 
     Args:
         mix: one of `types()`.
-        tokenizer: what goes with the model; without one the file has words that nobody reads.
+        tokenizer: the model's tokenizer; without one the file has placeholder words.
         mtp: Transformers' MtpModel of the model.
 
     Raises:
-        Refused: a model, a type or a tokenizer that a file cannot hold, or no room on the disk.
+        Refused: a model, a type or a tokenizer that a file cannot hold, or too little disk space.
     """
     if why := missing():
         raise Refused(f"gguf write requires the package gguf; got: {why}")
@@ -181,7 +181,7 @@ def _write(
 
 
 def _stored(t: names.Tensor, kind: Kind, ggml: Library, pool: ThreadPoolExecutor) -> NDArray[Any]:
-    """A tensor in the form of the file."""
+    """A tensor as the file stores it."""
     import torch
 
     with torch.no_grad():
@@ -205,7 +205,7 @@ def write_words(
     """The tokenizer's keys.
 
     Raises:
-        Refused: it is none that a file can describe: byte-level BPE with a known way to split text.
+        Refused: a file can only describe byte-level BPE with a known way to split text.
     """
     if tokenizer is None:
         words, kinds, merges, split = _no_words(vocabulary)
@@ -274,7 +274,7 @@ def _words(
 
 
 def _split(told: dict[str, Any]) -> str:
-    """llama.cpp's name of the way in which text is split before the merges."""
+    """llama.cpp's name for the way that text is split before the merges."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     def patterns(x: object) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Plugs for programs that people already use: one module per program, imported only when asked for."""
+"""Integrations into other programs: one module per program, imported on request."""

@@ -1,8 +1,8 @@
 """enable() and disable() for every integration: which call decides, and what is replaced.
 
-A `Place` is where something is switched on: all models, or one module. Of the calls of enable() and disable() in force
-there, the one that began last decides. A block's call is in force until the block ends; blocks may overlap. Any other
-call is in force for good. A `Patch` is one attribute that is replaced while the place is on.
+A `Place` is where anydelta is switched on: all models, or one module. If several calls of enable() and disable() are in
+force there, the latest one decides. The call of a block is in force until the block ends; blocks may overlap. Any other
+call stays in force. A `Patch` is one attribute that is replaced while the place is on.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Place:
         self.on = on
         self._change = change
         self._calls = [_Call(True)] if on else []
-        """The calls in force, in the order of their beginning."""
+        """The calls in force, oldest first."""
 
     def begin(self, call: _Call) -> None:
         self._calls.append(call)
@@ -104,9 +104,9 @@ class Ours(NamedTuple):
     """The attribute `anydelta` of our functions."""
 
     function: Callable[..., object]
-    """The function itself: wrappers made by functools.wraps have the attribute too."""
+    """The function itself. Wrappers made by functools.wraps have the attribute too."""
     theirs: Any
-    """What runs instead while it is off."""
+    """The original, which runs while ours is off."""
     ours: Callable[..., object]
     place: Place
     also: Callable[..., bool] | None
@@ -125,7 +125,7 @@ def guarded(
 ) -> Callable[P, R]:
     """`ours` while the place is on, or if `also` accepts the arguments; otherwise `theirs`.
 
-    Code that kept or wrapped the function may call it at any time.
+    Code that keeps or wraps the function may call it at any time.
     """
 
     @functools.wraps(theirs, updated=())
@@ -181,7 +181,7 @@ def _cells(function: FunctionType) -> Iterator[object]:
 
 
 class Patch:
-    """An attribute of a module or class: theirs, and ours, which `make` makes of it."""
+    """An attribute of a module or class: the original, and ours, which `make` makes from it."""
 
     def __init__(self, owner: type | ModuleType, name: str, make: Callable[[Any], object]):
         self.owner, self.name, self._make = owner, name, make
@@ -189,7 +189,7 @@ class Patch:
         self._inherited = False
 
     def learn(self) -> bool:
-        """Look at the present attribute. Returns whether it was unknown."""
+        """Look at the current attribute. Returns whether it was unknown."""
         here = getattr(self.owner, self.name, MISSING)
         if self.ours is not MISSING and (here is self.theirs or here is self.ours):
             return False
@@ -205,8 +205,8 @@ class Patch:
         """Restore the original, unless ours was replaced. Returns warnings."""
         if vars(self.owner).get(self.name) is not self.ours:
             return [
-                f"anydelta: {self.owner.__name__}.{self.name} was replaced by someone else since enable(), and stays "
-                "as it is"
+                f"anydelta: {self.owner.__name__}.{self.name} was replaced by other code since enable(), and stays as "
+                "it is"
             ]
         if self._inherited:
             delattr(self.owner, self.name)
@@ -216,7 +216,7 @@ class Patch:
 
 
 def turn(patches: Iterable[Patch], on: bool) -> list[str]:
-    """Put ours in place, or take it out. Returns warnings."""
+    """Put our attributes in place, or the originals back. Returns warnings."""
     if not on:
         return [message for patch in patches for message in patch.take()]
     for patch in patches:

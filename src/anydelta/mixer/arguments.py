@@ -1,4 +1,4 @@
-"""The table of the mixer's arguments, with the rule's: one row each. See core/arguments.py for what is made of it."""
+"""The table of the mixer's arguments, with the rule's, a row each. core/arguments.py says what is generated from it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MixerOptions(NamedTuple):
     state_layout: StateLayout = "kv"
 
     def of_rule(self, *, weighted: bool = False) -> Options:
-        """The options of the rule inside; with `weighted` of one whose beta has its sigmoid behind it."""
+        """The options of the rule inside. `weighted`: its beta has already been through the sigmoid."""
         inside = Options(**{n: getattr(self, n) for n in Options._fields if n in self._fields})
         return inside._replace(beta_is_logit=False) if weighted else inside
 

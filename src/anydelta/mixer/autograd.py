@@ -1,5 +1,6 @@
-"""Gradients of the functional mixer: as `rule.autograd`, with torch's convolution and norm around the rule where no
-backend has a backward pass of its own, and for gradients of gradients.
+"""Gradients of the functional mixer, as `rule.autograd` computes those of the rule.
+
+torch's convolution and norm run around the rule where no backend has a backward pass, and for gradients of gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from . import op
 from .arguments import MixerCall, MixerOptions
 
 Grads = Sequence[torch.Tensor | None]
-"""Those of the output, of the new conv state and of the new state; None for zeros."""
+"""The gradients of the output, the new conv state and the new state; None for zeros."""
 
 
 def gradients(

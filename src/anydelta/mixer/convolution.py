@@ -1,6 +1,6 @@
 """The causal convolution in torch's operators: depthwise, k taps, y[t] = sum_j w[j] x[t - (k - 1) + j].
 
-`convolve` is for callers that may want gradients; `blocked` and `shifted` are the two ways it has.
+`convolve` is for callers that may want gradients. It runs `blocked` or `shifted`.
 
 torch's conv1d takes 57 ms for 512 tokens of 6144 channels in float32 on an AVX2 core, and 118 ms in bfloat16;
 four multiply-adds over blocks that stay in the L2 cache take 12 ms. One token in bfloat16: 20 ms against 0.1 ms.
@@ -26,8 +26,8 @@ def convolve(
 ) -> torch.Tensor:
     """x [B, T, C], weight [C, k], bias [C] to y [B, T, C] in x's dtype; `activation` None or SiLU by any name.
 
-    `ids` [B or 1, T] keep packed sequences apart: a token reads only tokens of its own number. Sums are in float32,
-    or in float64 where x is.
+    `ids` [B or 1, T] keep packed sequences apart: a token reads only tokens with its own number. Sums are in float32,
+    or in float64 if x is.
     """
     given = [t for t in (x, weight, bias) if t is not None]
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
@@ -37,7 +37,7 @@ def convolve(
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """In the type that is summed in."""
+    """x in the type that sums use."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -57,7 +57,7 @@ def blocked(
         block = x[:, seen:end].to(dtype, memory_format=torch.contiguous_format)
         y = block[:, begin - seen :] * taps[k - 1]
         for back in range(1, k):
-            first = max(begin, back)  # the first token that has one so far back
+            first = max(begin, back)  # the first token with an input so far back
             if first < end:
                 y[:, first - begin :].addcmul_(
                     block[:, first - back - seen : end - back - seen], taps[k - 1 - back]
@@ -77,7 +77,7 @@ def shifted(
     activation: str | None,
     ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `blocked` in whole passes, which have gradients and which a compiler fuses; `ids` as of `convolve`."""
+    """As `blocked`, in whole passes: they have gradients, and a compiler fuses them. `ids` as in `convolve`."""
     T, k = x.shape[1], weight.shape[1]
     x_wide, taps = wide(x), wide(weight).t()
     y = x_wide * taps[k - 1]
@@ -101,7 +101,7 @@ def sequence_ids(
 ) -> torch.Tensor:
     """The number of the packed sequence of each of T columns, [B or 1, T].
 
-    Columns in front of those that are numbered come from a cache, and count as part of the first sequence.
+    Earlier columns come from a cache and count as part of the first sequence.
     """
     if seq_idx is None:
         assert cu_seqlens is not None

@@ -1,4 +1,4 @@
-"""The mixer's two public functions: validate, choose a backend, run. Plans are remembered as in `anydelta.rule.op`."""
+"""The mixer's two public functions: validate, choose a backend, run. Plans are cached as in `anydelta.rule.op`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def gated_delta_mixer_(
     snapshot_indices: Array | None = None,
     backend: str = "auto",
 ) -> Array:
-    """What stands between the projections of a linear attention layer, in one pass; both states advance in place.
+    """Everything between the projections of a linear attention layer in one pass; both states advance in place.
 
     Per channel c of q, k and v, where x are the inputs of a sequence and before them the columns of its conv state::
 
@@ -71,36 +71,37 @@ def gated_delta_mixer_(
         o       = gated_delta_rule_(q, k, v, state, gates)
         out_t   = o_t / sqrt(mean(o_t^2) + norm_eps) * norm_weight * gate(z_t)
 
-    (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv 2510.26692.) HV, K and V are read off `state`, H off
-    the width of q. Everything between the inputs and the output is float32. No gradient.
+    (Gated DeltaNet, arXiv 2412.06464; Kimi Delta Attention, arXiv 2510.26692.) `state` gives HV, K and V, the width of
+    q gives H. Everything between the inputs and the output is float32. No gradient.
 
     Args:
         qkv: [B, T, 2 H K + HV V] float32, bfloat16 or float16: the projections' output before the convolution, channels
             in the order q, k, v, each head by head. Or (q, k, v), each [B, T, heads * width], or [B, T, groups,
             heads / groups * width] with any strides between groups (views of a wider projection need no copy).
         conv_state: [N, C, S] of qkv's dtype or float32, C = 2 H K + HV V, S >= W - 1: the last S inputs, the newest
-            last (Transformers keeps S = W). Zeros for a new sequence. With `state_indices` a pool [P, C, S].
+            last (Transformers keeps S = W). Zeros for a new sequence. With `state_indices`: a pool [P, C, S].
         state: [N, HV, K, V] float32, bfloat16 or float16, or a pool [P, HV, K, V].
-        g: the gate, raw by default; as in `gated_delta_rule`, and so are `decay`, `A_log`, `dt_bias` and `lower_bound`.
+        g: the gate, raw by default. As in `gated_delta_rule`, as are `decay`, `A_log`, `dt_bias` and `lower_bound`.
         beta: [B, T, HV], a logit by default (`beta_is_logit`).
         conv_weight: [C, W].
         conv_bias: [C] or None.
-        activation: of the convolution: "silu" or None.
+        activation: of the convolution, "silu" or None.
         allow_neg_eigval: beta = 2 sigmoid(logit), in [0, 2] (fla's name; olmo_hybrid).
-        z: the gate of the norm, [B, T, HV * V] or grouped as v, qkv's dtype; None: a norm without gate.
+        z: the gate of the norm, [B, T, HV * V] or grouped as v, qkv's dtype. None: a norm without a gate.
         norm_weight: [V]; None: no norm.
         norm_gate: "silu" (Gated DeltaNet) or "sigmoid" (Kimi Delta Attention).
-        mask: [B, T] bool: a False token does not exist: neither state sees it, its output is zero.
+        mask: [B, T] bool: neither state sees a False token, and its output is zero.
         snapshots: [Ks, N, HV, K, V], written: the state after the last token, and s tokens earlier, as in
             `gated_delta_rule`.
         conv_snapshots: [Ks, N, C, S], written: the conv states of the same tokens.
-        snapshot_indices: [Ks, N], for pools (with `state_indices`): the rows of both pools that the last states go to,
-            the only ones that are written; beside `snapshots` [1, N], for the final states; as in `gated_delta_rule_`.
-        scale: as in `gated_delta_rule`, and so are `heads`, `qk_l2norm`, `qk_l2norm_eps`, `state_layout`,
-            `cu_seqlens`, `state_indices` and `backend`.
+        snapshot_indices: [Ks, N], for pools (with `state_indices`): the rows of both pools that receive the last
+            states. No other row is written. Beside `snapshots` it is [1, N], for the final states. As in
+            `gated_delta_rule_`.
+        scale: as in `gated_delta_rule`, as are `heads`, `qk_l2norm`, `qk_l2norm_eps`, `state_layout`, `cu_seqlens`,
+            `state_indices` and `backend`.
 
     Returns:
-        [B, T, HV * V] in qkv's dtype: what the output projection takes.
+        [B, T, HV * V] in qkv's dtype, the input of the output projection.
 
     Raises:
         ValueError, TypeError: an invalid call; nothing was read or written.
@@ -121,7 +122,7 @@ def gated_delta_mixer_(
         return _torch_side().traced(arrays, rest)
     found = find(arrays, rest)
     if type(found) is not Plan:
-        if tensors and found is None:  # not plain memory, somebody looks on, or gradients are wanted
+        if tensors and found is None:  # not plain memory, the call is watched, or gradients are wanted
             if _torch_side().watched(*arrays):
                 return _torch_side().traced(arrays, rest)
             if torch is not None and torch.is_grad_enabled():
@@ -140,9 +141,9 @@ def gated_delta_mixer(
     backend: str = "auto",
     **arguments: Any,
 ) -> tuple[Array, Array, Array]:
-    """As `gated_delta_mixer_`, with all of its arguments, but the given states are left as they are. Differentiable.
+    """As `gated_delta_mixer_`, with all of its arguments, but it leaves the given states unchanged. Differentiable.
 
-    On the CPU the backward pass is one native call too, which keeps nothing but the inputs. Elsewhere, for float64, for
+    On the CPU the backward pass is one native call, and only the inputs are kept for it. Elsewhere, for float64, for
     gradients of gradients and for torch.func, gradients go through torch's own convolution and norm around
     `gated_delta_rule`.
 
@@ -170,7 +171,7 @@ def gated_delta_mixer(
             call, tracked = _torch_side().by_parts(call)
             call = replace(
                 call, snapshots=snapshots, conv_snapshots=conv_snapshots
-            )  # written: no copies of them
+            )  # written, so they must not be copied
         wanted = tracked or (requiring_grad(call) if torch.is_grad_enabled() else [])
         if wanted:
             return _differentiable(call, check(call, options), backend, wanted, composed=bool(tracked))
@@ -189,7 +190,7 @@ def check(call: MixerCall, options: MixerOptions) -> MixerSpec:
 
 
 def on_copies(call: MixerCall, options: MixerOptions, backend: str) -> tuple[Array, Array, Array]:
-    """The functional call without gradients: the one in place, on copies of the states."""
+    """The functional call without gradients: the in-place call on copies of the states."""
     spec = check(call, options)
     conv_state, state, rows = call.conv_state, call.state, call.state_indices
     if spec.rule.pooled:
@@ -215,7 +216,7 @@ def on_copies(call: MixerCall, options: MixerOptions, backend: str) -> tuple[Arr
 
 
 def _gather(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
-    """The pool rows that the call names, in its order, zeros for -1; and state_indices into those."""
+    """Copies of the pool rows that the call names, in its order, zeros for -1, and state_indices into these copies."""
     rows: Array = call.state_indices
     index: Array
     if spec.framework == "torch":
@@ -277,7 +278,7 @@ _FLAGS = frozenset(MixerOptions._fields) - {"op"}
 
 
 def writable(call: MixerCall) -> MixerCall:
-    """The call as it will run, on states that may be written: those given may be read-only or share memory."""
+    """The call as it will run, on new states. The given ones may be read-only or share memory."""
 
     def fresh(x: Array) -> Array:
         kind = framework_of(x)
@@ -305,7 +306,7 @@ def _differentiable(
 
 
 def refuse_grad(call: MixerCall, op: str) -> None:
-    """The in-place op has no gradient: say so instead of returning a constant."""
+    """Refuse gradients of the in-place op, instead of returning a constant."""
     if tracked := requiring_grad(call):
         raise ValueError(
             f"{op}: the in-place op has no gradient, but {', '.join(tracked)} requires grad. "
@@ -320,7 +321,7 @@ def _torch_side() -> ModuleType:
     """torch_ops.py, imported with the first torch call and not with anydelta."""
     global _side
     if _side is None:
-        import anydelta.mixer.torch_ops as found  # the one kind of import that torch.compile can follow
+        import anydelta.mixer.torch_ops as found  # torch.compile follows only import statements
 
         _side = found
     return _side
@@ -329,11 +330,11 @@ def _torch_side() -> ModuleType:
 def plan_step(
     o: Array, qkv: Array, conv_state: Array, state: Array, **arguments: Any
 ) -> core.MixerStep | None:
-    """For a loop that makes the same call again and again, on torch tensors: an object of the extension, or None.
+    """Prepare a call on torch tensors that a loop repeats: an object of the extension, or None.
 
-    Its `run(*arrays)` takes the arrays in the order of the table, `o` at the end, where conv_weight may be the
-    [C, 1, W] of a torch Conv1d. It returns False, and has done nothing, if their dtypes, shapes or strides, or
-    ANYDELTA_BACKEND, are not those of this call. What else makes a call invalid is not looked at again.
+    Its `run(*arrays)` takes the arrays in the order of the table, then `o`. conv_weight may be the [C, 1, W] of a torch
+    Conv1d. If dtypes, shapes, strides or ANYDELTA_BACKEND differ from those of this call, it returns False and does
+    nothing. It does not repeat the other checks of a call.
     """
     call, options, backend = _parse(
         qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
@@ -397,7 +398,7 @@ def _written(call: MixerCall) -> list[Array]:
 
 
 def _results(spec: MixerSpec, call: MixerCall) -> Callable[[Arrays], Arrays]:
-    """What makes (o,) for the arrays of a call."""
+    """The function that makes (o,) for the arrays of a call."""
     r = spec.rule
     shape = (r.B, r.T, r.HV * r.V)
     if spec.framework != "torch":

@@ -1,6 +1,6 @@
 """The mixer in float64, from its definition: the oracle that every implementation is compared with.
 
-Per channel c of q, k and v, with x the inputs of a sequence and before them the columns of its conv state:
+Per channel c of q, k and v, where x are the inputs of a sequence and before them the columns of its conv state:
 
     y_t   = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])      j = 0 .. W - 1; the conv state after t: the last S of x
     q, k, v = split(y)
@@ -8,8 +8,8 @@ Per channel c of q, k and v, with x the inputs of a sequence and before them the
     out_t = o_t / sqrt(mean(o_t^2) + eps) * norm_weight * gate(z_t)      mean over V; gate: silu (Gated DeltaNet) or
                                                                          sigmoid (Kimi Delta Attention)
 
-Gated DeltaNet: arXiv 2412.06464, figure 1; Kimi Delta Attention: arXiv 2510.26692, section 4. A masked token is as
-if it were not there: neither state sees it. NumPy only; it shares no code with any kernel.
+Gated DeltaNet: arXiv 2412.06464, figure 1; Kimi Delta Attention: arXiv 2510.26692, section 4. Neither state sees a
+masked token. NumPy only; it shares no code with any kernel.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def gated_delta_mixer(
     out = gated_rms_norm(
         rule.o, norm_weight, None if z is None else z.reshape(rule.o.shape), eps=norm_eps, gate=norm_gate
     )
-    # what a masked or skipped token's z holds is of no interest, NaN included
+    # z of a masked or skipped token may hold anything, even NaN
     live = np.zeros((B, T), bool)
     for n, (b, start, end) in enumerate(sequences):
         if not rule.skipped[n]:

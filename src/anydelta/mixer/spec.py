@@ -1,4 +1,4 @@
-"""The contract of one mixer call, checked before anything is touched: as `anydelta.rule.spec`, whose checks it uses.
+"""The contract of one mixer call, checked before anything is touched. It uses the checks of `anydelta.rule.spec`.
 
 `check_mixer` turns the arguments of `gated_delta_mixer` / `gated_delta_mixer_` into a `MixerSpec`, or raises the
 ValueError or TypeError that says what is wrong.
@@ -80,7 +80,7 @@ def parts(call: MixerCall, spec: MixerSpec) -> tuple[Array, Array, Array]:
 
 
 def unpack_qkv(op: str, qkv: Array) -> tuple[Array, Array, Array]:
-    """(qkv, None, None) of a packed array, (q, k, v) of a sequence of one or three.
+    """(qkv, None, None) for a packed array or a sequence of one, (q, k, v) for a sequence of three.
 
     Raises:
         TypeError: a sequence of another length.
@@ -220,7 +220,7 @@ def _check_qkv(
 def _check_rule(
     call: MixerCall, options: MixerOptions, *, B: int, T: int, H: int, HV: int, K: int, V: int
 ) -> CallSpec:
-    """The rule's own checks, on arrays that look as q, k and v will."""
+    """The rule's own checks, on arrays that look as q, k and v will after the convolution."""
     inner = Call(
         _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, H, K)), _like(call.qkv, (B, T, HV, V)),
         call.g, call.beta, call.state, call.snapshots, call.A_log, call.dt_bias, call.mask, call.cu_seqlens,
@@ -230,7 +230,7 @@ def _check_rule(
 
 
 def _like(x: Array, shape: tuple[int, ...]) -> Array:
-    """An array of x's kind, dtype and device with another shape, that takes no memory."""
+    """An array of x's kind, dtype and device with another shape. It takes no memory."""
     if framework_of(x) == "torch":
         return x.new_empty((1,)).expand(shape)
     import numpy as np

@@ -1,6 +1,6 @@
 """torch.ops.anydelta.gated_delta_mixer and gated_delta_mixer_: the mixer for torch.compile, torch.export and autograd.
 
-Eager calls without gradients skip the dispatcher, as those of the rule do (`anydelta.rule.torch_ops`). qkv is a list of
+Eager calls without gradients skip the dispatcher, as the rule's do (`anydelta.rule.torch_ops`). qkv is a list of
 one packed tensor or of the three tensors q, k, v. A third operator, gated_delta_mixer_backward, is the backward pass.
 """
 
@@ -56,7 +56,7 @@ def _bind(operator: Operator, *args: object, **given: object) -> tuple[Arrays, R
 def _inplace(*args: object, **given: object) -> torch.Tensor:
     arrays, rest = _bind(INPLACE, *args, **given)
     found = find(arrays, rest)
-    if type(found) is not Plan:  # a plan is found for calls alone that nobody differentiates
+    if type(found) is not Plan:  # plans are cached only for calls without gradients
         _refuse_derivatives(MixerCall(*arrays))
         found = op.plan(arrays, rest, found)
     result: torch.Tensor = found.call(arrays)[0]
@@ -101,16 +101,16 @@ for _operator in (INPLACE, FUNCTIONAL):
 # ---- gradients
 
 _OTHERS = FUNCTIONAL.tensors[1:]
-"""The functional operator's tensors but qkv, in the order of its schema."""
+"""The functional operator's tensors without qkv, in the order of its schema."""
 
 
 def _names(parts: int) -> tuple[str, ...]:
-    """Of all its tensors, where qkv comes in so many."""
+    """The names of all its tensors, if qkv has so many parts."""
     return (*("qkv", "k", "v")[:parts], *_OTHERS)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The functional operator with a gradient: q, k and v or all in one, then the others, absent ones None."""
+    """The functional operator with a gradient. Tensors: q, k and v, or qkv; then the others, None if absent."""
 
     @staticmethod
     def forward(
@@ -122,7 +122,7 @@ class _Differentiable(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(*tensors)
         ctx.parts, ctx.flags = parts, flags
-        ctx.set_materialize_grads(False)  # the states are large, and seldom is anything made of them
+        ctx.set_materialize_grads(False)  # the states are large, and losses seldom use them
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anydelta.gated_delta_mixer.default.redispatch(
                 keys & BELOW, list(tensors[:parts]), *tensors[parts:], **flags
@@ -135,7 +135,7 @@ class _Differentiable(torch.autograd.Function):
         found: list[torch.Tensor | None] = [None] * len(tensors)
         if all(g is None for g in grads):
             return (None, None, None, *found)
-        # as of the rule: gradients of gradients, and vmapped ones
+        # as in the rule: gradients of gradients, and vmapped ones
         if torch.is_grad_enabled() or any(g is not None and batched(g) for g in grads):
             names = _names(parts)
             call = MixerCall(**{"k": None, "v": None, **dict(zip(names, tensors, strict=True))})
@@ -166,7 +166,7 @@ def _differentiable(
 
 
 def _composed(*args: object, **given: object) -> Any:
-    """The functional operator as torch's own operators around the rule, which all transforms go through."""
+    """The functional operator as torch's own operators around the rule, which every transform supports."""
     arrays, rest = _bind(FUNCTIONAL, *args, **given)
     call = MixerCall(*arrays)
     return dispatch.mixer_of("reference").differentiable(
@@ -196,19 +196,19 @@ _LIB.impl("gated_delta_mixer_backward", _backward_op, "CompositeExplicitAutograd
 torch.library.register_fake("anydelta::gated_delta_mixer_backward", _fake_backward, lib=_LIB)
 
 
-# ---- who calls them
+# ---- Calls from op.py
 
 
 def by_parts(call: MixerCall) -> tuple[MixerCall, list[str]]:
-    """The functional call with the values of its lazy views, and the arrays for which it has to run as torch's
-    operators around the rule: a transform or dual numbers follow them, or they are made of other tensors."""
+    """The functional call with its lazy views resolved, and the names of arrays that a transform or dual numbers
+    follow, or that wrap other tensors. Such a call runs as torch's operators around the rule."""
     tensors = {n: x.resolve_neg() for n, x in op.arrays_of(call).items() if isinstance(x, torch.Tensor)}
     followed = (is_functorch_wrapped_tensor, is_traceable_wrapper_subclass, transformed)
     return replace(call, **tensors), [n for n, x in tensors.items() if any(f(x) for f in followed)]
 
 
 def dual_numbers() -> bool:
-    """Whether a level of dual numbers is entered: under torch.compile, where the operator would not see it."""
+    """Whether a level of dual numbers is entered, for use under torch.compile: the operator would not see it."""
     return forward_ad._current_level >= 0
 
 
@@ -231,9 +231,7 @@ def traced(arrays: Arrays, rest: Rest) -> torch.Tensor:
     """The call in place as a dispatcher operator, which tracers record."""
     call, options, backend = MixerCall(*arrays), MixerOptions(*rest[:-1]), rest[-1]
     refuse_old_exporter(options.op)
-    _refuse_derivatives(
-        call
-    )  # here too: a tracer shows the kernel tensors that have forgotten their gradients
+    _refuse_derivatives(call)  # here too: under a tracer the kernel sees tensors without their gradients
     flags = {name: getattr(options, name) for name in INPLACE.flags}
     tensors = [getattr(call, name) for name in INPLACE.tensors if name != "qkv"]
     result: torch.Tensor = torch.ops.anydelta.gated_delta_mixer_(

@@ -1,4 +1,4 @@
-"""The table of the rule's arguments: one row each. See core/arguments.py for what is made of it."""
+"""The table of the rule's arguments, one row each. core/arguments.py says what is generated from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple, Protocol
 from ..core.arguments import ArrayRow, ChoiceRow, FlagRow, NumberRow, Operator, arrays, plain
 from ..core.arrays import Array
 
-# What rule and mixer share.
+# Shared by rule and mixer.
 Scale = Annotated[float | None, NumberRow()]
 Decay = Annotated[str, ChoiceRow(("log", "linear", "raw"))]
 LowerBound = Annotated[float | None, NumberRow(maximum=0, why=", as the log decay is")]

@@ -73,7 +73,7 @@ def gated_delta_rule(
         scale: factor of the output; K**-0.5 if None.
         decay: what g holds. "log"; "linear": exp(log decay), in [0, 1]; "raw": the gate before its activation,
             log decay = -exp(A_log) softplus(g + dt_bias), or with `lower_bound`
-            lower_bound * sigmoid(exp(A_log) (g + dt_bias)) (fla's gates).
+            lower_bound * sigmoid(exp(A_log) (g + dt_bias)). Both are fla's gates.
         A_log: [HV], for raw gates only. With a lower bound it may be None: exp(A_log) is then 1.
         dt_bias: [HV], for KDA [HV, K] or [HV * K]; for raw gates only.
         lower_bound: a number <= 0; for raw gates only.

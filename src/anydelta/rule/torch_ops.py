@@ -186,7 +186,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_o: torch.Tensor, grad_state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
-        # create_graph=True: the gradient is itself to be differentiated. is_grads_batched=True: vmap has no rule for
+        # create_graph=True: the gradient will be differentiated. is_grads_batched=True: vmap has no rule for
         # the operator below.
         again = torch.is_grad_enabled()
         if again or batched(grad_o) or batched(grad_state):
@@ -237,8 +237,8 @@ def _transform(name: str, *arguments: object, **flags: object) -> object:
 
 
 def _resolve(name: str, *arguments: Any, **flags: object) -> object:
-    """An operator that writes to an argument, one of which is a negated view. torch's fallback covers only operators
-    that return what they write."""
+    """Run an operator that writes to an argument, where an argument is a negated view. torch's fallback covers only
+    operators that return what they write."""
     operator = getattr(torch.ops.anydelta, name)
     for described, x in zip(operator.default._schema.arguments, arguments, strict=False):
         if (
@@ -291,8 +291,8 @@ def _backward_op(*arguments: Any, **flags: Any) -> list[torch.Tensor]:
 def apart(
     found: list[tuple[torch.Tensor | None, torch.Tensor]], arguments: Iterable[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """Gradients, each with what it is of, as an operator's results: copies of those that share memory with each other
-    or with an argument."""
+    """`found` pairs each gradient with its input. Returns the gradients as an operator's results: those that share
+    memory with each other or with an argument are copied."""
     held = {_storage(x) for x in arguments if x is not None}
     results = []
     for grad, x in found:
@@ -351,7 +351,7 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Types of plain tensors, without subclasses."""
 _DEVICES = ("CPU", "CUDA", "HIP", "XPU", "MPS", "PrivateUse1")
 _PLAIN_KEYS = 0
-"""The dispatch keys of plain memory; others stand for a negated view, a wrapper, zeros without memory, ..."""
+"""The dispatch keys of plain memory. Others mark a negated view, a wrapper, zeros without memory and the like."""
 for _key in (
     "ADInplaceOrView",
     *(kind + _device for kind in ("", "Autograd", "Autocast") for _device in _DEVICES),
@@ -385,7 +385,7 @@ _ACCOUNT = dict(
 
 
 def onlooker() -> str | None:
-    """What must see the operator and not only its effect on memory; a function mode is named last. None: nothing."""
+    """What must see the operator, not only its effect on memory. A function mode is named last. None: nothing."""
     if forward_ad._current_level >= 0:
         return DUAL_NUMBERS
     return next((who for who, looks in _QUESTIONS.items() if looks()), None)

@@ -1,4 +1,4 @@
-"""What the forms of a pool read of it: its sizes, and arrays of its kind."""
+"""The part of a pool that its forms use: its sizes, and arrays of its kind."""
 
 from __future__ import annotations
 

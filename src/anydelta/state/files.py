@@ -43,8 +43,8 @@ class File:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 if self.metadata.get("format") == form:
                     self.arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-        except Exception as error:  # of safetensors, of the system, or of a dtype that the framework lacks
-            self.refuse(f"what cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+        except Exception as error:  # from safetensors, from the system, or a dtype that the framework lacks
+            self.refuse(f"a file that cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
         if self.metadata.get("format") != form:
             self.refuse(f"the format {self.metadata.get('format')!r}")
 
@@ -74,7 +74,7 @@ class File:
         return tuple(self.count(name, value) for value in values)
 
     def check(self, name: str, ndim: int, whole: bool = False) -> Array:
-        """The array of that name, with so many axes: finite numbers of a floating type, or integers."""
+        """The array of that name, with `ndim` axes: finite numbers of a floating type, or integers if `whole`."""
         if name not in self.arrays:
             self.refuse(f"no array {name!r}")
         x = self.arrays[name]

@@ -1,4 +1,4 @@
-"""What dispatch and backends know of a log: its spec, and the backend of its steps."""
+"""The spec of a log's step, and the protocol of a backend that runs such steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LogArrays(Protocol):
     def arrays(self) -> tuple[Array, Array, Array, Array]: ...
 
     def rule(self, sequences: int) -> CallSpec:
-        """A call in float32 without tokens on the states of so many sequences."""
+        """A call in float32 without tokens, on the states of `sequences` sequences."""
         ...
 
     def like(self, x: Array) -> Array:
@@ -83,7 +83,7 @@ class LogSteps(Protocol):
         index: Index,
         folded: dict[int, None] | None,
     ) -> Array:
-        """Run tokens and append them to the log; the layer is added to `folded` if entries are folded on the way.
+        """Run tokens and append them to the log. If entries are folded on the way, the layer is added to `folded`.
         Returns o."""
         ...
 

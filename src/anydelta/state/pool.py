@@ -8,19 +8,18 @@
         o = pool.run(q, k, v, g=g, beta=beta, layer=layer)               # [N, T, HV, V]
     pool.commit(3)                                 # keep the first three; the last two never happened
 
-If something fails between `begin` and `commit`, `cancel()` puts every sequence of the step back; `with pool.step(5):`
-does so by itself.
+If something fails between `begin` and `commit`, `cancel()` puts every sequence of the step back. `with pool.step(5):`
+calls it by itself.
 
 A recurrent state cannot be cropped like a key-value cache. The pool keeps earlier states in one of two forms:
 
     slots   the last `snapshots` states of a sequence, each a row of the pool; a rollback chooses another row
     log     one state, and per token since k, the delta d and the decay (token_log.py); a rollback shortens the log
 
-Sequences are numbers that `new`, `fork` and `restore` give out. One pool holds all layers of a model, which run the
-same tokens: the book-keeping is done once for all of them. A call that raises changes nothing: the pool keeps its
-sequences in one list, which a successful call replaces at its end. Only one thread may use a pool at a time; pools are
-independent of each other. A copy (`copy.deepcopy`, `pickle`, `torch.save`), which may be taken in the middle of a step
-too, is a pool of its own.
+Sequences are numbers that `new`, `fork` and `restore` return. One pool holds all layers of a model, which run the same
+tokens, so the book-keeping is done once for all of them. A call that raises changes nothing: a successful call replaces
+the pool's list of sequences at its end. Only one thread may use a pool at a time. Pools are independent of each other.
+A copy (`copy.deepcopy`, `pickle`, `torch.save`) is an independent pool, even if it is taken in the middle of a step.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ class StatePool(Pool):
             self._form = Slots(self, tail)
         else:
             self._form = Log(self, tail)
-        # Room for what must survive a step, twice, so that moving it to the front is rare.
+        # Twice the inputs that must survive a step, so that they seldom have to move to the front.
         self._kept = conv_width - 1 + snapshots if conv_width else 0
         self._conv = None
         if conv_width:
@@ -261,7 +260,7 @@ class StatePool(Pool):
         self._sequences, self._step, self._batch = sequences, None, batch
 
     def select(self, parents: Sequence[int], sequences: Sequence[int] | None = None) -> None:
-        """Beam search's step: sequence i of `sequences` (all if None) goes on from the past of parents[i].
+        """Beam search's step: sequence i of `sequences` (all if None) continues from the past of parents[i].
 
         Raises:
             ValueError: lists of different lengths, or no such sequence.
@@ -292,7 +291,7 @@ class StatePool(Pool):
             raise
 
     def _own(self) -> list[Array]:
-        """The arrays [layers, capacity, ...] of which each sequence has its own part."""
+        """The arrays [layers, capacity, ...] in which each sequence has its own part."""
         return [*self._form.arrays, *([] if self._conv is None else [self._conv])]
 
     def _numbers(self, method: str, sequences: object, default: list[int]) -> list[int]:
@@ -449,8 +448,8 @@ class StatePool(Pool):
         return o
 
     def arguments(self, layer: int = 0) -> dict[str, Array]:
-        """For callers that run the operator themselves (slots only): which states it reads and writes, as in
-        `gated_delta_rule_(q, k, v, g=g, beta=beta, **pool.arguments(layer))`. The layer counts as run.
+        """The states that a layer reads and writes, for callers that run the operator themselves (slots only):
+        `gated_delta_rule_(q, k, v, g=g, beta=beta, **pool.arguments(layer))`. The layer then counts as run.
 
         Raises:
             ValueError: as `run`; or the pool keeps a log.
@@ -672,7 +671,7 @@ class StatePool(Pool):
         return Checkpoint(self._form.state(sequence, s), conv, self.state_layout, s.length, seen)
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """A new sequence that goes on from a checkpoint. It cannot go back beyond it.
+        """A new sequence that continues from a checkpoint. It cannot go back beyond it.
 
         Raises:
             ValueError: the checkpoint is of another kind of pool, or every place is taken.

@@ -10,7 +10,7 @@ from .sequence import nbytes
 
 
 class HostRows:
-    """NumPy's, or a tensor of any torch device."""
+    """Rows in a NumPy array, or in a tensor on any torch device."""
 
     def __init__(self, states: Array):
         self.states = states

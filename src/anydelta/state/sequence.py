@@ -12,10 +12,10 @@ from ..core.devices import DeviceArray
 
 
 class LiveSequence(NamedTuple):
-    """Never changed in place: a pool replaces its list of sequences at the end of a successful call."""
+    """One sequence. Never changed in place: a successful call ends by replacing the pool's list of sequences."""
 
     rows: tuple[int, ...]
-    """Of the states. Slots: newest first. Log: the one row of the base state."""
+    """Rows of the states. Slots: newest first. Log: the one row of the base state."""
     used: int = 0
     """Entries in the log."""
     pending: int = 0
@@ -30,7 +30,7 @@ Sequences = list[LiveSequence | None]
 
 @dataclass
 class Step:
-    """From `begin` to the next call that changes the pool; `cancel` needs all of it."""
+    """A step, from `begin` to the next call that changes the pool. `cancel` needs all of it."""
 
     batch: list[int]
     lengths: list[int]
@@ -45,8 +45,8 @@ class Step:
     """Layers whose rule has yet to run."""
     conv_todo: set[int]
     conv: list[tuple[int, int, int]] = field(default_factory=list)
-    """Per sequence: the range (from, to) of the surviving inputs in the buffer, and the start of this step's: `to`;
-    less, if the survivors move to the front first; or -1, which overwrites them."""
+    """Per sequence: the range (from, to) of the surviving inputs in the buffer, and the start of this step's inputs.
+    The start is `to`; or less, if the survivors move to the front first; or -1, which overwrites them."""
     conv_saved: dict[int, list[Array]] = field(default_factory=dict)
     """By layer: the inputs that the step moved or overwrote, None where it did not."""
     touched: set[int] = field(default_factory=set)
@@ -65,7 +65,7 @@ class Saved:
         self.fresh = False
 
     def not_needed(self) -> None:
-        """A step begins that saves nothing: the second in a row frees the memory."""
+        """A step that saves nothing begins. The second such step in a row frees the memory."""
         if not self.fresh:
             self.copies = {}
         self.fresh = False

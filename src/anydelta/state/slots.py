@@ -62,7 +62,7 @@ class Slots:
         self.pool._accept(sequences)
 
     def begin(self, step: Step, sequences: Sequences) -> None:
-        """Choose the rows that this step writes: not those that stay in a history, nor those that another sequence
+        """Choose the rows that this step writes: none that stays in a history, and none that another sequence
         reads."""
         keep = self.pool.snapshots if step.record else 1
         found = [s for place in step.batch if (s := sequences[place]) is not None]

@@ -4,9 +4,9 @@ With the base state S0, entries s = 0 .. n-1 and A(s, t) the product of the deca
 
     S_n = A(-1, n) S0 + sum_s A(s, n) k_s d_s^T
 
-An entry is 2 K + V numbers at most where a state is K V. Verifying tokens reads the base state and appends entries.
-Going back drops the newest entries. Committing costs nothing: a step that finds the log full folds committed entries
-into the state while it reads it. Backends run tokens and folds (backends/NAME/log.py); this file does the book-keeping.
+An entry is at most 2 K + V numbers; a state is K V. Verifying tokens reads the base state and appends entries. Going
+back drops the newest entries. Committing costs nothing: a step that finds the log full folds committed entries into the
+state while it reads it. Backends run tokens and folds (backends/NAME/log.py); this file does the book-keeping.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Plan:
     after: Index
     """The same after `late` was folded."""
     order: str | None
-    """The log's before the step."""
+    """The log's `order` before the step."""
     overwritten: list[tuple[Array, list[int]]]
     """(array, its rows) that `folds` and the straight tokens change."""
     folded: dict[int, None] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Log:
 
     Attributes:
         states: [layers, capacity, HV, K, V] base states, rows that forks share until one of them folds.
-        keys: [layers, capacity, H, C, K] as the caller gave them, `key_dtype`; factors [.., H, C] of their norm.
+        keys: [layers, capacity, H, C, K] as the caller gave them, in `key_dtype`; factors [.., H, C] of their norm.
         deltas, decays: [.., HV, C, V], and [.., HV, C] or [.., HV, C, K].
         parents: [capacity, C] the entry before each; a chain.
     """
@@ -101,7 +101,7 @@ class Log:
         return found
 
     def rule(self, sequences: int) -> CallSpec:
-        """A call in float32 without tokens on the states of so many sequences."""
+        """A call in float32 without tokens, on the states of `sequences` sequences."""
         pool = self.pool
         dtype = "float64" if pool.dtype == "float64" else "float32"
         return CallSpec(
@@ -141,8 +141,8 @@ class Log:
     # ---- a step
 
     def begin(self, step: Step, sequences: Sequences) -> None:
-        """Decide where the step finds room: by folding committed entries, or on the state itself if it is certain or
-        longer than the log. The layers carry it out; no array is touched here."""
+        """Decide where the step finds room: by folding committed entries, or on the state itself if its tokens are
+        certain or more than the log holds. The layers carry it out; no array is touched here."""
         logged = self.C if step.record else 0
         straight = [max(0, n - logged) for n in step.lengths]
         full = []
@@ -189,8 +189,8 @@ class Log:
             self.saved.not_needed()
 
     def _folds(self, sequences: Sequences, places: list[int], alone: list[int]) -> list[Fold]:
-        """How to fold all committed entries of these sequences. A shared state goes to a new row: its fold is also the
-        copy. Sequences in `alone` get their own row even with nothing to fold."""
+        """How to fold all committed entries of these sequences. A shared state moves to a new row, and its fold is the
+        copy. Sequences in `alone` get their own row even if there is nothing to fold."""
         holders = Counter(s.rows[0] for s in sequences if s)
         unused = [row for row in range(self.P) if row not in holders]
         moved, own = [], []
@@ -204,7 +204,7 @@ class Log:
                 moved.append((place, row, _get(sequences, place).rows[0], n))
             elif n:
                 own.append((place, row, row, n))
-        return moved + own  # the second ones write what the first read
+        return moved + own  # `own` writes rows that `moved` reads
 
     def cancel(self, step: Step, sequences: Sequences) -> list[int]:
         """Put states and logs back; `sequences` are those before the step. Returns those that are lost.
@@ -290,7 +290,7 @@ class Log:
         return spec
 
     def _by_parts(self, step: Step, layer: int, call: Call, options: Options) -> Array:
-        """Steps longer than the log, or certain ones: the first tokens run on the state, sequence by sequence."""
+        """Steps of certain tokens, or longer than the log: the first tokens run on the state, sequence by sequence."""
         pool, plan = self.pool, step.plan
         o = _like_v(call)
         flags = options_of(options, "output_final_state")

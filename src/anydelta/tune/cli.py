@@ -72,9 +72,7 @@ def tune_command(
       anydelta tune --dry-run --target sm_90 --cases gda-t1-h16x32-d128-b1
     """
     if target is not None and not dry_run:
-        raise Refused(
-            "--target goes with --dry-run: launches are timed on the GPU that is here, and nowhere else"
-        )
+        raise Refused("--target goes with --dry-run: launches are only timed on this machine's GPU")
     if rounds < 1:
         raise Refused(f"--rounds must be at least 1; got {rounds}")
     if seconds is not None and not seconds > 0:

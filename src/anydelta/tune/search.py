@@ -171,7 +171,7 @@ def tune(
                 trial.wrong = bool(trial.why_not)
             except (
                 Exception
-            ) as error:  # a compiler's or a driver's: too many registers, no room in shared memory
+            ) as error:  # the compiler's or the driver's: too many registers, too little shared memory
                 trial.why_not = first_line(error)
             if not trial.why_not:
                 runs.append(run)
@@ -194,8 +194,8 @@ def tune(
 
 
 def gpu_times(runs: Sequence[Run], rounds: int) -> list[list[float]]:
-    """By triton.testing.do_bench, which empties the caches before each call. On CUDA and ROCm the launches of a call
-    are replayed as one graph, so that Python's time does not count."""
+    """Times by triton.testing.do_bench, which empties the caches before each call. On CUDA and ROCm the launches of a
+    call are replayed as one graph, so that Python's time does not count."""
     from triton.testing import do_bench
 
     ready: list[Callable[[], object]] = list(runs)

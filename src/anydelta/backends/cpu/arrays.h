@@ -1,5 +1,5 @@
-// Reading addresses and geometry of Python arrays without Python: torch tensors through DLPack's exchange API (torch 2.10
-// and later), NumPy's and MLX's arrays through the buffer protocol. What neither can read is left to the slower path in Python.
+// Reads addresses and geometry of Python arrays without Python: torch tensors through DLPack's exchange API (torch
+// 2.10 and later), NumPy's and MLX's arrays through the buffer protocol. Other arrays take the slower path in Python.
 #pragma once
 #include <Python.h>
 
@@ -38,12 +38,12 @@ struct Api {
 
 class ArrayReader {
   public:
-    // What the reader has to know of torch, from torch_ops.py.
+    // What the reader must know about torch, from torch_ops.py.
     struct Torch {
-        std::vector<PyObject*> types;  // torch.Tensor first; the types whose objects are tensors and nothing else
+        std::vector<PyObject*> types;  // torch.Tensor first; the types of plain tensors
         uint64_t plain;  // the dispatch keys that plain memory may have
-        uint64_t tracked;  // those that inference tensors lack
-        // Functions that say whether somebody looks on (true: yes): a tracer, a transform, a dispatch mode, a function
+        uint64_t tracked;  // the keys that inference tensors lack
+        // Functions that return true if the call is watched: by a tracer, a transform, a dispatch mode or a function
         // mode. The names of the module that counts levels of dual numbers.
         std::vector<PyObject*> questions;
         PyObject* forward_ad;
@@ -51,7 +51,7 @@ class ArrayReader {
         std::vector<uint16_t> transform_keys;  // the dispatch keys that are included while a transform is active
     };
 
-    // Read tensors from now on. False: torch has no exchange API, or keeps its words where they are not found.
+    // Read tensors from now on. False: torch has no exchange API, or its words (tensors.h) are not found.
     bool learn(const Torch& torch, const std::vector<TensorWords::Known>& known) {
         PyObject* capsule = PyObject_GetAttrString(torch.types[0], "__dlpack_c_exchange_api__");
         if (!capsule) {
@@ -72,7 +72,7 @@ class ArrayReader {
     }
     bool learned() const { return api_; }
 
-    // Whether nobody looks on: no tracer, mode, functorch transform or level of dual numbers.
+    // Whether the call is not watched: no tracer, mode, functorch transform or level of dual numbers.
     bool quiet() const {
         enum { TRACER, TRANSFORM, DISPATCH_MODE, FUNCTION_MODE };
         const Symbols& here = symbols_;
@@ -90,7 +90,7 @@ class ArrayReader {
         return level && PyLong_Check(level) && PyLong_AsLong(level) < 0;
     }
 
-    // torch's number of threads. -1 with a Python error set: it does not say.
+    // torch's number of threads. -1 with a Python error set: not known.
     int threads() const {
         if (symbols_.threads) return symbols_.threads();
         PyObject* found = PyObject_CallNoArgs(torch_.num_threads);
@@ -99,12 +99,12 @@ class ArrayReader {
         return static_cast<int>(n);
     }
 
-    // Raise a tensor's count of versions, as torch's operators do of what they write; nothing for other arrays. False
+    // Raise a tensor's version count, as torch's operators do for what they write; nothing for other arrays. False
     // with a Python error set.
     bool count_write(PyObject* x) const {
         if (x == Py_None || !is_tensor(x)) return true;
         if (symbols_.bump_version) {
-            const uintptr_t tensor = words_.impl(x);  // an at::Tensor is this pointer and nothing else
+            const uintptr_t tensor = words_.impl(x);  // an at::Tensor is only this pointer
             symbols_.bump_version(&tensor);
             return true;
         }
@@ -115,24 +115,24 @@ class ArrayReader {
         return done != nullptr;
     }
 
-    // Whether one object holds a tensor, in Python or in C++, and nothing else its memory.
+    // Whether only one object holds a tensor, in Python or in C++, and only this tensor its memory.
     bool alone(PyObject* x) const { return api_ && exact(x) && Py_REFCNT(x) == 1 && words_.alone(x); }
 
     // Whether x is a torch tensor, of a subclass or not.
     bool is_tensor(PyObject* x) const {
         return api_ && (exact(x) || PyType_IsSubtype(Py_TYPE(x), reinterpret_cast<PyTypeObject*>(torch_.types[0])));
     }
-    // Whether a tensor is nothing but memory with a dtype, a shape and strides.
+    // Whether a tensor is plain memory with a dtype, a shape and strides.
     bool plain(PyObject* x) const { return exact(x) && !(words_.keys(x) & ~torch_.plain); }
 
-    // What the arrays of a call have in common beside their geometry.
+    // What the arrays of a call have in common, apart from their geometry.
     struct Seen {
         bool tensors = false, grad = false, inference = false;
     };
 
-    // Append a description of the array to `key`: dtype, device, shape, strides, and whatever else a check looks at. False:
-    // not readable, or of a kind that must be looked at in full on every call (NumPy: strided innermost dimension,
-    // misaligned memory; torch: not plain, or somebody looks on).
+    // Append a description of the array to `key`: dtype, device, shape, strides, and everything else that a check
+    // reads. False: not readable, or an array that must be checked in full on every call. NumPy: strided innermost
+    // dimension, misaligned memory. torch: not plain, or the call is watched.
     bool describe(PyObject* x, Key& key, Seen& seen) const {
         if (x == Py_None) {
             key.push(NONE);
@@ -154,7 +154,7 @@ class ArrayReader {
             const char* format = b.format ? b.format : "B";
             const auto dims = static_cast<size_t>(b.ndim);
             key.push(BUFFER | static_cast<uint64_t>(b.readonly) << 8 | dims << 16);
-            key.push(reinterpret_cast<uintptr_t>(Py_TYPE(x)));  // MLX's arrays look like NumPy's from here
+            key.push(reinterpret_cast<uintptr_t>(Py_TYPE(x)));  // here MLX's arrays look like NumPy's
             key.text(format, std::strlen(format));
             key.push(b.shape, sizeof(Py_ssize_t) * dims);
             key.push(b.strides, sizeof(Py_ssize_t) * dims);
@@ -163,14 +163,14 @@ class ArrayReader {
         return aligned && plain;
     }
 
-    // Whether a plan may be remembered for what was seen, and what else its key must say.
+    // Whether a plan for these arrays may be cached, and what else its key must contain.
     bool settle(const Seen& seen, Key& key) const {
         if (seen.grad && ask(torch_.grad_enabled)) return false;
         if (seen.inference) key.push(ask(torch_.inference_mode));
         return true;
     }
 
-    // Describes a tensor or None, with its address, where nobody looks on; false for anything else too.
+    // Describe a tensor or None, with its address, if the call is not watched; false for any other object.
     bool describe_tensor(PyObject* x, Key& key, uintptr_t& address, Seen& seen) const {
         address = 0;
         if (x == Py_None) {
@@ -200,7 +200,7 @@ class ArrayReader {
     }
 
   private:
-    // An attribute that torch keeps as a C function: asking it so takes 5 ns, by its name 30.
+    // An attribute that torch keeps as a C function: read directly it takes 5 ns, by its name 30.
     struct Attribute {
         PyGetSetDef* def = nullptr;
         bool find(PyObject* type, const char* name) {
@@ -214,7 +214,7 @@ class ArrayReader {
         bool of(PyObject* x) const { return truth(def->get(x, def->closure)); }
     };
 
-    // torch's own functions, where they are found: the same answers in 2 ns instead of 60.
+    // torch's own functions, if they are found: the same answers in 2 ns instead of 60.
     struct Symbols {
         const std::shared_ptr<void>& (*tracing_state)() = nullptr;
         bool (*key_included)(uint16_t) = nullptr;
@@ -234,7 +234,7 @@ class ArrayReader {
             find(bump_version, torch_names::BUMP_VERSION);
         }
     };
-    // What the first word of an array's part of a key says.
+    // The first word of an array's part of a key.
     enum Kind : uint64_t { NONE, TENSOR, BUFFER };
 
     const dlpack::Api* api_ = nullptr;
@@ -243,7 +243,7 @@ class ArrayReader {
     TensorWords words_;
     Attribute requires_grad_, is_leaf_;
 
-    // Any doubt is a yes.
+    // True in case of doubt.
     static bool truth(PyObject* answer) {
         const int yes = answer ? PyObject_IsTrue(answer) : -1;
         Py_XDECREF(answer);
@@ -293,7 +293,7 @@ class ArrayReader {
                  part(t.device_id, 16, 32) | part(t.ndim, 16, 48));
         const size_t bytes = sizeof(int64_t) * static_cast<size_t>(t.ndim);
         key.push(t.shape, bytes);
-        if (!contiguous) key.push(t.strides, bytes);  // a key is hashed on every call: the shorter the better
+        if (!contiguous) key.push(t.strides, bytes);  // a key is hashed on every call, so keep it short
         return true;
     }
 };

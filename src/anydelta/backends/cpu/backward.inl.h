@@ -1,25 +1,26 @@
 // Gradients of the rule on one CPU, written once over the primitives of an ISA (isa_*.h) and compiled per ISA.
 //
-// A block of BT tokens with the state S before it, the decays a_t (a vector over K; a scalar gate fills it), q_t with the
-// scale in it and r_t the key that is read (k_t, or erase_t with beta_t = 1). With Gamma_t = a_1 .. a_t and
-// w_j^t = k_j a_(j+1) .. a_t, products all, never quotients, so that any decay, 0 too, is right:
+// Take a block of BT tokens with the state S before it, the decays a_t (a vector over K; a scalar gate fills it), q_t
+// with the scale included, and r_t the key that is read (k_t, or erase_t with beta_t = 1). With Gamma_t = a_1 .. a_t
+// and w_j^t = k_j a_(j+1) .. a_t (products only, no quotients, so any decay is right, even 0):
 //
 //     N_t = -Gamma_t r_t     E_t = Gamma_t q_t     A_tj = w_j^t . r_t (j < t)     P_tj = w_j^t . q_t (j <= t)
 //     x_t = v_t + S^T N_t - sum_{j<t} A_tj d_j     d_t = beta_t x_t               `forward`
 //     S_C = Gamma_C S + sum_j w_j^BT d_j^T
 //
-// Backwards, where dX is the gradient of X, given those of the outputs, do_t, and of S_C:
+// Backwards, with dX the gradient of X, given those of the outputs, do_t, and of S_C:
 //
 //     dd_j = sum_t P_tj do_t + dS_C^T w_j - sum_{t>j} A_tj dx_t     dx_t = beta_t dd_t     dv_t = dx_t     `backward`
 //     dbeta_t = dd_t . x_t     dP_tj = do_t . d_j     dA_tj = -dx_t . d_j
 //     dE_t = S do_t     dN_t = S dx_t     dw_j = dS_C d_j     dGamma_C = sum over V of S dS_C
 //     dS = Gamma_C dS_C + sum_t E_t do_t^T + N_t dx_t^T
 //
-// and from there, channel by channel, through the products of decays to those of q, k, r and a (`channels_back`).
-// FMAs per token and value head: K V for each of N S, w d (forward) and w dS, S do, S dx, dS d, E do, N dx (backward),
-// then 3 BT (K + V) for the pairs. States are kept once per SPAN tokens: to have them the forward part runs over the
-// sequence, and again inside each chunk. In a call of the mixer (mixer_backward.inl.h) rows of q, k, v and do are made when
-// they are read, do from the block's o = E S + P d, and dq, dk and dv go on to what is before the rule.
+// The gradients of q, k, r and a follow from these channel by channel, through the products of decays
+// (`channels_back`). FMAs per token and value head: K V for each of N S, w d (forward) and w dS, S do, S dx, dS d, E
+// do, N dx (backward), then 3 BT (K + V) for the pairs. States are kept once per SPAN tokens. For them the forward
+// part runs over the sequence, and again inside each chunk. In a call of the mixer (mixer_backward.inl.h), rows of q,
+// k, v and do are made when they are read, do from the block's o = E S + P d, and dq, dk and dv are passed to the
+// code before the rule.
 #pragma once
 #include "mixer_backward.inl.h"
 
@@ -104,13 +105,13 @@ static void transpose(float* to, int64_t ldt, const float* from, int64_t ldf, in
 // ---------------------------------------------------------------------------------------------------------------
 // elementary derivatives
 
-// From da, the gradient of the decay a = decay_of(x), to that of x; `to_A` is what it adds to that of A_log.
+// Turn da, the gradient of the decay a = decay_of(x), into that of x. `to_A` is the contribution to that of A_log.
 AD_INLINE V through_decay(const Problem& p, V x, V a, V da, V A, V& to_A) {
     to_A = vzero();
     if (p.decay == Decay::linear) return da;
-    const V dl = vmul(a, da);  // of log a
+    const V dl = vmul(a, da);  // gradient of log a
     if (p.decay == Decay::log) return dl;
-    // where the decay is lost, x may be infinite
+    // if the decay is 0, x may be infinite
     x = vzero_below(x, vsub(vzero(), vneg_abs(dl)), vset(1.17549435e-38f));
     if (p.has_lower_bound) {
         const V dx = vmul(vmul(dl, vset(p.lower_bound)), vmul(A, vsigmoid_slope(vmul(A, x))));
@@ -124,8 +125,8 @@ AD_INLINE V through_decay(const Problem& p, V x, V a, V da, V A, V& to_A) {
 
 // ---------------------------------------------------------------------------------------------------------------
 
-// Rows that are read or written soon: fetched into L2 panel by panel while a block computes, because rows of consecutive
-// tokens lie HV * V numbers apart, which no hardware prefetcher follows.
+// Rows that are read or written soon. They are prefetched into L2 panel by panel while a block computes: rows of
+// consecutive tokens are HV * V numbers apart, which no hardware prefetcher follows.
 struct Ahead {
     const Tokens* x;
     int64_t head, first, rows, n;
@@ -134,20 +135,20 @@ AD_INLINE void fetch_to_L2(const Ahead& a, int64_t b, int64_t t) {
     const char* row = static_cast<const char*>(token(*a.x, b, t, a.head));
     for (int64_t i = 0; i < a.n * dtype_size(a.x->dtype); i += 64) AD_PREFETCH_L2(row + i);
 }
-// A macro, because GCC takes a function that only fetches for one without effects and drops the call.
+// A macro: GCC takes a function that only prefetches for one without effects and drops the call.
 #define AD_FETCH_AHEAD(panel)                                                                              \
     for (int i = 0; i < s.aheads; ++i)                                                                     \
         for (int64_t t = s.ahead[i].rows * panel / panels; t < s.ahead[i].rows * (panel + 1) / panels; ++t)                          \
             if (s.ahead[i].first + t < count) fetch_to_L2(s.ahead[i], seq.b, position(s.ahead[i].first + t));
 
 struct BackBlock {
-    float A[BT * BT], P[BT * BT];  // zero where no pair stands
+    float A[BT * BT], P[BT * BT];  // zero outside the pairs
     float beta[BT];
     float *D, *X;     // [panels][BT][W]
-    float* scratch;  // X, where it is not kept
+    float* scratch;  // X, if it is not kept
 };
 
-struct Length {  // of a row, as inverse_length says it
+struct Length {  // of a row, as from inverse_length
     float inverse, unit;
 };
 
@@ -156,19 +157,19 @@ struct BackHead {
     float A;
     float* bias;  // [Kp]
     float* kept;  // [spans][panels][Kp][W]: the state before each of them
-    float* x;     // [spans][SPAN / BT][panels][BT][W], where they are kept
+    float* x;     // [spans][SPAN / BT][panels][BT][W], if it is kept
     float* dS;    // [panels][Kp][W]
 };
 
-// Rows of K channels have Kp: whole tiles, zero beyond K. V columns stand in panels.
+// Rows of K channels have Kp: whole tiles, zero beyond K. V columns are in panels.
 struct BackScratch {
     BackBlock block[SPAN_BLOCKS];
-    float* S[SPAN_BLOCKS];       // [panels][Kp][W]: the state before each block but the first
+    float* S[SPAN_BLOCKS];       // [panels][Kp][W]: the state before each block except the first
     float *q, *k, *e;            // [SPAN][Kp]
     float *dq, *dk, *de;         // [SPAN][Kp]
     float *a, *da;               // [SPAN][Kp]
     Length q_length[SPAN], k_length[SPAN];
-    float* gates;                // [SPAN] of a scalar gate
+    float* gates;                // [SPAN]: a scalar gate
     float* d_beta;               // [SPAN]
     float* NE;                   // [2 BT][Kp]: N, then E
     float* w;                    // [BT][Kp]
@@ -182,10 +183,10 @@ struct BackScratch {
     float* dNEt;                 // [Kp][2 BT]
     float* dwt;                  // [Kp][BT]
     float* d_gamma;              // [Kp]
-    float* line;                 // [max(Kp, panels W)] twice
-    float *Et, *o;               // of the mixer: E transposed; o in panels, then dv [BT][panels W]
-    int64_t* positions;          // of the tokens that are read, where there is a mask
-    const char* next_state;  // that the next head, or the first of the chunk before, begins with
+    float* line;                 // [2][max(Kp, panels W)]
+    float *Et, *o;               // for the mixer: E transposed; o in panels, then dv [BT][panels W]
+    int64_t* positions;          // of the tokens that are read, if there is a mask
+    const char* next_state;  // of the next head, or of the first head in the chunk before
     Ahead ahead[8];
     int aheads;
 };
@@ -199,11 +200,11 @@ class BackRunner {
     }
 
     static size_t workspace(const Backward& g) {
-        char* const origin = reinterpret_cast<char*>(64);  // addresses are only counted, never read
+        char* const origin = reinterpret_cast<char*>(64);  // addresses are only computed, never read
         BackRunner r(g, BackwardTask{0, 0, nullptr, false}, origin, 0);
         return static_cast<size_t>(r.end_ - origin);
     }
-    // Bytes that a task keeps per span: a state of each of its value heads, and x.
+    // Bytes that a task keeps per span: the state of each of its value heads, and x.
     static size_t kept_bytes(const Problem& p, bool x) {
         const int64_t rows = round_up(p.K, BT) + (x ? SPAN : 0);
         return static_cast<size_t>(p.HV / p.H * rows * round_up(p.V, W)) * 4;
@@ -237,7 +238,7 @@ class BackRunner {
         if (g.mixer) around.end();
     }
 
-    // The states at the beginning of each segment but the first; in place of dS, which nobody has yet.
+    // The states at the beginning of each segment except the first; in the memory of dS, which is not used yet.
     void run_states() {
         find_tokens();
         if (Backward::segments(count) < 2) return;
@@ -251,7 +252,7 @@ class BackRunner {
                 for (int64_t u = 0; u < each; ++u) copy_panels(start_of(job.starts, c + 1, u), head(u).dS);
         }
     }
-    // Their gradients.
+    // The gradients of these states.
     void run_d_states() {
         find_tokens();
         if (Backward::segments(count) < 2) return;
@@ -284,7 +285,7 @@ class BackRunner {
     const Sequence seq;
     const int64_t each;  // value heads
     int64_t Kp = 0, panels = 0, count = 0;
-    int64_t first = 0, end = 0;  // chunks that this task is for
+    int64_t first = 0, end = 0;  // the chunks of this task
     BackScratch s{};
     Around around{};
     BackHead* heads_ = nullptr;
@@ -296,7 +297,7 @@ class BackRunner {
     int64_t panel1() const { return job.panel1 < panels ? job.panel1 : panels; }
     // The state before chunk c.
     float* state(const BackHead& h, int64_t c) const { return h.kept + (c - first) * state_size(); }
-    // Of head u at the chunk c that a segment begins with.
+    // The state of head u before chunk c, where a segment begins.
     float* start_of(float* starts, int64_t c, int64_t u) const {
         return starts + ((c / Backward::SEGMENT - 1) * each + u) * state_size();
     }
@@ -306,7 +307,7 @@ class BackRunner {
     }
     BackHead& head(int64_t u) { return heads_[u]; }
 
-    // Only to count the memory.
+    // Only computes the size of the memory.
     BackRunner(const Backward& backward, const BackwardTask& task, char* memory, int)
         : g(backward), p(backward.rule), job(task), seq{}, each(p.HV / p.H) {
         Arena arena{memory};
@@ -385,7 +386,7 @@ class BackRunner {
         write_row(const_cast<void*>(token(x, b, t, h)), x.dtype, from, n);
     }
 
-    // Tokens that nothing reads have gradients of zero.
+    // Zero gradients for tokens that nothing reads.
     void zero_rows() {
         int64_t next = 0;
         for (int64_t t = seq.start; t < seq.end; ++t) {
@@ -413,7 +414,7 @@ class BackRunner {
         for (float* x : rows) std::memset(x, 0, static_cast<size_t>(SPAN * Kp) * 4);
     }
 
-    // q (with norm and scale) and k (with norm), or erase, of a chunk; zeros behind its last token.
+    // q (with norm and scale) and k (with norm), or erase, of a chunk; zeros after its last token.
     void read_keys(int64_t c, bool queries) {
         const int64_t n = tokens_of(c);
         float *const read[] = {s.q, s.k, s.e}, *const sums[] = {s.dq, s.dk, s.de};
@@ -461,11 +462,11 @@ class BackRunner {
             around.inputs_back(1, 0, c * SPAN + i, rows, s.dk + i * Kp, Kp);
         }
     }
-    // From dy, the gradient of a row as it was read, y, to that of x. y = f r x, r = 1 / sqrt(sum x^2 + eps):
+    // From dy, the gradient of the row y as it was read, to that of x. y = f r x, r = 1 / sqrt(sum x^2 + eps):
     // dx = f r dy - r y <y, dy> / f.
     void write_unit(const Tokens& dx, int64_t t, float f, const float* y, const Length& length, float* dy) {
         if (p.qk_l2norm) {
-            // a row of zeros and no eps: as if it had length 1
+            // a row of zeros without eps: as if its length were 1
             const float r = length.inverse == 0.0f ? 1.0f : length.inverse;
             V dot = vzero();
             for (int64_t i = 0; i < Kp; i += L) dot = vfma(vload(y + i), vload(dy + i), dot);
@@ -519,7 +520,7 @@ class BackRunner {
     }
     int64_t columns(int64_t panel) const { return p.V - panel * W < W ? p.V - panel * W : W; }
 
-    // Decays and betas of a chunk for a value head; 1 and 0 behind its last token.
+    // Decays and betas of a chunk for a value head; 1 and 0 after its last token.
     void read_gates(const BackHead& h, int64_t c) {
         const int64_t n = tokens_of(c);
         alignas(64) float beta[SPAN] = {};
@@ -553,7 +554,7 @@ class BackRunner {
                 for (int64_t j = 0; j < Kp; j += L) vstore(s.a + (i + u) * Kp + j, vset(i + u < n ? a[u] : 1.0f));
         }
     }
-    // g + dt_bias of a token; its first K channels are read again and again, those beyond stay zero.
+    // g + dt_bias of a token. Its first K channels are read repeatedly; those beyond stay zero.
     void read_gate_row(const BackHead& h, int64_t t, float* x) const {
         for (int64_t j = p.K; j < Kp; ++j) x[j] = 0.0f;
         read_row(x, token(p.g, seq.b, t, h.hv), p.g.dtype, p.K);
@@ -586,7 +587,7 @@ class BackRunner {
         }
     }
 
-    // A and, with `queries`, P of block b.
+    // A of block b, and P if `queries`.
     template <bool queries>
     void pairs(int64_t b) {
         BackBlock& block = s.block[b];
@@ -629,7 +630,7 @@ class BackRunner {
             AD_UNROLL for (int u = 0; u < n; ++u) block.P[t * BT + j + u] = vsum(of_q[u]);
     }
 
-    // Rows of x into panels, `rows` a panel; zeros behind the last token.
+    // Copy rows of x into panels of `rows` rows; zeros after the last token.
     void read_rows(float* to, int64_t rows, const Tokens& x, const BackHead& h, int64_t c, int64_t b) const {
         const int64_t first = c * SPAN + b * BT;
         for (int64_t t = 0; t < BT; ++t, to += W) {
@@ -656,7 +657,7 @@ class BackRunner {
         AD_UNROLL for (int j = 0; j < W; j += L) vstore(to + i * rows + j, vzero());
         read_as(to + i * rows, from + i, p.V - i);
     }
-    // A row back from panels.
+    // Copy a row back from panels.
     template <class T>
     void write_panels(T* to, const float* from, int64_t rows) const {
         int64_t i = 0;
@@ -691,11 +692,11 @@ class BackRunner {
         around.outputs(&h - heads_, c * SPAN + b * BT, tokens_in(c, b), s.o, s.rows + BT * W, 2 * BT);
     }
 
-    // Rows from token `first` on, for who comes next.
+    // Prefetch rows from token `first` on, for the next reader.
     void plan(const Tokens& x, int64_t head, int64_t first, int64_t rows, int64_t n) {
         if (x.data && first >= 0) s.ahead[s.aheads++] = {&x, head, first, rows, n};
     }
-    // What the next head, or the first of the next chunk, reads before its first block.
+    // Prefetch what the next head, or the first head of the next chunk, reads before its first block.
     void plan_next(int64_t u, int64_t c, int64_t step, bool queries) {
         const bool last = u + 1 == each;
         const int64_t first = (last ? c + step : c) * SPAN, hv = head(last ? 0 : u + 1).hv;
@@ -705,7 +706,8 @@ class BackRunner {
         if (queries) plan(p.q, job.h, first, SPAN, p.K);
     }
 
-    // Block b on the state S: x, if it is not `known`, d and, where `to` is given, the state behind it. `to` may be S.
+    // Block b on the state S: x unless it is `known`, d and, if `to` is given, the state after the
+    // block. `to` may be S.
     void forward(const BackHead& h, int64_t c, int64_t b, const float* S, float* to, bool known) {
         BackBlock& block = s.block[b];
         block.X = job.keeps_x ? h.x + ((c - first) * SPAN_BLOCKS + b) * panels * BT * W : block.scratch;
@@ -736,7 +738,7 @@ class BackRunner {
             }
         }
     }
-    // X, which holds v, and D of a panel of the state.
+    // X, which holds v on entry, and D of a panel of the state.
     void solve_panel(const BackBlock& block, const float* S, float* X, float* D) const {
         for (int64_t t = 0; t < BT; t += R) {
             V acc[R][NV];
@@ -807,7 +809,8 @@ class BackRunner {
         write_gates(h, c);
     }
 
-    // dx of a panel from its do, with the gradient of the state behind the block; and with X what it adds to d_beta.
+    // dx of a panel from its do and the gradient of the state after the block; and, with X, its
+    // contribution to d_beta.
     template <bool whole>
     void solve_back(const BackBlock& block, int64_t panel, const float* gradient, V* d_beta) {
         const float* dS = gradient + panel * Kp * W;
@@ -831,7 +834,7 @@ class BackRunner {
             }
         }
     }
-    // The gradient of a panel of the state before the block from that behind it.
+    // The gradient of a panel of the state before the block from the one after it.
     void state_back(int64_t panel, float* gradient) {
         float* dS = gradient + panel * Kp * W;
         for (int64_t i = 0; i < Kp; i += R) {
@@ -891,8 +894,8 @@ class BackRunner {
         }
     }
 
-    // From dN, dE, dw, dA = -Z, dP and dGamma_C of block b to da, and onto dq, dk and dr. With dw_j^t and dGamma_t the
-    // gradients of these products by all that comes after token t, from the last token to the first:
+    // From dN, dE, dw, dA = -Z, dP and dGamma_C of block b to da; adds to dq, dk and dr. dw_j^t and dGamma_t are the
+    // gradients of these products by everything after token t. From the last token to the first:
     //     dw_j^t += dA_tj r_t + dP_tj q_t     dr_t += sum_j dA_tj w_j^t - Gamma_t dN_t     dk_t += dw_t^t
     //     dGamma_t += q_t dE_t - r_t dN_t     dq_t += sum_j dP_tj w_j^t + Gamma_t dE_t
     //     da_t = sum_{j<t} dw_j^t w_j^(t-1) + dGamma_t Gamma_(t-1)     then both times a_t
@@ -947,7 +950,7 @@ class BackRunner {
         }
     }
 
-    // dg, dbeta and the head's own de of a chunk, and what it adds to the gradients of A_log and dt_bias.
+    // dg, dbeta and the head's own de of a chunk, and its contributions to the gradients of A_log and dt_bias.
     void write_gates(const BackHead& h, int64_t c) {
         const int64_t n = tokens_of(c), wide = p.kda ? p.K : 1;
         const int64_t row = (job.row + c / Backward::SEGMENT) * p.HV + h.hv;
@@ -971,7 +974,7 @@ class BackRunner {
                 dx[i] = vsum(d);
                 continue;
             }
-            if (p.decay == Decay::raw) read_gate_row(h, t, x);  // of others the decay says enough
+            if (p.decay == Decay::raw) read_gate_row(h, t, x);  // other forms need only the decay
             for (int64_t j = 0; j < Kp; j += L) {
                 const V a = vload(s.a + i * Kp + j);
                 vstore(x + j, through_decay(p, vload(x + j), a, vload(da + j), vset(h.A), more));

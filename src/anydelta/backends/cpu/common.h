@@ -1,8 +1,8 @@
-// What every ISA build shares: inlining, half types as bits, their scalar conversions.
+// Shared by all ISA builds: inlining, half types as bits, their scalar conversions.
 //
-// Files that are compiled once per ISA define ANYDELTA_ISA first and put everything into that namespace: an inline
-// function of the standard library that was compiled with AVX-512 must never be the copy the linker keeps for
-// everybody, so those files use no std:: templates.
+// Files that are compiled once per ISA define ANYDELTA_ISA first and put everything into that namespace. They use
+// no std:: templates: the linker keeps one copy of an inline function for all builds, and it could be the one
+// compiled with AVX-512.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,8 +1,8 @@
-// Subnormal numbers count as zero in this thread while the object lives. Intel's CPUs compute them in microcode, some
-// hundred cycles an operation, and products of strong decays are full of them.
+// Treats subnormal numbers as zero in this thread while the object lives. Intel's CPUs compute them in microcode,
+// some hundred cycles per operation, and products of strong decays produce many.
 //
-// x86-64: MXCSR, flush-to-zero (results) and denormals-are-zero (operands). 64-bit Arm: FPCR.FZ, which is both. Any other
-// CPU: nothing, subnormals are computed. The register is restored as it was, its exception flags included.
+// x86-64: MXCSR, flush-to-zero (results) and denormals-are-zero (operands). 64-bit Arm: FPCR.FZ, which does both.
+// Other CPUs: no effect. The register is restored, its exception flags included.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-"""Gradients by the native kernels (backends/cpu/backward.inl.h). Of the forward pass only the inputs are kept."""
+"""Gradients by the native kernels (backends/cpu/backward.inl.h). Only the inputs of the forward pass are kept."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gradients(spec: CallSpec, call: Call, grad_o: Array, grad_state: Array | Non
 def mixer_gradients(
     spec: MixerSpec, call: MixerCall, grads: Sequence[torch.Tensor | None], wanted: Sequence[str]
 ) -> dict[str, torch.Tensor | None]:
-    """The same of the mixer, given d loss / d output, d new conv state and d new state, each None for zeros."""
+    """The same for the mixer, given d loss / d output, d new conv state and d new state; None for zeros."""
     r = spec.rule
     new, finished = _of_torch()
     native, copies, written = mixer.describe(spec, call)
@@ -131,10 +131,10 @@ _MIXER_NUMBERS = ("conv_state", "state", "conv_weight", "conv_bias", "A_log", "d
 
 
 def _of_rows(call: Call | MixerCall, initial: Array, pool: Array) -> Array:
-    """The gradient of a pool, given those of the rows that the sequences began with; of a skipped sequence zeros."""
+    """The gradient of a pool, given those of the rows that the sequences began with; zeros for a skipped sequence."""
     if call.state_indices is None:
         return initial
-    if not hasattr(initial, "index_add_"):  # of MLX
+    if not hasattr(initial, "index_add_"):  # MLX
         import mlx.core as mx
 
         return mx.zeros(pool.shape).at[mx.maximum(call.state_indices, 0)].add(initial)
@@ -142,8 +142,8 @@ def _of_rows(call: Call | MixerCall, initial: Array, pool: Array) -> Array:
     return initial.new_zeros(tuple(pool.shape)).index_add_(0, rows, initial)
 
 
-# ---- Memory: how a framework makes an array of a dtype to be written, and what it hands out: written as one dtype,
-# and wanted as another array's.
+# ---- Memory: how a framework makes an array of one dtype for the kernels to write, and returns it in another array's
+# dtype.
 
 New = Callable[[Sequence[int], str], Array]
 Finished = Callable[[Array, str, Array], Array]
@@ -175,7 +175,7 @@ _MEMORY: dict[str, Callable[[], tuple[New, Finished]]] = {"torch": _of_torch, "m
 
 
 def _dense_rows(x: Array) -> Array:
-    """With a contiguous last dimension."""
+    """x with a contiguous last dimension."""
     return x if x.shape[-1] == 1 or element_strides(x)[-1] == 1 else host.contiguous(x)
 
 

@@ -52,9 +52,9 @@ struct Features {
     bool avx2 = false, fma = false, f16c = false, avx512 = false, amx = false;
 };
 
-// Whether the system gives this process AMX's tile registers. Linux wants to be asked, once, since they make what it saves
-// at a switch of threads 8 KiB longer; it says no to a process with a signal stack that is too short for that. Windows
-// and macOS are not asked: nothing here has run there.
+// Whether the system gives this process AMX's tile registers. Linux must be asked once, because they add 8 KiB to
+// what a thread switch saves. It refuses if the process has a signal stack that is too short for that. Windows and
+// macOS are not asked: nothing has been run there.
 bool tiles_given() {
 #if defined(__linux__) && defined(ANYDELTA_X86) && defined(SYS_arch_prctl)
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
@@ -81,7 +81,7 @@ Features detect() {
     if (r[0] < 7) return f;
     cpuid(1, r);
     const unsigned c1 = r[2];
-    if (!(c1 >> 27 & 1)) return f;  // OSXSAVE: may we ask what the system saves?
+    if (!(c1 >> 27 & 1)) return f;  // OSXSAVE: whether the saved registers can be queried
 #if defined(_MSC_VER)
     const unsigned long long saved = _xgetbv(0);
 #else
@@ -110,33 +110,34 @@ Features detect() {
     return f;
 }
 
-// ---- sharing out ----
+// ---- distributing work ----
 
-// Below this many FMAs per thread a further thread costs more than it saves (waking one, and fetching its results):
-// two threads overtake one between 200 and 390 thousand FMAs, 4 to 8 heads of a decode step. docs/performance.md, "Break-evens".
+// Below this many FMAs per thread another thread costs more than it saves (waking it, and fetching its
+// results): two threads overtake one between 200 and 390 thousand FMAs, 4 to 8 heads of a decode step
+// (HACKING.md, "The CPU kernel").
 constexpr double MIN_FMAS_PER_THREAD = 150e3;
-// Tasks per thread, so that a slower core holds the others up by at most a quarter of its share.
+// Tasks per thread: a slower core then delays the others by at most a quarter of its share.
 constexpr int64_t TASKS_PER_THREAD = 4;
 constexpr int MAX_THREADS = 256;
-// Heads are taken together while their states fit in a small L2: a token's rows of neighbouring heads lie in the
-// same page, while rows of consecutive tokens may be 16 KiB apart. Measured: 0.96 to 1.12 of one head at a time.
+// Heads are taken together while their states fit in a small L2: in one token, the rows of neighbouring heads are in
+// the same page, while rows of consecutive tokens may be 16 KiB apart. Measured: 0.96 to 1.12 of one head at a time.
 constexpr int64_t GROUP_BYTES = int64_t{512} << 10;
-// Tokens that are taken in one pass over the state (rule.inl.h's C_MAX).
+// Tokens of one pass over the state (rule.inl.h's C_MAX).
 constexpr int64_t SHORT = 6;
 
-// Tasks to be shared out. Each thread has a share of them, the same on every call, so that states stay in its core's
-// cache (a state that another core wrote last costs more to fetch than to compute); who is done early helps with the
-// other shares.
+// Tasks for several threads. Each thread has the same share on every call, so states stay in its core's cache:
+// fetching a state that another core wrote last costs more than computing with it. A thread that finishes early helps
+// with the other shares.
 class Work {
   public:
     virtual ~Work() = default;
     // Do task i, using `memory`; the same thread will do i + 1 next if that is below `end`. Returns the ISA that ran.
     virtual const char* run(int64_t i, int64_t end, char* memory) const = 0;
 
-    // Of the thread that has this memory.
+    // Memory of the thread that calls.
     int64_t share_of(const char* memory) const { return (memory - workspaces_) / static_cast<int64_t>(workspace_); }
 
-    // Throws std::bad_alloc before any task is begun, nothing else.
+    // Throws only std::bad_alloc, before any task has begun.
     void share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp);
 
   private:
@@ -157,7 +158,7 @@ class Work {
 std::atomic<const char*> last_run{""};
 std::atomic<int> scratch_byte{-1};
 
-// The share this thread had last time, if it is free.
+// The share that this thread had last time, if it is free.
 int Work::claim() {
     static std::atomic<int> threads_seen{0};
     static thread_local const int preferred = threads_seen.fetch_add(1);
@@ -165,7 +166,7 @@ int Work::claim() {
         const int share = (preferred + i) % threads_;
         if (!shares_[share].taken.exchange(true)) return share;
     }
-    return -1;  // more threads came than were asked for
+    return -1;  // more threads came than were requested
 }
 
 void Work::work() {
@@ -199,7 +200,7 @@ char* scratch(size_t bytes) {
 
 void Work::share_out(int64_t tasks, int threads, size_t workspace, bool share_openmp) {
     threads_ = static_cast<int>(std::min<int64_t>({threads, tasks, MAX_THREADS}));
-    alignas(Share) char memory[MAX_THREADS * sizeof(Share)];  // an array of Share would be cleared whole, at every call
+    alignas(Share) char memory[MAX_THREADS * sizeof(Share)];  // every call would clear an array of Share as a whole
     shares_ = reinterpret_cast<Share*>(memory);
     for (int i = 0; i < threads_; ++i)
         new (shares_ + i) Share{{false}, tasks * i / threads_, tasks * (i + 1) / threads_};
@@ -212,7 +213,7 @@ int worthwhile(int threads, double fmas) {
     return std::max(1, std::min(threads, static_cast<int>(std::min(fmas / MIN_FMAS_PER_THREAD, 4096.0))));
 }
 
-// How many sequences as long as the longest would be as much work.
+// How many sequences of the greatest length have the same total work.
 int64_t alike(const Problem& p) {
     if (!p.cu_seqlens) return p.N;
     int64_t longest = 1;
@@ -220,9 +221,9 @@ int64_t alike(const Problem& p) {
     return std::max<int64_t>(1, p.T / longest);
 }
 
-// Columns are shared out too where heads are few: how many panels of them a task takes. Each task prepares its tokens
-// again, for some 0.2 of the time of a panel (K = 128: 28 of 128 us for 512 tokens), so what counts is the thread that has
-// most to do: its tasks, each of that and its panels.
+// If there are few heads, columns are distributed too: how many panels of them a task has. Each task prepares its
+// tokens again, which takes some 0.2 of the time of a panel (K = 128: 28 of 128 us for 512 tokens). So what counts is
+// the thread with the most work: its tasks, each with that preparation and its panels.
 int64_t range_of_columns(int64_t heads, int64_t panels, int threads) {
     int64_t best = panels;
     double least = 0;
@@ -239,7 +240,7 @@ struct RuleWork final : Work {
     const Problem& p;
     const Kernels& kernels;
     int64_t heads;  // per task
-    int64_t groups;  // of heads per sequence
+    int64_t groups;  // of heads, per sequence
     int64_t split;  // column ranges per head
     int64_t panels_per_range;
 
@@ -302,7 +303,7 @@ struct LogWork final : Work {
     }
     const char* run(int64_t i, int64_t end, char* memory) const override {
         Task t = task(i);
-        // whole heads only: what a narrow range would fetch ahead is mostly its neighbours'
+        // whole heads only: a narrow range would prefetch mostly its neighbours' data
         if (i + 1 < end && split == 1) {
             const Problem& p = g.rule;
             const Task after = task(i + 1);
@@ -319,13 +320,13 @@ struct BackwardWork final : Work {
     const Backward& g;
     const Kernels& kernels;
     char* kept = nullptr;  // states
-    size_t per_thread = 0;  // bytes of them, or 0: each task has its own
-    bool keeps_x = false;  // x in every thread too
+    size_t per_thread = 0;  // bytes of states per thread, or 0: each task has its own
+    bool keeps_x = false;  // keep x too
     std::vector<int64_t> before, segments_before;  // [N + 1]: spans and segments of the sequences before this one
-    size_t state;  // bytes of the states that a task keeps per span
+    size_t state;  // bytes of states that a task keeps per span
     BackwardPass pass = BackwardPass::whole;
     float *starts = nullptr, *d_starts = nullptr;
-    int64_t ranges = 1, panels = 0;  // of columns; panels in all
+    int64_t ranges = 1, panels = 0;  // ranges of columns; panels in total
 
     BackwardWork(const Backward& backward, const Kernels& k)
         : g(backward), kernels(k), state(k.kept_bytes(g.rule, false)) {}
@@ -363,7 +364,7 @@ struct BackwardWork final : Work {
     }
 };
 
-// How the log's work is shared out: q/k heads with their value heads, or where they are few, ranges of columns.
+// How the log's work is divided: q/k heads with their value heads, or, if they are few, ranges of columns.
 struct LogShares {
     int threads;
     int64_t split, width;
@@ -427,8 +428,8 @@ const Kernels* find(const std::string& name) {
                                 "'. Correct or unset ANYDELTA_CPU_ISA");
 }
 
-// The fastest build whose results keep the contract for all inputs. AMX's do not where updates cancel each other out
-// (docs/performance.md), so it runs by name only.
+// The fastest build whose results keep the contract for all inputs. AMX's do not if updates cancel each other out, so
+// it runs by name only (docs/performance.md, "Prefill on AMX").
 const Kernels* best() {
     const Kernels* k = nullptr;
     for (const Kernels* each : runnable())
@@ -484,7 +485,7 @@ std::vector<std::string> cpu_features() {
 }
 
 namespace {
-// No token, and no final state that is not there yet: a loop over the heads, of which there may be any number, is idle.
+// Nothing to do: no token, and no final state to write. A loop over the heads, of any number, would be useless.
 bool nothing_to_do(const Problem& p) { return p.T == 0 && !(p.out.data && p.out_dense); }
 }  // namespace
 
@@ -509,7 +510,7 @@ void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp)
     const Problem& p = m.rule;
     if (p.N * p.H == 0 || nothing_to_do(p)) return;
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
-    // the rule, and for each number of q, k, v and o some 8 FMAs' time of convolution, activation and norm
+    // the rule, plus convolution, activation and norm: some 8 FMAs' time per number of q, k, v and o
     const double per_token =
         3.0 * static_cast<double>(p.HV * p.K * p.V) + 16.0 * static_cast<double>(p.H * p.K + p.HV * p.V);
     threads = worthwhile(threads, tokens * per_token);
@@ -517,8 +518,8 @@ void run(const Mixer& m, const Kernels& kernels, int threads, bool share_openmp)
     const int64_t values = p.HV / p.H;  // per head of q and k
     const int64_t panels = (p.V + kernels.panel - 1) / kernels.panel;
     const int64_t fit = std::min(MAX_HEADS, GROUP_BYTES / (p.K * panels * kernels.panel * 4)) / values;
-    // Long sequences head by head, so that the scratch rows of a head (48 KiB of q and k at K = 128) and its state stay
-    // in a core's cache: 1.03 to 1.05 of two heads at a time, although each row's page is then visited once more.
+    // Long sequences run head by head, so that a head's scratch rows (48 KiB of q and k at K = 128) and state stay in
+    // a core's cache: 1.03 to 1.05 of two heads at a time, although each row's page is then visited once more.
     const int64_t longest = p.T <= SHORT ? fit : 1;
     const int64_t together = std::max<int64_t>(1, std::min({longest, p.N * p.H / wanted, p.H}));
     MixerWork work(m, kernels, together);
@@ -532,7 +533,7 @@ void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp
     for (int64_t n = 0; g.folds && n < p.N; ++n) entries += static_cast<double>(g.folds[n] * g.used[n]);
     const LogShares shares(g, 2.0 * tokens + entries, kernels, threads);
     if (shares.split == 1 || entries == 0) return shares.run(g, kernels.verify, kernels, share_openmp);
-    // Ranges of columns would read keys and decays that another has replaced: fold first.
+    // Another range of columns could replace keys and decays before they are read: fold first.
     Log first = g, then = g;
     std::vector<int64_t> folded(static_cast<size_t>(p.N)), left(static_cast<size_t>(p.N));
     for (int64_t n = 0; n < p.N; ++n) {
@@ -544,7 +545,7 @@ void verify(const Log& g, const Kernels& kernels, int threads, bool share_openmp
     first.out_rows = p.state_indices;
     then.used = left.data();
     then.folds = nullptr;
-    shares.run(first, kernels.fold, kernels, share_openmp);  // memory for both
+    shares.run(first, kernels.fold, kernels, share_openmp);  // allocates for both
     shares.run(then, kernels.verify, kernels, share_openmp);
 }
 
@@ -564,7 +565,7 @@ struct Aligned {
           data(memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64) {}
 };
 
-// What the segments of each sequence add, last to first, to its row.
+// Add the contributions of each sequence's segments, last to first, to its row.
 void add_up(const std::vector<float>& parts, float* to, int64_t width, const BackwardWork& work) {
     for (int64_t n = 0; to && n < work.g.rule.N; ++n, to += width) {
         std::fill(to, to + width, 0.0f);
@@ -588,22 +589,22 @@ size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share
         g.longest = std::max(g.longest, g.tokens(n));
     }
     work.segments_before.push_back(segments);
-    // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward; the mixer
-    // has one more
+    // FMAs of backward.inl.h: 2 products of a state per token forward, most of which run twice, and 6 backward. The
+    // mixer has one more.
     const double tokens = p.cu_seqlens ? static_cast<double>(p.T) : static_cast<double>(p.B * p.T);
     threads = std::min(worthwhile(threads, 10.0 * tokens * static_cast<double>(p.HV * p.K * p.V)), MAX_THREADS);
-    // Half of the threads and more would be idle: three passes, of 15 products for 10, whose tasks are segments. Not of
-    // the mixer, whose norm needs whole rows of o.
+    // If at least half of the threads would be idle: three passes with segments as tasks, 15 products instead of 10.
+    // Not for the mixer, whose norm needs whole rows of o.
     const int64_t heads = p.N * p.H;
     const size_t all = static_cast<size_t>(spans * p.H) * work.state,
                  ends = static_cast<size_t>(segments * p.H) * work.state;
-    // as many threads as the states in the segments leave memory for
+    // as many threads as memory allows beside the segments' states
     const auto fit = static_cast<int64_t>((all - std::min(all, 2 * ends)) / (Backward::SEGMENT * work.state));
     const bool split = !g.mixer && threads >= 2 * heads && std::min<int64_t>(fit, threads) >= 2 * heads;
     const int most = threads;
     threads = static_cast<int>(std::min<int64_t>(threads, split ? std::min(segments * p.H, fit) : heads));
-    // Room for the longest sequence, or a segment, in each thread, with x where both need no more than a state per span
-    // and head would; or where that is less, room for every task.
+    // Memory for the longest sequence, or a segment, in each thread; with x if both need no more than one state per
+    // span and head. Or, if that is less, memory for every task.
     const int64_t longest = split ? Backward::SEGMENT : Backward::spans(g.longest);
     const auto room = [&](bool x) {
         return static_cast<size_t>(longest) * kernels.kept_bytes(p, x) * static_cast<size_t>(threads);
@@ -630,7 +631,7 @@ size_t differentiate(Backward g, const Kernels& kernels, int threads, bool share
         work.d_starts = reinterpret_cast<float*>(d_starts.data);
         work.panels = (p.V + kernels.panel - 1) / kernels.panel;
         work.ranges = std::min(work.panels, (most + heads - 1) / heads);
-        // these two keep no states in the threads, of which there may be more
+        // these two keep no states in the threads, so more threads may run
         const auto with = static_cast<int>(std::min<int64_t>(most, heads * work.ranges));
         pass(BackwardPass::states, with);
         pass(BackwardPass::d_states, with);

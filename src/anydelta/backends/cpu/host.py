@@ -30,7 +30,7 @@ from ..accepts import EITHER, RULE_CALLS, STATES
 if TYPE_CHECKING:
     from ...mixer.arguments import MixerCall
 
-_backward = late("anydelta.backends.cpu.gradients")  # which imports this module
+_backward = late("anydelta.backends.cpu.gradients")  # it imports this module
 
 ISA_ENV = "ANYDELTA_CPU_ISA"
 _arrays = in_order(Call)
@@ -70,7 +70,7 @@ def _set_isa(name: str, who: str) -> None:
 
 @cache
 def default_threads() -> int:
-    """For NumPy and MLX arrays: OMP_NUM_THREADS, or the CPUs this process may use."""
+    """The threads for NumPy and MLX arrays: OMP_NUM_THREADS, or the CPUs that this process may use."""
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text.isdigit() and int(text) > 0:
         return int(text)
@@ -92,7 +92,7 @@ class _Plan:
     reads: bool
     """Whether the extension reads these arrays by itself."""
     threads: tuple[Callable[[], int], bool]
-    """How many, and whether they are torch's."""
+    """A function that returns their number, and whether they are torch's."""
     copies: tuple[str, ...] = ()
     state_copy: bool = False
     snapshots_copy: bool = False
@@ -118,7 +118,7 @@ class Cpu:
     mixer = "anydelta.backends.cpu.mixer"
     log = "anydelta.backends.cpu.log"
     mlx = True
-    """Reads MLX arrays as they are; other backends are given NumPy arrays (anydelta.mlx)."""
+    """It reads MLX arrays directly; other backends get NumPy arrays (anydelta.mlx)."""
 
     def available(self) -> Sequence[Rejected]:
         return (Rejected(why_not),) if why_not else ()
@@ -164,7 +164,7 @@ class Cpu:
 
 
 def token_strides(call: Call) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """What _core.Plan takes of each array of tokens that the call has, and which of them are copied first."""
+    """What _core.Plan needs of each array of tokens in the call, and which of them are copied first."""
     strides, copies = {}, []
     for name in TOKENS:
         x = getattr(call, name)
@@ -180,7 +180,7 @@ def token_strides(call: Call) -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
 
 def scattered(call: Call | MixerCall, names: Sequence[str]) -> list[str]:
-    """Those of the call's small arrays that the kernels cannot read as they are."""
+    """The small arrays of the call that the kernels cannot read as they are."""
     arrays = ((name, getattr(call, name)) for name in names)
     return [
         name
@@ -193,8 +193,8 @@ def scattered(call: Call | MixerCall, names: Sequence[str]) -> list[str]:
 def rule_fields(
     spec: CallSpec, call: Call, strides: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, object], bool, bool]:
-    """(what _core.Plan takes, whether the state, whether the snapshots are copied first). `strides` as token_strides
-    has them, of the arrays that there are."""
+    """(what _core.Plan needs, whether the state, whether the snapshots are copied first). `strides` as from
+    token_strides, for the arrays that exist."""
     opt = spec.options
     B, T, HV, V = spec.B, spec.T, spec.HV, spec.V
     dims = (spec.K, V) if opt.state_layout == "kv" else (V, spec.K)

@@ -58,7 +58,7 @@ AD_INLINE void vload_split(const bf16* p, V& even, V& odd) {
     even = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-AD_INLINE __m256i bf16_above(V x) {  // in the upper halves; what is below is not cleared
+AD_INLINE __m256i bf16_above(V x) {  // in the upper halves; the lower halves are not cleared
     const __m256i u = _mm256_castps_si256(x);
     const __m256i last = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
@@ -73,14 +73,14 @@ AD_INLINE V vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinter
 AD_INLINE void vstore(f16* p, V x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+// The halves of a0 b0 a1 b1 ...: the building block of a transposition.
 AD_INLINE V vzip_low(V a, V b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
 }
 AD_INLINE V vzip_high(V a, V b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
 }
-// Back: the numbers of a and b in even places, and those in odd ones.
+// The inverse: the numbers of a and b at even places, and those at odd places.
 AD_INLINE V vunzip_even(V a, V b) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
 }

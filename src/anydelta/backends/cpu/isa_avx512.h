@@ -15,8 +15,8 @@ AD_INLINE V vset(float x) { return _mm512_set1_ps(x); }
 AD_INLINE V vsplat(const float* p) { return _mm512_set1_ps(*p); }
 AD_INLINE V vload(const float* p) { return _mm512_loadu_ps(p); }
 AD_INLINE void vstore(float* p, V x) { _mm512_storeu_ps(p, x); }
-// Stores around the caches, to an address that is a multiple of 64: one fills a line. (Halves of lines, as AVX2 has
-// them, were 2.5 times slower than plain stores at 16 snapshots on Zen 3, so only this ISA has them.)
+// Stores that bypass the caches, to a multiple of 64 bytes: one store fills a line. (AVX2's fill half a line. On Zen
+// 3 with 16 snapshots they were 2.5 times slower than plain stores, so only this ISA has them.)
 constexpr bool STREAMS = true;
 AD_INLINE void vstream(float* p, V x) { _mm512_stream_ps(p, x); }
 AD_INLINE void vfence() { _mm_sfence(); }
@@ -47,7 +47,7 @@ AD_INLINE void vstore(bf16* p, V x) {  // round to nearest even; NaN stays NaN
     r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
 }
-// 2 L numbers at once, those with even places and those with odd ones: an operation each instead of two, to load them.
+// Load 2 L numbers as those at even places and those at odd ones: one operation each, instead of two.
 constexpr bool SPLITS_BF16 = true;
 AD_INLINE void vload_split(const bf16* p, V& even, V& odd) {
     const __m512i u = _mm512_loadu_si512(p);
@@ -62,7 +62,7 @@ AD_INLINE void vstore_split(bf16* p, V even, V odd) {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(zipped), both));
 }
 #else
-AD_INLINE __m512i bf16_above(V x) {  // in the upper halves; what is below is not cleared
+AD_INLINE __m512i bf16_above(V x) {  // in the upper halves; the lower halves are not cleared
     const __m512i u = _mm512_castps_si512(x);
     const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
     const __mmask16 last = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
@@ -78,7 +78,7 @@ AD_INLINE V vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(rein
 AD_INLINE void vstore(f16* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+// The halves of a0 b0 a1 b1 ...: the building block of a transposition.
 AD_INLINE V vzip_low(V a, V b) {
     const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     return _mm512_permutex2var_ps(a, at, b);
@@ -87,7 +87,7 @@ AD_INLINE V vzip_high(V a, V b) {
     const __m512i at = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     return _mm512_permutex2var_ps(a, at, b);
 }
-// Back: the numbers of a and b in even places, and those in odd ones.
+// The inverse: the numbers of a and b at even places, and those at odd places.
 AD_INLINE V vunzip_even(V a, V b) {
     const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_permutex2var_ps(a, at, b);

@@ -1,4 +1,4 @@
-// Primitives for any CPU: 4 floats in a plain array, which every compiler maps to SSE2 or its like.
+// Primitives for any CPU: 4 floats in a plain array, which every compiler maps to SSE2 or the like.
 #pragma once
 #include <cmath>
 
@@ -86,7 +86,7 @@ AD_INLINE void vstore(bf16* p, V x) { vstore_half(p, x); }
 AD_INLINE V vload(const f16* p) { return vload_half(p); }
 AD_INLINE void vstore(f16* p, V x) { vstore_half(p, x); }
 constexpr bool SPLITS_BF16 = false;  // see isa_avx512.h
-// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+// The halves of a0 b0 a1 b1 ...: the building block of a transposition.
 AD_INLINE V vzip_low(V a, V b) {
     V x = vzero();
     for (int i = 0; i < L / 2; ++i) x[2 * i] = a[i], x[2 * i + 1] = b[i];
@@ -97,7 +97,7 @@ AD_INLINE V vzip_high(V a, V b) {
     for (int i = 0; i < L / 2; ++i) x[2 * i] = a[L / 2 + i], x[2 * i + 1] = b[L / 2 + i];
     return x;
 }
-// Back: the numbers of a and b in even places, and those in odd ones.
+// The inverse: the numbers of a and b at even places, and those at odd places.
 AD_INLINE V vunzip_even(V a, V b) {
     V x = vzero();
     for (int i = 0; i < L / 2; ++i) x[i] = a[2 * i], x[L / 2 + i] = b[2 * i];

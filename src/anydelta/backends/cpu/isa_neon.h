@@ -51,10 +51,10 @@ AD_INLINE V vload(const f16* p) {
 }
 AD_INLINE void vstore(f16* p, V x) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 constexpr bool SPLITS_BF16 = false;  // see isa_avx512.h
-// The halves of a0 b0 a1 b1 ...: what a transposition is made of.
+// The halves of a0 b0 a1 b1 ...: the building block of a transposition.
 AD_INLINE V vzip_low(V a, V b) { return vzip1q_f32(a, b); }
 AD_INLINE V vzip_high(V a, V b) { return vzip2q_f32(a, b); }
-// Back: the numbers of a and b in even places, and those in odd ones.
+// The inverse: the numbers of a and b at even places, and those at odd places.
 AD_INLINE V vunzip_even(V a, V b) { return vuzp1q_f32(a, b); }
 AD_INLINE V vunzip_odd(V a, V b) { return vuzp2q_f32(a, b); }
 

@@ -1,5 +1,5 @@
-// All kernels of one instruction set and the table of them, kernels_ISA. A target_*.cpp defines ANYDELTA_ISA, includes its
-// isa_*.h, and then this.
+// All kernels of one instruction set, and their table kernels_ISA. A target_*.cpp defines ANYDELTA_ISA, includes its
+// isa_*.h, and then this file.
 #pragma once
 #include "backward.inl.h"
 #include "log.inl.h"

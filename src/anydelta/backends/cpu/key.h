@@ -1,5 +1,5 @@
-// A key of plans: what a plan depends on in the arrays of a call and in the environment, as a row of words. Equal keys
-// mean that the same plan serves. Each part says in its first word how long it is.
+// A key of plans: a row of words with everything in a call's arrays and environment that a plan depends on. Calls
+// with equal keys share a plan. The first word of each part gives its length.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,7 +13,7 @@ class Key {
     void push(uint64_t word) { words_.push_back(word); }
     void push(const void* data, size_t bytes) {
         const size_t before = words_.size(), words = (bytes + 7) / 8;
-        words_.resize(before + words);  // the last word ends in zeros
+        words_.resize(before + words);  // the last word is padded with zeros
         if (bytes) std::memcpy(words_.data() + before, data, bytes);
     }
     void text(const char* text, size_t bytes) {

@@ -1,17 +1,16 @@
 // Rollback by a log: verify drafted tokens without writing a state, and fold accepted ones in later.
 //
-// With the base state S0 and, for a token t, the entries s before it on its way from the base (a chain, or a branch of a
-// tree of drafts), A(s, t) = the product of the decays a after s up to t, and Gamma_t that of all of them:
+// S0 is the base state. For a token t, the entries s before it lead from the base to it (a chain, or a branch of a
+// tree of drafts). A(s, t) is the product of the decays a after s up to t, and Gamma_t the product of all of them:
 //
 //     d_t = beta_t (v_t - S0^T (Gamma_t k_t) - sum_s (A(s, t) k_s . k_t) d_s)          verify
 //     o_t = S0^T (scale Gamma_t q_t) + sum_{s <= t} (A(s, t) k_s . scale q_t) d_s
 //     S_n = Gamma_n S0 + sum_{s <= n} (A(s, n) k_s) d_s^T                              fold, entries 0 to n - 1
 //
-// This is the block of rule.inl.h with some of its deltas known. Verifying reads the state once and appends
-// (k_t, d_t, a_t) to the log: 2 K + V numbers at most where a state is K V. A masked token's entry is k = 0, a = 1.
-// Where the log is full, the entries go into the state on the way: its rows are folded, written back, and multiplied
-// with the new keys and queries while they are in L1, so that a step reads and writes the state once at most.
-// All in float32.
+// This is the block of rule.inl.h with some of its deltas known. Verifying reads the state once and appends (k_t,
+// d_t, a_t) to the log: at most 2 K + V numbers; a state is K V. A masked token's entry is k = 0, a = 1. If the log
+// is full, its entries go into the state on the way: rows are folded, written back, and multiplied with the new keys
+// and queries while they are in L1. So a step reads and writes the state at most once. All in float32.
 #pragma once
 #include "log.h"
 #include "mixer.inl.h"
@@ -29,7 +28,7 @@ struct LogSpace {
     float *D, *v;  // [C][ldv]
     float *o, *alpha, *beta;
     float *kk, *kq;  // [C][C]: beta_t A k_s . k_t and A k_s . scale q_t
-    float* state;  // a state whose rows do not fill vectors: [K][ldv] or [columns][kp], zero beyond
+    float* state;  // a state whose rows are not whole vectors: [K][ldv] or [columns][kp], zero-padded
 };
 
 static LogSpace carve(const Log& g, Arena& arena) {
@@ -59,7 +58,7 @@ static LogSpace carve(const Log& g, Arena& arena) {
 }
 
 static size_t log_workspace(const Log& g) {
-    char* const origin = reinterpret_cast<char*>(64);  // addresses are only counted, never read
+    char* const origin = reinterpret_cast<char*>(64);  // addresses are only computed, never read
     Arena arena{origin};
     carve(g, arena);
     return static_cast<size_t>(arena.at - origin);
@@ -97,7 +96,8 @@ AD_INLINE void fold_block(const St* src, int64_t lds, St* dst, int64_t ldd, cons
         AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + r * ldd + c + j * L, s[r][j]);
 }
 
-// Rows r0 to r0 + G - 1, `width` columns. The same rows of `next` are fetched meanwhile, little by little; null: none.
+// Rows r0 to r0 + G - 1, `width` columns. The same rows of `next`, if not null, are prefetched
+// meanwhile in small pieces.
 template <int G, bool vk, class St>
 AD_INLINE void fold_rows(const St* src, int64_t lds, St* dst, int64_t ldd, int64_t width, const Folding& z, int64_t r0,
                          const char* next) {
@@ -112,7 +112,7 @@ AD_INLINE void fold_rows(const St* src, int64_t lds, St* dst, int64_t ldd, int64
 
 // ---------------------------------------------------------------------------------------------------------------
 // a pass over a state: fold, if any, from S to dst; then PR[r] = dst^T row_r for the C key rows and C query rows of a
-// block (C = 0: fold only). The rows of `next` are fetched meanwhile.
+// block (C = 0: fold only). The rows of `next` are prefetched meanwhile.
 
 template <int C, int G, class St>
 AD_INLINE void pass_rows(const float* rows, int64_t i, const St* S, int64_t lds, St* dst, int64_t ldd, int64_t cols,
@@ -136,7 +136,7 @@ static void pass_kv(const Problem& p, const float* rows, const St* S, int64_t ld
             pass_rows<C, 1>(at, i, S + i * lds, lds, dst + i * ldd, ldd, cols, z, PR, ldp, next);
         i += whole ? G : 1;
     }
-    for (int64_t r = 0; r < 2 * C; ++r) in_order<St>(PR + r * ldp, cols);  // dots_rows left halves of bfloat16
+    for (int64_t r = 0; r < 2 * C; ++r) in_order<St>(PR + r * ldp, cols);  // dots_rows leaves bfloat16 columns split
 }
 
 template <int C, int M, class St>
@@ -204,7 +204,7 @@ static void pass(const Problem& p, int C, const float* rows, const St* S, int64_
 #undef AD_PASS
 }
 
-// Lines that will be read and then written. Inlined as all that only prefetches (see fetch).
+// Prefetch lines that will be read and then written. Always inlined (see fetch).
 AD_INLINE void fetch_lines(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) AD_PREFETCH_WRITE(static_cast<const char*>(from) + i);
 }
@@ -222,7 +222,7 @@ class LogRunner {
         h = qk_head(p, job.hv0);
         ldv = round_up(job.cols, W);
         kp = round_up(p.K, L);
-        // by V and not by the task's columns, so that the choice does not depend on the split
+        // depends on V, not on the task's columns, so that the choice does not depend on the split
         direct = p.vk ? p.K % L == 0 : p.V % W == 0;
     }
 
@@ -258,8 +258,8 @@ class LogRunner {
     const Task& job;
     LogSpace w;
     int64_t row, used, h, ldv, kp;
-    int64_t hv = 0;              // the value head being worked on
-    const char* next = nullptr;  // where the one after it will read
+    int64_t hv = 0;              // the current value head
+    const char* next = nullptr;  // what the next one will read
     bool direct;
 
     void select(int64_t i) {
@@ -276,7 +276,7 @@ class LogRunner {
     float* log_decay(int64_t e) const {
         return g.decays + ((row * p.HV + hv) * g.capacity + e) * (p.kda ? p.K : 1);
     }
-    // of the sequence; null for -1
+    // the sequence's; null for -1
     char* state(int64_t head) const {
         const int64_t n = p.state_indices[job.n];
         return n < 0 ? nullptr : state_at(p, p.in, 0, n, head, job.col0);
@@ -315,7 +315,7 @@ class LogRunner {
 
     // ---- fold
 
-    // Keys become A(s, n) k_s, backwards with the product of the decays; what is left is Gamma.
+    // Keys become A(s, n) k_s: backwards, with the product of the decays. The final product is Gamma.
     Folding folding_of_entries() const {
         load_entries();
         for (int64_t i = 0; i < kp; i += L) vstore(w.gamma + i, vset(1.0f));
@@ -345,7 +345,7 @@ class LogRunner {
         for (int64_t r = 0; r < rows; ++r) write_as(out + r * ldd, w.state + r * ld, n);
     }
 
-    // A state in float32 rows that fill vectors. Sets ld to their distance.
+    // A state as float32 rows of whole vectors. Sets ld to their distance.
     template <class St>
     float* copy_state(const St* S, int64_t& ld) const {
         const int64_t rows = p.vk ? job.cols : p.K, n = p.vk ? p.K : job.cols, to = p.vk ? kp : ldv;
@@ -371,12 +371,12 @@ class LogRunner {
         w.scratch.pad(p.K);
         const Folding none{};
         const Folding z = folding ? folding_of_entries() : none;
-        const int64_t before = folding ? 0 : used;  // entries of the log behind the base state
+        const int64_t before = folding ? 0 : used;  // entries of the log after the base state
         if (!folding) {
             load_entries();
             for (int64_t i = 0; i < used * kp; i += L) vstore(w.keys + i, vload(w.old + i));
         }
-        // What the value head after this one will read and write of the log: other pages, that no prefetcher knows of.
+        // Prefetch what the next value head reads and writes of the log: other pages, unknown to the prefetchers.
         const int64_t count = used > before + T ? used : before + T;
         const int64_t width = p.kda ? p.K : 1, size = dtype_size(g.key_dtype);
         if (hv + job.step < p.HV) {
@@ -396,7 +396,7 @@ class LogRunner {
         solve_tokens(b, start, T, before);
     }
 
-    // The first block's pass folds, so that the others read what it wrote.
+    // The first block's pass folds, and the others read what it wrote.
     template <class St>
     void all_dots(int64_t T, const Folding& z, St* S) const {
         if (direct) return blocks_of_dots(T, z, S, p.in.row, job.cols, next);
@@ -416,7 +416,7 @@ class LogRunner {
         }
     }
 
-    // Entry e: its key, its products with all entries on its way back to the base, and its rows Gamma k, Gamma q.
+    // Entry e: its key, its products with all entries on the way back to the base, and its rows Gamma k, Gamma q.
     void prepare_token(int64_t b, int64_t position, int64_t t, int64_t e, float A, float* k_row, float* q_row) {
         float* key = w.keys + e * kp;
         float *kk = w.kk + t * g.capacity, *kq = w.kq + t * g.capacity;
@@ -448,7 +448,7 @@ class LogRunner {
         for (int64_t i = 0; i < kp; i += L) own = vfma(vload(key + i), vload(q + i), own);
         kq[e] = vsum(own);
 
-        // backwards along the parents, with the product of the decays passed so far
+        // back along the parents, with the product of the decays so far
         float alpha = 1.0f;
         if (p.kda) {
             for (int64_t i = 0; i < kp; i += L) {
@@ -496,7 +496,7 @@ class LogRunner {
         for (int64_t i = 0; i < kp; i += L) vstore(to + i / SEG * 2 * C_MAX * LD + i % SEG, vload(x + i));
     }
 
-    // The key by the first value head of its q/k head, and both by the first range of columns: written once.
+    // Each is written once: the key by the first value head of its q/k head, both by the first range of columns.
     void store_entry(int64_t e, const float* key, float factor) const {
         if (job.col0 != 0) return;
         if (hv == job.hv0) {

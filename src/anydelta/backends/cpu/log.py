@@ -94,7 +94,7 @@ class CpuSteps:
         head = (plan, folding, log.C, cpu.DTYPE[log.key_dtype])
         if folded is None:
             _core.run_log(*head, *arrays)
-        else:  # the call and its mark without a step of the interpreter between them, where Ctrl-C would come
+        else:  # call and mark without an interpreter step between them, where Ctrl-C could interrupt
             call = partial(_core.run_log, *head, *arrays[:-1])
             folded.update(zip((layer,), map(call, arrays[-1:]), strict=True))
 

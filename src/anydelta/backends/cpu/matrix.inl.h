@@ -1,25 +1,27 @@
-// The gated delta rule on a matrix unit: up to 64 tokens are one chunk, and all that is large are products of bfloat16
-// parts (tiles_*.h), accumulated in float32. Included by rule.inl.h, where a token's symbols are explained.
+// The gated delta rule on a matrix unit. A chunk has up to 64 tokens. All large products are products of bfloat16
+// parts (tiles_*.h), accumulated in float32. Included by rule.inl.h, which explains a token's symbols.
 //
-// With Gamma_t = a_1 .. a_t, w_s^t = k_s a_(s+1) .. a_t and the state S0 before the chunk, as in rule.inl.h but longer:
+// With Gamma_t = a_1 .. a_t, w_s^t = k_s a_(s+1) .. a_t and the state S0 before the chunk, as in rule.inl.h:
 //
-//     P_t = S0^T (Gamma_t k_t)     R_t = S0^T (scale Gamma_t q_t)      2 K V products a token
+//     P_t = S0^T (Gamma_t k_t)     R_t = S0^T (scale Gamma_t q_t)      2 K V products per token
 //     L_ts = beta_t w_s^t . k_t  (s < t)     A_ts = w_s^t . scale q_t  (s <= t)     C K, half of them needed
-//     d_t = beta_t (v_t - P_t) - sum_s L_ts d_s      16 rows at a time: the sums over earlier rows are a product, what
-//                                                    is left of the triangle is solved in registers
+//     d_t = beta_t (v_t - P_t) - sum_s L_ts d_s      16 rows at a time: sums over earlier rows are a product,
+//                                                    the rest of the triangle is solved in registers
 //     o_t = R_t + sum_s A_ts d_s                                       C V
 //     S_C = Gamma_C S0 + sum_s w_s^C d_s^T                             K V
 //
-// Decays are products of a_t, never quotients. A scalar decay stays out of the factors: they are the caller's k and q,
-// exact in one part if those are bfloat16, and shared by the value heads of a q/k head. Decays per channel (KDA) would
-// not, and pairs of near tokens would be summed channel by channel: that took as long as rule.inl.h's blocks.
+// Decays are products of a_t, never quotients. A scalar decay stays out of the factors: these are then the caller's k
+// and q, exact in one part if they are bfloat16, and the value heads of a q/k head share them. Decays per channel
+// (KDA) would enter the factors, and pairs of near tokens would need sums channel by channel. That took as long as
+// rule.inl.h's blocks.
 #pragma once
 
 namespace anydelta::ANYDELTA_ISA {
 
-constexpr int MATRIX_TOKENS = 64;  // of a chunk
-// What is left over a whole number of products is padded, or if it is less left to the blocks of rule.inl.h. Times of the
-// blocks over those of a chunk, H 16, HV 32, D 128: one part 0.97 at 20 tokens, 1.07 at 24; two parts 0.96 at 28, 1.11 at 32.
+constexpr int MATRIX_TOKENS = 64;  // per chunk
+// The tokens after the last whole product are padded, or run in the blocks of rule.inl.h if they are fewer than
+// this. Time of the blocks / time of a chunk, H 16, HV 32, D 128: one part 0.97 at 20 tokens, 1.07 at 24; two parts
+// 0.96 at 28, 1.11 at 32.
 constexpr int MATRIX_LEAST = 22, MATRIX_LEAST_TWO_PARTS = 30;
 static_assert(MATRIX_TOKENS % DEPTH == 0 && MATRIX_TOKENS % W == 0, "chunks are whole products");
 
@@ -28,7 +30,8 @@ AD_INLINE Parts take_parts(Arena& arena, int64_t count) {
     return {high, arena.take<bf16>(count)};
 }
 
-// 0 while every x seen is finite, else NaN. A sum stands for its terms: at worst a chunk of very large ones is not taken.
+// 0 while every x seen is finite, else NaN. It watches sums instead of terms: at worst it rejects a
+// chunk of huge terms.
 AD_INLINE V watch(V seen, V x) { return vfma(x, vzero(), seen); }
 
 class Chunk {
@@ -46,7 +49,7 @@ class Chunk {
         attention = take_parts(arena, C * C);
         diagonal = arena.take<float>(C * DEPTH);
         solved = arena.take<float>(TILE * W);
-        // S0 is multiplied before the first d is there: one place for both
+        // S0 is used up before the first d is computed, so both share memory
         state = take_parts(arena, Kp > 2 * C ? Kp * W : 2 * C * W);
         deltas = state;
         faded = state.at(C * W);
@@ -56,8 +59,8 @@ class Chunk {
         head = -1;
     }
 
-    // All that does not depend on the column. False where a number is not finite: a product would carry it to tokens
-    // that precede it. `of`: which chunk this is; a q/k head's rows are kept for its next value head.
+    // Prepare everything that does not depend on the column. False if a number is not finite: a product would carry
+    // it to earlier tokens. `of`: the number of this chunk; a q/k head's rows are kept for its next value head.
     bool prepare(const Problem& p, int64_t b, const int64_t* t, int tokens, int64_t hv, float A, const float* bias,
                  const Scratch* scratch, int64_t of) {
         count = tokens;
@@ -85,20 +88,20 @@ class Chunk {
         return true;
     }
 
-    // How many of these tokens a chunk should take.
+    // How many of these tokens a chunk should have.
     static int worthwhile(const Problem& p, int tokens) {
         const int rest = tokens % DEPTH;
         return rest < (one_part(p) ? MATRIX_LEAST : MATRIX_LEAST_TWO_PARTS) ? tokens - rest : tokens;
     }
 
-    // Rows of `count` tokens, by their first column of the task.
+    // Rows of `count` tokens, by the task's first column.
     struct Rows {
         DType dtype;
         char* at[C];
     };
 
-    // The panels S [panels][K][W] of the state; rows of v and o, whole panels of them. `fetch` is called for each of the
-    // next C tokens while this core multiplies.
+    // Advance the panels S [panels][K][W] of the state over rows of v and o, in whole panels. `fetch` is called for
+    // each of the next C tokens while this core multiplies.
     template <class F>
     void take(const Problem& p, float* S, int64_t panels, Rows& v, const Rows& o, F&& fetch) {
         if (count < depth)
@@ -113,7 +116,7 @@ class Chunk {
   private:
     static bool one_part(const Problem& p) { return p.k.dtype == DType::bf16 && p.q.dtype == DType::bf16; }
 
-    int64_t Kp;  // channels, a whole number of products
+    int64_t Kp;  // channels, padded to whole products
     float* k;  // [C][Kp]: k_t
     Parts rows;  // [2 depth][Kp]: k_t, then q_t
     Parts written;  // [Kp][depth]: k transposed
@@ -127,16 +130,16 @@ class Chunk {
     Parts deltas;  // [C / 2][W][2]: d
     Parts faded;  // the same, each times `fading`
     float* sums;  // [2 depth][W]: S0^T k_t, S0^T q_t
-    float* more;  // [DEPTH][W]: a product
+    float* more;  // [DEPTH][W]: one product
     float* zeros;  // [panels W]
     float beta[C + C_MAX], alpha[C + C_MAX];
     float k_factor[C], q_factor[C];  // from the L2 norm and the scale
     float read_factor[C], out_factor[C], fading[C], faded_by;
-    int count, depth;  // tokens; and as whole products
+    int count, depth;  // tokens, and the same padded to whole products
     bool exact;
-    int64_t head = -1, chunk = -1;  // whose rows are kept
+    int64_t head = -1, chunk = -1;  // the head and chunk whose rows are kept
 
-    // x, of n numbers that lie there in whole vectors, zero beyond
+    // x, n numbers in whole vectors, zero beyond n
     AD_INLINE V load_to(const float* x, int64_t i, int64_t n) { return i < n ? vload(x + i) : vzero(); }
 
     V add_row(const Problem& p, const Token& x, int t, V seen) {
@@ -183,7 +186,7 @@ class Chunk {
         transpose_written<PARTS>();
     }
 
-    // columns: token by token a row of pairs of channels, L of them transposed
+    // columns: per token a row of pairs of channels, L of them transposed
     template <int PARTS>
     void transpose_columns() {
         for (int64_t s = 0; s < depth; s += L)
@@ -198,7 +201,7 @@ class Chunk {
                 if (PARTS == 2) store_transposed(to.low, low, 2 * W);
             }
     }
-    // written: of two tokens a row of pairs, one channel each
+    // written: per two tokens a row of pairs, one pair for each channel
     template <int PARTS>
     void transpose_written() {
         for (int64_t s = 0; s < depth; s += 2 * L)
@@ -224,7 +227,7 @@ class Chunk {
         AD_UNROLL for (int r = 0; r < L; ++r) vstore(reinterpret_cast<float*>(to + r * ld), x[r]);
     }
 
-    // kk: blocks by panels of tokens, those that the triangle needs
+    // kk: blocks by panels of tokens, only those in the triangle
     template <int PARTS>
     void multiply_keys() {
         for (int which = 0; which < 2; ++which)
@@ -237,7 +240,7 @@ class Chunk {
     // L, A and the factors of rows, from the products of decays m_s = a_(s+1) .. a_t
     void fade() {
         alignas(64) float m[C] = {}, l[C] = {}, a[C] = {}, one[2 * L] = {};
-        one[L] = 1.0f;  // seen from L - t on it is the t-th unit vector
+        one[L] = 1.0f;  // read from L - t on, it is the t-th unit vector
         float all = 1.0f;
         for (int t = 0; t < count; ++t) {
             const V decay = vset(alpha[t]);
@@ -251,7 +254,7 @@ class Chunk {
             const float *kk_row = kk + t * C, *qk_row = kk + (C + t) * C;
             for (int s = 0; s < whole; s += L) {
                 const V mk = vmul(vload(m + s), vload(k_factor + s));
-                // a factor at a time: the product of two of long keys may be too small for float32
+                // one factor at a time: the product of two factors of long keys may underflow float32
                 vstore(l + s, vmul(vmul(l_factor, vload(kk_row + s)), mk));
                 vstore(a + s, vmul(vmul(a_factor, vload(qk_row + s)), mk));
             }
@@ -262,7 +265,7 @@ class Chunk {
         clear_triangle();
     }
 
-    // Row t of L and A, zero from the end of its last vector on
+    // Row t of L and A, zero after its last vector
     void store_triangle(int t, const float* l, const float* a) {
         for (int s = 0; s < depth; s += 2 * L) {
             store_parts<false, 2>(lower.at(t * C + s), vload(l + s), vload(l + s + L));
@@ -281,8 +284,8 @@ class Chunk {
         for (int s = count; s < depth; ++s) fading[s] = 0.0f;
     }
 
-    // What a panel takes through L1 (48 KiB where AMX is) decides how long it takes, so that buffers are small, used again
-    // while they are there, and read but once.
+    // The time of a panel depends on the memory that it moves through L1 (48 KiB on CPUs with AMX). So buffers are
+    // small, are reused while they are in L1, and are read once.
     template <int PARTS, class F>
     void take_as(const Problem& p, float* S, int64_t panels, const Rows& v, const Rows& o, F&& fetch) {
         Pieces fetched{C, panels * (2 * depth / (2 * TILE)) * (Kp / DEPTH)};
@@ -307,7 +310,7 @@ class Chunk {
         }
     }
 
-    // Work in `count` pieces that is spread over `steps` calls of next.
+    // Work in `count` pieces, spread over `steps` calls of next.
     struct Pieces {
         int64_t count, steps, step = 0, done = 0;
         template <class F>
@@ -363,8 +366,8 @@ class Chunk {
         }
     }
 
-    // d of TILE tokens from r on, the upper or lower half of a block, L columns from j on. As soon as one is known it is
-    // taken off all later ones.
+    // d of TILE tokens from r on (the upper or lower half of a block), L columns from j on. Each d is subtracted from
+    // all later tokens as soon as it is known.
     template <class T, bool lower_half>
     void solve_tile(int r, const Rows& v, int64_t column, int j) {
         constexpr int above = lower_half ? TILE : 0;

@@ -1,4 +1,4 @@
-// One call of the gated delta mixer, as raw pointers and element strides: what stands between the projections of a
+// One call of the gated delta mixer, as raw pointers and element strides: everything between the projections of a
 // linear attention layer. Shared by the host and every ISA build.
 //
 //     y_t     = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])     causal convolution of every channel c of q, k, v
@@ -9,7 +9,7 @@
 
 namespace anydelta {
 
-// [B, T, groups, per * width]: `per` heads of `width` channels lie side by side in a group; the channels are contiguous.
+// [B, T, groups, per * width]: a group has `per` heads of `width` channels side by side; the channels are contiguous.
 struct GroupedTokens {
     const void* data = nullptr;
     DType dtype = DType::f32;
@@ -28,7 +28,7 @@ enum class NormGate : int { none = 0, silu = 1, sigmoid = 2 };
 constexpr int64_t MAX_TAPS = 32;
 
 struct Mixer {
-    Problem rule;  // everything but q, k, v and o, which are made and taken a batch of tokens at a time
+    Problem rule;  // everything except q, k, v and o, which are made and taken in batches of tokens
     GroupedTokens q, k, v, z, o;
     int64_t W, S;  // taps of the convolution, columns of its state
     const void* weight = nullptr;
@@ -45,8 +45,8 @@ struct Mixer {
     float norm_eps = 0.0f;
 };
 
-// `heads` consecutive heads of q and k of one sequence with all their value heads: the unit of parallel work. Both
-// states of a task are read and written by nobody else.
+// `heads` consecutive heads of q and k of one sequence with all their value heads: the unit of parallel work. No
+// other task reads or writes the states of a task.
 struct MixerTask {
     int64_t n, h0, heads;
 };

@@ -1,13 +1,13 @@
-// The gated delta mixer on one CPU: causal convolution, gated delta rule and gated norm in one pass. The rule is
-// rule.inl.h's; this file makes its rows of q, k and v on the way in and takes its outputs on the way out.
+// The gated delta mixer on one CPU: causal convolution, gated delta rule and gated norm in one pass. The rule is that
+// of rule.inl.h. This file makes its rows of q, k and v, and takes its outputs.
 //
 //     y_t   = silu(sum_j w[c, j] x_(t - W + 1 + j) + bias[c])     x_t: tokens, before them the columns of the conv state
 //     o_t   = rule(q, k, v = split(y))                            rule.inl.h
 //     out_t = o_t / sqrt(mean o_t^2 + eps) * norm_weight * gate(z_t)                           all in float32
 //
-// A task is a few heads of q and k of one sequence with all their value heads, so nothing is convolved twice (but q
-// and k where a head of theirs serves more than MAX_HEADS value heads). q and k of 48 tokens stand in scratch memory
-// (24 KiB a head at K = 128), v and o of a head in the rule's own: no row goes through memory on its way.
+// A task is a few heads of q and k of one sequence with all their value heads, so nothing is convolved twice (except
+// q and k if a head of theirs serves more than MAX_HEADS value heads). q and k of 48 tokens are in scratch memory (24
+// KiB per head at K = 128), v and o of a head in the rule's own: no row passes through memory on its way.
 #pragma once
 #include "mixer.h"
 #include "rule.inl.h"
@@ -16,14 +16,14 @@ namespace anydelta::ANYDELTA_ISA {
 
 constexpr int CHUNK = BATCH;  // tokens that the rule takes at once
 constexpr int FEW_TAPS = 4;  // the convolution of every model family; others take the general loop
-// Rows of consecutive tokens are 8 to 24 KiB apart, where no hardware prefetcher follows: a row is asked for 6 tokens
-// before it is read, some 1000 cycles in the convolution.
+// Rows of consecutive tokens are 8 to 24 KiB apart, where no hardware prefetcher follows. A row is prefetched 6
+// tokens before it is read, some 1000 cycles in the convolution.
 constexpr int64_t TOKENS_AHEAD = 6;
 static_assert(TOKENS_AHEAD == C_MAX, "a call of conv_rows fetches the rows of the next");
 
-// Vectors that go through SiLU side by side: their steps fill the latency of each other's.
+// Vectors that go through SiLU together, each hiding the latency of the others.
 constexpr int TOGETHER = REGISTERS == 32 ? 3 : 2;
-static_assert(C_MAX % TOGETHER == 0, "a full call of conv_rows takes them without a rest");
+static_assert(C_MAX % TOGETHER == 0, "a full call of conv_rows has no remainder");
 
 static const void* grouped(const GroupedTokens& x, int64_t b, int64_t t, int64_t head, int64_t width) {
     return element(x.data, x.dtype, b * x.b + t * x.t + head / x.per * x.g + head % x.per * width);
@@ -40,14 +40,14 @@ AD_INLINE void fetch_row(const void* row, int64_t bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// columns of [channels, S] and [channels, W] arrays as rows, one per column, and back
+// columns of [channels, S] and [channels, W] arrays to rows, one per column, and back
 
 template <class T>
 static void rows_from(float* rows, int64_t ld, const T* x, int64_t stride_c, int64_t stride_s, int64_t n,
                       int64_t count) {
     if (stride_c == 1) {
         for (int64_t j = 0; j < count; ++j) read_as(rows + j * ld, x + j * stride_s, n);
-    } else if (stride_s == 1 && stride_c == 4 && count == 4) {  // constants, so that the compiler can shuffle
+    } else if (stride_s == 1 && stride_c == 4 && count == 4) {  // constants let the compiler use shuffles
         float *r0 = rows, *r1 = rows + ld, *r2 = r1 + ld, *r3 = r2 + ld;
         for (int64_t c = 0; c < n; ++c) {
             r0[c] = to_float(x[4 * c]);
@@ -91,9 +91,10 @@ static void write_rows(void* x, DType dtype, int64_t stride_c, int64_t stride_s,
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// the convolution of `count` <= C_MAX consecutive tokens: dst[t] [n] from the rows x[t] .. x[t + W - 1] [n], oldest first.
-// taps [W][ld], bias [n] or null. The channels of a vector pass all tokens in registers, so that a row is read once. The
-// last vector is read element by element where n is no whole number of them; dst has room for it.
+// the convolution of `count` <= C_MAX consecutive tokens: dst[t] [n] from the rows x[t] .. x[t + W - 1] [n], oldest
+// first.
+// taps [W][ld], bias [n] or null. The channels of a vector pass through all tokens in registers, so a row is read once.
+// If n is not a whole number of vectors, the last one is read element by element; dst has room for it.
 
 template <class T, int TAPS, int N>
 AD_INLINE void conv_tokens(float* const* dst, const T* const* x, int64_t i, V* in, const V* w, const float* taps,
@@ -155,25 +156,25 @@ static void conv_rows_as(float* const* dst, const void* const* rows, int64_t cou
 // ---------------------------------------------------------------------------------------------------------------
 // a task
 
-struct Convolved {  // one of q, k, v: where its channels begin, in the arrays and in a task's scratch rows
+struct Convolved {  // q, k or v: where its channels begin in the arrays and in a task's scratch rows
     const GroupedTokens* x;
     int64_t first, width, padded, at;
 };
 
-// The channels of `heads` heads of q and k of one sequence, from head h0 on, with their value heads.
+// The channels of `heads` heads of q and k of one sequence, from head h0 on, and of their value heads.
 struct Convolution {
     const Mixer* m;
     int64_t h0, heads, r;   // r value heads per q/k head
-    int64_t ld;             // of the rows below: all channels
+    int64_t ld;             // length of the rows below: all channels
     Convolved part[3];
     float *taps, *bias;     // [W][ld], [ld]
     float* past;            // [S][ld]: the conv state before the call
-    float* steps;           // [W - 1 + most][width]: tokens that are convolved with float32 columns of the state
+    float* steps;           // [W - 1 + most][width]: tokens to convolve with float32 columns of the state
     const void** pointers;  // [W - 1 + most]
 
     static int64_t width_of(const Mixer& m) { return round_up(m.rule.K < m.rule.V ? m.rule.V : m.rule.K, L); }
 
-    // Up to `most` tokens are convolved in a call.
+    // A call convolves up to `most` tokens.
     void carve(const Mixer& mixer, int64_t first, int64_t count, int64_t most, Arena& arena) {
         m = &mixer, h0 = first, heads = count;
         const Problem& p = mixer.rule;
@@ -190,12 +191,12 @@ struct Convolution {
         pointers = arena.take<const void*>(m->W - 1 + most);
     }
 
-    // Where value head hv stands among these.
+    // The place of value head hv among these.
     int64_t local(int64_t hv) const {
         const Problem& p = m->rule;
         return p.tiled ? (hv % p.H - h0) * r + hv / p.H : hv - h0 * r;
     }
-    // And the other way round.
+    // The value head at a place among these.
     int64_t value_head(int64_t i) const { return m->rule.tiled ? h0 + i / r + i % r * m->rule.H : h0 * r + i; }
 
     template <class F>
@@ -207,7 +208,7 @@ struct Convolution {
     char* window_at(const Windows& x, int64_t slot, int64_t n, int64_t channel) const {
         return static_cast<char*>(x.data) + (slot * x.slot + n * x.n + channel * x.c) * dtype_size(x.dtype);
     }
-    // The columns of a row of conv states: to [S][ld].
+    // Copy the columns of a row of conv states to [S][ld].
     void load_windows(float* to, const Windows& x, int64_t row) const {
         each_head([&](const Convolved& c, int64_t head, int64_t i) {
             const int64_t channel = c.first + head * c.width, at = c.at + i * c.padded;
@@ -223,8 +224,8 @@ struct Convolution {
         });
     }
 
-    // `pointers` to the inputs of one head of q, k or v that `in` names: a token >= 0, or -1 - column of the conv state.
-    // Returns their type.
+    // Set `pointers` to the inputs of one head of q, k or v. `in` names them: a token >= 0, or -1 - column of the
+    // conv state. Returns their type.
     DType gather(const Convolved& c, int64_t b, const int64_t* in, int64_t rows, int64_t head, int64_t i) const {
         const int64_t at = c.at + i * c.padded;
         const DType dtype = c.x->dtype;
@@ -241,8 +242,8 @@ struct Convolution {
         return widened ? DType::f32 : dtype;
     }
 
-    // y_t of one head of q, k or v, for `count` tokens of row b whose inputs are `in` [W - 1 + count]; tokens before `end`
-    // are fetched ahead
+    // y_t of one head of q, k or v, for `count` tokens of row b with the inputs `in` [W - 1 + count]. Tokens before
+    // `end` are prefetched.
     void run(const Convolved& c, int64_t b, int64_t end, const int64_t* in, int64_t count, int64_t head, int64_t i,
              float* const* dst) const {
         const int64_t at = c.at + i * c.padded, rows = m->W - 1 + count;
@@ -259,16 +260,16 @@ struct Convolution {
 };
 
 struct MixerScratch {
-    float* window;        // [S][width]: a conv state on its way out
+    float* window;        // [S][width]: a conv state to be written
     float *q, *k;         // [CHUNK][heads][K]
     float* norm_weight;   // [V]
-    int64_t* inputs;      // [W - 1 + CHUNK] before and in the chunk: live token t >= 0, or -1 - column of the conv state
-                          // and at the end [S]: the last live tokens, the latest first
-    int64_t* order;       // [CHUNK] of a live token of the chunk: its number among them
-    char* rule;           // the rule's own
+    int64_t* inputs;      // [W - 1 + CHUNK] before and in the chunk: live token t >= 0, or -1 - column of the conv state;
+                          // at the end [S]: the last live tokens, the latest first
+    int64_t* order;       // [CHUNK]: the number of a live token among the chunk's live tokens
+    char* rule;           // the rule's scratch memory
 };
 
-// The norm's weight, ones where there is none, readable to the next whole vector.
+// The norm's weight, or ones without a weight, readable to the next whole vector.
 static void load_norm(const Mixer& m, float* weight) {
     for (int64_t i = 0; i < round_up(m.rule.V, L); ++i) weight[i] = 1.0f;
     if (m.norm_weight) read_row(weight, m.norm_weight, m.norm_dtype, m.rule.V);
@@ -283,7 +284,7 @@ class MixerRunner final : public RowMaker {
     }
 
     static size_t workspace(const Mixer& m, int64_t heads) {
-        Arena arena{reinterpret_cast<char*>(64)};  // addresses are only counted, never read
+        Arena arena{reinterpret_cast<char*>(64)};  // addresses are only computed, never read
         MixerScratch s;
         Convolution conv;
         carve_mixer(m, 0, heads, arena, s, conv);
@@ -291,7 +292,7 @@ class MixerRunner final : public RowMaker {
         return reinterpret_cast<size_t>(s.rule) - 64 +
                ANYDELTA_ISA::workspace(rule_of(m), values < MAX_HEADS ? values : MAX_HEADS);
     }
-    // What the outputs are rounded to decides how the rule may compute them.
+    // The type of the outputs decides how the rule may compute them.
     static Problem rule_of(const Mixer& m) {
         Problem p = m.rule;
         p.o.dtype = m.o.dtype;
@@ -313,7 +314,7 @@ class MixerRunner final : public RowMaker {
             p.q = scratch_rows(s.q);
             p.k = scratch_rows(s.k);
         }
-        // Tiled: the value heads of a q/k head are H apart, so each q/k head is a run of its own.
+        // Tiled: the value heads of a q/k head are H apart, so each q/k head is a separate run.
         const int64_t runs = p.tiled ? job.heads : 1;
         for (int64_t i = 0; i < runs; ++i) {
             const int64_t values = p.tiled ? r : job.heads * r;
@@ -334,14 +335,14 @@ class MixerRunner final : public RowMaker {
     int64_t prepare(int64_t from) override {
         const int64_t end = from + CHUNK < seq.end ? from + CHUNK : seq.end;
         begin = from;
-        for (int64_t w = 0; w < m.W - 1; ++w) s.inputs[w] = s.inputs[live + w];  // the chunk before this one
+        for (int64_t w = 0; w < m.W - 1; ++w) s.inputs[w] = s.inputs[live + w];  // the previous chunk's
         live = 0;
         for (int64_t t = from; t < end; ++t) {
             if (!seq.live(p, t)) continue;
             s.order[t - from] = live;
             s.inputs[m.W - 1 + live++] = t;
         }
-        // Head by head: rows of one head but of several tokens share few sets of L1.
+        // One head after another: rows of one head, of several tokens, share few sets of L1.
         for (int64_t i = from_head; i < to_head; ++i)
             for (int64_t which = 0; which < 2; ++which)
                 for (int64_t j = 0; j < live; j += C_MAX) {
@@ -351,7 +352,8 @@ class MixerRunner final : public RowMaker {
                         dst[c] = (which ? s.k : s.q) + ((s.inputs[m.W - 1 + j + c] - from) * job.heads + i) * p.K;
                     convolve(conv.part[which], j, count, job.h0 + i, i, dst);
                 }
-        // read_tokens adds t * stride and head * K; take off what makes the chunk's first row the first of the scratch
+        // read_tokens adds t * stride and head * K: subtract them, so that the chunk's first row is the
+        // first of the scratch
         const int64_t back = (from * job.heads + job.h0) * p.K * 4;
         p.q.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.q) - static_cast<uintptr_t>(back));
         p.k.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(s.k) - static_cast<uintptr_t>(back));
@@ -372,15 +374,15 @@ class MixerRunner final : public RowMaker {
 
   private:
     const Mixer& m;
-    Problem p;  // the rule's, whose q and k point to scratch
+    Problem p;  // the rule's problem; its q and k point to scratch
     const MixerTask job;
     const Sequence seq;
     const int64_t r;  // value heads per q/k head
     MixerScratch s;
     Convolution conv;
-    int64_t from_head = 0, to_head = 0;  // heads of q and k, counted from h0, that this run of the rule needs
-    int64_t begin = 0;                   // of the chunk
-    int64_t live = 0;                    // tokens of the chunk that no mask hides
+    int64_t from_head = 0, to_head = 0;  // heads of q and k, from h0 on, in this run of the rule
+    int64_t begin = 0;                   // first token of the chunk
+    int64_t live = 0;                    // unmasked tokens of the chunk
 
     static void carve_mixer(const Mixer& m, int64_t h0, int64_t heads, Arena& arena, MixerScratch& s,
                             Convolution& conv) {
@@ -403,7 +405,7 @@ class MixerRunner final : public RowMaker {
         return x;
     }
 
-    // y_t of one head of q, k or v, for `count` live tokens of the chunk from the `first`-th on
+    // y_t of one head of q, k or v, for `count` live tokens of the chunk, the `first`-th and later
     void convolve(const Convolved& c, int64_t first, int64_t count, int64_t head, int64_t i, float* const* dst) {
         conv.run(c, seq.b, seq.end, s.inputs + first, count, head, i, dst);
     }
@@ -415,7 +417,7 @@ class MixerRunner final : public RowMaker {
         const bool gated = m.norm && m.gate != NormGate::none;
         T* out = static_cast<T*>(const_cast<void*>(grouped(m.o, seq.b, 0, hv, p.V)));
         const T* z = gated ? static_cast<const T*>(grouped(m.z, seq.b, 0, hv, p.V)) : nullptr;
-        float factor[CHUNK];  // of all rows first: one after the other, each would wait for its sum, root and quotient
+        float factor[CHUNK];  // all rows first: one by one, each would wait for its sum, root and quotient
         for (int64_t c = 0; c < count; ++c) {
             const float* row = o + c * ldo;
             factor[c] = m.norm ? inverse_length(row, padded, static_cast<float>(p.V), m.norm_eps, o + c * ldo) : 1.0f;
@@ -458,10 +460,10 @@ class MixerRunner final : public RowMaker {
                         static_cast<size_t>(p.V * dtype_size(m.o.dtype)));
     }
 
-    // The conv state after the last token, and its snapshots: the last S inputs up to a token, live ones only.
+    // The conv state after the last token, and its snapshots: the last S live inputs up to a token.
     void write_windows() {
         const int64_t length = seq.end - seq.start;
-        const bool rows = p.snapshot_indices != nullptr;  // of the pool, which is then written nowhere else
+        const bool rows = p.snapshot_indices != nullptr;  // rows of the pool: no other row is written
         const int64_t slots = rows || m.conv_snapshots.data ? (p.Ks < length ? p.Ks : length) : 0;
         for (int64_t slot = 0; slot < slots; ++slot) {
             const int64_t live = last_inputs(seq.end - slot), row = rows ? p.snapshot_indices[slot * p.N + job.n] : 0;
@@ -475,7 +477,7 @@ class MixerRunner final : public RowMaker {
         if (live > 0 || seq.row_out != seq.row_in) write_window(m.conv, 0, seq.row_out, live);
     }
 
-    // The last live tokens before `end`, S at most, to s.inputs; returns how many there are.
+    // Write the last live tokens before `end`, at most S, to s.inputs. Returns their number.
     int64_t last_inputs(int64_t end) const {
         int64_t live = 0;
         for (int64_t t = end - 1; t >= seq.start && live < m.S; --t)

@@ -18,7 +18,7 @@ from ...rule.spec import dtype_name, element_strides
 from ..accepts import MIXER_CALLS, STATES
 from . import host as cpu
 
-_backward = late("anydelta.backends.cpu.gradients")  # which imports this module
+_backward = late("anydelta.backends.cpu.gradients")  # it imports this module
 _ROWS = ("qkv", "k", "v", "z")
 _SMALL = (
     "conv_bias", "A_log", "dt_bias", "norm_weight", "cu_seqlens", "state_indices", "snapshot_indices",
@@ -29,7 +29,7 @@ arrays = in_order(MixerCall)
 
 
 def describe(spec: MixerSpec, call: MixerCall) -> tuple[_core.MixerPlan, tuple[str, ...], tuple[str, ...]]:
-    """The native plan, and which arrays the kernel cannot read, or not write, as they are."""
+    """The native plan, and the arrays that the kernel cannot read, and cannot write, as they are."""
     r, opt = spec.rule, spec.options
     copies: list[str] = []
     written: list[str] = []
@@ -54,7 +54,7 @@ def describe(spec: MixerSpec, call: MixerCall) -> tuple[_core.MixerPlan, tuple[s
         else:
             places[name] = token_places(spec, name, x)
     places["q"] = places.pop("qkv")
-    if not spec.split:  # all heads of each part in one group
+    if not spec.split:  # all heads of each part are one group
         places["k"], places["v"] = (*places["q"][:4], r.H), (*places["q"][:4], r.HV)
     weight = call.conv_weight
     strides = element_strides(weight)
@@ -107,7 +107,7 @@ def token_places(
 class _Plan:
     native: _core.MixerPlan
     threads: tuple[Callable[[], int], bool]
-    """How many, and whether they are torch's."""
+    """A function that returns their number, and whether they are torch's."""
     reads: bool
     """Whether the extension reads these arrays by itself."""
     copies: tuple[str, ...]
@@ -137,7 +137,7 @@ class CpuMixer:
     def gradients(
         self, spec: MixerSpec, call: MixerCall, grads: Sequence[Array | None], wanted: Sequence[str]
     ) -> dict[str, Array | None]:
-        """d loss / d input by name, of those wanted at least, given those of the output and of the new states."""
+        """d loss / d input by name, at least of those wanted, given the gradients of the output and the new states."""
         found: dict[str, Array | None] = _backward.mixer_gradients(spec, call, grads, wanted)
         return found
 

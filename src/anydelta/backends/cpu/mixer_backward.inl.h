@@ -1,14 +1,14 @@
-// Gradients of what the mixer has around the rule (mixer.inl.h), for the value heads of one q/k head of one sequence.
-// backward.inl.h asks it for rows of q, k and v and for those of do, a block of tokens at a time, and hands it dq, dk and
-// dv. With dX the gradient of X, y the convolution before the activation, n = f o, f = 1 / sqrt(mean o^2 + eps):
+// Gradients of the mixer's parts around the rule (mixer.inl.h), for the value heads of one q/k head of one sequence.
+// backward.inl.h asks it for rows of q, k, v and do, one block of tokens at a time, and passes dq, dk and dv to it.
+// With dX the gradient of X, y the convolution before the activation, n = f o, f = 1 / sqrt(mean o^2 + eps):
 //
 //     dn_t = d_out_t gate(z_t)     dz_t = d_out_t n_t w gate'(z_t)     dw = sum_t dn_t n_t
 //     do_t = f (w dn_t - n_t mean(n_t w dn_t))
 //     dy_t = dq_t silu'(y_t)      dtaps_j = sum_t dy_t x_(t - W + 1 + j)      dbias = sum_t dy_t
-//     dx_t = sum_j taps_(W - 1 - j) dy_(t + j)      a convolution with the taps in reverse, over this block and what the
-//                                                   W - 1 tokens behind it left
+//     dx_t = sum_j taps_(W - 1 - j) dy_(t + j)      a convolution with reversed taps, over this block and what
+//                                                   remains of the W - 1 tokens after it
 //
-// Nothing is kept from the forward pass: o and y are computed again, block by block.
+// Only the inputs of the forward pass are kept: o and y are computed again, block by block.
 #pragma once
 #include "backward.h"
 #include "mixer.inl.h"
@@ -17,7 +17,7 @@ namespace anydelta::ANYDELTA_ISA {
 
 constexpr int BT = 16;  // tokens of a block: a BT x BT matrix has whole rows of vectors in every ISA
 
-// d sigmoid(x) / dx = e / (1 + e)^2 with e = exp(-|x|): no difference of nearly equal numbers
+// d sigmoid(x) / dx = e / (1 + e)^2 with e = exp(-|x|), which subtracts no nearly equal numbers
 AD_INLINE V vsigmoid_slope(V x) {
     const V e = vexp(vneg_abs(x)), t = vdiv(vset(1.0f), vadd(e, vset(1.0f)));
     return vmul(e, vmul(t, t));
@@ -25,7 +25,7 @@ AD_INLINE V vsigmoid_slope(V x) {
 // d silu(y) / dy = s (1 + y (1 - s)), s = sigmoid(y)
 AD_INLINE V vsilu_slope(V y, V s) { return vmul(s, vfma(y, vsub(vset(1.0f), s), vset(1.0f))); }
 
-// d [count][n] = dy silu'(y) of consecutive tokens, from their inputs x [TAPS - 1 + count][n], oldest first; onto
+// d [count][n] = dy silu'(y) of consecutive tokens, from their inputs x [TAPS - 1 + count][n], oldest first. Adds to
 // d_taps [TAPS][n] and d_bias [n]. Rows are whole vectors.
 template <int TAPS>
 static void conv_back(float* d, const float* const* dy, const float* const* x, int64_t count, int64_t n,
@@ -64,7 +64,7 @@ static void conv_back(float* d, const float* const* dy, const float* const* x, i
 
 class Around {
   public:
-    // `job` and `seq` as those of the runner; `positions` of the live tokens, where there is a mask.
+    // `job` and `seq` are the runner's; `positions` of the live tokens, if there is a mask.
     void carve(const AroundBackward& mixer, const BackwardTask& task, Arena& arena) {
         g = &mixer, m = &mixer.m, job = &task;
         conv.carve(mixer.m, task.h, 1, BT, arena);
@@ -102,7 +102,7 @@ class Around {
         if (m->norm) load_norm(*m, norm_weight);
     }
 
-    // Gradients of zero, of a token that nothing reads.
+    // Write zero gradients for a token that nothing reads.
     void zero(int64_t t) {
         conv.each_head([&](const Convolved& c, int64_t head, int64_t) {
             zero_row(c.x == &m->q ? g->d_q : c.x == &m->k ? g->d_k : g->d_v, t, head, c.width);
@@ -110,7 +110,7 @@ class Around {
         });
     }
 
-    // Rows of q (which 0), k (1) or of value head u (2): `n` live tokens from the `first`-th on, to `to` [n][ld]
+    // Rows of q (which 0), k (1) or value head u (2): `n` live tokens, the `first`-th and later, to `to` [n][ld]
     void rows(int64_t which, int64_t u, int64_t first, int64_t n, float* to, int64_t ld) {
         for (int64_t j = 0; j < n; j += C_MAX) {
             const int64_t some = n - j < C_MAX ? n - j : C_MAX;
@@ -121,7 +121,8 @@ class Around {
         }
     }
 
-    // do of value head u of `n` live tokens from the `first`-th on, from their o [..][BT][W], to panels [..][rows][W]; dz.
+    // do of value head u, of `n` live tokens from the `first`-th on, and their dz: from o [..][BT][W], to
+    // panels [..][rows][W].
     void outputs(int64_t u, int64_t first, int64_t n, const float* o, float* d_o, int64_t rows) {
         float *y = line, *dy = line + Vp, *z = line + 2 * Vp, *dz = line + 3 * Vp;
         const Problem& p = m->rule;
@@ -140,8 +141,9 @@ class Around {
             for (int64_t i = 0; i < columns; i += L) vstore(d_o + (i / W * rows + t) * W + i % W, vzero());
     }
 
-    // From the gradients dy of `n` live tokens of q, k or value head u, the `first`-th and later: theirs of the inputs, and
-    // what they add to the parameters'. Blocks come last to first, all but the last of BT tokens.
+    // From the gradients dy of `n` live tokens of q, k or value head u, the `first`-th and later: the gradients
+    // of the inputs, and contributions to those of the parameters. Blocks come last to first; all except the
+    // last have BT tokens.
     void inputs_back(int64_t which, int64_t u, int64_t first, int64_t n, const float* dy, int64_t ldy) {
         const Convolved& c = conv.part[which];
         const int64_t at = c.at + u * c.padded;
@@ -167,7 +169,7 @@ class Around {
         }
     }
 
-    // What is left when all tokens are done.
+    // The remaining gradients, when all tokens are done.
     void end() {
         const int64_t C = 2 * m->rule.H * m->rule.K + m->rule.HV * m->rule.V, S = m->S, past = taps - 1;
         conv.each_head([&](const Convolved& c, int64_t head, int64_t u) {
@@ -180,7 +182,7 @@ class Around {
                 std::memcpy(g->d_norm + (job->n * m->rule.HV + head) * c.width, d_norm + u * Vp,
                             static_cast<size_t>(c.width) * 4);
             if (!g->d_conv) return;
-            // the state's last columns are the tokens before the first, whose outputs nobody has
+            // the state's last columns are tokens before the first, which have no outputs here
             float* mine = d + at * rows_;
             std::memmove(mine + past * c.padded, mine, static_cast<size_t>(past * c.padded) * 4);
             std::memset(mine, 0, static_cast<size_t>(past * c.padded) * 4);
@@ -203,15 +205,15 @@ class Around {
     const int64_t* positions;
     int64_t count, Vp, width, taps, rows_;
     Convolution conv;
-    float* back;            // [taps][ld]: those of the convolution in reverse
-    float* d;               // of each head [rows_][padded]: dy of a block, then of the taps - 1 tokens behind it
-    float* d_taps;          // of each head [taps][padded]
+    float* back;            // [taps][ld]: the taps of the convolution, reversed
+    float* d;               // per head [rows_][padded]: dy of a block, then of the taps - 1 tokens after it
+    float* d_taps;          // per head [taps][padded]
     float* d_bias;          // [ld]
     float* d_window;        // [S][ld]: the gradient of the final conv state
     float* out;             // [BT][width]
     float* norm_weight;     // [Vp]
     float* d_norm;          // [value heads][Vp]
-    float* line;            // [Vp] four times
+    float* line;            // [4][Vp]
     int64_t* inputs;        // [taps - 1 + BT], as Convolution::gather reads them
     const void** pointers;  // [taps - 1 + BT]
 
@@ -233,7 +235,7 @@ class Around {
             inputs[j] = i >= 0 ? position(i) : -1 - (m->S + i);
         }
     }
-    // Those as whole vectors of float32, under conv.pointers.
+    // The same as whole float32 vectors, under conv.pointers.
     void gather(const Convolved& c, int64_t rows, int64_t head, int64_t u) {
         const DType dtype = conv.gather(c, seq->b, inputs, rows, head, u);
         if (dtype == DType::f32 && c.width == c.padded) return;
@@ -245,7 +247,7 @@ class Around {
         }
     }
 
-    // out [n][width] = dx of `n` tokens of a head, from the `first` row of its d on
+    // out [n][width] = dx of `n` tokens of a head, from row `first` of its d on
     void taps_back(const Convolved& c, int64_t u, int64_t n, int64_t first = 0) {
         const int64_t at = c.at + u * c.padded;
         const float* mine = d + at * rows_ + first * c.padded;
@@ -254,21 +256,21 @@ class Around {
         for (int64_t t = 0; t < n; ++t) dst[t] = out + t * width;
         conv_rows_as<float>(dst, pointers, n, c.width, back + at, conv.ld, nullptr, taps, false, 0);
     }
-    // What the final conv state adds to live token i, or to a column of the state before.
+    // Add the final conv state's gradient to live token i, or to a column of the state before the call.
     void add_window(float* row, const Convolved& c, int64_t at, int64_t i) const {
         const int64_t column = i - (count - m->S);
         if (!g->d_final.data || column < 0) return;
         for (int64_t j = 0; j < c.width; ++j) row[j] += d_window[column * conv.ld + at + j];
     }
 
-    // In place: dy is d_out, then do. `o` in panels.
+    // In place: dy is d_out, then do. `o` is in panels.
     void normed_back(const float* o, float* y, float* dy, const float* z, float* dz, float* to_weight) const {
         for (int64_t i = 0; i < Vp; i += L) vstore(y + i, vload(o + i / W * BT * W + i % W));
         const float n = static_cast<float>(m->rule.V);
         float unit;
         const float* row = y;
         float f = inverse_length(row, Vp, n, m->norm_eps, y, unit);
-        if (f == 0.0f) f = root(n), unit = 1.0f;  // a row of zeros and no eps: as if it had length 1
+        if (f == 0.0f) f = root(n), unit = 1.0f;  // a row of zeros without eps: as if its length were 1
         V dot = vzero();
         for (int64_t i = 0; i < Vp; i += L) {
             const V w = vload(norm_weight + i), x = vmul(vload(y + i), vset(f));

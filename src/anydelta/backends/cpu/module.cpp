@@ -1,6 +1,6 @@
-// anydelta._core: the Python face of the CPU kernels. spec.py has checked every call before it comes here; arrays are
-// read through arrays.h or, where that cannot, given as addresses, because importing a managed array costs more than a
-// decode step of a small head.
+// anydelta._core: the Python interface of the CPU kernels. spec.py has checked every call before. Arrays are read
+// through arrays.h, or given as addresses if that is not possible: importing a managed array costs more than a decode
+// step of a small head.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -24,7 +24,8 @@ void bind_ggml(nb::module_& m);  // src/anydelta/ggml/bind.cpp
 
 namespace {
 
-// On how many threads a plan runs, and whose: torch's for its tensors, otherwise as many as a Python function says.
+// How many threads a plan runs on, and whose they are: torch's for tensors, otherwise as many as a
+// Python function returns.
 struct Threads {
     bool torch = false;
     nb::object number;
@@ -185,7 +186,7 @@ struct Indices {
         snapshots = widen(snapshot_indices, final_only ? p.N : p.Ks * p.N, plan.rows_are_int32);
         if (final_only) {
             p.out_rows = snapshots.data();
-        } else {  // the states go to these rows of the pool, and nowhere else
+        } else {  // only these rows of the pool are written
             p.snapshot_indices = snapshots.data();
             p.snapshots.data = p.in.data;
             p.out.data = nullptr;
@@ -215,7 +216,7 @@ void run_plan(const Plan& plan, int threads, bool share_openmp, const uintptr_t*
 // For anydelta_torch in the same process.
 void run_for_torch(const Problem& p, int threads) { run_chosen(p, threads, true); }
 
-// The parts of packed [B, T, 2 H K + HV V], which stand side by side.
+// The parts of packed [B, T, 2 H K + HV V], side by side.
 void unpack(const Problem& p, const GroupedTokens& q, GroupedTokens& k, GroupedTokens& v) {
     char* qkv = static_cast<char*>(const_cast<void*>(q.data));
     const int64_t size = q.dtype == DType::f32 ? 4 : 2;
@@ -261,7 +262,7 @@ void run_mixer_plan(const MixerPlan& plan, int threads, bool share_openmp, const
 ArrayReader reader;
 Plans plans;
 
-// Of an array, an address, or None.
+// The address of an array, an address itself, or None.
 uintptr_t address_of(nb::handle x) {
     uintptr_t found;
     if (PyLong_Check(x.ptr())) return nb::cast<uintptr_t>(x);
@@ -269,8 +270,8 @@ uintptr_t address_of(nb::handle x) {
     return found;
 }
 
-// A key for the arrays of a call and the environment that dispatch depends on. False where a key cannot say enough:
-// somebody looks on, a tensor is more than plain memory, gradients are wanted.
+// A key for the arrays of a call and the environment that dispatch depends on. False if a key cannot say enough: the
+// call is watched, a tensor is not plain memory, or gradients are wanted.
 void begin(Key& key) {
     key.clear();
     const char* forced = std::getenv("ANYDELTA_BACKEND");
@@ -285,8 +286,8 @@ bool describe(nb::handle arrays, Key& key) {
     return reader.settle(seen, key);
 }
 
-// The plan for such arrays and such other arguments, else the key for `keep_plan`, else None: it must not be remembered.
-// `text` describes what is not among `arrays`.
+// The plan for these arrays and other arguments, or the key for `keep_plan`, or None: it must not be cached. `text`
+// describes what is not among `arrays`.
 nb::object find_plan(const nb::tuple& arrays, const nb::tuple& rest, const nb::object& text) {
     static thread_local Key key;
     if (!describe(arrays, key)) return nb::none();
@@ -299,7 +300,7 @@ nb::object find_plan(const nb::tuple& arrays, const nb::tuple& rest, const nb::o
     return nb::cast(Key(key));
 }
 
-// torch_ops.py's account of torch; it keeps all the objects alive. False: tensors cannot be read.
+// Learn torch_ops.py's description of torch, and keep all its objects alive. False: tensors cannot be read.
 bool learn_torch(const nb::dict& torch, const nb::list& known) {
     const auto object = [&](const char* name) { return nb::handle(torch[name]).ptr(); };
     ArrayReader::Torch account{{},
@@ -330,7 +331,7 @@ int number_of(const Threads& threads) {
     return n;
 }
 
-// The arrays that a plan writes besides its results: autograd's count of their versions goes up.
+// The arrays that a plan writes besides its results: autograd raises their version counts.
 void count_writes(const Plan& plan, PyObject* const* arrays) {
     using namespace rule_array;
     if (!plan.p.out_dense && !reader.count_write(arrays[STATE_IN])) throw nb::python_error();
@@ -344,7 +345,7 @@ void count_writes(const MixerPlan&, PyObject* const* arrays) {
 const Threads& threads_of(const Plan& plan) { return plan.threads; }
 const Threads& threads_of(const MixerPlan& plan) { return plan.rule.threads; }
 
-// A plan on the arrays of its call and on its results (or None), both in the order of the table.
+// A plan with the arrays of its call and its results (or None), both in the order of the table.
 template <size_t count, auto run, class P>
 void run_on_arrays(const P& plan, const nb::tuple& arrays, const nb::tuple& results) {
     PyObject* x[count];
@@ -360,7 +361,7 @@ void run_on_arrays(const P& plan, const nb::tuple& arrays, const nb::tuple& resu
     if (threads.torch) count_writes(plan, x);
     run(plan, n, threads.torch, a);
 }
-// The same on addresses, 0 for None, with a number of threads.
+// The same with addresses, 0 for None, and a number of threads.
 template <size_t count, auto run, class P>
 void run_on_addresses(const P& plan, int threads, bool share_openmp, const nb::args& addresses) {
     uintptr_t a[count] = {};
@@ -373,17 +374,17 @@ constexpr auto run_rule_at = run_on_addresses<rule_array::COUNT, run_plan, Plan>
 constexpr auto run_mixer = run_on_arrays<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
 constexpr auto run_mixer_at = run_on_addresses<mixer_array::COUNT, run_mixer_plan, MixerPlan>;
 
-// A mixer call that is made again and again, as a decode loop does, on torch tensors: checked and run in one call, because
-// between two of them the weights of a layer push everything else out of the caches, and each further Python object that
-// is touched waits for memory.
+// A mixer call on torch tensors that is repeated, as in a decode loop. It is checked and run in one call: between
+// two of them the weights of a layer push everything else out of the caches, so every further Python object costs
+// an access to memory.
 class MixerStep {
   public:
     MixerStep(const MixerPlan& plan, const nb::args& arrays) : plan_(plan) {
         uintptr_t a[mixer_array::COUNT];
         if (!read(arrays, key_, a))
-            throw std::invalid_argument("MixerStep: requires plain torch tensors, and that nobody looks on");
+            throw std::invalid_argument("MixerStep: requires plain torch tensors and a call that is not watched");
     }
-    // False: the arrays or the environment differ from those that it was made with; nothing was read or written.
+    // False: the arrays or the environment differ from those it was made with; nothing was read or written.
     bool run(const nb::args& arrays) const {
         static thread_local Key now;
         uintptr_t a[mixer_array::COUNT];
@@ -408,8 +409,8 @@ class MixerStep {
     }
 };
 
-// Whether `count` contiguous index numbers are -1 or rows of [0, P), with `unique` each of them once. False too where the
-// array cannot be read here.
+// Whether `count` contiguous index numbers are -1 or rows of [0, P), each once if `unique`. False too if the array
+// cannot be read here.
 bool rows_fit(nb::handle rows, bool is_int32, int64_t count, int64_t P, bool unique) {
     uintptr_t address;
     if (reader.is_tensor(rows.ptr()) && !reader.plain(rows.ptr())) return false;
@@ -494,9 +495,9 @@ void run_log(const Plan& plan, bool fold_entries, int64_t capacity, int key_dtyp
         verify(g, chosen(), threads, plan.threads.torch);
 }
 
-// Gradients of the plan's call (backward.h). `grads`: those of q, k, v, g, beta and erase, of the initial state, A_log and
-// dt_bias (dense, float32), which are written; those of o and of the final state. `fields`: the geometry of tokens by
-// name, of o and of the final state. Returns the bytes that it took beside these.
+// Gradients of the plan's call (backward.h). `grads`: first those that are written, of q, k, v, g, beta and erase, of
+// the initial state, A_log and dt_bias (dense, float32); then those of o and of the final state. `fields`: the
+// geometry by name of the gradients of tokens, o and final state. Returns the bytes that it allocated.
 size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& arrays, const nb::tuple& grads) {
     using namespace rule_array;
     uintptr_t a[COUNT];
@@ -532,9 +533,9 @@ size_t run_backward(const Plan& plan, const nb::dict& fields, const nb::tuple& a
     return differentiate(g, chosen(), threads, plan.threads.torch);
 }
 
-// The same of the mixer. `arrays` in the order of the table; `grads` by name: those of the inputs, which are written, and of
-// the outputs, "d_o", "d_conv_state" and "d_state"; 0 or None for none. `fields`: the geometry of those of tokens, and of
-// the outputs'.
+// The same for the mixer. `arrays` in the order of the table. `grads` by name: those of the inputs, which are
+// written, and of the outputs, "d_o", "d_conv_state" and "d_state"; 0 or None if absent. `fields`: the geometry of
+// the gradients of tokens and of the outputs.
 size_t run_mixer_backward(const MixerPlan& plan, const nb::dict& fields, const nb::tuple& arrays,
                           const nb::dict& grads) {
     uintptr_t a[mixer_array::COUNT] = {};
@@ -582,7 +583,8 @@ size_t run_mixer_backward(const MixerPlan& plan, const nb::dict& fields, const n
 }  // namespace
 
 NB_MODULE(_core, m) {
-    // A model that lives until the interpreter ends keeps its plans until then: no fault of anybody's to be told of.
+    // A model that lives until the interpreter ends keeps its plans until then. nanobind must not
+    // report them as leaks.
     nb::set_leak_warnings(false);
     nb::register_exception_translator([](const std::exception_ptr& error, void*) {
         try {
@@ -591,12 +593,12 @@ NB_MODULE(_core, m) {
             PyErr_SetString(PyExc_MemoryError, OUT_OF_MEMORY);
         }
     });
-    nb::class_<Key>(m, "Key", "Of arrays and environment.");
+    nb::class_<Key>(m, "Key", "The key of a call's arrays and environment.");
     m.def("find_plan", &find_plan, nb::arg("arrays"), nb::arg("rest"), nb::arg("text").none() = nb::none());
     m.def("keep_plan", [](const Key& key, nb::tuple rest, nb::object plan) { plans.keep(key, rest, plan); });
     m.def("forget_plans", [] { plans.forget(); });
     m.def("count_plans", [] { return plans.count(); });
-    // threads: a function that says how many, or None for torch's
+    // threads: a function that returns their number, or None for torch's
     nb::class_<Plan>(m, "Plan")
         .def(
             "__init__",
@@ -624,16 +626,16 @@ NB_MODULE(_core, m) {
     m.def("run_mixer_backward", &run_mixer_backward);
     m.def("learn_torch", &learn_torch);
     m.def("reads_torch", [] { return reader.learned(); }, "Whether torch tensors are read here.");
-    m.def("quiet", [] { return reader.quiet(); }, "Whether nobody looks on: no tracer, mode, transform or dual level.");
+    m.def("quiet", [] { return reader.quiet(); }, "Whether no tracer, mode, transform or dual level watches.");
     m.def(
         "plain", [](nb::handle x) { return reader.plain(x.ptr()); },
-        "Whether a torch tensor is nothing but memory with a dtype, a shape and strides.");
+        "Whether a torch tensor is plain memory with a dtype, a shape and strides.");
     m.def(
         "alone",
         [](const nb::tuple& held, size_t i) {
             return i < held.size() && reader.alone(PyTuple_GET_ITEM(held.ptr(), static_cast<Py_ssize_t>(i)));
         },
-        "Whether nobody but this tuple holds its tensor `i`, and nothing else that tensor's memory.");
+        "Whether only this tuple holds its tensor `i`, and only that tensor its memory.");
     m.def(
         "isas",
         [] {
@@ -642,11 +644,11 @@ NB_MODULE(_core, m) {
             return names;
         },
         "Builds that this CPU can run, slowest first.");
-    m.def("isa", [] { return std::string(chosen().name); }, "The build that runs.");
+    m.def("isa", [] { return std::string(chosen().name); }, "The build that runs calls.");
     m.def("set_isa", &choose);
     m.def("lanes", [] { return chosen().lanes; });
     m.def("fill_scratch", &fill_scratch,
-          "Fill the scratch memory with this byte before each task; -1: leave what was there. For tests.");
+          "Fill the scratch memory with this byte before each task; -1 does not. For tests.");
     m.def("calls", &calls, "How often the kernels were called.");
     m.def(
         "runner", [] { return reinterpret_cast<uintptr_t>(&run_for_torch); },
@@ -654,7 +656,7 @@ NB_MODULE(_core, m) {
     m.def(
         "share_threads_of",
         [](uintptr_t parallel) { share_threads_of(reinterpret_cast<void (*)(int, void (*)(void*), void*)>(parallel)); },
-        "Run on the threads behind this address where no OpenMP runtime is found.");
+        "Run on the threads behind this address if no OpenMP runtime is found.");
     m.def("last_isa", &last_isa, "The build that ran the latest task, by the name compiled into it.");
     m.def("cpu_features", &cpu_features);
     m.def("thread_provider", [](bool share_openmp) { return std::string(thread_provider(share_openmp)); });

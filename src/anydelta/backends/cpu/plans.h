@@ -1,4 +1,4 @@
-// The cache of plans: what was found out about a call, by the key of its arrays and by the rest of its arguments.
+// The cache of plans, by the key of a call's arrays and by its other arguments.
 #pragma once
 #include <Python.h>
 #include <nanobind/nanobind.h>
@@ -26,7 +26,7 @@ class Plans {
         plans_[key.hash()].push_back({key, std::move(rest), std::move(plan)});
         ++count_;
     }
-    // Plans may run code of their own as they go.
+    // Destroying a plan may run its own code.
     void forget() {
         count_ = 0;
         auto gone = std::exchange(plans_, {});
@@ -43,8 +43,8 @@ class Plans {
     std::unordered_map<uint64_t, std::vector<Entry>> plans_;
     size_t count_ = 0;
 
-    // Whether two tuples hold the same texts and numbers of the same types; runs no code of theirs. Anything else is the
-    // same as itself alone: a check has to say what is wrong with it.
+    // Whether two tuples hold the same texts and numbers of the same types; runs none of their code. Any other object
+    // equals only itself: a check must say what is wrong with it.
     static bool same(PyObject* a, PyObject* b) {
         const Py_ssize_t n = PyTuple_GET_SIZE(a);
         if (PyTuple_GET_SIZE(b) != n) return false;

@@ -49,17 +49,17 @@ struct Problem {
     const uint8_t* mask = nullptr;  // [B, T], 0 = leave the state alone
     int64_t mask_b = 0, mask_t = 0;
 
-    DType state_dtype = DType::f32;  // of all three
+    DType state_dtype = DType::f32;  // of in, out and snapshots
     States in, out, snapshots;       // in.data null: zeros; out.data null: no final state wanted
     bool out_dense = false;          // out is indexed by n even when `in` is a pool
     int64_t Ks = 0;
 
     const int64_t* cu_seqlens = nullptr;     // [N + 1] or null: sequence n is row n of the batch
     const int64_t* state_indices = nullptr;  // [N] or null; -1 skips
-    // [Ks, N] or null: slot s of sequence n is this row of `snapshots`, which is then the pool `in`
-    // An entry of -1: that state is not written.
+    // [Ks, N] or null: slot s of sequence n is this row of `snapshots`, which is then the pool `in`. -1: that
+    // state is not written.
     const int64_t* snapshot_indices = nullptr;
-    // [N] or null: the row of `out` that the final state of sequence n goes to, if it has a token; -1: nowhere
+    // [N] or null: the row of `out` that receives the final state of sequence n, if it has a token; -1: none
     const int64_t* out_rows = nullptr;
 };
 
@@ -71,7 +71,7 @@ struct Task {
     int64_t step = 1;        // from one value head to the next
 };
 
-// Heads that one task may take; their rows of q, k, v and o share pages of memory.
+// The most heads of one task. Their rows of q, k, v and o share pages of memory.
 constexpr int64_t MAX_HEADS = 8;
 
 struct Mixer;  // mixer.h

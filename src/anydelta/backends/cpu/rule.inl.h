@@ -5,42 +5,42 @@
 //     S   = S + k_t d_t^T             update
 //     o_t = scale * S^T q_t           output                              all in float32
 //
-// C tokens are taken per pass over the state. With Gamma_t = a_1 .. a_t (products inside the block, never
-// quotients, so nothing overflows) and w_s^t = k_s a_(s+1) .. a_t, the block is, in terms of the state S0 before it,
+// One pass over the state takes C tokens. With Gamma_t = a_1 .. a_t (products inside the block, never quotients, so
+// nothing overflows), w_s^t = k_s a_(s+1) .. a_t and the state S0 before the block:
 //
-//     P_t = S0^T (Gamma_t e_t)     R_t = S0^T (scale Gamma_t q_t)                     2 K V FMAs a token: `dots`
+//     P_t = S0^T (Gamma_t e_t)     R_t = S0^T (scale Gamma_t q_t)                     2 K V FMAs per token: `dots`
 //     d_t = beta_t (v_t - P_t - sum_{s<t} (w_s^t . e_t) d_s)
-//     o_t = R_t + sum_{s<=t} (w_s^t . scale q_t) d_s                                  C V FMAs a token: `solve`
-//     S_C = Gamma_C S0 + sum_s w_s^C d_s^T                                            K V FMAs a token: `update`
+//     o_t = R_t + sum_{s<=t} (w_s^t . scale q_t) d_s                                  C V FMAs per token: `solve`
+//     S_C = Gamma_C S0 + sum_s w_s^C d_s^T                                            K V FMAs per token: `update`
 //
-// so that a state element is loaded once per C tokens and stored once. What does not depend on the column (the
-// decayed keys and queries, w and the C x C products) is prepared once per block and head in `prepare`, GDA and KDA
-// alike; the rest runs panel by panel: W columns of the state, which stay in L1 over all prepared blocks.
+// So a state element is loaded and stored once per C tokens. `prepare` computes once per block and head what does not
+// depend on the column: the decayed keys and queries, w and the C x C products, the same for GDA and KDA. The rest
+// runs panel by panel: W columns of the state, which stay in L1 over all prepared blocks.
 #pragma once
 #include "problem.h"
 
 namespace anydelta::ANYDELTA_ISA {
 
-// C_MAX = 6 tokens x NV = 2 vectors fill 12 accumulators: on 16 registers, 2 more hold the state and 1 the broadcast,
-// and 12 >= 2 FMA ports * 4 to 5 cycles latency. With 32 registers one pass takes q and k rows together (24).
+// C_MAX = 6 tokens x NV = 2 vectors fill 12 accumulators. On 16 registers, 2 more hold the state and 1 the broadcast, and
+// 12 >= 2 FMA ports * 4 to 5 cycles latency. With 32 registers one pass takes q and k rows together (24).
 constexpr int C_MAX = 6;
 constexpr int NV = 2;
 constexpr int W = NV * L;                                  // columns of a panel
 constexpr int ACCUMULATORS = REGISTERS == 32 ? 24 : 12;
-// Channels are handled in segments: a compile-time row stride lets every broadcast address be one register plus a
-// constant. 9 cache lines, an odd number, spread the rows over the sets of L1.
+// Channels are handled in segments. Their row stride is known at compile time, so every broadcast address is one
+// register plus a constant. 9 cache lines, an odd number, spread the rows over the sets of L1.
 constexpr int SEG = 128;
 constexpr int LD = SEG + 16;
-// 8 blocks of 6 tokens: a panel (8 KiB at K = 128) is brought into L1 once per 48 tokens, while the prepared rows of
-// the 8 blocks (90 KiB at K = 128) stay in L2.
+// 8 blocks of 6 tokens: a panel (8 KiB at K = 128) enters L1 once per 48 tokens, while the prepared rows of the 8
+// blocks (90 KiB at K = 128) stay in L2.
 constexpr int BLOCKS = 8;
-// While one token is prepared, the rows of the token two further on are fetched: rows of consecutive tokens lie
-// HV * K * 4 bytes apart, which no hardware prefetcher follows. A whole batch ahead is too much: at such a stride its
-// rows fill the same few sets of L1 and L2.
+// While one token is prepared, the rows of the token two further on are prefetched. Rows of consecutive tokens are
+// HV * K * 4 bytes apart, which no hardware prefetcher follows. Fetching a whole batch ahead is too much: at such a
+// stride its rows fill the same few sets of L1 and L2.
 constexpr int AHEAD = 2;
-// From this size on, the snapshots of a call are stored around the caches where the ISA can: a model's layers together
-// then exceed them anyway, and no line is read only to be overwritten. Measured with AVX-512: 1.15 to 1.4 times as fast
-// with states in memory, half as fast where the same 8 MiB are written again and again and would have stayed in L3.
+// From this size on, a call's snapshots bypass the caches if the ISA can do so: a model's layers together then exceed
+// the caches anyway, and no line is read only to be overwritten. Measured with AVX-512: 1.15 to 1.4 times as fast
+// with states in memory, but half as fast if the same 8 MiB, which would have stayed in L3, are written repeatedly.
 constexpr int64_t STREAM_BYTES = int64_t{4} << 20;
 // Rows of a prepared block, each [LD] per segment.
 constexpr int ROW_EQ = 0;                  // C rows Gamma_t e_t, then C rows scale Gamma_t q_t
@@ -63,15 +63,15 @@ struct Block {
 // ---------------------------------------------------------------------------------------------------------------
 // elementary functions
 
-// x[i] = e^x[i], or e^-x[i] with `negate`, where that is a normal number: 2^n p(r), n = round(x / ln 2), r = x - n ln 2
-// in two steps. p is the polynomial of degree 6 with p(0) = 1 whose relative error on |r| <= ln(2) / 2 is smallest (2e-9).
-// N at once, step by step: one alone would wait 4 cycles for each of its ten steps.
+// x[i] = e^x[i], or e^-x[i] with `negate`, if that is a normal number: 2^n p(r), n = round(x / ln 2), r = x - n ln 2
+// in two steps. p is the polynomial of degree 6 with p(0) = 1 and the smallest relative error on |r| <= ln(2) / 2
+// (2e-9). N at once, step by step: a single one would wait 4 cycles for each of its ten steps.
 template <int N, bool negate>
 AD_INLINE void exps(V* x) {
     V n[N], r[N];
     AD_UNROLL for (int i = 0; i < N; ++i)
         n[i] = vround(vmul(x[i], vset(negate ? -1.44269504088896341f : 1.44269504088896341f)));
-    // the other sign with `negate`, so in p the odd coefficients too
+    // `negate` changes the sign, and so the odd coefficients of p too
     AD_UNROLL for (int i = 0; i < N; ++i)
         r[i] = negate ? vfma(n[i], vset(0.693359375f), x[i]) : vfnma(n[i], vset(0.693359375f), x[i]);
     AD_UNROLL for (int i = 0; i < N; ++i)
@@ -85,7 +85,7 @@ AD_INLINE void exps(V* x) {
     AD_UNROLL for (int i = 0; i < N; ++i) x[i] = vscale2(x[i], n[i]);
 }
 
-// e^x, that of 88 beyond; 0 where the result would be subnormal, NaN for NaN.
+// e^x, limited to e^88; 0 if the result would be subnormal, NaN for NaN.
 AD_INLINE V vexp(V x) {
     const V lowest = vset(-87.33f);
     V e = vmin(vset(88.0f), vmax(lowest, x));
@@ -145,13 +145,13 @@ AD_INLINE V decay_of(const Problem& p, V x, V A) {
 
 template <class T>
 AD_INLINE void read_as(float* dst, const T* src, int64_t n) {
-    int64_t i = 0;
+        int64_t i = 0;
     for (; i + L <= n; i += L) vstore(dst + i, vload(src + i));
     for (; i < n; ++i) dst[i] = to_float(src[i]);
 }
 template <class T>
 AD_INLINE void write_as(T* dst, const float* src, int64_t n) {
-    int64_t i = 0;
+        int64_t i = 0;
     for (; i + L <= n; i += L) vstore(dst + i, vload(src + i));
     for (; i < n; ++i) dst[i] = from_float(src[i], T{});
 }
@@ -177,19 +177,19 @@ static float read_one(const void* src, DType dtype) {
     return x;
 }
 
-// x[i] becomes the i-th elements of all
+// x[i] becomes the i-th elements of all x
 AD_INLINE void transpose(V (&x)[L]) {
     AD_UNROLL for (int stage = 1; stage < L; stage *= 2) {
         V y[L];
         AD_UNROLL for (int i = 0; i < L / 2; ++i) {
             y[2 * i] = vzip_low(x[i], x[i + L / 2]);
             y[2 * i + 1] = vzip_high(x[i], x[i + L / 2]);
-        }
+    }
         AD_UNROLL for (int i = 0; i < L; ++i) x[i] = y[i];
     }
 }
 
-// f(data), as a pointer to numbers of that type.
+// f(data), with data as a pointer to numbers of that type.
 template <class F>
 AD_INLINE void in_type_of(const void* data, DType dtype, F f) {
     if (dtype == DType::f32) return f(static_cast<const float*>(data));
@@ -213,7 +213,8 @@ AD_INLINE int64_t qk_head(const Problem& p, int64_t hv) { return p.tiled ? hv % 
 
 AD_INLINE int64_t erase_head(const Problem& p, int64_t hv) { return p.erase.heads == p.HV ? hv : qk_head(p, hv); }
 
-// exp(A_log) of a value head, with its dt_bias as a row of channels (a scalar gate: one), readable to the next whole vector.
+// exp(A_log) of a value head, and its dt_bias as a row of channels (scalar gate: one), readable to
+// the next whole vector.
 static float gate_parameters(const Problem& p, int64_t hv, float* bias) {
     if (p.dt_bias) {
         const int64_t n = p.kda ? p.K : 1;
@@ -224,15 +225,15 @@ static float gate_parameters(const Problem& p, int64_t hv, float* bias) {
     return first(vexp(vset(read_one(element(p.A_log, p.A_log_dtype, hv), p.A_log_dtype))));
 }
 
-// Fetch n channels of a row ahead of their use. Always inlined, like all that only prefetches: GCC takes such a function
-// for one without effects and drops the call.
+// Prefetch n channels of a row. Always inlined, as every function that only prefetches: GCC takes such a function for
+// one without effects and drops the call.
 template <bool write>
 AD_INLINE void fetch(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n) {
     const char* row = static_cast<const char*>(token(x, b, t, h)) + first * dtype_size(x.dtype);
     for (int64_t i = 0; i < n * dtype_size(x.dtype); i += 64)
         if (write)
             AD_PREFETCH_WRITE(row + i);
-        else
+            else
             AD_PREFETCH(row + i);
 }
 AD_INLINE void fetch_l2(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n) {
@@ -241,7 +242,7 @@ AD_INLINE void fetch_l2(const Tokens& x, int64_t b, int64_t t, int64_t h, int64_
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// prepare: what a block needs that does not depend on the column
+// prepare: the part of a block that does not depend on the column
 
 struct Arena {
     char* at;
@@ -268,7 +269,7 @@ struct Scratch {  // one token, [segments * SEG] each
 
 struct Token {
     const float *k, *q;        // k_t / k_factor, scale q_t / q_factor: the caller's memory, or scratch
-    const float* e;            // erase_t, where the call has it
+    const float* e;            // erase_t, if the call has it
     const float* a;            // a_t (KDA)
     float k_factor, q_factor;  // from the L2 norm and the scale
     float alpha;               // a_t (GDA)
@@ -280,11 +281,11 @@ static float squared_norm(const float* x, int64_t n) {
     return vsum(s);
 }
 
-// 1 / sqrt(sum x^2 / count + eps), 0 for 0. Where a square leaves float32's range, x becomes a copy in `scratch` times a
-// power of two, the unit, and the factor is that of the copy.
+// 1 / sqrt(sum x^2 / count + eps), 0 for 0. If a square leaves float32's range, x becomes a copy in `scratch`, scaled
+// by a power of two (`unit`), and the result is the factor of that copy.
 AD_INLINE float inverse_length(const float*& x, int64_t n, float count, float eps, float* scratch, float& unit) {
     const float s = squared_norm(x, n) / count + eps;
-    // below 2^-90 the squares that are lost, each less than 2^-126, may count
+    // below 2^-90 the lost squares, each less than 2^-126, may matter
     unit = 1.0f;
     if (s >= 0x1p-90f && s <= 3.402823466e38f) return 1.0f / root(s);
     unit = s < 1.0f ? 0x1p100f : 0x1p-100f;
@@ -305,11 +306,11 @@ static const float* channels(const Problem& p, const void* src, DType dtype, flo
     return scratch;
 }
 
-// k_t and q_t of the tokens t[0 .. count) of a block, each with a scratch of its own.
+// k_t and q_t of the tokens t[0 .. count) of a block, each with its own scratch memory.
 static void read_keys(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, const Scratch* scratch,
                       Token* tokens) {
     const int64_t h = qk_head(p, hv), n = round_up(p.K, L);
-    for (int c = 0; c < count; ++c) {
+        for (int c = 0; c < count; ++c) {
         Token& x = tokens[c];
         const Scratch& s = scratch[c];
         x.k = channels(p, token(p.k, b, t[c], h), p.k.dtype, s.k);
@@ -319,18 +320,18 @@ static void read_keys(const Problem& p, int64_t b, const int64_t* t, int count, 
         if (p.qk_l2norm) {
             x.k_factor = inverse_length(x.k, n, 1.0f, p.qk_l2norm_eps, s.k);
             x.q_factor *= inverse_length(x.q, n, 1.0f, p.qk_l2norm_eps, s.q);
-        }
+    }
     }
 }
 
-// Their decays and betas. All at once: the roots and exponentials of one token alone would wait for each other, and a gate
-// would fill one lane of a vector.
+// Their decays and betas, all at once: the roots and exponentials of one token alone would wait for each other, and a
+// gate would fill only one lane of a vector.
 static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count, int64_t hv, float A, const float* bias,
                        const Scratch* scratch, Token* tokens, float* beta) {
     constexpr int LANES = (C_MAX + L - 1) / L * L;
     const int64_t n = round_up(p.K, L);
     alignas(64) float gates[LANES] = {}, betas[LANES] = {};
-    for (int c = 0; c < count; ++c) {
+        for (int c = 0; c < count; ++c) {
         Token& x = tokens[c];
         const Scratch& s = scratch[c];
         betas[c] = p.erase.data ? 1.0f : read_one(token(p.beta, b, t[c], hv), p.beta.dtype);
@@ -343,20 +344,20 @@ static void read_gates(const Problem& p, int64_t b, const int64_t* t, int count,
             for (int64_t i = 0; i < n; i += L) vstore(s.a + i, decay_of(p, vload(s.a + i), vset(A)));
         } else {
             gates[c] = read_one(g, p.g.dtype) + (p.dt_bias ? bias[0] : 0.0f);
-        }
+    }
     }
     for (int i = 0; i < LANES; i += L) {
         if (!p.kda) vstore(gates + i, decay_of(p, vload(gates + i), vset(A)));
         if (p.beta_is_logit) vstore(betas + i, vsigmoid(vload(betas + i)));
     }
-    for (int c = 0; c < count; ++c) {
+        for (int c = 0; c < count; ++c) {
         tokens[c].alpha = gates[c];
         beta[c] = p.beta_scale * betas[c];
     }
 }
 
-// What is known of a token before it is read: its rows, from the value head before with the same head of q and k, and its
-// gates, which several heads share a vector for.
+// Results that are known before a token is read: its rows, from the previous value head of the same q/k head, and its
+// gates, which several heads compute in one vector.
 struct Known {
     bool rows = false, gates = false;
     float alpha = 0.0f, beta = 0.0f;
@@ -396,12 +397,12 @@ static void append_token(const Problem& p, const Token& x, Block& blk) {
     V ke[t + 1], kq[t + 1];
     AD_UNROLL for (int u = 0; u <= t; ++u) ke[u] = kq[u] = vzero();
     const V k_factor = vset(x.k_factor), q_factor = vset(x.q_factor), alpha = vset(kda ? 0.0f : x.alpha);
-    for (int64_t seg = 0; seg < segments(p); ++seg) {
+        for (int64_t seg = 0; seg < segments(p); ++seg) {
         float* rows = blk.rows + seg * ROWS * LD;
-        const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
+            const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         const float *k = x.k + seg * SEG, *q = x.q + seg * SEG, *a = x.a + seg * SEG;
         const float* e = erase ? x.e + seg * SEG : nullptr;
-        for (int64_t i = 0; i < n; i += L) {
+            for (int64_t i = 0; i < n; i += L) {
             const V ki = vmul(k_factor, vload(k + i)), qi = vmul(q_factor, vload(q + i));
             const V ai = kda ? vload(a + i) : alpha, ei = erase ? vload(e + i) : ki;
             const V gamma = t == 0 ? ai : vmul(vload(rows + ROW_GAMMA * LD + i), ai);
@@ -413,14 +414,14 @@ static void append_token(const Problem& p, const Token& x, Block& blk) {
                 vstore(rows + (ROW_W + u) * LD + i, w);
                 ke[u] = vfma(w, ei, ke[u]);
                 kq[u] = vfma(w, qi, kq[u]);
-            }
+    }
             vstore(rows + (ROW_W + t) * LD + i, ki);
             kq[t] = vfma(ki, qi, kq[t]);
             if (blk.emits) {
                 vstore(rows + (ROW_A + t) * LD + i, ai);
                 vstore(rows + (ROW_K + t) * LD + i, ki);
-            }
-        }
+    }
+    }
     }
     AD_UNROLL for (int u = 0; u < t; ++u) blk.ke[t][u] = blk.beta[t] * vsum(ke[u]);
     AD_UNROLL for (int u = 0; u <= t; ++u) blk.kq[t][u] = vsum(kq[u]);
@@ -444,8 +445,9 @@ static void append(const Problem& p, const Token& x, Block& blk, int t) {
 static_assert(C_MAX == 6, "append and the step tables below list the block sizes");
 
 // ---------------------------------------------------------------------------------------------------------------
-// dots: out[r] = S0^T row_r for R rows and N vectors of columns. A line of `next`, the rows that are read after these,
-// is fetched from L2 per channel: all rows cross into their next lines at once, more misses than the core can hide.
+// dots: out[r] = S0^T row_r for R rows and N vectors of columns. Per channel, one line of `next`, the rows that are
+// read after these, is fetched from L2: all rows cross into their next lines at once, more misses than the core can
+// hide.
 
 template <int R, int N>
 AD_INLINE void dots(const float* rows, const float* S, int64_t n, float* out, bool accumulate, const float* next) {
@@ -453,13 +455,13 @@ AD_INLINE void dots(const float* rows, const float* S, int64_t n, float* out, bo
     AD_UNROLL for (int r = 0; r < R; ++r)
         AD_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = accumulate ? vload(out + (r * N + j) * L) : vzero();
     for (int64_t i = 0; i < n; ++i, S += W, ++rows, next += 16) {
-        AD_PREFETCH(next);
+            AD_PREFETCH(next);
         V s[N];
         AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vload(S + j * L);
         AD_UNROLL for (int r = 0; r < R; ++r) {
             const V x = vsplat(rows + r * LD);
             AD_UNROLL for (int j = 0; j < N; ++j) acc[r][j] = vfma(x, s[j], acc[r][j]);
-        }
+    }
     }
     AD_UNROLL for (int r = 0; r < R; ++r)
         AD_UNROLL for (int j = 0; j < N; ++j) vstore(out + (r * N + j) * L, acc[r][j]);
@@ -469,28 +471,29 @@ AD_INLINE void dots(const float* rows, const float* S, int64_t n, float* out, bo
 template <int C, int N>
 AD_INLINE void block_dots(const Problem& p, const Block& blk, const float* tile, float* PR) {
     constexpr int R = 2 * C * N <= ACCUMULATORS ? 2 * C : C;  // rows per pass
-    for (int64_t seg = 0; seg < segments(p); ++seg) {
-        const float* rows = blk.rows + (seg * ROWS + ROW_EQ) * LD;
-        const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
+        for (int64_t seg = 0; seg < segments(p); ++seg) {
+            const float* rows = blk.rows + (seg * ROWS + ROW_EQ) * LD;
+            const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         for (int r = 0; r < 2 * C; r += R)
             dots<R, N>(rows + r * LD, tile + seg * SEG * W, n, PR + r * N * L, seg > 0, rows + (r + R) * LD);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// solve: the triangular part, on L columns.  D_t = beta_t (v_t - P_t) - sum ke[t][s] D_s,  o_t = R_t + sum kq[t][s] D_s.
-// P, R [C] each with row stride ldp; D may be P. As soon as D_s is known it is subtracted from all later tokens, so
-// that the chain is C FMAs long and not C^2 / 2.
+// solve: the triangular part, on L columns.  D_t = beta_t (v_t - P_t) - sum ke[t][s] D_s,  o_t = R_t + sum kq[t][s]
+// D_s.
+// P, R [C] each with row stride ldp; D may be P. As soon as D_s is known it is subtracted from all later tokens, so the
+// chain has C FMAs instead of C^2 / 2.
 
 template <int C>
 AD_INLINE void solve(const Block& blk, const float* P, const float* R, int64_t ldp, const float* v,
                      int64_t ldv, float* o, int64_t ldo, float* D, int64_t ldd) {
-    V d[C];
+        V d[C];
     AD_UNROLL for (int t = 0; t < C; ++t)
         d[t] = vmul(vset(blk.beta[t]), vsub(vload(v + t * ldv), vload(P + t * ldp)));
     AD_UNROLL for (int s = 0; s < C; ++s)
         AD_UNROLL for (int t = s + 1; t < C; ++t) d[t] = vfnma(vset(blk.ke[t][s]), d[s], d[t]);
-    AD_UNROLL for (int t = 0; t < C; ++t) {
+        AD_UNROLL for (int t = 0; t < C; ++t) {
         V y = vload(R + t * ldp);
         AD_UNROLL for (int s = 0; s <= t; ++s) y = vfma(vset(blk.kq[t][s]), d[s], y);
         vstore(o + t * ldo, y);
@@ -499,29 +502,29 @@ AD_INLINE void solve(const Block& blk, const float* P, const float* R, int64_t l
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// update: S_C = Gamma_C S0 + sum_s w_s d_s^T, from the tile to dst (which may be the tile). A line of `next`, the rows
-// of the following block or at the end the state of the following task, is fetched per channel.
+// update: S_C = Gamma_C S0 + sum_s w_s d_s^T, from the tile to dst (which may be the tile). Per channel, a line of
+// `next` is fetched: the rows of the following block, or at the end the state of the following task.
 
 template <int C, int N>
 AD_INLINE void update(const Problem& p, const Block& blk, const float* S, float* dst, int64_t ldd, const float* D,
-                      const char* next) {
+                          const char* next) {
     V d[C][N];
     AD_UNROLL for (int t = 0; t < C; ++t)
         AD_UNROLL for (int j = 0; j < N; ++j) d[t][j] = vload(D + (t * N + j) * L);
-    for (int64_t seg = 0; seg < segments(p); ++seg) {
-        const float* rows = blk.rows + (seg * ROWS + ROW_W) * LD;
-        const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
+        for (int64_t seg = 0; seg < segments(p); ++seg) {
+            const float* rows = blk.rows + (seg * ROWS + ROW_W) * LD;
+            const int64_t n = p.K - seg * SEG < SEG ? p.K - seg * SEG : SEG;
         for (int64_t i = 0; i < n; ++i, S += W, dst += ldd, ++rows, next += 64) {
             AD_PREFETCH(next);
-            V s[N];
-            const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
+        V s[N];
+        const V gamma = vsplat(rows + (ROW_GAMMA - ROW_W) * LD);
             AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vmul(gamma, vload(S + j * L));
-            AD_UNROLL for (int t = 0; t < C; ++t) {
-                const V w = vsplat(rows + t * LD);
-                AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(w, d[t][j], s[j]);
-            }
+        AD_UNROLL for (int t = 0; t < C; ++t) {
+            const V w = vsplat(rows + t * LD);
+            AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(w, d[t][j], s[j]);
+    }
             AD_UNROLL for (int j = 0; j < N; ++j) vstore(dst + j * L, s[j]);
-        }
+    }
     }
 }
 
@@ -532,7 +535,7 @@ static void step(const Problem& p, const Block& blk, float* tile, float* dst, in
     alignas(64) float PR[2 * C * W];
     alignas(64) float D[C * W];
     block_dots<C, NV>(p, blk, tile, PR);
-    AD_UNROLL for (int j = 0; j < W; j += L)
+                AD_UNROLL for (int j = 0; j < W; j += L)
         solve<C>(blk, PR + j, PR + C * W + j, W, v + j, ldv, o + j, ldv, D + j, W);
     if (dst) update<C, NV>(p, blk, tile, dst, ldd, D, next);
 }
@@ -550,19 +553,19 @@ static void step_any(const Problem& p, const Block& blk, float* tile, float* dst
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// The same block on a state in the caller's memory, walked row by row in address order. A panel of such a state is a
-// 64-byte piece every V * 4 bytes, which neither the prefetchers nor the sets of L1 like; here the accumulators
-// (2 C rows of V floats) live in L1 instead of registers, and the state streams.
+// The same block on a state in the caller's memory, row by row in address order. A panel of such a state is a 64-byte
+// piece every V * 4 bytes, bad for the prefetchers and for the sets of L1. Here the accumulators (2 C rows of V floats)
+// are in L1 instead of registers, and the state streams.
 
-// Rows [from, to) of the state that is taken after this one, `bytes` wide, into L2. Both passes over a state fetch half
-// of the next one: the memory then works while the first pass computes too, and L1 is left alone (K = V = 128 fills it
-// twice over).
+// Prefetch rows [from, to) of the following state, `bytes` wide, into L2. Each of the two passes over a state
+// fetches half of the next one: memory then works during the first pass too, and L1 is left alone (two states of K
+// = V = 128 fill it).
 AD_INLINE void fetch_rows(const char* next, int64_t row, int64_t from, int64_t to, int64_t bytes) {
     for (int64_t r = from; r < to; ++r)
         for (int64_t c = 0; c < bytes; c += 64) AD_PREFETCH_L2(next + r * row + c);
 }
 
-// The i-th of the 2 K halves of the rows of the next state, each `bytes` wide.
+// Prefetch the i-th of the 2 K half rows of the next state; rows are `bytes` wide.
 template <int64_t bytes>
 AD_INLINE void fetch_half(const char* next, int64_t row, int64_t i) {
     if (bytes < 128 && i % 2) return;
@@ -570,8 +573,8 @@ AD_INLINE void fetch_half(const char* next, int64_t row, int64_t i) {
     AD_UNROLL for (int64_t c = 0; c < (bytes < 128 ? bytes : bytes / 2); c += 64) AD_PREFETCH_L2(at + c);
 }
 
-// Two vectors of columns of a state. Those of bfloat16 come as even columns and odd ones (`SPLITS_BF16`), and so then do
-// the sums over them, until `in_order` mends it, and the deltas, which `apart` makes so.
+// Two vectors of columns of a state. bfloat16 states are split into even and odd columns (`SPLITS_BF16`). The sums
+// over them are split too, until `in_order` reorders them, and `apart` splits the deltas.
 template <class St>
 constexpr bool SPLIT = false;
 template <>
@@ -580,7 +583,7 @@ template <class St>
 AD_INLINE void load_pair(const St* S, V& x, V& y) {
     if constexpr (SPLIT<St>) {
         vload_split(S, x, y);
-    } else {
+        } else {
         x = vload(S);
         y = vload(S + L);
     }
@@ -589,7 +592,7 @@ template <class St>
 AD_INLINE void store_pair(St* S, V x, V y) {
     if constexpr (SPLIT<St>) {
         vstore_split(S, x, y);
-    } else {
+        } else {
         vstore(S, x);
         vstore(S + L, y);
     }
@@ -613,10 +616,10 @@ AD_INLINE void apart(float* D, int64_t n) {
     }
 }
 
-// dots of one token on N vectors of columns, its sums in registers: a row of 2 KiB at most, in address order.
+// dots of one token on N vectors of columns, with its sums in registers: a row of 2 KiB at most, in address order.
 template <int N, class St>
 AD_INLINE void dots_columns(const Problem& p, const Block& blk, const St* S, int64_t lds, float* PR, int64_t ldp,
-                            const char* next, int64_t next_row) {
+                         const char* next, int64_t next_row) {
     V P[N], R[N];
     AD_UNROLL for (int j = 0; j < N; ++j) P[j] = R[j] = vzero();
     for (int64_t i = 0; i < p.K; ++i, S += lds) {
@@ -625,10 +628,10 @@ AD_INLINE void dots_columns(const Problem& p, const Block& blk, const St* S, int
         V s[N];
         AD_UNROLL for (int j = 0; j < N; j += 2) load_pair(S + j * L, s[j], s[j + 1]);
         const V e = vsplat(rows), q = vsplat(rows + LD);
-        AD_UNROLL for (int j = 0; j < N; ++j) {
+    AD_UNROLL for (int j = 0; j < N; ++j) {
             P[j] = vfma(e, s[j], P[j]);
             R[j] = vfma(q, s[j], R[j]);
-        }
+    }
     }
     AD_UNROLL for (int j = 0; j < N; ++j) {
         vstore(PR + j * L, P[j]);
@@ -636,47 +639,47 @@ AD_INLINE void dots_columns(const Problem& p, const Block& blk, const St* S, int
     }
 }
 
-// PASSES over a state fetch the rows of the next one, each its share of them.
+// Each of the PASSES passes over a state fetches its share of the next state's rows.
 template <int C, int G, int PASSES, class St>
 AD_INLINE void dots_rows(const float* rows, int64_t i0, const St* S, int64_t lds, int64_t cols, float* PR, int64_t ldp,
                          const char* next, int64_t next_row) {
     // G rows of the state at once: each accumulator is loaded and stored once per G FMAs
-    for (int64_t c = 0; c < cols; c += 2 * L) {
-        // little by little where there is much to compute, else (below) row by row
+        for (int64_t c = 0; c < cols; c += 2 * L) {
+        // in small pieces if there is much to compute, else row by row (below)
         if (C > 1)
             fetch_rows(next + c * sizeof(St), next_row, i0 / PASSES, (i0 + G) / PASSES,
                        2 * L * static_cast<int64_t>(sizeof(St)));
         V s[G][2];
         AD_UNROLL for (int i = 0; i < G; ++i) load_pair(S + i * lds + c, s[i][0], s[i][1]);
-        AD_UNROLL for (int r = 0; r < 2 * C; ++r) {
+                AD_UNROLL for (int r = 0; r < 2 * C; ++r) {
             float* acc = PR + r * ldp + c;
             V x = vload(acc), y = vload(acc + L);
             AD_UNROLL for (int i = 0; i < G; ++i) {
                 const V f = vsplat(rows + r * LD + i);
                 x = vfma(f, s[i][0], x);
                 y = vfma(f, s[i][1], y);
-            }
+    }
             vstore(acc, x);
             vstore(acc + L, y);
-        }
+    }
     }
     if (C == 1)
         fetch_rows(next, next_row, i0 / PASSES, (i0 + G) / PASSES, cols * static_cast<int64_t>(sizeof(St)));
 }
 
-// Where the state after each token of a block goes, or null. Then the update runs token by token in registers: one
-// read of the state and one write per snapshot.
+// Where the state after each token of a block goes, or null. With it the update runs token by token in registers: one
+// read of the state, and one write per snapshot.
 struct Emission {
     float* dst[C_MAX];
     int64_t ld;
-    bool streams;  // stores around the caches
+    bool streams;  // stores bypass the caches
 };
 
 template <bool streams>
 AD_INLINE void emit(float* dst, V x) {
     if (streams)
         vstream(dst, x);
-    else
+            else
         vstore(dst, x);
 }
 
@@ -688,25 +691,25 @@ static void emit_rows(const Problem& p, const Block& blk, const float* S, int64_
         const float* rows = blk.rows + i / SEG * ROWS * LD + i % SEG;
         for (int64_t c = 0; c < cols; c += 2 * L) {
             V x = vload(S + c), y = vload(S + c + L);
-            AD_UNROLL for (int t = 0; t < C; ++t) {
+        AD_UNROLL for (int t = 0; t < C; ++t) {
                 const V a = vsplat(rows + (ROW_A + t) * LD), k = vsplat(rows + (ROW_K + t) * LD);
                 x = vfma(k, vload(D + t * ldp + c), vmul(a, x));
                 y = vfma(k, vload(D + t * ldp + c + L), vmul(a, y));
                 if (!out.dst[t]) continue;
                 emit<streams>(out.dst[t] + i * out.ld + c, x);
                 emit<streams>(out.dst[t] + i * out.ld + c + L, y);
-            }
+    }
             if (dst) {
                 vstore(dst + i * ldd + c, x);
                 vstore(dst + i * ldd + c + L, y);
-            }
-        }
+    }
+    }
     }
     if (streams) vfence();
 }
 
-// S_C = Gamma_C S0 + sum_s w_s d_s^T row by row: for the blocks where memory decides. The last rows first, which the dots
-// have left in L1.
+// S_C = Gamma_C S0 + sum_s w_s d_s^T row by row, for blocks that memory limits. The last rows come first: the dots
+// have left them in L1.
 template <int C, class St>
 AD_INLINE void update_rows(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
                            int64_t cols, const float* D, int64_t ldp, const char* next, int64_t next_row) {
@@ -723,16 +726,16 @@ AD_INLINE void update_rows(const Problem& p, const Block& blk, const St* S, int6
             load_pair(S + c, x, y);
             x = vmul(gamma, x);
             y = vmul(gamma, y);
-            AD_UNROLL for (int t = 0; t < C; ++t) {
+        AD_UNROLL for (int t = 0; t < C; ++t) {
                 x = vfma(w[t], vload(D + t * ldp + c), x);
                 y = vfma(w[t], vload(D + t * ldp + c + L), y);
-            }
+    }
             store_pair(dst + c, x, y);
-        }
+    }
     }
 }
 
-// The same on N L columns, whose deltas stay in registers over all rows.
+// The same on N L columns. Their deltas stay in registers over all rows.
 template <int C, int N, class St>
 AD_INLINE void update_columns(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
                               const float* D, int64_t ldp, const char* next, int64_t next_row) {
@@ -751,7 +754,7 @@ AD_INLINE void update_columns(const Problem& p, const Block& blk, const St* S, i
         AD_UNROLL for (int t = 0; t < C; ++t) {
             const V w = vsplat(rows + t * LD);
             AD_UNROLL for (int j = 0; j < N; ++j) s[j] = vfma(w, d[t][j], s[j]);
-        }
+    }
         AD_UNROLL for (int j = 0; j < N; j += 2) store_pair(dst + j * L, s[j], s[j + 1]);
     }
 }
@@ -777,7 +780,7 @@ static void step_rows(const Problem& p, const Block& blk, const St* S, int64_t l
         } else {
             dots_rows<C, 1, 2>(rows, i, S + i * lds + wide, lds, cols - wide, PR + wide, ldp, next + wide * sizeof(St), next_row);
             i += 1;
-        }
+    }
     }
     in_order<St>(PR, 2 * C * ldp);
     for (int64_t c = 0; c < cols; c += L) solve<C>(blk, PR + c, PR + C * ldp + c, ldp, v + c, ldv, o + c, ldv, PR + c, ldp);
@@ -818,12 +821,12 @@ static void step_rows_any(const Problem& p, const Block& blk, const St* S, int64
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// the transposed state [V, K]: one row per column of S, K contiguous. Products are sums along the row.
+// the transposed state [V, K]: one row per column of S, K contiguous. A product is a sum along the row.
 
 template <int C, class St>
 static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds, St* dst, int64_t ldd,
-                    const float* v, float* o, int64_t ldv, const char* next) {
-    // M rows at once share the loads of the prepared vectors; 8 accumulators hide the latency at C = 1.
+                        const float* v, float* o, int64_t ldv, const char* next) {
+    // M rows at once share the loads of the prepared vectors. 8 accumulators hide the latency at C = 1.
     constexpr int M = C == 1 ? 4 : C == 2 ? 2 : 1;
     static_assert(W % M == 0, "a panel is a whole number of row groups");
     alignas(64) float PR[2 * C * W];
@@ -842,13 +845,13 @@ static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds
                 AD_UNROLL for (int r = 0; r < 2 * C; ++r) {
                     const V x = vload(rows + r * LD + i);
                     AD_UNROLL for (int u = 0; u < M; ++u) acc[r][u] = vfma(x, s[u], acc[r][u]);
-                }
-            }
-        }
+    }
+    }
+    }
         AD_UNROLL for (int r = 0; r < 2 * C; ++r)
             AD_UNROLL for (int u = 0; u < M; ++u) PR[r * W + m + u] = vsum(acc[r][u]);
     }
-    AD_UNROLL for (int j = 0; j < W; j += L)
+                AD_UNROLL for (int j = 0; j < W; j += L)
         solve<C>(blk, PR + j, PR + C * W + j, W, v + j, ldv, o + j, ldv, D + j, W);
     if (!dst) return;
     for (int m = 0; m < W; ++m) {
@@ -865,8 +868,8 @@ static void step_vk(const Problem& p, const Block& blk, const St* S, int64_t lds
                 V s = vmul(vload(rows + (ROW_GAMMA - ROW_W) * LD + i), vload(s0 + i));
                 AD_UNROLL for (int t = 0; t < C; ++t) s = vfma(vload(rows + t * LD + i), d[t], s);
                 vstore(to + i, s);
-            }
-        }
+    }
+    }
     }
 }
 
@@ -888,23 +891,23 @@ static void step_vk_any(const Problem& p, const Block& blk, const St* S, int64_t
 
 template <class St>
 static void pack_as(const Problem& p, float* panels, int64_t rows, const St* S, int64_t ld, int64_t cols) {
-    // in the order of the caller's memory, which is read but once
+    // in the order of the caller's memory, which is read only once
     const int64_t whole = cols / W * W;
     if (p.vk) {
         for (int64_t c = 0; c < cols; ++c) {
             float* column = panels + c / W * rows * W + c % W;
             for (int64_t i = 0; i < p.K; ++i) column[i * W] = to_float(S[c * ld + i]);
-        }
-    } else {
+    }
+        } else {
         for (int64_t i = 0; i < p.K; ++i) {
             for (int64_t c = 0; c < whole; c += W)
                 AD_UNROLL for (int j = 0; j < NV; ++j)
                     vstore(panels + c * rows + i * W + j * L, vload(S + i * ld + c + j * L));
             if (whole < cols) read_as(panels + whole * rows + i * W, S + i * ld + whole, cols - whole);
-        }
+    }
     }
     if (whole < cols)
-        for (int64_t i = 0; i < p.K; ++i)
+            for (int64_t i = 0; i < p.K; ++i)
             for (int64_t c = cols - whole; c < W; ++c) panels[whole * rows + i * W + c] = 0.0f;
 }
 // From a float32 matrix [K][lds] to `cols` columns of a state.
@@ -913,7 +916,7 @@ static void unpack_as(const Problem& p, St* S, int64_t ld, const float* from, in
     if (p.vk) {
         for (int64_t c = 0; c < cols; ++c)
             for (int64_t i = 0; i < p.K; ++i) S[c * ld + i] = from_float(from[i * lds + c], St{});
-    } else {
+        } else {
         for (int64_t i = 0; i < p.K; ++i) write_as(S + i * ld, from + i * lds, cols);
     }
 }
@@ -923,7 +926,7 @@ static char* state_at(const Problem& p, const States& s, int64_t slot, int64_t n
     const int64_t offset = slot * s.slot + n * s.n + h * s.h + col * (p.vk ? s.row : 1);
     return static_cast<char*>(s.data) + offset * dtype_size(p.state_dtype);
 }
-// `rows`: from one panel to the next; those beyond K are left alone.
+// `rows`: the distance between panels; rows beyond K are not touched.
 static void pack(const Problem& p, float* panels, int64_t rows, const void* S, int64_t ld, int64_t cols) {
     if (!S) {
         std::memset(panels, 0, static_cast<size_t>(round_up(cols, W) * rows) * 4);
@@ -935,14 +938,14 @@ static void unpack(const Problem& p, void* S, int64_t ld, const float* from, int
     in_type_of(S, p.state_dtype, [&](auto* to) { unpack_as(p, to, ld, from, lds, cols); });
 }
 
-// Copy (or, from null, zero) the task's columns of one state.
+// Copy the task's columns of one state, or zero them if it is null.
 static void copy_columns(const Problem& p, char* dst, int64_t ldd, const char* src, int64_t lds, int64_t cols) {
     const int64_t size = dtype_size(p.state_dtype);
     const int64_t rows = p.vk ? cols : p.K, bytes = (p.vk ? p.K : cols) * size;
     for (int64_t i = 0; i < rows; ++i) {
         if (src)
             std::memmove(dst + i * ldd * size, src + i * lds * size, static_cast<size_t>(bytes));
-        else
+            else
             std::memset(dst + i * ldd * size, 0, static_cast<size_t>(bytes));
     }
 }
@@ -978,11 +981,11 @@ struct Chunk {  // never called
 // ---------------------------------------------------------------------------------------------------------------
 // a task: one sequence and head, a range of columns
 
-// Tokens that are taken before another head's turn: their rows of v and o stay in the caches.
+// Tokens that run before the next head does: their rows of v and o stay in the caches.
 constexpr int BATCH = MATRIX_TOKENS > BLOCKS * C_MAX ? MATRIX_TOKENS : BLOCKS * C_MAX;
 static_assert(BATCH >= BLOCKS * C_MAX, "a batch has room for all blocks");
-// KDA: see matrix.inl.h. Float32: numbers of 16 bits would put outputs 1e-5 apart from the blocks', for 1.24 times their
-// speed.
+// KDA: see matrix.inl.h. Not float32: with parts of 16 bits, outputs would differ by 1e-5 from the blocks', for only
+// 1.24 times the speed.
 AD_INLINE bool may_use_matrix(const Problem& p) {
     return MATRIX && !p.kda && !p.erase.data && p.o.dtype != DType::f32 && p.T >= MATRIX_LEAST;
 }
@@ -997,11 +1000,11 @@ struct Workspace {
     float* v;        // [BATCH][columns]
     float* o;
     float* PR;       // [2 C_MAX][columns]
-    float* emitted;  // [C_MAX][K][columns], where snapshots are not plain float32 [K, V]
+    float* emitted;  // [C_MAX][K][columns], if snapshots are not plain float32 [K, V]
     Chunk chunk;
 };
 
-// One of the heads of a task. Its state stands in panels, or row by row once snapshots are taken.
+// One head of a task. Its state is in panels, or row by row once snapshots are taken.
 enum class Where { caller, panels, rows };
 struct Head {
     int64_t hv;
@@ -1034,7 +1037,7 @@ static Workspace carve(const Problem& p, Arena& arena, Head* heads, int64_t coun
 }
 
 static size_t workspace(const Problem& p, int64_t count) {
-    char* const origin = reinterpret_cast<char*>(64);  // addresses are only counted, never read
+    char* const origin = reinterpret_cast<char*>(64);  // addresses are only computed, never read
     Arena arena{origin};
     Head heads[MAX_HEADS];
     carve(p, arena, heads, count);
@@ -1058,13 +1061,13 @@ static Sequence sequence(const Problem& p, int64_t n) {
     return seq;
 }
 
-// Who makes rows on the way to the rule and takes its outputs on the way out (mixer.inl.h), instead of the caller's memory.
+// Makes rows for the rule and takes its outputs (mixer.inl.h), instead of the caller's memory.
 struct RowMaker {
-    // q and k of the tokens from `from` on, under Problem::q and k. Returns the token before which it stopped.
+    // Make q and k of the tokens from `from` on, under Problem::q and k. Returns the token before which it stopped.
     virtual int64_t prepare(int64_t from) = 0;
     // v of up to C_MAX consecutive live tokens: v [count][V]
     virtual void values(const int64_t* t, int64_t count, int64_t hv, float* v, int64_t ldv) = 0;
-    virtual void outputs(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) = 0;  // o [count][V], which it may change
+    virtual void outputs(const int64_t* t, int64_t count, int64_t hv, float* o, int64_t ldo) = 0;  // may change o [count][V]
 };
 
 class Runner {
@@ -1084,8 +1087,8 @@ class Runner {
         int64_t tokens = 0;
         if (!skipped)
             for (int64_t t = seq.start; t < seq.end; ++t) tokens += seq.live(p, t);
-        for (int64_t i = 0; i < job.heads; ++i) {
-            h = &heads[i];
+            for (int64_t i = 0; i < job.heads; ++i) {
+                h = &heads[i];
             h->hv = job.hv0 + i * job.step;
             if (tokens < seq.end - seq.start && !made)
                 for (int64_t t = seq.start; t < seq.end; ++t)
@@ -1095,18 +1098,18 @@ class Runner {
                 pass_state_on(skipped);
             else
                 read_gate_parameters();
-        }
+    }
         if (tokens > 0) {
             if (tokens <= C_MAX && can_run_directly())
                 direct(tokens);
             else
                 blocked(tokens);
-        }
+    }
         if (skipped || !p.mask) return;
-        for (int64_t i = 0; i < job.heads; ++i) {
-            h = &heads[i];
+            for (int64_t i = 0; i < job.heads; ++i) {
+                h = &heads[i];
             repeat_snapshots();
-        }
+    }
     }
 
   private:
@@ -1119,8 +1122,8 @@ class Runner {
     int64_t ldv, panels, slots;
     bool streams;
     Head heads[MAX_HEADS];
-    Head* h = nullptr;  // the one being worked on
-    Token read[C_MAX];  // the tokens of the block that was prepared last
+    Head* h = nullptr;  // the current one
+    Token read[C_MAX];  // the tokens of the last prepared block
 
     int64_t columns(int64_t panel) const { return job.cols - panel * W < W ? job.cols - panel * W : W; }
     char* state_in(int64_t panel) const {
@@ -1130,7 +1133,7 @@ class Runner {
         return writes_state() ? state_at(p, p.out, 0, seq.row_out, h->hv, job.col0 + panel * W) : nullptr;
     }
     bool writes_state() const { return p.out.data && seq.row_out >= 0; }
-    // Whether the state in a slot is asked for.
+    // Whether the state of a slot is wanted.
     bool wanted(int64_t slot) const { return !p.snapshot_indices || p.snapshot_indices[slot * p.N + job.n] >= 0; }
     char* snapshot(int64_t slot, int64_t panel) const {
         const int64_t n = p.snapshot_indices ? p.snapshot_indices[slot * p.N + job.n] : job.n;
@@ -1143,7 +1146,7 @@ class Runner {
         std::memset(o + job.col0 * size, 0, static_cast<size_t>(job.cols * size));
     }
 
-    // No token changed the state: the functional op still owes a final state.
+    // No token changed the state: write the final state, which the functional op must return.
     void pass_state_on(bool skipped) const {
         if (!writes_state()) return;
         const char* from = skipped ? nullptr : state_in(0);
@@ -1155,32 +1158,32 @@ class Runner {
         for (Scratch& s : w.scratch) s.pad(p.K);
     }
 
-    // The slot that receives the state after live token t, whose successor is `next` (or the end): masked tokens in
-    // between would repeat it, and the oldest slot that the caller asked for gets it first.
+    // The slot that receives the state after live token t, whose successor is `next` (or the end). Masked tokens in
+    // between would repeat that state. The oldest slot that the caller wants gets it first.
     int64_t slot_after(int64_t t, int64_t next) const {
         const int64_t own = seq.end - 1 - t;
         const int64_t slot = own < slots ? own : slots - 1;
         return slot >= seq.end - next ? slot : -1;
     }
 
-    // Slots at masked tokens that no live token precedes hold the initial state: copied before it is overwritten.
+    // Slots at masked tokens before the first live token hold the initial state. Copy it before it is overwritten.
     void snapshot_initial_state() const {
         const int64_t first = next_live(seq.start);
         for (int64_t slot = seq.end - first; slot < slots; ++slot)
             if (wanted(slot)) copy_columns(p, snapshot(slot, 0), p.snapshots.row, state_in(0), p.in.row, job.cols);
     }
 
-    // Slots at other masked tokens hold the state of the token before; the oldest slot has it already (slot_after).
+    // Slots at other masked tokens hold the state of the token before. The oldest slot has it already (slot_after).
     void repeat_snapshots() const {
         const int64_t first = next_live(seq.start);
-        int64_t from = -1;  // the slot that holds the state after the last live token, if one does
+        int64_t from = -1;  // the slot with the state after the last live token, if there is one
         for (int64_t slot = slots - 1; slot >= 0; --slot) {
             const int64_t t = seq.end - 1 - slot;
             if (t <= first || seq.live(p, t)) from = -1;
             if (t < first || !wanted(slot)) continue;
             if (from >= 0) copy_columns(p, snapshot(slot, 0), p.snapshots.row, snapshot(from, 0), p.snapshots.row, job.cols);
             from = slot;
-        }
+    }
     }
 
     int64_t next_live(int64_t t) const {
@@ -1188,7 +1191,7 @@ class Runner {
         return t;
     }
 
-    // Prepare up to `most` tokens from t on as one block; v rows go to v_rows. Returns the token after it.
+    // Prepare up to `most` tokens from t on as one block; v rows go to v_rows. Returns the next token.
     int64_t prepare(Block& blk, float* prepared, int64_t t, int most, int64_t* positions, float* v_rows,
                     const Known& known = {}) {
         blk.rows = prepared;
@@ -1199,11 +1202,11 @@ class Runner {
             positions[n] = u;
             const int64_t after = next_live(u + 1);
             int64_t slot = slots ? slot_after(u, after) : -1;
-            blk.emits |= slot >= 0;  // also where none of these slots is wanted: blocks that emit are the last ones
+            blk.emits |= slot >= 0;  // even if no such slot is wanted: blocks that emit are the last ones
             while (slot >= seq.end - after && !wanted(slot)) --slot;
             blk.slot[n] = slot >= seq.end - after ? slot : -1;
             u = after;
-        }
+    }
         blk.C = n;
         for (int c = 0; c < n; ++c) {
             const int64_t ahead = positions[c] + AHEAD;
@@ -1211,10 +1214,10 @@ class Runner {
                 fetch<false>(p.k, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
                 fetch<false>(p.q, seq.b, ahead, qk_head(p, h->hv), 0, p.K);
                 fetch<false>(p.v, seq.b, ahead, h->hv, job.col0, job.cols);
-            }
+    }
             if (ahead < seq.end && p.kda) fetch<false>(p.g, seq.b, ahead, h->hv, 0, p.K);
             if (ahead < seq.end && p.erase.data) fetch<false>(p.erase, seq.b, ahead, erase_head(p, h->hv), 0, p.K);
-        }
+    }
         read_tokens(p, seq.b, positions, n, h->hv, h->A, h->bias, w.scratch, read, blk.beta, known);
         for (int c = 0; c < n; ++c) append(p, read[c], blk, c);
         read_values(positions, n, v_rows);
@@ -1226,12 +1229,12 @@ class Runner {
         for (int64_t c = 0; c < count; ++c) {
             void* o = const_cast<void*>(token(p.o, seq.b, positions[c], h->hv));
             write_row(const_cast<void*>(element(o, p.o.dtype, job.col0)), p.o.dtype, w.o + c * ldv, job.cols);
-        }
+    }
     }
 
-    // Whether a single block can run on the caller's own state: read once, written once, no copies.
+    // Whether a single block can run on the caller's own state: one read, one write, no copies.
     bool can_run_directly() const {
-        // for vk by V and not by the task's columns: its sums differ, so the choice must not depend on the split
+        // for vk this depends on V, not on the task's columns: its sums differ, so the choice must ignore the split
         if ((p.vk ? p.V : job.cols) % W != 0 || !p.in.data || p.mask) return false;
         return p.vk ? slots == 0 && p.K % L == 0 : slots == 0 || plain(p);
     }
@@ -1245,38 +1248,38 @@ class Runner {
             const float* bias[MAX_HEADS];
             for (int64_t i = 0; i < job.heads; ++i) A[i] = heads[i].A, bias[i] = heads[i].bias;
             read_gates_of_heads(p, seq.b, next_live(seq.start), heads[0].hv, job.step, job.heads, A, bias, known);
-        }
-        for (int64_t i = 0; i < job.heads; ++i) {
+    }
+            for (int64_t i = 0; i < job.heads; ++i) {
             known[i].rows = one && i > 0 && qk_head(p, heads[i].hv) == qk_head(p, heads[i - 1].hv);
             const char* next = job.next_state;
             if (i + 1 < job.heads) {
                 h = &heads[i + 1];
                 next = state_in(0);
-            }
-            h = &heads[i];
+    }
+                h = &heads[i];
             int64_t positions[C_MAX];
             Block& blk = w.blocks[0];
             prepare(blk, w.rows, next_live(seq.start), static_cast<int>(tokens), positions, w.v, known[i]);
             if (!next) next = state_in(0);
             in_type_of(static_cast<const void*>(state_in(0)), p.state_dtype, [&](auto* S) { direct_as(blk, S, next); });
             write_outputs(positions, blk.C);
-        }
+    }
     }
 
     template <class St>
     void direct_as(const Block& blk, const St* S, const char* next_head) {
         St* dst = reinterpret_cast<St*>(state_out(0));
         if (!p.vk) {
-            Emission out;
+        Emission out;
             if (blk.emits) emission(blk, out);
             return step_rows_any<St>(p, blk, S, p.in.row, dst, p.out.row, job.cols, w.v, w.o, ldv, w.PR, out, next_head);
-        }
+    }
         for (int64_t panel = 0; panel < panels; ++panel) {
             const char* next = panel + 1 < panels ? state_in(panel + 1) : next_head;
             step_vk_any<St>(p, blk, S, p.in.row, dst, p.out.row, w.v + panel * W, w.o + panel * W, ldv, next);
             S += W * p.in.row;
             if (dst) dst += W * p.out.row;
-        }
+    }
     }
 
     bool snapshots_are_plain() const { return plain(p) && job.cols == ldv; }
@@ -1290,17 +1293,17 @@ class Runner {
             if (blk.slot[t] < 0) continue;
             out.dst[t] = there ? reinterpret_cast<float*>(snapshot(blk.slot[t], 0)) : w.emitted + t * p.K * ldv;
             if (reinterpret_cast<uintptr_t>(out.dst[t]) % 64 != 0 || out.ld * 4 % 64 != 0) out.streams = false;
-        }
+    }
     }
 
-    // Any number of tokens, a batch at a time, all heads of the task in turn.
+    // Any number of tokens: a batch at a time, for each head of the task.
     void blocked(int64_t tokens) {
         if (may_use_matrix(p) && tokens >= MATRIX_LEAST) {
             [[maybe_unused]] const MatrixUnit unit;
             batches<MATRIX>(tokens);
         } else {
             batches<false>(tokens);
-        }
+    }
     }
 
     template <bool matrix>
@@ -1315,8 +1318,8 @@ class Runner {
                 done = before;
                 while (t < stop && done < tokens)
                     if (!matrix || !take_chunk(t, done, tokens)) batch(t, done, tokens, i + 1 == job.heads);
-            }
-        }
+    }
+    }
     }
 
     // The first live token after a batch from `t` on, or the end.
@@ -1325,7 +1328,7 @@ class Runner {
         return t;
     }
 
-    // The next tokens by the matrix unit, if they are enough and no snapshot is taken of them.
+    // Run the next tokens on the matrix unit, if there are enough of them and none of them has a snapshot.
     bool take_chunk(int64_t& t, int64_t& done, int64_t tokens) {
         int64_t positions[BATCH];
         int count = 0;
@@ -1335,30 +1338,30 @@ class Runner {
             if (slots && slot_after(u, after) >= 0) break;
             positions[count++] = u;
             u = after;
-        }
+    }
         const int taken = Chunk::worthwhile(p, count);
         if (taken == 0) return false;
         if (taken < count) u = positions[taken];
         count = taken;
         if (!w.chunk.prepare(p, seq.b, positions, count, h->hv, h->A, h->bias, w.scratch, t)) return false;
-        // v and o as they lie there, or if that is not possible copies
+        // v and o in place, or copies if that is not possible
         const bool whole = !made && job.cols % W == 0;
         Chunk::Rows v{whole ? p.v.dtype : DType::f32, {}}, o{whole ? p.o.dtype : DType::f32, {}};
         for (int c = 0; c < count; ++c) {
             v.at[c] = whole ? row(p.v, positions[c]) : reinterpret_cast<char*>(w.v + c * ldv);
             o.at[c] = whole ? row(p.o, positions[c]) : reinterpret_cast<char*>(w.o + c * ldv);
-        }
+    }
         for (int c = 0; c < count && !whole; c += C_MAX)
             read_values(positions + c, count - c < C_MAX ? count - c : C_MAX, w.v + c * ldv);
-        bool finite = true;  // in every column of the head, so that no split of them decides otherwise
+        bool finite = true;  // checked in every column of the head, so that the result does not depend on the split
         for (int c = 0; c < count && finite; ++c)
             in_type_of(made ? w.v + c * ldv : token(p.v, seq.b, positions[c], h->hv), made ? DType::f32 : p.v.dtype,
                        [&](const auto* x) { finite = all_finite(x, p.V); });
         if (!finite) return false;  // see Chunk::prepare
         done += count;
         t = u;
-        if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
-        h->where = Where::panels;
+            if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
+            h->where = Where::panels;
         const bool more = h - heads + 1 < job.heads;
         const int64_t from = more ? positions[0] : u, next = more ? h[1].hv : heads[0].hv;
         const bool keys = !more || qk_head(p, next) != qk_head(p, h->hv);
@@ -1367,7 +1370,7 @@ class Runner {
             if (whole && i < count) fetch<true>(p.o, seq.b, positions[i], h->hv, job.col0, job.cols);
         });
         if (done == tokens && writes_state())
-            for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t panel = 0; panel < panels; ++panel)
                 unpack(p, state_out(panel), p.out.row, h->panels + panel * p.K * W, W, columns(panel));
         if (!whole) write_outputs(positions, count);
         return true;
@@ -1386,13 +1389,13 @@ class Runner {
         return rest == 0.0f;
     }
 
-    // The rows of a token into L2. Those of consecutive tokens lie 4 KiB and more apart, where no hardware prefetcher
-    // follows, and a chunk of them fills the same few sets of L1.
+    // Prefetch the rows of a token into L2. Those of consecutive tokens are 4 KiB or more apart, where no hardware
+    // prefetcher follows, and a chunk of them fills the same few sets of L1.
     AD_ALWAYS_INLINE void fetch_token(int64_t t, int64_t hv, bool keys) const {
         if (keys && !made) {
             fetch_l2(p.k, seq.b, t, qk_head(p, hv), 0, p.K);
             fetch_l2(p.q, seq.b, t, qk_head(p, hv), 0, p.K);
-        }
+    }
         if (!made) fetch_l2(p.v, seq.b, t, hv, job.col0, job.cols);
         fetch_l2(p.g, seq.b, t, hv, 0, p.kda ? p.K : 1);
         fetch_l2(p.beta, seq.b, t, hv, 0, 1);
@@ -1405,11 +1408,11 @@ class Runner {
             if (!made)
                 read_row(v, element(token(p.v, seq.b, positions[c], h->hv), p.v.dtype, job.col0), p.v.dtype, job.cols);
             for (int64_t i = job.cols; i < ldv; ++i) v[i] = 0.0f;
-        }
+    }
     }
 
-    // Blocks without snapshots run panel by panel; those with them, always the last ones, on a row-major copy of the
-    // state, so that snapshots are written in order.
+    // Blocks without snapshots run panel by panel. Blocks with snapshots are always the last ones. They run on a
+    // row-major copy of the state, so that snapshots are written in order.
     void batch(int64_t& t, int64_t& done, int64_t tokens, bool last_head) {
         const int64_t seg = segments(p);
         int64_t positions[BLOCKS * C_MAX];
@@ -1421,14 +1424,14 @@ class Runner {
             prepared += blk.C;
             done += blk.C;
             if (!blk.emits) ++quiet;
-        }
+    }
         const bool last = done == tokens;
         const char* next_state = last && last_head ? job.next_state : nullptr;
         if (quiet > 0) {
             if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
             h->where = Where::panels;
             take_panels(quiet, last && quiet == count, next_state, positions);
-        }
+    }
         if (quiet < count) {
             if (h->where == Where::caller) pack(p, h->panels, p.K, state_in(0), p.in.row, job.cols);
             if (h->where != Where::rows) rows_from_panels();
@@ -1437,12 +1440,12 @@ class Runner {
             for (int i = 0; i < quiet; ++i) offset += w.blocks[i].C;
             for (int i = quiet; i < count; offset += w.blocks[i].C, ++i)
                 take_rows(w.blocks[i], offset, last && i + 1 == count, next_state);
-        }
+    }
         write_outputs(positions, prepared);
     }
 
-    // The first `count` prepared blocks on all panels; each panel stays in L1 meanwhile. The last block of all writes
-    // straight to where the state goes, if it can.
+    // The first `count` prepared blocks on all panels. Each panel stays in L1 meanwhile. The last block of the call
+    // writes straight to the state's destination if it can.
     void take_panels(int count, bool last_batch, const char* next_state, const int64_t* positions) {
         for (int64_t panel = 0; panel < panels; ++panel) {
             const bool there = plain(p) && columns(panel) == W;
@@ -1457,18 +1460,18 @@ class Runner {
                 int64_t ldd = W;
                 if (last && (!writes_state() || there)) {
                     dst = reinterpret_cast<float*>(state_out(panel));
-                    ldd = p.out.row;
-                }
-                // Output rows, just before they are written: without this each store waits for its line in turn.
+            ldd = p.out.row;
+    }
+                // Prefetch output rows just before they are written, or each store would wait for its line.
                 if (panel + 1 == panels && !made)
-                    for (int c = 0; c < blk.C; ++c)
+            for (int c = 0; c < blk.C; ++c)
                         fetch<true>(p.o, seq.b, positions[i * C_MAX + c], h->hv, job.col0, job.cols);
                 step_any(p, blk, tile, dst, ldd, v, ldv, o, next);
                 if (last && dst == tile) unpack(p, state_out(panel), p.out.row, tile, W, columns(panel));
                 v += blk.C * ldv;
                 o += blk.C * ldv;
-            }
-        }
+    }
+    }
     }
 
     void take_rows(const Block& blk, int64_t offset, bool last, const char* next_state) {
@@ -1479,7 +1482,7 @@ class Runner {
         if (last && (!writes_state() || snapshots_are_plain())) {
             dst = reinterpret_cast<float*>(state_out(0));
             ldd = p.out.row;
-        }
+    }
         const char* next = last && next_state ? next_state : reinterpret_cast<const char*>(h->rows);
         step_rows_any<float>(p, blk, h->rows, ldv, dst, ldd, ldv, w.v + offset * ldv, w.o + offset * ldv, ldv, w.PR, out, next);
         if (!snapshots_are_plain())

@@ -13,7 +13,7 @@ namespace {
 
 using Dims = std::vector<int64_t>;
 
-// Sizes that lie elsewhere: a valid call allocates nothing for its checks.
+// Sizes whose numbers are stored elsewhere: checking a valid call allocates nothing.
 struct Sizes {
     const int64_t* first;
     size_t count;
@@ -88,7 +88,7 @@ class Checker {
         if (x.given() && want == x) return;
         fail(std::string(name) + " must be " + legend + " = " + text(want) + "; got " + text(x));
     }
-    // An option, by what its row in the table of arguments allows.
+    // Check an option by its row in the table of arguments.
     void option(const char*, bool, std::initializer_list<int>) const {}
     void option(const char* name, const std::string& value, std::initializer_list<const char*> allowed) const {
         std::string names;
@@ -114,19 +114,20 @@ class Checker {
     void option(const char* name, const std::optional<double>& value, const Range& allowed) const {
         if (value) option(name, *value, allowed);
     }
-    // Tensors have no such size; a host that describes an array by hand may.
+    // Tensors have no such size, but a host that describes an array by hand may.
     void not_negative(const char* name, const Array& x) const {
         for (int i = 0; x.given() && i < x.dims; ++i)
             if (x.sizes[i] < 0) fail(std::string(name) + " must have sizes >= 0; got " + text(x));
     }
-    // As spec.py's `sizes`: an array that exists or that a call implies, where a size of 0 counts as 1.
+    // As spec.py's `sizes`: an array that exists or that a call implies; a size of 0 counts as 1.
     void sizes(const char* name, Sizes dims) const {
         int64_t left = MAX_NUMBERS;
         for (int64_t n : dims) left /= std::max<int64_t>(n, 1);
         if (left < 1)
             fail(std::string(name) + " must have at most 2^48 numbers (a size of 0 counts as 1); got " + text(dims));
     }
-    // Each element its own memory: an axis must step over all that the finer axes span. No memory spans FAR elements.
+    // Each element has its own memory: an axis must step over all that the finer axes span. No memory
+    // spans FAR elements.
     void writable(const char* name, const Array& x) const {
         constexpr int64_t FAR = int64_t{1} << 62;
         std::array<std::pair<int64_t, int64_t>, 5> axes;  // (stride, size); snapshots have most
@@ -459,7 +460,7 @@ void prepare(const Call& call, const Options& opt, const Spec& s, Prepared& out)
             p.out_rows = out.snapshot_indices.data();
             return;
         }
-        // the states go to these rows of the pool, and nowhere else
+        // only these rows of the pool are written
         p.snapshot_indices = out.snapshot_indices.data();
         p.snapshots = p.in;
         p.Ks = call.snapshot_indices.sizes[0];

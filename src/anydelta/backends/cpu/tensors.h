@@ -1,7 +1,7 @@
-// What a torch tensor is besides memory, shape and dtype, which DLPack tells (arrays.h): which dispatch keys it has, how
-// much memory its storage holds, and whether autograd knows it. torch has no C interface for these that serves every release, and asking in Python
-// takes longer than the kernel of a small head. So the places of the words are learned from tensors for which Python knows
-// the words (torch_ops.py). Where they are not found, every call takes the way through Python.
+// What DLPack does not say about a torch tensor (arrays.h): its dispatch keys, the size of its storage, and whether
+// autograd tracks it. torch has no C interface for these that serves every release, and asking in Python takes longer
+// than the kernel of a small head. So the reader finds the places of these words in tensors for which Python knows
+// them (torch_ops.py). If it does not find them, every call takes the path through Python.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,15 +12,15 @@ namespace anydelta {
 
 class TensorWords {
   public:
-    // A tensor's Python object, and what torch says in Python of what stands behind it.
+    // A tensor's Python object, and what Python knows about it.
     struct Known {
         uintptr_t object;
         uint64_t impl, keys, storage, data, bytes;
-        bool autograd;  // whether autograd keeps something about it: it requires grad, or is a view
-        uint64_t uses, storage_uses;  // how many hold it in C++, and its storage
+        bool autograd;  // whether autograd tracks it: it requires grad, or is a view
+        uint64_t uses, storage_uses;  // how many references C++ holds to it, and to its storage
     };
 
-    // False: this torch keeps them elsewhere.
+    // False: this torch keeps the words elsewhere.
     bool learn(const std::vector<Known>& known) {
         const auto same = [](uint64_t w) { return w; };
         const auto search = [&](size_t& place, size_t words, auto base, auto value, auto seen) {
@@ -54,17 +54,17 @@ class TensorWords {
     }
 
     uint64_t keys(const void* tensor) const { return word(impl(tensor), keys_); }
-    // No: it does not require grad.
+    // False: it does not require grad.
     bool autograd(const void* tensor) const { return word(impl(tensor), autograd_) != 0; }
 
-    // Whether one alone holds the tensor in C++, and it alone its storage; false where that is not known.
+    // Whether C++ holds one reference to the tensor, and only the tensor its storage; false if not known.
     bool alone(const void* tensor) const {
         const uintptr_t at = impl(tensor), storage = word(at, storage_);
         return counted_ && storage && count(word(at, uses_)) == 1 && count(word(storage, storage_uses_)) == 1;
     }
     uintptr_t impl(const void* tensor) const { return word(reinterpret_cast<uintptr_t>(tensor), impl_); }
 
-    // Whether the tensor's storage holds so many bytes from this address on.
+    // Whether the tensor's storage has this many bytes from this address on.
     bool holds(const void* tensor, uintptr_t address, uint64_t bytes) const {
         const uintptr_t storage = word(impl(tensor), storage_);
         if (!storage) return false;
@@ -76,7 +76,7 @@ class TensorWords {
     size_t impl_ = 0, keys_ = 0, autograd_ = 0, storage_ = 0, data_ = 0, bytes_ = 0, uses_ = 0, storage_uses_ = 0;
     bool counted_ = false;
 
-    // Counts of holders take half a word; the other half counts weak ones.
+    // Reference counts take half a word; the other half counts weak references.
     static uint64_t count(uint64_t w) { return w & 0xffffffff; }
     static uint64_t word(uintptr_t object, size_t place) {
         uint64_t value;

@@ -26,7 +26,7 @@ class Pool {
             const int id = static_cast<int>(workers_.size());
             try {
                 workers_.emplace_back([this, id] { serve(id); });
-            } catch (...) {  // no more threads to be had: fewer will do
+            } catch (...) {  // the system has no more threads: fewer will do
                 break;
             }
             workers_.back().detach();
@@ -45,7 +45,7 @@ class Pool {
         wake_.notify_all();
         work(context);
         int started;
-        {  // the work is all taken: who has not started yet need not, and is not waited for
+        {  // all work is taken: threads that have not started yet are not needed or waited for
             std::lock_guard<std::mutex> lock(mutex_);
             wanted_ = 0;
             started = started_;

@@ -1,10 +1,10 @@
-// Products on AMX: 16 rows of 16 float32 += 16 rows of 32 bfloat16 times 32 rows of 16, one instruction of 16 cycles.
+// Products on AMX: 16 rows of 16 float32 += (16 rows of 32 bfloat16) x (32 rows of 16), one instruction of 16 cycles.
 //
-// A number of more than bfloat16's 8 bits stands as two parts, high + low, which together have 16. High is the number
-// cut off, so the rest is exact; low is the rest, rounded. A product of two such pairs is three products of parts: low
+// A number with more than bfloat16's 8 bits is two parts, high + low, which together have 16. High is the number cut
+// off, so the rest is exact; low is the rest, rounded. A product of two such pairs is three products of parts: low
 // times low is below the rounding of the others.
 //
-// The left factor lies row by row. The right one lies in panels of W columns, pairs of rows interleaved: [rows / 2][W][2].
+// The left factor is row-major. The right one is in panels of W columns, pairs of rows interleaved: [rows / 2][W][2].
 #pragma once
 #include <immintrin.h>
 
@@ -17,7 +17,7 @@
 namespace anydelta::ANYDELTA_ISA {
 
 constexpr int TILE = 16;  // rows of a product, and columns of one tile of it
-constexpr int DEPTH = 32;  // channels that one instruction takes
+constexpr int DEPTH = 32;  // channels of one instruction
 static_assert(W % TILE == 0 && W / TILE <= 2, "a panel is one or two tiles wide");
 
 struct Parts {
@@ -25,7 +25,7 @@ struct Parts {
     Parts at(int64_t i) const { return {high + i, low + i}; }
 };
 
-// The tile registers, all 16 rows of 64 bytes, while the object lives.
+// Configures the tile registers, all with 16 rows of 64 bytes, while the object lives.
 class MatrixUnit {
   public:
     MatrixUnit() {
@@ -35,7 +35,7 @@ class MatrixUnit {
             uint8_t rows[16] = {};
         } config;
         for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = TILE;
-        AD_MEMORY_BARRIER();  // GCC 12's loads 8 of these 64 bytes, it says
+        AD_MEMORY_BARRIER();  // GCC 12 believes that only 8 of these 64 bytes are read
         _tile_loadconfig(&config);
     }
     ~MatrixUnit() { _tile_release(); }
@@ -44,8 +44,8 @@ class MatrixUnit {
 };
 
 // c [2 TILE][W] = a b over `depth` channels. a [2 TILE][lda] and b [depth / 2][W][2] have one part or both.
-// Four products are under way at once, each waiting 52 cycles for the one before; a tile is loaded for 3 in 4 of them.
-// `meanwhile` is called once per DEPTH channels: vector work that the core does while the unit multiplies.
+// Four products run at once, each waiting 52 cycles for the one before; 3 in 4 of them load a tile. `meanwhile` is
+// called once per DEPTH channels: vector work for the core while the unit multiplies.
 template <int A_PARTS, int B_PARTS, class F>
 AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int64_t depth, F&& meanwhile) {
     constexpr bool wide = W == 2 * TILE;
@@ -64,7 +64,7 @@ AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int
         if (wide) _tile_dpbf16ps(2, 4, 7);
         if (wide) _tile_dpbf16ps(3, 5, 7);
     };
-    AD_MEMORY_BARRIER();  // GCC's tile loads do not say that they read memory
+    AD_MEMORY_BARRIER();  // GCC does not know that tile loads read memory
     _tile_zero(0);
     _tile_zero(1);
     if (wide) _tile_zero(2);
@@ -95,8 +95,8 @@ AD_INLINE void product(float* c, int64_t ldc, Parts a, int64_t lda, Parts b, int
     product<A_PARTS, B_PARTS>(c, ldc, a, lda, b, depth, [] {});
 }
 
-// The unit goes to sleep after less than a microsecond, and takes as long to be at full speed again: a product that nobody
-// reads keeps it awake between others. All of a prefill: 1.04 to 1.05 times as fast.
+// The unit goes to sleep after less than a microsecond, and takes as long to reach full speed again. A product
+// without use keeps it awake between others: a whole prefill is 1.04 to 1.05 times as fast.
 AD_INLINE void stay_awake() { _tile_dpbf16ps(0, 4, 6); }
 
 // The two parts of 2 L numbers, interleaved: a0 b0 a1 b1 ... with `pairs`, else a0 a1 .. b0 b1 ..

@@ -1,5 +1,5 @@
-// Functions of libtorch that neither its stable ABI nor its headers for extensions offer to a build that serves every
-// release: looked up by name where they are there. Whoever finds none takes a longer way.
+// Functions of libtorch that are neither in its stable ABI nor in headers that serve every release. They are looked
+// up by name. Code that does not find one takes a slower path.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -10,14 +10,14 @@
 
 namespace anydelta {
 
-// A function of the library that holds `inside`, or of one that it was linked with; null where there is none.
+// A function of the library that contains `inside`, or of one that it was linked with; null if there is none.
 template <class F>
 F torch_symbol(const void* inside, const char* name) {
 #if defined(_WIN32)
     (void)inside, (void)name;
     return nullptr;
 #else
-    Dl_info here;  // by way of that library, which Python may have loaded for itself alone
+    Dl_info here;  // through that library: Python may have loaded it privately
     if (!inside || !dladdr(inside, &here)) return nullptr;
     void* const library = dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<F>(dlsym(library, name)) : nullptr;

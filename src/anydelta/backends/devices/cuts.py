@@ -1,7 +1,7 @@
 """Kernel variants ("cuts") for OpenCL and SYCL, and how a call is launched.
 
-A cut says how the kernel is divided for a device: how many work-items share a column, how many columns each has.
-params.py packs the arguments of a call.
+A variant divides the kernel for a device: how many work-items share a column, how many columns each has. params.py
+packs the arguments of a call.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class CutDevice(Device):
     """A device of one of the two backends. Its __init__ ends with `settle`.
 
     Attributes:
-        kernel: the cut in use, one of `kernels()`.
-        memory: how host arrays reach it, one of `memories`; the first is the default.
-        errors: what the driver's functions raise.
+        kernel: the variant in use, one of `kernels()`.
+        memory: how host arrays reach the device, one of `memories`; the first is the default.
+        errors: the exceptions of the driver's functions.
     """
 
     kernel: str
@@ -47,7 +47,7 @@ class CutDevice(Device):
     errors: tuple[type[Exception], ...]
 
     def settle(self, memories: Sequence[str]) -> None:
-        """Choose kernel and memory: those of the environment variables, or the first that the device offers."""
+        """Choose kernel and memory: from the environment variables, or the first that the device offers."""
         self.lock, self.memories = threading.Lock(), memories
         env = f"ANYDELTA_{self.kind.upper()}"
         forced = os.environ.get(f"{env}_MEMORY")
@@ -62,15 +62,15 @@ class CutDevice(Device):
 
     @abstractmethod
     def kernels(self) -> list[str]:
-        """The cuts of the kernel that this device can run; the default comes first."""
+        """The variants of the kernel that this device can run; the default comes first."""
 
     def refuses_rows(self, spec: CallSpec) -> str:
-        """Why no cut of the kernel holds the call's rows of K; "" if one does."""
+        """Why no variant of the kernel holds the call's rows of K; "" if one does."""
         return ""
 
     @abstractmethod
     def variant(self, spec: CallSpec) -> tuple[object, int]:
-        """The cut for a call, and how many work-groups it takes."""
+        """The variant for a call, and its number of work-groups."""
 
     def force(self, kernel: str, who: str) -> None:
         if kernel not in self.kernels():
@@ -81,7 +81,7 @@ class CutDevice(Device):
 
     @contextmanager
     def driver(self) -> Iterator[None]:
-        """Turns the driver's errors into one sentence, and remembers a lost device."""
+        """Turns the driver's errors into one sentence each, and remembers a lost device."""
         try:
             yield
         except DeviceError:
@@ -101,15 +101,15 @@ D = TypeVar("D", bound=CutDevice)
 
 
 class CutRoster(Roster[D]):
-    """The devices of a backend whose kernel comes in cuts."""
+    """The devices of a backend whose kernel has variants."""
 
     def isas(self) -> list[str]:
-        """The cuts of the kernel that the default device can run, its default last."""
+        """The variants of the kernel that the default device can run, its default last."""
         return self.default().kernels()[::-1]
 
     @contextmanager
     def forced_isa(self, name: str) -> Iterator[None]:
-        """Run one cut of the kernel on the default device inside the block.
+        """Run one variant of the kernel on the default device inside the block.
 
         Raises:
             ValueError: the device cannot run it; the text lists those it can.
@@ -123,7 +123,7 @@ class CutRoster(Roster[D]):
             device.kernel = before
 
     def describe(self) -> dict[str, object]:
-        """For `anydelta info`."""
+        """Facts for `anydelta info`."""
         default = self.default()
         out: dict[str, object] = {"default": default.name, "kernel": default.kernel}
         for index in range(len(self.labels())):
@@ -136,7 +136,7 @@ class CutRoster(Roster[D]):
 
 
 class Plan:
-    """What a call needs besides addresses: its Params, and for each cut its work-groups."""
+    """What a call needs besides addresses: its Params, and the work-groups of each variant."""
 
     __slots__ = ("converts", "cuts", "device", "memory", "tail")
 
@@ -150,12 +150,12 @@ class Plan:
 
 
 class CutBackend(ABC, Generic[D]):
-    """A backend over such devices."""
+    """A backend of such devices."""
 
     name: str
     title: str
     also: tuple[str, ...] = ()
-    """torch devices whose tensors it takes in place."""
+    """torch devices whose tensors it reads and writes directly."""
 
     def __init__(self, roster: CutRoster[D]):
         self.roster = roster
@@ -169,7 +169,7 @@ class CutBackend(ABC, Generic[D]):
         )  # fmt: skip
 
     def device(self, spec: CallSpec) -> D:
-        """Where a call runs."""
+        """The device that runs a call."""
         return self.roster.opened[spec.resident] if spec.resident else self.roster.default()
 
     def takes_rows(self, spec: CallSpec) -> str:
@@ -213,11 +213,11 @@ class CutBackend(ABC, Generic[D]):
 
     @abstractmethod
     def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Any, groups: int) -> None:
-        """Run the cut on the call's arrays and wait."""
+        """Run the variant on the call's arrays and wait."""
 
 
 def host_bytes(spec: CallSpec) -> tuple[list[int], list[int]]:
-    """Bytes of the host arrays of a call, inputs and results, each a multiple of 64; small ones in one sum."""
+    """Bytes of the host arrays of a call, inputs and results, each rounded up to 64; small arrays as one sum."""
     B, T, HV = spec.B, spec.T, spec.HV
     item = ITEMSIZE[spec.dtype]
     gates = B * T * HV * (spec.K if spec.kda else 1)
@@ -237,23 +237,23 @@ def host_bytes(spec: CallSpec) -> tuple[list[int], list[int]]:
 
 
 def padded(K: int, sizes: Sequence[int]) -> int:
-    """The head size that a kernel is built for, of `sizes` or beyond them a multiple of 64, which holds K rows."""
+    """The head size of the kernel that holds K rows: the next of `sizes`, or beyond them the next multiple of 64."""
     return next((n for n in sizes if n >= K), -(-K // 64) * 64)
 
 
 def cpu_columns(width: int, rows: int) -> tuple[int, int]:
-    """(floats of a vector, vectors) of a work-item, which is one core's thread: vectors as wide as its registers,
-    enough of them that a broadcast k or q serves several FMAs, and a panel of at most 32 KiB, which stays in L1."""
+    """(floats of a vector, vectors) of a work-item that is one core's thread. Vectors are as wide as its registers, and
+    numerous enough for a broadcast k or q to serve several FMAs. The panel has at most 32 KiB, so it stays in L1."""
     vec = min(max(width, 4), 16)
     return vec, max(1, min(4, 8192 // (rows * vec)))
 
 
 class Packing:
-    """The places of a call's host arrays in two pieces of staging memory, inputs and results, each a multiple of 64.
+    """The places of a call's host arrays in two pieces of staging memory, inputs and results, each 64-byte aligned.
 
     Attributes:
         taken, given: (number in ARRAYS, host array, offset, bytes) of inputs and of results.
-        nbytes_in, nbytes_out: of the two pieces.
+        nbytes_in, nbytes_out: sizes of the two pieces.
     """
 
     def __init__(self, spec: CallSpec, call: Call):
@@ -274,9 +274,9 @@ class Packing:
                 self.nbytes_in += -(-nbytes // 64) * 64
 
     def load(self, inputs: Bytes, results: Bytes) -> tuple[int, bool]:
-        """Pack the inputs, and those results that the call writes in part only and whose rest must not change.
+        """Pack the inputs, and results that the call writes only in part: the rest must not change.
 
-        Returns (bytes that cross to the device, whether some of them are results).
+        Returns (bytes copied to the device, whether some of them are results).
         """
         spec, crossing, kept = self._spec, 0, False
         for _, x, offset, nbytes in self.taken:
@@ -290,7 +290,7 @@ class Packing:
         return crossing, kept
 
     def store(self, results: Bytes) -> int:
-        """Copy the results to the host arrays. Returns the bytes."""
+        """Copy the results to the host arrays. Returns the number of bytes."""
         crossing = 0
         for _, x, offset, nbytes in self.given:
             bits = as_bits(x)

@@ -14,9 +14,8 @@ from pathlib import Path
 def load_triton_first() -> None:
     """Call this before loading a driver that may bring its own LLVM. Takes 0.2 s if triton is installed.
 
-    libtriton.so contains an LLVM and exports its symbols. Loaded after Mesa's libLLVM by way of wgpu-native, its
-    start-up code binds to that other version, and `import triton` crashes with SIGSEGV. In this order each uses its
-    own.
+    libtriton.so contains an LLVM and exports its symbols. If wgpu-native has loaded Mesa's libLLVM before, libtriton's
+    start-up code binds to that version, and `import triton` crashes with SIGSEGV. In this order each uses its own.
     """
     if "triton" in sys.modules or sys.platform != "linux":
         return
@@ -24,5 +23,5 @@ def load_triton_first() -> None:
     for folder in (found.submodule_search_locations or ()) if found else ():
         library = Path(folder) / "_C" / "libtriton.so"
         if library.is_file():
-            with contextlib.suppress(OSError):  # a Triton that does not load harms nobody
+            with contextlib.suppress(OSError):  # a Triton that does not load does no harm
                 ctypes.CDLL(str(library))

@@ -34,7 +34,7 @@ def params_of(spec: CallSpec, call: Call, dense: bool, converts: tuple[str, ...]
         return (*packed, *[0] * (rank - len(packed)))
 
     def state(x: Array, lead: int) -> tuple[int, ...]:
-        """[.., h, K, V] whatever the layout."""
+        """Strides [.., h, K, V], whatever the layout."""
         st = strides(x, lead + 3)
         return st if opt.state_layout == "kv" else (*st[:-2], st[-1], st[-2])
 
@@ -76,7 +76,7 @@ def _small_type(x: Array) -> int:
 
 
 def as_float32(x: Array) -> Array:
-    """float64 gates in the type they are computed in, C-contiguous."""
+    """float64 gates as float32, the type they are computed in, C-contiguous."""
     if framework_of(x) == "torch":
         return x.float().contiguous()
     return np.ascontiguousarray(x, np.float32)

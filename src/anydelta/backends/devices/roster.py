@@ -14,14 +14,14 @@ D = TypeVar("D", bound=Device)
 
 
 class Roster(Generic[D]):
-    """The devices of a backend, in the order in which they are numbered; each is opened once."""
+    """The devices of a backend, in the order of their numbers. Each is opened once."""
 
     def __init__(
         self, kind: str, title: str, labels: Callable[[], Sequence[str]], make: Callable[[str, int], D]
     ):
         self.kind, self.title, self.labels, self._make = kind, title, labels, make
         self.opened: dict[str, D] = {}
-        """By name."""
+        """Opened devices by name."""
         self._lock = threading.Lock()
 
     def open(self, index: int) -> D:
@@ -43,7 +43,7 @@ class Roster(Generic[D]):
             return self.opened[name]
 
     def default(self) -> D:
-        """Where calls with host arrays run: ANYDELTA_<KIND>_DEVICE, or the first device."""
+        """The device for calls with host arrays: ANYDELTA_<KIND>_DEVICE, or the first one."""
         env = f"ANYDELTA_{self.kind.upper()}_DEVICE"
         wanted = os.environ.get(env, "0")
         if wanted.isdigit():

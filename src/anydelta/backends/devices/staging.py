@@ -1,9 +1,9 @@
 """Shared by Vulkan and WebGPU: the layout of a host call for a device, and the steps around a launch.
 
-A call is one buffer of inputs and one of outputs, dense and aligned. Inputs are copied straight into the former,
-whatever their strides: q and k with K padded by zeros to KP, v with an even number of columns (so that 16-bit values
-pair up in words), gates in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices)
-travels with each call.
+A call has one buffer of inputs and one of outputs, dense and aligned. Inputs are copied straight into the first one,
+whatever their strides: q and k with K zero-padded to KP, v with an even number of columns (so that 16-bit values fill
+words in pairs), gates in float32, the mask and the indices as 32-bit integers. Small metadata (cu_seqlens, indices) is
+copied with each call.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..accepts import EITHER, RULE_CALLS
 from .structs import CALL, OF_OPTIONS, flags
 
 ALIGN = 16
-"""Bytes: alignment of a field, that of a vec4."""
+"""Alignment of a field in bytes, that of a vec4."""
 WORKGROUP = 64
-"""Invocations: two subgroups of 32, one of 64. More would divide the work less evenly."""
+"""Invocations of a workgroup: two subgroups of 32, or one of 64. More would divide the work less evenly."""
 MAX_K = 4096
-"""32 lanes of 128 rows in registers."""
+"""32 lanes, each with 128 rows in registers."""
 MAX_LAUNCHES = 256
 """Prepared launches that a device keeps; a decode loop needs one per layer."""
 DTYPES = ("float32", "bfloat16", "float16")
-"""Numbers of the dtypes, as DTYPE in the shaders."""
+"""Dtypes by their number in the shaders (DTYPE)."""
 _OFFSETS = {"cu_seqlens": "cu", "state_indices": "indices", "snapshot_indices": "rows"}
-"""Members of Call with the offsets of these inputs; the other inputs' members have their names."""
+"""Members of Call that hold the offsets of these inputs. Other inputs' members have the inputs' names."""
 
 Bytes = NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ class Field:
 
     name: str
     offset: int
-    """In bytes."""
+    """Bytes from the start of the buffer."""
     shape: tuple[int, ...]
     dtype: type[np.generic]
     used: int
@@ -59,12 +59,12 @@ class Field:
 
 
 def lanes_of(groups: int, subgroup: int, cpu: bool) -> int:
-    """Invocations that share a column of S, for `groups` groups of four rows and subgroups of that size.
+    """Invocations that share a column of S, for `groups` groups of four rows and subgroups of size `subgroup`.
 
-    A lane of a GPU holds 16 rows, so that a head of K = 128 keeps its state in 16 registers of 8 V invocations; the
-    float4 loads of a subgroup then cover 128 bytes of k. On a CPU driver a subgroup is one SIMD register, each lane's
-    load is a scalar one, and unrolled code takes long to compile (for K = 128 with one lane per column over a minute,
-    with eight below a second on lavapipe): all lanes share a column.
+    A lane of a GPU holds 16 rows, so a head of K = 128 keeps its state in 16 registers of 8 V invocations. The float4
+    loads of a subgroup then cover 128 bytes of k. On a CPU driver a subgroup is one SIMD register, each lane's load is
+    scalar, and unrolled code compiles slowly (on lavapipe, K = 128 with one lane per column takes over a minute, with
+    eight below a second). So there all lanes share a column.
     """
     most = min(subgroup, 32)
     if cpu:
@@ -79,8 +79,8 @@ class Layout:
     """The places of a call's inputs and output. `wide_output`: o is float32 on the device and rounded here.
 
     Attributes:
-        offsets: of each input, in bytes; 0 for those that the call does not have.
-        nbytes_in, nbytes_out: of the two buffers.
+        offsets: of each input, in bytes; 0 for absent inputs.
+        nbytes_in, nbytes_out: sizes of the two buffers.
     """
 
     def __init__(self, spec: CallSpec, KP: int, *, wide_output: bool = False):
@@ -127,7 +127,7 @@ class Layout:
         ))  # fmt: skip
 
     def views(self, inputs: Bytes) -> list[tuple[str, NDArray[np.generic], NDArray[np.generic] | None]]:
-        """(name, where its values go, its padding) per field of a buffer, made once per buffer."""
+        """(name, view of its values, view of its padding) per field of a buffer, made once per buffer."""
         out = []
         for f in self.fields:
             view = f.view(inputs)
@@ -160,8 +160,8 @@ class Layout:
 
 
 def as_numpy(x: Array, *, bits: bool = False) -> NDArray[np.generic]:
-    """A host array as NumPy, without a copy; `bits`: a half type as uint16. bfloat16 to be converted, which NumPy
-    lacks, becomes float32."""
+    """A host array as NumPy, without a copy. `bits`: a half type as uint16. NumPy lacks bfloat16: if it must be
+    converted, the result is float32."""
     if framework_of(x) == "numpy":
         out: NDArray[np.generic] = x.view(np.uint16) if bits else x
         return out
@@ -199,7 +199,7 @@ class HostStates:
             self.state.write(rows)
 
     def download(self, spec: CallSpec, call: Call) -> None:
-        """Copy back what the call changes."""
+        """Copy back the arrays that the call changes."""
         if not spec.N:
             return
         live = np.asarray(call.state_indices) >= 0 if spec.pooled else np.ones(spec.N, bool)
@@ -242,7 +242,7 @@ def _index(mask: NDArray[np.bool_], torch: bool) -> Array:
 
 
 def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool) -> int:
-    """The shader's flags: bit i is names[i] of the call; `own` are those of one backend."""
+    """The shader's flags: bit i is names[i] of the call. `own` are flags of one backend."""
     opt = spec.options
     on = {
         "packed": spec.packed,
@@ -263,14 +263,14 @@ def flag_bits(names: Sequence[str], spec: CallSpec, layout: Layout, **own: bool)
 
 class _Launch(Protocol):
     serials: frozenset[int]
-    """The allocations that it names."""
+    """The allocations that the launch uses."""
 
 
 L = TypeVar("L", bound=_Launch)
 
 
 class Launches(Generic[L]):
-    """Prepared launches (recorded, bound), by what they depend on; the oldest are dropped first."""
+    """Prepared launches (recorded, bound), by everything they depend on. The oldest are dropped first."""
 
     def __init__(self, drop: Callable[[L], None]):
         self._drop = drop
@@ -281,14 +281,14 @@ class Launches(Generic[L]):
 
     def get(self, key: object, make: Callable[[], L]) -> L:
         found = self._kept.pop(key, None) or make()
-        self._kept[key] = found  # the latest used is last
+        self._kept[key] = found  # the most recently used is last
         if len(self._kept) > MAX_LAUNCHES:
             self._drop(self._kept.pop(next(iter(self._kept))))
         return found
 
     def forget(self, serial: int) -> None:
-        """An allocation is freed: drop the launches that name it."""
-        for key in tuple(self._kept):  # a finaliser may call this in the middle
+        """Drop the launches that use an allocation, which is freed."""
+        for key in tuple(self._kept):  # a copy: a finaliser may call this during the loop
             if (launch := self._kept.get(key)) is not None and serial in launch.serials:
                 self._drop(self._kept.pop(key))
 
@@ -300,7 +300,7 @@ class Launches(Generic[L]):
 class StagedBackend(ABC):
     """A backend whose calls are staged, and whose shaders take any K up to MAX_K.
 
-    Its devices say what a driver takes: `most_bytes` of a buffer; `max_groups`, workgroups along each axis.
+    Its devices give the driver's limits: `most_bytes` of a buffer, `max_groups` workgroups along each axis.
     """
 
     name: str
@@ -312,7 +312,7 @@ class StagedBackend(ABC):
     @property
     def accepts(self) -> Accepts:
         said = f"takes host arrays, and states on the host or on {self.name}; got {{where}}"
-        host = "takes q, k, v, g and beta on the host, from where it stages them; got them on the device"
+        host = "takes q, k, v, g and beta on the host and stages them; got them on the device"
         return RULE_CALLS.but(
             framework=Row(("torch", "numpy", "mlx"), host), device=Row(("cpu", self.name), said), K=UpTo(MAX_K),
             snapshot_rows=EITHER, limits=(*RULE_CALLS.limits, self.takes_grid, self.takes_bytes),

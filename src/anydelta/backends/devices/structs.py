@@ -26,7 +26,7 @@ TYPES: dict[str, dict[str, str]] = {
     "glsl": {"i": "int", "I": "uint", "f": "float"},
     "wgsl": {"i": "i32", "I": "u32", "f": "f32"},
 }
-"""A language's name of a number, by its letter in Python's struct."""
+"""Each language's names of number types, by their letters in Python's struct."""
 
 
 class Struct:
@@ -49,7 +49,7 @@ class Struct:
         return self._packer.pack(*flat)
 
     def text(self, language: str) -> str:
-        """The members as a device's language declares them."""
+        """The members, declared in a device's language."""
         types, end = TYPES[language], "," if language == "wgsl" else ";"
         lines = []
         for letter, name, n in self.members:
@@ -63,7 +63,7 @@ class Struct:
 
 
 def bits(names: Sequence[str], form: str) -> str:
-    """Constants of a field of flags, the first the lowest: `form` has places for {name} and {value}."""
+    """Constants of a field of flags, the lowest bit first. `form` has places for {name} and {value}."""
     return "".join(form.format(name=name.upper(), value=1 << i) + "\n" for i, name in enumerate(names))
 
 
@@ -91,7 +91,7 @@ PARAMS = Struct(
     ("i", "cu64", 1), ("i", "indices64", 1), ("i", "rows64", 1), ("i", "out_dense", 1), ("i", "flags", 1),
     ("f", "scale", 1), ("f", "eps", 1), ("f", "lower_bound", 1), ("f", "padding", 1),
 )  # fmt: skip
-"""Params of OpenCL, SYCL and Metal. k_rows is K, a macro there."""
+"""Params of OpenCL, SYCL and Metal. k_rows is K, because K is a macro there."""
 
 CALL = Struct(
     ("I", "T", 1), ("I", "H", 1), ("I", "HV", 1), ("I", "K", 1), ("I", "V", 1), ("I", "N", 1), ("I", "Ks", 1),
@@ -117,4 +117,4 @@ METAL_FLAGS = (
 )  # fmt: skip
 
 OF_OPTIONS = {"logit": "beta_is_logit", "l2norm": "qk_l2norm"}
-"""The options that are members or flags as they are, by their names there."""
+"""The options that become members or flags unchanged, by their names there."""

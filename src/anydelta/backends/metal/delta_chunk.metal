@@ -5,18 +5,19 @@
 //     S   = S + k_t d_t^T               update
 //     o_t = scale * S^T q_t             output   reads the updated state
 //
-// Shapes and strides: see shared.metal, which the host puts before this text. All sums are in float32. With G_i the sum
+// Shapes and strides: shared.metal, which the host puts before this text. All sums are in float32. With G_i the sum
 // of the log decays of tokens 1 .. i of a chunk, and S the state before it (the WY form of arXiv 2412.06464):
 //
 //     A_ij = beta_i sum_k k_i k_j exp(G_i - G_j)  j < i     U_i = beta_i (v_i - S^T (exp(G_i) k_i)) - sum_j A_ij U_j
 //     B_ij = scale  sum_k q_i k_j exp(G_i - G_j)  j <= i    o_i = scale S^T (exp(G_i) q_i) + sum_j B_ij U_j
 //     S    = diag(exp(G_8)) S + sum_j (exp(G_8 - G_j) k_j) U_j^T
 //
-// Every exponent is <= 0. A token that is masked, or beyond the end, has k = q = v = beta = 0 and decays nothing.
+// Every exponent is <= 0. A token that is masked, or beyond the end, has k = q = v = beta = 0 and no decay.
 //
-// A threadgroup of 4 simdgroups owns 32 columns of one head of one sequence; simdgroup s has 8 of them, K / 8 matrices of
-// the state, in registers for all chunks. k, q and the gates of a chunk lie in threadgroup memory (12 KiB for K = 128, 20
-// for KDA, of 32). 8 tokens: the edge of a simdgroup matrix, and a triangular solve short enough for one lane per column.
+// A threadgroup of 4 simdgroups owns 32 columns of one head of one sequence. Simdgroup s has 8 of them: K / 8
+// matrices of the state, in registers for all chunks. k, q and the gates of a chunk are in threadgroup memory (12 KiB
+// for K = 128, 20 for KDA, of 32). Why 8 tokens: a simdgroup matrix has 8 rows, and the triangular solve is short
+// enough for one lane per column.
 #include <metal_simdgroup_matrix>
 
 constant constexpr int C = 8, SIMDGROUPS = 4, TILES = KP / 8;
@@ -30,7 +31,7 @@ struct Scratch {
     float w[SIMDGROUPS][C * 8], o[SIMDGROUPS][C * 8], u[SIMDGROUPS][C * 8];  // of a simdgroup's 8 columns
 };
 
-// One matrix of the state, through 64 floats of threadgroup memory that the simdgroup has for itself.
+// One matrix of the state, through 64 floats of threadgroup memory that belong to the simdgroup.
 inline void load_tile(thread simdgroup_float8x8& S, threadgroup float* mine, device const uchar* base, long at, long sk, long sv,
                       int row, int c, int V, bool any, int lane) {
     for (int e = lane; e < 64; e += 32) {
@@ -115,7 +116,7 @@ inline void load_chunk(Ref P, thread const Arrays& a, thread const Work& w, thre
     }
 }
 
-// A and B of GDA: sum_k x_i k_j of all pairs is one product, of which simdgroup 0 makes A and simdgroup 1 makes B.
+// A and B of GDA: sum_k x_i k_j of all pairs is one product. Simdgroup 0 computes A, simdgroup 1 computes B.
 template <typename Ref>
 inline void pairs_by_product(Ref P, threadgroup Scratch& s, thread const float (&G)[C], int simdgroup, int lane) {
     if (simdgroup > 1) return;
@@ -137,7 +138,7 @@ inline void pairs_by_product(Ref P, threadgroup Scratch& s, thread const float (
     }
 }
 
-// A and B of KDA, where every pair has its own decays: 36 pairs, in turn by the simdgroups.
+// A and B of KDA, where every pair has its own decays: 36 pairs, distributed over the simdgroups.
 template <typename Ref>
 inline void pairs_by_sums(Ref P, threadgroup Scratch& s, int simdgroup, int lane) {
     int number = 0;

@@ -7,18 +7,18 @@
 //
 // Shapes and strides: see shared.metal, which the host puts before this text. All sums are in float32.
 //
-// A simdgroup of 32 lanes owns WIDTH columns of S (the axis V) of one head of one sequence. Columns never meet. LANES
-// neighbouring lanes share a pair of columns: lane r of them holds the rows 4 (j LANES + r) .. + 3 for j < GROUPS, so that
-// neighbours read neighbouring 16 bytes of k and q, and a row of k that is loaded serves two columns.
+// A simdgroup of 32 lanes owns WIDTH columns of S (the axis V) of one head of one sequence. Columns are independent.
+// LANES neighbouring lanes share a pair of columns: lane r has the rows 4 (j LANES + r) .. + 3 for j < GROUPS. So
+// neighbours read neighbouring 16 bytes of k and q, and a loaded row of k serves two columns.
 //
 // K = 128: 64 of S and 32 of k, of the 128 registers that a lane has. More lanes per column would mean more shuffles
-// and more loads of k and q per column; fewer would not fit.
+// and more loads of k and q per column. Fewer lanes would not have enough registers.
 constant constexpr int LANES = KP <= 128 ? 4 : 8;
 constant constexpr int GROUPS = KP / (4 * LANES);
 constant constexpr int WIDTH = 32 / LANES * 2;
 
-// Sum over the LANES lanes of a pair. Each step halves what is left to add: first a lane gives away the column that its
-// neighbour will finish. Lane r ends with the sum of column r % 2.      y_c = sum_r x_c(r)
+// Sum over the LANES lanes of a pair. Each step halves the number of values to add: first a lane passes on the column
+// that its neighbour will finish. Lane r ends with the sum of column r % 2.      y_c = sum_r x_c(r)
 inline float finish(float2 x, int r) {
     const bool odd = r & 1;
     float mine = (odd ? x.y : x.x) + simd_shuffle_xor(odd ? x.x : x.y, ushort(1));
@@ -85,7 +85,7 @@ inline void write_state(thread const float2 (&S)[GROUPS][4], device uchar* base,
     }
 }
 
-// Ref: a reference to Params in the address space where the host has it. panel: which WIDTH columns.
+// Ref: a reference to Params in the host's address space. panel: the number of the WIDTH columns.
 template <typename Ref>
 inline void advance(Ref P, thread const Arrays& a, int panel, int h, int n, int lane) {
     const int V = P.V;

@@ -1,5 +1,5 @@
 // The entry point for hosts that bind buffers by number: torch.mps.compile_shader. Grid: panels of columns, HV, N.
-// (mx.fast.metal_kernel writes the signature itself: launch.py has the body that it takes.)
+// (mx.fast.metal_kernel writes the signature itself: mlx_host.py has the body.)
 kernel void gated_delta_rule(
     constant Params& P [[buffer(0)]],
     device const uchar* q [[buffer(1)]], device const uchar* k [[buffer(2)]], device const uchar* v [[buffer(3)]],

@@ -1,8 +1,8 @@
 """Metal for PyTorch: mps tensors, without a copy, on torch's own stream. Kernels: backends/metal, which torch compiles.
 
-`torch.mps.compile_shader` compiles one text per head size and set of types when it is first needed, in the process.
-Nothing here waits for the device: the kernel reads what depends on data (where packed sequences begin, which rows of a
-pool are skipped). Tests replace torch.mps by an emulator (`emulated`), so this file runs on Linux too.
+`torch.mps.compile_shader` compiles one text per head size and set of types in the process, when it is first needed.
+Nothing here waits for the device: the kernel itself reads what depends on data (the bounds of packed sequences, skipped
+rows of a pool). Tests replace torch.mps by an emulator (`emulated`), so this file runs on Linux too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DENSE = ("q", "k", "v", "g")
 """Arrays whose last axis the kernels read in groups of four."""
 
 CHUNK_ENV = "ANYDELTA_METAL_CHUNK"
-"""1: long prompts run in chunks. 0: token by token. Unset: the faster one in the first call of the shape."""
+"""1: long prompts run in chunks. 0: token by token. Unset: whichever is faster in the first call of the shape."""
 
 _emulator: ModuleType | None = None
 _libraries: dict[tuple[ModuleType, str], Any] = {}
@@ -76,7 +76,7 @@ def _host() -> ModuleType:
 
 
 def isas() -> list[str]:
-    """The kernels that can be forced: "tokens" one by one, or "chunks" of them wherever these fit."""
+    """The kernels that can be forced: "tokens", one by one, or "chunks", for all calls that it can run."""
     return ["tokens", "chunks"]
 
 
@@ -101,7 +101,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 class _Kernels:
-    """The launches of a plan, by one of the two kernels, compiled."""
+    """The compiled launches of a plan, with one of the two kernels."""
 
     def __init__(self, spec: CallSpec, call: Call, copies: tuple[str, ...], chunked: bool):
         launches = Launches(spec, call, copies, chunked=chunked)
@@ -127,7 +127,7 @@ class _Plan:
         self.kernels: dict[str, _Kernels] = {}
 
     def using(self, spec: CallSpec, call: Call) -> _Kernels:
-        """The kernels that are forced now, or those that were faster in the first call."""
+        """The forced kernels, or those that were faster in the first call."""
         found = self.kernels.get(_forced)
         if found is None:
             chunked = chunks_fit(spec, 1) if _forced == "chunks" else not _forced and _chosen(spec, call)
@@ -146,13 +146,13 @@ def _chosen(spec: CallSpec, call: Call) -> bool:
     if wanted == "1":
         return True
     if _emulator is not None:
-        return False  # its times say nothing
+        return False  # times in the emulator mean nothing
     key = (call.q.device, spec.K, spec.V, spec.kda, spec.dtype)
     if key not in _best:
         try:
             times = measure_chunks(spec, call)
             _best[key] = times[True] < times[False]
-        except (RuntimeError, SyntaxError) as error:  # of Metal's compiler
+        except (RuntimeError, SyntaxError) as error:  # from Metal's compiler
             _best[key] = False
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(
@@ -252,7 +252,7 @@ class Metal:
             arrays = []
             for name in launch.arrays:
                 x = carry if name == "carry" else getattr(call, name) if name else some
-                # an absent array is bound, and not touched
+                # an absent array is bound but not touched
                 arrays.append(some if x is None or not x.numel() else x)
             kernel(list(launch.params), *arrays, threads=launch.threads, group_size=launch.group_size)
 

@@ -1,4 +1,4 @@
-"""From a call to its Metal launches: the text to compile, the bytes of Params, the arrays, the grid.
+"""Turns a call into Metal launches: the text to compile, the bytes of Params, the arrays, the grid.
 
 Nothing here touches a device, so PyTorch, MLX and the tests' emulator share it.
 """
@@ -17,16 +17,16 @@ from ..devices.params import TYPE, dense_strides, params_of
 from ..devices.structs import METAL_FLAGS, PARAMS, bits, flags
 
 MAX_K = 256
-"""Rows of a state that fit the registers of the lanes that share a column: 8 lanes of 32 rows of two columns."""
+"""The most rows of a state in registers: 8 lanes share two columns, each with 32 rows."""
 THREADS = 128
-"""Of a threadgroup: four simdgroups."""
+"""Threads of a threadgroup: four simdgroups."""
 ARRAYS = (
     "q", "k", "v", "g", "beta", "state_in", "A_log", "dt_bias", "mask", "cu_seqlens", "state_indices",
     "snapshot_indices", "o", "state_out", "snapshots",
 )  # fmt: skip
-"""The order of the kernels' buffers behind Params."""
+"""The order of the kernels' buffers after Params."""
 CHUNK_MIN_TOKENS = 64
-"""Tokens per sequence, on average: eight chunks. Below, the setup costs more than it saves."""
+"""The least tokens per sequence on average for chunks: eight chunks. For fewer, the setup costs more than it saves."""
 MAX_SCRATCH = 32768
 """Bytes of threadgroup memory that every Apple GPU has."""
 
@@ -64,7 +64,7 @@ def source(
     state_out: int,
     entry: str = "entry",
 ) -> str:
-    """The text of a kernel for these sizes and types (as backends/params.py counts them)."""
+    """The text of a kernel for these sizes and types (numbered as in devices/params.py)."""
     macros = {
         "K": K, "KDA": int(kda), "QKV": qkv, "GATE": gate, "STATE_IN": state_in, "STATE_OUT": state_out,
     }  # fmt: skip
@@ -99,8 +99,8 @@ class Launches:
 
     Args:
         copies: arrays that are copied before the call, dense.
-        dense: whether all of them will be, as MLX makes them.
-        chunked: whether the prompt runs in chunks (`chunks_fit`). The last tokens, whose states are asked for, then go
+        dense: whether all arrays will be dense, as MLX makes them.
+        chunked: whether the prompt runs in chunks (`chunks_fit`). The last tokens, whose states are wanted, then run
             one by one in a second launch, from the state that the first leaves in "carry" [N, HV, K, V] float32.
     """
 

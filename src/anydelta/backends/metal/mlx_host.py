@@ -1,8 +1,8 @@
 """Metal for MLX: arrays whose stream runs on an Apple GPU, through mx.fast.metal_kernel. Kernels: backends/metal.
 
 A call becomes part of MLX's graph and runs when MLX does. mx.fast.metal_kernel writes the kernel's signature and makes
-its inputs contiguous. This file adds the body, which calls `run` of the .metal files, and new arrays for the outputs.
-Tests replace mx.fast by an emulator (`emulated`), so this file runs on Linux too.
+its inputs contiguous. This file adds the body, which calls `run` of the .metal files, and allocates the outputs. Tests
+replace mx.fast by an emulator (`emulated`), so this file runs on Linux too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _OUTPUTS = ("o", "state_out", "snapshots")
 _MIN_DEVICE = 8
-"""MLX passes smaller arrays in constant memory, which the kernels do not read."""
+"""MLX passes arrays with fewer elements in constant memory, which the kernels cannot read."""
 
 _emulator: ModuleType | None = None
 _kernels: dict[tuple[object, ...], object] = {}
@@ -59,7 +59,7 @@ class _Plan:
 
 
 class MetalForMlx:
-    """The metal backend's host for MLX arrays. `run_lazily` takes the place of `run`: see anydelta.mlx."""
+    """The metal backend's host for MLX arrays. `run_lazily` replaces `run`: see anydelta.mlx."""
 
     name = "metal"
     mlx = True
@@ -82,7 +82,7 @@ class MetalForMlx:
         )  # fmt: skip
 
     def prepare(self, spec: CallSpec, call: Call) -> dict[bool, _Plan]:
-        return {}  # by whether the prompt runs in chunks, made when first needed
+        return {}  # by "runs in chunks"; filled when first needed
 
     def run_lazily(self, plans: dict[bool, _Plan], spec: CallSpec, call: Call) -> list[mx.array]:
         """o, then the final state and the snapshots if the call has them, not yet computed.
@@ -118,7 +118,7 @@ def _has_tokens(spec: CallSpec) -> str:
 
 
 def _chunked(spec: CallSpec) -> bool:
-    """Only if forced. With snapshots, the last tokens would need a second launch whose outputs must be merged."""
+    """Chunks run only if forced. With snapshots, they would need a second launch, and its outputs merging."""
     if spec.snapshots:
         return False
     if metal._forced:
@@ -141,7 +141,7 @@ def _plan(spec: CallSpec, call: Call, chunked: bool) -> _Plan:
 
 
 def _kernel(host: ModuleType, source: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> object:
-    """What mx.fast.metal_kernel makes of a launch's text."""
+    """The kernel that mx.fast.metal_kernel makes from a launch's text."""
     lines = source.removesuffix(text("entry")).splitlines()
     includes = [line for line in lines if line.startswith("#include")]
     rest = "\n".join(line for line in lines if not line.startswith("#include"))
@@ -152,7 +152,7 @@ def _kernel(host: ModuleType, source: str, inputs: tuple[str, ...], outputs: tup
         if name in outputs:
             return f"(device uchar*)out_{name}"
         if name in _OUTPUTS:
-            return f"(device uchar*)out_{outputs[0]}"  # bound, and not touched
+            return f"(device uchar*)out_{outputs[0]}"  # bound but not touched
         return f"(device const uchar*)in_{name if name in inputs else 'params'}"
 
     body = f"""
@@ -180,7 +180,7 @@ def _in_device_memory(x: mx.array) -> mx.array:
 
 
 def _written(spec: CallSpec, call: Call, new: mx.array) -> mx.array:
-    """Slots that the kernel does not write hold what they held."""
+    """Restore the old values of slots that the kernel does not write."""
     import mlx.core as mx
 
     if not (spec.packed or spec.pooled):

@@ -1,4 +1,4 @@
-// What the Metal kernels of the gated delta rule share: the call, its arrays, the float types, the gates, the states.
+// Shared by the Metal kernels of the gated delta rule: the call, its arrays, the float types, the gates, the states.
 //
 //     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
 //     d_t = beta_t (v_t - S^T k_t)      delta    the prediction reads the decayed state
@@ -16,10 +16,10 @@
 #include <metal_stdlib>
 using namespace metal;
 
-// Arrays that are indexed by a loop stay in registers only where the loop is unrolled.
+// Arrays that are indexed by a loop stay in registers only if the loop is unrolled.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-constant constexpr int F32 = 0, BF16 = 1, F16 = 2;  // types, as in backends/params.py
+constant constexpr int F32 = 0, BF16 = 1, F16 = 2;  // types, as in backends/devices/params.py
 constant constexpr int K = AD_K;
 constant constexpr int KP = (K + 31) / 32 * 32;  // rows in registers: those between K and KP hold zeros
 constant constexpr bool KDA = AD_KDA;
@@ -29,8 +29,8 @@ struct Params {
     AD_PARAMS
 };
 constant constexpr int DECAY_LINEAR = 1, DECAY_RAW = 2;  // Params.decay; 0: the log of the decay
-// AD_FLAGS, bits of Params.flags: which arrays there are; head, tail: the first of a call's two launches, which takes all
-// but the last Ks tokens, and the second, which takes those; in_dense: no pool to read.
+// AD_FLAGS, bits of Params.flags: which arrays exist. head, tail: the first of a call's two launches, which takes all
+// except the last Ks tokens, and the second, which takes those. in_dense: there is no pool to read.
 AD_FLAGS
 
 struct Arrays {
@@ -93,9 +93,9 @@ inline void store2(int type, device uchar* base, long at, float2 x) {
             packed_ushort2(ushort2(to_bits(type, x.x), to_bits(type, x.y)));
 }
 
-// Rows row .. row + 3 of a vector over K; those from K on are zeros.
-// A sum of squares (with eps) inside float32's range, and what x is multiplied with before squaring where it is not. The
-// bounds are finite: fast math knows no infinity.
+// Rows row .. row + 3 of a vector over K; those from K on are zeros. The bounds of a sum of squares (with eps)
+// inside float32's range, and the factor of x before squaring outside of it. The bounds are finite, because fast
+// math has no infinity.
 inline bool in_range(float sum) { return !(sum < 0x1p-90f || sum > 0x1p120f); }
 inline float unit_for(float sum) { return sum < 1.0f ? 0x1p55f : 0x1p-55f; }
 
@@ -112,7 +112,7 @@ inline long index_at(device const uchar* base, bool wide, long at) {
 }
 
 // ---- the gates -----------------------------------------------------------------------------------------------------
-// exp only of numbers <= 0, and no arithmetic on infinities: with PYTORCH_MPS_FAST_MATH=1 torch compiles with fast math.
+// exp is only taken of numbers <= 0, and nothing computes with infinities: with PYTORCH_MPS_FAST_MATH=1 torch compiles with fast math.
 
 inline float sigmoid(float x) {
     const float e = exp(-abs(x));
@@ -132,7 +132,7 @@ inline float activated(Ref P, float x, float bias, float A) {
 }
 
 // exp(-100) is below the smallest float32. Compared as integers, which for negative numbers grow with the magnitude:
-// fast math may do what it likes with an infinite float.
+// fast math may treat an infinite float in any way.
 inline bool vanishes(float log_decay) { return as_type<uint>(log_decay) > as_type<uint>(-100.0f); }
 
 // In [0, 1].

@@ -9,24 +9,25 @@
 //     state [N or P, HV, K, V]   snapshots [Ks, N, HV, K, V]   mask [B, T]   cu_seqlens [N+1]   state_indices [N]
 //
 // Everything is computed in float32; types are converted where memory is read and written. All strides are run-time
-// values in elements, so that a [V, K] state or a slice of a wider tensor is only another set of numbers.
+// values in elements, so a [V, K] state or a slice of a wider tensor only has other strides.
 //
-// Columns of S never meet: o_t[v] and S[:, v] depend on no other column. A work-item therefore keeps NVEC vectors of
-// VEC columns in registers over all tokens, K / LANES rows of each; LANES work-items share a column, row i belongs to
-// lane i % LANES, and they meet in the sums over K only. Those read the state before the update, so that both sums
-// of a token need one meeting:
+// Columns of S are independent: o_t[v] and S[:, v] depend on no other column. So a work-item keeps NVEC vectors of
+// VEC columns in registers over all tokens, with K / LANES rows of each. LANES work-items share a column: row i
+// belongs to lane i % LANES, and they communicate only in the sums over K. These sums read the state before the
+// update, so the two sums of a token need one exchange:
 //
 //     p = S^T (a k)    r = S^T (a q)    d = beta (v - p)    o = scale (r + (k . q) d)    S = a S + k d
 //
-// What all columns need (k, q, a, beta, and v in float32) is staged in local memory for BLOCK tokens at a time.
+// Values that all columns need (k, q, a, beta, and v in float32) are staged in local memory for
+// BLOCK tokens at a time.
 //
 // The host sets (backends/opencl/device.py gives the reasons for its choices):
 //     KP     rows of the kernel, a multiple of 16; those above K hold zeros
 //     KDA    0 or 1          VEC    1, 2, 4, 8 or 16        NVEC   vectors of columns per work-item
 //     LANES  a power of two  WG     work-items per group     BLOCK  tokens per stage
-//     MEET   how LANES work-items add up: 0 one alone, 1 local memory, 2 sub-groups
-//     SG     the size to which sub-groups are pinned, 0 where that cannot be asked for
-//     UNROLL rows per turn of the loops over the state: all of them where it must live in registers
+//     MEET   how LANES work-items add up: 0 there is only one, 1 local memory, 2 sub-groups
+//     SG     the pinned size of sub-groups, 0 if it cannot be pinned
+//     UNROLL rows per iteration of the loops over the state: all of them if it must stay in registers
 //     ENTRY  0 by_address, 1 by_buffer        CALLS  defined: memory access as calls, which CPU drivers build faster
 
 #if MEET == 2
@@ -89,7 +90,7 @@ enum { F32, BF16, F16 };                       // Params.*_type
 enum { DECAY_LOG, DECAY_LINEAR, DECAY_RAW };   // Params.decay
 enum { Q, K, V, G, BETA, STATE_IN, A_LOG, DT_BIAS, MASK, CU, INDICES, O, STATE_OUT, SNAPSHOTS, ARRAYS };
 
-// What the host packs: PARAMS are the members of devices/structs.py. Strides in elements, outermost axis first.
+// Packed by the host: PARAMS are the members of devices/structs.py. Strides in elements, outermost axis first.
 typedef struct {
   ulong at[ARRAYS];  // address (entry by_address) or byte offset in its buffer (by_buffer); ~0 for an absent array
   PARAMS
@@ -177,13 +178,13 @@ OUTLINED F decay_of(const Params* P, F g, F dt_bias, float a_log) {
   return exp(-A * (fmax(x, 0.0f) + log1p(exp(-fabs(x)))));
 }
 
-// What x is multiplied with where its sum of squares is outside float32's range; 1 inside, and for NaN.
+// The factor of x if its sum of squares is outside float32's range; 1 inside, and for NaN.
 float unit_for(float sum) {
   return sum < 0x1p-90f ? 0x1p55f : sum > 0x1p120f ? 0x1p-55f : 1.0f;
 }
 
 // Sum of x over the LANES work-items that share a column; each of them gets it.
-// Local memory: two scratch areas take turns, so that one barrier per sum suffices.
+// Local memory: two scratch areas alternate, so that one barrier per sum suffices.
 F meet(F x, int slot, local F* scratch, int* turn) {
 #if MEET == 2
   for (int mask = 1; mask < LANES; mask *= 2)
@@ -348,8 +349,8 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
     }
     barrier(CLK_LOCAL_MEM_FENCE);
 
-    // ---- sums over K: q.q, k.k, k.q; each column's lanes take a token at a time. Where a sum of squares leaves float32's
-    // range, all is done again on rows that are multiplied with a power of two: sums = factors of q and k, q.q, k.k
+    // ---- sums over K: q.q, k.k, k.q; each column's lanes take a token at a time. If a sum of squares leaves float32's
+    // range, all sums are repeated on rows scaled by a power of two: sums = factors of q and k, q.q, k.k
     for (int again = 0; again < 2; ++again) {
       for (int x = 0; x < live; x += WG / LANES) {
         const int mine = x + slot / LANES;
@@ -466,7 +467,7 @@ void advance(const Params* P, const Arrays* A, local float* sk, local float* sq,
 #endif
 
 #if ENTRY == 0
-// Arrays by address: for devices that see the host's memory as it is (fine-grain system SVM, USM).
+// Arrays by address: for devices that see the host's memory (fine-grain system SVM, USM).
 __attribute__((reqd_work_group_size(WG, 1, 1))) PINNED kernel void by_address(const Params params) {
   LOCALS
   Arrays A;
@@ -475,7 +476,7 @@ __attribute__((reqd_work_group_size(WG, 1, 1))) PINNED kernel void by_address(co
 }
 
 #else
-// Arrays as buffers and offsets; an absent array comes with any buffer.
+// Arrays as buffers and offsets. An absent array has any buffer.
 __attribute__((reqd_work_group_size(WG, 1, 1))) PINNED kernel void by_buffer(
     const Params params, const global uchar* q, const global uchar* k, const global uchar* v, const global uchar* g,
     const global uchar* beta, const global uchar* state_in, const global uchar* a_log, const global uchar* dt_bias,

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 MEMORIES = ("address", "wrap", "copy")
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
-"""Head sizes K that the kernel is built for, beyond them multiples of 64; the rows between K and the next are zeros."""
+"""Head sizes that the kernel is built for, then multiples of 64. K is padded with zero rows to the next one."""
 
 
 def intel_runtime() -> Path | None:
-    """libintelocl.so of the package intel-opencl-rt, whose own .icd file has a wrong path after pip's installation."""
+    """libintelocl.so of the package intel-opencl-rt, whose .icd file has a wrong path after installation by pip."""
     try:
         files = metadata.files("intel-opencl-rt") or ()
     except metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def api() -> ModuleType:
         try:
             cl.get_platforms()
         except cl.Error:
-            pass  # no driver at all: `available` says so
+            pass  # there is no driver: `available` says so
         finally:
             del os.environ["OCL_ICD_VENDORS"]
     return cl
@@ -97,7 +97,7 @@ def label_of(device: pyopencl.Device) -> str:
 
 
 class _Buffer(Memory):
-    """A cl.Buffer, or host memory that the device sees as it is (memory "address")."""
+    """A cl.Buffer, or host memory that the device can address (memory "address")."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class _Buffer(Memory):
 
 @dataclass(frozen=True)
 class Variant:
-    """How the kernel is cut for a device; the names are those of the macros in delta_rule.cl."""
+    """How the kernel is divided for a device. The names are those of the macros in delta_rule.cl."""
 
     KP: int
     KDA: int
@@ -169,7 +169,7 @@ class Variant:
 
     @property
     def columns(self) -> int:
-        """Of a work-group."""
+        """Columns of a work-group."""
         return self.WG // self.LANES * self.VEC * self.NVEC
 
 
@@ -178,7 +178,7 @@ class OpenclDevice(CutDevice):
 
     Attributes:
         context, queue: pyopencl's. Arrays that are made with them can be given to `from_pyopencl`.
-        memory: how host arrays reach it, one of MEMORIES.
+        memory: how host arrays reach the device, one of MEMORIES.
     """
 
     def __init__(
@@ -214,11 +214,11 @@ class OpenclDevice(CutDevice):
         self._pinned: _Pinned | None = None
 
     def kernels(self) -> list[str]:
-        """The cuts of the kernel that this device can run; the default comes first.
+        """The variants of the kernel that this device can run; the default comes first.
 
-        columns: a work-item owns whole columns and shares no sums; best where a work-item has a whole core and its
+        columns: a work-item owns whole columns and shares no sums; best if a work-item has a whole core with its
         caches. subgroups and local: 8 work-items share a column, so that a state of 128 rows fits into the registers of
-        a GPU; they add up through a sub-group or through local memory.
+        a GPU. They add up through a sub-group, or through local memory.
         """
         together = ["subgroups"] * self.subgroups + ["local"]
         return ["columns", *together] if self.is_cpu else [*together, "columns"]
@@ -283,7 +283,7 @@ class OpenclDevice(CutDevice):
         return f"takes rows that fit into its driver's {local} bytes of local memory; got {need} for K = {spec.K}"
 
     def program(self, cut: Variant, entry: str) -> pyopencl.Kernel:
-        """The kernel of a cut, built once: "by_address" or "by_buffer". pyopencl keeps the driver's binary on disk."""
+        """The kernel of a variant, built once: "by_address" or "by_buffer". pyopencl caches the driver's binary."""
         built = self.programs.get((cut, entry))
         if built is None:
             cl = api()
@@ -291,7 +291,10 @@ class OpenclDevice(CutDevice):
             options = [f"-D{name}={value}" for name, value in vars(cut).items()]
             options.append(f"-DENTRY={int(entry == 'by_buffer')}")
             if self.is_cpu:
-                options += ["-DCALLS", "-cl-denorms-are-zero"]  # subnormal numbers cost a CPU, not a GPU
+                options += [
+                    "-DCALLS",
+                    "-cl-denorms-are-zero",
+                ]  # subnormal numbers are slow on a CPU, not on a GPU
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", cl.CompilerWarning)
@@ -305,7 +308,7 @@ class OpenclDevice(CutDevice):
         return built
 
     def pinned(self, inputs: int, outputs: int) -> _Pinned:
-        """Staging memory that holds so many bytes."""
+        """Staging memory of at least these sizes."""
         have = self._pinned
         if have is None or have.inputs < inputs or have.outputs < outputs:
             if have is not None:

@@ -4,10 +4,10 @@ How a call's arrays reach the device depends on what the driver offers (`OpenclD
 
     address   fine-grain system SVM (CPU runtimes): the kernel reads and writes the caller's memory, nothing is copied
     wrap      memory shared with the host (integrated GPUs, pocl): buffers over the caller's memory
-    copy      memory of its own: inputs are packed into one pinned buffer and cross in one transfer, as do results
+    copy      separate memory: inputs are packed into one pinned buffer and copied in one transfer, as are results
 
-Arrays on a device (`anydelta.device("opencl:0")`, `from_pyopencl`) never cross. ANYDELTA_OPENCL_DEVICE
-picks the device for host arrays (an index, or a part of its name), ANYDELTA_OPENCL_MEMORY forces one of the three,
+Arrays on a device (`anydelta.device("opencl:0")`, `from_pyopencl`) are never copied. ANYDELTA_OPENCL_DEVICE chooses the
+device for host arrays (an index, or a part of its name), ANYDELTA_OPENCL_MEMORY one of the three,
 ANYDELTA_OPENCL_KERNEL one of `isas()`.
 """
 
@@ -74,7 +74,7 @@ def _run_address(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size
 
 
 def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: int, group: int) -> None:
-    """Buffers over the caller's memory; arrays that overlap (q, k, v of one tensor) share one."""
+    """Run on buffers over the caller's memory. Arrays that overlap (q, k, v of one tensor) share one."""
     cl, device = api(), plan.device
     flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
     at, buffers = _resident(call)
@@ -110,7 +110,7 @@ def _run_wrap(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: i
 
 
 def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: int, group: int) -> None:
-    """Inputs cross in one transfer, packed, and so do results."""
+    """Copy packed inputs in one transfer, run, and copy results in one."""
     cl, device = api(), plan.device
     packing = Packing(spec, call)
     staging = device.pinned(packing.nbytes_in, packing.nbytes_out)
@@ -137,7 +137,7 @@ def _run_copy(plan: Plan, spec: CallSpec, call: Call, kernel: cl.Kernel, size: i
 
 
 def _resident(call: Call) -> tuple[list[int], list[Any]]:
-    """(byte offset, buffer) of the arrays on the device, by number; the others are added later."""
+    """(byte offset, buffer) of the arrays on the device, by number. The others are added later."""
     at, buffers = absent(), [None] * len(ARRAYS)
     for i, name in enumerate(ARRAYS):
         x = getattr(call, name)

@@ -96,7 +96,7 @@ def torch_gates(spec: CallSpec, call: Call, dtype: torch.dtype) -> tuple[torch.T
 
 
 def _live_only(spec: CallSpec, call: Call) -> Call:
-    """The call with ones in every masked token and skipped sequence: they may hold NaN, and 0 * NaN would spoil
+    """The call with ones in every masked token and skipped sequence. They may hold NaN, and 0 * NaN would spoil
     gradients."""
     import torch
 
@@ -139,8 +139,8 @@ def torch_recurrence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, HV, V] and the final state [N, HV, K, V] (kv layout, compute dtype), differentiable.
 
-    Under autograd only every `checkpoint_every`-th state is kept and the tokens between are run again, so
-    memory grows with T / 64 states and not with T. `checkpointed=False` keeps all: torch.func knows no checkpoints.
+    Under autograd only every `checkpoint_every`-th state is kept, and the tokens in between run again, so
+    memory grows with T / 64 states instead of T. `checkpointed=False` keeps all: torch.func has no checkpoints.
     """
     import torch
     from torch.utils.checkpoint import checkpoint

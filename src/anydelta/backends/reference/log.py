@@ -1,4 +1,4 @@
-"""The log in float64: the oracle of its kernels, and the fallback without kernels."""
+"""The log in float64: the oracle of the log's kernels, and the fallback without kernels."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class ReferenceSteps:
 
     def __init__(self, log: LogArrays):
         self.log, self.pool = log, log.rule(1)
-        """The states, as a call sees them."""
+        """The spec of a call on the states."""
 
     def prepare(self, spec: LogSpec, call: Call) -> None:
         return None
 
     def _entries(self, layer: int, place: int, n: int) -> list[tuple[F64, F64, F64]]:
-        """Entries 0 to n - 1, keys spread over the value heads."""
+        """Entries 0 to n - 1, with keys repeated for the value heads."""
         k, factors, d, a = (
             np.asarray(_host(x[layer, place, :, :n])).astype(np.float64).swapaxes(0, 1)
             for x in self.log.arrays

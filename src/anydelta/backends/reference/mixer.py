@@ -1,7 +1,7 @@
-"""The mixer out of torch's operators around `gated_delta_rule`: for devices without a kernel, and for gradients.
+"""The mixer in torch's operators around `gated_delta_rule`: for devices without a kernel, and for gradients.
 
-Convolution, activation and norm run in float32 (float64 for float64 inputs) on the tensors' own device; the rule is
-dispatched by itself, so it still gets the device's kernel. NumPy arrays go to the float64 oracle.
+Convolution, activation and norm run in float32 (float64 for float64 inputs) on the tensors' own device. The rule is
+dispatched separately, so it still gets the device's kernel. NumPy arrays go to the float64 oracle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ComposedMixer:
     accepts = MIXER_CALLS.but(device=ANY, dtype=GATES, state_dtype=STATES)
 
     def prepare(self, spec: MixerSpec, call: MixerCall, backend: str) -> str:
-        """The backend that the rule is to run on."""
+        """The backend for the rule."""
         return "reference" if backend == "reference" else "auto"
 
     def differentiable(
@@ -95,15 +95,15 @@ def sequences(spec: MixerSpec, call: MixerCall) -> list[tuple[int, int, int, int
 
 
 Windows = list[tuple[int, int, int, "torch.Tensor", "torch.Tensor | None"]]
-"""Per sequence that is not skipped: (n, row, length, everything its channels have seen [S + live, C], which of its
-tokens are live [length] or None for all)."""
+"""For each sequence that is not skipped: (n, row, length, all inputs of its channels [S + live, C], a mask of its live
+tokens [length] or None for all)."""
 
 
 def compose(
     call: MixerCall, spec: MixerSpec, backend: str, *, inplace: bool
 ) -> tuple[torch.Tensor, Windows, torch.Tensor | None]:
-    """o [B, T, HV * V], the conv states' material, and without `inplace` the final state [N, HV, K, V]. Differentiable
-    without `inplace`; with it `state` and `snapshots` are advanced."""
+    """o [B, T, HV * V], the data for the conv states, and without `inplace` the final state [N, HV, K, V].
+    Differentiable without `inplace`; with it, `state` and `snapshots` are advanced."""
     import torch
     import torch.nn.functional as F
 
@@ -111,7 +111,7 @@ def compose(
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     x = torch.cat(parts(call, spec), -1).to(dtype)
     taps = call.conv_weight.to(dtype)
-    y = list(x.new_zeros(x.shape))  # by rows, replaced and not written, as torch.func requires
+    y = list(x.new_zeros(x.shape))  # rows are replaced, not written, as torch.func requires
     live_tokens = torch.zeros(r.B, r.T, dtype=torch.bool, device=x.device)
     windows: Windows = []
     for n, (row, b, start, end) in enumerate(sequences(spec, call)):
@@ -142,7 +142,7 @@ def compose(
         part.unflatten(-1, (-1, size))
         for part, size in zip(convolved.split((key, key, r.HV * r.V), -1), (r.K, r.K, r.V), strict=True)
     )
-    # what a token that no state sees holds, NaN for instance, must reach no gradient either
+    # values of a token that no state sees, such as NaN, must not reach a gradient either
     counted = live_tokens[..., None]
     beta = torch.where(counted, call.beta.to(dtype), 0.0)
     beta = write_strength(beta, opt)

@@ -9,8 +9,8 @@
 //     q, k [B, T, H, K]   v, o [B, T, HV, V]   g [B, T, HV] or [B, T, HV, K]   beta [B, T, HV]
 //     state [N or P, HV, K, V]   snapshots [Ks, N, HV, K, V]   mask [B, T]   cu_seqlens [N+1]   state_indices [N]
 //
-// Everything is computed in float32; types are converted where memory is read and written (a float16 build is this
-// one). Strides are run-time values, so grouped heads and [V, K] states are only other numbers.
+// Everything is computed in float32; types are converted where memory is read and written, so this build also serves
+// float16. Strides are run-time values, so grouped heads and [V, K] states only have other strides.
 //
 // C tokens at once. With w_i = a_1 .. a_i, the decay since the tokens' start, and D_ij = a_j+1 .. a_i:
 //
@@ -19,12 +19,12 @@
 //     o_i = scale (r_i + sum_j<=i (q_i . D_ij k_j) d_j)
 //     S   = w_C S + sum_j (D_Cj k_j) d_j^T                                  and written once
 //
-// C = 1 is the recurrence itself. Decays appear as products of numbers in [0, 1] only: nothing overflows.
+// C = 1 is the recurrence itself. Decays appear only as products of numbers in [0, 1], so nothing overflows.
 //
-// Who owns what: a work-item holds NVEC vectors of VEC columns and KP / LANES rows of them, from the first token to the
-// last: in registers on a GPU, in the L1 cache on a CPU. Rows come in blocks of RB neighbours, block b of lane l being
-// rows (b LANES + l) RB ..., so that k and q are read as float4 (or wider, where a work-item has all rows). The LANES
-// neighbours of a sub-group meet by shuffles in the sums over K. There is no local memory and no barrier.
+// A work-item holds NVEC vectors of VEC columns, and KP / LANES rows of them, from the first token to the last: in
+// registers on a GPU, in the L1 cache on a CPU. Rows come in blocks of RB neighbours. Block b of lane l has the rows
+// (b LANES + l) RB ..., so k and q are read as float4 (or wider, if a work-item has all rows). The LANES neighbours
+// of a sub-group add up by shuffles in the sums over K. There is no local memory and no barrier.
 #pragma once
 
 #include <sycl/sycl.hpp>
@@ -38,7 +38,7 @@ using Vec = float __attribute__((ext_vector_type(N)));
 
 using Bytes = unsigned char*;
 
-// Memory access stays a call, and loops over what is rarely used stay loops: the run-time compiler's seconds count.
+// Memory access is a call, and loops over rare cases are not unrolled, because the run-time compiler's seconds count.
 #define ANYDELTA_CALL __attribute__((noinline))
 #define ANYDELTA_LOOP _Pragma("clang loop unroll(disable) vectorize(disable)")
 
@@ -142,7 +142,7 @@ template <int KP, bool KDA, int LANES, int VEC, int NVEC>
 struct Rule {
     static constexpr int RB = LANES == 1 ? 16 : 4;
     static constexpr int BLOCKS = KP / (LANES * RB), ROWS = BLOCKS * RB;
-    // Rows per turn of the loops over the state: all where it must be in registers, one where it lies in a cache.
+    // Rows per iteration of the loops over the state: all if it must be in registers, one if it is in a cache.
     static constexpr int TURN = LANES == 1 ? 1 : ROWS, BLOCK_TURN = LANES == 1 ? 1 : BLOCKS;
     static constexpr int COLUMNS = VEC * NVEC;
     using F = Vec<VEC>;
@@ -161,7 +161,7 @@ struct Rule {
 
     static float at_row(const R* x, int i) { return reinterpret_cast<const float*>(x)[i]; }
 
-    // The sum over my LANES neighbours, to each of them.
+    // The sum over my LANES neighbours, which each of them gets.
     float meet(float x) const {
         for (int mask = 1; mask < LANES; mask *= 2) x += sycl::permute_group_by_xor(sg, x, mask);
         return x;
@@ -172,7 +172,7 @@ struct Rule {
         return x;
     }
     static F fma(F x, F y, F z) { return __builtin_elementwise_fma(x, y, z); }
-    // 1 / sqrt(sum x^2 + eps), 0 for 0. Where a square leaves float32's range, x is multiplied with a power of two first.
+    // 1 / sqrt(sum x^2 + eps), 0 for 0. If a square leaves float32's range, x is first scaled by a power of two.
     float inverse_length(R* x) const {
         float sum = dot(x, x) + P.eps;
         if (sum < 0x1p-90f || sum > 0x1p120f) {
@@ -228,7 +228,7 @@ struct Rule {
     // Tokens t0 to t0 + count - 1, count <= C. Masked tokens and those beyond count change nothing: a = 1, k = q = d = 0.
     template <int C>
     void tokens(std::int64_t t0, int count) {
-        R kd[C][BLOCKS];  // D_ij k_j for the token i at hand; D_Cj k_j after the last
+        R kd[C][BLOCKS];  // D_ij k_j for the current token i; D_Cj k_j after the last
         R kw[C][BLOCKS], qw[C][BLOCKS], w[BLOCKS];
         float kk[C][C], qk[C][C], beta[C];
         F x[C][NVEC];  // v
@@ -336,7 +336,7 @@ struct Rule {
         for (int i = 0; i < count; ++i) write_o(t0 + i, out[i]);
     }
 
-    // `slot`: my place among all work-items that run the call; C tokens at a time where no snapshot falls between them.
+    // `slot`: my place among all work-items of the call. C tokens at a time if there is no snapshot between them.
     template <int C>
     static void run(const Params& P, sycl::sub_group sg, std::int64_t slot) {
         const std::int64_t panels = (P.V + COLUMNS - 1) / COLUMNS, panel = slot / LANES;
@@ -404,7 +404,7 @@ struct Rule {
 }  // namespace anydelta
 
 #ifdef ANYDELTA_FREE_FUNCTIONS
-// What the run-time compiler is asked for, by name: rule<KP, KDA, LANES, VEC, NVEC, C, SG>.
+// Instances that the run-time compiler is asked for by name: rule<KP, KDA, LANES, VEC, NVEC, C, SG>.
 namespace ext = sycl::ext::oneapi;
 namespace anydelta {
 

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 MEMORIES = ("address", "copy")
 _ROWS = (32, 64, 128, 256)
-"""Head sizes K that the kernel is built for, beyond them multiples of 64; the rows between K and the next are zeros."""
+"""Head sizes that the kernel is built for, then multiples of 64. K is padded with zero rows to the next one."""
 _OPTIONS = ["-O3", "-DANYDELTA_FREE_FUNCTIONS"]
 _FLUSH = ["-Xs", "-cl-denorms-are-zero"]
-"""Subnormal numbers cost a CPU, not a GPU."""
+"""Subnormal numbers are slow on a CPU, not on a GPU."""
 
 
 @cache
 def host() -> ModuleType:
     """anydelta._sycl. The environment must be complete before the runtime is loaded."""
-    if library := intel_runtime():  # otherwise the runtime takes any OpenCL driver of the system
+    if library := intel_runtime():  # otherwise the runtime uses any OpenCL driver of the system
         os.environ.setdefault("OCL_ICD_FILENAMES", str(library))
     os.environ.setdefault("SYCL_CACHE_PERSISTENT", "1")
     return importlib.import_module("anydelta._sycl")
@@ -79,7 +79,7 @@ def label_of(facts: Facts) -> str:
 
 
 class _Usm(Memory):
-    """An allocation of unified shared memory. Its address is what kernels get."""
+    """An allocation of unified shared memory. Kernels get its address."""
 
     def __init__(self, device: SyclDevice, nbytes: int, host: bool = False):
         self.device, self.nbytes = device, nbytes
@@ -121,7 +121,7 @@ class _Usm(Memory):
 
 @dataclass(frozen=True)
 class Variant:
-    """How the kernel is cut for a device; the names are the template's in backends/sycl/delta_rule.hpp."""
+    """How the kernel is divided for a device. The names are the template's in delta_rule.hpp."""
 
     KP: int
     KDA: bool
@@ -140,7 +140,7 @@ class Variant:
 
     @property
     def symbol(self) -> str:
-        """The instance's name, as the run-time compiler takes it."""
+        """The instance's name for the run-time compiler."""
         numbers = f"{self.KP}, {str(self.KDA).lower()}, {self.LANES}, {self.VEC}, {self.NVEC}, {self.C}"
         return (
             f"anydelta::rule_pinned<{numbers}, {self.SG}>" if self.SG else f"anydelta::rule_alone<{numbers}>"
@@ -151,8 +151,8 @@ class SyclDevice(CutDevice):
     """A device, its in-order queue, and the kernels built for it.
 
     Attributes:
-        facts: what the runtime says about it.
-        memory: how host arrays reach it, one of MEMORIES.
+        facts: what the runtime says about the device.
+        memory: how host arrays reach the device, one of MEMORIES.
     """
 
     def __init__(self, name: str, index: int, facts: Facts):
@@ -167,10 +167,10 @@ class SyclDevice(CutDevice):
         self._staging: tuple[_Usm, _Usm] | None = None
 
     def kernels(self) -> list[str]:
-        """The cuts of the kernel that this device can run; the default comes first.
+        """The variants of the kernel that this device can run; the default comes first.
 
-        columns: a work-item owns whole columns, best where it has a core and its caches. subgroups: 8 work-items share
-        a column, so that a state of 128 rows fits into the registers of a GPU. chunks: columns, two tokens at a time.
+        columns: a work-item owns whole columns; best if it has a core with its caches. subgroups: 8 work-items share a
+        column, so that a state of 128 rows fits into the registers of a GPU. chunks: columns, two tokens at a time.
         """
         return ["chunks", "columns", "subgroups"] if self.is_cpu else ["subgroups", "columns"]
 
@@ -204,11 +204,11 @@ class SyclDevice(CutDevice):
         if not self.is_cpu:
             return Variant(kp, spec.kda, 1, 1, 1, 1, 0, 64)
         vec, nvec = cpu_columns(self.facts["vector"], kp)
-        # Two tokens at a time are faster than one where T > 1: docs/backends/sycl.md.
+        # Two tokens at a time are faster than one if T > 1: docs/backends/sycl.md.
         return Variant(kp, spec.kda, 1, vec, nvec, 2 if self.kernel == "chunks" and spec.T > 1 else 1, 0, 1)
 
     def build(self, cut: Variant) -> None:
-        """Compile a cut, once."""
+        """Compile a variant, once."""
         if cut in self.built:
             return
         headers = [(name, source("sycl", name)) for name in ("params.hpp", "delta_rule.hpp")]
@@ -224,7 +224,7 @@ class SyclDevice(CutDevice):
         self.built.add(cut)
 
     def staging(self, inputs: int, outputs: int) -> tuple[_Usm, _Usm]:
-        """(host, device) memory for so many bytes of inputs, followed by so many of results."""
+        """(host, device) memory for the bytes of inputs, followed by those of results."""
         need = inputs + outputs
         if self._staging is None or self._staging[0].nbytes < need:
             size = 1 << max(need - 1, 65535).bit_length()
@@ -234,7 +234,7 @@ class SyclDevice(CutDevice):
 
 
 class _Foreign(Memory):
-    """USM of another owner, which is kept alive."""
+    """USM of another owner, kept alive."""
 
     write, read, _copy, zero, copy_from = _Usm.write, _Usm.read, _Usm._copy, _Usm.zero, _Usm.copy_from
 
@@ -250,8 +250,8 @@ def from_usm(
     Args:
         x: C-contiguous; anything with `__sycl_usm_array_interface__` (dpctl memory, dpnp arrays), or with DLPack on a
             oneAPI device (torch.xpu tensors).
-        shape: of the array, where x is only bytes.
-        dtype: of the array, where x is only bytes.
+        shape: of the array, if x is only bytes.
+        dtype: of the array, if x is only bytes.
         device: the SYCL device that x is on. Work on x in another queue must have finished.
 
     Raises:
@@ -287,7 +287,7 @@ def from_usm(
 
 
 class UsmView:
-    """A device array in the form in which other libraries take USM: `dpctl.memory.as_usm_memory(view)`,
+    """A device array in the form that other libraries take: `dpctl.memory.as_usm_memory(view)`,
     `dpctl.tensor.asarray(view)`."""
 
     def __init__(self, x: DeviceArray):

@@ -1,13 +1,13 @@
 """The SYCL backend: Intel's GPUs and CPUs through intel-sycl-rt, whose run-time compiler builds backends/sycl.
 
-The host code is the extension anydelta._sycl, which CMake builds where it finds intel-sycl-rt. A kernel is compiled
-when a head size is first used, and kept on disk (SYCL_CACHE_PERSISTENT, which is switched on unless it is set).
+The host code is the extension anydelta._sycl, which CMake builds if it finds intel-sycl-rt. A kernel is compiled when a
+head size is first used, and cached on disk (SYCL_CACHE_PERSISTENT, on by default here).
 
 On devices that see the host's memory (CPUs, GPUs with system USM) kernels work on the caller's arrays. Elsewhere inputs
-are packed into one piece of host USM and cross in one transfer, as do results; devices that share memory with the host
-use that piece directly. Arrays on a device (`anydelta.device("sycl:0")`, `from_usm`) never cross. ANYDELTA_SYCL_DEVICE
-picks the device for host arrays (an index, or a part of its name), ANYDELTA_SYCL_MEMORY=copy forces the transfer,
-ANYDELTA_SYCL_KERNEL one of `isas()`.
+are packed into one piece of host USM and copied in one transfer, as are results. Devices that share memory with the
+host use that piece directly. Arrays on a device (`anydelta.device("sycl:0")`, `from_usm`) are never copied.
+ANYDELTA_SYCL_DEVICE chooses the device for host arrays (an index, or a part of its name), ANYDELTA_SYCL_MEMORY=copy
+forces the transfer, ANYDELTA_SYCL_KERNEL chooses one of `isas()`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Sycl(CutBackend[SyclDevice]):
 
     def launch(self, plan: Plan, spec: CallSpec, call: Call, cut: Variant, groups: int) -> None:
         device = plan.device
-        if spec.device == "xpu":  # torch has another queue
+        if spec.device == "xpu":  # torch uses another queue
             import torch
 
             torch.xpu.synchronize()
@@ -74,7 +74,7 @@ class Sycl(CutBackend[SyclDevice]):
 
 
 def _run_copy(plan: Plan, spec: CallSpec, call: Call, cut: Variant, groups: int) -> None:
-    """Inputs cross in one transfer, packed, and so do results."""
+    """Copy packed inputs in one transfer, run, and copy results in one."""
     device = plan.device
     packing = Packing(spec, call)
     here, there = device.staging(packing.nbytes_in, packing.nbytes_out)

@@ -1,4 +1,4 @@
-// The kernels built ahead of time, for programs in C++ and a compiler that knows SYCL: icpx -fsycl or AdaptiveCpp.
+// The kernels built ahead of time, for C++ programs and a compiler with SYCL: icpx -fsycl or AdaptiveCpp.
 // CMake target anydelta_sycl (-DANYDELTA_SYCL_LIBRARY=ON). Python uses module.cpp and the run-time compiler instead.
 #include "library.hpp"
 

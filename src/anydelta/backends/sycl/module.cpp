@@ -1,5 +1,5 @@
 // anydelta._sycl: SYCL devices, memory and queues for Python, and the run-time compiler (libsycl-jit).
-// Built where CMake finds the headers of intel-sycl-rt; kernels are compiled from source when they are first needed.
+// Built if CMake finds the headers of intel-sycl-rt. Kernels are compiled from source when they are first needed.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -87,7 +87,7 @@ class Queue {
         queue_.wait_and_throw();
     }
 
-    // USM: "device" memory, or "host" memory that the device reaches. 0 where there is none left.
+    // USM: "device" memory, or "host" memory that the device reaches. 0 if there is none left.
     std::uintptr_t allocate(std::size_t bytes, bool host) {
         return reinterpret_cast<std::uintptr_t>(host ? sycl::aligned_alloc_host(64, bytes, queue_)
                                                      : sycl::aligned_alloc_device(64, bytes, queue_));
@@ -102,7 +102,7 @@ class Queue {
     void fill(std::uintptr_t to, std::size_t bytes) { queue_.memset(reinterpret_cast<void*>(to), 0, bytes); }
     nb::dict describe() const { return ::describe(device_); }
 
-    // The queue as other libraries take it (dpctl's convention for "syclobj").
+    // The queue in the form that other libraries take (dpctl's convention for "syclobj").
     nb::capsule capsule() const {
         return nb::capsule(new sycl::queue(queue_), "SyclQueueRef",
                            [](void* queue) noexcept { delete static_cast<sycl::queue*>(queue); });

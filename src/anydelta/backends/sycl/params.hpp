@@ -1,4 +1,4 @@
-// What the host tells the kernel about a call: addresses, then the members that backends/devices/structs.py lists.
+// The host's description of a call: addresses, then the members that backends/devices/structs.py lists.
 #pragma once
 
 #include <cstdint>

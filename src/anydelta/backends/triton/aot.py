@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for GPUs that are not present, and what the compiler says about the result.
+"""Ahead-of-time compilation for GPUs that are not present, and the resources that the compiler reports.
 
 The launches are those of a call on such a GPU (launch.py), with tensors on torch's meta device: same arguments, same
 specialisation on values that are 1 or a multiple of 16.
@@ -37,7 +37,7 @@ TARGETS: dict[str, tuple[GPUTarget, Machine]] = {
     "sm_100": (GPUTarget("cuda", 100, 32), Machine("sm_100", 148, 32, 227 * 1024)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Machine("gfx942", 304, 64, 64 * 1024)),
 }
-"""A100, H100 and H200, B200, MI300X."""
+"""Targets: A100, H100 and H200, B200, MI300X."""
 
 _TYPES = {
     "float32": "fp32",
@@ -50,23 +50,23 @@ _TYPES = {
 
 
 NEVER_SPILL = ("recurrent", "convolve", "gated_norm")
-"""Kernels of a decode step."""
+"""Kernels of a decode step, which must not spill."""
 SPILL_LIMIT = 16
-"""Bytes of stack per thread (NVIDIA) or spilled registers (AMD) that another shipped kernel may have."""
+"""The most bytes of stack per thread (NVIDIA) or spilled registers (AMD) of any other shipped kernel."""
 FIRST_CALL = 15.0
-"""Seconds that all kernels of a call may take to compile."""
+"""The most seconds to compile all kernels of a call."""
 
 
 def spill_limit(kernel: str, target: str, shape: str) -> int:
     """The bound for one launch."""
     if kernel == "recurrent" and target == "sm_100" and "mixer" in shape:
-        return 8  # a stack frame beside free registers, from ptxas and with the atomic of the norm only
+        return 8  # a stack frame despite free registers, only from ptxas with the norm's atomic
     return 0 if kernel in NEVER_SPILL else SPILL_LIMIT
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One specialisation that ships: a call, described by what its kernels are compiled for."""
+    """One shipped specialisation: a call, described by everything its kernels are compiled for."""
 
     T: int = 1
     N: int = 8
@@ -142,7 +142,7 @@ def shipped() -> Iterator[Shape]:
 
 
 def call_of(shape: Shape, device: str = "meta") -> tuple[CallSpec, Call]:
-    """The call of a shape, on tensors without values; on the meta device without memory too."""
+    """The call of a shape, on tensors without values; on the meta device also without memory."""
 
     def new(*size: int, dtype: str = "float32") -> torch.Tensor:
         return torch.empty(size, dtype=getattr(torch, dtype), device=device)
@@ -213,7 +213,7 @@ def calls_of(shape: Shape, machine: Machine) -> list[KernelCall]:
 
 
 def launch_of(call: KernelCall) -> dict[str, int]:
-    """The sizes that decided the launch."""
+    """The launch's sizes."""
     names = [name for name in ("BV", "C", "STAGES", "SEGMENTS", "SLICE", "BT") if name in call.args]
     return {**{name: int(call.args[name]) for name in names}, "warps": call.warps}
 
@@ -253,14 +253,14 @@ class Compiled:
     shared: int
     warps: int
     seconds: float
-    """Processor time of Triton, LLVM and the assembler: what a first call waits for on an idle core."""
+    """Processor time of Triton, LLVM and the assembler, for which a first call waits."""
 
 
 def compile_call(call: KernelCall, target: str) -> Compiled:
     """Compile one launch for one of TARGETS.
 
     Raises:
-        what Triton's compiler raises.
+        the errors of Triton's compiler.
     """
     gpu, _ = TARGETS[target]
     start = _processor_seconds()
@@ -281,7 +281,7 @@ def _processor_seconds() -> float:
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of a kernel. What does not fit the registers goes to the stack."""
+    """(registers, bytes of stack) of a kernel. Values that do not fit the registers go to the stack."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -302,21 +302,21 @@ def _amd(assembly: str) -> tuple[int, int]:
 def _number(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"aot: {pattern} is not in what the compiler's tools print: {text[:200]!r}")
+        raise RuntimeError(f"aot: {pattern} is not in the output of the compiler's tools: {text[:200]!r}")
     return found.group(1)
 
 
 def record(path: str, targets: list[str]) -> None:
     """Compile everything that ships and write its resources: `python -m anydelta.backends.triton.aot FILE [TARGET]`.
 
-    Rows of other targets in the file stay. The user's tables are ignored.
+    It keeps rows of other targets in the file, and ignores the user's tables.
     """
     import json
 
     os.environ[tables.ENV] = ""
     tables.rows.cache_clear()
 
-    knobs.compilation.always_compile = True  # the seconds are to be the compiler's
+    knobs.compilation.always_compile = True  # so that the seconds are the compiler's
     file = Path(path)
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     rows = [row for row in old if row["target"] not in targets]

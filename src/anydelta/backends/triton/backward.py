@@ -1,4 +1,4 @@
-"""Gradients of a call: the launches of chunk_backward.py, and the steps from their results to gradients of the inputs.
+"""Gradients of a call: the launches of chunk_backward.py, and the way from their results to gradients of the inputs.
 
 Only the inputs are kept from the forward pass. Scratch memory grows with the number of tokens: two states per
 chunk and head, and rows of q, k and v in float32 for each value head.
@@ -20,10 +20,10 @@ from .launch import KernelCall, Launches, Scratch, _named, _shared
 
 @dataclass
 class Found:
-    """Gradients in float32 of what the kernels see: q and k after the norm, log decays, beta after the sigmoid."""
+    """Float32 gradients of the kernels' inputs: q and k after the norm, log decays, beta after the sigmoid."""
 
     q: torch.Tensor
-    """[B, T, HV, K], as k."""
+    """[B, T, HV, K]; k has the same shape."""
     k: torch.Tensor
     v: torch.Tensor
     """[B, T, HV, V]"""
@@ -103,7 +103,7 @@ class BackwardLaunches:
 
 
 def room(spec: CallSpec, call: Call) -> Found:
-    """Memory for the kernels' results. Zeros where they may skip a sequence."""
+    """Memory for the kernels' results: zeros if they may skip a sequence."""
     new = call.q.new_zeros if spec.pooled else call.q.new_empty
     rows = (spec.B, spec.T, spec.HV)
     state = None
@@ -145,7 +145,7 @@ def of_inputs(spec: CallSpec, call: Call, found: Found) -> dict[str, torch.Tenso
 
 
 def _per_qk_head(spec: CallSpec, x: torch.Tensor) -> torch.Tensor:
-    """[B, T, H, K]: the sum over the value heads that a q/k head serves."""
+    """[B, T, H, K]: the sum over the value heads of each q/k head."""
     if spec.H == spec.HV:
         return x
     each = spec.HV // spec.H
@@ -168,7 +168,7 @@ def _through_norm(x: torch.Tensor, dy: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _through_gate(spec: CallSpec, call: Call, dg: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Of raw gates x = g + dt_bias: log decay = -A softplus(x), or lower_bound sigmoid(A x), with A = exp(A_log)."""
+    """Gradients of gates x = g + dt_bias: log decay = -A softplus(x) or lower_bound sigmoid(A x); A = exp(A_log)."""
     A = dg.new_ones(spec.HV) if call.A_log is None else call.A_log.float().exp()
     A = A[:, None] if spec.kda else A
     x = call.g.float()

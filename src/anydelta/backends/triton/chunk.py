@@ -14,14 +14,14 @@ U [C, V] the rows d_t and E_i = exp(g_1 + ... + g_i):
     o    = scale (q * E) S0 + P U
     S    = diag(E_C) S0 + (k * e(., C))^T U
 
-`scores` (KDA only) and `prepare` work on all chunks at once and leave T and P; `scan` walks through the chunks of a
-sequence, one program per head and BV columns of the state, which stay in float32 registers. For GDA in bfloat16 it
-multiplies rows of k and q directly and applies the decays to the products. In all other cases `operands` writes split
-factors once for all programs of the scan.
+`scores` (KDA only) and `prepare` work on all chunks at once and produce T and P. `scan` walks through the chunks of a
+sequence, with one program per head and BV columns of the state, in float32 registers. For GDA in bfloat16 it multiplies
+rows of k and q directly and applies the decays to the products. In all other cases `operands` first writes split
+factors for all programs of the scan.
 
-Every exponent is a sum of log decays, never a difference of two such sums: it is <= 0, it keeps its precision beside
-large ones, and with -inf among the terms it is -inf and not NaN. Factors that are not bfloat16 numbers are split in
-two (common.split), so tensor cores keep 16 bits of each.
+Every exponent is a sum of log decays, never a difference of two such sums. So it is <= 0, it keeps its precision beside
+large ones, and with -inf among the terms it is -inf, not NaN. Factors that are not bfloat16 numbers are split in two
+(common.split), so tensor cores keep 16 bits of each.
 """
 
 import triton
@@ -57,7 +57,7 @@ def scores(
     """KDA: <r_i * e(j, i), k_j> and scale <q_i * e(j, i), k_j> for 16 tokens i of a chunk and all its j <= i.
 
     Grid: slots * HV * C / 16. Columns of earlier blocks of 16 are factored at the first token of the block of i. Within
-    the block every pair has its own exponent, and the sum over K runs for one j at a time.
+    the block every pair has its own exponent, and the sum over K is computed for one j at a time.
     """
     NB: tl.constexpr = C // 16
     pid = tl.program_id(0)
@@ -136,7 +136,7 @@ def prepare(
     q, k, g, beta, erase, A_log, dt_bias, mask, cu_seqlens, state_indices,
     found,                            # [slots, HV, 2, C, C] float32: A without beta, P; from `scores` for KDA
     out,                              # [slots, HV, 4, C, C] bfloat16: T (or Y) high, low, P high, low
-    factors,                          # [slots, HV, FACTORS, C] float32: what rows of k, q, again k are multiplied with
+    factors,                          # [slots, HV, FACTORS, C] float32: factors of rows of k, q, and again k
     N, T, Ks, scale, eps, lower_bound,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     erase_b, erase_t, erase_h, mask_b, mask_t,
@@ -147,8 +147,8 @@ def prepare(
 ):  # fmt: skip
     """T, P and the factors of one chunk and head. Grid: slots * HV. EXACT: q and k are bfloat16.
 
-    Factors, where EXACT: E_i / |k_i|, or E_i with erase; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y instead
-    of T (see chunk_backward.py), the factor beta, and for GDA `found` are written.
+    Factors, if EXACT: E_i / |k_i|, or E_i with erase; scale E_i / |q_i|; e(i, C) / |k_i|; E_C. BACKWARD: Y instead of T
+    (see chunk_backward.py), and the factor beta and, for GDA, `found` are written too.
     """
     slot, hv, b, start, end = chunk_of(tl.program_id(0), cu_seqlens, state_indices, N, T, Ks, HV, C, TAIL)
     if start >= end:
@@ -287,7 +287,7 @@ def scan(
     q, k, v, o,                       # q, k [B, T, H, K]; v, o [B, T, HV, V]
     erase,                            # [B, T, ERASE, K] or None
     solved, factors,                  # what `prepare` wrote
-    ready, ready_last,                # what `operands` wrote, where not EXACT
+    ready, ready_last,                # what `operands` wrote, if not EXACT
     state, state_out,                 # [N or P, HV, K, V], may be None
     pieces,                           # [N * HV, SEGMENTS, K, V + K] float32, for more than one segment
     states,                           # [slots, HV, K, V] float32 for the backward pass, else None
@@ -302,9 +302,9 @@ def scan(
 ):  # fmt: skip
     """The walk through the chunks of a sequence. Grid: N * HV * segments * column blocks. EXACT: GDA in bfloat16.
 
-    With few heads a long sequence is cut into SEGMENTS. A first launch (TRANSITIONS, all segments but the last) finds
-    what each does to the state it starts from, S -> M S + B: M by running the rule with v = 0 from the identity, B by
-    running it from zero. The second launch starts each segment from M_s (... (M_1 B_0 + B_1)) + B_s.
+    With few heads a long sequence is cut into SEGMENTS. A first launch (TRANSITIONS, all segments except the last)
+    finds the effect of each on the state it starts from, S -> M S + B: M by running the rule with v = 0 from the
+    identity, B by running it from zero. The second launch starts each segment from M_s (... (M_1 B_0 + B_1)) + B_s.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NM: tl.constexpr = (K + BV - 1) // BV if TRANSITIONS else 0
@@ -365,7 +365,7 @@ def scan(
                 if state is not None:
                     at = row * s_n + hv * s_h + at_state
                     S = widen(tl.load(state + at, mask=inside, other=0.0))
-                # Kept for segment 0 of the second launch: when in place, another program overwrites the state.
+                # Kept for segment 0 of the second launch: in place, another program overwrites the state.
                 tl.store(pieces + own + (SEGMENTS - 1) * (K * (V + K)) + i_v[None, :], S, mask=inside)
         else:
             if segment == 0:  # its start is known
@@ -423,7 +423,7 @@ def scan(
             R -= product(k_high, k_low, S_high, S_low, zero, False, False)
         R_high, R_low = split(R)
         U = product(T_high, T_low, R_high, R_low, zero, False, False)
-        if states is not None:  # T is Y here: keep what the chunk starts from and D = Y R; U = beta D
+        if states is not None:  # T is Y here: keep the chunk's initial state and D = Y R; U = beta D
             at_kept = ((slot + c) * HV + hv) * (K * V) + i_k[:, None] * V + i_v[None, :]
             tl.store(states + at_kept, S, mask=inside)
             tl.store(o + at_o, U, mask=(t < end)[:, None] & in_v[None, :])

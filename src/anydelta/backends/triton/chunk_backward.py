@@ -2,7 +2,7 @@
 
 With the notation of chunk.py, a_ij = <k_i * e(j, i), k_j> for i > j and R = v - (k * E) S0, the rows d_t of a chunk are
 U = diag(beta) D with D = Y R, Y = (I + a diag(beta))^-1: nothing is divided by beta, which may be 0. The forward pass
-is run again for the S0 and D of every chunk. With dX the gradient of X, from the last chunk to the first (`back`):
+runs again for the S0 and D of every chunk. With dX the gradient of X, from the last chunk to the first (`back`):
 
     dU  = P^T dO + (k * e(., C)) dS
     dR  = Y^T (beta dU) = dv
@@ -17,17 +17,17 @@ and for all chunks at once (`pairs`, `gradients`), from Q = dO D^T for i >= j an
     dk_i    = beta_i e(i, C) db_i - E_i * (dR S0^T)_i
               + sum_j<i da_ij e(j, i) k_j + sum_l>i da_li e(i, l) k_l + sum_l>=i scale dP_li e(i, l) q_l
 
-A log decay g_t stands in e(j, i) where j < t <= i. With w_ij = da_ij a_ij + dP_ij P_ij for i > j (elementwise over K):
+A log decay g_t is part of e(j, i) if j < t <= i. With w_ij = da_ij a_ij + dP_ij P_ij for i > j (elementwise over K):
 
     dg_t = sum_{j < t <= i} w_ij + sum_{i >= t} (scale q_i E_i (dO S0^T)_i - k_i E_i (dR S0^T)_i)
            + sum_{j < t} beta_j k_j e(j, C) db_j + E_C sum_v S0 dS
 
-Only terms that hold g_t are summed, never all minus the others: a strong decay has a small gradient, and keeps it.
-(For the products over pairs KDA does take sum_{i >= t} of rows minus columns; both sides are the same float32 numbers.)
+Only terms with g_t are summed, never all terms minus the others. So the small gradient of a strong decay is precise.
+(For the products over pairs KDA does take sum_{i >= t} of rows minus columns: both are the same float32 numbers.)
 
 The formulas follow from those of chunk.py (Gated DeltaNet, arXiv 2412.06464, section 3.3) by the chain rule. Gradients
-are float32, of q and k as they are after the norm, one for each value head; what leads from there to the inputs
-is elementwise and left to torch (backward.py).
+are float32, with one gradient of q and k (after the norm) per value head. The elementwise rest of the way to the inputs
+is left to torch (backward.py).
 """
 
 import triton
@@ -53,7 +53,7 @@ from .common import product, qk_head, split, tokens_of, widen
 def back(
     q, k, do,                         # q, k [B, T, H, K]; do [B, T, HV, V]
     solved, factors,                  # what `prepare` wrote: Y, P
-    ready, ready_last,                # what `operands` wrote, where not EXACT
+    ready, ready_last,                # what `operands` wrote, if not EXACT
     d_state,                          # [N, HV, K, V]: gradient of the final state, may be None
     d_initial,                        # [N, HV, K, V] float32, written; may be None
     d_states,                         # [slots, HV, K, V] float32, written: gradient of the state a chunk ends with
@@ -67,7 +67,7 @@ def back(
 ):  # fmt: skip
     """The walk back through the chunks of a sequence. Grid: N * HV * column blocks. EXACT_O: do is bfloat16.
 
-    Of a skipped sequence nothing is written.
+    Nothing is written for a skipped sequence.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -163,7 +163,7 @@ def pairs(
     A_log, dt_bias, mask, cu_seqlens, state_indices,
     found, factors,                   # what `prepare` wrote: a and P, overwritten by da and dP; beta
     deltas, dv,                       # D and dR [B, T, HV, V] float32, from `scan` and `back`
-    dg, dbeta,                        # written: what comes from pairs of tokens; dg [B, T, HV] for GDA only
+    dg, dbeta,                        # written: the part from pairs of tokens; dg [B, T, HV] for GDA only
     N, T, scale, lower_bound,
     columns,                          # V: hidden from the compiler, which would unroll loops up to it
     g_b, g_t, g_h, do_b, do_t, do_h, mask_b, mask_t,
@@ -317,7 +317,7 @@ def gradients(
         dP = tl.load(at_found + C * C)
 
         if KDA:
-            # Pair by pair, since each channel has its own decay; j goes down, so that log e(j, i) grows by one term.
+            # Pair by pair, because each channel has its own decay. j goes down, so that log e(j, i) grows by one term.
             same = tl.sum(tl.where(below, 0.0, dP), 1)[:, None]  # the pairs i = j, which have no decay
             k_late = tl.zeros([C, SLICE], tl.float32)
             q_late = tl.zeros([C, SLICE], tl.float32)

@@ -1,4 +1,4 @@
-"""What the kernels of chunks share: where a chunk is, its rows and decays, the inverse of a triangular matrix.
+"""Shared by the kernels of chunks: a chunk's place, its rows and decays, the inverse of a triangular matrix.
 
 Everything here is inlined into the kernels of chunk.py and chunk_backward.py.
 """
@@ -16,8 +16,8 @@ FACTORS = tl.constexpr(5)
 def chunk_at(slot, cu_seqlens, N, T, Ks, C: tl.constexpr, TAIL: tl.constexpr):
     """(sequence, row of the batch, first token of the chunk, end of the sequence) of a slot.
 
-    Row b has the slots from b * ceil(T / C). Packed sequence n has those from cu_seqlens[n] // C + n: enough for all
-    its chunks, without a table for which the host would have to wait.
+    Row b has the slots from b * ceil(T / C) on. Packed sequence n has those from cu_seqlens[n] // C + n on: enough for
+    all its chunks, without a table that the host would have to wait for.
     """
     if cu_seqlens is None:
         per_row = tl.cdiv(T, C)
@@ -74,7 +74,7 @@ def alive(mask, mask_t, t, end):
 
 @triton.jit
 def rows(x, x_t, t, live, i, inside):
-    """[C, BD] rows of x at tokens t; zeros where a token does not count."""
+    """[C, BD] rows of x at tokens t; zeros for tokens that do not count."""
     at = t.to(tl.int64)[:, None] * x_t + i[None, :]
     return tl.load(x + at, mask=live[:, None] & inside[None, :], other=0.0)
 
@@ -97,14 +97,14 @@ def normed(x, x_t, t, live, i, inside, eps, L2NORM: tl.constexpr):
 
 @triton.jit
 def gate_row(g, g_t, t, live, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
-    """[C] log decays of GDA; 0 where a token does not count."""
+    """[C] log decays of GDA; 0 for tokens that do not count."""
     gate = tl.load(g + t.to(tl.int64) * g_t, mask=live, other=0.0)
     return tl.where(live, log_decay(gate, A, bias, lower_bound, DECAY, BOUNDED), 0.0)
 
 
 @triton.jit
 def gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY: tl.constexpr, BOUNDED: tl.constexpr):
-    """[C, BK] log decays of KDA; 0 where a token does not count."""
+    """[C, BK] log decays of KDA; 0 for tokens that do not count."""
     gate = rows(g, g_t, t, live, i_k, in_k)
     gate = log_decay(gate, A, bias[None, :], lower_bound, DECAY, BOUNDED)
     return tl.where(live[:, None] & in_k[None, :], gate, 0.0)
@@ -112,7 +112,7 @@ def gate_rows(g, g_t, t, live, i_k, in_k, A, bias, lower_bound, DECAY: tl.conste
 
 @triton.jit
 def gate_parameters(A_log, dt_bias, hv, i_k, in_k, K: tl.constexpr, KDA: tl.constexpr, DECAY: tl.constexpr):
-    """(exp(A_log), bias): scalars, but bias is [BK] for KDA."""
+    """(exp(A_log), bias): scalars, except that bias is [BK] for KDA."""
     A = 1.0
     bias = 0.0
     if KDA:
@@ -183,9 +183,9 @@ def multiply(a, b):
 def inverse(A, C: tl.constexpr):
     """(I + A)^-1 for A [C, C] strictly lower triangular, C = 16, 32 or 64.
 
-    The diagonal blocks of 16 by forward substitution, all at once: row s of the inverse is e_s - A[s, :] inverse.
-    Then with D their inverses and N = D (A - diagonal blocks), N^(C/16) = 0 and the rest is three products. (Squaring
-    all the way is shorter still, but powers of A grow like binomials and cancel.)
+    The diagonal blocks of 16 by forward substitution, all at once: row s of the inverse is e_s - A[s, :] inverse. With
+    D their inverses and N = D (A - diagonal blocks), N^(C/16) = 0, and the rest is three products. (Squaring all the
+    way is even shorter, but powers of A grow like binomials and cancel.)
     """
     NB: tl.constexpr = C // 16
     i = tl.arange(0, C)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: which tokens a program owns, gates in every form, products of split numbers.
+"""Shared by the Triton kernels: a program's tokens, gates in every form, products of split numbers.
 
 Everything here is inlined into the kernels. Accumulation is in float32 throughout.
 """
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# Triton 3.9's interpreter truncates conversions to bfloat16, slowly, and multiplies the bit patterns of bfloat16
-# operands of a dot. There, conversions work on bits and round to nearest even like GPUs. Operands of products stay
-# float32 with bfloat16 values, whose products are exact in float32.
+# Triton 3.9's interpreter truncates conversions to bfloat16, slowly, and in a dot it multiplies the bit patterns of
+# bfloat16 operands. So under the interpreter conversions work on bits and round to nearest even, like GPUs. Operands of
+# products stay float32 with bfloat16 values, whose products are exact in float32.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -124,8 +124,8 @@ def gate_of(z, SIGMOID: tl.constexpr):
 def split(x):
     """x as high + low, two bfloat16 numbers: 16 bits of mantissa in all, and float32's exponents.
 
-    One bfloat16 factor is off by up to 2^-9, which alone breaks NMSE <= 1e-7 for a float32 state; a split one by
-    2^-18. (tf32 truncates at 2^-11 and needs twice the time of a bfloat16 product.)
+    One bfloat16 factor is off by up to 2^-9, which alone violates NMSE <= 1e-7 for a float32 state. A split one is off
+    by 2^-18. (tf32 truncates at 2^-11 and takes twice the time of a bfloat16 product.)
     """
     if INTERPRETED:
         high = _rounded_bits(x).to(tl.float32, bitcast=True)

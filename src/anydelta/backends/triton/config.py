@@ -1,6 +1,6 @@
-"""How the kernels are launched: block sizes, warps, pipeline stages, segments.
+"""The launches of the kernels: block sizes, warps, pipeline stages, segments.
 
-A table per architecture (tables.py, written by `anydelta tune`) comes first, then the heuristic below. A call times
+A table per architecture (tables.py, written by `anydelta tune`) comes first, then the heuristic below. Calls time
 nothing: a shape always gets the same launch on the same machine.
 """
 
@@ -21,7 +21,7 @@ class Config:
     """One launch. Fields that a kernel does not have are ignored."""
 
     short: int = 16
-    """Up to this many tokens a sequence (on average) runs token by token."""
+    """Sequences of up to this many tokens (on average) run token by token."""
     BV: int = 32
     """Columns of the state that a program of `recurrent` owns."""
     warps: int = 4
@@ -32,7 +32,7 @@ class Config:
     prepare_warps: int = 4
     scores_warps: int = 4
     backward_chunk: int = 32
-    """For the backward pass: with 64, `gradients` puts 264 bytes of a thread on the stack (sm_90, K = V = 128)."""
+    """For the backward pass. With 64, `gradients` puts 264 bytes per thread on the stack (sm_90, K = V = 128)."""
     back_prepare_warps: int = 4
     back_warps: int = 8
     pairs_warps: int = 4
@@ -60,22 +60,22 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, programs: int) -> Config:
-    """A launch that fits, for heads of K x V; `programs` is how many heads there are in all sequences together."""
+    """A launch that fits, for heads of K x V. `programs` is the number of heads in all sequences together."""
     BK = power_of_two(K, 16)
     # Decode: twice as many programs as fill the machine, each with 32 float32 of the state per thread (half of the
-    # registers are left for the token); rows of at least 64 bytes, so that whole sectors are used.
+    # registers remain for the token), and rows of at least 64 bytes, so that whole sectors are used.
     BV = min(32, power_of_two(V))
     while BV > 16 and programs * -(-V // BV) < 2 * machine.processors:
         BV //= 2
     while BV > 1 and 32 * machine.warp * 8 < BK * BV:
         BV //= 2
     warps = min(8, max(1, BK * BV // (32 * machine.warp)))
-    # Prefill. All but GDA in bfloat16 multiplies split rows, high and low. These values, and configs/, keep every
-    # shipped kernel off the stack (docs/measurements/triton-aot.json): chunks of 64, 32 columns and early loads take
-    # registers, and compilers differ in how many.
+    # Prefill. Everything except GDA in bfloat16 multiplies split rows, high and low. With these values, and configs/,
+    # no shipped kernel uses the stack (docs/measurements/triton-aot.json). Chunks of 64, 32 columns and early loads
+    # take registers, and compilers differ in how many.
     split = BK > 64 and (dtype != "bfloat16" or kda)
     scan_BV = 32 if BK <= 128 else 16
-    # 16 columns too where 32 would leave half of the processors without a program.
+    # Also 16 columns if 32 would leave half of the processors without a program.
     if 2 * programs * -(-V // scan_BV) <= machine.processors:
         scan_BV = 16
     small = machine.shared < 128 * 1024 or BK > 128 or split
@@ -93,7 +93,7 @@ def heuristic(machine: Machine, *, K: int, V: int, kda: bool, dtype: str, progra
 
 
 def segments(config: Config, machine: Machine, *, programs: int, tokens: int) -> int:
-    """Into how many pieces a sequence of `tokens` is cut, when `programs` would walk through it.
+    """The number of pieces that a sequence of `tokens` is cut into, if `programs` would walk through it.
 
     The first of the two launches does the work for V + K columns, so fewer than four segments do not pay.
     """
@@ -109,7 +109,7 @@ _forced: dict[str, int] = {}
 
 @contextmanager
 def forced(**changes: int) -> Iterator[None]:
-    """Inside the block, new plans take these values: for tests and tuning."""
+    """Inside the block, new plans use these values. For tests and tuning."""
     global _forced
     before = _forced
     _forced = {**before, **changes}
@@ -125,7 +125,7 @@ def choose(
     """The launch for a shape: the heuristic, overridden by rows of the tables, then by `forced`.
 
     Raises:
-        ValueError: a table that is not one (tables.read).
+        ValueError: a file that is not a table (tables.read).
     """
     config = heuristic(machine, K=K, V=V, kda=kda, dtype=dtype, programs=programs)
     known = tables.rows(machine.arch)

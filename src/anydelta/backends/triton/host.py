@@ -1,8 +1,8 @@
 """The Triton backend (CUDA, ROCm, XPU): hands pointers, strides and launch sizes to backends/triton.
 
-Nothing here waits for the device: plans depend on shapes, and kernels read what depends on data (where packed sequences
-begin, which rows of a pool are skipped). All memory comes from torch. Under TRITON_INTERPRET=1 the same kernels run on
-CPU tensors in NumPy, which is slow and meant for tests.
+Nothing here waits for the device: plans depend on shapes, and kernels themselves read what depends on data (the bounds
+of packed sequences, skipped rows of a pool). All memory comes from torch. Under TRITON_INTERPRET=1 the same kernels run
+on CPU tensors in NumPy, which is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
 
 DEVICES = ("cuda", "xpu")
 MAX_K = 4096
-"""Keys beyond this do not fit the registers of one program: [4096, 1] states are 16 float32 a thread at 8 warps."""
+"""Wider keys do not fit the registers of one program: a [4096, 1] state is 16 float32 per thread at 8 warps."""
 INTERPRETER_ENV = "TRITON_INTERPRET"
 _INPUTS = (*TOKENS, "A_log", "dt_bias", "cu_seqlens", "state_indices", "snapshot_indices")
 
@@ -50,9 +50,9 @@ def interpreted() -> bool:
 class _Plan:
     launches: launch.Launches
     copies: tuple[str, ...]
-    """Arrays that are copied first: their last dimension is strided, they are float64, or they lie on the host."""
+    """Arrays that are copied first: their last dimension is strided, they are float64, or they are on the host."""
     pooled_snapshots: bool
-    """A pool that may share memory with a snapshot slot is copied: programs read rows that others overwrite."""
+    """Whether the pool is copied: it may share memory with a snapshot slot; programs overwrite each other's rows."""
     device: torch.device
 
 
@@ -87,7 +87,7 @@ class Triton:
 
     @property
     def accepts_gradients(self) -> Accepts:
-        """Other calls use the reference's backward pass. Calls that the forward pass refuses are not listed."""
+        """Other calls use the reference's backward pass. Calls that the forward pass refuses are not repeated here."""
         return RULE_CALLS.but(
             framework=TORCH,
             device=device_row(),
@@ -149,7 +149,7 @@ class Triton:
 
 
 def device_row() -> Row:
-    """The devices whose tensors are taken now."""
+    """The devices whose tensors are currently taken."""
     also = ("cpu",) if interpreted() else ()
     return Row((*DEVICES, *also), f"takes tensors on {' or '.join(DEVICES)}; got device {{where}}")
 
@@ -164,7 +164,7 @@ def _erase_has_no_gradient(spec: CallSpec) -> str:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make this the current device, on which Triton launches."""
     if device.type == "cpu":
         return nullcontext()
     import torch
@@ -196,7 +196,7 @@ def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def strides_of(spec: CallSpec, call: Call, copies: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Strides in elements by argument; those of states by axis (.., K, V), whatever their layout is."""
+    """Strides in elements by argument. Those of states are by axis (.., K, V), whatever the layout."""
     out = {}
     for name in TOKENS:
         x = getattr(call, name)
@@ -229,7 +229,7 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @cache
 def machine_of(device: torch.device) -> Machine:
-    """The properties of a device that decide launches; the interpreter counts as a small machine, to keep loops
+    """The properties of a device that decide launches. The interpreter counts as a small machine, so that loops are
     short."""
     import torch
 

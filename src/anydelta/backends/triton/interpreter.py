@@ -1,7 +1,7 @@
 """Makes Triton's interpreter about twice as fast: for tests without a GPU.
 
-Whenever a kernel calls a function, the interpreter searches all of triton.language for things to replace, which the
-kernel's start has already replaced. This removes the second search.
+Whenever a kernel calls a function, the interpreter searches all of triton.language for things to replace. The start of
+the kernel has replaced them already. This removes the second search.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 @cache
 def quicken() -> None:
-    """Once per process; leaves a Triton that is built differently as it is."""
+    """Do it once per process. A Triton that is built differently stays unchanged."""
     original = getattr(interpreter, "_patch_lang", None)
     scope = getattr(interpreter, "_LangPatchScope", None)
     if original is None or scope is None:

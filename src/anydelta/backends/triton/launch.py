@@ -1,6 +1,6 @@
-"""From a call to its kernel launches: which kernels, on which grid, with which arguments.
+"""Turns a call into kernel launches: which kernels, on which grid, with which arguments.
 
-`Launches.calls` only computes arguments, so it also serves the interpreter and ahead-of-time compilation (aot.py),
+`Launches.calls` only computes arguments. So it also serves the interpreter and ahead-of-time compilation (aot.py),
 which passes tensors without memory.
 """
 
@@ -127,8 +127,7 @@ class Launches:
         scratch = Scratch(spec, call, config.chunk)
         yield from self.prepare(call, scratch)
         columns = -(-spec.V // config.scan_BV)
-        # With a mask there is one segment: a state without a live token must keep its bits, and products do not keep
-        # them.
+        # With a mask there is only one segment: a state without a live token must keep its bits, which products do not.
         programs = spec.N * spec.HV * columns
         tokens = -(-spec.T // max(spec.N, 1)) if spec.packed else spec.T
         pieces = 1 if spec.masked else segments(config, self.machine, programs=programs, tokens=tokens)
@@ -142,8 +141,8 @@ class Launches:
         if pieces > 1:
             grid = spec.N * spec.HV * (pieces - 1) * (columns + -(-spec.K // config.scan_BV))
             yield KernelCall(chunk.scan, grid, {**args, "TRANSITIONS": True}, config.scan_warps)
-        # The product with M [K, K] at the start of a segment takes as many registers again. With erase, four warps put
-        # 72 bytes of a thread on the stack (sm_100).
+        # At the start of a segment, the product with M [K, K] takes as many registers again. With erase, four warps put
+        # 72 bytes per thread on the stack (sm_100).
         warps = config.scan_warps if pieces == 1 and call.erase is None else 8
         yield KernelCall(chunk.scan, programs * pieces, {**args, "TRANSITIONS": False}, warps)
 
@@ -176,7 +175,7 @@ class Launches:
         yield KernelCall(chunk.prepare, heads, args, config.prepare_warps)
 
     def scan_args(self, call: Call, scratch: Scratch) -> dict[str, object]:
-        """The arguments of `scan`, without those for extra results beside o."""
+        """The arguments of `scan`, without those for results other than o."""
         spec, config, inputs = self.spec, self.config, self.inputs
         return dict(
             q=call.q, k=call.k, v=call.v, o=call.o, erase=call.erase, solved=scratch.solved, factors=scratch.factors,
@@ -191,7 +190,7 @@ class Launches:
 
 
 class Scratch:
-    """Memory that the kernels of chunks pass to each other; their arguments describe it."""
+    """Memory that the kernels of chunks pass to each other. Their arguments describe it."""
 
     def __init__(self, spec: CallSpec, call: Call, C: int):
         self.C = C
@@ -208,7 +207,7 @@ class Scratch:
 
 
 def chunked(spec: CallSpec, config: Config) -> bool:
-    """Whether a call runs in chunks; else token by token. Depends on shapes and options only."""
+    """Whether a call runs in chunks, or token by token. Depends only on shapes and options."""
     if spec.K > MAX_CHUNKED_K or spec.N == 0 or not products_fit(spec):
         return False
     tokens = spec.T / spec.N if spec.packed else spec.T
@@ -220,8 +219,8 @@ def _heads(x: torch.Tensor) -> int:
 
 
 def products_fit(spec: CallSpec) -> bool:
-    """Whether chunks can multiply keys before their normalisation, as GDA's do: with a smaller eps, products of valid
-    keys leave float32's range."""
+    """Whether chunks can multiply keys before normalising them, as GDA's do. With a smaller eps, products of valid keys
+    would leave float32's range."""
     return spec.kda or not spec.options.qk_l2norm or spec.options.qk_l2norm_eps >= 2.0**-90
 
 

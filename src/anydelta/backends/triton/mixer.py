@@ -1,7 +1,7 @@
-"""The host of the mixer's Triton kernels (backends/triton/mixer.py) around those of the rule.
+"""The host of the mixer's Triton kernels (mixer_kernels.py) around those of the rule.
 
-Up to 16 tokens a sequence: `convolve` and `recurrent`, which norms its own output. Longer ones: convolution, its
-states, the rule's chunks, the norm. Nothing waits for the device, masks and packed sequences included.
+Up to 16 tokens per sequence: `convolve` and `recurrent`, which norms its own output. More tokens: the convolution, its
+states, the rule's chunks, the norm. Nothing waits for the device, even with masks and packed sequences.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TritonMixer:
 def calls(
     spec: MixerSpec, call: MixerCall, state_in: torch.Tensor, machine: Machine
 ) -> Iterator[launch.KernelCall]:
-    """The launches in their order."""
+    """The launches in order."""
     import torch
 
     r, opt = spec.rule, spec.options
@@ -173,7 +173,7 @@ def _convolutions(
         return
     args |= dict(arrivals=None, BT=TILE)
     yield launch.KernelCall(mixer.convolve, _slots(r, TILE) * blocks, {**args, "y": y, "WALK": False}, 4)
-    # After each block of tokens has read the old states.
+    # After all blocks of tokens have read the old states.
     yield launch.KernelCall(mixer.convolve, r.N * blocks, {**args, "y": None, "WALK": True}, 4)
 
 
@@ -191,7 +191,7 @@ def _heads(x: torch.Tensor, width: int, heads: int) -> tuple[torch.Tensor, tuple
 
 
 def _live_tokens(call: MixerCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """rank and order [B, T] int32 of backends/triton/mixer.py, found on the device."""
+    """rank and order [B, T] int32 of mixer_kernels.py, computed on the device."""
     import torch
 
     mask = call.mask
@@ -206,7 +206,7 @@ def _live_tokens(call: MixerCall) -> tuple[torch.Tensor, torch.Tensor]:
         start = cu[torch.bucketize(at, cu[1:], right=True).clamp_max(cu.shape[0] - 1)]
         before = torch.nn.functional.pad(count, (1, 0))[:, start]
     rank = count - before - 1
-    # The position of live token r of a sequence goes to start + r; masked tokens go to an unused column.
+    # The position of live token r of a sequence is stored at start + r, those of masked tokens in an unused column.
     order = torch.zeros(B, T + 1, dtype=torch.int64, device=mask.device)
     order.scatter_(1, torch.where(mask, start + rank, T), at.expand(B, T))
     return rank.int(), order[:, :T].int().contiguous()

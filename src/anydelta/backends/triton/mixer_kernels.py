@@ -4,10 +4,10 @@
                                                                  [C, S], whose last column is the newest
     out_t = o_t / sqrt(mean(o_t^2) + eps) * weight * gate(z_t)   mean over V; gate: silu or sigmoid
 
-At decode the norm is done by `recurrent` itself, so that a step is two launches: `convolve`, which also advances the
-conv state, and `recurrent`. Everything between the inputs and the output is float32.
+At decode `recurrent` computes the norm, so a step is two launches: `convolve`, which also advances the conv state, and
+`recurrent`. Everything between the inputs and the output is float32.
 
-A masked token does not exist. With a mask, rank [B, T] is the number of live tokens of a sequence up to t, minus one;
+Masked tokens are skipped. With a mask, rank [B, T] is the number of live tokens of a sequence up to t, minus one, and
 order [B, T] holds the positions of its live tokens, from its first token on.
 """
 
@@ -38,7 +38,7 @@ def _tile(
     if rank is not None:
         r = tl.load(rank + b * T + t, mask=inside, other=-1)
         before = tl.load(rank + b * T + t - 1, mask=inside & (t > start), other=-1)
-        inside = inside & (r > before)  # else masked
+        inside = inside & (r > before)  # else the token is masked
     else:
         r = t - start
     out = tl.zeros([t.shape[0], i_c.shape[0]], tl.float32)
@@ -82,7 +82,7 @@ def _window(
 ):
     """The last S inputs [BC, BS] when a sequence has seen `count` live tokens."""
     i_s = tl.arange(0, BS)
-    index = count + i_s  # among the S old columns and then the tokens
+    index = count + i_s  # among the S old columns, then the tokens
     in_s = i_s < S
     old = in_s & (index < S)
     new = in_s & (index >= S)
@@ -112,7 +112,7 @@ def convolve(
     conv_state, conv_snapshots,       # [N or P, C, S]; [Ks, N, C, S] or None
     weight, bias,                     # [C, W]; [C] or None
     rank, order, cu_seqlens, state_indices,
-    snapshot_indices,                 # [Ks, N] rows of conv_state or -1, in place of conv_snapshots; may be None
+    snapshot_indices,                 # [Ks, N] rows of conv_state or -1, instead of conv_snapshots; may be None
     arrivals,                         # [N, HV] int32, set to 0 for `recurrent`; may be None
     N, T, Ks,
     q_b, q_t, q_g, k_b, k_t, k_g, v_b, v_t, v_g,
@@ -182,7 +182,7 @@ def convolve(
         count = _count(rank, b, T, start, end, 0)
         final = _window(x, x_t, at_x, conv_state, order, b, T, start, count, at_state, c_s, in_c, S, BS)
         if conv_snapshots is not None:
-            # conv_state may be slot 0, which is therefore written last
+            # conv_state may be slot 0, so slot 0 is written last
             for slot in range(1, tl.minimum(Ks, end - start)):
                 earlier = _count(rank, b, T, start, end, slot)
                 value = _window(
@@ -192,7 +192,7 @@ def convolve(
                 tl.store(conv_snapshots + at, narrow(value, conv_snapshots.dtype.element_ty), mask=inside)
         own, named = final, row < 0
         if snapshot_indices is not None:
-            # The row that is read may be that of any slot, so it is written last.
+            # The row that is read may be any slot's, so it is written last.
             for slot in range(0, tl.minimum(Ks, end - start)):
                 earlier = _count(rank, b, T, start, end, slot)
                 value = _window(
@@ -203,7 +203,7 @@ def convolve(
                 elsewhere = in_c[:, None] & (i_s < tl.where((to == row) | (to < 0), 0, S))[None, :]
                 tl.store(conv_state + at, narrow(value, conv_state.dtype.element_ty), mask=elsewhere)
                 own, named = tl.where(to == row, value, own), named | (to == row)
-        tl.debug_barrier()  # other threads of this program have read what is now written
+        tl.debug_barrier()  # wait until this program's threads have read what is now written
         result = narrow(own, conv_state.dtype.element_ty)
         if conv_snapshots is not None:
             if end > start:

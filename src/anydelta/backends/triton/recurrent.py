@@ -1,13 +1,13 @@
-"""Decode and short blocks: the recurrence token by token, the state in registers.
+"""Decode and short blocks: the recurrence token by token, with the state in registers.
 
     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
     d_t = beta_t (v_t - S^T e_t)      delta    e_t = k_t, or the call's erase_t with beta_t = 1
     S   = S + k_t d_t^T               update
     o_t = scale * S^T q_t             output
 
-One program owns the columns [K, BV] of the state of one sequence and value head: it reads them once, keeps them in
-float32 registers for all its tokens, and writes them once. Nothing is shared between programs, so the result does
-not depend on how many run. The floor for T = 1 is the state read and written: 2 * N * HV * K * V * bytes.
+One program owns the columns [K, BV] of the state of one sequence and value head. It reads them once, keeps them in
+float32 registers for all its tokens, and writes them once. Programs share nothing, so the result does not depend on
+their number. The lower bound for T = 1 is the state read and written: 2 * N * HV * K * V * bytes.
 """
 
 import triton
@@ -35,10 +35,10 @@ def _token(
     i_k, i_v, K: tl.constexpr, V: tl.constexpr,
     KDA: tl.constexpr, DECAY: tl.constexpr, BOUNDED: tl.constexpr, LOGIT: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """(q [BK], k [BK], e [BK], v [BV], decay [BK] or scalar, beta, live) of token t; pointers point to the head's token
-    0. e is k without erase.
+    """(q [BK], k [BK], e [BK], v [BV], decay [BK] or scalar, beta, live) of token t. Pointers point to the head's token
+    0. Without erase, e is k.
 
-    Masked tokens are not read; they may hold anything.
+    Masked tokens are not read. They may hold anything.
     """
     live = t < end
     at = t.to(tl.int64)
@@ -110,13 +110,14 @@ def recurrent(
     TILED: tl.constexpr, ERASE: tl.constexpr, POOL_IN: tl.constexpr, POOL_OUT: tl.constexpr, TAIL: tl.constexpr,
     AHEAD: tl.constexpr, DOUBLE: tl.constexpr, GATE: tl.constexpr, Z_GROUP: tl.constexpr, VV: tl.constexpr,
 ):  # fmt: skip
-    """Grid: N * HV * ceil(V / BV). POOL_IN, POOL_OUT: state, state_out are pools, with a row state_indices[n] for
-    sequence n; else row n is its own. TAIL: only the last Ks tokens of a sequence; chunk.py has done the others.
-    AHEAD: there is more than one token, so the next one is loaded early. DOUBLE: beta counts twice (allow_neg_eigval).
+    """Grid: N * HV * ceil(V / BV). POOL_IN, POOL_OUT: state, state_out are pools, with row state_indices[n] for
+    sequence n; otherwise sequence n has row n. TAIL: only the last Ks tokens of a sequence; chunk.py has done the
+    others. AHEAD: there is more than one token, so the next one is loaded early. DOUBLE: beta counts twice
+    (allow_neg_eigval).
 
-    With norm_weight o is normed over V and gated (GATE, by z), as backends/triton/mixer.py has it. If a head has
-    several programs, each leaves its columns in `plain`, and the last to finish norms them all, so the sum has a fixed
-    order. VV is V as a power of two.
+    With norm_weight o is normed over V and gated (GATE, by z), as in mixer_kernels.py. If a head has several programs,
+    each leaves its columns in `plain`, and the last to finish norms all of them, so the sum has a fixed order. VV is V
+    rounded up to a power of two.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)

@@ -4,9 +4,9 @@
     "recurrent T<=1 heads<=512 K=128 V=128 gda bfloat16": {"launch": {"BV": 16, "warps": 2}, "how": "..."}
     }}
 
-A row applies to the calls of its class: up to so many tokens a sequence and value heads in all sequences, and more than
-the next smaller class. A row without T and heads applies to classes without a row. `launch` has fields of
-config.Config; the heuristic decides the others. `how` says where the row comes from.
+A row applies to the calls of its class: up to so many tokens per sequence and value heads in all sequences together,
+and more than the next smaller class. A row without T and heads applies to classes without their own row. `launch` has
+fields of config.Config, and the heuristic decides the others. `how` says where the row comes from.
 
 Shipped tables are in configs/ beside this file; the user's rows, which `anydelta tune` writes, override them. A
 process reads its tables once, so a shape keeps its launch.
@@ -27,7 +27,7 @@ from ...core.json_file import read_json
 
 VERSION = 1
 ENV = "ANYDELTA_TRITON_CONFIGS"
-"""The user's folder of tables; empty: none."""
+"""The user's folder of tables. Empty: no folder."""
 SHIPPED = Path(__file__).parent / "configs"
 
 _WARPS = (1, 2, 4, 8, 16)
@@ -42,7 +42,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "gradients_warps": _WARPS, "gradients_BV": (16, 32, 64), "gradients_slice": (16, 32, 64),
     },
 }  # fmt: skip
-"""By kernel, what a row may set, and to what."""
+"""By kernel, the fields that a row may set and their values."""
 
 _NAME = re.compile(
     rf"({'|'.join(FIELDS)})( T<=[0-9]+ heads<=[0-9]+)? K=[0-9]+ V=[0-9]+ (gda|kda) (bfloat16|float16|float32)"
@@ -51,10 +51,10 @@ Row = Mapping[str, Any]
 
 
 def keys(kernel: str, *, tokens: float, heads: int, K: int, V: int, kda: bool, dtype: str) -> tuple[str, str]:
-    """The names of the rows for a call with `tokens` a sequence (on average) and `heads` value heads in all sequences:
-    of its class, and of all classes.
+    """The names of the rows for a call with `tokens` per sequence (on average) and `heads` value heads in all sequences
+    together: the row of its class, and the row of all classes.
 
-    `recurrent` knows one token and several; chunks have classes of 128, 1024, 8192, ... tokens. Heads: 2, 8, 32, ...
+    `recurrent` has classes of one token and of several, chunks of 128, 1024, 8192, ... tokens. Heads: 2, 8, 32, ...
     """
     if kernel == "recurrent":
         at_most = 1 if tokens <= 1 else 16
@@ -78,17 +78,17 @@ def user_folder() -> Path | None:
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows of a file; none if it is not there.
+    """The rows of a file; none if it does not exist.
 
     Raises:
-        ValueError: it is not a table for the architecture that it is named for. The text names the file.
+        ValueError: it is not a table for the architecture in its name. The text names the file.
     """
 
     def require(right: bool, what: str, got: object) -> None:
         if not right:
             raise ValueError(
                 f"triton: the table {path} must {what}; got {str(got)[:80]!r}. "
-                "Remove the file, or let anydelta tune write another"
+                "Remove the file, or write another with anydelta tune"
             )
 
     if not path.is_file():
@@ -115,13 +115,13 @@ def read(path: Path) -> dict[str, Row]:
             allowed = known.get(field, ())
             require(bool(allowed), f"set {', '.join(known)} in {name!r}", field)
             good = type(value) is int and value in allowed
-            require(good, f"have a {field} that is possible in {name!r}", value)
+            require(good, f"have a valid {field} in {name!r}", value)
     return rows
 
 
 @cache
 def rows(arch: str) -> Mapping[str, Row]:
-    """The rows for an architecture: those shipped, overridden by the user's.
+    """The rows for an architecture: the shipped ones, overridden by the user's.
 
     Raises:
         ValueError: as `read`.
@@ -135,7 +135,7 @@ def merge(path: Path, new: Mapping[str, Row]) -> None:
     """Write rows to the file of an architecture: replace those of the same name, keep the others.
 
     Raises:
-        ValueError: what is there is not a table.
+        ValueError: the existing file is not a table.
         OSError: it cannot be written.
     """
     merged = {**read(path), **new}

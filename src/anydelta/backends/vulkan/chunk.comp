@@ -6,12 +6,13 @@
 //     B_ij = sum_k q_i k_j exp(G_i - G_j)   j <= i       o_i = scale (S^T (exp(G_i) q_i) + sum_j B_ij d_j)
 //     S    = exp(G_C) S + sum_j exp(G_C - G_j) k_j d_j^T
 //
-// (the WY form: the d of a chunk follow from a triangular solve, so that the state is read and written once per chunk
-// and not per token). Every exponent is <= 0. A token that is masked, or beyond the end, has k = q = g = beta = 0.
+// (the WY form: the d of a chunk follow from a triangular solve, so the state is read and written once per
+// chunk instead of once per token). Every exponent is <= 0. A token that is masked, or beyond the end, has k
+// = q = g = beta = 0.
 //
-// k, q, A and B lie in shared memory, computed by the workgroup together. The lanes of a column share its rows, and the
-// tokens j: a lane adds its share of sum_j A_ij d_j to its part of S^T k, so that one sum over the lanes gives both.
-// Loops over all K are not unrolled: lavapipe makes a loop of each load, and compiled K = 128 for minutes.
+// The workgroup computes k, q, A and B together, in shared memory. The lanes of a column share its rows, and the
+// tokens j: a lane adds its share of sum_j A_ij d_j to its part of S^T k, so one sum over the lanes gives both. Loops
+// over all K are not unrolled: lavapipe turns each load into a loop, and compiled K = 128 for minutes.
 #extension GL_GOOGLE_include_directive : require
 #include "rule.glsl"
 

@@ -1,7 +1,7 @@
 """Vulkan devices: instance, queue, memory, pipelines. host.py runs calls on them.
 
-Where host and device share their memory (integrated GPUs, CPU drivers) every buffer is mapped and nothing is copied
-twice. Elsewhere states and inputs lie in device-local memory and pass through mapped staging buffers.
+If host and device share their memory (integrated GPUs, CPU drivers), every buffer is mapped and nothing is copied
+twice. Elsewhere states and inputs are in device-local memory and pass through mapped staging buffers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..devices.staging import Launches
 BINDINGS = 5
 """Storage buffers of a shader: inputs, output, state read, state written, snapshots (backends/vulkan/rule.glsl)."""
 PUSH_BYTES = 100
-"""Of the struct Call in rule.glsl; every driver gives 128."""
+"""Bytes of the struct Call in rule.glsl. Every driver allows 128."""
 FOREVER = 2**64 - 1
 VulkanError = vk.VkError
 
@@ -38,19 +38,17 @@ _TYPES = {
     vk.VK_PHYSICAL_DEVICE_TYPE_VIRTUAL_GPU: "virtual GPU",
     vk.VK_PHYSICAL_DEVICE_TYPE_CPU: "CPU",
 }
-"""In the order in which devices are numbered."""
+"""The kinds of devices, in the order in which devices are numbered."""
 
 _DEVICE_LOCAL = vk.VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
 _MAPPED = vk.VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | vk.VK_MEMORY_PROPERTY_HOST_COHERENT_BIT
 _CACHED = vk.VK_MEMORY_PROPERTY_HOST_CACHED_BIT
-_FULL_SUBGROUPS = (
-    2  # VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT, which the package does not name
-)
+_FULL_SUBGROUPS = 2  # VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT, which the package lacks
 
 
 def shader(name: str) -> bytes | None:
     """The SPIR-V that was compiled when the package was built; None if it was built without glslang."""
-    for folder in anydelta.__path__:  # an editable install has two: the sources, and what was built
+    for folder in anydelta.__path__:  # an editable install has two: sources and build
         path = Path(folder, "backends", "vulkan", f"{name}.spv")
         if path.is_file():
             return path.read_bytes()
@@ -59,7 +57,7 @@ def shader(name: str) -> bytes | None:
 
 @cache
 def instance() -> object:
-    """The Vulkan instance of this process. Raises what the loader raises."""
+    """The Vulkan instance of this process. Raises the loader's errors."""
     try:
         version = vk.vkEnumerateInstanceVersion()
     except (vk.ProcedureNotFoundError, AttributeError):
@@ -95,7 +93,7 @@ def _close(made: object) -> None:
 
 @cache
 def physical_devices() -> list[object]:
-    """Those that can compute, GPUs before CPU drivers."""
+    """The devices that can compute, GPUs before CPU drivers."""
     order = list(_TYPES)
     found = [
         (
@@ -209,7 +207,7 @@ def driver_errors(device: VulkanDevice, what: str, states: str = "States are as 
 
 
 class VulkanMemory(Memory):
-    """A storage buffer of its own, mapped where the memory type allows it."""
+    """A storage buffer, mapped if the memory type allows it."""
 
     def __init__(self, device: VulkanDevice, nbytes: int, *, flags: Sequence[int], what: str):
         self.device, self.nbytes, self.serial = device, nbytes, next(device.serials)
@@ -258,7 +256,7 @@ class VulkanMemory(Memory):
     def zero(self, offset: int, nbytes: int) -> None:
         if self.mapped is not None:
             self.mapped[offset : offset + nbytes] = 0
-        elif offset % 4 or nbytes % 4:  # vkCmdFillBuffer works on words
+        elif offset % 4 or nbytes % 4:  # vkCmdFillBuffer fills only whole words
             self.write(offset, np.zeros(nbytes, np.uint8))
         else:
             self.device.run_once(lambda cb: vk.vkCmdFillBuffer(cb, self.buffer, offset, nbytes, 0), "filling")
@@ -287,7 +285,7 @@ class VulkanMemory(Memory):
 
 
 class Launch:
-    """A recorded call: descriptor sets and a command buffer, submitted as often as its buffers stay the same."""
+    """A recorded call: descriptor sets and a command buffer. It can be submitted again with the same buffers."""
 
     __slots__ = ("command", "pool", "serials", "submit")
 
@@ -314,10 +312,10 @@ class VulkanDevice(Device):
         self.local_inputs: VulkanMemory | None = None
         self.local_outputs: VulkanMemory | None = None
         self.generation = 0
-        """Counts how often the staging buffers were replaced: recordings of earlier ones are invalid."""
+        """Counts replacements of the staging buffers. Recordings of earlier buffers are invalid."""
         self.launches: Launches[Launch] = Launches(self._drop)
         self.best_chunk: dict[tuple[object, ...], int] = {}
-        """What vulkan.py measured."""
+        """The results of host.measure_chunks."""
         self._pipelines: dict[object, object] = {}
         self._modules: dict[str, object] = {}
         self._open()
@@ -374,7 +372,7 @@ class VulkanDevice(Device):
         )
 
     def close(self) -> None:
-        """Free everything; arrays that are still held become invalid."""
+        """Free everything. Arrays that are still held become invalid."""
         if self.handle is None:
             return
         d = self.handle
@@ -446,7 +444,7 @@ class VulkanDevice(Device):
     # ---- commands --------------------------------------------------------------------------------------------------
 
     def record(self, write: Callable[[object], None], *, once: bool = False) -> object:
-        """A command buffer with what `write` puts into it."""
+        """A command buffer that `write` has filled."""
         command = vk.vkAllocateCommandBuffers(
             self.handle,
             vk.VkCommandBufferAllocateInfo(
@@ -480,7 +478,7 @@ class VulkanDevice(Device):
         vk.vkDestroyDescriptorPool(self.handle, launch.pool, None)
 
     def forget(self, serial: int) -> None:
-        """A buffer is freed: drop the recordings that name it."""
+        """Drop the recordings that use a buffer, which is freed."""
         with self.lock:
             self.launches.forget(serial)
 

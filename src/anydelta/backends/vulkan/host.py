@@ -1,8 +1,8 @@
-"""Vulkan: any GPU with a Vulkan 1.1 driver, through the package `vulkan`. Shaders: backends/vulkan, SPIR-V since build.
+"""Vulkan: any GPU with a Vulkan 1.1 driver, through the package `vulkan`. The build compiles the shaders to SPIR-V.
 
-A call copies its inputs into a mapped buffer, submits a command buffer that was recorded in the first call with these
-shapes and states, and waits. States on a device (`anydelta.device("vulkan:0")`) stay there; those of a host call are
-copied there and back.
+A call copies its inputs into a mapped buffer, submits a command buffer that the first call with these shapes and states
+recorded, and waits. States on a device (`anydelta.device("vulkan:0")`) stay there. States on the host are copied there
+and back.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ else:
     driver = late("anydelta.backends.vulkan.device")
 
 CHUNK_MIN_TOKENS = 64
-"""Tokens per sequence, on average: four chunks. Below, the two kernels hardly differ."""
+"""The least tokens per sequence on average for chunks: four chunks. For fewer, the two kernels hardly differ."""
 CHUNK_COLUMNS = 64
-"""Columns of a workgroup of chunk.comp: its invocations share what they compute of k and q."""
+"""Columns of a workgroup of chunk.comp. Its invocations share what they compute from k and q."""
 CHUNK_GROUPS = 16
 """Groups of four rows that a lane of chunk.comp holds: 64 registers."""
 CPU_CHUNK_MIN_K = 64
-"""Least K of KDA for chunks, which compute its K exponentials per token once for all columns. GDA gains nothing."""
+"""Least K for chunks with KDA on a CPU: they compute its K exponentials per token once for all columns."""
 CHUNK_ENV = "ANYDELTA_VULKAN_CHUNK"
-"""1: long prompts run in chunks. 0: token by token. Unset: the faster one in the first call of the shape."""
+"""1: long prompts run in chunks. 0: token by token. Unset: whichever is faster in the first call of the shape."""
 _serials = count()
 
 
@@ -87,7 +87,7 @@ def _chosen_chunk(plan: _Plan, spec: CallSpec, call: Call) -> int:
         return tokens
     if (
         device.facts.type == "CPU"
-    ):  # no trial, which would compile both; measured on lavapipe (docs/backends/vulkan.md)
+    ):  # no trial: it would compile both; measured on lavapipe (docs/backends/vulkan.md)
         return tokens if spec.kda and spec.K >= CPU_CHUNK_MIN_K else 0
     key = (spec.K, spec.V, spec.kda, spec.dtype)
     if key not in device.best_chunk:
@@ -118,7 +118,7 @@ def measure_chunks(
 
 
 def _chunk(plan: _Plan, spec: CallSpec) -> int:
-    """Tokens per chunk of chunk.comp for a long prompt whose k, q and gates fit into shared memory; else 0."""
+    """Tokens per chunk of chunk.comp, for a long prompt if k, q and gates fit into shared memory; else 0."""
     facts, invocations = plan.device.facts, CHUNK_COLUMNS * plan.chunk_lanes
     between = (
         4 * spec.N * spec.HV * spec.K * spec.V if spec.snapshots else 0

@@ -1,4 +1,4 @@
-// What the shaders of the gated delta rule share: the call, its buffers, and the gates.
+// Shared by the shaders of the gated delta rule: the call, its buffers, and the gates.
 //
 //     S   = diag(exp(g_t)) S            decay    g_t: one number (GDA) or a vector over K (KDA)
 //     d_t = beta_t (v_t - S^T k_t)      delta    the prediction reads the decayed state
@@ -7,7 +7,7 @@
 //
 // Shapes: q, k [tokens, H, KP]; v, o [tokens, HV, V]; g [tokens, HV] or [tokens, HV, KP]; beta [tokens, HV];
 // S [rows, HV, K, V] or [rows, HV, V, K]; snapshots [Ks, N, HV, ...]. The host lays the inputs out densely, with K
-// padded to KP by zeros: a padded row of S then stays zero. All sums are in float32.
+// zero-padded to KP, so that a padded row of S stays zero. All sums are in float32.
 //
 // Compiled with SUBGROUP for drivers with subgroup shuffles, with HALF for those with 16-bit storage buffers.
 
@@ -25,7 +25,7 @@ layout(local_size_x_id = 0) in;
 layout(constant_id = 1) const uint LANES = 1;      // invocations that share one column of S
 layout(constant_id = 2) const uint ROWS4 = 16;     // rows of S per invocation, in groups of four
 layout(constant_id = 3) const bool KDA = false;
-layout(constant_id = 4) const uint DTYPE = 0;      // of q, k, v, o: one of the three below
+layout(constant_id = 4) const uint DTYPE = 0;      // type of q, k, v, o: one of the three below
 layout(constant_id = 6) const uint STATES = 0;     // bit 0: the state read is bfloat16; bit 1: those written are
 layout(constant_id = 5) const uint CHUNK = 16;     // tokens per chunk, for chunk.comp
 
@@ -57,7 +57,7 @@ layout(push_constant) uniform Call {
 
 bool has(uint flag) { return (call.flags & flag) != 0; }
 
-// What one workgroup works on, the same for all of its invocations.
+// The work of one workgroup, the same for all of its invocations.
 uint n;      // sequence
 uint hv;     // value head
 uint hq;     // its query/key head: hv / (HV/H), or hv % H if tiled
@@ -86,7 +86,7 @@ void find_work() {
     }
 }
 
-// Of a long prompt chunk.comp takes all tokens but those whose states are asked for, recurrent.comp the rest.
+// In a long prompt chunk.comp takes all tokens except those whose states are wanted, recurrent.comp the rest.
 uint chunked_tokens() { return has(CHUNKED) ? len - min(len, call.Ks) : 0; }
 
 bool live(uint token) { return !has(MASKED) || bits[call.mask + token] != 0; }
@@ -218,26 +218,27 @@ float beta_of(uint token) {
 
 // ---- the column of an invocation -----------------------------------------------------------------------------------
 
-// A workgroup owns some columns (the axis V) of one head of one sequence. LANES invocations share a column: lane l holds
-// the rows 4 (r LANES + l) .. + 3 for r < ROWS4, so that neighbours read neighbouring 16 bytes of k and q. Columns never
-// meet; the only sums across invocations are the LANES partial sums of S^T k and S^T q.
+// A workgroup owns some columns (the axis V) of one head of one sequence. LANES invocations share a column: lane l
+// has the rows 4 (r LANES + l) .. + 3 for r < ROWS4, so neighbours read neighbouring 16 bytes of k and q. Columns are
+// independent. The only sums across invocations are the LANES partial sums of S^T k and S^T q.
 const uint KP = 4 * LANES * ROWS4;
 
-uint id;      // of this invocation in the workgroup, so that the lanes of a column lie in one subgroup
+uint id;      // of this invocation in the workgroup; the lanes of a column are in one subgroup
 uint lane;    // of the column
 uint col;
-bool mine;    // the last workgroup may have more columns than are left
+bool mine;    // the last workgroup may have unused columns
 vec4 S[ROWS4];
 
 #ifndef SUBGROUP
 shared float partial[gl_WorkGroupSize.x];
 #endif
 
-// A sum of squares (with eps) inside float32's range, and what x is multiplied with before squaring where it is not.
+// The bounds of a sum of squares (with eps) inside float32's range, and the factor of x before
+// squaring outside of it.
 bool in_range(float sum) { return !(sum < exp2(-90.0) || sum > exp2(120.0)); }
 float unit_for(float sum) { return exp2(sum < 1.0 ? 55.0 : -55.0); }
 
-// The sum of x over the lanes of the column, in every one of them.
+// The sum of x over the lanes of the column, which each of them gets.
 float over_lanes(float x) {
     if (LANES == 1) return x;
 #ifdef SUBGROUP
@@ -269,7 +270,7 @@ float load_v(uint token) {
     return mine ? load1(call.v, (token * call.HV + hv) * ((call.V + 1) & ~1u) + col) : 0.0;
 }
 
-// What a sequence without a state gets: zeros.
+// The output of a sequence without a state: zeros.
 void skip() {
     for (uint t = lane; t < len && mine; t += LANES) store_o(base + t, col, 0);
     if (has(ZERO_SKIPPED) && mine)

@@ -1,8 +1,8 @@
 """WebGPU devices: adapter, buffers, pipelines, launches. host.py runs calls on them.
 
-Objects are made through the package wgpu, which checks each call. The steps of a call of the operator use wgpu-native's
-C functions, which wgpu exposes: its wrapper takes 5 to 10 us for each of the thirty and waits in another thread, which
-costs more than everything else. Errors come by WebGPU's error scopes.
+Objects are made through the package wgpu, which checks each call. The steps of an operator's call use wgpu-native's C
+functions, which wgpu exposes. wgpu's own wrapper takes 5 to 10 us for each of the thirty functions and waits in another
+thread, which costs more than everything else. Errors come through WebGPU's error scopes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..devices.structs import CALL, WEBGPU_FLAGS, bits, source
 
 _USAGE = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
 _SCOPES = (lib.WGPUErrorFilter_OutOfMemory, lib.WGPUErrorFilter_Validation)
-"""wgpu-native has no third kind: other errors show when the result is mapped."""
+"""wgpu-native has no other kind. Other errors show when the result is mapped."""
 _MAPPABLE = "mappable-primary-buffers"
 _ERRORS = {
     lib.WGPUErrorType_OutOfMemory: wgpu.GPUOutOfMemoryError,
@@ -36,7 +36,7 @@ _serials = count()
 
 @cache
 def adapters() -> list[wgpu.GPUAdapter]:
-    """GPUs before CPU drivers; OpenGL, which shows the same hardware again with fewer features, is left out."""
+    """The adapters, GPUs before CPU drivers. OpenGL is left out: the same hardware again, with fewer features."""
     load_triton_first()
     order = ("DiscreteGPU", "IntegratedGPU", "Unknown", "CPU")
     found = [
@@ -82,7 +82,7 @@ class WebGPUMemory(Memory):
 
     def copy_from(self, offset: int, source: Memory, source_offset: int, nbytes: int) -> None:
         assert isinstance(source, WebGPUMemory)
-        if source is self:  # WebGPU copies between different buffers only
+        if source is self:  # WebGPU only copies between different buffers
             between = WebGPUMemory(self.device, nbytes)
             between.copy_from(0, source, source_offset, nbytes)
             source, source_offset = between, 0
@@ -129,7 +129,7 @@ class WebGPUDevice(Device):
         self.is_cpu = info["adapter_type"] == "CPU"
         shared = self.is_cpu or info["adapter_type"] == "IntegratedGPU"
         self.unified = shared and _MAPPABLE in adapter.features and not copies
-        """Whether shaders use mapped memory, so that inputs and o are copied once and not twice."""
+        """Whether shaders use mapped memory, so that inputs and o are copied once instead of twice."""
         self.handle = adapter.request_device_sync(
             required_features=["subgroup"] * bool(self.subgroup) + [_MAPPABLE] * self.unified,
             required_limits={name: adapter.limits[name] for name in wanted},
@@ -141,7 +141,7 @@ class WebGPUDevice(Device):
         self.outputs: WebGPUMemory | None = None
         self.readback: WebGPUMemory | None = None
         self.spare = WebGPUMemory(self, 16)
-        """Bound where a call has no snapshots."""
+        """Bound if a call has no snapshots."""
         self._calls = _Calls(self.handle, self.unified)
 
     def limits(self) -> dict[str, object]:
@@ -149,7 +149,7 @@ class WebGPUDevice(Device):
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """Turn wgpu's errors into one sentence."""
+        """Turn wgpu's errors into one sentence each."""
         self.check()
         try:
             yield
@@ -169,7 +169,7 @@ class WebGPUDevice(Device):
             return WebGPUMemory(self, -(-nbytes // 4) * 4)
 
     def forget(self, serial: int) -> None:
-        """A buffer is freed: drop bind groups, which would keep its memory."""
+        """Drop bind groups that use a buffer, which is freed: they would keep its memory."""
         with self.lock:
             self.launches.forget(serial)
 
@@ -227,7 +227,7 @@ class WebGPUDevice(Device):
         return self._pipelines[key]
 
     def bound(self, array: DeviceArray) -> tuple[dict[str, object], int]:
-        """(a binding of the array, its first element behind the binding's offset)."""
+        """(a binding of the array, its first element after the binding's offset)."""
         memory = array.memory
         assert isinstance(memory, WebGPUMemory)
         rest = array.offset % self.alignment
@@ -243,12 +243,12 @@ class WebGPUDevice(Device):
             return self.handle.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
 
     def run(self, launch: Launch, stage: Bytes, nbytes_out: int, take: Callable[[Bytes], None]) -> None:
-        """Write `stage` to the inputs, dispatch, and show `take` the bytes of the output, mapped until it returns."""
+        """Write `stage` to the inputs, dispatch, and pass the output's bytes to `take`, mapped until it returns."""
         with self.guarded("running the operator"):
             try:
                 self._calls.dispatch(launch, stage, nbytes_out)
                 take(self._calls.result(nbytes_out))
-            except BaseException:  # what is mapped now is unknown
+            except BaseException:  # it is unknown what is mapped now
                 self.inputs = self.outputs = self.readback = self._calls.inputs = None
                 self.launches.clear()
                 raise
@@ -258,7 +258,7 @@ class WebGPUDevice(Device):
 class _Calls:
     """One call through wgpu-native's functions (webgpu.h), whose descriptors are made once.
 
-    On unified memory the inputs are mapped between calls, and o is mapped where the shader wrote it. Elsewhere inputs
+    On unified memory the inputs stay mapped between calls, and o is mapped where the shader wrote it. Elsewhere inputs
     go through the queue, and o is copied to `readback`.
     """
 
@@ -306,7 +306,7 @@ class _Calls:
         """Inputs in, dispatch, and wait until o can be read.
 
         Raises:
-            wgpu.GPUError: what the driver said.
+            wgpu.GPUError: with the driver's message.
         """
         self._start()
         if self.unified:
@@ -327,7 +327,7 @@ class _Calls:
         commands = self.commands[0] = lib.wgpuCommandEncoderFinish(encoder, self.finish)
         lib.wgpuCommandEncoderRelease(encoder)
         try:
-            self._raise()  # wgpu-native aborts the process if it gets commands that it has refused
+            self._raise()  # wgpu-native aborts the process if refused commands are submitted
             lib.wgpuQueueSubmit(self.queue, 1, self.commands)
         finally:
             lib.wgpuCommandBufferRelease(commands)

@@ -1,8 +1,8 @@
 """WebGPU: any GPU that wgpu-native drives (Vulkan, Metal, D3D12), through the package `wgpu`. WGSL: backends/webgpu.
 
-Like Vulkan's, with workarounds for what WebGPU lacks. Shaders cannot use mapped buffers, so inputs are written through
+Like Vulkan's, with workarounds for WebGPU's limits. Shaders cannot use mapped buffers, so inputs are written through
 the queue, and o is read from a buffer that is mapped for each call. Storage has no 16-bit integers, so o and states are
-float32 on the device; inputs in half types are widened in the shader.
+float32 on the device. The shader widens inputs in half types.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ roster: Roster[WebGPUDevice] = Roster(
 )
 open_device = roster.open
 HEADER = 256
-"""Bytes for the struct Call of recurrent.wgsl before the inputs in their buffer; no driver needs a larger alignment."""
+"""Bytes before the inputs in their buffer, for the struct Call of recurrent.wgsl. Drivers need no larger alignment."""
 
 
 class _Plan:
@@ -58,7 +58,7 @@ class _Plan:
 
 def _held_in_float32(spec: CallSpec) -> str:
     if spec.resident and spec.state_dtype != "float32":
-        return f"keeps float32 states on its device, WebGPU having no 16-bit storage; got {spec.state_dtype}"
+        return f"keeps states in float32 on its device, because WebGPU has no 16-bit storage; got {spec.state_dtype}"
     return ""
 
 
@@ -83,7 +83,7 @@ class WebGPU(StagedBackend):
     def rows(self, device: WebGPUDevice, K: int) -> tuple[int, int]:
         groups = -(-K // 4)
         lanes = lanes_of(groups, device.subgroup or 8, device.is_cpu)
-        while lanes < 32 and groups > 32 * lanes:  # more than a subgroup: sums through workgroup memory
+        while lanes < 32 and groups > 32 * lanes:  # larger than a subgroup: sums go through workgroup memory
             lanes *= 2
         return lanes, 4 * lanes * -(-groups // lanes)
 

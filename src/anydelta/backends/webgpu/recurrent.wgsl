@@ -9,16 +9,17 @@
 // beta [tokens, HV]; S [rows, HV, K, V] or [rows, HV, V, K]; snapshots [Ks, N, HV, ...]. The host lays the inputs out
 // densely, with K padded to KP by zeros. All sums, S and o are float32; q, k and v may be pairs of 16-bit floats.
 //
-// A workgroup owns some columns (the axis V) of one head of one sequence. LANES invocations share a column: lane l holds
-// the rows 4 (r LANES + l) .. + 3 for r < ROWS4. The host puts these constants before the text, for WGSL has no arrays
-// in registers whose size is an override: WORKGROUP, LANES, ROWS4, KDA, DTYPE, and the function over_lanes(x), the sum
-// of x over the lanes of a column (from lanes_subgroup.wgsl or lanes_shared.wgsl).
+// A workgroup owns some columns (the axis V) of one head of one sequence. LANES invocations share a column: lane
+// l has the rows 4 (r LANES + l) .. + 3 for r < ROWS4. The host puts these constants before the text, because in
+// WGSL the size of an array in registers cannot be an override: WORKGROUP, LANES, ROWS4, KDA, DTYPE. It also
+// adds the function over_lanes(x), the sum of x over the lanes of a column (lanes_subgroup.wgsl,
+// lanes_shared.wgsl or lanes_one.wgsl).
 
 const FLOAT32 = 0u;
 const BFLOAT16 = 1u;
 const FLOAT16 = 2u;
 
-// struct Call and the constants of its flags stand in front, from backends/devices/structs.py.
+// The host puts struct Call and the constants of its flags in front, from backends/devices/structs.py.
 @group(0) @binding(0) var<storage, read> words4: array<vec4<u32>>;  // all inputs
 @group(0) @binding(1) var<storage, read> words: array<u32>;         // the same buffer
 @group(0) @binding(2) var<storage, read_write> outputs: array<f32>;
@@ -71,8 +72,8 @@ fn state_at(row: u32, hv: u32, k: u32, col: u32) -> u32 {
     return (row * call.HV + hv) * call.K * call.V + select(k * call.V + col, col * call.K + k, has(VK));
 }
 
-// Squares are summed in two units, 2^-55 and 2^55: one of the sums is inside float32's range. (A branch on the sum is no
-// uniform control flow to WGSL, and a second sum over the lanes must not stand in it.)
+// Squares are summed in two units, 2^-55 and 2^55: one of the sums is inside float32's range. (A branch on the sum
+// would not be uniform control flow in WGSL, and a second sum over the lanes must not be inside such a branch.)
 const SMALL = 0x1p-55f;
 const LARGE = 0x1p55f;
 
@@ -93,7 +94,7 @@ fn main(
     let id = INVOCATION;
     let lane = id % LANES;
     let col = group_id.x * (WORKGROUP / LANES) + id / LANES;
-    let mine = col < call.V;  // the last workgroup may have more columns than are left
+    let mine = col < call.V;  // the last workgroup may have unused columns
     let hv = group_id.y;
     let n = group_id.z;
     let hq = select(hv / (call.HV / call.H), hv % call.H, has(TILED));

@@ -1,6 +1,6 @@
-"""`anydelta bench decays`: the cost of strong decays and faded states, over mild ones.
+"""`anydelta bench decays`: the time of calls with strong decays or faded states, relative to mild decays.
 
-The same call with different decays, interleaved (turns.py); the median of the rounds' ratios counts. A kernel that
+The same call with different decays, interleaved (turns.py). The median of the rounds' ratios counts. A kernel that
 computes subnormal numbers takes up to 50 times as long on Intel's CPUs.
 """
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 HEADS, D = 16, 128
 STRONG = {"initialised": "initialised", "trained": "trained", "g16": "-16", "g40": "-40", "faded": "faded"}
-"""The record's field and the kind: of conformance/gates.py, that g everywhere, mild decays on a state of 1e-39."""
+"""The record's field and its decays: a kind of conformance/gates.py, one g for all, or mild on a state of 1e-39."""
 CHECKED = 64
-"""Calls of up to so many tokens are compared with the float64 oracle, which needs seconds for more."""
+"""Calls of up to this many tokens are compared with the float64 oracle, which needs seconds for more."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class DecaysRecord:
     rounds: int
     mild_us: float
     initialised: float
-    """Time over that of mild decays, median of the rounds; here and below."""
+    """Time relative to mild decays, median of the rounds; here and below."""
     trained: float
     g16: float
     g40: float
@@ -95,13 +95,13 @@ def _inputs(op: str, kda: bool, T: int, kind: str) -> dict[str, NDArray[np.float
         C = 3 * HEADS * D
         x.update(qkv=normal(1, T, C), conv_state=normal(1, C, 3), conv_weight=normal(C, 4) / 2)
         x.update(z=normal(1, T, HEADS * D), norm_weight=1 + normal(D) / 8)
-        x["beta"] = np.log(x["beta"] / (1 - x["beta"]))  # the mixer's is a logit
+        x["beta"] = np.log(x["beta"] / (1 - x["beta"]))  # the mixer takes a logit
     x["g"] = _log_decays(kind, (1, T, HEADS, D) if kda else (1, T, HEADS), rng)
     return {name: a.astype(np.float32) for name, a in x.items()}
 
 
 def _call(op: str, x: dict[str, Any]) -> Callable[[], tuple[Array, Array]]:
-    """Run the functional form, which always begins from the same state. Returns (o, state)."""
+    """Makes the functional call, which always begins from the same state. It returns (o, state)."""
     x = dict(x)
     state = x.pop("state")
     if op == "rule":
@@ -132,7 +132,7 @@ def strong_decays(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """Rule and mixer, GDA and KDA, each kind of decays.
+    """Measure rule and mixer, GDA and KDA, with each kind of decays.
 
     Raises:
         RuntimeError: a result is wrong.
@@ -143,9 +143,9 @@ def strong_decays(
     measured = Measured(
         f"Strong decays: {HEADS} heads, {D}x{D}, float32", describe_machine(), settings,
         [
-            "functional calls from torch; mild: time of a call; other columns: time over that, median of the rounds "
-            "(of the minima)",
-            "initialised: A in U(0.01, 16), dt_bias 1; trained: 4% of the decays below -8; a number: every g; faded: "
+            "functional calls from torch; mild: time of a call; other columns: time relative to mild, median of the "
+            "rounds (of the minima)",
+            "initialised: A in U(0.01, 16), dt_bias 1; trained: 4% of the decays below -8; a number: all g; faded: "
             "mild, and a state of 1e-39",
         ],
     )  # fmt: skip

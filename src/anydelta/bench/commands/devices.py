@@ -1,7 +1,7 @@
-"""`anydelta bench devices`: whole calls on devices, by every kernel variant and way to memory, beside the CPU backend.
+"""`anydelta bench devices`: whole calls on devices, by every kernel variant and kind of memory access, beside the CPU.
 
-A tiny call (one head of 16) is dispatch and waiting alone; a decode step with its state on the device stages q, k, v,
-g, beta and o only. Results are compared with the cpu backend's before anything is timed.
+A tiny call (one head of 16) shows only dispatch and waiting. A decode step with its state on the device stages only q,
+k, v, g, beta and o. Results are compared with the cpu backend's before anything is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = {"tiny call": (1, 1, 1, 16), "decode step": (1, 16, 32, 128), "64 token
 
 @dataclass
 class DevicesRecord:
-    """One call by one variant and way to memory."""
+    """One call by one variant and kind of memory access."""
 
     call: str
     kda: bool
@@ -62,19 +62,19 @@ class DevicesRecord:
 
 @dataclass(frozen=True)
 class Way:
-    """A device, its kernel variant and its way to memory; without a device the cpu backend."""
+    """A device, its kernel variant and its kind of memory access. Without a device: the cpu backend."""
 
     name: str
     device: Any = None
     settings: tuple[tuple[str, str], ...] = ()
     """Attributes of the device."""
     chunks: str = ""
-    """Of Vulkan's variable."""
+    """The value of Vulkan's variable for chunks."""
     resident: bool = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block, calls run this way; earlier plans are dropped."""
+        """Run calls this way inside the block. Drops earlier plans."""
         for attribute, value in self.settings:
             setattr(self.device, attribute, value)
         variable = dispatch.host("vulkan").CHUNK_ENV
@@ -95,7 +95,7 @@ class Way:
 
 
 def ways(kind: str, cuts: Sequence[str], prompts: bool) -> list[Way]:
-    """The ways of a kind of device: all ways to memory for the first variant, one for the others."""
+    """The ways of a kind of device: every kind of memory access for the first variant, one for the others."""
     found: Any = device(kind)
     if kind in ("opencl", "sycl"):
         every = itertools.product(found.kernels(), found.memories, (False, True))
@@ -134,11 +134,11 @@ def on_devices(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """The calls of SHAPES, or prompts of these lengths at K = V = 64 and 128, with H = 2 and HV = 4.
+    """Measure the calls of SHAPES, or prompts of these lengths at K = V = 64 and 128, with H = 2 and HV = 4.
 
     Raises:
         Failed: a result is wrong.
-        UnsupportedError: a device is not here.
+        UnsupportedError: this machine lacks a device.
     """
     settings = settings or Settings()
     measured = Measured("Calls on devices", describe_machine(), settings)
@@ -152,7 +152,7 @@ def on_devices(
         for way in field:
             backend = "cpu" if way.device is None else way.device.kind
             with way.active():
-                state = way.state(K, HV)  # in memory that goes with the way
+                state = way.state(K, HV)  # in memory of the kind that the way needs
                 runs[way.name] = run = partial(gated_delta_rule_, **x, state=state, backend=backend)
                 count = way.device.staged if way.device else None
                 before = count.to_device + count.from_device if count else 0
@@ -176,12 +176,12 @@ def on_devices(
 
 
 def devices_command(
-    kinds: Annotated[list[str], typer.Argument(help=f"{', '.join(KINDS)}: those to measure.")],
+    kinds: Annotated[list[str], typer.Argument(help=f"The devices to measure: {', '.join(KINDS)}.")],
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Lengths, as 512,4096, instead of the three calls.")
     ] = None,
     cuts: Annotated[
-        str, typer.Option("--cuts", help="Only these of OpenCL and SYCL, as chunks,columns.")
+        str, typer.Option("--cuts", help="Only these variants of OpenCL and SYCL, as chunks,columns.")
     ] = "",
     kda: Annotated[bool, typer.Option("--kda", help="Gates that are vectors over K.")] = False,
     rounds: Rounds = 50,
@@ -191,7 +191,7 @@ def devices_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time calls on devices: every kernel variant and way to memory, states on the host and on the device.
+    """Time calls on devices: every kernel variant and kind of memory access, states on the host and on the device.
 
     Examples:
       anydelta bench devices vulkan webgpu

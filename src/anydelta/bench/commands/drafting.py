@@ -41,7 +41,9 @@ def spec_command(
     lookup: Annotated[int, typer.Option("--lookup", help="Tokens that prompt lookup drafts.")] = 8,
     drafts: Annotated[
         int | None,
-        typer.Option("--drafts", help="Tokens of MTP (default: its layers) and the assistant (default: 3)."),
+        typer.Option(
+            "--drafts", help="Drafts of MTP (default: one per layer) and of the assistant (default: 3)."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,

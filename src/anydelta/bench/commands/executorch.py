@@ -1,7 +1,7 @@
 """`anydelta bench executorch`: the operator against ExecuTorch's own llama::gated_delta_rule, both in its runtime.
 
-Entering a program costs more than one call in it, so the difference of programs with one call and with several counts.
-Each call advances the state of the last one. One thread, one process, interleaved.
+Entering a program takes longer than one call in it. So a program with one call is subtracted from one with several.
+Each call continues from the state of the last one. One thread, one process, interleaved.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ExecuTorchRecord:
     min_us: float
     median_us: float
     times: float
-    """llama::gated_delta_rule's time over this one's, median of the rounds."""
+    """llama::gated_delta_rule's time / this one's, median of the rounds."""
     times_low: float
     times_high: float
     """The lowest and the highest of the rounds."""
@@ -73,10 +73,10 @@ class ExecuTorchRecord:
 
 
 def against_llama(settings: Settings | None = None, progress: Progress = lambda text, done: None) -> Measured:
-    """Decode and prefill of 32 heads of 128 x 128 in float32.
+    """Measure decode and prefill of 32 heads of 128 x 128 in float32.
 
     Raises:
-        Refused: there is no ExecuTorch, or no anydelta_executorch that goes with it.
+        Refused: there is no ExecuTorch, or no anydelta_executorch for it.
         Failed: a result is wrong.
     """
     import torch
@@ -139,7 +139,7 @@ def against_llama(settings: Settings | None = None, progress: Progress = lambda 
                 )
     notes = [
         f"float32, B = 1, H = HV = {HEADS}, K = V = {HEAD}, one thread; ExecuTorch {_version()}",
-        f"a program of {' and '.join(map(str, CALLS.values()))} calls less one of a single call, per call",
+        f"a program of {' and '.join(map(str, CALLS.values()))} calls minus a program of one call, per call",
         f"the goal is {GOAL:g} times as fast as llama::gated_delta_rule",
     ]
     return Measured("In ExecuTorch's runtime", describe_machine(), settings, notes, records)
@@ -151,8 +151,8 @@ NAMES = {
     "llama": "llama::gated_delta_rule",
 }
 BARE = {"bare_0": "bare kernel, aligned state", "bare_16": "bare kernel, state 16 bytes on"}
-"""Without a runtime. ExecuTorch's memory begins 16 bytes after a multiple of 64, as malloc gives it. A state that
-begins so has each vector of AVX-512 in two cache lines; `export.executorch.lower` plans around it."""
+"""Without a runtime. ExecuTorch's memory begins 16 bytes after a multiple of 64, as malloc returns it. In a state that
+begins there, each AVX-512 vector is in two cache lines. `export.executorch.lower` avoids this."""
 
 
 def _add_bare(
@@ -234,7 +234,7 @@ def _programs(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """ExecuTorch's threads: one while it lasts."""
+    """One ExecuTorch thread inside the block."""
     from executorch.extension.pybindings import portable_lib
 
     before = portable_lib._threadpool_get_thread_count()

@@ -1,8 +1,8 @@
 """`anydelta bench gradients`: forward and backward pass of the rule beside Transformers' torch path and the reference.
 
-The native backward pass alone is also compared with the FMA peak of the same rounds. Its flops are those of the 8
-unavoidable products of a token with the state, 16 K V per token and value head: two of the repeated forward pass, six
-of the backward pass. Other work (pairs of a block, products that are repeated to save memory) is not counted.
+The native backward pass alone is also compared with the FMA peak of the same rounds. Only flops of the 8 unavoidable
+products of a token with the state count, 16 K V per token and value head: two in the repeated forward pass, six in the
+backward pass. Other work (pairs of a block, products repeated to save memory) does not count.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ else:
 
 H, HV, D = 16, 32, 128
 GATES = {"mild": None, "g16": -16.0}
-"""Log decays: U(-0.5, -0.05), or that number everywhere."""
+"""Log decays: U(-0.5, -0.05), or one number for all."""
 CHECKED = 64
-"""Tokens and (of two value heads) gradients that are compared with the float64 recurrence before anything is timed."""
+"""Before anything is timed, gradients of so many tokens (two value heads) are compared with the float64 recurrence."""
 LEAVES = ("q", "k", "v", "g", "beta", "state_in")
 PEAK_SECONDS = 0.02
 
@@ -66,15 +66,15 @@ class GradientsRecord:
     both_us: float
     both_min_us: float
     backward_us: float
-    """Alone."""
+    """The backward pass alone."""
     peak_pct: float
     """The backward pass: percent of the FMA peak, median of the rounds."""
     transformers: float | None
-    """Time of Transformers' over ours, median of the rounds."""
+    """Transformers' time / ours, median of the rounds."""
     transformers_min: float | None
     """The same from the minima."""
     reference: float | None
-    """Time of one call of the reference over ours."""
+    """Time of one call of the reference / ours."""
     memory_mib: float | None
     """How much a call raises the process's peak resident memory."""
     transformers_mib: float | None
@@ -129,7 +129,7 @@ def _both(x: Tensors, forward: Forward) -> tuple[torch.Tensor, ...]:
 
 
 def _transformers() -> Forward | None:
-    """Its chunked torch path, or None where it is not installed."""
+    """Its chunked torch path, or None if it is not installed."""
     if needs("transformers", "transformers"):
         return None
     with quiet_stderr():
@@ -194,7 +194,7 @@ def gradients(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """GDA and KDA, mild and strong decays.
+    """Measure GDA and KDA, with mild and strong decays.
 
     Raises:
         Failed: a gradient is wrong.
@@ -207,9 +207,9 @@ def gradients(
         [
             "both: forward and backward; backward: the backward pass alone, and its share of the FMA peak of the same "
             "rounds at 16 K V flops per token and value head",
-            "stock: time of Transformers' torch path in chunks over that of both, median of the rounds (of the "
-            "minima); loop: one call of the reference's over that of both",
-            "MiB: what a call adds to the resident memory at its highest, ours / Transformers'",
+            "stock: time of Transformers' chunked torch path / time of both, median of the rounds (of the minima); "
+            "loop: one call of the reference / both",
+            "MiB: how much a call raises the peak resident memory, ours / Transformers'",
         ],
     )  # fmt: skip
     theirs = _transformers()
@@ -231,7 +231,7 @@ def gradients(
                 "both": ours, "backward": back, "peak": partial(_peak, core, n, peaks),
             }  # fmt: skip
             ours_mib, stock_mib = _memory(ours), None
-            if theirs and not kda:  # its KDA holds the pairs of a chunk with all their channels
+            if theirs and not kda:  # its KDA stores the pairs of a chunk with all their channels
                 calls["transformers"] = partial(_both, x, theirs)
                 with quiet_stderr():  # it warns once that this path is slow
                     calls["transformers"]()
@@ -265,7 +265,7 @@ def gradients_command(
     ] = "512,2048",
     threads: Threads = "1,2",
     slow_tokens: Annotated[
-        int, typer.Option("--reference", help="Run the slow reference too, once, for up to so many tokens.")
+        int, typer.Option("--reference", help="Run the slow reference too, once, for up to this many tokens.")
     ] = 0,
     rounds: Rounds = 7,
     sample_ms: SampleMs = 15.0,

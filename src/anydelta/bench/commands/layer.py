@@ -1,7 +1,7 @@
 """`anydelta bench layer`: the part that the mixer replaces in one qwen3.5-0.8b layer of Transformers.
 
-The projections are replaced by fixed tensors, which leaves convolution, gates, rule, norm and cache. Transformers runs
-with and without anydelta, interleaved.
+Fixed tensors replace the projections, so convolution, gates, rule, norm and cache remain. Transformers runs with and
+without anydelta, interleaved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LayerRecord:
     anydelta_us: float
     ratio: float
     ratio_low: float
-    """The least and the most of the rounds."""
+    """The lowest and the highest of the rounds."""
     ratio_high: float
     error: float
     others_pct: float | None = None
@@ -66,7 +66,7 @@ def _layer(dtype: torch.dtype) -> tuple[nn.Module, PreTrainedConfig]:
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
     class Fixed(torch.nn.Module):
-        """A projection without cost: the same numbers for every input of a shape."""
+        """A projection that costs nothing: the same numbers for every input of a shape."""
 
         def __init__(self, width: int):
             super().__init__()
@@ -107,7 +107,7 @@ def _step(
 
 
 def _train(layer: nn.Module, tokens: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """Forward and backward pass of a prefill; gives the gradients of the projections, of weights it has them too."""
+    """Forward and backward pass of a prefill. Returns the projections' gradients; those of weights are computed too."""
     import torch
 
     torch.manual_seed(1)
@@ -129,7 +129,7 @@ def mixer_of_a_layer(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """A prefill of `tokens`, a decode step, and forward and backward pass of the prefill, in float32 and bfloat16.
+    """Measure a prefill of `tokens`, a decode step, and the prefill forward and backward, in float32 and bfloat16.
 
     Raises:
         Failed: a result is wrong.
@@ -151,7 +151,7 @@ def mixer_of_a_layer(
                 "decode": partial(_step, layer, config, 1),
                 f"training on {tokens}": partial(
                     _train, layer, tokens
-                ),  # last: gradients are wanted from here on
+                ),  # last: from here on gradients are wanted
             }
             for call, make in makers.items():
                 steps, first = {}, {}

@@ -1,7 +1,7 @@
 """`anydelta bench matrices`: the matrices of a decode step, one row times a weight, in GB/s of weights read.
 
-Each way reads the same matrices of a qwen3.5-0.8b layer, more of them than the caches hold. A sum over the same bytes
-is the limit.
+Each way reads the same matrices of a qwen3.5-0.8b layer, more than the caches hold. The limit is a sum over the same
+bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHAPES = ((6144, 1024), (2048, 1024), (1024, 2048), (3584, 1024), (3584, 1024), (1024, 3584))
 """[out, in] of the matrices: q k v, z, out; gate, up, down."""
 LAYERS = 6
-"""340 MiB in float32; half types get twice as many."""
+"""340 MiB in float32. Half types get twice as many layers."""
 ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -41,7 +41,7 @@ class MatricesRecord:
     low: float
     high: float
     error: float
-    """Relative to float64; 0 for the sum, which is no product."""
+    """Relative to float64. 0 for the sum, which multiplies nothing."""
     others_pct: float | None = None
 
     def columns(self) -> dict[str, str]:
@@ -64,7 +64,7 @@ def _ways(
     try:
         packed = [(torch.ops.mkldnn._reorder_linear_weight(w, 1), x) for w, x in pairs]
     except RuntimeError as error:
-        notes.append(f"oneDNN is left out: {first_line(error)}")
+        notes.append(f"without oneDNN: {first_line(error)}")
         return ways
     linear = torch.ops.mkldnn._linear_pointwise
     ways["oneDNN, packed"] = lambda: [linear(x, w, None, "none", [], "") for w, x in packed]
@@ -76,7 +76,7 @@ def matrices(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """Every way in float32 and bfloat16.
+    """Measure every way in float32 and bfloat16.
 
     Raises:
         Failed: a result is wrong.

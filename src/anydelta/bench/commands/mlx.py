@@ -1,8 +1,8 @@
 """`anydelta bench mlx`: the recurrence inside mlx-lm's models on MLX's CPU device, by mlx-lm's function and by ours.
 
-Models have the heads of real checkpoints, random weights, and few and narrow layers: the recurrence is what is timed.
-A clock runs around each call of gated_delta_update: its inputs are computed before, its outputs inside. Both functions
-run interleaved. MLX's CPU device runs an op on one thread, anydelta on OMP_NUM_THREADS.
+Models have the heads of real checkpoints, random weights, and few and narrow layers, because only the recurrence is
+timed. A clock runs around each call of gated_delta_update, with its inputs computed before and its outputs inside. Both
+functions run interleaved. MLX's CPU device runs an op on one thread, anydelta on OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 ERROR = {"float32": 1e-4, "bfloat16": 0.05}
-"""Of logits, relative to mlx-lm's largest."""
+"""The limit for errors of logits, relative to mlx-lm's largest."""
 DECODE_STEPS = 10
 """Decode steps per round of prefills."""
 
@@ -67,14 +67,14 @@ class MlxRecord:
     call: str
     rounds: int
     mlx_lm_us: float
-    """In the recurrence of two layers, median of the rounds; here and below."""
+    """Time in the recurrence of two layers, median of the rounds; here and below."""
     anydelta_us: float
     ratio: float
     ratio_low: float
-    """The least and the most of the rounds."""
+    """The lowest and the highest of the rounds."""
     ratio_high: float
     whole_ratio: float
-    """Of the whole model's times."""
+    """The ratio of the whole model's times."""
     error: float
     others_pct: float | None = None
 
@@ -125,7 +125,7 @@ def _inside(family: str, run: Callable[[], object]) -> float:
 
 
 def _steps(model: Module, tokens: int) -> Callable[[], Callable[[], object]]:
-    """Makes what is timed: a prefill into a new cache, or, for one token, a decode step on a filled one."""
+    """Makes the timed call: a prefill into a new cache, or, for one token, a decode step on a filled one."""
     import mlx.core as mx
 
     x = mx.random.randint(0, 256, (1, tokens), key=mx.random.key(0))
@@ -186,7 +186,7 @@ def in_mlx_lm(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """A prefill of `tokens` and a decode step of each family, in float32 and bfloat16.
+    """Measure a prefill of `tokens` and a decode step of each family, in float32 and bfloat16.
 
     Raises:
         Failed: logits differ.

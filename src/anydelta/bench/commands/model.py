@@ -48,7 +48,9 @@ def model_command(
         str, typer.Option("--n-prompt", "-p", help="Prompt tokens, as 128,512; 0: none.")
     ] = "512",
     gen: Annotated[str, typer.Option("--n-gen", "-n", help="Tokens one by one, as 64,128; 0: none.")] = "128",
-    depth: Annotated[str, typer.Option("--n-depth", "-d", help="Tokens of context before, as 0,4096.")] = "0",
+    depth: Annotated[
+        str, typer.Option("--n-depth", "-d", help="Tokens of context before them, as 0,4096.")
+    ] = "0",
     rounds: Annotated[int, typer.Option("--repetitions", "--rounds", "-r", help="Interleaved rounds.")] = 5,
     threads: Annotated[
         str | None, typer.Option("--threads", "-t", help="Numbers of threads, as 1,2. Default: all CPUs.")
@@ -56,7 +58,7 @@ def model_command(
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, bfloat16, float16; commas allowed.")
     ] = "float32",
-    layers: Annotated[int | None, typer.Option("--layers", help="Cut presets to so many layers.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="Cut presets to this many layers.")] = None,
     contender: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,10 +75,10 @@ def model_command(
 ) -> None:
     """Time whole models as llama-bench does: Transformers as it is, with anydelta, and llama.cpp.
 
-    Of a .gguf file Transformers alone makes a model of numbers, anydelta and llama.cpp keep its blocks.
+    For a .gguf file, Transformers alone unpacks the weights; anydelta and llama.cpp keep them packed.
 
-    ppN is N prompt tokens in one go, tgN is N tokens one after the other. Presets have random weights at the
-    shapes of the published models. Logits and greedy tokens are compared before anything is timed.
+    ppN is N prompt tokens at once, tgN is N tokens one after the other. Presets have random weights in the shapes of
+    the published models. Logits and greedy tokens are compared before anything is timed.
 
     Examples:
       anydelta bench model
@@ -189,12 +191,12 @@ def _file(
     enabled: Enabled,
     tell: Callable[[str, float], None],
 ) -> tuple[presets.Built, list[Any], str]:
-    """A GGUF file: as numbers for Transformers alone, in its blocks for anydelta and for llama.cpp."""
+    """A GGUF file: unpacked for Transformers alone, packed for anydelta and for llama.cpp."""
     if others := [c for c in asked if c in (PACKED, COMPILED)]:
         raise Refused(f"requires no --contender {others[0]} with a GGUF file; got {path}")
     with quiet():
         header = gguf_file.check(path)
-    tell(f"{path.name}: turning the file into numbers", 0.0)
+    tell(f"{path.name}: unpacking the file", 0.0)
     stock = open_checkpoint(str(path), "float32", packed=False).model
     built = presets.Built(header.architecture, stock, file=header)
     version = importlib.import_module("transformers").__version__
@@ -221,7 +223,7 @@ def _file(
 def _packed(
     built: PreTrainedModel, version: str, transformers: str, enabled: Enabled
 ) -> list[TransformersRunner]:
-    """Both again on weights that are packed for oneDNN: what torch's own linear layers leave on the table."""
+    """Both again on weights packed for oneDNN, to show what torch's own linear layers lose."""
     try:
         packed = plug.pack(built)
     except (ValueError, RuntimeError) as error:
@@ -248,7 +250,7 @@ def _llama(
     asked: bool,
     tell: Callable[[str, float], None],
 ) -> Runner | None:
-    """llama.cpp with this model, or None and the reason in the report; asked for by name, it must be there."""
+    """llama.cpp with this model, or None and the reason in the report. If it was named, it must run."""
     name = f"{LLAMA}, {built.name} {dtype}"
     if why := llama.missing(built.model.config.model_type):
         if asked:

@@ -45,7 +45,8 @@ def ops_command(
     rounds: Rounds = 7,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure installed peers too.")] = True,
     peer: Annotated[
-        list[str] | None, typer.Option("--peer", help="Only this peer (repeat for more); it must be here.")
+        list[str] | None,
+        typer.Option("--peer", help="Only this peer (repeat for more); it must be installed."),
     ] = None,
     backend: Annotated[str, typer.Option("--backend", help="anydelta's backend.")] = "auto",
     sample_ms: SampleMs = 15.0,

@@ -1,6 +1,6 @@
 """Options that the commands of `anydelta bench` share, their checks, and the output of a report.
 
-A command declares `json: Json = False` and so on, calls `checked` before it measures and `show` after it.
+A command declares `json: Json = False` and so on. It calls `checked` before it measures and `show` after it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a figure: .svg, 
 
 
 def checked(json: bool, csv: bool, md: bool, output: Path | None, plot: Path | None = None) -> str | None:
-    """The form asked for ("json", "csv", "md"), None for a table.
+    """The requested form ("json", "csv", "md"), None for a table.
 
     Raises:
-        Refused: what could not be written afterwards.
+        Refused: the output could not be written afterwards.
     """
     for path in (output, plot):
         if path is not None:
@@ -68,7 +68,7 @@ def show(
     """Print the report, or write it and print the table; then draw it.
 
     Raises:
-        Failed: a file cannot be written, or nothing was timed that could be drawn.
+        Failed: a file cannot be written, or there are no times to draw.
     """
     if form is not None:
         text = outputs.to_text(printers, report, form)

@@ -1,4 +1,4 @@
-"""`anydelta bench overhead`: the time of a call beside its kernel."""
+"""`anydelta bench overhead`: the time that a call adds to its kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def overhead_command(
     md: Md = False,
     output: Output = None,
 ) -> None:
-    """Time a call at T = 1 beside its kernel: torch, torch.ops and NumPy, in place and functional.
+    """Time what a call at T = 1 adds to its kernel: torch, torch.ops and NumPy, in place and functional.
 
     Examples:
       anydelta bench overhead

@@ -1,4 +1,4 @@
-"""`anydelta bench rollback`: the cost of verifying drafts and going back, with slots and with a log, over plain
+"""`anydelta bench rollback`: the cost of verifying drafts and going back, with slots and with a log, relative to plain
 decoding.
 
 All linear attention layers of a model run one after the other, so that no state stays in a cache. As in ops.py, results
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ...core.arrays import Array
 
 STEPS = 16
-"""Steps in a row, whose mean is a round's time: a log folds once in several of them."""
+"""A round's time is the mean of this many steps, because a log folds only once in several steps."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RollbackRecord:
     min_us: float
     median_us: float
     steps: float
-    """Decode steps of the rule (one token, all layers, in place) in the same time; median of the rounds."""
+    """How many decode steps of the rule (one token, all layers, in place) take the same time; median of the rounds."""
     steps_low: float
     steps_high: float
     """The quartiles of the rounds."""
@@ -131,8 +131,8 @@ def rollback(
     """Verify `tokens` tokens and commit every number of them, in every form.
 
     Args:
-        snapshots: K of the log, which holds K - 1 entries; slots get `tokens` + 1 states, the fewest that
-            can take all tokens back.
+        snapshots: K of the log, which holds K - 1 entries. Slots get `tokens` + 1 states, the fewest that can take all
+            tokens back.
         decay: "mild", exponential of mean 0.1, or a kind of conformance/gates.py.
 
     Raises:

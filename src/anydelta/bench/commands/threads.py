@@ -1,6 +1,6 @@
-"""`anydelta bench threads`: do our threads and torch's disturb each other?
+"""`anydelta bench threads`: whether our threads and torch's disturb each other.
 
-One matmul and one call of the operator, interleaved, beside each alone, within a round of turns.py.
+One matmul and one call of the operator, interleaved, and each alone, within a round of turns.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .options import Csv, Json, Md, Output, Rounds, SampleMs, Threads, numbers_o
 
 @dataclass
 class ThreadsRecord:
-    """Calls of the operator alternating with torch matmuls, per pair of one each."""
+    """Calls of the operator that alternate with torch matmuls; times per pair."""
 
     case: str
     threads: int
@@ -46,8 +46,8 @@ class ThreadsRecord:
     both_us: float
     """One of each, interleaved."""
     excess_pct: float
-    """both over matmul + op, minus 1: the cost of running both; median of the rounds. It includes cache misses, so
-    compare with 1 thread, which has only those."""
+    """both / (matmul + op) - 1: the cost of running both; median of the rounds. It includes cache misses, so compare
+    with 1 thread, which has only those."""
     excess_min_pct: float
     """The same from the minima."""
     nmse: float
@@ -70,7 +70,7 @@ SHAPES = {
     "prefill, T = 64, 16 heads": dict(T=64, HV=16, D=128),
 }
 MATMULS = {"decode, 32 heads": (1, 2048, 2048), "prefill, T = 64, 16 heads": (64, 1024, 1024)}
-"""(rows, inner, columns) beside each: a projection of such a layer, of about the operator's time."""
+"""(rows, inner, columns) of the matmul for each: a projection of such a layer, about as long as the operator."""
 
 
 def shared_threads(
@@ -78,7 +78,7 @@ def shared_threads(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Measured:
-    """The operator interleaved with torch's matmuls, on torch's OpenMP threads and on a separate pool.
+    """Measure the operator interleaved with torch's matmuls, on torch's OpenMP threads and on a separate pool.
 
     Raises:
         Refused: the extension is not built.
@@ -91,9 +91,7 @@ def shared_threads(
     core = extension()
     providers = [True, False] if core.thread_provider(True) != "own" else [False]
     if len(providers) == 1:
-        measured.notes.append(
-            "there is no OpenMP runtime here that could be shared, so only the own pool runs"
-        )
+        measured.notes.append("there is no OpenMP runtime to share, so only the separate pool runs")
     total = len(SHAPES) * len(threads) * len(providers)
     done = 0
     for name, shape in SHAPES.items():
@@ -115,9 +113,9 @@ def shared_threads(
                 )
                 done += 1
     measured.notes += [
-        "times per call; both: one matmul and one call of the operator; excess: both over their sum, median of the "
+        "times per call; both: one matmul and one call of the operator; excess: both / their sum - 1, median of the "
         "rounds (of the minima)",
-        "1 thread shows what the caches cost, so a fight between threads is what 2 threads add to that",
+        "1 thread shows the cost of the caches; whatever 2 threads add is the cost of competing threads",
     ]
     return measured
 

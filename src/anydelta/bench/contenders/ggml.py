@@ -1,12 +1,12 @@
 """ggml_gated_delta_net, called through the shared libraries that ggml-python or llama-cpp-python ships.
 
-A graph of one node per state is built and planned once, its tensors in a ggml CPU buffer, and computed with
-one thread pool that lives as long as the runner. Shapes (ggml's order, fastest first):
+A graph of one node per state is built and planned once, with its tensors in a ggml CPU buffer. It is computed by one
+thread pool that lives as long as the runner. Shapes (ggml's order, fastest first):
 
     q, k [D, H, T, B]   v [D, HV, T, B]   g [1 or D, HV, T, B]   beta [1, HV, T, B]   state [D, D, HV, B]
     result: [D, HV, T, B] outputs, then Ks states [D, D, HV, B], newest first
 
-In NumPy's order this is ours, with two differences: a state is [HV, V, K], and value head j reads q/k head j % H
+In NumPy's order these are our shapes, with two differences: a state is [HV, V, K]; value head j reads q/k head j % H
 (tiled). Our head h, which reads h // (HV/H), is therefore at j = (h % r) H + h // r with r = HV/H.
 """
 
@@ -51,8 +51,8 @@ _BASE: dict[str, tuple[type | None, ...]] = {
     "ggml_init": (_P, _InitParams),
     "ggml_free": (None, _P),
     "ggml_new_tensor_4d": (_P, _P, C.c_int, *[C.c_int64] * 4),
-    # Releases without snapshots lack the last argument; an extra one is harmless in the C ABI, and the size of the
-    # result shows which it is.
+    # Releases without snapshots lack the last argument. An extra one is harmless in the C ABI, and the size of the
+    # result shows which release it is.
     "ggml_gated_delta_net": (_P, *[_P] * 7, C.c_int64),
     "ggml_nelements": (C.c_int64, _P),
     "ggml_new_graph_custom": (_P, _P, C.c_size_t, C.c_bool),
@@ -78,7 +78,7 @@ _FEATURES = ("avx2", "fma", "avx512", "neon", "arm_fma")
 
 
 class _Library:
-    """The functions above as attributes without their `ggml_`."""
+    """The functions above as attributes, without the prefix `ggml_`."""
 
     def __init__(self, folder: Path):
         base, cpu = load(folder)
@@ -94,7 +94,7 @@ class _Library:
 
 
 class Ggml:
-    """ggml's CPU op, from ggml-python or llama-cpp-python, the first that is installed."""
+    """ggml's CPU op, from the first of ggml-python and llama-cpp-python that is installed."""
 
     name = "ggml"
 
@@ -126,8 +126,8 @@ class _GgmlRunner(RunnerBase):
     def __init__(self, lib: _Library, case: Case, inputs: Inputs, threads: int):
         self.lib, r = lib, case.HV // case.H
         h = np.arange(case.HV)
-        self.slot = (h % r) * case.H + h // r  # where our head h sits
-        self.order = np.argsort(self.slot)  # which of our heads sits at j
+        self.slot = (h % r) * case.H + h // r  # ggml's place of our head h
+        self.order = np.argsort(self.slot)  # our head at ggml's place j
         B, T, H, HV, D, n = case.B, case.T, case.H, case.HV, case.D, case.states
         self.keep = max(1, case.snapshots)
 
@@ -188,7 +188,7 @@ class _GgmlRunner(RunnerBase):
         c = self.case
         shapes = (c.B, c.T, c.HV, c.D), (self.keep, c.B, c.HV, c.D, c.D)
         flat = np.full(sum(int(np.prod(s)) for s in shapes), np.nan, np.float32)
-        self._set(self.outs[0], flat)  # poisoned, so that an element left unwritten shows
+        self._set(self.outs[0], flat)  # NaN, so that elements that are not written show
         self.call(0)
         self.lib.backend_tensor_get(self.outs[0], flat.ctypes.data, 0, flat.nbytes)
         cut = int(np.prod(shapes[0]))

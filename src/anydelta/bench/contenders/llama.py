@@ -1,7 +1,7 @@
-"""llama.cpp as a contender, on a GGUF file, by the library that llama-cpp-python builds.
+"""llama.cpp as a contender, on a GGUF file, through the library that llama-cpp-python builds.
 
-It runs in a process of its own: a library built for another CPU may end the process, and two releases of ggml in one
-would find each other's functions. A preset or a folder is written as a file first, its matrices in the model's dtype.
+It runs in a separate process: a library built for another CPU may end the process, and two releases of ggml in one
+process would find each other's functions. A preset or a folder is first written as a file, with matrices in its dtype.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 MIXES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What a file of a dtype is named after."""
+"""The type in a file's name, by dtype."""
 
 START_SECONDS = 600
-"""For llama.cpp to read a file."""
+"""The time limit for llama.cpp to read a file."""
 
 
 def missing(model_type: str | None) -> str | None:
-    """Why llama.cpp cannot run a model of this type here, or None; without a type, a file that is there."""
+    """Why llama.cpp cannot run a model of this type here, or None. Without a type: an existing file."""
     if why := needs("llama_cpp", "llama-cpp-python"):
         return why
     if model_type is None:
@@ -52,7 +52,7 @@ class LlamaRunner:
     """llama.cpp with one model; a `Runner` of measure/runners.py."""
 
     logit_error = 1e-3
-    """Different code: another place for the epsilon of the L2 norm, another exp, other sums."""
+    """Its code differs: the place of the epsilon in the L2 norm, exp, the order of sums."""
 
     def __init__(
         self,
@@ -67,10 +67,10 @@ class LlamaRunner:
 
         Args:
             dtype: of the key and value cache, and of the file that is written.
-            repacked: let it bring matrices into the layouts of its extra buffer types.
+            repacked: let it repack matrices in the layouts of its extra buffer types.
 
         Raises:
-            RuntimeError: no room on the disk, or llama.cpp refuses the file or ends; with its own words.
+            RuntimeError: too little disk space, or llama.cpp refuses the file or ends; with its message.
         """
         self.name = name
         self.version = f"(llama-cpp-python {package_version('llama-cpp-python')})"
@@ -131,7 +131,7 @@ class LlamaRunner:
         code = process.exitcode or 0
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
-    # ---- As `Runner` says
+    # ---- The methods of `Runner`
 
     def threads(self, n: int) -> None:
         self._ask("threads", n)

@@ -1,4 +1,4 @@
-"""The process in which llama.cpp runs: it loads a file and answers what .llama asks through a pipe."""
+"""The process in which llama.cpp runs. It loads a file and answers .llama through a pipe."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Llama:
     def __init__(self, path: str, dtype: str, context: int, repacked: bool):
         self._lib = lib = importlib.import_module("llama_cpp")
         self._said: list[str] = []
-        self._log = lib.llama_log_callback(self._listen)  # llama.cpp keeps the pointer: it must live as long
+        self._log = lib.llama_log_callback(self._listen)  # llama.cpp keeps the pointer
         lib.llama_log_set(self._log, ctypes.c_void_p(0))
         lib.llama_backend_init()
         of_model = lib.llama_model_default_params()

@@ -1,6 +1,6 @@
 """Contenders on an Apple GPU beside anydelta: MLX's built-in operator, mlx-lm's kernel, Transformers' torch path.
 
-Each queues its calls, as its users do, and the clock stops when the GPU has done them all.
+Each queues its calls, as its users do. The clock stops when the GPU has finished all of them.
 
 | contender | decay | state | snapshots |
 |---|---|---|---|
@@ -74,7 +74,7 @@ class MlxLm:
 
 
 class _MlxRunner(RunnerBase):
-    """`update(q, k, v, decay, beta, state)` gives (o, state). Calls are queued, and computed at the end of a sample."""
+    """`update(q, k, v, decay, beta, state)` returns (o, state). Calls are queued, computed at the end of a sample."""
 
     def __init__(self, case: Case, inputs: Inputs, update: Callable[..., tuple[array, array]]):
         mx = importlib.import_module("mlx.core")
@@ -118,5 +118,5 @@ class _MlxRunner(RunnerBase):
 
 
 def mac_peers() -> list[Contender]:
-    """The peers of an Apple GPU, except Transformers, which packages.py has for any device."""
+    """The peers on an Apple GPU, except Transformers, which packages.py has for all devices."""
     return [MlxBuiltin(), MlxLm()]

@@ -3,7 +3,7 @@
     q, k [B, T, H D]   v, o [B, T, HV D]   g [B, T, HV] or [B, T, HV D], a log decay   beta [B, T, HV]
     state in and out [B, HV, D, D] (kv)
 
-It computes in float32 only and has no snapshots; these take a call per token, each state in its own memory.
+It computes in float32 only and has no snapshots. Snapshots take one call per token, each state in its own memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OnnxRuntime:
 
     @cached_property
     def _lacks(self) -> str | None:
-        """Asked of a session: releases before the operator refuse the graph."""
+        """Why this release lacks the operator: older ones refuse a session with the graph."""
         case = Case("gda", 1, 1, 1, 8)
         try:
             _session(case, 1, 1)
@@ -112,7 +112,7 @@ class _OnnxRuntimeRunner(RunnerBase):
     def result(self) -> Result:
         c = self.case
         for x in (*self.outs, *self.kept[0]):
-            x.update_inplace(np.full(x.shape(), np.nan, np.float32))  # an element left unwritten shows
+            x.update_inplace(np.full(x.shape(), np.nan, np.float32))  # so that unwritten elements show
         self.call(0)
         o = np.concatenate([x.numpy().reshape(c.B, -1, c.HV, c.D) for x in self.outs], axis=1)
         kept = np.stack([x.numpy() for x in reversed(self.kept[0])])

@@ -1,6 +1,6 @@
 """The contenders: anydelta and other implementations from installed packages.
 
-ggml, vLLM and ONNX Runtime have their own files. What each one wants:
+ggml, vLLM and ONNX Runtime have their own files. The convention of each:
 
 | contender | order | decay | scale | state | heads | snapshots |
 |---|---|---|---|---|---|---|
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from mlx.core import array
 
     Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    """One of fla's: (o, final state)."""
+    """A kernel of fla: returns (o, final state)."""
 
 
 class Anydelta:
@@ -135,7 +135,7 @@ class _AnydeltaRunner(RunnerBase):
 
     def result(self) -> Result:
         self.reset()
-        self.snaps.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
+        self.snaps.fill_(float("nan"))  # NaN, so that elements that are not written show
         o = _copied(self.call(0))
         if self.case.snapshots:
             return Result(o, _copied(self.snaps[0, 0]), _copied(self.snaps[0]))
@@ -221,7 +221,7 @@ class _TransformersRunner(RunnerBase):
         else:
             if case.T > 1 and self._chunk_fits(case):
                 options["chunks of 64"] = whole(chunk)
-            if case.T <= 64 or case.gate == "kda":  # its chunked KDA is slow enough to lose to its recurrence
+            if case.T <= 64 or case.gate == "kda":  # its chunked KDA may be slower than its recurrence
                 options["recurrence"] = whole(token)
         self.detail = faster(options)
         super().__init__(case, options[self.detail])
@@ -286,7 +286,7 @@ class ExecuTorch:
         return _ExecuTorchRunner(case, inputs, "" if got == threads else f"{got or 'unknown'} threads")
 
     def _set_threads(self, threads: int) -> int:
-        """Its pool has no Python interface; the C++ function is found by name. 0 if this build names it differently."""
+        """Its pool has no Python interface: the C++ function is found by name. 0 if this build names it differently."""
         try:
             lib = ctypes.CDLL(str(self._library("executorch_threadpool")))
             pool = lib._ZN10executorch9extension10threadpool14get_threadpoolEv
@@ -322,7 +322,7 @@ class _ExecuTorchRunner(RunnerBase):
         ]
         start = torch.from_numpy(inputs.state)
         self.states = start[None].repeat(case.states, 1, 1, 1, 1)
-        # Each in a storage of its own: the op takes two views of one storage for aliases.
+        # Each in its own storage: the op treats two views of one storage as aliases.
         self.kept = [[torch.zeros_like(start) for _ in range(max(1, case.snapshots))] for _ in self.states]
         self.outs = [torch.zeros_like(args[2])]
         states, kept = list(self.states), self.kept
@@ -350,7 +350,7 @@ class _ExecuTorchRunner(RunnerBase):
 
     def result(self) -> Result:
         for x in (*self.kept[0], *self.outs):
-            x.fill_(float("nan"))  # poisoned, so that an element left unwritten shows
+            x.fill_(float("nan"))  # NaN, so that elements that are not written show
         with quiet_stderr():
             self.call(0)
         o = np.concatenate([np.swapaxes(o.numpy(), 1, 2) for o in self.outs], axis=1)
@@ -435,17 +435,17 @@ class _MlxRunner(RunnerBase):
 
 
 def every_peer(device: str = "cpu") -> list[Contender]:
-    """The peers that compute on the device of anydelta's tensors."""
+    """The peers that compute on the same device as anydelta."""
     if device == "mps":
         return [*mac_peers(), Transformers(device)]
     return [Vllm(), Ggml(), OnnxRuntime(), ExecuTorch(), Mlx(), Transformers()]
 
 
 def choose_peers(names: Sequence[str], device: str = "cpu") -> list[Contender]:
-    """The peers of those names on a device; all of them for an empty list.
+    """The peers of these names on a device; all for an empty list.
 
     Raises:
-        ValueError: an unknown name, or a peer that was asked for and cannot run here.
+        ValueError: an unknown name, or a named peer that cannot run here.
     """
     known = {p.name: p for p in every_peer(device)}
     for name in names:

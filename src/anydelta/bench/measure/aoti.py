@@ -1,7 +1,7 @@
-"""The overhead of a call beside its kernel in code of AOTInductor: `anydelta bench overhead --aoti`.
+"""The overhead of a call in AOTInductor's code: `anydelta bench overhead --aoti`.
 
-Entering a package costs more than the operator's call, so two programs are compared, with one call and with many: their
-difference, per call, less the bare kernel's time in the same round.
+Entering a package takes longer than the operator's call. So the overhead is the difference per call between a program
+with many calls and one with a single call, minus the bare kernel's time in the same round.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ else:
     aoti = late("anydelta.export.aoti")
 
 CALLS = 33
-"""In the longer program."""
+"""Calls in the longer program."""
 
 
 def call_overhead(settings: Settings | None = None, progress: Progress = lambda text, done: None) -> Measured:
-    """One decode step of 32 heads of 128 x 128, in place, on one thread.
+    """Measure one decode step of 32 heads of 128 x 128, in place, on one thread.
 
     Raises:
         Refused: the extension is not built.
@@ -87,7 +87,7 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     ]
     notes = [
         "float32, B = T = 1, H = HV = 32, K = V = 128, one thread",
-        f"AOTInductor: a program of {CALLS} calls less one of a single call, per call",
+        f"AOTInductor: a program of {CALLS} calls minus a program of one call, per call",
         f"a call should take at most {ALLOWED_US:g} µs",
     ]
     return Measured(

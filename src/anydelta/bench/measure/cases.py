@@ -1,11 +1,11 @@
-"""What `anydelta bench ops` measures: cases whose name is their whole description, and their inputs.
+"""The cases of `anydelta bench ops`, which are fully described by their names, and their inputs.
 
     gda-t1-h16x32-d128-b1          one decode token, 16 q/k heads, 32 value heads, K = V = 128, batch 1
     kda-t4-h32x32-d128-b1-s4       four tokens, and the state after each of them is kept (4 snapshots)
     gda-t1-h16x32-d128-b1-cold     as the first, over so many states that each call streams one from memory
-    gda-t1-h16x32-d128-b1-initialised   as the first, with the decays that layers begin with instead of mild ones
+    gda-t1-h16x32-d128-b1-initialised   as the first, with the decays of untrained layers instead of mild ones
     gda-t256-h16x32-d128-b1-bf16   q, k, v, beta and outputs in bfloat16, the state in float32
-    gda-t1-h16x32-d128-b8-bf16-pool64      as an engine calls: raw gates, logit, norm and 8 of a pool's 64 states
+    gda-t1-h16x32-d128-b8-bf16-pool64      as engines call it: raw gates, logit, norm and 8 of a pool's 64 states
     gda-t1-h16x32-d128-b8-bf16-pool64bf16  the same with bfloat16 states
     gda-t1-h16x32-d128-b8-bf16-pool256-cold   each call takes the next 8 of all 256 states, in random order
 
@@ -33,12 +33,12 @@ COLD_MIB = 384
 """Memory of a cold case's states: ten times the last-level cache of a desktop or a server slice."""
 
 DECAYS = ("mild", *KINDS)
-"""0.61 to 0.95 per token, or as a model has them: conformance/gates.py."""
+""""mild": 0.61 to 0.95 per token. The others are as in models: conformance/gates.py."""
 MOST_BYTES = 2**38
 """More memory than a machine for this benchmark has."""
 
 SHORT = {"float32": "", "bfloat16": "bf16"}
-"""Types of tokens and of a pool's states, as a case's name has them."""
+"""Types of tokens and of a pool's states, as in a case's name."""
 
 _NAME = re.compile(
     r"(gda|kda)-t(\d+)-h(\d+)x(\d+)-d(\d+)-b(\d+)(?:-s(\d+))?(?:-(bf16))?(?:-pool(\d+)(bf16)?)?(-cold)?"
@@ -51,7 +51,7 @@ _NAME = re.compile(
 class Case:
     """One measurement. K = V = D; everything is float32 except what `dtype` and `state_dtype` say.
 
-    With `pool` states in a pool, the call is that of an engine: row numbers, raw gates, beta as a logit, the norm
+    With `pool` (states in a pool), the call is that of an engine: row numbers, raw gates, beta as a logit, the norm
     inside.
     """
 
@@ -66,7 +66,7 @@ class Case:
     decay: str = "mild"
     """One of DECAYS."""
     dtype: str = "float32"
-    """Of q, k, v, beta and the outputs; with a pool of a and dt_bias too."""
+    """The dtype of q, k, v, beta and the outputs; with a pool also of a and dt_bias."""
     pool: int = 0
     state_dtype: str = "float32"
 
@@ -110,7 +110,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """decode: one token; block: what a speculative decoder verifies at once; prefill: a prompt."""
+        """decode: one token; block: the tokens that a speculative decoder verifies at once; prefill: a prompt."""
         return "decode" if self.T == 1 else "block" if self.T < 64 else "prefill"
 
     @property
@@ -119,7 +119,7 @@ class Case:
 
     @property
     def states(self) -> int:
-        """How many states (of the whole batch) the calls use one after the other."""
+        """How many states (of the whole batch) the calls cycle through."""
         if not self.cold:
             return 1
         if self.pool:
@@ -138,7 +138,7 @@ class Case:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What limits it: "copy" (memory) and/or "fma" (arithmetic); the slower one counts."""
+        """Its limits: "copy" (memory) and/or "fma" (arithmetic). The slower one counts."""
         if self.kind == "prefill":
             return ("fma",)
         return ("copy",) if self.kind == "decode" or self.snapshots else ("copy", "fma")
@@ -164,7 +164,7 @@ class Inputs:
     dt_bias: F32 | None = None
     """[HV] or [HV, D]"""
     rows: NDArray[np.int32] | None = None
-    """[states, B]: the pool's rows that the calls take in turn."""
+    """[states, B]: the pool's rows that the calls cycle through."""
 
     def arrays(self) -> dict[str, F32]:
         """q, k, v, g, beta and state, and A_log and dt_bias if they are there."""
@@ -177,7 +177,7 @@ def rounded(x: NDArray[np.floating], dtype: str) -> F32:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Unit keys, beta in (0.1, 0.9), decays as the case says; a pool's are what an engine's projections give.
+    """Unit keys, beta in (0.1, 0.9), the case's decays. With a pool, gates are as an engine's projections give them.
 
     Mild decays keep old state normal. Strong ones make it subnormal, which is slow for contenders that compute such
     numbers. All values are numbers of the case's type.
@@ -221,7 +221,7 @@ def _gates(case: Case, shape: tuple[int, ...], r: np.random.Generator) -> Gates:
 
 
 def with_decays(cases: Sequence[Case], kinds: str) -> list[Case]:
-    """Each case with each kind of decays, in that order; a case that names its kind keeps it.
+    """Each case with each kind of decays, in that order. A case that names its kind keeps it.
 
     Raises:
         ValueError: a kind that is not one of DECAYS.
@@ -264,7 +264,7 @@ GROUPS = ("default", "engine", "decode", "block", "prefill", "cold", "all")
 
 
 def presets() -> list[Case]:
-    """Every preset, in a fixed order. Names outside this list work too: `Case.parse` takes any."""
+    """Every preset, in a fixed order. Other names work too: `Case.parse` takes any."""
     found = [c for n in DEFAULT if (c := Case.parse(n))]
     engine = [c for n in ENGINE if (c := Case.parse(n))]
     return list(dict.fromkeys([*found, *_grid(), *engine]))
@@ -292,7 +292,7 @@ def _grid() -> Iterator[Case]:
 
 
 def select(patterns: Sequence[str]) -> list[Case]:
-    """Cases by group, name, glob or regular expression, commas allowed; in the order asked for.
+    """Cases by group, name, glob or regular expression, commas allowed; in the given order.
 
     Raises:
         ValueError: a pattern that matches nothing.

@@ -1,6 +1,6 @@
 """The protocol of contenders: a contender takes a case and runs it on its own buffers.
 
-Each translates the case into its convention before the clock starts, and keeps buffers and graphs between calls, so
+Before the clock starts, each translates the case into its own convention. It keeps buffers and graphs between calls, so
 that only its kernel and call path are timed. `result` undoes the translation.
 """
 
@@ -44,14 +44,14 @@ class Runner(Protocol):
     detail: str
     """How it runs: the backend, the algorithm or the instruction set."""
     working_set: int
-    """Bytes of state that its calls read and write in turn."""
+    """Bytes of the states that its calls cycle through."""
 
     def run(self, calls: int) -> None:
-        """Run that many calls back to back; only this is timed. A cold case takes the next state on every call."""
+        """Run this many calls back to back; only this is timed. A cold case takes the next state on every call."""
         ...
 
     def reset(self) -> None:
-        """Back to the initial state; not timed."""
+        """Return to the initial state. Not timed."""
         ...
 
     def result(self) -> Result:
@@ -78,7 +78,7 @@ class Contender(Protocol):
 
 
 class RunnerBase:
-    """Runs over `case.states` states in turn: `call(i)` advances the i-th."""
+    """Cycles through `case.states` states: `call(i)` advances the i-th."""
 
     detail = ""
 
@@ -97,7 +97,7 @@ class RunnerBase:
         self._next = i
 
     def reset(self) -> None:
-        """Contenders that write their result elsewhere always start from the initial state."""
+        """Nothing to do for contenders that write their result elsewhere: they always start from the initial state."""
 
     def close(self) -> None:
         del self.call
@@ -144,13 +144,13 @@ def rows_of(pool: F32, start: F32, rows: NDArray[np.integer]) -> F32:
     others = np.ones(len(pool), bool)
     others[rows] = False
     if changed := [int(i) for i in np.flatnonzero(others) if not np.array_equal(pool[i], start[i])]:
-        raise RuntimeError(f"it changed the pool's rows {changed}, which were not asked for")
+        raise RuntimeError(f"it changed rows {changed} of the pool, which the call does not name")
     chosen: F32 = pool[rows]
     return chosen
 
 
 def needs(module: str, package: str) -> str | None:
-    """Why a module is not there or does not import, without importing it here."""
+    """Why a module is missing or does not import, without importing it here."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{package.strip(chr(39))} is not installed (pip install {package})"
     if module in sys.modules or (why := fails(f"import {module}")) is None:
@@ -173,5 +173,5 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def tensors_on(backend: str) -> str:
-    """The device that a backend's tensors lie on: "cpu", or "mps"."""
+    """The device of a backend's tensors: "cpu", or "mps"."""
     return "cpu" if backend == "auto" else str(getattr(get_backend(backend), "tensors_on", "cpu"))

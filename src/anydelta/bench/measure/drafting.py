@@ -1,8 +1,8 @@
 """Measure drafting: MTP, prompt lookup, both and an assistant against decoding token by token, all on anydelta.
 
 One process, one model. For each prompt the modes run interleaved in rounds, each from a fresh state, and write the same
-number of tokens greedily. Ratios are taken within a round; the median of the rounds counts. The text must be that of
-plain decoding, except for ties of the two largest logits.
+number of tokens greedily. Ratios are taken within a round, and the median of the rounds counts. The text must be the
+same as with plain decoding, except for ties of the two largest logits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Settings:
     lookup: int = 8
     """Tokens that prompt lookup drafts."""
     drafts: int | None = None
-    """Tokens that MTP and the assistant draft; None: as many as there are MTP layers, and 3."""
+    """Tokens that MTP and the assistant draft. None: the number of MTP layers, and 3."""
 
 
 @dataclass
@@ -54,14 +54,14 @@ class Record:
     mode: str
     detail: str
     status: str = "ok"
-    """ok; absent: the model has no such layers; wrong: the text is another."""
+    """ok; absent: the model has no such layers; wrong: the text differs."""
     reason: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     verifications: int = 0
-    """Forwards of the model, that of the prompt included."""
+    """Forwards of the model, including the prompt's."""
     accepted_share: float | None = None
     tokens_per_verification: float | None = None
     rounds: int = 0
@@ -73,12 +73,12 @@ class Record:
     flagged: int = 0
     """Rounds more than 5% from the median."""
     ratio: float | None = None
-    """Plain decoding's time over this one's, median of the rounds."""
+    """Plain decoding's time / this one's, median of the rounds."""
 
 
 @dataclass
 class Report:
-    """What was measured, and on what; also used by prefix.py, with its own settings and records."""
+    """The measurements, and the machine. Also used by prefix.py, with its own settings and records."""
 
     machine: dict[str, object]
     model: str
@@ -89,7 +89,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Mode:
-    """A mode, by the arguments of generate() that it adds."""
+    """A mode: the arguments that it adds to generate()."""
 
     name: str
     detail: str
@@ -99,7 +99,7 @@ class Mode:
 def modes(
     model: PreTrainedModel, settings: Settings, assistant: PreTrainedModel | None = None, name: str = ""
 ) -> list[Mode]:
-    """Plain decoding, and what the model can draft with."""
+    """Plain decoding, and the ways in which the model can draft."""
     config = model.config.get_text_config(decoder=True)
     drafts = settings.drafts or 3
     drafter = (model if assistant is None else assistant).generation_config
@@ -152,7 +152,7 @@ def measure(
 
 @contextmanager
 def observed(report: Report) -> Iterator[None]:
-    """Inside the block, torch has the threads of the settings; a note is added if other work disturbed."""
+    """Inside the block torch has the threads of the settings. Adds a note if other work disturbed it."""
     others = Others()
     with torch_threads(report.settings.threads):
         yield
@@ -162,7 +162,7 @@ def observed(report: Report) -> Iterator[None]:
 
 
 def difference(model: PreTrainedModel, ids: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> str:
-    """Where two continuations of `ids` differ, in words; empty if they do not, or only after a tie."""
+    """Where two continuations of `ids` differ, in words. Empty if they do not, or only after a tie."""
     import torch
 
     if torch.equal(got, want):
@@ -172,7 +172,7 @@ def difference(model: PreTrainedModel, ids: torch.Tensor, got: torch.Tensor, wan
         top = model(want[:, :at]).logits[0, -1].float()
     if abs(float(top[got[0, at]] - top[want[0, at]])) <= TIE:
         return ""
-    return f"the text is another from new token {at - ids.shape[1]} on"
+    return f"the text differs from new token {at - ids.shape[1]} on"
 
 
 def _write(model: PreTrainedModel, ids: torch.Tensor, way: Mode, settings: Settings) -> torch.Tensor:
@@ -193,7 +193,7 @@ def _check(
     settings: Settings,
     records: dict[str, Record],
 ) -> None:
-    """Count the drafts of each mode, and compare its text with that of plain decoding. Warms up, too."""
+    """Count the drafts of each mode, and compare its text with that of plain decoding. This also warms up."""
     want = None
     for way in ways:
         record = records[way.name]

@@ -1,4 +1,4 @@
-"""Records of `anydelta bench spec` to a table, JSON, CSV, Markdown or a figure. Nothing here measures or decides."""
+"""Formats records of `anydelta bench spec` as a table, JSON, CSV, Markdown or a figure. It measures nothing."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def header(report: Report) -> list[str]:
     s = report.settings
     return [
         outputs.machine(report.machine),
-        f"{report.model}, {s.tokens} new tokens a prompt, greedy, {s.threads} thread{'s' * (s.threads > 1)}, "
+        f"{report.model}, {s.tokens} new tokens per prompt, greedy, {s.threads} thread{'s' * (s.threads > 1)}, "
         f"{s.rounds} interleaved rounds",
-        "tokens/s: of the whole call, median of the rounds; x plain: plain decoding's time over the mode's, likewise",
+        "tokens/s: of the whole call, median of the rounds; x plain: plain decoding's time / the mode's, likewise",
         f"flagged: rounds more than {FLAG:.0%} from the median of their prompt and mode",
         *(f"note: {note}" for note in report.notes),
     ]
@@ -76,7 +76,7 @@ def row(r: Record) -> tuple[str, ...]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Speed over plain decoding's against the accepted share: one mark per prompt and mode.
+    """Draw the speed relative to plain decoding against the accepted share, one mark per prompt and mode.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -96,7 +96,7 @@ def plot(report: Report, path: Path) -> None:
         axis.set_xlim(0, 100)
         axis.set_ylim(0, None)
         axis.set_xlabel("accepted drafts, %")
-        axis.set_ylabel("speed over plain decoding's, median of the rounds")
+        axis.set_ylabel("speed / plain decoding's, median of the rounds")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(lw=0.4, alpha=0.5)
         fig.legend(frameon=False, fontsize=7, loc="outside lower center", ncols=2)

@@ -2,7 +2,7 @@
 
 As in llama-bench, ppN is N prompt tokens at once, tgN is N tokens one after the other, both after d tokens of context.
 Results are compared before anything is timed. Contenders run interleaved in rounds, ratios are taken within a round,
-and the median of the rounds counts. Transformers' contenders share one model; they differ in whether anydelta is
+and the median of the rounds counts. Transformers' contenders share one model. They differ in whether anydelta is
 enabled.
 """
 
@@ -33,15 +33,15 @@ CHECK_PROMPT, CHECK_STEPS = 48, 8
 """Tokens that the contenders must agree on before they are timed."""
 
 FILE = "GGUF "
-"""What `dtype` begins with where a model is a file of quantised weights; its type follows."""
+"""The beginning of `dtype` if a model is a file of quantised weights; its type follows."""
 
 QUANTISED_ERROR = 0.0069
-"""Of one product, relative to its size: what rounding the activations to 8 bits costs. ggml divides blocks of 256 by
-their largest number, some 3 standard deviations, and rounds to 127 levels: a step of 3 / 127 of a deviation, which is
+"""The relative error of one product when activations are rounded to 8 bits. ggml divides blocks of 256 by their largest
+number, some 3 standard deviations, and rounds to 127 levels. The step is 3 / 127 of a deviation, which is
 3 / 127 / sqrt(12) by RMS (quantize_row_q8_K of ggml-quants.c)."""
 
 HALF_ERROR = 2.0
-"""Half types: how many times as far from the float32 result as Transformers itself (RMS over all logits)."""
+"""Half types: the largest distance from the float32 result, relative to Transformers' own (RMS over all logits)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Record:
     contender: str
     version: str
     status: str = "ok"
-    """ok; absent: it cannot run this model; failed: it raised; wrong: its logits are not right."""
+    """ok; absent: it cannot run this model; failed: it raised; wrong: its logits are wrong."""
     reason: str = ""
     checked: str = ""
     logit_error: float | None = None
@@ -83,12 +83,12 @@ class Record:
     std_tps: float | None = None
     """Their standard deviation."""
     ratio: float | None = None
-    """Transformers' time over this one's, median of the rounds: above 1, this one is faster."""
+    """Transformers' time / this one's, median of the rounds. Above 1, this one is faster."""
     ratio_low: float | None = None
     ratio_high: float | None = None
     """Quartiles of that ratio."""
     over_llama: float | None = None
-    """llama.cpp's time over this one's, median of the rounds; of its forms the one that was faster."""
+    """llama.cpp's time, in its faster form, / this one's, median of the rounds."""
     over_llama_low: float | None = None
     over_llama_high: float | None = None
     others_pct: float | None = None
@@ -97,7 +97,7 @@ class Record:
 
 @dataclass
 class Report:
-    """What was measured, on what, and who was absent."""
+    """The measurements, the machine, and the absent contenders."""
 
     machine: dict[str, Any]
     settings: Settings
@@ -117,7 +117,7 @@ def measure(
     report: Report,
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> None:
-    """Add the records of one model to the report; others are compared with the first runner."""
+    """Add the records of one model to the report. Other runners are compared with the first."""
     import torch
 
     before = torch.get_num_threads()
@@ -128,7 +128,7 @@ def measure(
     try:
         progress(f"{built.name}: comparing results", 0.0)
         verdicts = _check(built, runners, dtype)
-        gc.disable()  # a pause of the collector must not count
+        gc.disable()  # pauses of the collector must not count
         good = [r for r in runners if verdicts[r.name].status == "ok"]
         for i, test in enumerate(settings.tests):
 
@@ -143,7 +143,7 @@ def measure(
                 for r in runners
             }  # fmt: skip
             report.records += records.values()
-            if runners[0] not in good:  # NaN logits: nothing to compare with
+            if runners[0] not in good:  # NaN logits: there is nothing to compare with
                 continue
             runs = prepare(test, good, built)
             _time_test(runs, settings.rounds, records, tell)
@@ -158,7 +158,7 @@ def measure(
     progress(f"{built.name}: done", 1.0)
 
 
-# ---- Right before fast
+# ---- Checks before timing
 
 
 @dataclass
@@ -171,12 +171,12 @@ class _Verdict:
 
 
 def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Verdict]:
-    """Logits after a prompt and after each of some tokens, the same tokens for every contender.
+    """Compare logits after a prompt and after each of some tokens, the same tokens for every contender.
 
-    Files of quantised weights are compared with the numbers that they hold, in float32. A product of theirs rounds its
-    input to 8 bits, and the errors of two such products a layer add up at most.
+    Files of quantised weights are compared with their unpacked weights, in float32. Their products round the input to 8
+    bits, and the errors of two such products per layer add up at most.
 
-    float32 is compared with Transformers itself. In a half type two correct results differ by rounding, so each is
+    float32 is compared with Transformers itself. In a half type, two correct results differ by rounding. So each is
     compared with the float32 result of the same weights, and may be about as far from it as Transformers is.
     """
     prompt = random_ids(built, CHECK_PROMPT)
@@ -199,7 +199,7 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
         verdict = verdicts[runner.name] = _Verdict()
         try:
             got = want if runner is base else _walk(runner, prompt, forced)
-        except (Exception, SystemExit) as error:  # a contender's failure is a row of the result
+        except (Exception, SystemExit) as error:  # a contender's failure becomes a row of the result
             verdict.status = "failed"
             verdict.reason = f"{type(error).__name__}: {first_line(error)}"
             continue
@@ -210,7 +210,7 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
             verdict.logit_error = float(np.max(np.abs(got - want)))
             bar, got_error = runner.logit_error * scale, verdict.logit_error
         elif dtype.startswith(FILE):
-            verdict.checked = "logits against the file's numbers in float32"
+            verdict.checked = "logits against the unpacked weights in float32"
             verdict.logit_error = got_error = _rms(got - exact) / _rms(exact)
             bar = QUANTISED_ERROR * 2 * len(built.model.base_model.layers)
         else:
@@ -226,7 +226,7 @@ def _check(built: Built, runners: Sequence[Runner], dtype: str) -> dict[str, _Ve
 
 
 def _walk(runner: Runner, prompt: Sequence[int], forced: list[int]) -> F32:
-    """Logits [steps + 1, vocabulary] after the prompt and each forced token; an empty list is filled greedily."""
+    """Logits [steps + 1, vocabulary] after the prompt and each forced token. An empty list is filled greedily."""
     find = not forced
     with running(runner):
         runner.restore(None)
@@ -253,7 +253,7 @@ def _upcast(model: PreTrainedModel) -> Iterator[None]:
 
     def down(module: nn.Module, *_: object) -> None:
         for p in module.parameters():
-            p.data = p.data.to(before[p])  # exact: the values came from there
+            p.data = p.data.to(before[p])  # exact: the values came from that type
 
     hooks = [h for p in parts for h in (p.register_forward_pre_hook(up), p.register_forward_hook(down))]
     try:
@@ -300,7 +300,7 @@ def _time_test(
 
 
 def _ratio(base: Sequence[float], times: Sequence[float]) -> tuple[float, float, float]:
-    """base over times, round by round: the median and the quartiles."""
+    """base / times, round by round: the median and the quartiles."""
     ratios = [b / t for b, t in zip(base, times, strict=True)]
     low, high = (float(x) for x in np.percentile(ratios, [25, 75]))
     return statistics.median(ratios), low, high

@@ -1,4 +1,4 @@
-"""Records of `anydelta bench model` to a table, JSON, CSV, Markdown or a figure. Nothing here measures or decides."""
+"""Formats records of `anydelta bench model` as a table, JSON, CSV, Markdown or a figure. It measures nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD = ("test", "contender", "tokens/s", "x transformers", "same tokens", "logit
 
 
 FILE_HEAD = ("model", "size", "params", "backend", "threads", "test", "t/s", "x llama.cpp", "logit error")
-"""As llama-bench's, for files."""
+"""For files, as in llama-bench."""
 
 
 def tables(report: Report) -> Iterator[outputs.Table]:
@@ -38,23 +38,23 @@ def tables(report: Report) -> Iterator[outputs.Table]:
 
 
 def header(report: Report) -> list[str]:
-    """The machine, how it was measured, who was absent and what to know, as lines."""
+    """Lines about the machine, the method, absent contenders and notes."""
     lines = [
         outputs.machine(report.machine),
         "contenders: " + "; ".join(dict.fromkeys(f"{r.contender} {r.version}" for r in report.records)),
         *(f"absent: {name}: {why}" for name, why in report.absent.items()),
         f"{report.settings.rounds} interleaved rounds; tokens/s: their median ± standard deviation",
-        "x transformers: its time over the contender's (above 1: faster), median of the rounds (quartiles)",
+        "x transformers: its time / the contender's (above 1: faster), median of the rounds (quartiles)",
         "logit error: float32: largest difference from Transformers'; half types: RMS difference from float32's",
     ]
     if any(r.dtype.startswith(FILE) for r in report.records):
         lines[-2:] = [
-            "x llama.cpp: its time over the contender's in the same round, its faster form; median (quartiles)",
-            "logit error: RMS difference from the file's numbers computed in float32, relative to their RMS",
+            "x llama.cpp: its time (faster form) / the contender's in the same round; median (quartiles)",
+            "logit error: RMS difference from the unpacked weights' logits in float32, relative to their RMS",
         ]
     busy = max((r.others_pct or 0.0 for r in report.records), default=0.0)
     if busy >= BUSY_PCT:
-        lines.append(f"other work took up to {busy:.0f} % of the CPUs: trust no absolute speed")
+        lines.append(f"other work took up to {busy:.0f} % of the CPUs: do not trust absolute speeds")
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -124,11 +124,11 @@ def part_tables(report: Report) -> Iterator[tuple[str, tuple[str, ...], list[tup
 BELOW: Any = {
     "frameon": False, "fontsize": 7, "loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 6.0,
 }  # fmt: skip
-"""Where a legend is: under the axis and its label, which take some five lines."""
+"""The place of a legend: under the axis and its label, which take some five lines."""
 
 
 def plot(report: Report, path: Path) -> None:
-    """Speed over Transformers' for every test; and, if it was measured, where the time goes.
+    """Draw the speed relative to Transformers' for every test and, if it was measured, the time of each part.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -169,7 +169,7 @@ def _plot_speed(
             axis.annotate(text, (r.ratio, y), va="center", size=7)
     axis.set_xlim(0, 1.6 * max(r.ratio or 0.0 for r in timed))
     axis.axvline(1, color="black", lw=0.8)
-    axis.set_xlabel("speed over Transformers', median of the rounds")
+    axis.set_xlabel("speed / Transformers', median of the rounds")
     axis.legend(ncols=2, **BELOW)
     _tidy(axis, tests)
 

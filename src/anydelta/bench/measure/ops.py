@@ -1,6 +1,6 @@
 """Measure the operator: check every contender, then time all of them interleaved in one process.
 
-A shared machine drifts by more than the differences of interest, so absolute times are not trusted: each round runs
+A shared machine drifts by more than the differences of interest, so absolute times are not trusted. Each round runs
 every contender (A B C, B C A, ...), ratios are taken within a round, and the median of the rounds counts. The machine's
 own limits are measured in the same rounds.
 """
@@ -32,16 +32,16 @@ NMSE = 1e-7
 """The limit for float32, as in conformance, for output, state and each snapshot separately."""
 
 HALF_FACTOR = 4.0
-"""The limit for half types: twice the error, squared, of the oracle's answer rounded to the type."""
+"""The limit for half types: twice the error (here squared) of the oracle's answer rounded to the type."""
 
 PEER_NMSE = 1e-3
-"""A peer may compute in the half type of its tokens: its error is shown, and only a wrong answer is refused."""
+"""A peer may compute in the half type of its tokens. Its error is shown, and only a wrong answer is refused."""
 
 ORACLE_ELEMENTS = 5e7
-"""State elements times tokens that the float64 oracle goes through for one case (about a second)."""
+"""The most state elements times tokens that the float64 oracle computes for one case (about a second)."""
 
 COPY_MIB = 256
-"""Size of each buffer of the copy measurement. A virtual machine may see all of a server's cache, 300 MiB and more."""
+"""Size of each buffer of the copy measurement. A virtual machine may have a server's whole cache, 300 MiB or more."""
 
 COPY_SAMPLES = 3
 """Rounds of a case that measure the copy too; filling its buffers costs more than a round."""
@@ -52,7 +52,7 @@ SETTLE_SECONDS = 0.015
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure."""
+    """The length of a measurement."""
 
     rounds: int = 7
     sample_seconds: float = 0.015
@@ -71,12 +71,12 @@ class Record:
     contender: str
     version: str
     status: str = "ok"
-    """ok; refused: it does not take the case; failed: it raised; wrong: its result is not right."""
+    """ok; refused: it does not take the case; failed: it raised; wrong: its result is wrong."""
     reason: str = ""
     detail: str = ""
     states: int = 1
     working_set_mib: float | None = None
-    """States that its calls read and write in turn."""
+    """The states that its calls cycle through."""
     nmse_o: float | None = None
     nmse_state: float | None = None
     nmse_snapshots: float | None = None
@@ -88,26 +88,26 @@ class Record:
     min_us: float | None = None
     median_us: float | None = None
     iqr_pct: float | None = None
-    """Interquartile range of the rounds over their median."""
+    """Interquartile range of the rounds / their median."""
     ratio: float | None = None
-    """Time over anydelta's, median of the rounds: above 1, anydelta is faster."""
+    """Time / anydelta's, median of the rounds. Above 1, anydelta is faster."""
     ratio_min: float | None = None
     """The same from the minima."""
     ratio_iqr: float | None = None
     limit: str = ""
-    """copy or fma: the slower of what the case needs at least."""
+    """copy or fma: the one that takes longer in this case."""
     limit_value: float | None = None
     limit_unit: str = ""
     limit_us: float | None = None
     limit_pct: float | None = None
-    """The limit's time over the contender's minimum."""
+    """The limit's time / the contender's minimum."""
     others_pct: float | None = None
     """CPU time that other processes (or a hypervisor) took during the rounds, of all CPUs; Linux only."""
 
 
 @dataclass
 class Report:
-    """What was measured, on what, and who was absent."""
+    """The measurements, the machine, and the absent contenders."""
 
     machine: dict[str, Any]
     settings: Settings
@@ -117,7 +117,7 @@ class Report:
 
 
 def describe_machine(backend: str = "auto") -> dict[str, object]:
-    """Facts that a reader needs beside the numbers; nothing that identifies the machine."""
+    """Facts that a reader of the numbers needs. Nothing that identifies the machine."""
     import torch
 
     cpu = platform.processor()
@@ -137,13 +137,13 @@ def describe_machine(backend: str = "auto") -> dict[str, object]:
     name = "cpu" if backend == "auto" else backend
     try:
         facts["backend"] = {name: dict(dispatch.get_backend(name).describe())}
-    except Exception as error:  # a backend that cannot describe itself still has its row in `anydelta info`
+    except Exception as error:  # a backend that cannot describe itself is still shown by `anydelta info`
         facts["backend"] = {name: f"no description: {error}"}
     return facts
 
 
 class Others:
-    """The share of the CPUs that other work takes, which disturbs times of several threads."""
+    """The share of the CPUs that other work takes. It disturbs times on several threads."""
 
     def __init__(self) -> None:
         self.start = self._now()
@@ -201,7 +201,7 @@ class Limits:
 
 
 class Oracle:
-    """The expected result of a case: float64 on as many heads as fit; all heads from anydelta once it passed."""
+    """The expected result of a case: float64 on as many heads as affordable; anydelta's on all heads once it passed."""
 
     def __init__(self, case: Case, x: Inputs):
         self.case = case
@@ -233,7 +233,7 @@ class Oracle:
         """anydelta's result, once it passed."""
 
     def check(self, got: Result, record: Record) -> str:
-        """Fill in the errors; the reason why the result is wrong, or an empty string."""
+        """Fill in the errors. Returns the reason why the result is wrong, or an empty string."""
         c = self.case
         shapes: dict[str, tuple[int, ...]] = {"o": (c.B, c.T, c.HV, c.D), "state": (c.B, c.HV, c.D, c.D)}
         if c.snapshots:
@@ -268,7 +268,7 @@ class Oracle:
         return f"NMSE must be {', '.join(bad)}" if bad else ""
 
     def _bounds(self) -> dict[str, float]:
-        """The contract's, for the types of the case."""
+        """The contract's limits for the types of the case."""
 
         def bound(want: NDArray[np.float64], dtype: str) -> float:
             return NMSE if dtype == "float32" else HALF_FACTOR * nmse(rounded(want, dtype), want)
@@ -283,7 +283,7 @@ class Oracle:
 
 
 def nmse(got: ArrayLike, want: ArrayLike) -> float:
-    """mean (got - want)^2 over mean want^2; NaN where either has one."""
+    """mean (got - want)^2 / mean want^2; NaN if either has a NaN."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     power = float(np.mean(want * want))
     return float(np.mean((got - want) ** 2)) / (power or 1.0)
@@ -307,7 +307,7 @@ class _Entry:
     runner: Runner
     rounds: int
     seconds: dict[int, float] = field(default_factory=dict)
-    """Per call, by round."""
+    """Seconds per call, by round."""
 
 
 def measure(
@@ -319,9 +319,9 @@ def measure(
     backend: str = "auto",
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> Report:
-    """Measure every case with every contender that is here; the others are compared with the first.
+    """Measure every case with every contender that is installed. Others are compared with the first one.
 
-    `progress` is called with the present step and the finished share.
+    `progress` is called with the current step and the finished share.
     """
     import torch
 
@@ -381,7 +381,7 @@ def _measure_case(
                 entries.append(_calibrate(runner, record, settings))
         limits = Limits(case.limits if on == "cpu" else (), threads)
         if on != "cpu":
-            limits.why_not = f"no limits: those that are measured are the CPU's, and the calls run on {on}"
+            limits.why_not = f"no limits: only the CPU's are measured, and the calls run on {on}"
         if limits.why_not and limits.why_not not in notes:
             notes.append(limits.why_not)
         others = Others()
@@ -404,7 +404,7 @@ def _measure_case(
 def _prepare(
     contender: Contender, case: Case, inputs: Inputs, threads: int, oracle: Oracle, record: Record
 ) -> Runner | None:
-    """A runner whose result is right, or None and the reason in the record."""
+    """A runner with a right result, or None and the reason in the record."""
     if why := contender.refuses(case):
         record.status, record.reason = "refused", why
         return None
@@ -419,7 +419,7 @@ def _prepare(
     except (
         Exception,
         SystemExit,
-    ) as error:  # a peer's failure is a row of the result and must not end the run
+    ) as error:  # a peer's failure becomes a row of the result and must not end the run
         record.status, record.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
     else:
         why = oracle.check(got, record)
@@ -434,10 +434,12 @@ def _prepare(
 
 
 def _calibrate(runner: Runner, record: Record, settings: Settings) -> _Entry:
-    """How many calls make a sample. The second of two probes counts: the first warms up."""
+    """The number of calls in a sample. The second of two probes counts: the first warms up."""
     runner.reset()
     start = time.perf_counter()
-    for _ in range(record.states):  # every buffer once, or the first writes would be timed as page faults
+    for _ in range(
+        record.states
+    ):  # touch every buffer once, or page faults of the first writes would be timed
         runner.run(1)
         if time.perf_counter() - start > max(settings.contender_seconds, 1.0):
             break

@@ -44,13 +44,13 @@ class Table(NamedTuple):
     head: Sequence[str]
     rows: Iterable[Sequence[str]]
     style: Callable[[Sequence[str]], str] = lambda cells: ""
-    """Of a row on a terminal."""
+    """The style of a row on a terminal."""
 
 
 def to_text(printers: ModuleType, report: Any, form: str) -> str:
-    """The report as "json", its records as "csv", or what it shows as "md".
+    """The report as "json", its records as "csv", or its lines and tables as "md".
 
-    `printers` is the module of a kind of report: its KIND of record, and header(report) and tables(report).
+    `printers` is the module of a kind of report. It has KIND (of its records), header(report) and tables(report).
     """
     if form == "json":
         return to_json(report)
@@ -63,7 +63,7 @@ def to_text(printers: ModuleType, report: Any, form: str) -> str:
 
 
 def to_table(printers: ModuleType, report: object) -> Group:
-    """For a terminal."""
+    """The report for a terminal."""
     from rich.console import Group
 
     parts: list[terminal.Shown] = [terminal.lines(printers.header(report), "dim")]
@@ -73,7 +73,7 @@ def to_table(printers: ModuleType, report: object) -> Group:
 
 
 def machine(facts: dict[str, object]) -> str:
-    """The line that every report begins with."""
+    """The first line of every report."""
     return (
         f"{facts['cpu']}, {facts['cpus']} CPUs, {facts['system']}; Python {facts['python']}, torch {facts['torch']}, "
         f"anydelta {facts['anydelta']}; {facts['date']}"
@@ -84,7 +84,7 @@ def machine(facts: dict[str, object]) -> str:
 def figure(
     report: Any, path: Path, size: tuple[float, float], panels: int = 1, **options: Any
 ) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """(a figure, its panels side by side), written with a title when the block ends."""
+    """(a figure, its panels side by side). When the block ends, the figure gets a title and is written."""
     import matplotlib
 
     matplotlib.use("Agg")

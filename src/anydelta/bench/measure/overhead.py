@@ -1,4 +1,4 @@
-"""`anydelta bench overhead`: the time of a call at T = 1 beside its kernel.
+"""`anydelta bench overhead`: the time that a call at T = 1 adds to its kernel.
 
 Differences are taken within a round of turns.py, and the median of the rounds counts.
 """
@@ -36,7 +36,7 @@ ALLOWED_US = 10.0
 """The most that a torch call at T = 1 should take."""
 
 HEAD = 32
-"""K = V of the one measured head: its kernel takes about 1 us, less than the overhead."""
+"""K = V of the only head: its kernel takes about 1 us, less than the overhead."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class OverheadRecord:
     min_us: float
     median_us: float
     overhead_us: float
-    """Over the bare kernel, median of the rounds."""
+    """Time minus the bare kernel's, median of the rounds."""
     overhead_min_us: float
     """The same from the minima, which other work on the machine disturbs least."""
     nmse: float
@@ -59,7 +59,7 @@ class OverheadRecord:
     def of(
         cls, call: str, calls: int, us: list[float], bare: list[float], nmse: float, others: float | None
     ) -> OverheadRecord:
-        """From the times of a call and of the bare kernel, by round."""
+        """The record of a call's and the bare kernel's times by round."""
         over = statistics.median(a - b for a, b in zip(us, bare, strict=True))
         return cls(
             call, calls, len(us), min(us), statistics.median(us), over, min(us) - min(bare), nmse, others
@@ -75,7 +75,7 @@ class OverheadRecord:
 
 
 def call_overhead(settings: Settings | None = None, progress: Progress = lambda text, done: None) -> Measured:
-    """Measure every way to call one small decode step, beside the kernel that all of them run.
+    """Measure every way to call one small decode step, and the bare kernel that all of them run.
 
     Raises:
         Refused: the extension is not built, so there is no bare kernel to compare with.
@@ -106,7 +106,8 @@ def call_overhead(settings: Settings | None = None, progress: Progress = lambda 
     ]
     notes = [
         f"float32, B = T = H = HV = 1, K = V = {HEAD}, one thread, no gradients",
-        "bare kernel: the extension with ready addresses; overhead: over it, median of the rounds (of the minima)",
+        "bare kernel: the extension with ready addresses; overhead: time minus that, median of the rounds (of the "
+        "minima)",
         f"torch calls should take at most {ALLOWED_US:g} µs",
         f"torch.ops is registered from {'C++' if torch_op.LIBRARY else f'Python ({torch_op.LIBRARY_REASON})'}",
     ]

@@ -1,9 +1,9 @@
-"""Measure prefix checkpoints: the time to the first token when a prompt begins like an earlier one.
+"""Measure prefix checkpoints: the time to the first token of a prompt that begins like an earlier one.
 
-For each length of the shared prefix, four situations of a chat: a new question after the prefix, the next turn after an
-answer, the same turn edited, and the prefix from a file. Each is run from nothing and from a `PrefixStore`,
+For each length of the shared prefix there are four situations of a chat: a new question after the prefix, the next turn
+after an answer, the same turn edited, and the prefix from a file. Each is run from nothing and from a `PrefixStore`,
 interleaved. Both must write the same tokens, except for ties of the two largest logits. Ratios are taken within a
-round; the median of the rounds counts.
+round, and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ else:
 SITUATIONS = {
     "new question": "the prefix is known, another question follows",
     "next turn": "the last answer is known, a question follows",
-    "edited turn": "the last question is another than before",
+    "edited turn": "the last question was changed",
     "from a file": "as the new question, the checkpoint read from a safetensors file",
 }
 
@@ -59,21 +59,21 @@ class Record:
     prefix: int
     prompt_tokens: int
     run_tokens: int
-    """Tokens of the prompt that are run with checkpoints; without, all are."""
+    """Tokens of the prompt that run with checkpoints. Without them all run."""
     status: str = "ok"
-    """ok; wrong: the text is another."""
+    """ok; wrong: the text differs."""
     reason: str = ""
     checkpoint_bytes: int = 0
-    """Of the checkpoint that was used."""
+    """Bytes of the checkpoint that was used."""
     rounds: int = 0
     plain_s: float | None = None
-    """From the prompt to the first token, everything run; median of the rounds."""
+    """From the prompt to the first token without checkpoints; median of the rounds."""
     median_s: float | None = None
-    """The same with checkpoints, looking them up and adding the new one included."""
+    """The same with checkpoints, including the time to find one and to add the new one."""
     low_s: float | None = None
     high_s: float | None = None
     ratio: float | None = None
-    """Plain time over that with checkpoints, median of the rounds."""
+    """Time without checkpoints / time with them, median of the rounds."""
 
 
 def measure(
@@ -83,7 +83,7 @@ def measure(
     report: Report,
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> None:
-    """Add the records to the report. `text` are tokens to take prefixes and questions from; anydelta is enabled."""
+    """Add the records to the report. Prefixes and questions are taken from the tokens `text`. anydelta is enabled."""
     with observed(report):
         for i, prefix in enumerate(settings.prefixes):
             progress(f"a prefix of {prefix} tokens", i / len(settings.prefixes))
@@ -102,7 +102,7 @@ def _measure_one(
     )
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         known = stores.PrefixStore(model)
-        # The prefix ends where the question begins: its last token is run again with the question, as always.
+        # The prefix ends where the question begins. Its last token always runs again, with the question.
         known.cache_for(torch.cat((shared, first[:, :1]), 1))
         prompt = torch.cat((shared, first), 1)
         cache = known.cache_for(prompt)

@@ -1,4 +1,4 @@
-"""Records of `anydelta bench prefix` to a table, JSON, CSV or Markdown. Nothing here measures or decides."""
+"""Formats records of `anydelta bench prefix` as a table, JSON, CSV or Markdown. It measures nothing."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def header(report: Report) -> list[str]:
         f"{report.model}, questions of {s.turn} tokens, answers of {s.tokens}, {s.threads} "
         f"thread{'s' * (s.threads > 1)}, {s.rounds} interleaved rounds",
         *(f"{name}: {meaning}" for name, meaning in SITUATIONS.items()),
-        "first token: from the prompt to it, median of the rounds; tokens run: of the prompt, with checkpoints of all",
+        "first token: time from the prompt, median of the rounds; tokens run: of the prompt, with checkpoints",
         *(f"note: {note}" for note in report.notes),
     ]
 
 
 def groups(report: Report) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """For each length of the prefix its title and rows."""
+    """The title and rows of each prefix length."""
     for prefix, records in groupby(report.records, key=lambda r: r.prefix):
         yield f"a shared prefix of {prefix} tokens", [row(r) for r in records]
 

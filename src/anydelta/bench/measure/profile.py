@@ -1,10 +1,9 @@
 """The time of each part of a model, from timers around its modules and functions.
 
-A clock is read whenever a part begins or ends; the time between counts for the innermost open part.
-Linear layers inside a linear attention layer are its projections; what remains of that layer is its mixer: convolution,
-gates, rule and gated norm, and whatever is copied between them. Where anydelta runs all of that as one operator, it is
-one part. Reading clocks costs some microseconds a module, which is why the speeds of the table come from runs
-without them.
+A clock is read whenever a part begins or ends. The time in between counts for the innermost open part. Linear layers
+inside a linear attention layer are its projections. The rest of that layer is its mixer: convolution, gates, rule and
+gated norm, and copies between them. If anydelta runs all of that as one operator, it is one part. Reading clocks takes
+some microseconds per module, so the speeds in the table come from runs without them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ else:
 
 CONV, RULE, NORM, GLUE = "conv", "rule", "gated norm", "mixer (the rest, or fused)"
 MIXER = (CONV, RULE, NORM, GLUE)
-"""The parts of a linear attention layer beside its projections."""
+"""The parts of a linear attention layer, apart from its projections."""
 
 MIXER_TOTAL = "mixer in all"
 ORDER = (
@@ -58,7 +57,7 @@ class Part:
     ms: dict[str, float]
     """Median of the rounds."""
     ratio: float | None
-    """Transformers over anydelta, median of the rounds."""
+    """Transformers' time / anydelta's, median of the rounds."""
 
 
 P = ParamSpec("P")
@@ -66,7 +65,7 @@ R = TypeVar("R")
 
 
 class Clock:
-    """Time by part, exclusive: time of a part does not count for the one around it."""
+    """Exclusive time by part: time in a part does not count for the part around it."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -144,7 +143,7 @@ def _sample(model: PreTrainedModel, run: Prepared) -> dict[str, float]:
 
 @contextmanager
 def _watched(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
-    """Timers around every call of a module that is a part, and around the functions that a mixer looks up."""
+    """Puts timers around every call of a module that is a part, and around the functions that a mixer looks up."""
     undo = (_time_functions(model, clock), _time_modules(model, clock))
     try:
         yield
@@ -154,9 +153,9 @@ def _watched(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
 
 
 def _time_modules(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
-    """Around the whole call, so that nn.Module's work around a forward counts for that part.
+    """Put timers around whole calls, so that nn.Module's work around a forward counts for that part.
 
-    In the class, because a hook or a forward in a layer would make enable() leave it alone, and costs 20 us a module.
+    They are in the class: a hook or a forward in a layer costs 20 us per module, and enable() would skip the layer.
     """
     from torch import nn
 
@@ -182,7 +181,7 @@ def _time_modules(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
 
 
 def parts(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
-    """Modules and the part that each of them is; modules inside one of these may be another part."""
+    """Modules, each with its part. Modules inside one of these may be another part."""
     from torch import nn
 
     linear = _linear_attention(model)
@@ -218,14 +217,14 @@ def _linear_attention(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
 
 
 def _families(model: PreTrainedModel) -> list[Found]:
-    """The families that the model has layers of."""
+    """The families whose layers the model has."""
     names = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
     modules = [module for name in sorted(names) if (module := sys.modules.get(name)) is not None]
     return [found for module in modules if (found := find.look_at(module)) is not None and found.layers]
 
 
 def _time_functions(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
-    """Put timers around rule and convolution, wherever the model's layers look them up now."""
+    """Put timers around rule and convolution, wherever the model's layers currently look them up."""
     undo: list[tuple[dict[str, object], str, object]] = []
     for found in _families(model):
         scopes = [vars(found.module)]
@@ -247,7 +246,7 @@ def _time_functions(model: PreTrainedModel, clock: Clock) -> Callable[[], None]:
 
 
 def _scopes(function: object, names: set[str], depth: int = 8) -> list[dict[str, object]]:
-    """The globals of a forward and of what it wraps, where those have the functions."""
+    """The globals of a forward and of the functions that it wraps, if they have one of the names."""
     import types
 
     function = getattr(function, "__func__", function)

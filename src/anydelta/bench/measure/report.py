@@ -1,4 +1,4 @@
-"""Records to a table, JSON, CSV, Markdown or a figure. Nothing here measures or decides."""
+"""Formats records as a table, JSON, CSV, Markdown or a figure. It measures nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .ops import Record, Report
 KIND = Record
 HEAD = ("contender", "min", "median", "spread", "x anydelta", "limit", "NMSE of o", "of states")
 BUSY_PCT = 10
-"""Other work above this is worth a warning."""
+"""Other work above this gets a warning."""
 COLOURS = {
     "anydelta": "#1b6ca8",
     "vllm": "#7b4b94",
@@ -48,7 +48,7 @@ def _folded(records: Sequence[Record]) -> Iterator[Record]:
 
 
 def header(report: Report) -> list[str]:
-    """The machine, how it was measured, who was absent and what to know, as lines."""
+    """Lines about the machine, the method, absent contenders and notes."""
     lines = [outputs.machine(report.machine)]
     for name, facts in report.machine["backend"].items():
         shown = facts if isinstance(facts, str) else ", ".join(f"{k} {_plain(v)}" for k, v in facts.items())
@@ -59,10 +59,10 @@ def header(report: Report) -> list[str]:
     lines += [f"absent: {name}: {why}" for name, why in report.absent.items()]
     lines.append(f"{report.settings.rounds} interleaved rounds; times per call")
     lines.append(
-        "x anydelta: time over anydelta's (above 1: anydelta is faster), median of the rounds (of the minima)"
+        "x anydelta: time / anydelta's (above 1: anydelta is faster), median of the rounds (of the minima)"
     )
     lines.append("limit: share of the limit measured in the same run, at the minimum")
-    lines.append("NMSE: against the float64 oracle; of states: the worse of the last one and the snapshots")
+    lines.append("NMSE: against the float64 oracle; for states: the worst of the last one and the snapshots")
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -71,19 +71,19 @@ def _plain(value: object) -> str:
 
 
 def groups(report: Report) -> Iterator[tuple[str, list[Record]]]:
-    """Records of one case and number of threads, under a title with the limit that they share."""
+    """Records of one case and number of threads, under a title with their common limit."""
     for (case, threads), records in groupby(report.records, key=lambda r: (r.case, r.threads)):
         found = list(records)
         title = f"{case}, {threads} thread{'s' * (threads > 1)}"
         if found[0].states > 1:
             sets = [r.working_set_mib for r in found if r.working_set_mib is not None]
-            title += f", {found[0].states} states in turn ({min(sets, default=0):.0f} MiB or more)"
+            title += f", {found[0].states} alternating states ({min(sets, default=0):.0f} MiB or more)"
         if (bound := next((r for r in found if r.limit), None)) is not None:
             title += f"; limit {time(bound.limit_us)}"
             title += f" ({bound.limit} {bound.limit_value:.4g} {bound.limit_unit})"
         busy = next((r.others_pct for r in found if r.others_pct is not None), 0.0)
         if busy >= BUSY_PCT:
-            title += f"; other work took {busy:.0f} % of the CPUs, so trust the minima only"
+            title += f"; other work took {busy:.0f} % of the CPUs, so trust only the minima"
         yield title, found
 
 
@@ -115,7 +115,7 @@ def time(us: float | None) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Two panels: how many times anydelta's time the others take, and the share of the limit reached.
+    """Draw two panels: the others' time relative to anydelta's, and the reached share of the limit.
 
     Raises:
         ValueError: nothing was timed, or matplotlib cannot write that kind of file.
@@ -159,7 +159,7 @@ def plot(report: Report, path: Path) -> None:
             left.set_xscale("log")
             left.set_xlim(min(ratios) * 0.6 if min(ratios) < 1 else 0.9, max(2.0, max(ratios) * 1.7))
             left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        left.set_xlabel(f"time over {names[0]}'s, median of the rounds\n(right of 1: slower than {names[0]})")
+        left.set_xlabel(f"time / {names[0]}'s, median of the rounds\n(right of 1: slower than {names[0]})")
         shares = [r.limit_pct for r in timed if r.limit_pct is not None]
         if shares:
             right.set_xlim(0, max(100.0, max(shares)) * 1.12)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 LOGIT_ERROR = 1e-4
-"""float32: the largest difference from Transformers' logits, over the larger of 1 and the largest logit. A runner that
-shares no code with Transformers sets its own."""
+"""float32: the largest difference from Transformers' logits, relative to the larger of 1 and the largest logit. A
+runner that shares no code with Transformers sets its own."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Runner(Protocol):
     logit_error: float
 
     def threads(self, n: int) -> None:
-        """Run on so many threads from now on; torch's number is set separately."""
+        """Run on n threads from now on. torch's number is set separately."""
         ...
 
     def context(self, ids: Sequence[int]) -> object:
@@ -58,15 +58,15 @@ class Runner(Protocol):
         ...
 
     def restore(self, kept: Any) -> None:
-        """Return to such a context. Not timed."""
+        """Return to a context from `context`. Not timed."""
         ...
 
     def prompt(self, ids: Sequence[int]) -> F32:
-        """Process `ids` at once; the logits after the last one, [vocabulary]."""
+        """Process `ids` at once. Returns the logits after the last one, [vocabulary]."""
         ...
 
     def decode(self, token: int, n: int) -> None:
-        """n tokens one after the other, each the likeliest after the last; `token` is the first one's input."""
+        """Generate n tokens greedily, one after the other; `token` is the first input."""
         ...
 
     def close(self) -> None: ...
@@ -128,9 +128,9 @@ class TransformersRunner:
 
 
 class CompiledRunner(TransformersRunner):
-    """The same with the decode step under torch.compile, on one StaticCache; prompts run as they are.
+    """The same with the decode step under torch.compile, on one StaticCache. Prompts run uncompiled.
 
-    That is how `generate` compiles. The profile cannot look into it.
+    `generate` compiles in the same way. The profile cannot look inside.
     """
 
     def __init__(
@@ -152,7 +152,9 @@ class CompiledRunner(TransformersRunner):
         if kept is None:
             self._cache.reset()
             return
-        for to, source in zip(self._cache.layers, kept.layers, strict=True):  # a graph knows the tensors
+        for to, source in zip(
+            self._cache.layers, kept.layers, strict=True
+        ):  # a graph is bound to the tensors
             for name, value in vars(source).items():
                 vars(to)[name] = _written(vars(to).get(name), value)
 
@@ -174,7 +176,7 @@ class CompiledRunner(TransformersRunner):
 
 
 def _written(to: object, value: object) -> object:
-    """`value` in the tensors that `to` holds, where it holds any."""
+    """`value`, written into the tensors that `to` holds, if it holds any."""
     import torch
 
     if isinstance(value, torch.Tensor) and isinstance(to, torch.Tensor):
@@ -197,7 +199,7 @@ def running(runner: Runner) -> AbstractContextManager[object]:
 
 
 class Prepared:
-    """A test ready to be run again and again by one runner."""
+    """A test that one runner can repeat."""
 
     def __init__(self, test: Test, runner: Runner, ids: Sequence[int]):
         self.test, self.runner = test, runner
@@ -230,7 +232,7 @@ def prepare(test: Test, runners: Sequence[Runner], built: Built) -> list[Prepare
 def interleave(
     runs: Sequence[Callable[[], object]], rounds: int, tell: Callable[[str, float], None]
 ) -> list[list[Any]]:
-    """The results of each run in each round, interleaved; another run begins each round."""
+    """The results of each run in each round, interleaved. Each round begins with another run."""
     results: list[list[object]] = [[] for _ in runs]
     for r in range(rounds):
         tell(f"round {r + 1} of {rounds}", r / rounds)

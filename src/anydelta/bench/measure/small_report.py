@@ -1,6 +1,6 @@
-"""Records of the small commands (overhead, threads, rollback, ...) to a table, JSON, CSV or Markdown.
+"""Formats records of the small commands (overhead, threads, rollback, ...) as a table, JSON, CSV or Markdown.
 
-A record is a dataclass whose `columns()` are its row. Nothing here measures or decides.
+A record is a dataclass whose `columns()` are its row. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .ops import Settings
 from .report import BUSY_PCT
 
 KIND = None
-"""That of a report's records."""
+"""None: the type of a report's records is not fixed."""
 
 
 @dataclass
 class Measured:
-    """Records of one kind, on what machine, and how to read them."""
+    """Records of one kind, the machine, and notes on how to read them."""
 
     title: str
     machine: dict[str, object]
@@ -38,5 +38,5 @@ def header(measured: Measured) -> list[str]:
     lines = [outputs.machine(measured.machine), rounds, *measured.notes]
     busy = max((r.others_pct or 0.0 for r in measured.records), default=0.0)
     if busy >= BUSY_PCT:
-        lines.append(f"other work took up to {busy:.0f} % of the CPUs, so trust the minima only")
+        lines.append(f"other work took up to {busy:.0f} % of the CPUs, so trust only the minima")
     return lines

@@ -35,7 +35,7 @@ Progress = Callable[[str, float], None]
 
 
 def part_of(progress: Progress, name: str, i: int, parts: int) -> Progress:
-    """The progress of part i of so many, under its name."""
+    """The progress of part i of `parts`, under its name."""
     return lambda text, done: progress(f"{name}: {text}", (i + done) / parts)
 
 
@@ -46,7 +46,7 @@ def extension() -> ModuleType:
 
 
 def make_inputs(*, T: int, HV: int, D: int) -> dict[str, F32]:
-    """Inputs on which a state settles, so that thousands of calls meet neither overflow nor subnormals."""
+    """Inputs with which a state converges, so that thousands of calls meet neither overflow nor subnormals."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> F32:
@@ -86,7 +86,7 @@ def check(name: str, got: Sequence[object], want: Sequence[ArrayLike | None]) ->
 def bare_kernel(
     t: Mapping[str, torch.Tensor], *, threads: int, share_openmp: bool
 ) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
-    """(call, o, state): the extension itself on these tensors in place, every address ready."""
+    """(call, o, state): the extension itself, in place on these tensors, with all addresses ready."""
     import torch
 
     extension()
@@ -121,9 +121,9 @@ def interleave(
     progress: Progress,
     within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, int], float | None]:
-    """(us per call by round, calls per sample, CPU share of other work); the garbage collector is off meanwhile.
+    """(us per call by round, calls per sample, CPU share of other work). The garbage collector is off meanwhile.
 
-    `within` are the contexts that calls are made in, by name; entering them is not timed.
+    `within`: the contexts of calls, by name. Entering them is not timed.
     """
     around = dict.fromkeys(calls, nullcontext) if within is None else within
     repeats = {}
@@ -140,7 +140,7 @@ def interleave(
             progress(f"round {i + 1}", i / settings.rounds)
             turn = i % len(names)
             for name in names[turn:] + names[:turn]:
-                time.sleep(SETTLE_SECONDS)  # the last one's threads may still spin
+                time.sleep(SETTLE_SECONDS)  # the previous one's threads may still spin
                 with around[name]():
                     calls[name]()
                     samples[name].append(1e6 * _time(calls[name], repeats[name]) / repeats[name])
@@ -151,7 +151,7 @@ def interleave(
 
 
 def _calibrate(call: Callable[[], object], seconds: float) -> int:
-    """How many calls make a sample."""
+    """The number of calls in a sample."""
     n = 1
     while (took := _time(call, n)) < seconds / 4 and n < 1_000_000:
         n = min(1_000_000, max(2 * n, int(n * seconds / max(took, 1e-7) / 2)))

@@ -3,13 +3,13 @@
     from anydelta.compat.fla import chunk_kda       # instead of: from fla.ops.kda import chunk_kda
 
     import anydelta.compat.fla
-    anydelta.compat.fla.install()                   # from now on `import fla` works, where fla is not installed
+    anydelta.compat.fla.install()                   # from now on `import fla` works, if fla is not installed
     model = AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
     anydelta.compat.fla.uninstall()
 
 - ops: the functions of `fla.ops`, listed at its top
 - gate, norm, convolution, index, simple_gla: other names that the code of released checkpoints imports
-- offered: the modules `fla` and `causal_conv1d` that are made of these
+- offered: the modules `fla` and `causal_conv1d`, which are made of these
 """
 
 from . import ops

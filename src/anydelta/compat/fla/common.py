@@ -51,7 +51,7 @@ def run(
     if use_gate_in_kernel:
         if A_log is None and lower_bound is None:
             raise ValueError(f"{op}: use_gate_in_kernel requires A_log [HV] (or a lower_bound); got None")
-        # fla's kernels read both as flat memory: Kimi checkpoints hold A_log as [1, 1, HV, 1].
+        # fla's kernels read both as flat memory. Kimi checkpoints hold A_log as [1, 1, HV, 1].
         A_log, dt_bias = (x.reshape(-1) if isinstance(x, torch.Tensor) else x for x in (A_log, dt_bias))
     else:
         unread(op, A_log, dt_bias)
@@ -62,9 +62,9 @@ def run(
         assert beta is not None
         beta, use_beta_sigmoid_in_kernel = 2 * wide(beta).sigmoid(), False
     if initial_state is not None:
-        # Exact; and fla's final state is float32, whatever the initial one is.
+        # This is exact, and fla's final state is float32, whatever the initial one is.
         initial_state = wide(initial_state)
-    # The core takes one dtype; the wider one holds the others' numbers.
+    # The core takes one dtype. The widest holds all numbers.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     o, state = gated_delta_rule(
         q.to(dtype),
@@ -116,7 +116,7 @@ def chunked_kda(
     if lower_bound is not None and not use_gate_in_kernel:
         if not safe_gate:
             raise ValueError(f"{op}: lower_bound requires use_gate_in_kernel or safe_gate; got neither")
-        # fla neither clamps nor maps g here: the caller states that g already lies above the bound.
+        # fla neither clamps nor maps g here: the caller promises that g is already above the bound.
         lower_bound = None
     if initial_state is not None and initial_state.dtype != torch.float32 and q.dtype != torch.float64:
         raise ValueError(f"{op}: initial_state must be float32; got {initial_state.dtype}")
@@ -138,7 +138,7 @@ def summed_decays(
     gk: torch.Tensor | None,
     gv: torch.Tensor | None,
 ) -> torch.Tensor:
-    """g [B, T, HV], gk [B, T, HV, K] or their sum, since decays multiply; with neither, nothing decays."""
+    """g [B, T, HV], gk [B, T, HV, K] or their sum, because decays multiply. With neither, nothing decays."""
     if gv is not None:
         raise UnsupportedError(
             f"{op}: gv (a decay per value channel) is not part of the gated delta rule; leave it None"
@@ -195,7 +195,7 @@ def qkv(op: str, q: object, k: object, v: object) -> None:
 
 
 def shape(op: str, name: str, x: object, want: tuple[int, ...], legend: str) -> None:
-    """The shape that tells the two rules apart; the core checks the rest."""
+    """Check the shape that tells the two rules apart. The core checks the rest."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(x).__name__}")
     if tuple(x.shape) != tuple(want):
@@ -213,8 +213,8 @@ def no_context_parallel(op: str, cp_context: object) -> None:
 
 
 def sequences(op: str, name: str, bounds: object, B: int, T: int, least: int | None = None) -> None:
-    """Whether packed sequences are: B = 1, integers that rise from 0 to T, or to `least` at least. Their values are
-    looked at on the host alone, and not by torch.compile."""
+    """Check packed sequences: B = 1, integers that rise from 0 to T, or to at least `least`. The values are only read
+    on the host, and not under torch.compile."""
     if (
         not isinstance(bounds, torch.Tensor)
         or bounds.ndim != 1
@@ -242,7 +242,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def host_copy(op: str, cu_seqlens: torch.Tensor | None, cu_seqlens_cpu: torch.Tensor | None) -> None:
-    """fla uses cu_seqlens_cpu to avoid a device sync; here it is only checked for contradictions."""
+    """fla uses cu_seqlens_cpu to avoid a device sync. Here it is only checked for contradictions."""
     if cu_seqlens_cpu is None:
         return
     if cu_seqlens is None:

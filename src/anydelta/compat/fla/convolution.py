@@ -1,7 +1,7 @@
 """The short convolutions of fla (`ShortConvolution`) and of the package causal_conv1d, on anydelta.mixer.convolution.
 
-A cache of fla holds the last W inputs of each sequence, [N, D, W], W being the width of the kernel; a state of
-causal_conv1d the last W - 1 or more, [B, D, L]. Sums are in float32 (float64 for float64), results in x's dtype.
+fla's cache holds the last W inputs of each sequence, [N, D, W], where W is the width of the kernel. causal_conv1d's
+state holds the last W - 1 or more, [B, D, L]. Sums are in float32 (float64 for float64), results in x's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SILU = ("silu", "swish")
 class ShortConvolution(nn.Conv1d):
     """A causal depthwise convolution with an activation and a cache; `weight` is [D, 1, W].
 
-    `backend` ("triton", "cuda") and `use_fast_conv1d` choose kernels of fla and change nothing here.
+    `backend` ("triton", "cuda") and `use_fast_conv1d` choose kernels of fla. They have no effect here.
 
     Raises:
         ValueError: an activation other than SiLU or none, or another backend.
@@ -63,9 +63,9 @@ class ShortConvolution(nn.Conv1d):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] to (y [B, T, D], cache [N, D, W] or None).
 
-        Packed sequences: B = 1 and `cu_seqlens` [N + 1]; `cache` [N, D, W] is what came before each. A call with one
-        token per sequence and without autograd writes the new cache over the one that is given, as fla's does.
-        `mask` [B, T] zeroes inputs; `residual` is added to y. `chunk_indices` is a hint of fla's and is not read.
+        Packed sequences: B = 1 and `cu_seqlens` [N + 1]; `cache` [N, D, W] holds the inputs before each of them. A call
+        with one token per sequence and without autograd overwrites the given cache with the new one, as fla's does.
+        `mask` [B, T] zeroes inputs. `residual` is added to y. `chunk_indices` is a hint of fla's and is not read.
 
         Raises:
             ValueError: shapes that do not fit, or `mask` with `cu_seqlens`.
@@ -122,7 +122,7 @@ class ShortConvolution(nn.Conv1d):
 
     @property
     def state_size(self) -> int:
-        """Numbers in the cache of a sequence."""
+        """How many numbers the cache of a sequence has."""
         return int(self.hidden_size * self.weight.shape[2])
 
 
@@ -139,8 +139,8 @@ def causal_conv1d_fn(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x [B, D, T], weight [D, W] to y [B, D, T]; with return_final_states (y, the last W - 1 inputs [B, D, W - 1]).
 
-    Packed rows: `seq_idx` [B, T] numbers them. `cu_seq_lens_q` [N + 1] means the same and is an addition: Transformers
-    passes it to every function that has it.
+    Packed rows: `seq_idx` [B, T] numbers them. `cu_seq_lens_q` [N + 1] is an addition with the same meaning, because
+    Transformers passes it to every function that has it.
 
     Raises:
         ValueError: an activation other than SiLU or none, shapes that do not fit, packed rows with states.
@@ -162,7 +162,7 @@ def causal_conv1d_fn(
             or not 0 < seq_idx.shape[1] <= max(T, 1)
         ):
             raise ValueError(f"{op}: seq_idx must be [B, T] = {[x.shape[0], T]}; got {list(seq_idx.shape)}")
-    elif cu_seq_lens_q is not None:  # of both: columns in front of those that are numbered come from a cache
+    elif cu_seq_lens_q is not None:  # for both: earlier columns, which have no number, come from a cache
         sequences(op, "cu_seq_lens_q", cu_seq_lens_q, 1, T, least=0)  # all rows are packed alike
     ids = sequence_ids(T, seq_idx, cu_seq_lens_q, x.device) if packed else None
     if initial_states is not None:

@@ -18,10 +18,11 @@ def fused_kda_gate(
 ) -> torch.Tensor:
     """-exp(A_log) softplus(g + dt_bias), or with a lower bound lower_bound * sigmoid(exp(A_log) (g + dt_bias)).
 
-    g [..., H, K], A_log [H] (of any shape with H numbers; None counts as 0 and requires lower_bound), dt_bias [H * K].
-    Called as fused_kda_gate(g, A_log, dt_bias=None, lower_bound=None, output_dtype=torch.float32), or as fla 0.4.0 was,
-    which the code of Kimi-Linear's checkpoints does:
-    fused_kda_gate(g [..., H * K], A, head_k_dim, g_bias=None, beta=1.0, threshold=20.0), the last two of softplus.
+    g [..., H, K]; A_log of any shape with H numbers, None counts as 0 and requires lower_bound; dt_bias [H * K].
+    Two forms of call: fused_kda_gate(g, A_log, dt_bias=None, lower_bound=None, output_dtype=torch.float32), and that of
+    fla 0.4.0, which the code of Kimi-Linear's checkpoints uses:
+    fused_kda_gate(g [..., H * K], A, head_k_dim, g_bias=None, beta=1.0, threshold=20.0). beta and threshold are
+    softplus's.
 
     Raises:
         ValueError: shapes that do not fit, or neither A_log nor lower_bound.

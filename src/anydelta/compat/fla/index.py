@@ -1,4 +1,4 @@
-"""fla's helpers for padded batches: masks to packed rows and back, and the decorator that remembers their results."""
+"""fla's helpers for padded batches: masks to packed rows and back, and the decorator that caches their results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ R = TypeVar("R")
 
 
 def tensor_cache(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which gives its last result again for the same arguments (the same objects).
+    """The same function, which returns its last result again for the same arguments (the same objects).
 
-    A tensor that was written since then is computed anew, and so is everything while autograd records or a compiler
-    traces.
+    It recomputes if a tensor was written since then, and always while autograd records or a compiler traces.
     """
     last: tuple[list[object], tuple[object, ...], list[int], R] | None = None
 
@@ -57,14 +56,14 @@ def prepare_lens_from_mask(mask: torch.Tensor) -> torch.Tensor:
 
 @tensor_cache
 def prepare_cu_seqlens_from_mask(mask: torch.Tensor, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Where the rows of a mask [B, T] begin when their tokens are packed: [B + 1]."""
+    """The starts [B + 1] of a mask's rows [B, T] when their tokens are packed."""
     lengths = prepare_lens_from_mask(mask)
     return torch.cat((lengths.new_zeros(1, dtype=dtype), lengths.cumsum(0, dtype=dtype)))
 
 
 @tensor_cache
 def get_unpad_data(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Of a mask [B, T]: the indices of its tokens in B * T, where the rows begin [B + 1], the length of the longest."""
+    """For a mask [B, T]: the indices of its tokens in B * T, the starts of rows [B + 1], the greatest length."""
     indices = attention_mask.flatten().nonzero().flatten()
     longest = int(prepare_lens_from_mask(attention_mask).max()) if len(attention_mask) else 0
     return indices, prepare_cu_seqlens_from_mask(attention_mask), longest
@@ -78,7 +77,7 @@ def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def pad_input(
     hidden_states: torch.Tensor, indices: torch.Tensor, batch_size: int, seq_len: int
 ) -> torch.Tensor:
-    """[n, ...] to [batch_size, seq_len, ...]: row i goes to place indices[i], zeros to the others."""
+    """[n, ...] to [batch_size, seq_len, ...]: row i goes to place indices[i]; other places are zeros."""
     out = hidden_states.new_zeros(batch_size * seq_len, *hidden_states.shape[1:])
     out = out.index_copy(0, indices, hidden_states)
     return out.view(batch_size, seq_len, *hidden_states.shape[1:])

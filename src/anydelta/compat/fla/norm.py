@@ -62,8 +62,8 @@ class FusedRMSNormGated(nn.Module):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [..., hidden_size], g of as many numbers. `residual` is added to x first; with `prenorm` that sum is the
-        second result, in residual's dtype, or without one in float32 if `residual_in_fp32`, else in x's.
+        """x [..., hidden_size], g with as many numbers. `residual` is added to x first. With `prenorm` that sum is the
+        second result: in residual's dtype, or without a residual in float32 if `residual_in_fp32`, else in x's.
 
         Raises:
             ValueError: shapes that do not fit.

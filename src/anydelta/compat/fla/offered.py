@@ -1,7 +1,7 @@
-"""install() and uninstall(): `import fla` and `import causal_conv1d` find anydelta where the real packages are missing.
+"""install() and uninstall(): `import fla` and `import causal_conv1d` find anydelta if the real packages are missing.
 
 `OFFERED` lists all names: those that the code of released checkpoints and Transformers import. docs/fla.md says where
-each was seen. Any other name raises ImportError or AttributeError with that name.
+each is used. Any other name raises ImportError or AttributeError with that name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ R = TypeVar("R")
 
 
 def _packed(function: Callable[..., R]) -> Callable[..., R]:
-    """The same, which also takes packed sequences under the name that Transformers gives them.
+    """The same function, which also takes packed sequences under Transformers' name.
 
-    Transformers passes the arguments that a signature names; in models of Kimi Delta Attention it names `cu_seqlens` as
-    in its attention layers.
+    Transformers passes the arguments that a signature names. In models of Kimi Delta Attention it calls them
+    `cu_seqlens`, as in its attention layers.
     """
 
     def rule(*args: object, cu_seq_lens_q: torch.Tensor | None = None, **kwargs: object) -> R:
@@ -42,7 +42,7 @@ def _packed(function: Callable[..., R]) -> Callable[..., R]:
             kwargs["cu_seqlens"] = cu_seq_lens_q
         return function(*args, **kwargs)
 
-    rule.__name__ = rule.__qualname__ = function.__name__  # of this module: pickle finds it here
+    rule.__name__ = rule.__qualname__ = function.__name__  # so that pickle finds it in this module
     rule.__doc__ = function.__doc__
     own = inspect.signature(function)
     *named, rest = own.parameters.values()
@@ -83,10 +83,10 @@ OFFERED: dict[str, dict[str, object]] = {
 
 
 def install() -> bool:
-    """Let `import fla` find anydelta, and `import causal_conv1d` too, where the real packages are not installed.
+    """Let `import fla` and `import causal_conv1d` find anydelta, if the real packages are not installed.
 
     Returns whether it does. False: the real fla, or another replacement, is present, and nothing changes. Code that was
-    imported before keeps what it found, so call this first. A second call changes nothing.
+    imported earlier keeps what it found, so call this first. A second call changes nothing.
     """
     with _LOCK:
         if _finder in sys.meta_path:
@@ -107,7 +107,7 @@ def install() -> bool:
 
 
 def uninstall() -> None:
-    """Undo install(): from now on `import fla` finds what it found before. Nothing happens if it is not installed.
+    """Undo install(), if it was called: from now on `import fla` finds what it found before.
 
     Code that imported names meanwhile keeps them, and they still work.
     """
@@ -124,7 +124,7 @@ _LOCK = threading.Lock()
 
 
 def _is_here(package: str) -> bool:
-    """Whether it can be imported. A folder of that name without code does not count."""
+    """Whether a package can be imported. A folder of that name without code does not count."""
     if package in sys.modules:
         return True
     try:
@@ -138,7 +138,7 @@ class _Finder(MetaPathFinder, Loader):
     """Finds and makes the modules of OFFERED.
 
     Attributes:
-        packages: those that it answers for.
+        packages: the packages whose modules it finds.
     """
 
     packages: set[str] = set()  # noqa: RUF012
@@ -149,7 +149,7 @@ class _Finder(MetaPathFinder, Loader):
             return None
         if name not in OFFERED:
             raise ModuleNotFoundError(_missing(*name.rsplit(".", 1)))
-        # All are packages: Python then asks here for a name that a module lacks, and passes on what is raised.
+        # All are packages: Python then asks this finder for a missing name, and passes on its error.
         return ModuleSpec(name, self, origin="anydelta", is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -187,7 +187,7 @@ def _too_late() -> list[str]:
 
 
 def _looked_in_vain(function: FunctionType | None) -> bool:
-    """Whether Transformers decorated it, or what it wraps, with the name of fla and a reference of its own."""
+    """Whether Transformers decorated it, or a function that it wraps, with fla's name and its own reference."""
     while function is not None:
         if "is_new_implementation" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
             held = inspect.getclosurevars(function).nonlocals

@@ -15,20 +15,21 @@ except in Comba, whose kernels read it before:
     precond   d = beta (v - S^T k)          S += (M * k) d^T                           naive_recurrent_precond_*
               A = exp(g_atk) A + beta_atk k^2, r = log(A + eps) - log_atk_scale, M = x^(-r / (1 + |r|)), all [H, K]
 
-fla's naive_recurrent_comba reads the state after its decay, unlike its kernels and naive_chunk_comba: that form is
-gated_delta_rule(q, k, beta v, g=g, erase=beta p). Their products are made here, in float32, before the call.
+fla's naive_recurrent_comba reads the state after its decay, unlike its kernels and naive_chunk_comba. That form is
+gated_delta_rule(q, k, beta v, g=g, erase=beta p). The products of the relatives are computed here, in float32, before
+the call.
 
-The first four are those of fla 0.5.2, the relatives those of 0.6.0. Where this differs, it is stricter or does more:
+The first four functions are fla 0.5.2's, the relatives 0.6.0's. Differences, all stricter or more general:
 - all functions have gradients; in fla the recurrent ones have none;
 - K is not limited to 256, q k v may be float32, and `beta=None` is ones for every *value* head;
-- an unknown keyword raises TypeError, where fla drops it; so does a flag that is not True or False;
-- A_log, dt_bias or lower_bound that nothing would read raise ValueError;
+- an unknown keyword raises TypeError (fla drops it), and so does a flag that is not True or False;
+- A_log, dt_bias or lower_bound raise ValueError if nothing would read them;
 - cp_context, return_intermediate_states, gv, a beta per value channel and head_first raise UnsupportedError;
 - chunk_gdn2 and chunk_precond_kda take more value heads than key heads.
 
-Hints that choose fla's kernels and cannot change a result are checked and then unused: chunk_size, cu_seqlens_cpu,
-autotune_interval (of a fork of fla), chunk_indices, solve_tril_precision, disable_recompute, and safe_gate (with the
-gate computed outside the call, it is a promise about g that anydelta does not need).
+Some hints choose fla's kernels and cannot change a result. They are checked and have no effect: chunk_size,
+cu_seqlens_cpu, autotune_interval (of a fork of fla), chunk_indices, solve_tril_precision, disable_recompute, and
+safe_gate (if the gate is computed outside the call, it is a promise about g that anydelta does not need).
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ def fused_recurrent_gated_delta_rule(
 ) -> Pair:
     """Gated DeltaNet token by token: (o [B, T, HV, V], final state or None).
 
-    g [B, T, HV] and gk [B, T, HV, K] are log decays and add up; with neither, nothing decays. Without beta
-    every token writes with strength 1 (before the sigmoid, if use_beta_sigmoid_in_kernel).
+    g [B, T, HV] and gk [B, T, HV, K] are log decays and add up. With neither, nothing decays. Without beta every token
+    writes with strength 1 (before the sigmoid, if use_beta_sigmoid_in_kernel).
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -218,10 +219,9 @@ def chunk_kda(
 ) -> Pair:
     """Kimi Delta Attention over whole sequences: (o [B, T, HV, V], final state or None).
 
-    With use_gate_in_kernel, g is the gate before its activation and the log decay is
-    -exp(A_log) softplus(g + dt_bias), or, as soon as lower_bound is given,
-    lower_bound * sigmoid(exp(A_log) (g + dt_bias)), where A_log may be left out and counts as 0. initial_state must be
-    float32.
+    With use_gate_in_kernel, g is the gate before its activation. The log decay is then
+    -exp(A_log) softplus(g + dt_bias), or with lower_bound lower_bound * sigmoid(exp(A_log) (g + dt_bias)), where A_log
+    may be left out and counts as 0. initial_state must be float32.
 
     Keywords: A_log [HV], dt_bias [HV * K], chunk_size (32 or 64; a hint), transpose_state_layout (deprecated
     name of state_v_first).
@@ -314,7 +314,7 @@ chunk_gdn = chunk_gated_delta_rule
 fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 
 
-# ---- what reads another key than it writes
+# ---- Relatives, which read another key than they write
 
 
 def chunk_gdn2(
@@ -460,7 +460,7 @@ def fused_recurrent_comba(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Pair:
-    """chunk_comba token by token. p stands before v, as fla has it.
+    """chunk_comba token by token. p comes before v, as in fla.
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -590,7 +590,7 @@ def chunk_precond_kda(
 ) -> Triple:
     """The preconditioned KDA over whole sequences: (o, final state or None, A [N, H, K] or None). q and k are normed.
 
-    The gates are those of chunk_kda, what makes A that of chunk_precond_gated_delta_rule.
+    The gates are those of chunk_kda. A is computed as in chunk_precond_gated_delta_rule.
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -646,7 +646,7 @@ def fused_recurrent_precond_kda(
     log_atk_scale: torch.Tensor | None = None,
     **kwargs: object,
 ) -> Triple:
-    """chunk_precond_kda token by token, where the norm of q and k is a choice.
+    """chunk_precond_kda token by token. The norm of q and k is optional.
 
     Raises:
         ValueError, TypeError: an invalid call.
@@ -692,7 +692,7 @@ def _gdn2(
 
 
 FADED = -40.0
-"""A log decay that leaves less of a state than float64 can hold beside new values, and whose inverse is finite."""
+"""A log decay with a finite inverse, which leaves less of a state than float64 can add to new values."""
 
 
 def _comba(
@@ -709,7 +709,7 @@ def _comba(
     norm: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> Pair:
-    """d = beta (v - S_(t-1)^T p), as what reads exp(g) S_(t-1): with erase = beta exp(-g) p."""
+    """d = beta (v - S_(t-1)^T p), written as a rule that reads exp(g) S_(t-1): with erase = beta exp(-g) p."""
     p = k if p is None else p
     shape(op, "p", p, k.shape, "[B, T, H, K] as k")
     shape(op, "g", g, v.shape[:3], "[B, T, HV]")
@@ -739,7 +739,7 @@ def _preconditioned(
     log_atk_scale: torch.Tensor | None,
     **rest: Any,
 ) -> Triple:
-    """The key that is written is M * k, the one that is read beta k."""
+    """The rule writes the key M * k and reads the key beta k."""
     B, _, H, K = k.shape
     for name, gate in (("g_atk", g_atk), ("beta_atk", beta_atk)):
         shape(op, name, gate, k.shape[:3], "[B, T, H]")
@@ -802,7 +802,7 @@ def _faded_sums(x: torch.Tensor, g: torch.Tensor, start: torch.Tensor) -> tuple[
 
 
 def _keys(op: str, rest: dict[str, object], *keys: torch.Tensor) -> list[torch.Tensor]:
-    """The keys in float32, normed as use_qk_l2norm_in_kernel of `rest` says: products with them are made after that."""
+    """The keys in float32, normed if `rest` has use_qk_l2norm_in_kernel: products with them come after the norm."""
     norm = rest.pop("use_qk_l2norm_in_kernel")
     flag(op, "use_qk_l2norm_in_kernel", norm)
     plain = [wide(x) for x in keys]
@@ -837,7 +837,7 @@ def _erasing(
     erase: torch.Tensor,
     rest: dict[str, Any],
 ) -> Pair:
-    """The call with the key that is read; o in the dtype that fla gives it."""
+    """The call with a separate key to read. o has the dtype that fla gives it."""
     gates = dict(use_gate_in_kernel=False, A_log=None, dt_bias=None, lower_bound=None)
     o, state = run(op, q, k, v, g, None, erase=erase, use_qk_l2norm_in_kernel=False, **{**gates, **rest})
     return o.to(q_dtype if ".chunk_" in op else v_dtype), state

@@ -4,7 +4,7 @@
 
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H] log decays; state [N, H, K, V]
 
-It has no delta, so it is not this package's operator; the code of some checkpoints with Kimi Delta Attention imports
+It has no delta, so it is not this package's operator. The code of some checkpoints with Kimi Delta Attention imports
 it. Computed in chunks, in float32 (float64 for float64).
 """
 
@@ -37,7 +37,7 @@ def chunk_simple_gla(
 ) -> Pair:
     """(o [B, T, H, V] in v's dtype, final state [N, H, K, V] in float32 or None).
 
-    g [B, T, H] or g_gamma [H], one decay for all tokens; with neither, nothing decays. `scale` is K^-0.5 by default.
+    g [B, T, H], or g_gamma [H], one decay for all tokens. With neither, nothing decays. `scale` is K^-0.5 by default.
     `state_v_first`: states are [N, H, V, K]. `chunk_size` and `cu_seqlens_cpu` are hints of fla's and are not read.
 
     Raises:
@@ -118,7 +118,7 @@ def _simple_gla(
 
     dtype = v.dtype
     q, k, v = wide(q) * (K**-0.5 if scale is None else scale), wide(k), wide(v)
-    # Sums of log decays in float64, so that small ones keep their digits beside strong ones; below -1e4 all are zero.
+    # Sums of log decays in float64, so that small ones keep their digits beside strong ones. Below -1e4 all are zero.
     if g is None:
         g = q.new_zeros(H) if g_gamma is None else g_gamma.reshape(H)
     g = g.double().clamp(min=-1e4).expand(B, T, H)
@@ -145,12 +145,12 @@ def _sequences(
         since = g_c.cumsum(-1)  # the log decay from before the chunk to token i
         between = since.unsqueeze(-1) - since.unsqueeze(
             -2
-        )  # from token j to i; above the diagonal it would grow
+        )  # from token j to i; above the diagonal it would overflow
         later = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         decay = between.masked_fill(later, -torch.inf).exp().to(q.dtype)
         seen = q_c @ k_c.transpose(-1, -2) * decay
         outputs.append(seen @ v_c + q_c * since.exp().to(q.dtype).unsqueeze(-1) @ S)
-        left = (since[..., -1:] - since).exp().to(q.dtype)  # what of token i is left at the end
+        left = (since[..., -1:] - since).exp().to(q.dtype)  # how much of token i remains at the end
         S = (
             since[..., -1].exp().to(q.dtype)[..., None, None] * S
             + (k_c * left.unsqueeze(-1)).transpose(-1, -2) @ v_c

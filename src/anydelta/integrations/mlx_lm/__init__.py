@@ -2,8 +2,8 @@
 
     import anydelta.integrations.mlx_lm as adm
 
-    adm.enable() # every model, loaded already or not yet
-    with adm.enable(): ...        # for the length of the block
+    adm.enable()                  # every model, loaded already or not yet
+    with adm.enable(): ...        # until the end of the block
     adm.disable()                 # what mlx-lm had before
 
 Each model module of mlx-lm looks up `gated_delta_update` by name when a layer runs; `enable()` replaces that name. A
@@ -39,7 +39,7 @@ _INSTALL = "pip install 'anydelta[mlx-lm]'"
 
 @dataclass(frozen=True)
 class Status:
-    """Whether anydelta is enabled, and what became of the calls since the process began."""
+    """Whether anydelta is enabled, and which calls it has run since the process began."""
 
     mlx_lm: str
     enabled: bool
@@ -50,7 +50,7 @@ class Status:
     passed_on: dict[str, int] = field(default_factory=dict)
     """Calls that fell back to mlx-lm, by reason."""
     left: dict[str, str] = field(default_factory=dict)
-    """Families that are left as they are, or in part, and why."""
+    """Families that are not replaced, or only in part, and why."""
 
     def __str__(self) -> str:
         lines = [f"mlx-lm {self.mlx_lm} ({', '.join(self.families)}): {'on' if self.enabled else 'off'}"]
@@ -61,10 +61,10 @@ class Status:
 
 
 def enable() -> Switch:
-    """Run the linear attention of mlx-lm's models on anydelta. Enabling twice is enabling once.
+    """Run the linear attention of mlx-lm's models on anydelta. A second call changes nothing.
 
-    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, and blocks may overlap: of all
-    calls of `enable` and `disable` in force, in all threads, the one that began last decides.
+    A plain call lasts until `disable()`. A block (`with enable():`) lasts until its own end, and blocks may overlap. If
+    several calls of `enable` and `disable` are in force, in any thread, the latest one decides.
 
     Raises:
         ImportError: mlx or mlx-lm is missing.
@@ -73,9 +73,9 @@ def enable() -> Switch:
 
 
 def disable() -> Switch:
-    """Undo `enable()`: mlx-lm gets back what it had. Nothing happens if it was not enabled.
+    """Undo `enable()`: mlx-lm gets its functions back, if they were replaced.
 
-    A plain call ends plain calls of `enable` and turns off running blocks; a later `enable` is on again. A block (`with
+    A plain call ends plain calls of `enable` and turns off open blocks; a later `enable` counts again. A block (`with
     disable():`) turns off what began before it, until it ends.
 
     Raises:
@@ -85,7 +85,7 @@ def disable() -> Switch:
 
 
 def status() -> Status:
-    """What is replaced, and how many calls went where."""
+    """What is replaced, and how many calls ran or fell back."""
     _hooks()
     found, left = _families()
     return Status(
@@ -101,11 +101,11 @@ def status() -> Status:
 def make_prompt_cache(model: Module, rollback: int) -> list[_BaseCache]:
     """A prompt cache whose last `rollback` tokens mlx-lm's `trim_prompt_cache` can take back, exactly.
 
-    Memory: per linear attention layer and sequence, `rollback` states more than mlx-lm's cache. Code that calls the
-    model with it must do so while anydelta is enabled.
+    Memory: per linear attention layer and sequence, `rollback` more states than mlx-lm's cache. Call models with such
+    a cache only while anydelta is enabled.
 
     Raises:
-        ValueError: rollback < 1, or a layer's cache cannot be made so.
+        ValueError: rollback < 1, or a layer's cache cannot be replaced.
         ImportError: as `enable`.
     """
     if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 1:
@@ -173,7 +173,7 @@ def _families() -> tuple[list[Found], dict[str, str]]:
 
 @functools.cache
 def _hooks() -> tuple[Patch, ...]:
-    """All of them."""
+    """All patches."""
     found, left = _families()
     functions = importlib.import_module("anydelta.integrations.mlx_lm.functions")
     hooks = []
@@ -197,7 +197,7 @@ def _drafting(theirs: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
 
     @functools.wraps(theirs)
     def speculative_generate_step(*args: object, **kwargs: object) -> Iterator[R]:
-        if not _everywhere.on:  # now that it begins
+        if not _everywhere.on:  # at its first token, not when it was made
             yield from theirs(*args, **kwargs)
             return
         call = signature.bind(*args, **kwargs)
@@ -210,7 +210,7 @@ def _drafting(theirs: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
         call.arguments["prompt_cache"] = caches
         try:
             yield from theirs(*call.args, **call.kwargs)
-        finally:  # the caller's caches are mlx-lm's own again; nothing can be taken back any more
+        finally:  # the caller's caches are mlx-lm's own again and can no longer be trimmed
             for place, cache in plain.items():
                 hand_over(caches[place], cache)
                 caches[place] = cache

@@ -27,7 +27,7 @@ class RollbackCache(ArraysCache):
 
     depth = 0
     advances = False
-    """Whether the layers of this mlx-lm count the tokens on (from 0.31.2)."""
+    """Whether the layers of this mlx-lm advance the token count (from 0.31.2)."""
     cache: list[Any]
     left_padding: mx.array | None
     lengths: mx.array | None
@@ -39,7 +39,7 @@ class RollbackCache(ArraysCache):
 
     @classmethod
     def of(cls, cache: ArraysCache, depth: int) -> RollbackCache:
-        """A cache that goes on from the contents of an ArraysCache."""
+        """A cache that continues from the contents of an ArraysCache."""
         out = cls(len(cache.cache), depth)
         hand_over(cache, out)
         out._forget()
@@ -67,7 +67,7 @@ class RollbackCache(ArraysCache):
         self._past = [*step.states[1:], *([] if long else [before, *self._past])][:depth]
         for kept, read, window in zip(self._inputs, step.inputs, step.windows, strict=True):
             before_it = window.shape[1]  # taps - 1
-            if long:  # a prompt: let go of most of it
+            if long:  # a prompt: drop most of it
                 kept[:] = [mx.contiguous(read[:, -depth - before_it :])]
                 mx.async_eval(kept)  # type: ignore[no-untyped-call]
             elif not kept:
@@ -145,8 +145,8 @@ RollbackCache.__name__ = ArraysCache.__name__
 
 
 class Step:
-    """A RollbackCache as a layer sees it while it runs some tokens; also the `state` that the layer hands to
-    gated_delta_update and gets back from it.
+    """A RollbackCache as a layer sees it while it runs tokens. The layer passes it to gated_delta_update as `state`
+    and gets it back.
 
     Attributes:
         states: after the update, the states after the last token, after the one before, ...: [B, HV, V, K] each.

@@ -47,10 +47,10 @@ _ARGUMENTS = ["q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "mask"]
 
 @dataclass(frozen=True)
 class Found:
-    """A family that fits.
+    """A supported family.
 
     Attributes:
-        layer: the class of its linear attention layer; None if it is not known: it has the rule and cannot draft.
+        layer: the class of its linear attention layer; None if unknown: the family then has the rule but cannot draft.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Found:
 
 
 def look() -> tuple[list[Found], dict[str, str]]:
-    """The families that fit, and the reasons why others are left as they are."""
+    """The supported families, and the reasons why others are not replaced."""
     rows = {f.name: f for f in FAMILIES}
     found, left = [], {}
     for name in dict.fromkeys((*rows, *_callers())):
@@ -88,7 +88,7 @@ def look() -> tuple[list[Found], dict[str, str]]:
 
 
 def _callers() -> list[str]:
-    """The modules of mlx_lm.models whose text names the function, without the one that defines it."""
+    """The modules of mlx_lm.models whose source names the function, without the one that defines it."""
     spec = importlib.util.find_spec("mlx_lm.models")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
@@ -97,7 +97,7 @@ def _callers() -> list[str]:
 
 
 def _parameters(function: Callable[..., object]) -> list[str]:
-    """The signature of the present function; functools.wraps leads from ours to theirs."""
+    """The signature of the current function. functools.wraps gives ours the original's."""
     try:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -39,7 +39,7 @@ def update(
         state: mx.array | Step | None = None,  # [B, HV, V, K], or a Step
         mask: mx.array | None = None,  # [B, T]
         use_kernel: bool = True,
-        **options: Any,  # lower_bound, allow_neg_eigval, and what a later release may add
+        **options: Any,  # lower_bound, allow_neg_eigval, and additions of later releases
     ) -> tuple[mx.array, mx.array | Step]:
         step, before = (state, state.cache.cache[-1]) if isinstance(state, Step) else (None, state)
         slots = min(step.cache.depth + 1, q.shape[1]) if step else None
@@ -48,7 +48,7 @@ def update(
         if not use_kernel and step is not None:
             why = (
                 why or "the model is in training mode, and its cache keeps snapshots"
-            )  # which have no gradient
+            )  # snapshots have no gradient
         if not why:
             try:
                 out = gated_delta_rule(
@@ -110,8 +110,8 @@ def layer(theirs: Forward, convolutions: tuple[str, ...]) -> Forward:
         self: Module, x: mx.array, mask: mx.array | None = None, cache: _BaseCache | None = None
     ) -> mx.array:
         if mask is None and hasattr(self, "_decode_core"):
-            # Without a mask such a layer compiles its decode step on Metal with the present functions and cache. It
-            # would keep running ours after disable(), and cannot take a Step.
+            # Without a mask such a layer compiles its decode step on Metal with the current functions and cache. It
+            # would still run ours after disable(), and cannot take a Step.
             mask = mx.ones(x.shape[:2], mx.bool_)
         if not isinstance(cache, RollbackCache):
             return theirs(self, x, mask, cache)
@@ -129,7 +129,7 @@ def layer(theirs: Forward, convolutions: tuple[str, ...]) -> Forward:
 
 
 class _StandIn:
-    """A module with some of its parts replaced, for one call: the module itself stays as it is."""
+    """A module with some parts replaced, for one call. The module itself does not change."""
 
     def __init__(self, module: Module):
         self._module = module

@@ -7,11 +7,11 @@
     with adt.enable(): ...        # for the length of the block
     adt.disable()                 # what Transformers had before
 
-Transformers looks up four functions by name each time a linear attention layer runs (the rule over a whole
-sequence, the rule for one token, and the causal convolution in the same two forms). `enable()` puts ours in
-their place in the modules; `enable(model)` gives each layer of the model a class whose forward finds ours instead. A
-call that anydelta does not take falls back to the original function. `status()` says what is replaced, how many calls
-were taken, and why the others were not.
+Each time a linear attention layer runs, Transformers looks up four functions by name: the rule over a sequence, the
+rule for one token, and the causal convolution in the same two forms. `enable()` replaces them in the modules.
+`enable(model)` gives each layer of the model a class whose forward finds ours. A call that anydelta does not take falls
+back to the original function. `status()` says what is replaced, how many calls anydelta ran, and why the others fell
+back.
 """
 
 from __future__ import annotations
@@ -68,25 +68,25 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Status:
-    """What is replaced now, and what became of the calls since the process began."""
+    """What is replaced now, and which calls anydelta has run since the process began."""
 
     transformers: str
     everywhere: bool
     """Whether `enable()` is in force."""
     families: tuple[str, ...]
-    """Those whose functions ours stand in for."""
+    """The families whose functions are replaced."""
     left: dict[str, str] = field(default_factory=dict)
-    """Families and layers that are left as they are: why."""
+    """Families and layers that are not replaced, with the reason."""
     layers: tuple[str, ...] = ()
-    """Of the model given: the layers that run ours, by their names."""
+    """The names of the given model's layers that run ours."""
     taken: dict[str, int] = field(default_factory=dict)
     """Calls that anydelta ran, by function."""
     passed_on: dict[str, int] = field(default_factory=dict)
-    """Calls that went on to Transformers, by function and reason. Code under torch.compile is not counted."""
+    """Calls that fell back to Transformers, by function and reason. Code under torch.compile is not counted."""
 
     def __str__(self) -> str:
         lines = [
-            f"transformers {self.transformers} ({', '.join(self.families) or 'no family that fits'})",
+            f"transformers {self.transformers} ({', '.join(self.families) or 'no supported family'})",
             f"all models: {'on' if self.everywhere else 'off'}",
         ]
         if self.layers:
@@ -98,15 +98,15 @@ class Status:
 
 
 def enable(model: nn.Module | None = None) -> Switch:
-    """Run the linear attention of all models, or of one, on anydelta. Enabling twice is enabling once.
+    """Run the linear attention of all models, or of one, on anydelta. A second call changes nothing.
 
-    A plain call stands until `disable()`. A block (`with enable():`) ends with itself, in whatever order blocks end:
-    of all calls of `enable` and `disable` in force, in all threads, the one that began last decides.
+    A plain call lasts until `disable()`. A block (`with enable():`) lasts until its own end, in whatever order blocks
+    end. If several calls of `enable` and `disable` are in force, in any thread, the latest one decides.
 
     Raises:
         ImportError: Transformers or torch is missing, or Transformers has no cache of recurrent states.
         RuntimeError: a layer of the model has a forward that does not read the functions of its module.
-        TypeError, ValueError: `model` is no torch.nn.Module, or has no layer that fits.
+        TypeError, ValueError: `model` is no torch.nn.Module, or has no supported layer.
     """
     with LOCK:
         bound = _families()
@@ -120,16 +120,16 @@ def enable(model: nn.Module | None = None) -> Switch:
 
 
 def disable(model: nn.Module | None = None) -> Switch:
-    """Undo `enable()`, or `enable(model)`: Transformers gets back what it had. Nothing happens if it was not enabled.
+    """Undo `enable()`, or `enable(model)`: Transformers gets its functions back, if they were replaced.
 
-    A plain call ends what plain calls of `enable` began, and turns off blocks that are under way as well; an `enable`
-    that begins later is on again. A block (`with disable():`) turns off what began before it, until it ends.
+    A plain call ends what plain calls of `enable` began, and turns off open blocks too. An `enable` that begins later
+    counts again. A block (`with disable():`) turns off what began before it, until it ends.
 
-    A model that was loaded from a GGUF file with its weights in blocks keeps the products with them: nothing else can
-    read such weights. Its linear attention is Transformers' again.
+    A model that was loaded packed from a GGUF file keeps our matrix products: nothing else can read its weights. Its
+    linear attention is Transformers' again.
 
     Raises:
-        ValueError: `disable(model)` while all models are enabled, which a single model cannot escape.
+        ValueError: `disable(model)` while all models are enabled: no single model can be left out.
     """
     with LOCK:
         bound = _families()
@@ -146,8 +146,8 @@ def disable(model: nn.Module | None = None) -> Switch:
 def pack(model: nn.Module) -> Packed:
     """Compute a model's matrices on a CPU with oneDNN, on a second copy of their weights in its layout.
 
-    This is not anydelta's: it is what torch has and F.linear does not use. `off()` of the result, or its end as a
-    block, puts back what was before. See .packed_matrices.
+    The products are torch's own, which F.linear does not use. `off()` of the result, or its end as a block, undoes it.
+    See .packed_matrices.
 
     Raises:
         TypeError, ValueError: `model` is no torch.nn.Module, or has no nn.Linear in float32 or bfloat16 on the CPU.
@@ -157,7 +157,7 @@ def pack(model: nn.Module) -> Packed:
 
 
 def status(model: nn.Module | None = None) -> Status:
-    """What is replaced, in all models and in the given one, and how many calls went where."""
+    """What is replaced, in all models and in the given one, and how many calls each function got."""
     with LOCK:
         bound = _families()
         layers = [] if model is None else _layers(model, bound, "status")
@@ -182,13 +182,13 @@ _passed_on: Counter[str] = Counter()
 
 @functools.cache
 def _files() -> tuple[Patch, ...]:
-    """What opens GGUF files."""
+    """The patches that open GGUF files."""
     return tuple(_gguf.patches(_everywhere))
 
 
 @functools.cache
 def _server() -> tuple[Patch, ...]:
-    """What continuous batching needs, where Transformers has allocators of caches (5.24 and later)."""
+    """The patches for continuous batching, if Transformers has allocators of caches (5.24 and later)."""
     try:
         return tuple(_serving.patches(_everywhere))
     except ImportError:
@@ -204,13 +204,13 @@ _everywhere = Place(_turn)
 
 @dataclass
 class _Bound:
-    """A family in this process: what is put into its module and classes."""
+    """A family in this process, and what replaces parts of its module and classes."""
 
     found: Found
     functions: dict[str, Patch] = field(default_factory=dict)
-    """By the name in the module."""
+    """By their names in the module."""
     dressed: dict[type, type] = field(default_factory=dict)
-    """Classes for single modules, by those that they stand for."""
+    """Classes for single modules, by the class that they replace."""
 
     def __post_init__(self) -> None:
         for name, hub in self.found.functions.items():
@@ -238,12 +238,12 @@ class _Bound:
         return self.found.module
 
     def patches(self) -> Iterator[Patch]:
-        """All that `enable()` puts in place."""
+        """Everything that `enable()` replaces."""
         self.learn()
         yield from (*self.functions.values(), *self.forwards.values(), *self.kept, *self.hooks)
 
     def learn(self) -> None:
-        """Look at what is there now, unless that is ours or already known."""
+        """Look at the current functions and layers, unless they are ours or known already."""
         news = [patch.learn() for patch in (*self.functions.values(), *self.forwards.values())]
         if any(news):
             self.dressed = {}
@@ -258,7 +258,7 @@ class _Bound:
         return guarded(theirs, self._ours(layer, theirs), _everywhere, name="forward")
 
     def _ours(self, layer: type[nn.Module], theirs: Forward) -> Forward:
-        """The layer's forward with the mixer, where the table has a row for it; else one that records and advances."""
+        """The layer's forward: with the mixer if the table has a row for it, else one that records and advances."""
         row, cache = BY_LAYER.get((self.module.__name__, layer.__name__)), self.found.layers[layer]
         return (
             _functions.advancing(theirs, cache)
@@ -267,7 +267,7 @@ class _Bound:
         )
 
     def dress(self, base: type) -> type:
-        """The class that `enable(model)` gives a layer, or a part that generates, instead of `base`."""
+        """The class that `enable(model)` gives a layer, or a part that generates, to replace `base`."""
         if _classes.is_dressed(base):
             return base
         self.learn()
@@ -287,7 +287,7 @@ class _Bound:
         if own is None:
             raise RuntimeError(
                 f"enable: requires a forward of {layer.__name__} that reads the functions of {self.module.__name__}; "
-                "got one that is not defined there. Is it patched by someone else? Call enable() without a model, or "
+                "got one that is not defined there. Has other code patched it? Call enable() without a model, or "
                 "enable(model) before that"
             )
         return {"forward": self._ours(layer, own)}
@@ -302,7 +302,7 @@ def _hook(name: str, theirs: Method) -> Method:
 
 
 def _families() -> list[_Bound]:
-    """The families of this process. Those that have come since the last call are put in place, if all models are on."""
+    """The families of this process. New ones since the last call are replaced if all models are enabled."""
     _require_transformers()
     new, failed = _find.find()
     left = dict(failed)
@@ -317,7 +317,7 @@ def _families() -> list[_Bound]:
     for name, why in left.items():
         if _left.get(name) != why:
             _left[name] = why
-            warn(f"anydelta: {name} is left as Transformers has it: {why}")
+            warn(f"anydelta: {name} keeps Transformers' code: {why}")
     return _bound
 
 
@@ -356,7 +356,7 @@ def _layers(model: object, bound: list[_Bound], op: str) -> list[tuple[str, nn.M
         families = ", ".join(b.name for b in bound)
         raise ValueError(
             f"{op}: requires a model with gated delta rule layers ({families}); got {type(model).__name__}, "
-            "which has none. Nothing is gained there"
+            "which has none. anydelta would not speed it up"
         )
     return found
 
@@ -374,18 +374,18 @@ def _places(
 
 def _warn_of_strangers(layers: list[tuple[str, nn.Module, _Bound]]) -> None:
     for kind in {type(layer).__name__ for _, layer, _ in layers if not _classes.runs_ours(layer)}:
-        warn(f"anydelta: a {kind} already has a forward of its own (a kernel?), which stays")
+        warn(f"anydelta: a {kind} already has its own forward (a kernel?), which is kept")
 
 
 def _with_globals(
     function: Any, module: types.ModuleType, replaced: dict[str, object]
 ) -> types.FunctionType | None:
-    """The same function, decorators included, looking up `replaced` before the names of its module.
+    """The same function with its decorators, but it looks up names in `replaced` before its module.
 
     Returns None if no function of that module is inside.
     """
     if function.__globals__ is module.__dict__:
-        # Without __name__ torch.compile reads these globals and not those of the module of that name.
+        # With __name__, torch.compile would read that module's globals instead of these.
         scope = {name: value for name, value in vars(module).items() if name != "__name__"} | replaced
         return _copy_function(function, scope, function.__closure__)
     for i, cell in enumerate(

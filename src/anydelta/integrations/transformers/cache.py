@@ -5,9 +5,9 @@
     model(ids, past_key_values=cache)
     cache.crop(-3)                           # as if the last three tokens had never been
 
-A KV cache drops tokens by dropping columns. A recurrent state cannot. While the past is recorded, the rule writes the
-state after each token (the operator's `snapshots`), and `crop` returns to one of them; nothing is computed or copied.
-While enabled, `generate` uses this cache where tokens may be dropped.
+A KV cache drops tokens by dropping columns. A recurrent state cannot. While recording, the rule writes the state after
+each token (the operator's `snapshots`), and `crop` returns to one of them without computing or copying anything. While
+anydelta is enabled, `generate` uses this cache for calls that may drop tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CACHES = ("cache", "cache_params", "past_key_values")
-"""Names of the cache argument of models and layers; the first from Transformers 5.24 on."""
+"""Names of the cache argument of models and layers. The first exists since Transformers 5.24."""
 CACHE = next(
     name
     for name in CACHES
@@ -43,8 +43,8 @@ class RollbackCache(DynamicCache):
 
     Args:
         config: the model's.
-        rollback: how many of the last tokens can be dropped while the past is recorded. Every layer keeps that many
-            states plus one; dropped tokens free theirs.
+        rollback: how many of the last tokens can be dropped while recording. Every layer keeps that many states plus
+            one. Dropped tokens free theirs.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class RollbackCache(DynamicCache):
             layer.rollback = tokens
 
     def skip(self, tokens: int) -> None:
-        """Keep no states for so many coming tokens: a prompt, which is never dropped."""
+        """Keep no states for the next `tokens` tokens, such as a prompt, which is never dropped."""
         for layer in _rolling(self):
             layer.skip = max(0, tokens)
 
     def allow(self, drafts: int) -> None:
-        """Let one forward record so many tokens, also more than `rollback`."""
+        """Let one forward record `drafts` tokens, even if that is more than `rollback`."""
         for layer in _rolling(self):
             layer.drafts = drafts
 
     def stop_recording(self) -> None:
-        """Become a plain cache, which decodes in place, until `activate_past_recording` is called again."""
+        """Stop recording and decode in place, until `activate_past_recording` is called again."""
         for layer in self.layers:
             if isinstance(layer, RollbackLayer | RollbackWindow) and layer.record_past:
                 layer.keep_newest()
@@ -95,7 +95,7 @@ class RollbackCache(DynamicCache):
         """crop(-n) drops the last n tokens, in every layer or in none.
 
         Raises:
-            RuntimeError: no past is recorded.
+            RuntimeError: the cache does not record.
             ValueError: a positive number, or more tokens than are recorded.
         """
         for layer in _rolling(self):
@@ -129,21 +129,21 @@ def _check(tokens_to_remove: int, recording: bool, known: float, rollback: int) 
         )
     if not recording:
         raise RuntimeError(
-            "crop: requires that the past is recorded; got a cache without. Call activate_past_recording() before "
+            "crop: requires a cache that records its past; got one without. Call activate_past_recording() before "
             "the tokens that may be dropped"
         )
     if -tokens_to_remove > max(0, known):
         raise ValueError(
             f"crop: requires at most {max(0, known)} tokens, whose states are recorded; got {-tokens_to_remove}. "
-            f"Set the cache's `rollback` (now {rollback}), crop before more tokens are run, and run them under "
-            "torch.no_grad(): nothing is recorded where gradients are wanted"
+            f"Set the cache's `rollback` (now {rollback}) higher, crop before more tokens run, and run them under "
+            "torch.no_grad(): a forward with gradients records nothing"
         )
 
 
 class RollbackWindow(DynamicSlidingWindowLayer):
-    """Keys and values of a window, and while recording those before it that come back when tokens are dropped.
+    """Keys and values of a window. While recording it also keeps earlier ones, which return when tokens are dropped.
 
-    Transformers' own cuts them to the window at each `crop`, so that no second one can follow.
+    Transformers' own layer cuts them to the window at each `crop`, so a second crop is impossible.
     """
 
     keys: torch.Tensor
@@ -190,7 +190,7 @@ class RollbackWindow(DynamicSlidingWindowLayer):
             self.cumulative_length += tokens_to_remove
 
     def keep_newest(self) -> None:
-        """Drop what is before the window."""
+        """Drop the columns before the window."""
         if self.is_initialized and (window := self.sliding_window - 1):
             self.keys, self.values = (
                 self.keys[..., -window:, :].clone(),
@@ -199,7 +199,7 @@ class RollbackWindow(DynamicSlidingWindowLayer):
 
 
 class RollbackLayer(LinearAttentionLayer):
-    """The convolution and recurrent states of one layer, with those after each of the last tokens while recording.
+    """The convolution and recurrent states of one layer; while recording, also those after each of the last tokens.
 
     `conv_states[i]` [B, C, k] and `recurrent_states[i]` [B, HV, K, V] are the newest, as in Transformers.
     """
@@ -212,11 +212,11 @@ class RollbackLayer(LinearAttentionLayer):
         self.skip = 0
         self._past = {i: _Past() for i in range(number_of_states)}
         self._columns: dict[int, torch.Tensor] = {}
-        """Of states that are a window alone, such as those of qwen4_exp's n-grams: the window and those before it."""
+        """For states that are only a window, such as qwen4_exp's n-grams: the window and the columns before it."""
         self.token_before = 0
-        """In windows of tokens, such as those of n-grams: what stands before the first one."""
+        """The token before the first one, in windows of tokens such as n-grams."""
         self._tokens: float = math.inf
-        """Tokens recorded since the layer was empty; inf if it was not empty when recording began."""
+        """Tokens recorded since the layer was empty. inf: it was not empty when recording began."""
 
     @property
     def is_croppable(self) -> bool:
@@ -230,14 +230,14 @@ class RollbackLayer(LinearAttentionLayer):
                 self._tokens = 0
         self.record_past = True
 
-    # ---- What the forward of a linear attention layer calls
+    # ---- Called by the forward of a linear attention layer
 
     def begin(self, state_idx: int = 0) -> None:
-        """A forward of the layer's own code begins: note the states before it."""
+        """Note the states before a forward of the layer's own code."""
         if self.record_past:
             self._past[state_idx].start(*self._states(state_idx))
             window = self.conv_states[state_idx]
-            if window is not None:  # the convolution of one token may shift it in place
+            if window is not None:  # the convolution of one token may shift the window in place
                 self.conv_states[state_idx] = window.clone()
 
     def pools(
@@ -248,17 +248,17 @@ class RollbackLayer(LinearAttentionLayer):
         tokens: int,
         state_idx: int = 0,
     ) -> Pools:
-        """The places for the mixer of both states before `tokens` tokens and after the last of them.
+        """The places where the mixer reads both states before `tokens` tokens, and writes them after the last ones.
 
-        `state` and `window` are the shapes [B, HV, K, V] and [B, C, k]; zeros, unless the layer has seen tokens. The
-        caller then says `adopt`.
+        `state` and `window` are the shapes [B, HV, K, V] and [B, C, k]. They are zeros if the layer has seen no token.
+        The caller then calls `adopt`.
         """
         past = self._past[state_idx]
         past.start(*self._states(state_idx), (state, window), like)
         return past.rows(tokens, *self._recorded(tokens))
 
     def adopt(self, state_idx: int = 0) -> None:
-        """Continue from what the mixer wrote into the pools."""
+        """Continue from the states that the mixer wrote into the pools."""
         past = self._past[state_idx]
         self._count(past.tokens)
         past.end()
@@ -277,7 +277,7 @@ class RollbackLayer(LinearAttentionLayer):
         conv_kernel_size: int | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Append columns [B, C, T]; returns them after those that the convolution still needs."""
+        """Append columns [B, C, T]. Returns them after the earlier columns that the convolution still needs."""
         if not self.record_past:
             full = super().update_conv_state(
                 conv_states, state_idx, conv_kernel_size=conv_kernel_size, **kwargs
@@ -292,7 +292,7 @@ class RollbackLayer(LinearAttentionLayer):
         self.has_previous_state[state_idx] = True
         window, k = self.conv_states[state_idx], self.conv_kernel_size[state_idx]
         full = torch.cat((window, conv_states), -1)
-        if state_idx:  # the first belongs to the rule, whose state is rolled back with it
+        if state_idx:  # the first window is rolled back with the rule's state
             _, limit = self._recorded(conv_states.shape[-1])
             before = self._columns.get(state_idx, window)
             self._columns[state_idx] = torch.cat((before, conv_states), -1)[..., -k - limit :].clone()
@@ -302,16 +302,16 @@ class RollbackLayer(LinearAttentionLayer):
         return full
 
     def can_record(self, state_idx: int = 0) -> bool:
-        """Whether the convolution's window is known: a layer without one, or that sets it last, cannot be rolled
-        back."""
+        """Whether the convolution's window is known. A layer without a window, or one that sets it last, cannot be
+        rolled back."""
         return self.conv_states[state_idx] is not None
 
     def snapshots(
         self, shape: tuple[int, ...], like: torch.Tensor, tokens: int, state_idx: int = 0
     ) -> torch.Tensor:
-        """Room for the states after the last of `tokens` tokens: [n, *shape], newest first.
+        """Memory for the states after the last of `tokens` tokens: [n, *shape], newest first.
 
-        The state before them may be read while these are written; `update_recurrent_state(result[0])` adopts them.
+        The current state may be read while these are written. `update_recurrent_state(result[0])` adopts them.
         """
         window = self.conv_states[state_idx]
         past = self._past[state_idx]
@@ -329,7 +329,7 @@ class RollbackLayer(LinearAttentionLayer):
         if past.holds(recurrent_states):
             past.put_windows(window)
             past.end()
-        else:  # not in our room: it has no past
+        else:  # not in our memory: it has no past
             past.clear()
             past.start(recurrent_states, window)
         self.recurrent_states[state_idx] = past.state()
@@ -346,7 +346,7 @@ class RollbackLayer(LinearAttentionLayer):
         self._tokens += tokens
 
     def _recorded(self, tokens: int) -> tuple[int, int]:
-        """How many tokens' states are kept, and how many states at most."""
+        """How many tokens' states are kept, and the largest number of states."""
         limit = max(self.rollback, min(self.drafts, tokens)) + 1
         return min(max(1, tokens - self.skip), limit), limit
 
@@ -369,7 +369,7 @@ class RollbackLayer(LinearAttentionLayer):
         for i, columns in self._columns.items() if tokens_to_remove else ():
             self._columns[i] = columns = columns[..., :tokens_to_remove]
             self.conv_states[i] = columns[..., -self.conv_kernel_size[i] :].clone()
-            if not self._tokens:  # before any token, a window of zeros is not what the layer starts from
+            if not self._tokens:  # before the first token the layer has no window, not one of zeros
                 self.has_previous_state[i] = False
 
     def _used(self) -> dict[int, _Past]:
@@ -385,7 +385,7 @@ class RollbackLayer(LinearAttentionLayer):
         """Drop all states except the newest, and their memory."""
         self._change(torch.clone)
 
-    # ---- Changes of the batch: the result becomes the oldest state that can be reached
+    # ---- Changes of the batch: the result becomes the oldest state that `crop` can reach
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -421,10 +421,10 @@ class Pools(NamedTuple):
 
 
 class _Past:
-    """The state and the convolution's window after each of the last tokens, and of the state that they began with.
+    """The state and the convolution's window before the recorded tokens and after each of them.
 
-    They are in slots of two buffers and are never moved: a forward writes to free neighbouring slots, newest first, and
-    dropped tokens free their slots. The first forward after a drop keeps only the earlier state that it starts from.
+    They are in slots of two buffers and never move. A forward writes to free neighbouring slots, newest first, and
+    dropped tokens free their slots. The first forward after a drop keeps only one earlier state, its starting point.
     """
 
     def __init__(self) -> None:
@@ -433,8 +433,8 @@ class _Past:
     def clear(self) -> None:
         self._states = self._windows = torch.empty(0)
         self.slots: list[int] = []  # oldest first; the last holds the newest state
-        self.tokens = 0  # of the forward that is under way
-        self.columns: torch.Tensor | None = None  # the window before it and its own, [B, C, k + T]
+        self.tokens = 0  # of the current forward
+        self.columns: torch.Tensor | None = None  # its window and its new columns, [B, C, k + T]
         self._dropped = True
         self._room: tuple[int, int] | None = None  # first slot and number
         self._kept: list[int] = []
@@ -452,8 +452,8 @@ class _Past:
         shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
         like: torch.Tensor | None = None,
     ) -> None:
-        """Make these the first slot, zeros for None, if there is none yet. Shapes and a tensor of the window's kind
-        are needed for zeros."""
+        """Write these into the first slot if there is none yet. None: zeros of the given shapes, with the window's
+        kind taken from a tensor."""
         if self.slots or (shapes is None and (state is None or window is None)):
             return
         if state is not None and window is not None:
@@ -485,7 +485,7 @@ class _Past:
             self._number_rows()
 
     def room(self, tokens: int, recorded: int, limit: int) -> torch.Tensor:
-        """Free slots for the states after the last `recorded` of so many tokens: [recorded, B, HV, K, V]."""
+        """Free slots for the states after the last `recorded` of `tokens` tokens: [recorded, B, HV, K, V]."""
         begin = self._find(tokens, recorded, limit)
         return self._states[begin : begin + recorded]
 
@@ -496,7 +496,7 @@ class _Past:
 
     def _find(self, tokens: int, recorded: int, limit: int) -> int:
         kept = self.slots[-1:] if self._dropped else self.slots
-        if recorded < tokens:  # the states between would be missing
+        if recorded < tokens:  # the states in between would be missing
             kept = []
         kept = kept[max(0, len(kept) + recorded - limit) :]
         begin = 0
@@ -510,7 +510,7 @@ class _Past:
         return begin
 
     def _grow(self, kept: list[int], more: int) -> tuple[int, list[int]]:
-        """Allocate larger buffers, with spare room; returns the first free slot, and where the kept ones are."""
+        """Allocate larger buffers with spare slots. Returns the first free slot and the new slots of the kept ones."""
         moved = kept or self.slots[-1:]
         states, windows = self._states, self._windows
         self._allocate(2 * (len(moved) + more), (states.shape[1:], windows.shape[1:]), windows)
@@ -520,14 +520,14 @@ class _Past:
         return len(moved), self.slots if kept else []
 
     def holds(self, state: torch.Tensor) -> bool:
-        """Whether this is the newest state of the room."""
+        """Whether this is the newest state in the buffers."""
         return self._room is not None and state.data_ptr() == self._states[self._room[0]].data_ptr()
 
     def put_windows(self, window: torch.Tensor) -> None:
-        """The windows of the present forward, of which this is the last."""
+        """Store the windows of the current forward; `window` is the last of them."""
         assert self._room is not None
         begin, recorded = self._room
-        if self.columns is None:  # one token, whose column went straight into the window
+        if self.columns is None:  # one token, whose column is already in the window
             self._windows[begin] = window
             return
         end, k = self.columns.shape[-1], window.shape[-1]
@@ -535,7 +535,7 @@ class _Past:
             self._windows[begin + slot] = self.columns[..., end - slot - k : end - slot]
 
     def end(self) -> None:
-        """The room is written: a forward ends."""
+        """End a forward: its slots are written."""
         assert self._room is not None
         begin, recorded = self._room
         self.slots = [*self._kept, *range(begin + recorded - 1, begin - 1, -1)]

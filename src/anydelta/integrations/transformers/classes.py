@@ -1,8 +1,8 @@
-"""One module that runs ours while others of its class do not: it gets a separate class of the same name.
+"""Gives one module a separate class of the same name, so that it runs ours while others of its class do not.
 
-The class is derived from the module's and holds our methods. Nothing is written into the module: its pickle is that of
-the original, and a copy runs ours on its own weights. Changes of other libraries stay: the hooks of accelerate, which
-keep the forward that they found, and wrappers around a forward.
+The new class is derived from the module's and holds our methods. Nothing is written into the module: its pickle is that
+of the original, and a copy runs ours on its own weights. Changes by other libraries stay, such as accelerate's hooks,
+which keep the forward that they found, and wrappers around a forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..switch import LOCK, Place, guarded, held, mark, stock
 
 KEPT = "_old_forward"
-"""Where accelerate's hooks keep the forward of a module; theirs is `forward`."""
+"""The attribute where accelerate's hooks keep the module's forward. `forward` itself is theirs."""
 BASE = "_anydelta_base"
 """The original class of a class that `dressed` made."""
 LAYERS: set[type[nn.Module]] = set()
@@ -29,7 +29,7 @@ LAYERS: set[type[nn.Module]] = set()
 
 
 class Rewired:
-    """The class attribute `_old_forward`: a hook that found the stock forward, or ours, runs what the class has now."""
+    """The class attribute `_old_forward`: a hook that found the original forward or ours runs the current one."""
 
     def __get__(self, module: nn.Module | None, cls: type | None = None) -> object:
         if module is None:
@@ -52,7 +52,7 @@ class Rewired:
 
 
 def dressed(base: type, methods: dict[str, Callable[..., object]], everywhere: Place) -> type:
-    """A class like `base` with these methods of ours; each runs only while all models or its module are switched on."""
+    """A class like `base` with our methods. Each runs only while all models or its module are enabled."""
 
     def is_on(self: nn.Module, *_: object) -> bool:
         if type(self) is cls:
@@ -62,7 +62,7 @@ def dressed(base: type, methods: dict[str, Callable[..., object]], everywhere: P
 
     def __reduce_ex__(
         self: nn.Module, protocol: object
-    ) -> tuple[object, ...]:  # the later protocols insist on the very class
+    ) -> tuple[object, ...]:  # later protocols require the exact class
         make, arguments, *rest = super(cls, self).__reduce_ex__(1)
         return (make, tuple(base if x is cls else x for x in arguments), *rest)
 
@@ -99,7 +99,7 @@ def place(module: nn.Module, dress: Callable[[type], type]) -> Place:
     """Keeps the calls of enable(module) and disable(module); `dress` makes the module's class while it is on."""
     with LOCK:
         found = _places.get(module)
-        if found is None:  # a copy of a module that is on is on
+        if found is None:  # a copy of an enabled module is enabled
             change = functools.partial(_change, weakref.ref(module), dress)
             found = _places[module] = Place(change, on=is_dressed(type(module)))
         return found
@@ -121,7 +121,10 @@ def _change(module: weakref.ref[nn.Module], dress: Callable[[type], type], on: b
         return ()
     outer, kind = None, type(here)
     while is_parametrized(here) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
-        outer, kind = kind, kind.__bases__[0]  # which torch made for this module, and takes off by its base
+        outer, kind = (
+            kind,
+            kind.__bases__[0],
+        )  # torch made `outer` for this module, and removes it by its base
     now = dress(kind) if on else vars(kind).get(BASE, kind)
     if outer is None:
         here.__class__ = now
@@ -134,7 +137,7 @@ def _change(module: weakref.ref[nn.Module], dress: Callable[[type], type], on: b
 
 
 def runs_ours(layer: nn.Module) -> bool:
-    """Whether a call of the layer reaches our forward, as far as is visible, and it is switched on."""
+    """Whether a call of the layer reaches our forward, as far as this can be seen, and anydelta is enabled for it."""
     own = layer.__dict__
     if KEPT in own:
         found = [getattr(layer, KEPT)]
@@ -146,13 +149,13 @@ def runs_ours(layer: nn.Module) -> bool:
             if "forward" in vars(cls):
                 found.append(vars(cls)["forward"])
                 if "__class__" not in getattr(getattr(found[-1], "__code__", None), "co_freevars", ()):
-                    break  # it does not say super()
+                    break  # it does not call super()
     marks = [mark(g) for f in found for g in held(f, layer)]
     return any(m.is_on(layer) for m in marks if m is not None)
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
-    """Whether a layer's forward is another than its family's and ours."""
+    """Whether a layer's forward is neither its family's nor ours."""
     if vars(layer).keys() & {KEPT, "forward"}:
         return True
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
@@ -160,29 +163,29 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def require_ours(model: nn.Module) -> None:
-    """Refuse to draft if a layer does not run ours, so that its states would not be recorded, or if this Transformers
+    """Refuse to draft if a layer does not run ours, because its states would not be recorded, or if this Transformers
     cannot draft.
 
     Raises:
-        ValueError: one of these.
+        ValueError: either holds.
     """
     instead = "or leave out use_mtp, assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
     kinds = tuple(LAYERS)
     strangers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and not runs_ours(m)}
     if strangers and not any(_has_own_forward(m) for m in strangers.values()):
         raise ValueError(
-            "generate: requires anydelta to stay enabled while it drafts; got a call of disable() meanwhile, so that "
-            f"nobody recorded the states of {', '.join(strangers)}. Switch off when the call has ended, {instead}"
+            "generate: requires anydelta to stay enabled while it drafts; got a disable() during the call, so the "
+            f"states of {', '.join(strangers)} were not recorded. Disable after the call, {instead}"
         )
     if strangers:
         raise ValueError(
-            "generate: requires linear attention layers that run anydelta to draft tokens, since nobody else records "
-            f"states to go back to; got {type(model).__name__} with a forward of its own in {', '.join(strangers)}. "
-            f"Enable anydelta before the forward is wrapped, {instead}"
+            "generate: requires linear attention layers that run anydelta to draft tokens, because only anydelta "
+            f"records states to go back to; got {type(model).__name__} with its own forward in "
+            f"{', '.join(strangers)}. Enable anydelta before the forward is wrapped, {instead}"
         )
     if getattr(getattr(model, "device", None), "type", None) == "meta":
         raise ValueError(
-            "generate: requires a model whose first weights lie on a device to draft tokens, since Transformers puts "
-            f"the drafts there; got {type(model).__name__} with these offloaded. Keep the embedding on a device "
+            "generate: requires a model whose first weights are on a device to draft tokens, because Transformers "
+            f"puts the drafts there; got {type(model).__name__} with these offloaded. Keep the embedding on a device "
             f"(device_map), {instead}"
         )

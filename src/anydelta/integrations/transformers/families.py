@@ -1,7 +1,7 @@
 """The table of families: Transformers' models that use the rule, one row each.
 
-A family's functions are found automatically (.find). A row adds how its projections become the arguments of the mixer.
-A family without a row runs the rule, and with a row the mixer too.
+A family's functions are found automatically (.find). With these alone it runs the rule. A row adds the mixer: how the
+layer's projections become its arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         | Qwen3NextGatedDeltaNet
         | Qwen3_5GatedDeltaNet
     )
-    """A layer of the table; layers that are not named here have the attributes of one that is."""
+    """A layer of the table. Other layers have the attributes of one of these."""
 
 
 class Projected(NamedTuple):
@@ -43,26 +43,26 @@ class Projected(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A layer of Transformers, and where it keeps what the mixer needs."""
+    """A layer of Transformers, and the attributes that the mixer needs."""
 
     name: str
     layer: str
     """The class of the linear attention layer, in the module `transformers.models.<name>.modeling_<name>`."""
     since: str
-    """The first release of Transformers that has it, of those whose functions can be replaced (5.15 and later)."""
+    """The first release of Transformers that has it, from 5.15 on, the first whose functions can be replaced."""
     rule: str
     """GDA or KDA."""
     project: Callable[[LinearAttention, torch.Tensor], Projected]
     holds: frozenset[str]
-    """The modules and parameters of a layer that `project` knows; one with others is another layer."""
+    """The modules and parameters of a layer that `project` knows. A layer with others is not taken."""
     norm: str
     out: str
     heads: tuple[str, str, str]
     """Attributes with HV, K and V."""
     gate: str = ""
-    """The module that has the decay's parameters, where the layer has not: `project` reads them and never calls it."""
+    """The module with the decay's parameters, if the layer has not. `project` reads them and never calls it."""
     z: str = ""
-    """The projection whose whole output is z; where there is none, z is a part of another."""
+    """The projection whose whole output is z, or "" if z is part of another."""
     mtp: bool = False
     """Whether Transformers can run multi-token prediction layers of the family."""
     multimodal: str = ""
@@ -74,7 +74,7 @@ class Family:
 
 
 def _qkvz(layer: Qwen3_5GatedDeltaNet, x: torch.Tensor) -> Projected:
-    m = layer._modules  # faster than attributes, which nn.Module searches in three dictionaries, in Python
+    m = layer._modules  # faster than attributes, for which nn.Module searches three dictionaries in Python
     return Projected(
         m["in_proj_qkv"](x),
         m["in_proj_z"](x),
@@ -86,7 +86,7 @@ def _qkvz(layer: Qwen3_5GatedDeltaNet, x: torch.Tensor) -> Projected:
 
 
 def _qwen3_next(layer: Qwen3NextGatedDeltaNet, x: torch.Tensor) -> Projected:
-    """One projection holds q, k, v and z of each q/k head side by side, another b and a: read where they lie."""
+    """One projection holds q, k, v and z of each q/k head side by side, another b and a. Read without copies."""
     groups, K = layer.num_k_heads, layer.head_k_dim
     values = layer.num_v_heads // groups
     V = values * layer.head_v_dim
@@ -102,7 +102,7 @@ def _olmo_hybrid(layer: OlmoHybridGatedDeltaNet, x: torch.Tensor) -> Projected:
 
 
 def _low_rank(layer: KimiLinearDeltaAttention, x: torch.Tensor) -> Projected:
-    """KDA whose decay and output gate each go through two narrow projections (kimi_linear, glm5_next)."""
+    """KDA whose decay and output gate each have two narrow projections (kimi_linear, glm5_next)."""
     qkv = (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     forget = layer.forget_gate
     a = forget.f_b_proj(forget.f_a_proj(x)).unflatten(-1, (layer.num_heads, layer.head_dim))

@@ -1,9 +1,9 @@
 """Finds the modules of this process that have the rule, and whether ours can replace it.
 
-Transformers marks a function that a kernel may replace by the kernel's name on the hub, `use_kernel_func_from_hub_with_
-fallback("chunk_kda", "fla")`. A module with such functions for the rule is taken, whatever its name, if they have the
-parameters of ours. In it, each layer is taken whose forward calls them and has the parameters that ours passes on.
-Everything else is left as it is, with a reason.
+Transformers marks a function that a kernel may replace with the kernel's name on the hub,
+`use_kernel_func_from_hub_with_fallback("chunk_kda", "fla")`. A module that has such functions for the rule is taken,
+whatever its name, if they have the parameters of ours. A layer of it is taken if its forward calls them and has the
+parameters that ours passes on. Everything else is left unchanged, with a reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAKERS = {
     "causal_conv1d_fn": "conv",
     "causal_conv1d_update": "conv_update",
 }
-"""The makers of ours in .functions, by the name on the hub."""
+"""The functions of .functions that make ours, by the name on the hub."""
 _UNMARKED = {
     "torch_chunk_gated_delta_rule": "chunk_gated_delta_rule",
     "torch_recurrent_gated_delta_rule": "fused_recurrent_gated_delta_rule",
@@ -44,7 +44,7 @@ _UNMARKED = {
     "causal_conv1d_fn": "causal_conv1d_fn",
     "causal_conv1d_update": "causal_conv1d_update",
 }
-"""Up to 5.19 the name on the hub is not visible: it follows from the function's name."""
+"""The name on the hub, by the function's name: up to Transformers 5.19 it is not visible."""
 
 
 @dataclass
@@ -53,31 +53,31 @@ class Found:
 
     module: ModuleType
     functions: dict[str, str] = field(default_factory=dict)
-    """By the name in the module: the name on the hub."""
+    """Names on the hub, by the name in the module."""
     layers: dict[type[nn.Module], str] = field(default_factory=dict)
-    """The layers that fit, with the name of their cache argument."""
+    """The layers that are taken, with the name of their cache argument."""
     left: dict[str, str] = field(default_factory=dict)
-    """What does not fit: the reason, by the name of the layer, or by "" for the whole module."""
+    """Why a layer, or for "" the whole module, is not taken."""
     strangers: list[type[nn.Module]] = field(default_factory=list)
-    """Layers that call the rule and do not fit."""
+    """Layers that call the rule and are not taken."""
 
     @property
     def name(self) -> str:
-        """As Transformers names its families: modeling_qwen3_5 is qwen3_5."""
+        """The family's name in Transformers: modeling_qwen3_5 is qwen3_5."""
         return self.module.__name__.rpartition(".")[2].removeprefix("modeling_")
 
 
 _seen: dict[int, weakref.ref[ModuleType]] = {}
-"""By id: a module's class may have no hash, and need not compare."""
+"""By id, because a module's class may have neither hash nor comparison."""
 
 
 def find() -> tuple[list[Found], dict[str, str]]:
-    """Modules that were not known at the last call, and why some of Transformers' could not be imported."""
+    """Modules that are new since the last call, and why some of Transformers' could not be imported."""
     failed: dict[str, str] = {}
     for name in _with_rule():
         try:
             importlib.import_module(name)
-        except Exception as error:  # of any kind: the others must still work
+        except Exception as error:  # any error: the other modules must still work
             failed[name.rpartition(".")[2].removeprefix("modeling_")] = (
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             )
@@ -91,7 +91,7 @@ def find() -> tuple[list[Found], dict[str, str]]:
             looked[id(module)] = weakref.ref(module)
             if (found := look_at(module)) is not None:
                 new.append(found)
-        except Exception as error:  # a module may be any object, and answer with anything
+        except Exception as error:  # a module may be any object and raise anything
             if name in _with_rule():
                 failed[name.rpartition(".")[2].removeprefix("modeling_")] = f"{type(error).__name__}: {error}"
     _seen.update(looked)  # all of them, or none if interrupted
@@ -105,7 +105,7 @@ def _is_seen(module: ModuleType) -> bool:
 
 @functools.cache
 def _with_rule() -> tuple[str, ...]:
-    """Transformers' modules whose text names the rule; those of the table where there is no text."""
+    """Transformers' modules whose source names the rule; without sources, those of the table."""
     models = importlib.import_module("transformers.models")
     names = [f'"{hub}"'.encode() for hub, maker in MAKERS.items() if maker.endswith("rule")]
     files = [p for folder in models.__path__ for p in Path(folder).glob("*/modeling_*.py")]
@@ -120,7 +120,7 @@ def _with_rule() -> tuple[str, ...]:
 
 
 def look_at(module: ModuleType) -> Found | None:
-    """What a module has of the rule, or None."""
+    """A module's functions and layers of the rule, or None."""
     own = vars(module)
     found = Found(module)
     marked = [(name, hub) for name, x in list(own.items()) if (hub := _hub_name(name, x)) is not None]
@@ -129,7 +129,7 @@ def look_at(module: ModuleType) -> Found | None:
         return None
     users = [cls for cls in list(own.values()) if _calls(cls, module, rules)]
     if not users and not any(getattr(own[name], "__module__", None) == module.__name__ for name in rules):
-        return None  # it only passes them on
+        return None  # it only re-exports them
     if problems := [p for name, hub in marked if (p := _misfit(name, own[name], hub))]:
         found.left[""] = "; ".join(problems)
         found.strangers = users
@@ -150,9 +150,9 @@ def look_at(module: ModuleType) -> Found | None:
 
 
 def _hub_name(name: str, x: Any) -> str | None:
-    """The name on the hub of one of Transformers' functions, if it is one of ours to replace."""
-    kind = type(x)  # not isinstance, which asks proxies what they stand for
-    if issubclass(kind, nn.Module):  # the kernels library has put itself there
+    """The name on the hub of one of Transformers' functions, if ours can replace it."""
+    kind = type(x)  # not isinstance, which proxies can deceive
+    if issubclass(kind, nn.Module):  # put there by the kernels library
         hub = getattr(kind, "kernel_layer_name", None)
     elif kind is FunctionType:
         x = stock(x)
@@ -192,7 +192,7 @@ def _undecorated(cls: type[nn.Module], module: ModuleType) -> Callable[..., obje
 
 
 def _misfit(name: str, theirs: Callable[..., object], hub: str) -> str | None:
-    if not inspect.isroutine(theirs):  # the kernels library's: it takes anything
+    if not inspect.isroutine(theirs):  # the kernels library's, which takes any arguments
         return None
     want = parameters(getattr(functions, MAKERS[hub])(theirs, name, {}, {}))
     got = parameters(inspect.unwrap(theirs))

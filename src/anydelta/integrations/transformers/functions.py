@@ -1,10 +1,10 @@
-"""The functions that stand in for Transformers' own, with the parameters and results of those.
+"""The functions that replace Transformers' own, with the same parameters and results.
 
-Each maker takes the function that was there and returns ours, which calls it whenever anydelta does not take a
-call: gradients are wanted where no backend has a backward pass (outside torch.compile the convolution has none), the
-device has no native backend, torch.export traces, or an argument asks for something else. Our functions differ from
-Transformers' in one point: packed rows (`cu_seqlens`, `seq_idx`) are kept apart, where Transformers without fla
-refuses them, or in kimi_linear ignores them.
+Each maker takes the original function and returns ours. Ours calls the original if anydelta does not take a call:
+gradients are wanted and no backend has a backward pass (outside torch.compile the convolution has none), the device has
+no native backend, torch.export traces, or an argument asks for something else. Our functions differ from Transformers'
+in one point: packed rows (`cu_seqlens`, `seq_idx`) are kept apart. Without fla, Transformers refuses them, or in
+kimi_linear ignores them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Conv = Callable[..., torch.Tensor]
 
 ADVANCE = "anydelta_advance_state"
-"""The keyword by which a layer's forward allows the rule to advance the cached state in place."""
+"""The keyword with which a layer's forward allows the rule to advance the cached state in place."""
 RECORD = "anydelta_record_states"
-"""The keyword by which it hands the rule the RollbackLayer that wants the state after each token."""
+"""The keyword with which it gives the rule the RollbackLayer that wants the state after each token."""
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,15 +55,15 @@ _RULE_OPTIONS = frozenset(
     for name in inspect.signature(f).parameters
     if name not in _KNOWN
 )
-"""Keywords that would change the result if fla, and not Transformers' torch code, is what we stand in for."""
+"""Keywords that would change the result if we replace fla instead of Transformers' torch code."""
 _CONV_OPTIONS = frozenset(("initial_states", "return_final_states", "final_states_out"))
 
 _NEVER = ("gradients are wanted", "torch.export", TRANSFORM, DUAL_NUMBERS)
-"""Reasons to leave a call of the rule to Transformers even where states are to be recorded."""
+"""Reasons for which the rule falls back to Transformers even if states should be recorded."""
 _MAX_DECISIONS = 4096
 _decisions: dict[tuple[object, ...], str | None] = {}
 TORCH_DEVICES = ("cpu", *((d.type,) if (d := torch.accelerator.current_accelerator()) is not None else ()))
-"""Where this torch has tensors; the other devices' backends are not even asked whether they can run."""
+"""Devices on which this torch has tensors. Backends of other devices are not asked whether they can run."""
 NATIVE_DEVICES: frozenset[str] = frozenset(
     device
     for device in TORCH_DEVICES
@@ -72,13 +72,13 @@ NATIVE_DEVICES: frozenset[str] = frozenset(
         for n in dispatch.PRIORITY.get(device, ())
     )
 )
-"""Devices with a native backend: what code under torch.compile can ask."""
+"""Devices with a native backend. Code under torch.compile can look them up."""
 GRADIENT_DEVICES: frozenset[str] = frozenset(
     device
     for device in NATIVE_DEVICES
     if any(hasattr(dispatch.get_backend(n), "gradients") for n in dispatch.PRIORITY[device])
 )
-"""Those whose native backend has a backward pass."""
+"""Devices whose native backend has a backward pass."""
 
 
 # ---- The rule
@@ -147,15 +147,15 @@ def _rule(
     kwargs: dict[str, Any],
     **own: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a call, or leave it to `theirs`, which alone takes `own`."""
+    """Run a call, or fall back to `theirs`. Only `theirs` takes `own`."""
     advance: bool = kwargs.pop(ADVANCE, False)
     record: RollbackLayer | None = kwargs.pop(RECORD, None)
     wanted = _gradients_are_wanted(q, k, v, g, beta, state)
     why_not = _why_not_rule(q, k, v, g, beta, state, kwargs, wanted)
     if wanted and record is not None:
-        why_not = _NEVER[0]  # what is written into an array has none
+        why_not = _NEVER[0]  # what is written into an array has no gradient
     if record is not None and why_not not in _NEVER:
-        why_not = None  # nobody else writes snapshots: better slowly than not at all
+        why_not = None  # only anydelta writes snapshots, so it runs even if it is slow
     _count(name, why_not, taken, passed_on)
     if why_not is not None:
         return theirs(
@@ -221,7 +221,7 @@ def _why_not_rule(
     kwargs: dict[str, object],
     gradients: bool,
 ) -> str | None:
-    """The reason to leave a call, of which gradients may be wanted, to Transformers, or None."""
+    """The reason why a call falls back to Transformers, or None. Gradients may be wanted."""
     for name in kwargs:
         if name in _RULE_OPTIONS and kwargs[name] is not None and kwargs[name] is not False:
             return f"the argument {name}"
@@ -238,7 +238,7 @@ def _why_not_rule(
             if q.device.type in NATIVE_DEVICES and q.dtype in _DTYPES
             else f"device {q.device.type} or {q.dtype}"
         )
-    if (who := onlooker()) in _NEVER:  # the derivative of torch's own operators; a tracer records ours
+    if (who := onlooker()) in _NEVER:  # these need torch's own operators; other tracers record ours
         return who
     if type(q) is not torch.Tensor:
         return f"the tensor type {type(q).__name__}"
@@ -255,9 +255,7 @@ def _why_not_rule(
     try:
         trace = explain(q, k, v, g=g, beta=beta, initial_state=state, cu_seqlens=cu)
     except (TypeError, ValueError) as error:
-        if (
-            cu is not None
-        ):  # nothing to go on to: Transformers refuses packed rows, or ignores that they are packed
+        if cu is not None:  # no fallback: Transformers refuses packed rows, or ignores that they are packed
             raise
         why_not = str(error)
     else:
@@ -359,7 +357,7 @@ def _why_not_conv(
     kwargs: dict[str, object],
     packed: bool,
 ) -> str | None:
-    compiling = torch.compiler.is_compiling()  # which fuses whole passes, and those of their gradients
+    compiling = torch.compiler.is_compiling()  # it fuses whole passes, and those of their gradients
     if (
         not compiling
         and torch.is_grad_enabled()
@@ -381,7 +379,7 @@ def _why_not_conv(
         return who
     if (
         x.device.type != "cpu" and not packed
-    ):  # other devices have a fast convolution, but none for packed rows
+    ):  # other devices have a fast convolution, but not for packed rows
         return f"device {x.device.type}"
     return None
 
@@ -390,7 +388,7 @@ def _why_not_conv(
 
 
 def cache_of(kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among a layer's keywords, taken out of them under whatever name it has there."""
+    """Take the cache out of a layer's keywords, whatever its name there, and return it."""
     found = None
     for name in CACHES:
         if name in kwargs:
@@ -400,12 +398,12 @@ def cache_of(kwargs: dict[str, Any]) -> Cache | None:
 
 
 def advancing(theirs: Callable[..., torch.Tensor], cache_name: str) -> Callable[..., torch.Tensor]:
-    """A layer's forward that tells the rule what may become of the cached state.
+    """A layer's forward that tells the rule what it may do with the cached state.
 
-    A cache that records the past gets the state after each token. Otherwise the rule may advance the state in
-    place, where nobody can see the difference: Transformers computes a new state and copies it over the cached one,
-    and doing both at once halves the memory traffic of a decode step. That is allowed only for the cache classes
-    whose update is known to be that copy.
+    A cache that records the past gets the state after each token. Otherwise the rule may advance the state in place if
+    nobody can see the difference: Transformers computes a new state and copies it over the cached one, and doing both
+    at once halves the memory traffic of a decode step. This is allowed only for cache classes whose update is known to
+    be that copy.
     """
 
     @functools.wraps(theirs)
@@ -429,7 +427,7 @@ def advancing(theirs: Callable[..., torch.Tensor], cache_name: str) -> Callable[
         kwargs[cache_name] = cache
         return theirs(self, hidden_states, attention_mask=attention_mask, **kwargs)
 
-    forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
+    forward.__name__ = "forward"  # for pickle; up to 5.16 Transformers' decorator changes it
     return forward
 
 

@@ -1,9 +1,11 @@
-"""What `enable()` changes in `generate` of the hybrid families: drafts are verified, and rejected ones rolled back.
+"""What `enable()` changes in `generate` of the hybrid families: it verifies drafts and rolls rejected ones back.
 
 Transformers refuses assisted generation for these families, because it cannot take a token out of a recurrent state.
 RollbackCache can. A drafting call runs on a temporary copy of the model, which shares all modules and has the methods
-of `Drafting` before those of its class. Other threads see no change, and an interrupted call leaves nothing behind.
-`HOOKS` are the methods that are replaced in the models; each maker takes the original method and returns ours.
+RollbackCache can. A call that drafts runs on a temporary copy of the model. The copy shares all modules, and the
+methods of `Drafting` come before those of its class. Other threads see no change, and an interrupted call leaves
+nothing behind. `HOOKS` are the methods that are replaced in the models; each maker takes the original method and
+returns ours.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ if TYPE_CHECKING:
 Method = Callable[..., "GenerateOutput | torch.Tensor"]
 
 Kept = torch.Tensor | tuple[torch.Tensor, ...]
-"""Of one token: its scores, or what each layer gave."""
+"""Kept for one token: its scores, or what each layer returned."""
 
 _rounds: ContextVar[list[tuple[int, int]] | None] = ContextVar("_rounds", default=None)
 
 
 @contextmanager
 def counting() -> Iterator[list[tuple[int, int]]]:
-    """The drafted and the accepted tokens of each verification that `generate` makes meanwhile, in this thread."""
+    """Collects (drafted, accepted) tokens of each verification that `generate` makes in this block and thread."""
     found: list[tuple[int, int]] = []
     token = _rounds.set(found)
     try:
@@ -56,7 +58,7 @@ def counting() -> Iterator[list[tuple[int, int]]]:
 
 
 def generate(theirs: Method) -> Method:
-    """Run on a copy: calls that draft, calls of a model that drafts for another, and calls with a RollbackCache."""
+    """Run some calls on a copy: those that draft, of a model that drafts for another, or with a RollbackCache."""
     names = list(inspect.signature(theirs).parameters)[1:]
 
     @functools.wraps(theirs)
@@ -87,14 +89,14 @@ _INSTEAD = "Leave out use_mtp, assistant_model, prompt_lookup_num_tokens and ass
 
 @functools.cache
 def _drafting(cls: type[GenerationMixin]) -> type[Drafting]:
-    """The class of models whose `generate` drafts. Its name is that of the model's class, which messages show."""
+    """The class of models whose `generate` drafts. It has the name of the model's class, which messages show."""
     return type(
         cls.__name__, (Drafting, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     )
 
 
 class Drafting(GenerationMixin):
-    """What `generate` does differently from Transformers, during a call."""
+    """How `generate` differs from Transformers' during a call."""
 
     _is_stateful = False
 
@@ -106,7 +108,7 @@ class Drafting(GenerationMixin):
         batch_size: int,
         *args: object,
     ) -> None:
-        """Make a RollbackCache where tokens may be dropped; a cache given by the user must be one."""
+        """Make a RollbackCache if tokens may be dropped. A cache that the user gives must be one."""
         cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant:
             require_ours(self)
@@ -140,8 +142,8 @@ class Drafting(GenerationMixin):
     ) -> Any:  # Transformers looks for the parameter inputs_embeds
         cache = kwargs.get(CACHE)
         if isinstance(cache, RollbackCache) and cache.is_assistants and not cache.get_seq_length():
-            cache.skip(input_ids.shape[1] - 2)  # it may be rolled back to the prompt's last token but one
-            kwargs["is_first_iteration"] = True  # so that it gets to see images
+            cache.skip(input_ids.shape[1] - 2)  # it may be rolled back to just before the prompt's last token
+            kwargs["is_first_iteration"] = True  # so that it sees the images
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _drafter(
@@ -174,8 +176,8 @@ class Drafting(GenerationMixin):
     ) -> GenerateOutput | torch.Tensor:
         """Decode as Transformers' `_sample` does, with the logits of several tokens from each forward.
 
-        The tokens that a forward has verified pass one by one through the logits processors and the stopping
-        criteria, in the order and with the arguments of decoding without drafts.
+        The logits processors and the stopping criteria see the verified tokens one by one, in the order and with the
+        arguments of decoding without drafts.
         """
         drafter = self._drafter(
             generation_config,
@@ -194,7 +196,7 @@ class Drafting(GenerationMixin):
         record = Record(generation_config)
         outputs, tokens, finished = None, 0, False
         while self._has_unfinished_sequences(finished, synced_gpus, device=input_ids.device):
-            if finished:  # other processes continue and wait for this one's forward
+            if finished:  # other processes are not done and wait for this one's forward
                 self(input_ids=input_ids[:, -1:], use_cache=False)
                 continue
             known = input_ids.shape[1]
@@ -207,7 +209,7 @@ class Drafting(GenerationMixin):
             )
             room = generation_config.max_length - known - 1
             if outputs is None and model_kwargs.get("inputs_embeds") is not None:
-                room = 0  # the prompt goes without tokens
+                room = 0  # no drafts behind the prompt
             drafts = ids.to(input_ids.device)[:, known : known + max(0, room)]
             count = drafts.shape[1]
             longer = dict(model_kwargs)
@@ -243,7 +245,7 @@ class Drafting(GenerationMixin):
             try:
                 cache.crop(tokens - count - 1)
             except ValueError:
-                require_ours(self)  # it did when the call began
+                require_ours(self)  # checked again: it did when the call began
                 raise
             if streamer is not None:
                 streamer.put(input_ids[:, known:].cpu())
@@ -257,7 +259,7 @@ class Drafting(GenerationMixin):
             streamer.end()
         if isinstance(drafter, AssistedCandidateGenerator):
             settings = drafter.assistant_model.generation_config
-            if settings.num_assistant_tokens_schedule == "heuristic":  # which is kept from call to call
+            if settings.num_assistant_tokens_schedule == "heuristic":  # it is kept from call to call
                 settings.num_assistant_tokens = drafter.num_assistant_tokens
         if not generation_config.return_dict_in_generate:
             return input_ids
@@ -277,12 +279,12 @@ def _check(
         value = getattr(config, option)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(
-                f"generate: requires {option} to be a whole number from 1; got {value!r}. Leave it out to draft none"
+                f"generate: requires {option} to be a whole number from 1; got {value!r}. Leave it out to draft nothing"
             )
     name, cache = type(model).__name__, model_kwargs.get(CACHE)
     if batch_size > 1:
         raise ValueError(
-            f"generate: requires one sequence to draft tokens; got {batch_size}. Call it once for each, or "
+            f"generate: requires one sequence to draft tokens; got {batch_size}. Call it once per sequence, or "
             f"{_INSTEAD[0].lower()}{_INSTEAD[1:]}"
         )
     if cache is None and not _is_dynamic(config):
@@ -292,7 +294,7 @@ def _check(
             else f"cache_implementation={config.cache_implementation!r}"
         )
         raise ValueError(
-            f"generate: requires the cache that it makes by itself to draft tokens with {name}; got {got}. {_INSTEAD}"
+            f"generate: requires the cache that it makes itself to draft tokens with {name}; got {got}. {_INSTEAD}"
         )
     if cache is not None and not isinstance(cache, RollbackCache):
         raise ValueError(
@@ -306,23 +308,24 @@ def _check(
         first = next(i for i, kind in enumerate(text.layer_types, 1) if kind != "linear_attention")
         if not first <= depth <= text.num_hidden_layers:
             raise ValueError(
-                f"generate: requires assistant_early_exit from {first}, so that the first attention layer (number "
-                f"{first}) is among the layers that draft, to {text.num_hidden_layers}; got {depth}"
+                f"generate: requires assistant_early_exit from {first} to {text.num_hidden_layers}, so that the first "
+                f"attention layer (number {first}) is among the layers that draft; got {depth}"
             )
     elif config.use_mtp:
         check_mtp(model, config)
     by_model = depth is not None or not (config.use_mtp or config.prompt_lookup_num_tokens)
     if by_model and model_kwargs.get("inputs_embeds") is not None:
         raise ValueError(
-            "generate: requires input_ids alone to draft with assistant_model or assistant_early_exit, which read "
-            "tokens; got inputs_embeds. Use use_mtp or prompt_lookup_num_tokens"
+            "generate: requires input_ids alone to draft with assistant_model or assistant_early_exit, because these "
+            "read tokens; got inputs_embeds. Use use_mtp or prompt_lookup_num_tokens"
         )
 
 
 def _new_tokens(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
-    """How many tokens of the prompt the cache does not hold; all if it holds every one, as without drafts.
+    """How many tokens of the prompt the cache does not hold. If it holds all of them, the whole prompt, as without
+    drafts.
 
-    The inputs are all tokens, or those that are not in the cache; embeddings are always all. The mask is that of all.
+    The inputs are all tokens, or only those that are not in the cache. Embeddings and mask are always of all tokens.
     """
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     given: int = (input_ids if embeds is None else embeds).shape[1]
@@ -333,11 +336,11 @@ def _new_tokens(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs:
 def _choose(
     scores: torch.Tensor, draft: torch.Tensor, guess: torch.Tensor | None, config: GenerationConfig
 ) -> torch.Tensor:
-    """The next token [1, 1] from its scores [1, vocabulary]; equal to the draft [1, 1] exactly if that is accepted.
+    """The next token [1, 1] from its scores [1, vocabulary]. It equals the draft [1, 1] only if that is accepted.
 
     A draft that was drawn from the scores `guess` is accepted by speculative sampling: with probability
-    min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). So tokens follow p. `guess` is None without a
-    draft, or for a draft without scores.
+    min(1, p(draft) / q(draft)), else a token is drawn from max(0, p - q). The tokens then follow p. `guess` is None
+    without a draft, or for a draft without scores.
     """
     weight = getattr(config, "assistant_ensemble_weight", None)
     if not config.do_sample:
@@ -358,9 +361,9 @@ def _choose(
 
 
 def _for_drafts(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Those that may be asked about drafts as well: Transformers' own, but two that go from token to token.
+    """The processors that may see drafts too: Transformers' own, except two that go from token to token.
 
-    Others may count their calls, or keep what they were asked, as grammars do; so they see the text alone.
+    Others may count their calls or remember what they saw, as grammars do, so they see only the final text.
     """
     going = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
     return LogitsProcessorList(
@@ -387,7 +390,8 @@ class Record:
                 self.kept[name] += (x,)
 
     def add_layers(self, outputs: ModelOutput, count: int, tokens: int) -> None:
-        """Of a forward with `count` drafts: what its layers gave for so many tokens, the first with all rows before."""
+        """Add what the layers of a forward with `count` drafts returned for the last `tokens` tokens. The first token
+        gets all rows before it too."""
         for name in ("attentions", "hidden_states"):
             for i in range(tokens) if name in self.kept else ():
                 found = []
@@ -428,7 +432,7 @@ def _first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
         inner._modules[name] = copy_for_call(inner._modules[name])
         inner = inner._modules[name]
     inner.layers = nn.ModuleList(list(decoder.layers)[:depth])
-    own.config = copy.deepcopy(model.config)  # from which its cache is made
+    own.config = copy.deepcopy(model.config)  # its cache is made from this
     text = own.config.get_text_config(decoder=True)
     text.num_hidden_layers, text.layer_types = depth, text.layer_types[:depth]
     return own
@@ -445,6 +449,6 @@ def _only_draft(drafter: AssistedCandidateGenerator) -> None:
     parameters = inspect.signature(drafter.assistant_model.forward).parameters
     positions = given.get("position_ids")
     if "pixel_values" not in parameters and positions is not None and positions.ndim == 3:
-        given["position_ids"] = positions[0]  # it does not see images; the first axis is that of the text
+        given["position_ids"] = positions[0]  # it sees no images; the first axis is that of the text
     for name in [name for name in given if name not in parameters]:
         del given[name]

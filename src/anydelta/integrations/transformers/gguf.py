@@ -1,12 +1,12 @@
-"""GGUF files in Transformers on a CPU: the weights stay in their blocks, and ggml's functions multiply with them.
+"""GGUF files in Transformers on a CPU: the weights stay in their packed blocks, and ggml multiplies with them.
 
     adt.enable()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-Q4_K_M.gguf")
 
-Transformers keeps the blocks where it finds a kernel for the device, and has none for CPUs: there it turns the whole
-model into numbers. While anydelta is enabled its loader is told of ours (anydelta.ggml), and of all types of ggml. A
-model that was loaded so keeps its products after `disable()`: nothing else can read its weights. A model that goes to
-an accelerator is left to Transformers.
+Transformers keeps the blocks if it finds a kernel for the device. It has none for CPUs, so there it unpacks the whole
+model. While anydelta is enabled, the loader finds our kernel (anydelta.ggml) and knows all types of ggml. A model that
+was loaded this way keeps our products after `disable()`: nothing else can read its weights. A model that goes to an
+accelerator is left to Transformers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _LOADER = "transformers.quantizers.quantizer_gguf"
 
 
 FILE = "_anydelta_gguf_file"
-"""Of a decoder that was loaded from a GGUF file: where that is. Copies and pickles keep it."""
+"""The attribute of a decoder that names the GGUF file it was loaded from. Copies and pickles keep it."""
 
 
 class Kernel:
-    """What Transformers' loader asks of a kernel: for blocks on the CPU ours, for others theirs or none."""
+    """The kernel that Transformers' loader asks for: ours for blocks on the CPU, theirs or none for others."""
 
     def __init__(self, theirs: Any):
         self.theirs = theirs
@@ -50,7 +50,7 @@ class Kernel:
 
 
 def patches(place: Place) -> Iterator[Patch]:
-    """What `enable()` puts in place; nothing where this Transformers cannot keep blocks packed."""
+    """What `enable()` replaces; nothing if this Transformers cannot keep blocks packed."""
     if importlib.util.find_spec(_LOADER) is None or importlib.util.find_spec(f"{_AT}.kernels") is None:
         return
     loader = importlib.import_module(_LOADER)
@@ -82,7 +82,7 @@ def _guarded(make: Callable[[Any], Any], name: str, place: Place, theirs: Any) -
 
 
 def _config(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """get_gguf_config: with the MTP layers of the file."""
+    """get_gguf_config, with the MTP layers of the file."""
 
     @functools.wraps(theirs)
     def get_gguf_config(metadata: dict[str, Any], tensor_names: tuple[str, ...]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _config(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
 
 
 def _mapping(theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """get_gguf_conversion_mapping: MTP layers behind the first are none of the model either."""
+    """get_gguf_conversion_mapping, which also keeps MTP layers after the first out of the model."""
 
     @functools.wraps(theirs)
     def get_gguf_conversion_mapping(architecture: str, config: Any) -> list[Any]:
@@ -109,7 +109,7 @@ def _mapping(theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 
 def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
-    """get_gguf_kernel: ours around what is there."""
+    """get_gguf_kernel: our kernel around the one that is there."""
 
     def get_gguf_kernel() -> Any:
         found = theirs()
@@ -118,7 +118,7 @@ def _finding(theirs: Callable[[], Any]) -> Callable[[], Any]:
         try:
             library()
         except GgmlError as error:
-            warn(f"anydelta: GGUF weights become numbers as Transformers has it: {error}")
+            warn(f"anydelta: Transformers unpacks the GGUF weights: {error}")
             return found
         _serve()
         return Kernel(found)
@@ -133,7 +133,7 @@ _PLACES = "_anydelta_device_map"
 
 
 def _placing(theirs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """update_device_map, which the loader calls first: where the model goes is remembered."""
+    """update_device_map, which the loader calls first. Ours remembers where the model goes."""
 
     @functools.wraps(theirs)
     def update_device_map(self: Any, device_map: Any) -> Any:
@@ -144,7 +144,7 @@ def _placing(theirs: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def runs_on_cpu(device_map: Any) -> bool:
-    """Whether a model that is loaded so runs on the CPU: without a device others move it to an accelerator."""
+    """Whether a model with this device map runs on the CPU. Without a map, callers may move it to an accelerator."""
     if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return not torch.accelerator.is_available()
     places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
@@ -152,7 +152,7 @@ def runs_on_cpu(device_map: Any) -> bool:
 
 
 def _reading(theirs: Callable[..., None]) -> Callable[..., None]:
-    """read_header: with the sizes of all types of ggml, of which Transformers knows some."""
+    """read_header, with the sizes of all types of ggml. Transformers knows only some."""
 
     @functools.wraps(theirs)
     def read_header(self: Any, gguf_file: str) -> None:
@@ -167,7 +167,7 @@ def _reading(theirs: Callable[..., None]) -> Callable[..., None]:
 
 
 def learn_types() -> None:
-    """Let Transformers read all types that ggml has, where ggml is here."""
+    """Let Transformers read all types of ggml, if ggml is installed."""
     try:
         kinds = library().kinds.values()
     except GgmlError:
@@ -185,7 +185,7 @@ def _unpack(type: int, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def _finishing(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The end of loading: no attention kernel is looked for on the hub, which has none for CPUs."""
+    """The end of loading, without the search for an attention kernel on the hub, which has none for CPUs."""
 
     @functools.wraps(theirs)
     def finish(self: Any, model: nn.Module, **kwargs: object) -> nn.Module:
@@ -204,7 +204,7 @@ def _finishing(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 @functools.cache
 def _serve() -> None:
-    """Let the modules that hold blocks find ours for those on the CPU, from now on."""
+    """From now on, modules that hold blocks on the CPU find our kernel."""
     kernels, utils = (importlib.import_module(f"{_AT}.{name}") for name in ("kernels", "utils"))
 
     def on_cpu(module: ModuleType, name: str, ours: Callable[..., torch.Tensor]) -> None:
@@ -217,7 +217,7 @@ def _serve() -> None:
             if not kernels._gguf_kernel:
                 raise RuntimeError(
                     f"{name}: requires blocks of a GGUF file on the CPU, where the model was loaded; got them on "
-                    f"{weight.device}. Load the file with device_map={weight.device.type!r}, as numbers"
+                    f"{weight.device}. Load the file with device_map={weight.device.type!r}, which unpacks them"
                 )
             result: torch.Tensor = theirs(weight, *args, **kwargs)
             return result
@@ -234,7 +234,7 @@ def _serve() -> None:
 
 
 def _served(utils: ModuleType) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
-    """Classes whose forward ours takes the place of."""
+    """Classes whose forward ours replaces, each with the maker of ours."""
     yield utils.GgufLinear, _linear
     for family in ("qwen3_5", "qwen3_5_moe"):
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -246,7 +246,7 @@ def _served(utils: ModuleType) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
 
 
 class _Held:
-    """The blocks of a module, looked at once; again if its weight was replaced."""
+    """The blocks of a module. They are checked once, and again if its weight was replaced."""
 
     def __init__(self, module: Any):
         self.weight, self.at = module._parameters["weight"], module._parameters["weight"].data_ptr()
@@ -260,11 +260,11 @@ class _Held:
 
 
 _held: dict[int, _Held] = {}
-"""By the identity of modules."""
+"""By the id of a module."""
 
 
 def _blocks(module: Any) -> _Held | None:
-    """Of a GgufLinear; None where its weight is not on the CPU."""
+    """The blocks of a GgufLinear; None if its weight is not on the CPU."""
     weight, held = module._parameters["weight"], _held.get(id(module))
     if held is None or held.weight is not weight or held.at != weight.data_ptr():
         if weight.device.type != "cpu":
@@ -299,7 +299,7 @@ def _linear(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _out_dtype(x: torch.Tensor) -> torch.dtype:
-    """What F.linear would give."""
+    """The dtype that F.linear would return."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 

@@ -1,12 +1,12 @@
-"""A decoder layer whose matrices are blocks of a GGUF file, for a few tokens: three calls in place of some forty.
+"""A decoder layer whose matrices are GGUF blocks, for a few tokens: three calls instead of some forty.
 
-Between its mixer and the next one a layer is norms, sums and products with matrices. For up to MAX_ROWS tokens these
-are two chains of anydelta.ggml's, one before the mixer and one behind:
+Between two mixers a layer consists of norms, sums and products with matrices. For up to MAX_ROWS tokens these run as
+two chains of anydelta.ggml, one before the mixer and one after it:
 
     x -> norm -> the projections          y, x -> output projection -> + x -> norm -> MLP -> + -> the layer's output
 
-Attention, and linear attention while anydelta is disabled, stay Transformers' modules between the two. A layer with a
-part that is hooked, wrapped or replaced runs its own forward.
+Between the two, attention stays Transformers' module, and so does linear attention while anydelta is disabled. A layer
+with a part that is hooked, wrapped or replaced runs its own forward.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from . import layer as mixers
 from .families import BY_LAYER, Family, Projected
 
 MAX_ROWS = 8
-"""Tokens of a chain: those of a decode step, or of a round of drafts. More are left to larger products."""
+"""The most tokens of a chain: a decode step, or a round of drafts. For more, the larger products are faster."""
 
 TYPES = {dtype: number for number, dtype in NUMBERS.items()}
-"""Small matrices that a file holds as numbers."""
+"""Types of small matrices that a file holds unpacked."""
 
 PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")
-"""Of the families that GGUF files hold, in the order of `Projected`."""
+"""The projections of the families in GGUF files, in the order of `Projected`."""
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def fused(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A decoder layer's forward; `theirs` takes what ours does not."""
+    """A decoder layer's forward. `theirs` takes the calls that ours does not."""
     known: dict[int, _Layer | None] = {}
 
     @functools.wraps(theirs)
@@ -53,7 +53,7 @@ def fused(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         layer = known[key]
         if layer is None or not layer.is_as_it_was():
             if layer is not None:
-                known[key] = _known(self)  # with other parts, from the next call on
+                known[key] = _known(self)  # with the new parts, from the next call on
             return theirs(self, hidden_states, *args, **kwargs)
         return layer.run(self, hidden_states, args, kwargs)
 
@@ -76,7 +76,7 @@ def _takes(x: torch.Tensor) -> bool:
 
 
 def _known(layer: Any) -> _Layer | None:
-    """The chains of a layer, or None where one of its parts is not what is known."""
+    """The chains of a layer, or None if one of its parts is not known here."""
     m = layer._modules
     norms = [m.get("input_layernorm"), m.get("post_attention_layernorm")]
     mlp, mixer = m.get("mlp"), m.get("linear_attn")
@@ -102,7 +102,7 @@ def _known(layer: Any) -> _Layer | None:
 
 
 class _Chain:
-    """A chain, the buffers that a call gives it, and the matrices that it reads."""
+    """A chain, its buffers for a call, and the matrices that it reads."""
 
     def __init__(self) -> None:
         self.native = native.core.Chain()
@@ -137,7 +137,7 @@ class _Chain:
 
 
 class _Layer:
-    """What is known of a decoder layer, and its chains."""
+    """The known parts of a decoder layer, and its chains."""
 
     def __init__(
         self, layer: Any, norms: list[Any], mlp: Any, dense: list[Any], mixer: Any, projections: list[Any]
@@ -163,7 +163,7 @@ class _Layer:
         self.behind = self._behind(norms[1], dense, projections[-1]) if mixer is not None else None
 
     def _before(self, norm: Any, projections: list[Any]) -> _Chain:
-        """x -> norm -> each projection; without projections x -> norm."""
+        """x -> norm -> each projection; without projections: x -> norm."""
         chain = _Chain()
         x = chain.buffer(self.D, given=True)
         normed = chain.norm(x, norm, self.D)
@@ -198,7 +198,7 @@ class _Layer:
     # ---- A call
 
     def is_as_it_was(self) -> bool:
-        """Whether nobody has hooked, wrapped or replaced a part since."""
+        """Whether no part has been hooked, wrapped or replaced since."""
         return not (
             any(self.hooks)
             or _has_any_global_hook()
@@ -224,10 +224,10 @@ class _Layer:
         return result
 
     def _mixed(self, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor | None:
-        """The mixer's output; None: it is off, or another call."""
+        """The mixer's output. None: it is off, or does not take the call."""
         mixer = self.mixer
         if mixer._forward_hooks or mixer._forward_pre_hooks:
-            return None  # for who looks at the module itself
+            return None  # a hook or a tracer must see the module itself
         rest = {k: v for k, v in given.items() if k not in ("position_embeddings", "position_ids")}
         cache = rest.pop("cache", None)
         if rest.pop("attention_mask", None) is not None:
@@ -241,7 +241,7 @@ class _Layer:
         return mixers.mixed(mixer, self.family, x, cache, rest, project)
 
     def _inner(self, layer: nn.Module, x: torch.Tensor, rows: int, given: dict[str, Any]) -> torch.Tensor:
-        """Attention, or a mixer that is not ours, as the layer calls it."""
+        """Attention or a mixer that is not ours, called as the layer calls it."""
         normed = torch.empty_like(x)
         self.before_module.run(rows, x, normed)
         modules: dict[str, Any] = layer._modules
@@ -263,17 +263,17 @@ def is_silu(module: Any) -> bool:
 
 
 def is_free(module: Any) -> bool:
-    """Whether nobody hooks or wraps a module."""
+    """Whether a module has no hook and no wrapper."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a matrix has no bias, and nobody hooks or wraps it."""
+    """Whether a matrix has no bias, no hook and no wrapper."""
     return module is not None and module._parameters.get("bias") is None and is_free(module)
 
 
 def _is_norm(module: Any) -> bool:
-    """Of these families: one plus the weight, in float32."""
+    """Whether it is a norm of these families: one plus the weight, in float32."""
     weight = None if module is None else module._parameters.get("weight")
     return (
         type(module).__name__ in ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
@@ -293,5 +293,5 @@ def _is_matrix(module: Any) -> bool:
 
 
 def is_packed(module: object) -> bool:
-    """Whether a matrix is in blocks of a file."""
+    """Whether a matrix is held in the blocks of a file."""
     return type(module).__name__ == "GgufLinear"

@@ -1,7 +1,7 @@
-"""Multi-token prediction layers out of a GGUF file, which Transformers' loader leaves there.
+"""Reads multi-token prediction layers from a GGUF file. Transformers' loader skips them.
 
-A file holds them as blocks behind the model's own, `blk.N.*` with `nextn.*` (llama.cpp's src/models/qwen35.cpp).
-Matrices stay in their blocks where the model's do.
+A file holds them as blocks after the model's own, `blk.N.*` with `nextn.*` (llama.cpp's src/models/qwen35.cpp).
+Matrices stay packed if the model's do.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _NAMES = {
     "mtp_block.self_attn.q_norm": "attn_q_norm", "mtp_block.self_attn.k_norm": "attn_k_norm",
     "mtp_block.mlp.gate_proj": "ffn_gate", "mtp_block.mlp.up_proj": "ffn_up", "mtp_block.mlp.down_proj": "ffn_down",
 }  # fmt: skip
-"""Modules of Transformers' MtpLayer: tensors of a block."""
+"""Modules of Transformers' MtpLayer, each with its tensor's name in a block."""
 
 
 def count(metadata: Mapping[str, Any]) -> int:
-    """How many such layers a file has."""
+    """How many MTP layers a file has."""
     return int(metadata.get(f"{metadata['general.architecture']}.nextn_predict_layers", 0))
 
 
 def read(main_model: PreTrainedModel, path: str) -> MtpModel:
-    """The layers of that file, for a model that was loaded from it.
+    """The MTP layers of that file, for a model that was loaded from it.
 
     Raises:
-        ValueError: the file holds them in a form that is not known here.
+        ValueError: the file holds them in an unknown form.
     """
     reader = importlib.import_module("transformers.integrations.gguf.reader")
     main = copy.copy(main_model)
@@ -73,7 +73,7 @@ def read(main_model: PreTrainedModel, path: str) -> MtpModel:
             if tensor is None:
                 raise ValueError(
                     f"generate: requires {at}{_NAMES.get(name, name)}.weight in {path} for use_mtp; got a file "
-                    "without. Use assistant_model or prompt_lookup_num_tokens"
+                    "without it. Use assistant_model or prompt_lookup_num_tokens"
                 )
             _fill(layer, name, module, tensor, dtype, packed)
     return model

@@ -1,9 +1,9 @@
-"""A linear attention layer of Transformers between its projections, as one call of `gated_delta_mixer_`.
+"""Everything between a linear attention layer's projections in Transformers, as one call of `gated_delta_mixer_`.
 
-`fused` wraps a layer's forward: calls that the mixer takes run the layer's own projections and the mixer; all others go
-on to the forward that was there, which finds ours for the rule and the convolution (functions.py). Under
-torch.compile that is every call, because a compiled model is to notice `disable()`, and only the functions' names are
-guarded on.
+`fused` wraps a layer's forward. Calls that the mixer takes run the layer's own projections and the mixer. All others
+fall back to the original forward, which finds ours for the rule and the convolution (functions.py). Under
+torch.compile every call does: torch.compile guards only on the functions' names, and a compiled model must notice
+`disable()`.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ GRADIENT_DEVICES: frozenset[str] = frozenset(
     for device in MIXER_DEVICES
     if any(hasattr(dispatch.mixer_of(n), "gradients") for n in dispatch.PRIORITY[device])
 )
-"""Those whose backend has a backward pass of the mixer."""
+"""Devices whose backend has a backward pass of the mixer."""
 
 
 def fused(
     theirs: Forward, cache_name: str, parts: Family, taken: Counter[str], passed_on: Counter[str]
 ) -> Forward:
-    """A layer's forward that runs the mixer. `theirs` is what takes the calls that the mixer does not."""
+    """A layer's forward that runs the mixer. `theirs` takes the calls that the mixer does not."""
     name = f"{parts.name}.mixer"
     _taken[parts.name] = taken
     stock = advancing(theirs, cache_name)
@@ -115,21 +115,21 @@ def fused(
             _count(name, why_not, taken, passed_on)
         return stock(self, hidden_states, cache, attention_mask, **kwargs)
 
-    forward.__name__ = "forward"  # by which pickle finds it; up to 5.16 Transformers' decorator changes it
+    forward.__name__ = "forward"  # for pickle; up to 5.16 Transformers' decorator changes it
     return forward
 
 
 def _serve(
     self: LinearAttention, parts: Family, x: torch.Tensor, cache: Any, kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """A step of Transformers' continuous batching: packed sequences, their states in blocks of its cache."""
+    """A step of Transformers' continuous batching: packed sequences whose states are in blocks of its cache."""
     allocator = cache.layer_to_allocator[self.layer_idx]
     conv_state, state = allocator.pools[self.layer_idx]
     p = parts.project(self, x)
     out: torch.Tensor | None = None
     for tokens, cu_seqlens, read, written in allocator.rounds(kwargs["write_index"][allocator.index]):
         some = p if tokens is None else _at(p, tokens)
-        if cu_seqlens is None:  # one token each: a row of the batch for every sequence
+        if cu_seqlens is None:  # one token per sequence, each a row of the batch
             some = _rows(some)
         o = _call(
             self, parts, some, conv_state, state,
@@ -145,7 +145,7 @@ def _serve(
 
 
 def _at(p: Projected, tokens: torch.Tensor) -> Projected:
-    """Those of some tokens of the only row."""
+    """The projections of some tokens of the only row."""
     return _each(p, lambda x: x.index_select(1, tokens))
 
 
@@ -166,7 +166,7 @@ def _trains(layer: LinearAttention, x: torch.Tensor) -> bool:
 
 
 def _without_padding(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As Transformers does: padding is zero, and counts as a token."""
+    """Set padding to zero, as Transformers does. It still counts as a token."""
     return (x * mask[:, :, None]).to(x.dtype)
 
 
@@ -223,10 +223,10 @@ def _train(
     cu_seqlens: torch.Tensor | None,
     project: Callable[[torch.Tensor], Projected],
 ) -> torch.Tensor:
-    """As `_mix`, with gradients: the states are made anew, and kept as Transformers keeps them."""
+    """As `_mix`, with gradients: the states are new tensors, kept as Transformers keeps them."""
     held = None if cache is None else cache.layers[self.layer_idx]
     if held is not None and held.has_previous_state[0]:
-        # copies, because the backward pass reads what the end of this step writes over
+        # copies, because the end of this step overwrites what the backward pass reads
         conv_state, state = held.conv_states[0].clone(), held.recurrent_states[0].clone()
     else:
         B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -252,7 +252,7 @@ def _train(
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
-    """Of what the layer's projections make of x."""
+    """The dtype of the projections of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if _is_autocast_enabled(device) else x.dtype
 
@@ -272,7 +272,7 @@ def _call(
 
 
 def _arguments(self: LinearAttention, parts: Family, p: Projected) -> dict[str, Any]:
-    """Of the mixer; conv_weight still [C, 1, W]."""
+    """The mixer's arguments; conv_weight is still [C, 1, W]."""
     conv, norm = self.conv1d, getattr(self, parts.norm)
     return dict(
         g=p.a, beta=p.b, A_log=p.A_log, dt_bias=p.dt_bias, z=p.z, conv_weight=conv.weight, conv_bias=conv.bias,
@@ -282,11 +282,11 @@ def _arguments(self: LinearAttention, parts: Family, p: Projected) -> dict[str, 
 
 
 class _Step:
-    """A call of a layer's mixer, and the next ones like it with as little Python as can be: a decode loop's.
+    """One call of a layer's mixer, and the same call again in a decode loop with as little Python as possible.
 
-    Between two mixers the weights of a layer go through the caches, so that a step meets them cold, and most of its
-    time would go to the objects that the checks of a call touch. Here only what may have changed since the last step
-    is looked at; the extension compares dtypes, shapes and strides.
+    Between two mixers the layer's weights go through the caches. A step then finds objects that the checks of a call
+    touch outside the caches, and would spend most of its time on them. So this looks only at what may have changed
+    since the last step; the extension compares dtypes, shapes and strides.
     """
 
     def __init__(self, layer: LinearAttention, parts: Family, cache: Cache):
@@ -301,20 +301,20 @@ class _Step:
         )
         self.constants = (type(self.conv), type(self.norm), self.norm.variance_epsilon, self.norm.activation)
         self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
-        # The output takes the place of a z that nobody else has, without the 20 us that a new tensor costs between two
-        # layers. torch's own linear layer, and pack()'s, make a new one for each call.
+        # The output reuses the memory of z if nobody else holds it, which saves the 20 us of a new tensor between two
+        # layers. torch's own linear layer, and pack()'s, return a new z for each call.
         self.z = layer._modules.get(parts.z)
         self.in_place = type(self.z) in (torch.nn.Linear, PackedLinear)
 
         self.native: core.MixerStep | None = None
         self.lower_bound: float | None = None
         self.name, self.taken = "", Counter[str]()
-        """Where its calls are counted."""
+        """The family's name and the counter of its calls."""
 
     def mix(
         self, layer: LinearAttention, p: Projected, conv_state: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor | None:
-        """Run the mixer on what `plan` knows, or on a new plan. None: the backend runs no such plans."""
+        """Run the mixer with the native plan, or with a new one. None: the backend has no native plans."""
         q, k, v = (p.qkv, None, None) if type(p.qkv) is _Tensor else unpack_qkv("", p.qkv)
         weights, conv = self.norm._parameters, self.conv._parameters
         known = self.native if p.lower_bound == self.lower_bound else None
@@ -344,7 +344,7 @@ class _Step:
     def takes(
         self, x: torch.Tensor, cache: Cache | None, kwargs: dict[str, object]
     ) -> LinearAttentionLayer | None:
-        """The cache's layer if the call is one more step. Any doubt is a no: None."""
+        """The cache's layer if the call is one more step. None: it is not, or this is unclear."""
         if (
             type(x) is not _Tensor
             or _is_grad_enabled()
@@ -378,7 +378,7 @@ class _Step:
         return result
 
     def advance(self, layer: LinearAttention, p: Projected, held: LinearAttentionLayer) -> torch.Tensor:
-        """The mixer's output for these projections; the cache's states go on."""
+        """The mixer's output for these projections; the cache's states advance."""
         conv_state, state = held.conv_states[0], held.recurrent_states[0]
         out = self.mix(layer, p, conv_state, state)
         return _call(layer, self.parts, p, conv_state, state) if out is None else out
@@ -404,7 +404,7 @@ def mixed(
     kwargs: dict[str, object],
     project: Callable[[torch.Tensor], Projected],
 ) -> torch.Tensor | None:
-    """The mixer's output for who computes a layer's projections elsewhere; None: ours is off, or refuses the call.
+    """The mixer's output for code that computes a layer's projections itself. None: ours is off, or refuses the call.
 
     `project` takes what the layer's own projections take.
     """
@@ -418,7 +418,7 @@ def mixed(
     if _trains(layer, x) or _is_autocast_enabled(x.device.type):
         return None  # the layer's own forward takes these
     if _why_not(layer, parts, x, cache, kwargs, False) is not None:
-        return None  # and is counted when the layer's own forward finds the reason again
+        return None  # counted when the layer's own forward finds the reason again
     name, taken = f"{parts.name}.mixer", _taken[parts.name]
     taken[name] += 1
     keep = functools.partial(_keep, layer, name, taken)
@@ -426,11 +426,11 @@ def mixed(
 
 
 _taken: dict[str, Counter[str]] = {}
-"""Where calls are counted, by the names of families."""
+"""Counters of calls, by the names of families."""
 
 
 def _is_on(layer: nn.Module) -> bool:
-    """Whether a call of the layer comes to our forward, and to nobody else's."""
+    """Whether a call of the layer reaches our forward, without other code around it."""
     own = layer.__dict__
     found = mark(type(layer).forward)
     return found is not None and found.is_on(layer) and "forward" not in own and KEPT not in own
@@ -438,13 +438,13 @@ def _is_on(layer: nn.Module) -> bool:
 
 _Z = Projected._fields.index("z")
 _alone: Callable[[Projected, int], bool] = (lambda p, i: False) if native.core is None else native.core.alone
-"""Whether nobody but `p` holds its tensor `i`, or another one on its memory. A hook, a function mode or who took the
-place of a function between the layer and torch may have kept it: in Python, in C++, or as a view."""
+"""Whether only `p` holds its tensor `i`, and no other tensor shares its memory. A hook, a function mode or a replaced
+function between the layer and torch may have kept it: in Python, in C++, or as a view."""
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 _OPTIONS = _RULE_OPTIONS | _CONV_OPTIONS | {"cu_seqlens", "cu_seq_lens_q", "seq_idx"}
-"""Keywords that a plain step has not."""
+"""Keywords that a plain step does not have."""
 
 
 def _states(
@@ -454,7 +454,7 @@ def _states(
     held: LinearAttentionLayer | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's cached states, made if this is its first call; without a cache zeros that nobody keeps."""
+    """The layer's cached states, made if this is its first call. Without a cache: zeros that are not kept."""
     if held is not None and held.has_previous_state[0]:
         return held.conv_states[0], held.recurrent_states[0]
     B = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -486,7 +486,7 @@ def _why_not(
     kwargs: dict[str, object],
     training: bool,
 ) -> str | None:
-    """The reason to leave a call, of which gradients may be wanted, to the layer's own forward, or None."""
+    """The reason why a call falls back to the layer's own forward, or None. Gradients may be wanted."""
     who = None if quiet() else onlooker()
     if who not in (None, FUNCTION_MODE):  # a function mode sees the mixer as one operator
         return f"{who} looks on"
@@ -503,7 +503,7 @@ def _why_not(
         return f"other modules or parameters than {parts.name} is known for: {', '.join(sorted(holds ^ parts.holds))}"
     conv, norm = self.conv1d, getattr(self, parts.norm)
     if type(conv) is not torch.nn.Conv1d or conv._parameters.get("weight") is None:
-        return f"its conv1d is a {type(conv).__name__}, with a weight of its own making"
+        return f"its conv1d is a {type(conv).__name__}, which may compute its weight"
     if gate is not None and type(gate).__module__ != type(self).__module__:
         return f"its {parts.gate} is a {type(gate).__name__}"
     if not _is_norm(norm, type(self)):
@@ -547,8 +547,8 @@ def _why_not(
 
 
 def _wrapped(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether its forward is not that of its class alone. A hook of accelerate whose module has its weights where x is
-    has nothing to do."""
+    """Whether other code runs around the forward of its class. A hook of accelerate does nothing if the module has its
+    weights on x's device."""
     own = module.__dict__
     if "forward" not in own:
         return False
@@ -566,7 +566,7 @@ _IDLE_HOOKS = ("accelerate.hooks.ModelHook", "accelerate.hooks.AlignDevicesHook"
 
 
 def _is_norm(norm: nn.Module, layer: type) -> bool:
-    """Whether it is the family's own norm, and not one that wraps it or computes its weight."""
+    """Whether it is the family's own norm, neither wrapped nor with a computed weight."""
     kind = type(norm)
     return (
         kind.__module__ == layer.__module__
@@ -585,7 +585,7 @@ def _known_caches() -> tuple[type[Cache], type[LinearAttentionLayer]]:
 def _why_not_cache(
     self: LinearAttention, parts: Family, x: torch.Tensor, cache: Cache, training: bool
 ) -> str | None:
-    """Whether the cache ends a step by copying new states over old ones, and does nothing else with either."""
+    """The reason not to use the cache, or None: it only copies new states over old ones at the end of a step."""
     Cache, Known = _known_caches()
     layers = getattr(cache, "layers", None)
     if layers is None or self.layer_idx >= len(layers):
@@ -604,7 +604,7 @@ def _why_not_cache(
     if held.is_conv_states_initialized[0]:
         conv, state = held.conv_states[0], held.recurrent_states[0]
         if state is None:
-            return "a cache with a conv state alone" if held.has_previous_state[0] else None
+            return "a cache with only a conv state" if held.has_previous_state[0] else None
         if conv.dtype != _dtype(x) or state.dtype not in (torch.float32, torch.bfloat16):
             return f"cached states of {conv.dtype} and {state.dtype}"
         if conv.shape[0] != x.shape[0] or conv.shape[2] < self.conv_kernel_size - 1:

@@ -34,13 +34,13 @@ def check_mtp(model: PreTrainedModel, config: GenerationConfig) -> None:
     if not getattr(text, "num_mtp_layers", None):
         raise ValueError(
             f"generate: requires a model with MTP layers (num_mtp_layers in its config) for use_mtp; got a "
-            f"{type(model).__name__} without. Use assistant_model or prompt_lookup_num_tokens"
+            f"{type(model).__name__} without them. Use assistant_model or prompt_lookup_num_tokens"
         )
     kinds = getattr(text, "mtp_layer_types", None) or ()
     if not kinds and getattr(text, "layer_types", None) is not None:
         raise ValueError(
-            f"generate: requires mtp_layer_types in the config of {type(model).__name__} for use_mtp, since its layers "
-            "are of several kinds; got none. Set model.config.mtp_layer_types, or use prompt_lookup_num_tokens"
+            f"generate: requires mtp_layer_types in the config of {type(model).__name__} for use_mtp, because its "
+            "layers are of several kinds; got none. Set model.config.mtp_layer_types, or use prompt_lookup_num_tokens"
         )
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise ValueError(
@@ -68,12 +68,12 @@ def _count(model: PreTrainedModel, config: GenerationConfig) -> int:
 class Mtp(CandidateGenerator):
     """As Transformers' MTPCandidateGenerator, for any number of drafts; the weights are read once per model.
 
-    The number is `num_assistant_tokens`, of this call or of the model's generation config; without one, it is the
-    number of MTP layers. Beyond those the last layer is used again, as engines do. With `prompt_lookup_num_tokens` as
-    well, so many tokens at most are added of what followed the last three earlier in the text, drafts among them.
+    The number is `num_assistant_tokens` of this call or of the model's generation config, by default the number of MTP
+    layers. For more drafts the last layer is used again, as engines do. With `prompt_lookup_num_tokens`, up to that
+    many tokens are added: those that followed the last three tokens, drafts included, earlier in the text.
 
-    Depth d of the chain reads, in the row of position i, the hidden state of depth d - 1 there and token i + 1 + d.
-    So the last n - 1 rows of n depths have read drafts; unless those were right, they are computed anew.
+    In the row of position i, depth d of the chain reads the hidden state of depth d - 1 there and token i + 1 + d. So
+    with n depths the last n - 1 rows have read drafts. Unless these were right, the rows are computed again.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Mtp(CandidateGenerator):
         self._device = next(self._model.layers.parameters()).device
         self._cache = MtpCache(config=self._model.config)
         last = main_model.config.get_text_config(decoder=True).num_hidden_layers
-        # Before it could be asked for single ones, Transformers counted layers here, without what the first one reads.
+        # Older Transformers cannot return single layers. It counts layers here, without the input of the first one.
         self.hidden_states = [0, last] if hasattr(output_capturing, "resolve_hidden_states_indices") else True
-        """What it needs of each forward: what the first layer reads, and the last hidden state."""
+        """What each forward must return: the input of the first layer, and the last hidden state."""
         self._hidden = self._next = torch.empty(0)
-        """At the last positions [1, n, hidden]: the hidden state, and the embedding of the token behind."""
+        """At the last positions [1, n, hidden]: the hidden state, and the embedding of the next token."""
         self._do_sample = generation_config.do_sample
         self._needs_logits = (
             self._do_sample or getattr(generation_config, "assistant_ensemble_weight", None) is not None
@@ -117,8 +117,8 @@ class Mtp(CandidateGenerator):
         n_last_matches: int = 0,
         **_: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All tokens and the drafts behind them, and the drafts' logits if they are needed."""
-        # At first there is no hidden state to draft from: the prompt goes without drafts.
+        """All tokens with the drafts after them, and the drafts' logits if they are needed."""
+        # The prompt has no drafts: there is no hidden state yet to draft from.
         if is_first_iteration or input_ids.shape[1] + 1 >= self._max_length:
             return input_ids, None
         embeds, known = (model_outputs.hidden_states[i].to(self._device) for i in (0, -1))
@@ -127,7 +127,7 @@ class Mtp(CandidateGenerator):
         if not self._hidden.numel():
             self._hidden, self._next = known, torch.cat((embeds[:, 1:], following), 1)
         else:
-            known = known[:, : n_last_matches + 1]  # those behind are of drafts that were wrong
+            known = known[:, : n_last_matches + 1]  # the later ones are of drafts that were wrong
             if n_last_matches < self._count - 1:
                 redo = min(self._count - 1, self._hidden.shape[1])
                 self._cache.crop(-redo)
@@ -160,12 +160,12 @@ class Mtp(CandidateGenerator):
 
 
 class Lookup:
-    """What followed the same tokens earlier in a text; the latest place counts.
+    """Finds what followed the same tokens earlier in a text, at the latest such place.
 
     Args:
         tokens: the text.
-        most: how many tokens `after` gives.
-        ends: tokens that nothing is to follow.
+        most: the most tokens that `after` returns.
+        ends: tokens before which a result stops.
         match: how many tokens must be the same.
     """
 
@@ -173,17 +173,17 @@ class Lookup:
         self.tokens: list[int] = []
         self._most, self._ends, self._match = most, ends, match
         self._places: dict[tuple[int, ...], int] = {}
-        """Where the text went on after `match` tokens."""
+        """Positions after each run of `match` tokens."""
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        """The text goes on."""
+        """Append tokens to the text."""
         for token in tokens:
             self._places[tuple(self.tokens[-self._match :])] = len(self.tokens)
             self.tokens.append(token)
 
     def after(self, drafts: list[int], room: int) -> list[int]:
-        """What may follow the text and these drafts: as many tokens as there is room for, or fewer."""
+        """What may follow the text and these drafts, at most `room` tokens."""
         last = (*self.tokens[-self._match :], *drafts)[-self._match :]
         place = self._places.get(last)
         if place is None or len(last) < self._match or any(token in self._ends for token in drafts):
@@ -201,7 +201,7 @@ class Lookup:
 
 
 class _MtpModel(MtpModel):
-    """Transformers' own, for any number of drafts; what its layers share is computed once per round."""
+    """Transformers' own, for any number of drafts. What its layers share is computed once per round."""
 
     def draft(
         self,
@@ -213,11 +213,11 @@ class _MtpModel(MtpModel):
         do_sample: bool,
         logits_processor: LogitsProcessorList,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a token per layer to all tokens [1, L]; returns them and the logits [1, drafts, vocabulary].
+        """Add one token per layer to all tokens [1, L]; returns them and the logits [1, drafts, vocabulary].
 
-        `hidden` [1, rows, hidden] belongs to the last tokens but one, `embeds` (of the same shape) and `position_ids`
-        [1, rows] to the last ones. With images the positions have three axes more, or four, the first of which is that
-        of the text. The same as MtpModel.forward, whose logits go without the processors in Transformers 5.15.
+        `hidden` [1, rows, hidden] belongs to the tokens before the last ones, `embeds` (same shape) and `position_ids`
+        [1, rows] to the last ones. With images, positions have a leading axis of three, or of four whose first is the
+        text's. Same as MtpModel.forward, which does not pass the logits through the processors in Transformers 5.15.
         """
         rows, depth = hidden.shape[1], len(self.layers)
         ahead = torch.arange(1, depth, device=position_ids.device)
@@ -244,7 +244,7 @@ class _MtpModel(MtpModel):
                     else {}
                 )
                 angles = self.rotary_emb(embeds, position_ids=position_ids[..., i : i + rows], **kind)
-            # All layers see as many tokens, and attention layers have as many in the cache.
+            # All layers see the same number of tokens, and attention layers have as many in the cache.
             if masks is None or not self._alike(i, cache):
                 masks = self.create_masks_for_mtp_layer(i, embeds, cache, positions)
             hidden = layer(
@@ -271,7 +271,7 @@ class _MtpModel(MtpModel):
         return input_ids, torch.stack(found, 1)
 
     def _alike(self, layer: int, cache: Cache) -> bool:
-        """Whether the mask of a layer is that of the layer before."""
+        """Whether a layer has the same mask as the layer before."""
         kinds = self.config.layer_types
         return (
             (kinds is None or kinds[layer] == kinds[layer - 1] == "full_attention")
@@ -281,12 +281,12 @@ class _MtpModel(MtpModel):
 
 
 _mtp_models: weakref.WeakKeyDictionary[nn.Module, dict[int, _MtpModel]] = weakref.WeakKeyDictionary()
-"""Per decoder: its MTP model by the number of drafts. Reading the weights takes as long as generating some text."""
+"""By decoder, then by the number of drafts. Reading the weights takes as long as generating some text."""
 _reading = threading.Lock()
 
 
 def _mtp_model(main_model: PreTrainedModel, count: int) -> _MtpModel:
-    """The MTP model for so many drafts, of this call alone: its layers are shared, and nobody changes them."""
+    """An MTP model for `count` drafts, for this call only. Its layers are shared and never changed."""
     decoder = main_model.get_decoder()
     weight = _floating(decoder.layers[-1])
     trained = main_model.config.get_text_config(decoder=True).num_mtp_layers
@@ -301,12 +301,12 @@ def _mtp_model(main_model: PreTrainedModel, count: int) -> _MtpModel:
         if count not in known:
             known[count] = _of_depth(known[trained], count)
         model: _MtpModel = copy_for_call(known[count])
-    model.tie_with_main_model(main_model)  # whose embeddings or head may be others by now
+    model.tie_with_main_model(main_model)  # its embeddings or head may have been replaced
     return model
 
 
 def read(main_model: PreTrainedModel) -> MtpModel:
-    """The MTP layers that lie with the weights of a model.
+    """The MTP layers that are stored with the weights of a model.
 
     Raises:
         ValueError: there are none, or they cannot be read.
@@ -343,13 +343,13 @@ def _read(main_model: PreTrainedModel, weight: torch.Tensor) -> _MtpModel:
             f"generate: requires the weights of the MTP layers beside those of the model for use_mtp; got: "
             f"{' '.join(str(error).split())}. Use assistant_model or prompt_lookup_num_tokens"
         ) from error
-    model.__class__ = _MtpModel  # only now: weights are found for Transformers' own classes
+    model.__class__ = _MtpModel  # after loading: weights are found for Transformers' own classes only
     own: _MtpModel = model
     return own
 
 
 def _of_depth(base: _MtpModel, count: int) -> _MtpModel:
-    """The same weights for `count` drafts: the first layers, or all and the last one again and again."""
+    """The same weights for `count` drafts: the first layers, or all of them and then the last one repeatedly."""
     last = len(base.layers) - 1
     model: _MtpModel = copy_for_call(base)
     model.config = config = copy.deepcopy(base.config)
@@ -359,7 +359,7 @@ def _of_depth(base: _MtpModel, count: int) -> _MtpModel:
             setattr(config, name, [*types[:count], *[types[-1]] * (count - len(types))])
     layers = list(base.layers[:count])
     shared = {id(x): x for x in (*base.layers[last].parameters(), *base.layers[last].buffers())}
-    for index in range(len(layers), count):  # only its place in the cache is its own
+    for index in range(len(layers), count):  # a copy that differs only in its place in the cache
         layer = copy.deepcopy(base.layers[last], dict(shared))
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

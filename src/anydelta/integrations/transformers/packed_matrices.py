@@ -1,14 +1,14 @@
-"""Runs the matrices of a model on a CPU through torch's oneDNN, on weights in oneDNN's layout.
+"""Runs a model's matrices on a CPU through torch's oneDNN, on weights in oneDNN's layout.
 
     packed = pack(model)       # on from here; a copy of every nn.Linear's weight
-    with packed: ...           # on for the length of a block; packed.off(), packed.on()
+    with packed: ...           # on until the end of the block; packed.off(), packed.on()
 
 A decode step is mostly one row times each weight. torch's F.linear gives float32 to MKL, which multiplies one row on
-one thread; oneDNN, which torch includes for torch.compile, uses all threads (`anydelta bench matrices`). The sums
-are the same except for their order.
+one thread. oneDNN, which torch includes for torch.compile, uses all threads (`anydelta bench matrices`). The sums are
+the same except for their order.
 
-That is not so on every CPU: with AMX, torch's own bfloat16 matrices are as fast or faster. So each shape is measured
-first, for one row and for many, and is packed only for what that makes faster.
+oneDNN is not faster on every CPU. With AMX, torch's own bfloat16 matrices are as fast or faster. So each shape is
+measured first, for one row and for many, and a layer is packed only for the numbers of rows where that helps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 GAIN = 1.05
-"""How many times as fast packed weights must be to be worth their memory."""
+"""How much faster packed weights must be to justify their memory."""
 
 ROWS = (1, 64)
 """Rows for which a shape is measured: a decode step, and a prompt."""
@@ -29,9 +29,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Linear):
-    """nn.Linear with a second copy of its weight; calls that need a gradient, or are traced, take the first.
-
-    So do those of more rows than `_most_rows`, where that is not None.
+    """nn.Linear with a second copy of its weight. Some calls use the first copy: those that need a gradient, that are
+    traced, or that have more rows than `_most_rows` (unless that is None).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,12 +59,12 @@ class PackedLinear(nn.Linear):
         return out
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and files hold the weight once: the packed form has no storage that either could take."""
+        """Copies and files hold the weight once: the packed form has no storage to copy."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_most_rows")}
 
 
 def _stamp(weight: torch.Tensor) -> tuple[int, int]:
-    """Changes with every write that autograd sees, and with the memory. (Writes through `.data` are not seen.)"""
+    """Changes with every write that autograd sees, and if the memory changes. It misses writes through `.data`."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
@@ -75,7 +74,7 @@ def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
 
 
 class Packed:
-    """Which layers of a model are packed, and the switch. Their copies of the weights live as long as this."""
+    """The packed layers of a model, and the switch. Their copies of the weights live as long as this object."""
 
     def __init__(self, layers: list[nn.Linear], most_rows: list[int | None]):
         self.layers, self._most_rows = layers, most_rows
@@ -106,9 +105,9 @@ class Packed:
 def pack(model: nn.Module) -> Packed:
     """Pack the nn.Linear layers of a model that are on the CPU in float32 or bfloat16, and use them from now on.
 
-    Only layers that this makes faster here, on as many threads as torch has now: each shape is measured, which takes
-    some tenths of a second. Doubles the memory of those weights; training and torch.compile go on to use the
-    weights as they were. A weight that is written or replaced is packed anew when it is next used.
+    It packs only layers that this makes faster here, with torch's present number of threads. Each shape is measured,
+    which takes some tenths of a second. Packing doubles the memory of these weights. Training and torch.compile still
+    use the original weights. A weight that is written or replaced is packed again at its next use.
 
     Raises:
         TypeError, ValueError: `model` is no torch.nn.Module, or has no such layer.
@@ -149,7 +148,7 @@ def pack(model: nn.Module) -> Packed:
 
 
 def faster(layer: nn.Linear, rows: int) -> bool:
-    """Whether so many rows times the weight are GAIN times as fast on a packed copy; measured interleaved."""
+    """Whether `rows` rows times the weight are GAIN times as fast on a packed copy. Both are measured interleaved."""
     weight = layer.weight.detach()
     x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
     packed = _packed(weight)[0]

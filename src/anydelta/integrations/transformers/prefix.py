@@ -1,12 +1,12 @@
-"""Prefix checkpoints: the common beginning of prompts is computed once.
+"""Prefix checkpoints: a beginning that prompts share is computed once.
 
     store = PrefixStore(model)
     cache = store.cache_for(ids)                             # runs what no checkpoint covers, and keeps the result
     out = model.generate(ids, past_key_values=cache)
     store.add(out, cache)                                    # the next turn begins after the answer
 
-A hybrid model's cache cannot be cut back to a shared prefix like a KV cache: the recurrent state at that point must be
-kept. A checkpoint holds it, with the convolution windows and the attention layers' keys and values.
+A hybrid model's cache cannot be cut back to a shared prefix as a KV cache can: the recurrent state at that point must
+be kept. A checkpoint holds it, with the convolution windows and the attention layers' keys and values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PARTNER = {
     "keys": "values", "values": "keys", "indexer": "keys", "positions": "indexer", "conv": "recurrent",
     "recurrent": "conv",
 }  # fmt: skip
-"""Tensors that come in pairs; windows after the first stand alone."""
+"""Tensors that come in pairs. Windows after the first have no partner."""
 _FACTS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
@@ -54,12 +54,12 @@ _MORE = (
     "index_kpool", "index_n_heads", "indexer_types", "indexer_budget", "indexer_compress_ratio", "indexer_n_heads",
     "ple_layer_ids", "ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "seed",
 )  # fmt: skip
-"""The same for later families: they count if a config has them, so that older digests stay valid."""
+"""The same for later families. They count only if a config has them, so that older digests stay valid."""
 _GROWING = (DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer))
 """Attention layers that keep all tokens."""
 _INDEXER = {"indexer": "indexer_keys", "positions": "indexer_position_ids"}
 _lock = threading.Lock()
-"""Guards the lists of all stores; models run without it. (A lock inside a store would prevent copies of it.)"""
+"""Guards the lists of all stores; models run without it. (Stores with their own locks could not be copied.)"""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Checkpoint:
 
     tokens: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
-    """By "layer.keys", "layer.values", "layer.indexer" and "layer.positions" (of attention that chooses its tokens),
-    "layer.conv.i" and "layer.recurrent.i"; the batch is one row."""
+    """By name: "layer.keys", "layer.values", "layer.indexer" and "layer.positions" (of attention that chooses its
+    tokens), "layer.conv.i" and "layer.recurrent.i". The batch is one row."""
     model: str | None = None
     """`fingerprint` of its model's config; None if unknown."""
     file: str | None = None
@@ -77,17 +77,18 @@ class Checkpoint:
 
     @classmethod
     def take(cls, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
-        """The cache as it is now. `input_ids` [1, T] begins with the tokens that it holds.
+        """The cache as it is now. `input_ids` [1, T] begins with the tokens that the cache holds.
 
         States are copied. Keys and values are not: a DynamicCache appends to copies of them.
 
         Raises:
-            ValueError: the cache is empty, holds more tokens, more than one row, or layers of another kind.
+            ValueError: the cache is empty, holds more tokens than `input_ids`, more than one row, or layers of another
+                kind.
         """
         held = cache.get_seq_length()
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < held <= input_ids.shape[1]:
             raise ValueError(
-                f"Checkpoint: requires input_ids [1, T] that begin with the cache's {held} tokens, one at least; got "
+                f"Checkpoint: requires input_ids [1, T] that begin with the cache's {held} tokens, at least one; got "
                 f"{tuple(input_ids.shape)}"
             )
         tensors: dict[str, torch.Tensor] = {}
@@ -125,7 +126,7 @@ class Checkpoint:
         return sum(x.nbytes for x in self.tensors.values())
 
     def cache(self, config: PreTrainedConfig, rollback: int = ROLLBACK) -> RollbackCache:
-        """A new cache that goes on from here; `config` is the model's.
+        """A new cache that continues from here; `config` is the model's.
 
         Raises:
             ValueError: the checkpoint is of another model.
@@ -162,7 +163,7 @@ class Checkpoint:
         return cache
 
     def check(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
-        """Whether a model with this config, and of this dtype, can go on from here.
+        """Whether a model with this config, and of this dtype, can continue from here.
 
         Raises:
             ValueError: it cannot.
@@ -186,8 +187,8 @@ class Checkpoint:
     def _refuse(self, text: PreTrainedConfig, got: str) -> NoReturn:
         where = "" if self.file is None else f"{self.file}, "
         raise ValueError(
-            f"Checkpoint: requires the states of a {text.model_type} model with this very config; got {where}{got}. "
-            "Take the checkpoint anew with this model"
+            f"Checkpoint: requires the states of a {text.model_type} model with exactly this config; got {where}{got}. "
+            "Take a new checkpoint with this model"
         )
 
     def save(self, path: str | Path) -> None:
@@ -202,7 +203,7 @@ class Checkpoint:
     def load(
         cls, path: str | Path, device: str | torch.device = "cpu", config: PreTrainedConfig | None = None
     ) -> Checkpoint:
-        """Read a file of `save`, for the model with this config; without a config, `cache` compares it.
+        """Read a file of `save`, for the model with this config. Without a config, `cache` compares it later.
 
         Raises:
             ValueError: there is no such file, or it is not a complete file of `save` with finite numbers, or it is of
@@ -269,7 +270,7 @@ def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int,
     keys = values = [(heads, D)]
     if (
         rank := getattr(config, "kv_lora_rank", None)
-    ) is not None:  # latent attention: as it is, or spread out
+    ) is not None:  # latent attention: compressed, or expanded
         rope = config.qk_rope_head_dim
         keys = [(1, rank), (heads, config.qk_nope_head_dim + rope)]
         values = [(1, rope), (heads, config.v_head_dim)]
@@ -281,7 +282,7 @@ def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int,
             found[f"{i}.recurrent.0"] = ((1, HV, K, V),)
             if i + 1 in (
                 getattr(config, "ple_layer_ids", None) or ()
-            ):  # qwen4_exp's n-grams: values, and tokens
+            ):  # qwen4_exp's n-grams: values and tokens
                 width = (config.ple_conv_kernel_size - 1) * config.ngram_size
                 found[f"{i}.conv.1"] = ((1, config.hc_count * config.hidden_size, width),)
                 found[f"{i}.conv.2"] = ((1, config.ngram_size - 1),)
@@ -295,27 +296,27 @@ def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int,
         ):
             own = getattr(
                 config, "indexer_head_dim", None
-            )  # glm5_next: keys, scores and whether there is a token
+            )  # glm5_next: keys, scores, and whether there is a token
             found[f"{i}.indexer"] = ((1, tokens, own or 2 * config.index_head_dim + 1),)
-            if own and not chosen:  # qwen4_exp: of all layers together
+            if own and not chosen:  # qwen4_exp: one for all layers
                 found[f"{i}.positions"] = ((3, 1, tokens),)
             chosen = True
     return found
 
 
 def _length(kind: str, x: torch.Tensor) -> int:
-    """The tokens of an attention layer's tensor."""
+    """The number of tokens in an attention layer's tensor."""
     return x.shape[{"indexer": 1, "positions": 2}.get(kind, -2)]
 
 
 class PrefixStore:
-    """Checkpoints of one model, found by the first tokens of a prompt; the least recently used are dropped first.
+    """Checkpoints of one model, found by the first tokens of a prompt. The least recently used are dropped first.
 
     Threads may share one.
 
     Args:
-        model: one that generates, of a family that anydelta knows.
-        max_bytes: the most that all checkpoints may take; None: no limit.
+        model: a model that generates, of a family that anydelta knows.
+        max_bytes: the most that all checkpoints may take. None: no limit.
         rollback: of the caches that it returns.
     """
 
@@ -335,7 +336,7 @@ class PrefixStore:
             return sum(c.nbytes for c in self._kept.values())
 
     def add(self, input_ids: torch.Tensor, cache: RollbackCache) -> Checkpoint:
-        """Keep the cache as it is now; `input_ids` [1, T] begins with the tokens that it holds."""
+        """Keep the cache as it is now; `input_ids` [1, T] begins with the tokens that the cache holds."""
         return self.put(Checkpoint.take(input_ids, cache))
 
     def put(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -358,14 +359,14 @@ class PrefixStore:
         """The longest checkpoint that is a prefix of these tokens [1, T] and leaves at least one to run.
 
         Raises:
-            ValueError: other tokens than one row of integers.
+            ValueError: `input_ids` is not one row of integers.
         """
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
             got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             raise ValueError(f"PrefixStore: requires input_ids [1, T]; got {got}")
         if input_ids.is_floating_point() or not input_ids.shape[1]:
             raise ValueError(
-                f"PrefixStore: requires input_ids [1, T] of integers, one at least; got {input_ids.dtype} "
+                f"PrefixStore: requires input_ids [1, T] of integers, at least one; got {input_ids.dtype} "
                 f"{list(input_ids.shape)}"
             )
         tokens = tuple(input_ids[0].tolist())
@@ -378,9 +379,9 @@ class PrefixStore:
             return self._kept[best]
 
     def cache_for(self, input_ids: torch.Tensor) -> RollbackCache:
-        """A cache that holds all of these tokens [1, T] but the last, for `generate` to go on from.
+        """A cache that holds all of these tokens [1, T] except the last, for `generate` to continue from.
 
-        What lies behind the nearest checkpoint is run, and kept as another.
+        Tokens after the nearest checkpoint are run, and the result is kept as another checkpoint.
 
         Raises:
             ValueError: as `find`.

@@ -1,11 +1,11 @@
 """Transformers' continuous batching (generate_batch, ContinuousBatchingManager, transformers serve) for hybrid models.
 
-Its cache gives each kind of layer an allocator of blocks. Here is the one for linear attention: a block holds the
-convolution windows and the states of all those layers for one request, a row of a pool per layer. A step is a packed
-batch; where each sequence's row lies travels in `write_index`, which Transformers hands down as it is.
+Its cache gives each kind of layer an allocator of blocks. Here is the one for linear attention. A block holds the
+convolution windows and the states of all those layers for one request: one row in a pool per layer. A step is a packed
+batch. `write_index`, which Transformers passes on unchanged, says where each sequence's row is.
 
-A prompt's states are kept at every INTERVAL-th token, as long as there is room: a call reads one row and writes another
-(`snapshot_indices`), so that nothing is copied. Prompts that begin alike go on from there.
+A prompt's states are kept at every INTERVAL-th token while there is room. A call reads one row and writes another
+(`snapshot_indices`), so nothing is copied. Prompts with the same beginning continue from there.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 LINEAR = "linear_attention"
 INTERVAL = 256
-"""Tokens between two kept states, at least; a multiple of the page size."""
+"""The least number of tokens between two kept states; a multiple of the page size."""
 ALIGNED = 64
-"""Bytes at whose multiples windows and states begin."""
+"""Windows and states begin at multiples of this many bytes."""
 ZEROS = 0
-"""The block of Transformers' read trash: zeros that nobody writes, from which a new request begins."""
+"""The block of Transformers' read trash. It is always zero, and new requests begin from it."""
 SOURCE = 1 << 31
-"""A place in write_index is SOURCE * the block that is read + the block that is written."""
+"""A place in write_index is SOURCE * the block to read + the block to write."""
 
 
 class Sizes(NamedTuple):
-    """Of a layer's states."""
+    """The sizes of a layer's states."""
 
     C: int
     HV: int
@@ -52,11 +52,11 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Sizes:
-        """What a config says of its linear attention.
+        """The sizes of a config's linear attention.
 
         Raises:
-            ValueError: it says it in words that are not known here, or its other layers do not fit into Transformers'
-                cache.
+            ValueError: the config names them in a way that is not known here, or its other layers do not fit into
+                Transformers' cache.
         """
         if getattr(config, "kv_lora_rank", None):
             raise ValueError(
@@ -79,19 +79,19 @@ class Sizes(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Sequences that can run beside each other."""
+    """Sequences that can run in one call."""
 
     tokens: torch.Tensor | None
-    """Where their tokens lie, or None: all of them, in order."""
+    """Positions of their tokens. None: all tokens, in order."""
     cu_seqlens: torch.Tensor | None
-    """int32, or None: one token each."""
+    """int32. None: one token per sequence."""
     read: torch.Tensor
     written: torch.Tensor | None
-    """[1, N], or None: the rows that are read."""
+    """[1, N]. None: the rows that are read."""
 
 
 class LinearAttentionCacheAllocator(CacheAllocator):
-    """A request has a block of its own from its first step on, and reads its state there or where a prefix was kept."""
+    """A request has its own block from its first step on. It reads its state there, or where a prefix was kept."""
 
     supports_block_sharing = True
     supports_block_table = False
@@ -124,7 +124,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
             bytes_per_page=0,
             allow_block_sharing=allow_block_sharing,
         )
-        # A block is not cut into pages: its layers lie as this class wants them.
+        # A block is not cut into pages: this class chooses where its layers are.
         self.pages_per_block, self.tokens_per_block = 1, self.tokens_per_page
         self.block_physical_stride = self.rows_per_token * self.tokens_per_block
         self.bytes_per_page = self.bytes_per_block = _block_bytes(
@@ -133,9 +133,9 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self.own: dict[str, int] = {}
         """The block of each request."""
         self.kept: dict[str, int] = {}
-        """Where the state of a request is instead, if that is a block that others may read."""
+        """The block with a request's state, if it is one that other requests may read."""
         self.new: dict[str, dict[int, int]] = {}
-        """Blocks that take the state after so many tokens, in the step that is under way."""
+        """Blocks that receive the state after a number of tokens, in the current step."""
         self._rounds: tuple[object, list[Round]] | None = None
 
     def register_cache_tensor(
@@ -176,7 +176,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self._tell(request_id)
 
     def _room(self) -> bool:
-        """Whether there is a block for a state that is kept: a bonus, for which half of the memory is left alone."""
+        """Whether there is a block for a kept state. Kept states are optional: they leave half of the memory free."""
         if (
             not self.pool.count_free_blocks(self.index)
             and 2 * self.pool.num_free_sectors > self.pool.num_sectors
@@ -194,12 +194,12 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self.pool.free_blocks(self.index, freed)
 
     def _tell(self, request_id: str) -> None:
-        """The table that offloading and forks read: the block with the state is its first one."""
+        """Update the table that offloading and forks read: the block with the state is the first one."""
         blocks = (self.kept.get(request_id), self.own.get(request_id))
         self.block_table[request_id] = [block for block in blocks if block is not None]
 
     def _keep(self, request_id: str, block: int | None) -> None:
-        """The request's state is in that block, which it refers to, or in its own."""
+        """Set the block of a request's state: one that is referred to, or for None its own."""
         before = self.kept.pop(request_id, None)
         if block is not None:
             self.kept[request_id] = block
@@ -207,7 +207,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
             self.pool.free_blocks(self.index, [before])
         self._tell(request_id)
 
-    # ---- Forks: a state is one request's alone
+    # ---- Forks: a state belongs to one request
 
     def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
         return 0
@@ -226,7 +226,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
     # ---- Prefixes
 
     def match_prefix_blocks(self, prompt_ids: list[int]) -> list[int | None]:
-        """The blocks after each INTERVAL of the prompt, None where there is none, up to the last that there is."""
+        """The blocks after each INTERVAL of the prompt, up to the last one that exists; None where one is missing."""
         found: list[int | None] = []
         last, parent, every = 0, None, self.tokens_per_page
         for i in range((len(prompt_ids) - 1) // every):
@@ -241,7 +241,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self._keep(request_id, block)
 
     def mark_complete_blocks(self, request_id: str, token_ids: list[int], new_new_blocks: int) -> None:
-        """Give the states that the last step kept to other requests."""
+        """Share the states that the last step kept with other requests."""
         new = self.new.pop(request_id, {})
         parent, at, every = None, 0, self.tokens_per_page
         for end, block in sorted(new.items()):
@@ -252,7 +252,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
             read = self.kept.get(request_id) == block
             if read and other is not None:
                 self.ledger.acquire(other)
-                self._keep(request_id, other)  # and let go of the twin
+                self._keep(request_id, other)  # and release the duplicate
             elif not read and self.ledger.release(block):
                 self.pool.free_blocks(self.index, [block])
 
@@ -265,7 +265,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         return []
 
     def get_write_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
-        """A place for each token: whence the piece of the sequence that it is in reads, and where it writes."""
+        """A place for each token: the block that its piece of the sequence reads, and the one that it writes."""
         own = self.own[request_id]
         read = self.kept.get(request_id, own if past_length else ZEROS)
         at, end, places = past_length, past_length + query_length, []
@@ -273,7 +273,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
             places += [SOURCE * read + block] * (stop - at)
             at, read = stop, block
         places += [SOURCE * read + own] * (end - at)
-        # Where the step ends on a kept state, the next one reads it there.
+        # If the step ends on a kept state, the next step reads it there.
         self._keep(request_id, read if at == end else None)
         return places
 
@@ -289,7 +289,7 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         raise NotImplementedError("linear attention has no keys and values")
 
     def rounds(self, write_index: torch.Tensor) -> list[Round]:
-        """The pieces of a step's sequences, those that wait for others after them. Read once for all layers."""
+        """The pieces of a step's sequences; a later piece waits for the earlier one. Read once for all layers."""
         key = (write_index.data_ptr(), write_index.numel(), write_index._version)
         if self._rounds is None or self._rounds[0] != key:
             self._rounds = (key, _rounds(write_index))
@@ -331,7 +331,7 @@ def _up(n: int, to: int) -> int:
 
 
 def _block_bytes(least: int, others: list[int]) -> int:
-    """A size of at least so many bytes, for which the least common multiple with those of others stays small."""
+    """A size of at least `least` bytes, whose least common multiple with the other sizes stays small."""
     other = max(others, default=ALIGNED)
     if other <= least:
         return _up(least, other)
@@ -339,7 +339,7 @@ def _block_bytes(least: int, others: list[int]) -> int:
     return other // parts
 
 
-# ---- What is put into Transformers
+# ---- Patches of Transformers
 
 
 class Entry(Patch):
@@ -358,7 +358,7 @@ class Entry(Patch):
 
 
 def patches(place: Place) -> Iterator[Patch]:
-    """All that `enable()` puts in place."""
+    """Everything that `enable()` replaces."""
 
     def patch(owner: type, name: str, make: Callable[[Any], Callable[..., Any]]) -> Patch:
         return Patch(owner, name, lambda theirs: guarded(theirs, make(theirs), place, name=name))
@@ -369,7 +369,7 @@ def patches(place: Place) -> Iterator[Patch]:
 
 
 def _with_lengths(theirs: Callable[..., None]) -> Callable[..., None]:
-    """Transformers' inputs name the lengths and masks of two kinds of layers only."""
+    """Add lengths and masks of linear attention: Transformers' inputs name those of two kinds of layers only."""
 
     def setup(self: Any, *args: Any, **kwargs: Any) -> None:
         theirs(self, *args, **kwargs)
@@ -378,7 +378,7 @@ def _with_lengths(theirs: Callable[..., None]) -> Callable[..., None]:
         lengths = torch.zeros(self.max_requests_per_batch + 1, dtype=torch.int32, device=self.device)
         self.cumulative_seqlens_k[LINEAR] = lengths
         self.total_seqlen_k[LINEAR] = self.max_length_k[LINEAR] = 0
-        if self.attention_mask is not None:  # a mask that nobody reads
+        if self.attention_mask is not None:  # nobody reads this mask
             self.attention_mask[LINEAR] = torch.empty(
                 (1, 1, 0, 0), dtype=self.model_dtype, device=self.device
             )
@@ -387,7 +387,7 @@ def _with_lengths(theirs: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_prefixes(theirs: Callable[..., int]) -> Callable[..., int]:
-    """The longest prefix for which keys and values are there, and a state at its end."""
+    """The longest prefix that has keys and values, and a state at its end."""
 
     def search(self: Any, request_id: str, prompt_ids: list[int]) -> int:
         linear = self.cache_allocators.get(LINEAR)

@@ -1,7 +1,7 @@
 """vLLM's plug-in: its gated delta layers on CPUs run as `gated_delta_mixer_`. See docs/serving.md.
 
-vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. The variable
-ANYDELTA_VLLM says what it does:
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. The environment
+variable ANYDELTA_VLLM chooses what it does:
 
     unset or 1   the layers of Qwen3-Next, Qwen3.5, OLMo-Hybrid, Kimi-Linear and Ling 3, on CPUs
     cuda         on a GPU, the chunked rule of Qwen3-Next and Qwen3.5
@@ -22,7 +22,7 @@ _done = False
 
 
 def register() -> None:
-    """Take the gated delta layers of the vLLM in this process, once. A vLLM that does not fit is left as it is."""
+    """Replace the gated delta layers of this process's vLLM, once. An unsupported vLLM stays unchanged."""
     global _done
     if _done:
         return
@@ -46,6 +46,6 @@ def register() -> None:
         else:
             return
     except (ImportError, AttributeError, LookupError) as error:
-        log.warning("anydelta: this vLLM is left as it is: %s", error)
+        log.warning("anydelta: this vLLM stays unchanged: %s", error)
         return
-    log.info("anydelta: runs %s. %s=0 leaves it out.", ", ".join(names), VARIABLE)
+    log.info("anydelta: runs %s. %s=0 turns it off.", ", ".join(names), VARIABLE)

@@ -1,8 +1,8 @@
-"""A gated delta layer of vLLM between its projections: convolution, gates, rule and gated norm of one step.
+"""The part of a vLLM layer between its projections: convolution, gates, rule and gated norm, for one step.
 
-`run` takes the pools as vLLM keeps them, pages of any stride, and a step (step.py). Plain sequences are one call of
-`gated_delta_mixer_`, whatever mixture of prefills and decodes they are. Drafted ones read their windows at an offset,
-which the mixer has no word for: torch convolves them, a few tokens each, and `gated_delta_rule_` writes their states.
+`run` takes the pools as vLLM keeps them, pages of any stride, and a step (step.py). Plain sequences, any mixture of
+prefills and decodes, are one call of `gated_delta_mixer_`. Drafted sequences read their windows at an offset, which the
+mixer does not support: torch convolves these few tokens, and `gated_delta_rule_` writes their states.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ...rule.op import gated_delta_rule_
 from .step import Drafted, Plain, Step
 
 EPS = 1e-6
-"""Of the norms of q and k, as Transformers has it."""
+"""The eps of the norms of q and k, as in Transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a layer knows beside its projections. H heads of q and k, HV of v, C = 2 H K + HV V channels."""
+    """A layer's parameters outside its projections. H heads of q and k, HV of v, C = 2 H K + HV V channels."""
 
     conv_weight: torch.Tensor
     """[C, W]"""
     A_log: torch.Tensor
     """[HV]"""
     dt_bias: torch.Tensor
-    """[HV], of KDA [HV * K]"""
+    """[HV], for KDA [HV * K]"""
     norm_weight: torch.Tensor
     """[V]"""
     norm_eps: float
@@ -41,19 +41,19 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A layer's projections, rows of tokens; views are fine."""
+    """A layer's projections, a row per token. They may be views."""
 
     qkv: torch.Tensor | tuple[torch.Tensor, ...]
     """[T, C], or three arrays [T, groups, heads / groups * width]"""
     g: torch.Tensor
-    """[T, HV], of KDA [T, HV, K]: before its activation"""
+    """[T, HV], for KDA [T, HV, K]: before its activation"""
     beta: torch.Tensor
     """[T, HV]: a logit"""
     z: torch.Tensor
     """[T, HV * V], or [T, groups, HV / groups * V]"""
 
     def at(self, tokens: torch.Tensor | None, total: int) -> Inputs:
-        """Those of some tokens."""
+        """The inputs of some tokens."""
 
         def some(x: torch.Tensor) -> torch.Tensor:
             return x[:total] if tokens is None else x.index_select(0, tokens)
@@ -132,7 +132,7 @@ def _widths(channels: int, values: int) -> list[int]:
 
 
 def _convolved(s: Drafted, qkv: torch.Tensor, conv: torch.Tensor, p: Parameters) -> torch.Tensor:
-    """[T, C] in float32; the windows roll on."""
+    """The convolution's result [T, C] in float32. Advances the windows."""
     S = conv.shape[2]
     windows = s.windows_of(p.conv_weight.shape[1], S)
     pool = conv.transpose(1, 2)  # [P, S, C]

@@ -25,7 +25,7 @@ EPS = 1e-6
 
 
 class ChunkGatedDeltaRule(qwen.ChunkGatedDeltaRule):
-    """The prefill of packed sequences. What no native kernel takes goes to vLLM's own."""
+    """The prefill of packed sequences. Calls that no native kernel takes fall back to vLLM's own."""
 
     _forward_method: Any
 
@@ -69,17 +69,17 @@ class ChunkGatedDeltaRule(qwen.ChunkGatedDeltaRule):
 
 
 BACKEND = {"cuda": "triton", "xpu": "triton"}
-"""The native backend of a device, which runs or refuses: the reference would be slower than vLLM's kernel."""
+"""The native backend of a device. If it refuses, vLLM's kernel runs: the reference would be slower."""
 
 
 def register() -> list[str]:
-    """Put ours instead of vLLM's.
+    """Replace vLLM's by ours.
 
     Returns:
-        The names of what ours stands for.
+        The names of what is replaced.
 
     Raises:
-        LookupError: why not.
+        LookupError: with the reason, if this vLLM is not supported.
     """
     got: Any = tuple(inspect.signature(qwen.ChunkGatedDeltaRule.forward_native).parameters)
     if got != ARGUMENTS:

@@ -1,7 +1,8 @@
-"""vLLM's gated delta layers on a CPU: their own projections around `core.run`, registered instead of vLLM's.
+"""vLLM's gated delta layers on a CPU: vLLM's own projections around `core.run`.
 
-Each class here is vLLM's layer with another forward: parameters, weights, caches and tensor parallelism are vLLM's own.
-A layer's projections go through one custom operator, which torch.compile leaves alone.
+Each class here is vLLM's layer with another forward, registered instead of vLLM's. Parameters, weights, caches and
+tensor parallelism are vLLM's own. One custom operator runs everything after the projections, and torch.compile does not
+trace into it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OP = "anydelta_gated_delta_layer"
 
 
 def gated_delta_layer(projections: list[torch.Tensor], out: torch.Tensor, layer_name: str) -> None:
-    """The operator: a layer between its projections. `out` [T, HV * V] is written."""
+    """The operator: a layer without its projections. It writes `out` [T, HV * V]."""
     context = get_forward_context()
     layer: Any = context.no_compile_layers[layer_name]
     metadata = context.attn_metadata
@@ -60,7 +61,7 @@ def _pools(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     conv, state = layer.kv_cache[:2]
     kept = layer.__dict__.get("anydelta_pools")
     if kept is None or kept[0] is not conv or kept[1] is not state:
-        # vLLM declares [P, HV, V, K]. Nobody but the layer reads it: a state lies as the operator takes it.
+        # vLLM declares [P, HV, V, K]. Only the layer reads it, so a state has the operator's layout.
         P, HV, V, K = state.shape
         kept = layer.__dict__["anydelta_pools"] = (
             conv,
@@ -79,7 +80,7 @@ def _parameters(layer: Any) -> Parameters:
 
 
 def _conv_weight(conv1d: Any) -> torch.Tensor:
-    """[C, W]; vLLM packs the weight for its own kernels, and keeps what it was."""
+    """[C, W]. vLLM packs the weight for its own kernels and keeps the original."""
     unpacked: torch.Tensor | None = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
     return conv1d.weight.flatten(1) if unpacked is None else unpacked
 
@@ -100,7 +101,7 @@ class QwenLayer(qwen.QwenGatedDeltaNetAttention):
             channels = (2 * self.key_dim + self.value_dim) // self.tp_size
             b, a = self.split_ba(ba)
             return Inputs(qkvz[:, :channels], a, b, qkvz[:, channels:])
-        # Head by head of q and k: q, k, their heads of v, and of z; of the gates b, then a.
+        # Per head of q and k: q, k, their heads of v, then of z; for the gates b, then a.
         H = self.num_k_heads // self.tp_size
         K, values = self.head_k_dim, HV // H * self.head_v_dim
         q, k, v, z = qkvz.view(T, H, -1).split_with_sizes([K, K, values, values], -1)
@@ -197,14 +198,14 @@ class BailingLayer(bailing.BailingMoeV3KimiDeltaAttention):
 
 
 class Seam(NamedTuple):
-    """A layer of vLLM that one of ours stands for."""
+    """A layer of vLLM that one of ours replaces."""
 
     theirs: type
     ours: type
     method: str
-    """The method that ours has instead."""
+    """The method that ours replaces."""
     arguments: tuple[str, ...]
-    """Of that method."""
+    """The arguments of that method."""
 
 
 SEAMS = (
@@ -219,7 +220,7 @@ SEAMS = (
     ),
 )
 
-# What the step reads of vLLM's metadata.
+# The fields of vLLM's metadata that the step reads.
 METADATA = (
     "num_prefills", "num_decodes", "num_spec_decodes", "num_actual_tokens", "has_initial_state",
     "spec_query_start_loc", "non_spec_query_start_loc", "spec_state_indices_tensor", "non_spec_state_indices_tensor",
@@ -227,17 +228,17 @@ METADATA = (
 )  # fmt: skip
 
 KIMI_FOR_CPU = "vllm.models.kimi_k3.amd.linear:KimiLinearForCausalLM"
-"""vLLM writes Kimi-Linear down twice. On a CPU it takes the one that asks for CUDA streams, which this one does not."""
+"""The Kimi-Linear without CUDA streams. vLLM has two, and on a CPU it takes the one that asks for them."""
 
 
 def register() -> list[str]:
-    """Put our layers instead of vLLM's, all or none.
+    """Replace vLLM's layers by ours, all or none.
 
     Returns:
         The names of the layers.
 
     Raises:
-        LookupError: why not.
+        LookupError: with the reasons, if this vLLM is not supported.
     """
     for problem in _problems():
         raise LookupError(problem)
@@ -250,12 +251,12 @@ def register() -> list[str]:
     ModelRegistry.register_model("KimiLinearForCausalLM", KIMI_FOR_CPU)
     CPUMLABackend.supports_block_size = classmethod(_whole_kernel_blocks)
     GDNAttentionMetadataBuilder.build = _with_new(GDNAttentionMetadataBuilder.build)
-    olmo.set_triton_allocator = lambda device: None  # vLLM's OLMo layer asks for Triton when it is made
+    olmo.set_triton_allocator = lambda device: None  # vLLM's OLMo layer asks for Triton when it is created
     return [seam.theirs.__name__ for seam in SEAMS]
 
 
 def _with_new(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Of drafted sequences vLLM's metadata does not say which are new, and a prompt of one token is among them."""
+    """Note which drafted sequences are new. vLLM's metadata does not, and treats a prompt of one token as drafted."""
 
     @functools.wraps(theirs)
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +271,7 @@ def _with_new(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _whole_kernel_blocks(backend: Any, block_size: int | None) -> bool:
-    """Latent attention beside layers with a state: a block is as large as a state, many blocks of the kernel."""
+    """Whether a block is a whole number of the kernel's blocks: beside layers with states it is as large as a state."""
     return block_size is None or block_size % backend.get_supported_kernel_block_sizes()[0] == 0
 
 

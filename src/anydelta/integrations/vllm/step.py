@@ -1,8 +1,8 @@
-"""What one step of vLLM asks for: which sequences, in which rows of the pools, and where their tokens lie.
+"""One step of vLLM: its sequences, their rows in the pools, and the places of their tokens.
 
-A batch has sequences of two kinds. A plain one runs on from its row, or begins anew (prefill, decode). A drafted one
-brings the last token and its drafts: it runs on from the row after the tokens that were accepted, and the state after
-each of its tokens goes to a row of its own. Both are read once from vLLM's metadata and kept there, for all layers.
+A batch has two kinds of sequences. A plain one (prefill, decode) continues from its row or starts new. A drafted one
+has the last token and its drafts. It continues from the row after the accepted tokens, and the state after each of its
+tokens goes to a separate row. All of this is read once from vLLM's metadata and kept there for all layers.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 import torch
 
 NULL_BLOCK = 0
-"""The block that vLLM names where a sequence has none: nothing is read from it or written to it."""
+"""vLLM's block for sequences without a block. Nothing is read from it or written to it."""
 
 
 NEW = "anydelta_new"
-"""The attribute of metadata that says which of the drafted sequences are new: vLLM's own does not (layers.py)."""
+"""The attribute that we add to metadata: which drafted sequences are new (layers.py)."""
 
 
 class Plain(NamedTuple):
     """N sequences whose rows are read and written."""
 
     tokens: torch.Tensor | None
-    """Where their tokens lie in the batch, or None: in its first `total` rows."""
+    """The places of their tokens in the batch. None: its first `total` rows."""
     total: int
     cu_seqlens: torch.Tensor | None
-    """[N + 1] int32, or None: one token each."""
+    """[N + 1] int32. None: one token each."""
     rows: torch.Tensor
     """[N] int32, -1 for the null block."""
     fresh: torch.Tensor | None
-    """int64: the rows that begin anew, whatever they hold."""
+    """int64: the rows that start new, whatever they hold."""
 
 
 class Windows(NamedTuple):
-    """Where the convolution of drafted sequences reads. Inputs of sequence n: its S columns, then its tokens."""
+    """Where the convolution of drafted sequences reads. The inputs of sequence n: its S columns, then its tokens."""
 
     taps: torch.Tensor
     """[T, W]: the inputs of a token, as rows of [N * (S + longest), C]."""
     kept: torch.Tensor
-    """[N, S]: the inputs that the new columns are."""
+    """[N, S]: the inputs that become the new columns."""
 
 
 class Drafted(NamedTuple):
@@ -57,11 +57,11 @@ class Drafted(NamedTuple):
     slots: torch.Tensor
     """[N] int64: the rows of the windows."""
     live: torch.Tensor | None
-    """Which sequences have a row of windows, or None: all."""
+    """The sequences that have a row of windows. None: all."""
     fresh: torch.Tensor | None
-    """int64: the rows that begin anew: vLLM takes a prompt of one token for a draft of none."""
+    """int64: the rows that start new. vLLM treats a prompt of one token as drafted, without drafts."""
     padded: torch.Tensor
-    """[N, longest]: the tokens of each, the last one again where there are fewer."""
+    """[N, longest]: the tokens of each sequence, padded with its last one."""
     windows: dict[tuple[int, int], Windows]
 
     def windows_of(self, taps: int, columns: int) -> Windows:
@@ -81,8 +81,8 @@ class Drafted(NamedTuple):
         inputs = torch.where(reach < W - 1, offsets[:, :, None] + reach, S + reach - (W - 1))
         inputs += base[:, None, None]
         mask = torch.arange(longest) < lengths[:, None]
-        # The next window begins at the column of the number of accepted drafts, however many tokens there were: the
-        # new tokens follow on W - 2 columns. Those behind them are not read.
+        # The next window begins at the column of the number of accepted drafts, however many tokens there are. The new
+        # tokens follow W - 2 columns later. Columns after them are not read.
         column = torch.arange(S)
         new = column - (W - 2)
         kept = torch.where(
@@ -93,7 +93,7 @@ class Drafted(NamedTuple):
 
 class Step(NamedTuple):
     total: int
-    """Tokens of the batch; rows of the arrays behind them are padding."""
+    """Tokens of the batch. Later rows of the arrays are padding."""
     plain: Plain | None
     drafted: Drafted | None
 
