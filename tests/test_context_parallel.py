@@ -413,6 +413,8 @@ def test_windows_come_from_as_many_ranks_as_it_takes() -> None:
 
 WORLD = 4
 GROUPS = [(0,), (0, 1), (0, 1, 2), (1, 3), (0, 1, 2, 3)]
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+"""With a server of forks torch is imported once, not by every process."""
 SECONDS = 90
 """The longest that a process waits for another."""
 
@@ -437,7 +439,9 @@ def serve(rank: int, store: str, pipe: Connection) -> None:
 
 class Ranks:
     def __init__(self, folder: Path):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
+        if START == "forkserver":
+            context.set_forkserver_preload([__name__])
         self.pipes, self.processes = [], []
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
@@ -624,6 +628,46 @@ def test_dtypes(processes: Ranks, dtype: torch.dtype) -> None:
     want = of_oracle(tokens, given, shared["initial_state"], "kv")
     for got, one, expected in ((o, o_one, want.o), (final, final_one, want.state)):
         assert nmse(got, expected) <= max(1.1 * nmse(one, expected), 1e-25)
+
+
+def test_states_of_other_ranks_and_masked_tokens_are_not_read(processes: Ranks) -> None:
+    """NaN in what a rank must not look at: states of sequences that began before, tokens that are masked."""
+    for make, name in ((rule_call, "gated_delta_rule"), (mixer_call, "gated_delta_mixer")):
+        tokens, shared = make(B=2, masked=True)
+        states = (
+            mixed_states(2, shared, 3)
+            if "conv_weight" in shared
+            else {"initial_state": state_of(2, 4, 16, 24)}
+        )
+        want = getattr(anydelta, name)(**tokens, **shared, **states)
+        for n, x in tokens.items():
+            if n != "mask":
+                x[~tokens["mask"]] = float("nan")
+        arguments = []
+        for rank in range(WORLD):
+            part = {n: cut(x, 12 * rank, 12 * rank + (14 if rank == 3 else 12)) for n, x in tokens.items()}
+            own = states if rank == 0 else {n: torch.full_like(x, float("nan")) for n, x in states.items()}
+            arguments.append((name, part, shared | own, 5))
+        found = [results for results, _ in processes.results(on_rank, arguments, range(WORLD))]
+        assert nmse(torch.cat([x[0] for x in found], 1), want[0]) < EXACT
+        assert nmse(found[2][-1], want[-1]) < EXACT
+
+
+def in_inference_mode(group: Any, tokens: Arrays, shared: Arrays) -> Any:
+    with torch.inference_mode():
+        results = distributed.gated_delta_mixer(
+            **{n: x + 0 for n, x in tokens.items()}, **shared, group=group
+        )
+    return [x.clone() for x in results]
+
+
+def test_inference_mode(processes: Ranks) -> None:
+    tokens, shared = mixer_call(T=40)
+    shared |= mixed_states(1, shared, 3)
+    arguments = [({n: cut(x, 10 * r, 10 * r + 10) for n, x in tokens.items()}, shared) for r in range(WORLD)]
+    found = processes.results(in_inference_mode, arguments, range(WORLD))
+    want = anydelta.gated_delta_mixer(**tokens, **shared)
+    assert nmse(torch.cat([x[0] for x in found], 1), want[0]) < EXACT
 
 
 def test_from_a_contiguous_and_from_a_strided_state(processes: Ranks) -> None:
@@ -815,8 +859,8 @@ def test_an_invalid_call_on_one_rank_is_an_error_on_all(processes: Ranks, name: 
 
 DIFFERENT = {
     "HV": lambda r, x: x.update(rule_call(T=4, HV=2 if r == 1 else 4)[0]),
-    "kda": lambda r, x: x.update(rule_call(T=4, kda=r == 1)[0]),
-    "has_state": only(1, initial_state=torch.zeros(1, 4, 16, 24)),
+    "the number of g's dimensions": lambda r, x: x.update(rule_call(T=4, kda=r == 1)[0]),
+    "whether initial_state is given": only(1, initial_state=torch.zeros(1, 4, 16, 24)),
     "state_layout": only(1, state_layout="vk"),
     "qk_l2norm": only(1, qk_l2norm=False),
     "output_final_state": only(1, output_final_state=False),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
+from ..rule.spec import CallSpec
 from .peers import Told
 
 
@@ -21,6 +22,25 @@ def check_device(op: str, group: dist.ProcessGroup | None, x: torch.Tensor) -> N
             f"{op}: requires a group that moves tensors on {x.device.type}; got one of {moves}. Move the tensors, or "
             'give init_process_group a backend for both, as "cpu:gloo,cuda:nccl"'
         )
+
+
+OF_GATES = {"A_log": "A_log", "dt_bias": "dt_bias"}
+
+
+def sizes(spec: CallSpec) -> dict[str, object]:
+    """What the ranks of a call share of its sizes and dtypes, in words."""
+    found: dict[str, object] = {n: getattr(spec, n) for n in ("B", "H", "HV", "K", "V")}
+    return found | {
+        "the number of sequences": spec.N,
+        "the number of g's dimensions": 4 if spec.kda else 3,
+        "q's dtype": spec.dtype,
+        "the state's dtype": spec.state_dtype,
+    }
+
+
+def whether_given(given: Sequence[str], names: Mapping[str, str]) -> dict[str, object]:
+    """Which of the optional arrays a call has, by their public names and those of the table."""
+    return {f"whether {name} is given": field in given for name, field in names.items()}
 
 
 def digest(cu_seqlens: Sequence[int] | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..mixer.arguments import TRACKED, MixerCall
 from ..mixer.spec import MixerSpec, check_mixer, parts
 from ..mixer.transition import gated_delta_mixer_transition, without
 from ..rule.spec import refuse_gradients
-from .checks import check_device, check_sequences, digest, quiet
+from .checks import OF_GATES, check_device, check_sequences, digest, quiet, sizes, whether_given
 from .peers import Peers, Summary, Told
 from .pieces import Piece, pieces, windows_needed
 from .run import Layout, final_states, run
@@ -84,16 +84,19 @@ class _Checked:
     cu_seqlens: list[int] | None
 
     def told(self) -> Told:
-        spec, rule = self.spec, self.spec.rule
-        of_rule = {
-            n: getattr(rule, n) for n in ("B", "H", "HV", "K", "V", "N", "kda", "dtype", "state_dtype")
-        }
-        same: Mapping[str, object] = {
-            "the function": OP, **of_rule, "S": spec.S, "W": spec.W, "conv_state's dtype": spec.conv_dtype,
-            "z": spec.gated, "norm_weight": spec.normed, **options_of(spec.options),
+        spec = self.spec
+        names = {n: n for n in ("conv_bias", "z", "norm_weight")}
+        same = {
+            "the function": OP,
+            **sizes(spec.rule),
+            "conv_weight's taps": spec.W,
+            "conv_state's columns": spec.S,
+            "conv_state's dtype": spec.conv_dtype,
+            **whether_given(spec.given, {**names, **OF_GATES}),
+            **options_of(spec.options),
             "cu_seqlens": digest(self.cu_seqlens),
-        }  # fmt: skip
-        return Told(tokens=rule.T, masked=rule.masked, same=same)
+        }
+        return Told(tokens=spec.rule.T, masked=spec.rule.masked, same=same)
 
 
 def _check(

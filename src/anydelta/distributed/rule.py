@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..rule import op as one_process
 from ..rule.arguments import TRACKED, Call, Options
 from ..rule.spec import CallSpec, check_call, refuse_gradients
 from ..rule.transition import gated_delta_transition
-from .checks import check_device, check_sequences, digest, quiet
+from .checks import OF_GATES, check_device, check_sequences, digest, quiet, sizes, whether_given
 from .peers import Peers, Summary, Told
 from .pieces import pieces
 from .run import Layout, final_states, run
@@ -91,14 +90,14 @@ class _Checked:
 
     def told(self) -> Told:
         spec = self.spec
-        names = ("B", "H", "HV", "K", "V", "N", "kda", "dtype", "has_state", "state_dtype")
-        same: Mapping[str, object] = {
-            **{name: getattr(spec, name) for name in names},
-            "erase": "erase" in spec.given,
+        same = {
+            "the function": OP,
+            **sizes(spec),
+            **whether_given(spec.given, {"erase": "erase", "initial_state": "state_in", **OF_GATES}),
             **options_of(self.options),
             "cu_seqlens": digest(self.cu_seqlens),
         }
-        return Told(tokens=spec.T, masked=spec.masked, same={"the function": OP, **same})
+        return Told(tokens=spec.T, masked=spec.masked, same=same)
 
 
 def _check(
@@ -140,7 +139,10 @@ class _Tokens:
     def zeros(self, N: int) -> torch.Tensor:
         spec = self.spec
         inner = (spec.K, spec.V) if spec.options.state_layout == "kv" else (spec.V, spec.K)
-        return self.call.q.new_zeros((N, spec.HV, *inner), dtype=getattr(torch, spec.state_dtype))
+        made: torch.Tensor = self.call.q.new_zeros(
+            (N, spec.HV, *inner), dtype=getattr(torch, spec.state_dtype)
+        )
+        return made
 
     def empty(self) -> torch.Tensor:
         return torch.empty_like(self.call.v, memory_format=torch.contiguous_format)
