@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -939,6 +941,25 @@ def test_without_processes() -> None:
     tokens, shared = rule_call(T=4)
     with pytest.raises(ValueError, match=r"requires the processes of torch\.distributed; got none"):
         distributed.gated_delta_rule(**tokens, **shared)
+
+
+def test_the_example() -> None:
+    example = Path(__file__).parents[1] / "examples" / "context_parallel.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(example),
+        "999",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.partition(";")[0] for line in done.stdout.splitlines()) == [
+        "rank 0: tokens 0 to 499", "rank 1: tokens 499 to 999",
+    ]  # fmt: skip
 
 
 def under_autocast(group: Any, tokens: Arrays, shared: Arrays) -> Any:

@@ -7,7 +7,7 @@
     5. every sequence's final state goes to all ranks
 
 Only a piece inside one sequence is read twice, which is the work of three: S, P, and the outputs. Running it again is
-as exact as one process is. To correct outputs from a zero state by S_0^T (P_t^T q_t) instead takes up to a sixth less
+as exact as one process is. To correct outputs from a zero state by S_0^T (P_t^T q_t) instead takes about a sixth less
 time, but keeps K more numbers a token and head, has twice the error in half types, and comes too late for the norm of
 the mixer (`anydelta bench pieces`).
 """

@@ -31,7 +31,7 @@ def gated_delta_mixer_transition(
 
     Args:
         conv_state: [N, C, S]: the last inputs in front of these tokens.
-        qkv: as in `gated_delta_mixer`, and so are all other arguments, but for `state_indices` and snapshots. z, the
+        qkv: as in `gated_delta_mixer`, and so are all other arguments, without `state_indices` and snapshots. z, the
             norm and the scale are not read.
 
     Returns:
