@@ -68,12 +68,12 @@ class PiecesRecord:
             low, high = getattr(self, f"{name}_range")
             return f"{getattr(self, name):.2f} ({low:.2f} to {high:.2f})"
 
+        half = (f"{self.half_errors[way]:.1e}" for way in WAYS[1:])
         return {
-            "call": self.call, "decays": self.decays, "T": str(self.tokens), "one call": in_words(self.one_us),
-            "S and P": f"{self.summary:.2f}", "again": spread("again"), "corrected": spread("corrected"),
+            "call": f"{self.call}, {self.decays}", "one call": in_words(self.one_us), "S and P": f"{self.summary:.2f}",
+            "again": spread("again"), "corrected": spread("corrected"),
             "of the minima": f"{self.again_min:.2f} {self.corrected_min:.2f}",
-            "NMSE float32": " ".join(f"{self.errors[way]:.0e}" for way in WAYS),
-            "bfloat16": " ".join(f"{self.half_errors[way]:.1e}" for way in WAYS),
+            "NMSE": f"{max(self.errors.values()):.0e}", "bfloat16": " ".join(half),
         }  # fmt: skip
 
 
@@ -146,12 +146,13 @@ def pieces(
 
     settings = settings or Settings()
     measured = Measured(
-        f"A piece of a sequence whose first state is not known: {HEADS} heads, {D}x{D}, float32, one thread",
+        f"{tokens} tokens whose first state is not known: {HEADS} heads, {D}x{D}, float32, one thread",
         describe_machine(), settings,
         [
             "times over one call from a known state, median of the rounds (extremes); of the minima: again, corrected",
             f"NMSE of {EXACT_TOKENS} tokens' outputs, {EXACT_HEADS} heads, against the float64 oracle, after as many "
-            "others: all in one call; their state from S and P of those, and then again, or corrected",
+            "others, whose S and P give their state; the largest of one call, again and corrected; in bfloat16: again, "
+            "corrected",
             "mild: log decays in [-0.001, 0]; initialised, trained: as of `anydelta bench decays`",
         ],
     )  # fmt: skip
