@@ -133,6 +133,21 @@ def test_strong_decays_are_reported_beside_mild_ones(monkeypatch):
         assert list(r.columns())[4:] == list(decays.STRONG.values())
 
 
+def test_pieces_are_run_again_and_corrected(monkeypatch):
+    from anydelta.bench.commands import pieces
+
+    for name, size in {"HEADS": 2, "D": 16, "EXACT_TOKENS": 24}.items():
+        monkeypatch.setattr(pieces, name, size)
+    measured = pieces.pieces(40, ops.Settings(rounds=2, sample_seconds=1e-3))
+    assert [(r.call, r.decays) for r in measured.records] == [
+        (gate, decays) for gate in ("GDA", "KDA") for decays in ("mild", "initialised", "trained")
+    ]
+    for r in measured.records:
+        assert max(r.errors.values()) < 1e-10
+        assert max(r.half_errors.values()) < 1e-4
+        assert min(r.one_us, r.summary, r.again, r.corrected) > 0
+
+
 def test_gradients_are_reported_beside_the_peak_and_transformers(monkeypatch):
     from anydelta.bench.commands import gradients
 

@@ -5,6 +5,8 @@
 
     o = anydelta.gated_delta_mixer_(qkv, conv_state, state, g=a, beta=b, ...)   # with convolution, gates and norm
 
+    state, P = anydelta.gated_delta_transition(k, v, g=g, beta=beta)    # what these tokens make of any state
+
     pool = anydelta.StatePool(8, HV=32, K=128, V=128, snapshots=5)      # commit and rollback, for many sequences
 
 Torch tensors and NumPy arrays both work. `explain(...)` and `explain_mixer(...)` say which backend runs a call and why.
@@ -15,7 +17,9 @@ import sys as _sys
 from .core.devices import Device, DeviceArray, DeviceError, device
 from .core.dispatch import UnsupportedError
 from .mixer.op import explain_mixer, gated_delta_mixer, gated_delta_mixer_
+from .mixer.transition import gated_delta_mixer_transition
 from .rule.op import explain, gated_delta_rule, gated_delta_rule_
+from .rule.transition import gated_delta_transition
 from .state import Checkpoint, Checkpoints, StatePool
 
 __version__ = "0.1.0"
@@ -33,8 +37,10 @@ __all__ = [
     "explain_mixer",
     "gated_delta_mixer",
     "gated_delta_mixer_",
+    "gated_delta_mixer_transition",
     "gated_delta_rule",
     "gated_delta_rule_",
+    "gated_delta_transition",
 ]
 
 if "torch" in _sys.modules:  # register torch.ops.anydelta.*; without torch loaded, the first torch call does

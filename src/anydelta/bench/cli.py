@@ -18,6 +18,7 @@ from .commands import (
     model,
     ops,
     overhead,
+    pieces,
     prefix,
     rollback,
     threads,
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
         "spec": drafting.spec_command,
         "model": model.model_command,
         "prefix": prefix.prefix_command,
+        "pieces": pieces.pieces_command,
     }
     for name, command in commands.items():
         bench.command(name)(command)

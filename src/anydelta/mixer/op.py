@@ -155,7 +155,7 @@ def gated_delta_mixer(
         ValueError, TypeError: an invalid call; nothing was read or written.
         UnsupportedError: the named backend cannot run it.
     """
-    call, options, backend = _parse(qkv, conv_state, state, snapshots, conv_snapshots, arguments, backend)
+    call, options, backend = parse(qkv, conv_state, state, snapshots, conv_snapshots, arguments, backend)
     if call.snapshot_indices is not None:
         raise ValueError(
             f"{options.op}: snapshot_indices name rows of a pool that is written, and go with gated_delta_mixer_ only"
@@ -240,7 +240,7 @@ def explain_mixer(
     Raises:
         ValueError, TypeError: as the call itself would.
     """
-    call, options, backend = _parse(
+    call, options, backend = parse(
         qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
         backend, op="gated_delta_mixer_",
     )  # fmt: skip
@@ -249,7 +249,7 @@ def explain_mixer(
     return dispatch.choose(spec, backend)
 
 
-def _parse(
+def parse(
     qkv: Array, conv_state: Array, state: Array, snapshots: Array, conv_snapshots: Array, arguments: dict[str, Any],
     backend: str, op: str = "gated_delta_mixer",
 ) -> tuple[MixerCall, MixerOptions, str]:  # fmt: skip
@@ -336,7 +336,7 @@ def plan_step(
     Conv1d. If dtypes, shapes, strides or ANYDELTA_BACKEND differ from those of this call, it returns False and does
     nothing. It does not repeat the other checks of a call.
     """
-    call, options, backend = _parse(
+    call, options, backend = parse(
         qkv, conv_state, state, arguments.pop("snapshots", None), arguments.pop("conv_snapshots", None), arguments,
         arguments.pop("backend", "auto"), op="gated_delta_mixer_",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, TypeVar
@@ -469,6 +469,32 @@ def check_call(
         final_rows=final_rows,
         given=given(call),
     )  # fmt: skip
+
+
+def check_transition(call: Call, options: Options) -> CallSpec:
+    """The checks of a call without q, in whose place k is, and without gradients."""
+    c = _Checker(options.op, first="k")
+    c.array("k", call.k, None)
+    c.dtype("k", call.k, DTYPES)
+    if len(call.k.shape) != 4:
+        c.fail(f"k must be [B, T, H, K]; got {list(shape_of(call.k))}")
+    spec = check_call(call, options, inplace=False)
+    refuse_gradients(options.op, spec.framework, {n: getattr(call, n) for n in TRACKED if n != "q"})
+    return spec
+
+
+def refuse_gradients(op: str, framework: str, arrays: Mapping[str, Array]) -> None:
+    """Refuse tensors that require grad, where gradients are on, for a call that has none.
+
+    Raises:
+        ValueError: names them.
+    """
+    if framework != "torch" or not sys.modules["torch"].is_grad_enabled():
+        return
+    if tracked := [n for n, x in arrays.items() if x is not None and x.requires_grad]:
+        raise ValueError(
+            f"{op}: has no gradient, but {', '.join(tracked)} requires grad. Use torch.no_grad()"
+        )
 
 
 def check_gradients(call: Call, op: str, inplace: bool) -> list[str]:
