@@ -1,0 +1,390 @@
+"""Tensor parallelism of Transformers: each process has its share of the heads of linear attention.
+
+    torchrun --nproc-per-node 2 program.py
+
+    adt.enable()
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+
+Transformers' own plan gathers the projections and runs the whole mixer in every process. Here a loaded layer becomes a
+smaller one of the same class: the rows of its projections, the channels of its convolution, its decays and the columns
+of its output projection that belong to the heads of its rank. Its input is whole in every process, its output is summed
+over them. The mixer, our rule and Transformers' own functions, caches too, see a layer with fewer heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from ..switch import Patch, Place, guarded, warn
+from . import layer as mixers
+from .families import BY_LAYER, COLUMNS, QKV, ROWS, SHARES, WHOLE, Family
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Ranks(NamedTuple):
+    """Which share of the heads."""
+
+    rank: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
+
+_SHARE = "_anydelta_share"
+"""The attribute of a layer, and of the config of its model, with what it has."""
+_WHY_NOT = "_anydelta_whole"
+"""The attribute of a model with the reason why its layers are whole."""
+_COUNTS = ("num_v_heads", "num_k_heads", "num_heads", "key_dim", "value_dim", "qkv_dim", "conv_dim")
+"""Attributes of layers and gates that a share has fewer of."""
+
+
+def share_of(layer: nn.Module) -> Share | None:
+    """What a layer has of its heads; None: all."""
+    found = vars(layer).get(_SHARE)
+    return found if isinstance(found, Share) else None
+
+
+def ranks_of(config: PreTrainedConfig) -> Ranks | None:
+    """Among which processes the heads of a model with this config are split; None: they are whole."""
+    return getattr(getattr(config, "distributed_config", None), _SHARE, None)
+
+
+def why_whole(model: nn.Module) -> str | None:
+    """Why the layers of a distributed model have all heads in every process; None where that is not so."""
+    if not _is_distributed(model) or any(share_of(layer) for _, layer, _ in _layers(model)):
+        return None
+    return getattr(model, _WHY_NOT, None) or (
+        "it was loaded before enable(): enable(model), in every process, splits them"
+    )
+
+
+# ---- The layers of a model
+
+
+def split(model: nn.Module) -> None:
+    """Leave the layers of a model that Transformers distributed the heads of this rank; every process calls it.
+
+    Where a layer does not fit, all layers stay as Transformers' plan has them, and one warning says why.
+    """
+    layers = [found for found in _layers(model) if share_of(found[1]) is None]
+    if not layers or not _is_distributed(model):
+        return
+    whole: Any = model
+    mesh = whole._mesh_manager.get_mesh("tp")
+    ranks = Ranks(mesh.get_local_rank(), mesh.size())
+    why_not = _why_not_model(whole, layers, ranks)
+    if why_not is not None:
+        if getattr(model, _WHY_NOT, None) != why_not and torch.distributed.get_rank() == 0:
+            warn(
+                f"anydelta: the heads of {type(model).__name__} stay whole in every process, as Transformers' plan "
+                f"has them: {why_not}"
+            )
+        setattr(model, _WHY_NOT, why_not)
+        return
+    for _, layer, parts in layers:
+        _split(layer, parts, ranks, mesh.get_group())
+    distributed = copy.copy(whole.config.distributed_config)
+    setattr(distributed, _SHARE, ranks)
+    whole.config.distributed_config = distributed
+    whole.config.get_text_config(decoder=True).distributed_config = distributed
+    for module in model.modules():
+        if hasattr(module, _GATHER) and any(share_of(m) for m in module.modules()):
+            setattr(module, _GATHER, _gathered)
+            setattr(module, "save_distributed_checkpoint", _refuse_distributed_checkpoint)
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    return getattr(model, "_mesh_manager", None) is not None and (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, Family]]:
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if (parts := BY_LAYER.get((cls.__module__, cls.__name__))) is not None:
+                yield name, module, parts
+                break
+
+
+def _why_not_model(model: Any, layers: list[tuple[str, Any, Family]], ranks: Ranks) -> str | None:
+    distributed = model.config.distributed_config
+    for name, what in (("dp_size", "FSDP"), ("pp_size", "pipeline parallelism")):
+        if getattr(distributed, name, 1) > 1:
+            return f"there is {what} beside tensor parallelism"
+    for name, layer, parts in layers:
+        if (why_not := _why_not(layer, parts, ranks.size)) is not None:
+            return f"{name}: {why_not}"
+    return None
+
+
+def _heads(layer: Any, parts: Family) -> tuple[int, int]:
+    HV = getattr(layer, parts.heads[0])
+    return getattr(layer, "num_k_heads", HV), HV
+
+
+def _why_not(layer: Any, parts: Family, size: int) -> str | None:
+    """The reason why a layer cannot be split, or None. It is the same in all processes, and nothing is changed."""
+    H, HV = _heads(layer, parts)
+    if H % size or HV % size:
+        return f"{H} key and {HV} value heads do not divide by {size} processes"
+    held = {name for name, _ in _owners(layer, parts)}
+    if held != parts.holds - {parts.gate}:
+        return f"it has other modules or parameters than {parts.name} is known for"
+    for name, owner in _owners(layer, parts):
+        kind = type(owner)
+        if isinstance(owner, nn.Parameter):
+            params = {name: owner}
+        else:
+            if SHARES[name] is not WHOLE and kind not in (nn.Linear, nn.Conv1d):
+                return f"its {name} is a {kind.__module__}.{kind.__name__}, whose weights are quantised or wrapped"
+            if "forward" in vars(owner) and not _is_planned(owner):
+                return f"its {name} has a forward of its own"
+            params = dict(owner.named_parameters())
+        for p in params.values():
+            local = p.to_local() if _is_dtensor(p) else p.data
+            if type(local) not in (torch.Tensor, nn.Parameter) or not p.is_floating_point():
+                return f"its {name} is of {type(local).__name__} {p.dtype}: quantised weights are not split"
+            if SHARES[name] is COLUMNS and p.ndim == 1:
+                return f"its {name} has a bias"
+    return None
+
+
+def _owners(layer: Any, parts: Family) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """The modules and parameters that `Family.holds` names."""
+    for module, before in ((layer, ""), (layer._modules.get(parts.gate), f"{parts.gate}.")):
+        if module is not None:
+            for name, x in (*module._modules.items(), *module._parameters.items()):
+                if name != parts.gate:
+                    yield before + name, x
+
+
+def _is_planned(module: nn.Module) -> bool:
+    """Whether its forward is one that Transformers' plan has put there."""
+    forward = vars(module)["forward"]
+    return str(getattr(forward, "__module__", "")).startswith("transformers.distributed.")
+
+
+def _is_dtensor(x: object) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def _split(layer: Any, parts: Family, ranks: Ranks, group: ProcessGroup) -> None:
+    share = Share(ranks, group, parts, _heads(layer, parts)[1])
+    runs = _runs(layer, parts)
+    for name, owner in list(_owners(layer, parts)):
+        module, _, last = name.rpartition(".")
+        holder = layer._modules[module] if module else layer
+        if isinstance(owner, nn.Parameter):
+            holder._parameters[last] = _shared(owner, name, runs, ranks)
+            continue
+        vars(owner).pop("forward", None)
+        for kind, p in list(owner._parameters.items()):
+            if p is not None:
+                owner._parameters[kind] = _shared(p, name, runs, ranks)
+        if isinstance(owner, nn.Conv1d):
+            owner.in_channels = owner.out_channels = owner.groups = owner.groups // ranks.size
+        elif SHARES[name] is COLUMNS:
+            owner.in_features //= ranks.size
+        elif isinstance(owner, nn.Linear) and SHARES[name] is not WHOLE:
+            owner.out_features //= ranks.size
+    for module in (layer, layer._modules.get(parts.gate)):
+        for name in _COUNTS:
+            if module is not None and name in vars(module):
+                setattr(module, name, vars(module)[name] // ranks.size)
+    setattr(layer, _SHARE, share)
+    layer.register_forward_pre_hook(share.enter, with_kwargs=True)
+    layer.register_forward_hook(share.leave)
+    mixers.forget(layer)
+
+
+def _runs(layer: Any, parts: Family) -> tuple[int, int, int]:
+    """The channels of q, k and v side by side."""
+    H, HV = _heads(layer, parts)
+    K, V = (getattr(layer, name) for name in parts.heads[1:])
+    return H * K, H * K, HV * V
+
+
+def _axis(name: str, shape: torch.Size) -> int:
+    """The axis of a parameter along which its heads lie."""
+    if SHARES[name] is COLUMNS:
+        return 1
+    return 0 if len(shape) < 4 else max(range(len(shape)), key=shape.__getitem__)  # A_log may be [1, 1, HV, 1]
+
+
+@torch.no_grad()
+def _shared(p: Any, name: str, runs: tuple[int, ...], ranks: Ranks) -> nn.Parameter:
+    """A rank's share of a parameter that is whole, or that Transformers' plan has spread."""
+    whole = (p.full_tensor() if _is_dtensor(p) else p).detach()
+    if SHARES[name] is WHOLE:
+        return p if not _is_dtensor(p) else nn.Parameter(whole, requires_grad=p.requires_grad)
+    axis = _axis(name, whole.shape)
+    pieces = whole.split(runs if SHARES[name] is QKV else whole.shape[axis], axis)
+    mine = torch.cat([piece.chunk(ranks.size, axis)[ranks.rank] for piece in pieces], axis)
+    return nn.Parameter(mine.contiguous(), requires_grad=p.requires_grad)
+
+
+# ---- A call of a layer
+
+
+class Share:
+    """What a layer has of its heads, and its hooks: its output and the gradient of its input are sums over the ranks."""
+
+    def __init__(self, ranks: Ranks, group: ProcessGroup, parts: Family, HV: int):
+        self.ranks, self.group, self.parts = ranks, group, parts
+        self.HV = HV
+        """Value heads of the whole layer."""
+
+    def __str__(self) -> str:
+        part = self.HV // self.ranks.size
+        first = self.ranks.rank * part
+        return f"value heads {first} to {first + part - 1} of {self.HV} ({self.ranks})"
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def enter(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        for name, owner in _owners(layer, self.parts):
+            if SHARES[name] is WHOLE:
+                for p in owner.parameters():  # type: ignore[union-attr]
+                    self._sum_gradients(p)
+            elif isinstance(owner, nn.Module) and type(owner) not in (nn.Linear, nn.Conv1d):
+                raise ValueError(
+                    f"tensor parallelism: requires projections of the layer's own to train split heads; got a "
+                    f"{type(owner).__module__}.{type(owner).__name__} as {name}. Load the model under disable()"
+                )
+        if args:
+            return (_Enter.apply(args[0], self.group), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _Enter.apply(kwargs["hidden_states"], self.group)}
+
+    def leave(self, layer: nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and out.requires_grad:
+            summed: torch.Tensor = _Leave.apply(out, self.group)
+            return summed
+        torch.distributed.all_reduce(out, group=self.group)
+        return out
+
+    def _sum_gradients(self, p: nn.Parameter) -> None:
+        """Of a parameter that every rank has whole, and uses on its own heads."""
+        if p.requires_grad and not getattr(p, _SHARE, False):
+            p.register_hook(self._sum)
+            setattr(p, _SHARE, True)
+
+    def _sum(self, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=self.group)
+        return gradient
+
+
+class _Enter(torch.autograd.Function):
+    """The same in all ranks, with the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum over the ranks, whose gradient is the same in each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+# ---- Files
+
+
+_GATHER = "gather_sharded_state_dict_for_save"
+
+
+def _gathered(
+    model_to_save: Any, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` writes: whole layers. Every process calls it, as Transformers demands."""
+    state_dict = dict(state_dict)
+    for before, layer, parts in _layers(model_to_save):
+        share = share_of(layer)
+        if share is None:
+            continue
+        for name, owner in _owners(layer, parts):
+            names = [name] if isinstance(owner, nn.Parameter) else [f"{name}.{n}" for n in owner._parameters]
+            for key in (f"{before}.{n}" if before else n for n in names):
+                if SHARES[name] is not WHOLE and key in state_dict:
+                    state_dict[key] = _whole(state_dict[key], name, _runs(layer, parts), share)
+    method = getattr(type(model_to_save), _GATHER)
+    result: dict[str, torch.Tensor] = method(model_to_save, model_to_save, state_dict, *args, **kwargs)
+    return result
+
+
+@torch.no_grad()
+def _whole(mine: torch.Tensor, name: str, runs: tuple[int, ...], share: Share) -> torch.Tensor:
+    mine = mine.detach().contiguous()
+    all_ranks = [torch.empty_like(mine) for _ in range(share.ranks.size)]
+    torch.distributed.all_gather(all_ranks, mine, group=share.group)
+    axis = _axis(name, mine.shape)
+    pieces = [x.split(runs if SHARES[name] is QKV else mine.shape[axis], axis) for x in all_ranks]
+    return torch.cat([x for run in zip(*pieces, strict=True) for x in run], axis)
+
+
+def _refuse_distributed_checkpoint(model_to_save: object, *args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "save_pretrained: requires distributed_checkpoint=False for a model whose heads anydelta has split; got True. "
+        "Leave it out: the file then has whole layers"
+    )
+
+
+# ---- What is put into Transformers
+
+
+def patches(place: Place) -> Iterator[Patch]:
+    """What `enable()` puts in place: models that are loaded with tensor parallelism are split.
+
+    Raises:
+        ImportError: this Transformers distributes models in another way.
+    """
+    from transformers.distributed.mixin import DistributedMixin
+    from transformers.modeling_utils import PreTrainedModel
+
+    if hasattr(DistributedMixin, _GATHER) and hasattr(PreTrainedModel, _LOADED):
+        yield Patch(PreTrainedModel, _LOADED, lambda theirs: _loading(theirs, place))
+
+
+_LOADED = "_finalize_model_loading"
+
+
+def _loading(theirs: staticmethod[..., Any], place: Place) -> staticmethod[..., Any]:
+    function = theirs.__func__
+
+    def ours(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        result = function(model, *args, **kwargs)
+        split(model)
+        return result
+
+    return staticmethod(guarded(function, ours, place, name=_LOADED))

@@ -1,0 +1,388 @@
+"""What each process of tests/test_tensor_parallel.py runs; torchrun starts it.
+
+    torchrun --nproc-per-node 2 tests/tensor_parallel_ranks.py FOLDER SCENARIO ...
+
+Every process writes what it found to FOLDER/SCENARIO.RANK.json. `time` prints the mixer's time in a rank beside that of
+one process, in turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.distributed.configuration_utils import DistributedConfig
+
+import anydelta.integrations.transformers as adt
+from anydelta.integrations.transformers.cache import RollbackCache
+from anydelta.integrations.transformers.prefix import Checkpoint, PrefixStore
+from test_transformers import CONFIGS, FAMILIES, ROWS, build, tokens
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny_model"
+PROMPT = [18, 829, 481, 55, 200, 3, 77, 18, 829, 481]
+NEW = 24
+EOS = 1023
+"""A token that the model never writes."""
+CACHE = "cache"
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def load(folder: Path | str, cls: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    return cls.from_pretrained(folder, **options).eval()
+
+
+def load_split(folder: Path | str, cls: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    with adt.enable():
+        return load(folder, cls, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), **options)
+
+
+def layers(model: Any, family: str) -> list[tuple[str, Any]]:
+    return [(n, m) for n, m in model.named_modules() if type(m).__name__ == ROWS[family].layer]
+
+
+def steps(model: Any, cache: Any, ids: torch.Tensor, first: int = 9) -> torch.Tensor:
+    parts = [model(ids[:, :first], **{CACHE: cache}, use_cache=True).logits]
+    for t in range(first, ids.shape[1]):
+        parts.append(model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits)
+    return torch.cat(parts, 1)
+
+
+def state_bytes(cache: Any) -> int:
+    return sum(
+        x.nbytes
+        for layer in cache.layers
+        if hasattr(layer, "recurrent_states")
+        for x in (layer.conv_states[0], layer.recurrent_states[0])
+    )
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def whole(x: Any) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# ---- Families
+
+
+def family(folder: Path, name: str) -> dict[str, Any]:
+    """A family in one process, and split: logits, caches, rollback, gradients, and the file that it saves."""
+    path, cls = folder / name, getattr(transformers, CONFIGS[name][1])
+    if rank() == 0:
+        build(name).save_pretrained(path)
+    dist.barrier()
+    one, split = load(path, cls), load_split(path, cls)
+    ids, out = tokens(2, 20), {}
+    out["heads"] = list(adt.status(split).heads.values())
+    out["layers"] = len(layers(split, name))
+    caches = [transformers.DynamicCache(config=m.config.get_text_config()) for m in (one, split)]
+    with torch.no_grad():
+        with adt.enable():
+            want = [one(ids).logits, steps(one, caches[0], ids)]
+            before = adt.status()
+            got = [split(ids).logits, steps(split, caches[1], ids)]
+            after = adt.status()
+            out["prefill"], out["decode"] = (apart(a, b) for a, b in zip(want, got, strict=True))
+            out["rollback"] = apart(*(_rolled_back(m, ids) for m in (one, split)))
+        out["stock"] = apart(steps(split, transformers.DynamicCache(config=split.config.get_text_config()), ids), want[1])
+    out["taken"] = after.taken.get(f"{name}.mixer", 0) - before.taken.get(f"{name}.mixer", 0)
+    out["passed on"] = sum(after.passed_on.values()) - sum(before.passed_on.values())
+    out["memory"] = state_bytes(caches[1]) / state_bytes(caches[0])
+    split.save_pretrained(folder / f"{name} saved")
+    dist.barrier()
+    again = load(folder / f"{name} saved", cls)
+    out["saved"] = all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    out["gradients"] = _gradients(one, split, name, ids)
+    return out
+
+
+def _rolled_back(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    cache = RollbackCache(config=model.config.get_text_config(), rollback=4)
+    model(ids[:, :9], **{CACHE: cache}, use_cache=True)
+    cache.activate_past_recording()
+    model(ids[:, 9:13], **{CACHE: cache}, use_cache=True)
+    cache.crop(-3)
+    logits: torch.Tensor = model(ids[:, 15:18], **{CACHE: cache}, use_cache=True).logits
+    return logits
+
+
+def _gradients(one: Any, split: Any, name: str, ids: torch.Tensor) -> dict[str, float]:
+    """The largest difference of a gradient, in parts of the largest gradient: by parameter of the first linear layer."""
+    found = {}
+    with adt.enable():
+        for model in (one, split):
+            model.zero_grad()
+            for row in ids:  # two backward passes before a step
+                model(row[None], labels=row[None], use_cache=False).loss.backward()
+    (_, layer), (where, part) = layers(one, name)[0], layers(split, name)[0]
+    held = {n: p.grad for n, p in part.named_parameters()}
+    # What save_pretrained does for weights, for their gradients.
+    full = split.gather_sharded_state_dict_for_save(split, {f"{where}.{n}": g for n, g in held.items()}, None)
+    for n, p in layer.named_parameters():
+        found[n] = apart(full[f"{where}.{n}"], p.grad) / float(p.grad.abs().max())
+    embed = [whole(m.get_input_embeddings().weight.grad) for m in (one, split)]
+    found["embeddings"] = apart(*embed) / float(embed[0].abs().max())
+    return found
+
+
+def families(folder: Path) -> dict[str, Any]:
+    return {name: _caught(family, folder, name) for name in FAMILIES}
+
+
+# ---- The repository's model
+
+
+def generate(folder: Path) -> dict[str, Any]:
+    """Text by every way to generate, in one process and split."""
+    transformers.utils.logging.set_verbosity_error()
+    out: dict[str, Any] = {}
+    one = load(TINY, dtype=torch.float32)
+    with adt.enable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        split = load(TINY, tp_plan="auto", dtype=torch.float32)  # the older way to ask for it
+    out["heads"] = len(adt.status(split).heads)
+    ids = torch.tensor([PROMPT])
+    text: Callable[..., list[int]] = lambda m, **more: m.generate(  # noqa: E731
+        ids, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, **more
+    )[0].tolist()
+    helper = load(TINY, dtype=torch.float32)
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "beams": dict(num_beams=3),
+        "prompt lookup": dict(prompt_lookup_num_tokens=3),
+        "mtp": dict(use_mtp=True),
+        "early exit": dict(assistant_early_exit=4),
+        "assistant": dict(assistant_model=helper),
+        "static cache": dict(cache_implementation="static", disable_compile=True),
+    }
+    with torch.no_grad(), adt.enable():
+        for way, options in ways.items():
+            out[way] = [text(one, **options), text(split, **options)]
+        out["prefix"] = _prefix(folder, split, ids, text)
+        config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+        greedy = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=EOS)
+        served = split.generate_batch(
+            inputs=[PROMPT, PROMPT[:4]], generation_config=greedy, continuous_batching_config=config
+        )
+        # Only the first rank has the answers.
+        out["batch"] = sorted(list(a.prompt_ids) + a.generated_tokens for a in served.values())
+        out["batch alone"] = sorted(
+            m.tolist()
+            for p in (PROMPT, PROMPT[:4])
+            for m in one.generate(torch.tensor([p]), generation_config=greedy)
+        )
+    with torch.no_grad():
+        out["disabled"] = [text(one), text(split)]
+    return out
+
+
+def _prefix(folder: Path, split: Any, ids: torch.Tensor, text: Callable[..., list[int]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    store = PrefixStore(split)
+    out["text"] = text(split, **{"past_key_values": store.cache_for(ids)})
+    file = folder / f"prefix.{rank()}"
+    store.find(ids).save(file)  # type: ignore[union-attr]
+    dist.barrier()
+    again = PrefixStore(split)
+    again.put(Checkpoint.load(file))
+    out["from file"] = text(split, **{"past_key_values": again.cache_for(ids)})
+    out["other rank"] = _error(lambda: again.put(Checkpoint.load(folder / f"prefix.{1 - rank()}")))
+    out["one process"] = _error(lambda: Checkpoint.load(file, config=load(TINY).config))
+    return out
+
+
+def _error(run: Callable[[], object]) -> str:
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def later(folder: Path) -> dict[str, Any]:
+    """A model that was loaded before anydelta was enabled, and what is refused."""
+    out: dict[str, Any] = {}
+    model = load(TINY, distributed_config=DistributedConfig(tp_size=2), dtype=torch.float32)
+    one = load(TINY, dtype=torch.float32)
+    ids = tokens(1, 20)
+    old = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, **{CACHE: old})
+        with adt.enable():
+            out["whole"] = apart(one(ids).logits, model(ids).logits)
+            out["status before"] = adt.status(model).left
+        with adt.enable(model), adt.enable(one):
+            out["status"] = str(adt.status(model))
+            out["status after"] = [adt.status(model).left, len(adt.status(model).heads)]
+            out["split"] = apart(one(ids).logits, model(ids).logits)
+            out["old cache"] = _error(lambda: model(ids[:, :1], **{CACHE: old}))
+        with adt.enable(model):
+            out["twice"] = apart(one(ids).logits, model(ids).logits)
+    out["distributed checkpoint"] = _error(
+        lambda: model.save_pretrained(folder / "dcp", distributed_checkpoint=True)
+    )
+    copied = copy.deepcopy(model.model.layers[0].linear_attn)
+    x = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out["copy"] = apart(copied(x), model.model.layers[0].linear_attn(x))
+    import peft
+
+    wanted = peft.LoraConfig(r=2, target_modules=["in_proj_qkv"])
+    adapted = peft.get_peft_model(model, wanted)
+    out["lora"] = _error(lambda: adapted(input_ids=ids, labels=ids))
+    return out
+
+
+def whole_models(folder: Path) -> dict[str, Any]:
+    """Models whose heads stay whole: why, and their logits."""
+    out: dict[str, Any] = {}
+    makers: dict[str, Callable[[], Any]] = {
+        "odd": lambda: build("qwen3_5", linear_num_key_heads=3, linear_num_value_heads=3),
+        "quantised": lambda: build("qwen3_5"),
+    }
+    for name, make in makers.items():
+        path = folder / name
+        if rank() == 0:
+            make().save_pretrained(path)
+        dist.barrier()
+        one = load(path)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if name == "quantised":
+                model = load(path, distributed_config=DistributedConfig(tp_size=2))
+                for module in model.modules():
+                    if hasattr(module, "in_proj_z"):
+                        module.in_proj_z = torch.nn.Sequential(one.model.layers[0].linear_attn.in_proj_z)
+                for _ in range(2):
+                    with adt.enable(model):
+                        pass
+            else:
+                model = load_split(path)
+        out[name] = dict(
+            warnings=[str(w.message) for w in seen if "anydelta" in str(w.message)],
+            left=adt.status(model).left,
+            heads=adt.status(model).heads,
+        )
+        if name != "quantised":
+            with torch.no_grad(), adt.enable():
+                out[name]["logits"] = apart(one(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    return out
+
+
+# ---- Times
+
+
+def timed(folder: Path) -> dict[str, Any]:
+    """CPU seconds of the mixer of one layer, whole and split, in turns; the shape of Qwen3.5-0.8B."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        vocab_size=256, hidden_size=1024, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, linear_num_key_heads=16, linear_num_value_heads=16,
+        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4,
+    )  # fmt: skip
+    path = folder / "timed"
+    if rank() == 0:
+        torch.manual_seed(0)
+        Qwen3_5ForCausalLM(config).save_pretrained(path)
+    dist.barrier()
+    models = [load(path), load_split(path)]
+    stock = load(path, distributed_config=DistributedConfig(tp_size=2))
+    out: dict[str, Any] = {}
+    with torch.no_grad(), adt.enable():
+        for tokens_, what in ((512, "prefill of 512"), (1, "decode, batch 8")):
+            rows = 1 if tokens_ > 1 else 8
+            rounds: list[list[float]] = []
+            for _ in range(15):
+                rounds.append([_mixer_time(m, rows, tokens_) for m in (*models, stock)])
+            mine = [r[1] / r[0] for r in rounds[2:]]
+            theirs = [r[2] / r[0] for r in rounds[2:]]
+            out[what] = dict(
+                split=statistics.quantiles(mine, n=4), stock=statistics.quantiles(theirs, n=4),
+                seconds=[statistics.median(column) for column in zip(*rounds[2:], strict=True)],
+            )  # fmt: skip
+    if rank() == 0:
+        for what, found in out.items():
+            a, b = ([f"{x:.2f}" for x in found[n]] for n in ("split", "stock"))
+            print(f"{what}: a rank's mixer / one process's {a[1]} ({a[0]} to {a[2]}); whole heads {b[1]}")
+    return out
+
+
+def _mixer_time(model: Any, rows: int, length: int) -> float:
+    """CPU time between the projections and the output projection, of all linear layers."""
+    from anydelta.integrations.transformers import layer as mixers
+
+    spent = 0.0
+
+    def clocked(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            begin = time.thread_time()
+            result = theirs(*args, **kwargs)
+            spent += time.thread_time() - begin
+            return result
+
+        return run
+
+    ids = tokens(rows, length + 1)
+    cache = transformers.DynamicCache(config=model.config)
+    kept = mixers._Step.mix
+    if length == 1:
+        model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+        model(ids[:, :1], **{CACHE: cache}, use_cache=True)
+    mixers._Step.mix = clocked(kept)  # type: ignore[method-assign]
+    try:
+        for _ in range(10 if length == 1 else 1):
+            model(ids[:, :length], **{CACHE: cache}, use_cache=True)
+    finally:
+        mixers._Step.mix = kept  # type: ignore[method-assign]
+    return spent
+
+
+SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    f.__name__: f for f in (families, generate, later, whole_models, timed)
+}
+
+
+def _caught(run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    try:
+        return run(*args)
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        found = _caught(SCENARIOS[name], folder)
+        (folder / f"{name}.{rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
