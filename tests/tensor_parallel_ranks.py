@@ -49,7 +49,9 @@ def load(folder: Path | str, cls: Any = AutoModelForCausalLM, **options: Any) ->
 
 def load_split(folder: Path | str, cls: Any = AutoModelForCausalLM, **options: Any) -> Any:
     with adt.enable():
-        return load(folder, cls, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), **options)
+        return load(
+            folder, cls, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), **options
+        )
 
 
 def layers(model: Any, family: str) -> list[tuple[str, Any]]:
@@ -102,7 +104,9 @@ def family(folder: Path, name: str) -> dict[str, Any]:
             after = adt.status()
             out["prefill"], out["decode"] = (apart(a, b) for a, b in zip(want, got, strict=True))
             out["rollback"] = apart(*(_rolled_back(m, ids) for m in (one, split)))
-        out["stock"] = apart(steps(split, transformers.DynamicCache(config=split.config.get_text_config()), ids), want[1])
+        out["stock"] = apart(
+            steps(split, transformers.DynamicCache(config=split.config.get_text_config()), ids), want[1]
+        )
     out["taken"] = after.taken.get(f"{name}.mixer", 0) - before.taken.get(f"{name}.mixer", 0)
     out["passed on"] = sum(after.passed_on.values()) - sum(before.passed_on.values())
     out["memory"] = state_bytes(caches[1]) / state_bytes(caches[0])
@@ -127,7 +131,7 @@ def _rolled_back(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(one: Any, split: Any, name: str, ids: torch.Tensor) -> dict[str, float]:
-    """The largest difference of a gradient, in parts of the largest gradient: by parameter of the first linear layer."""
+    """The largest difference of each gradient of the first linear layer, in parts of the largest number in it."""
     found = {}
     with adt.enable():
         for model in (one, split):
@@ -135,9 +139,10 @@ def _gradients(one: Any, split: Any, name: str, ids: torch.Tensor) -> dict[str, 
             for row in ids:  # two backward passes before a step
                 model(row[None], labels=row[None], use_cache=False).loss.backward()
     (_, layer), (where, part) = layers(one, name)[0], layers(split, name)[0]
-    held = {n: p.grad for n, p in part.named_parameters()}
+    held: dict[str, Any] = {n: p.grad for n, p in part.named_parameters()}
     # What save_pretrained does for weights, for their gradients.
-    full = split.gather_sharded_state_dict_for_save(split, {f"{where}.{n}": g for n, g in held.items()}, None)
+    names = {f"{where}.{n}": g for n, g in held.items()}
+    full = split.gather_sharded_state_dict_for_save(split, names, split.config.distributed_config)
     for n, p in layer.named_parameters():
         found[n] = apart(full[f"{where}.{n}"], p.grad) / float(p.grad.abs().max())
     embed = [whole(m.get_input_embeddings().weight.grad) for m in (one, split)]

@@ -171,7 +171,9 @@ class Checkpoint:
         text = config.get_text_config(decoder=True)
         if self.model is not None and self.model != fingerprint(config):
             ranks = ranks_of(config)
-            self._refuse(text, "another config" if ranks is None else f"another config or rank than {ranks}")
+            self._refuse(
+                text, "another config" if ranks is None else f"another config, or one that is not of {ranks}"
+            )
         if max(self.tokens, default=0) >= text.vocab_size:
             self._refuse(text, f"token {max(self.tokens)} of a vocabulary of {text.vocab_size}")
         want = _shapes(text, len(self.tokens))

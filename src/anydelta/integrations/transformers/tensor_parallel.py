@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..switch import Patch, Place, guarded, warn
 from . import layer as mixers
-from .families import BY_LAYER, COLUMNS, QKV, ROWS, SHARES, WHOLE, Family
+from .families import BY_LAYER, COLUMNS, QKV, SHARES, WHOLE, Family
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -91,7 +92,7 @@ def split(model: nn.Module) -> None:
         setattr(model, _WHY_NOT, why_not)
         return
     for _, layer, parts in layers:
-        _split(layer, parts, ranks, mesh.get_group())
+        _split(layer, parts, mesh)
     distributed = copy.copy(whole.config.distributed_config)
     setattr(distributed, _SHARE, ranks)
     whole.config.distributed_config = distributed
@@ -99,7 +100,7 @@ def split(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, _GATHER) and any(share_of(m) for m in module.modules()):
             setattr(module, _GATHER, _gathered)
-            setattr(module, "save_distributed_checkpoint", _refuse_distributed_checkpoint)
+            setattr(module, _SPREAD, _refuse_distributed_checkpoint)
 
 
 def _is_distributed(model: nn.Module) -> bool:
@@ -149,7 +150,7 @@ def _why_not(layer: Any, parts: Family, size: int) -> str | None:
                 return f"its {name} has a forward of its own"
             params = dict(owner.named_parameters())
         for p in params.values():
-            local = p.to_local() if _is_dtensor(p) else p.data
+            local = getattr(p.data, "_local_tensor", p.data)
             if type(local) not in (torch.Tensor, nn.Parameter) or not p.is_floating_point():
                 return f"its {name} is of {type(local).__name__} {p.dtype}: quantised weights are not split"
             if SHARES[name] is COLUMNS and p.ndim == 1:
@@ -178,32 +179,37 @@ def _is_dtensor(x: object) -> bool:
     return isinstance(x, DTensor)
 
 
-def _split(layer: Any, parts: Family, ranks: Ranks, group: ProcessGroup) -> None:
-    share = Share(ranks, group, parts, _heads(layer, parts)[1])
+def _split(layer: Any, parts: Family, mesh: DeviceMesh) -> None:
+    size = mesh.size()
+    share = Share(Ranks(mesh.get_local_rank(), size), mesh.get_group(), _heads(layer, parts)[1])
     runs = _runs(layer, parts)
     for name, owner in list(_owners(layer, parts)):
-        module, _, last = name.rpartition(".")
-        holder = layer._modules[module] if module else layer
+        path = tuple(name.split("."))
         if isinstance(owner, nn.Parameter):
-            holder._parameters[last] = _shared(owner, name, runs, ranks)
-            continue
-        vars(owner).pop("forward", None)
-        for kind, p in list(owner._parameters.items()):
-            if p is not None:
-                owner._parameters[kind] = _shared(p, name, runs, ranks)
+            path, names = path[:-1], [path[-1]]
+        else:
+            vars(owner).pop("forward", None)
+            names = [n for n, p in owner._parameters.items() if p is not None]
+        holder = _at(layer, path)
+        for n in names:
+            holder._parameters[n] = _shared(holder._parameters[n], name, runs, mesh)
+            if SHARES[name] is WHOLE:
+                share.whole.append((path, n))
+            else:
+                share.spread.append((path, n, type(holder)))
         if isinstance(owner, nn.Conv1d):
-            owner.in_channels = owner.out_channels = owner.groups = owner.groups // ranks.size
+            owner.in_channels = owner.out_channels = owner.groups = owner.groups // size
         elif SHARES[name] is COLUMNS:
-            owner.in_features //= ranks.size
+            owner.in_features //= size  # type: ignore[union-attr, operator]
         elif isinstance(owner, nn.Linear) and SHARES[name] is not WHOLE:
-            owner.out_features //= ranks.size
+            owner.out_features //= size
     for module in (layer, layer._modules.get(parts.gate)):
         for name in _COUNTS:
             if module is not None and name in vars(module):
-                setattr(module, name, vars(module)[name] // ranks.size)
+                setattr(module, name, vars(module)[name] // size)
     setattr(layer, _SHARE, share)
     layer.register_forward_pre_hook(share.enter, with_kwargs=True)
-    layer.register_forward_hook(share.leave)
+    layer.register_forward_hook(share.leave, always_call=True)
     mixers.forget(layer)
 
 
@@ -218,67 +224,103 @@ def _axis(name: str, shape: torch.Size) -> int:
     """The axis of a parameter along which its heads lie."""
     if SHARES[name] is COLUMNS:
         return 1
-    return 0 if len(shape) < 4 else max(range(len(shape)), key=shape.__getitem__)  # A_log may be [1, 1, HV, 1]
+    return (
+        0 if len(shape) < 4 else max(range(len(shape)), key=shape.__getitem__)
+    )  # A_log may be [1, 1, HV, 1]
 
 
 @torch.no_grad()
-def _shared(p: Any, name: str, runs: tuple[int, ...], ranks: Ranks) -> nn.Parameter:
-    """A rank's share of a parameter that is whole, or that Transformers' plan has spread."""
+def _shared(p: Any, name: str, runs: tuple[int, ...], mesh: DeviceMesh) -> nn.Parameter:
+    """A rank's share of a parameter that is whole, or that Transformers' plan has spread.
+
+    It stays a DTensor, from which optimisers, norms of gradients and files know that it is a share.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
     whole = (p.full_tensor() if _is_dtensor(p) else p).detach()
     if SHARES[name] is WHOLE:
         return p if not _is_dtensor(p) else nn.Parameter(whole, requires_grad=p.requires_grad)
     axis = _axis(name, whole.shape)
     pieces = whole.split(runs if SHARES[name] is QKV else whole.shape[axis], axis)
-    mine = torch.cat([piece.chunk(ranks.size, axis)[ranks.rank] for piece in pieces], axis)
-    return nn.Parameter(mine.contiguous(), requires_grad=p.requires_grad)
+    mine = torch.cat([piece.chunk(mesh.size(), axis)[mesh.get_local_rank()] for piece in pieces], axis)
+    shared = DTensor.from_local(mine.contiguous(), mesh, [Shard(axis)], run_check=False)
+    return nn.Parameter(shared, requires_grad=p.requires_grad)
 
 
 # ---- A call of a layer
 
 
 class Share:
-    """What a layer has of its heads, and its hooks: its output and the gradient of its input are sums over the ranks."""
+    """What a layer has of its heads, and its hooks.
 
-    def __init__(self, ranks: Ranks, group: ProcessGroup, parts: Family, HV: int):
-        self.ranks, self.group, self.parts = ranks, group, parts
+    During a call the layer's parameters are plain tensors. Its output, and the gradient of its input, are sums over the
+    ranks.
+    """
+
+    def __init__(self, ranks: Ranks, group: ProcessGroup, HV: int):
+        self.ranks, self.group = ranks, group
         self.HV = HV
         """Value heads of the whole layer."""
+        self.spread: list[tuple[tuple[str, ...], str, type[nn.Module]]] = []
+        """The parameters of which the layer has a part: their modules, by name and class."""
+        self.whole: list[tuple[tuple[str, ...], str]] = []
+        """Those that it has whole, and uses on its own heads."""
+        self._held: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __str__(self) -> str:
         part = self.HV // self.ranks.size
         first = self.ranks.rank * part
-        return f"value heads {first} to {first + part - 1} of {self.HV} ({self.ranks})"
+        some = f"value head {first}" if part == 1 else f"value heads {first} to {first + part - 1}"
+        return f"{some} of {self.HV} ({self.ranks})"
 
-    def __deepcopy__(self, memo: object) -> Self:
-        return self
+    def __deepcopy__(self, memo: dict[int, object]) -> Share:
+        memo[id(self)] = out = Share(self.ranks, self.group, self.HV)
+        out.spread, out.whole = self.spread, self.whole
+        return out
 
     def enter(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.is_grad_enabled():
-            return None
-        for name, owner in _owners(layer, self.parts):
-            if SHARES[name] is WHOLE:
-                for p in owner.parameters():  # type: ignore[union-attr]
-                    self._sum_gradients(p)
-            elif isinstance(owner, nn.Module) and type(owner) not in (nn.Linear, nn.Conv1d):
+        self._put_back()  # what an interrupt has left
+        gradients = torch.is_grad_enabled()
+        for path, name, kind in self.spread:
+            module = _at(layer, path)
+            if type(module) is not kind and path:
                 raise ValueError(
-                    f"tensor parallelism: requires projections of the layer's own to train split heads; got a "
-                    f"{type(owner).__module__}.{type(owner).__name__} as {name}. Load the model under disable()"
+                    f"tensor parallelism: requires the layer's own {'.'.join(path)} to run split heads; got a "
+                    f"{type(module).__module__}.{type(module).__name__}. Load the model under disable()"
                 )
+            p: Any = module._parameters[name]
+            self._held.append((module, name, p))
+            module._parameters[name] = p.to_local() if gradients else p._local_tensor
+        if not gradients:
+            return None
+        for path, name in self.whole:
+            self._sum_gradients(_at(layer, path)._parameters[name])
         if args:
-            return (_Enter.apply(args[0], self.group), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _Enter.apply(kwargs["hidden_states"], self.group)}
+            return (self._entered(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._entered(kwargs["hidden_states"])}
 
-    def leave(self, layer: nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+    def leave(self, layer: nn.Module, args: object, out: torch.Tensor | None) -> torch.Tensor | None:
+        self._put_back()
+        if out is None:  # the call has failed
+            return None
         if torch.is_grad_enabled() and out.requires_grad:
-            summed: torch.Tensor = _Leave.apply(out, self.group)
+            summed: torch.Tensor = _Leave.apply(out, self.group)  # type: ignore[no-untyped-call]
             return summed
         torch.distributed.all_reduce(out, group=self.group)
         return out
 
-    def _sum_gradients(self, p: nn.Parameter) -> None:
-        """Of a parameter that every rank has whole, and uses on its own heads."""
+    def _entered(self, x: torch.Tensor) -> torch.Tensor:
+        entered: torch.Tensor = _Enter.apply(x, self.group)  # type: ignore[no-untyped-call]
+        return entered
+
+    def _put_back(self) -> None:
+        for module, name, p in self._held:
+            module._parameters[name] = p
+        self._held.clear()
+
+    def _sum_gradients(self, p: Any) -> None:
         if p.requires_grad and not getattr(p, _SHARE, False):
             p.register_hook(self._sum)
             setattr(p, _SHARE, True)
@@ -287,6 +329,12 @@ class Share:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient, group=self.group)
         return gradient
+
+
+def _at(layer: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        layer = layer._modules[name]
+    return layer
 
 
 class _Enter(torch.autograd.Function):
@@ -298,7 +346,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -314,43 +362,33 @@ class _Leave(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
 # ---- Files
 
 
-_GATHER = "gather_sharded_state_dict_for_save"
+_GATHER, _SPREAD = "gather_sharded_state_dict_for_save", "save_distributed_checkpoint"
 
 
-def _gathered(
-    model_to_save: Any, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-) -> dict[str, torch.Tensor]:
+def _gathered(model_to_save: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     """What `save_pretrained` writes: whole layers. Every process calls it, as Transformers demands."""
-    state_dict = dict(state_dict)
+    method = getattr(type(model_to_save), _GATHER)
+    state_dict: dict[str, torch.Tensor] = method(model_to_save, model_to_save, *args, **kwargs)
     for before, layer, parts in _layers(model_to_save):
         share = share_of(layer)
-        if share is None:
-            continue
-        for name, owner in _owners(layer, parts):
-            names = [name] if isinstance(owner, nn.Parameter) else [f"{name}.{n}" for n in owner._parameters]
-            for key in (f"{before}.{n}" if before else n for n in names):
-                if SHARES[name] is not WHOLE and key in state_dict:
-                    state_dict[key] = _whole(state_dict[key], name, _runs(layer, parts), share)
-    method = getattr(type(model_to_save), _GATHER)
-    result: dict[str, torch.Tensor] = method(model_to_save, model_to_save, state_dict, *args, **kwargs)
-    return result
+        for path, name, _ in () if share is None else share.spread:
+            key = ".".join((*([before] if before else ()), *path, name))
+            if share is not None and SHARES.get(".".join(path)) is QKV and key in state_dict:
+                state_dict[key] = _in_order(state_dict[key], _runs(layer, parts), share.ranks.size)
+    return state_dict
 
 
-@torch.no_grad()
-def _whole(mine: torch.Tensor, name: str, runs: tuple[int, ...], share: Share) -> torch.Tensor:
-    mine = mine.detach().contiguous()
-    all_ranks = [torch.empty_like(mine) for _ in range(share.ranks.size)]
-    torch.distributed.all_gather(all_ranks, mine, group=share.group)
-    axis = _axis(name, mine.shape)
-    pieces = [x.split(runs if SHARES[name] is QKV else mine.shape[axis], axis) for x in all_ranks]
-    return torch.cat([x for run in zip(*pieces, strict=True) for x in run], axis)
+def _in_order(x: torch.Tensor, runs: tuple[int, ...], size: int) -> torch.Tensor:
+    """From q, k and v of one rank after another to q, k and v of all; `runs` are those of a rank."""
+    pieces = [rank.split(runs) for rank in x.chunk(size)]
+    return torch.cat([x for run in zip(*pieces, strict=True) for x in run])
 
 
 def _refuse_distributed_checkpoint(model_to_save: object, *args: object, **kwargs: object) -> None:
