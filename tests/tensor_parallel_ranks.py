@@ -9,6 +9,7 @@ one process, in turns.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -78,6 +79,11 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def apart_of(want: torch.Tensor, got: torch.Tensor) -> float:
+    """In parts of the largest number."""
+    return apart(want, got) / float(want.abs().max())
+
+
 def whole(x: Any) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -144,9 +150,9 @@ def _gradients(one: Any, split: Any, name: str, ids: torch.Tensor) -> dict[str, 
     names = {f"{where}.{n}": g for n, g in held.items()}
     full = split.gather_sharded_state_dict_for_save(split, names, split.config.distributed_config)
     for n, p in layer.named_parameters():
-        found[n] = apart(full[f"{where}.{n}"], p.grad) / float(p.grad.abs().max())
+        found[n] = apart_of(p.grad, full[f"{where}.{n}"])
     embed = [whole(m.get_input_embeddings().weight.grad) for m in (one, split)]
-    found["embeddings"] = apart(*embed) / float(embed[0].abs().max())
+    found["embeddings"] = apart_of(*embed)
     return found
 
 
@@ -234,15 +240,15 @@ def later(folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         model(ids, **{CACHE: old})
         with adt.enable():
-            out["whole"] = apart(one(ids).logits, model(ids).logits)
+            out["whole"] = apart_of(one(ids).logits, model(ids).logits)
             out["status before"] = adt.status(model).left
         with adt.enable(model), adt.enable(one):
             out["status"] = str(adt.status(model))
             out["status after"] = [adt.status(model).left, len(adt.status(model).heads)]
-            out["split"] = apart(one(ids).logits, model(ids).logits)
+            out["split"] = apart_of(one(ids).logits, model(ids).logits)
             out["old cache"] = _error(lambda: model(ids[:, :1], **{CACHE: old}))
         with adt.enable(model):
-            out["twice"] = apart(one(ids).logits, model(ids).logits)
+            out["twice"] = apart_of(one(ids).logits, model(ids).logits)
     out["distributed checkpoint"] = _error(
         lambda: model.save_pretrained(folder / "dcp", distributed_checkpoint=True)
     )
@@ -250,48 +256,86 @@ def later(folder: Path) -> dict[str, Any]:
     x = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out["copy"] = apart(copied(x), model.model.layers[0].linear_attn(x))
-    import peft
+    with torch.no_grad():
+        packed = adt.pack(model)
+        out["packed"] = apart_of(one(ids).logits, model(ids).logits)
+        packed.off()
+    projection = model.model.layers[0].linear_attn.in_proj_qkv
+    model.model.layers[0].linear_attn.in_proj_qkv = torch.nn.Sequential(
+        projection
+    )  # as LoRA puts itself there
+    out["wrapped"] = _error(lambda: model(ids))
+    model.model.layers[0].linear_attn.in_proj_qkv = projection
+    with torch.no_grad():
+        out["unwrapped"] = apart_of(one(ids).logits, model(ids).logits)
+    return out
 
-    wanted = peft.LoraConfig(r=2, target_modules=["in_proj_qkv"])
-    adapted = peft.get_peft_model(model, wanted)
-    out["lora"] = _error(lambda: adapted(input_ids=ids, labels=ids))
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Two steps with gradient checkpointing and clipping, in one process and split."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    out: dict[str, Any] = {"norms": [], "logits": []}
+    ids = tokens(2, 12)
+    for model in (load(TINY, dtype=torch.float32), load_split(TINY, dtype=torch.float32)):
+        model.train()
+        model.gradient_checkpointing_enable()
+        step, norms = torch.optim.SGD(model.parameters(), lr=1e-2), []
+        for _ in range(2):
+            with adt.enable():
+                model(ids, labels=ids, use_cache=False).loss.backward()
+            with implicit_replication():
+                norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)).item())
+                step.step()
+            step.zero_grad()
+        out["norms"].append(norms)
+        with torch.no_grad(), adt.enable():
+            out["logits"].append(model.eval()(ids).logits)
+    logits = out.pop("logits")
+    out["apart"] = apart_of(*logits)
+    alike = [torch.empty_like(logits[1]) for _ in range(2)]
+    dist.all_gather(alike, logits[1].contiguous())
+    out["alike"] = torch.equal(*alike)
     return out
 
 
 def whole_models(folder: Path) -> dict[str, Any]:
     """Models whose heads stay whole: why, and their logits."""
-    out: dict[str, Any] = {}
-    makers: dict[str, Callable[[], Any]] = {
-        "odd": lambda: build("qwen3_5", linear_num_key_heads=3, linear_num_value_heads=3),
-        "quantised": lambda: build("qwen3_5"),
+    quantised: dict[str, Any] = {}
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantised = dict(quantization_config=transformers.TorchAoConfig(Int8WeightOnlyConfig()))
+    out: dict[str, Any] = {
+        "odd": _stays_whole(folder / "odd", dict(linear_num_key_heads=3, linear_num_value_heads=3), {})
     }
-    for name, make in makers.items():
-        path = folder / name
-        if rank() == 0:
-            make().save_pretrained(path)
-        dist.barrier()
-        one = load(path)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            if name == "quantised":
-                model = load(path, distributed_config=DistributedConfig(tp_size=2))
-                for module in model.modules():
-                    if hasattr(module, "in_proj_z"):
-                        module.in_proj_z = torch.nn.Sequential(one.model.layers[0].linear_attn.in_proj_z)
-                for _ in range(2):
-                    with adt.enable(model):
-                        pass
-            else:
-                model = load_split(path)
-        out[name] = dict(
-            warnings=[str(w.message) for w in seen if "anydelta" in str(w.message)],
-            left=adt.status(model).left,
-            heads=adt.status(model).heads,
-        )
-        if name != "quantised":
-            with torch.no_grad(), adt.enable():
-                out[name]["logits"] = apart(one(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    if quantised:
+        out["quantised"] = _stays_whole(folder / "quantised", {}, quantised)
     return out
+
+
+def _stays_whole(path: Path, changes: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    if rank() == 0:
+        build("qwen3_5", **changes).save_pretrained(path)
+    dist.barrier()
+    one = load(path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = load_split(path, **options)
+        with adt.enable(model):  # which asks again
+            pass
+    status = adt.status(model)
+    with torch.no_grad():
+        # Transformers' plan quantises a share of a matrix by itself, so that one process has other numbers.
+        want = (model if options else one)(tokens(1, 9)).logits
+        with adt.enable():
+            logits = apart(want, model(tokens(1, 9)).logits)
+    return dict(
+        warnings=[str(w.message) for w in seen if "anydelta" in str(w.message)],
+        left=list(status.left.values()),
+        heads=status.heads,
+        logits=logits,
+    )
 
 
 # ---- Times
@@ -365,7 +409,7 @@ def _mixer_time(model: Any, rows: int, length: int) -> float:
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    f.__name__: f for f in (families, generate, later, whole_models, timed)
+    f.__name__: f for f in (families, generate, later, trained, whole_models, timed)
 }
 
 

@@ -285,7 +285,7 @@ class Share:
         gradients = torch.is_grad_enabled()
         for path, name, kind in self.spread:
             module = _at(layer, path)
-            if type(module) is not kind and path:
+            if path and not (isinstance(module, kind) and name in module._parameters):
                 raise ValueError(
                     f"tensor parallelism: requires the layer's own {'.'.join(path)} to run split heads; got a "
                     f"{type(module).__module__}.{type(module).__name__}. Load the model under disable()"
