@@ -342,7 +342,10 @@ def _stays_whole(path: Path, changes: dict[str, Any], options: dict[str, Any]) -
 
 
 def timed(folder: Path) -> dict[str, Any]:
-    """CPU seconds of the mixer of one layer, whole and split, in turns; the shape of Qwen3.5-0.8B."""
+    """CPU time of linear layers with whole heads in one process, split, and as Transformers' plan has them, in turns.
+
+    The shape is that of Qwen3.5-0.8B; `mixer` is what lies between the projections.
+    """
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     config = Qwen3_5TextConfig(
@@ -355,57 +358,53 @@ def timed(folder: Path) -> dict[str, Any]:
         torch.manual_seed(0)
         Qwen3_5ForCausalLM(config).save_pretrained(path)
     dist.barrier()
-    models = [load(path), load_split(path)]
-    stock = load(path, distributed_config=DistributedConfig(tp_size=2))
+    planned = load(path, distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
+    models = [load(path), load_split(path), planned]
     out: dict[str, Any] = {}
     with torch.no_grad(), adt.enable():
-        for tokens_, what in ((512, "prefill of 512"), (1, "decode, batch 8")):
-            rows = 1 if tokens_ > 1 else 8
-            rounds: list[list[float]] = []
-            for _ in range(15):
-                rounds.append([_mixer_time(m, rows, tokens_) for m in (*models, stock)])
-            mine = [r[1] / r[0] for r in rounds[2:]]
-            theirs = [r[2] / r[0] for r in rounds[2:]]
-            out[what] = dict(
-                split=statistics.quantiles(mine, n=4), stock=statistics.quantiles(theirs, n=4),
-                seconds=[statistics.median(column) for column in zip(*rounds[2:], strict=True)],
-            )  # fmt: skip
+        for what, rows, length in (("prefill of 512", 1, 512), ("decode, 8 rows", 8, 1)):
+            rounds = [[_times(m, rows, length) for m in models] for _ in range(17)][2:]
+            for i, part in enumerate(("mixer", "layer")):
+                for way, name in ((1, "split"), (2, "Transformers' plan")):
+                    ratios = [r[way][i] / r[0][i] for r in rounds]
+                    out[f"{what}, {part}, {name}"] = statistics.quantiles(ratios, n=4)
     if rank() == 0:
-        for what, found in out.items():
-            a, b = ([f"{x:.2f}" for x in found[n]] for n in ("split", "stock"))
-            print(f"{what}: a rank's mixer / one process's {a[1]} ({a[0]} to {a[2]}); whole heads {b[1]}")
+        for name, (low, middle, high) in out.items():
+            print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) of one process")
     return out
 
 
-def _mixer_time(model: Any, rows: int, length: int) -> float:
-    """CPU time between the projections and the output projection, of all linear layers."""
+def _times(model: Any, rows: int, length: int) -> tuple[float, float]:
+    """CPU seconds of this thread in the mixers of all linear layers, and in the layers."""
     from anydelta.integrations.transformers import layer as mixers
 
-    spent = 0.0
+    layer = type(model.model.layers[0].linear_attn)
+    spent = dict.fromkeys(("mixer", "layer"), 0.0)
 
-    def clocked(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def clocked(theirs: Callable[..., Any], name: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
             begin = time.thread_time()
             result = theirs(*args, **kwargs)
-            spent += time.thread_time() - begin
+            spent[name] += time.thread_time() - begin
             return result
 
         return run
 
-    ids = tokens(rows, length + 1)
+    ids = tokens(rows, length)
     cache = transformers.DynamicCache(config=model.config)
-    kept = mixers._Step.mix
     if length == 1:
-        model(ids[:, :1], **{CACHE: cache}, use_cache=True)
-        model(ids[:, :1], **{CACHE: cache}, use_cache=True)
-    mixers._Step.mix = clocked(kept)  # type: ignore[method-assign]
+        for _ in range(2):
+            model(ids, **{CACHE: cache}, use_cache=True)
+    kept = mixers._Step.mix
+    mixers._Step.mix = clocked(kept, "mixer")  # type: ignore[method-assign]
+    layer.__call__ = clocked(layer.__call__, "layer")
     try:
-        for _ in range(10 if length == 1 else 1):
-            model(ids[:, :length], **{CACHE: cache}, use_cache=True)
+        for _ in range(20 if length == 1 else 1):
+            model(ids, **{CACHE: cache}, use_cache=True)
     finally:
         mixers._Step.mix = kept  # type: ignore[method-assign]
-    return spent
+        del layer.__call__
+    return spent["mixer"], spent["layer"]
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {

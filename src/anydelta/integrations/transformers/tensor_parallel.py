@@ -209,7 +209,7 @@ def _split(layer: Any, parts: Family, mesh: DeviceMesh) -> None:
                 setattr(module, name, vars(module)[name] // size)
     setattr(layer, _SHARE, share)
     layer.register_forward_pre_hook(share.enter, with_kwargs=True)
-    layer.register_forward_hook(share.leave, always_call=True)
+    layer.register_forward_hook(share.leave, prepend=True, always_call=True)
     mixers.forget(layer)
 
 
