@@ -136,7 +136,7 @@ def _why_not(layer: Any, parts: Family, size: int) -> str | None:
     H, HV = _heads(layer, parts)
     if H % size or HV % size:
         return f"{H} key and {HV} value heads do not divide by {size} processes"
-    held = {name for name, _ in _owners(layer, parts)}
+    runs, held = _runs(layer, parts), {name for name, _ in _owners(layer, parts)}
     if held != parts.holds - {parts.gate}:
         return f"it has other modules or parameters than {parts.name} is known for"
     for name, owner in _owners(layer, parts):
@@ -155,6 +155,10 @@ def _why_not(layer: Any, parts: Family, size: int) -> str | None:
                 return f"its {name} is of {type(local).__name__} {p.dtype}: quantised weights are not split"
             if SHARES[name] is COLUMNS and p.ndim == 1:
                 return f"its {name} has a bias"
+            if SHARES[name] is not WHOLE:
+                length = p.shape[_axis(name, p.shape)]
+                if length != sum(runs) if SHARES[name] is QKV else length % H:
+                    return f"its {name} is {list(p.shape)}, which does not fit its heads"
     return None
 
 
@@ -224,9 +228,8 @@ def _axis(name: str, shape: torch.Size) -> int:
     """The axis of a parameter along which its heads lie."""
     if SHARES[name] is COLUMNS:
         return 1
-    return (
-        0 if len(shape) < 4 else max(range(len(shape)), key=shape.__getitem__)
-    )  # A_log may be [1, 1, HV, 1]
+    # Kimi-Linear has A_log as [1, 1, HV, 1].
+    return 0 if len(shape) < 4 else max(range(len(shape)), key=shape.__getitem__)
 
 
 @torch.no_grad()
