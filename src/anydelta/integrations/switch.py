@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 import warnings
@@ -190,7 +191,7 @@ class Patch:
 
     def learn(self) -> bool:
         """Look at the current attribute. Returns whether it was unknown."""
-        here = getattr(self.owner, self.name, MISSING)
+        here = inspect.getattr_static(self.owner, self.name, MISSING)
         if self.ours is not MISSING and (here is self.theirs or here is self.ours):
             return False
         self.theirs, self.ours = here, self._make(here)

@@ -43,12 +43,13 @@ if TYPE_CHECKING:
     from . import layer as _layer
     from . import packed_matrices as _packed_matrices
     from . import serving as _serving
+    from . import tensor_parallel as _tensor_parallel
     from .find import Found
     from .generate import Method
     from .layer import Forward
     from .packed_matrices import Packed
 else:  # they import torch and Transformers
-    _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices, _serving = (
+    _classes, _find, _functions, _generate, _gguf, _layer, _packed_matrices, _serving, _tensor_parallel = (
         late(f"{__name__}.{name}")
         for name in (
             "classes",
@@ -59,6 +60,7 @@ else:  # they import torch and Transformers
             "layer",
             "packed_matrices",
             "serving",
+            "tensor_parallel",
         )
     )
 
@@ -79,6 +81,8 @@ class Status:
     """Families and layers that are not replaced, with the reason."""
     layers: tuple[str, ...] = ()
     """The names of the given model's layers that run ours."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """The heads that this process has of the given model, by layer, where they are split over several."""
     taken: dict[str, int] = field(default_factory=dict)
     """Calls that anydelta ran, by function."""
     passed_on: dict[str, int] = field(default_factory=dict)
@@ -91,6 +95,7 @@ class Status:
         ]
         if self.layers:
             lines.append(f"this model: {len(self.layers)} layers run anydelta: {', '.join(self.layers)}")
+        lines += [f"heads of {name} here: {share}" for name, share in self.heads.items()]
         lines += [f"left as it is: {name}: {why}" for name, why in self.left.items()]
         lines += [f"taken: {name} x {n}" for name, n in self.taken.items()]
         lines += [f"passed on: {why} x {n}" for why, n in self.passed_on.items()]
@@ -114,6 +119,7 @@ def enable(model: nn.Module | None = None) -> Switch:
         if model is None:
             return Switch(True, [_everywhere])
         layers = _layers(model, bound, "enable")
+        _tensor_parallel.split(model)
         switch = Switch(True, _places(model, layers, bound))
         _warn_of_strangers(layers)
         return switch
@@ -161,11 +167,16 @@ def status(model: nn.Module | None = None) -> Status:
     with LOCK:
         bound = _families()
         layers = [] if model is None else _layers(model, bound, "status")
+        left = dict(_left)
+        if model is not None and (why := _tensor_parallel.why_whole(model)) is not None:
+            left[f"tensor parallelism of {type(model).__name__}"] = why
+        shares = ((name, _tensor_parallel.share_of(layer)) for name, layer, _ in layers)
         return Status(
             transformers=importlib.import_module("transformers").__version__,
             everywhere=_everywhere.on,
             families=tuple(b.name for b in bound),
-            left=dict(_left),
+            left=left,
+            heads={name: str(share) for name, share in shares if share is not None},
             layers=tuple(name for name, layer, _ in layers if _classes.runs_ours(layer)),
             taken=dict(_taken),
             passed_on=dict(_passed_on),
@@ -195,8 +206,17 @@ def _server() -> tuple[Patch, ...]:
         return ()
 
 
+@functools.cache
+def _loader() -> tuple[Patch, ...]:
+    """What splits the heads of models over processes, where Transformers has the means (5.24)."""
+    try:
+        return tuple(_tensor_parallel.patches(_everywhere))
+    except ImportError:
+        return ()
+
+
 def _turn(on: bool) -> list[str]:
-    return turn((*_files(), *_server(), *(patch for b in _bound for patch in b.patches())), on)
+    return turn((*_files(), *_server(), *_loader(), *(patch for b in _bound for patch in b.patches())), on)
 
 
 _everywhere = Place(_turn)

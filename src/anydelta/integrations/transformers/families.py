@@ -173,3 +173,23 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 
 BY_LAYER = {(f.module, f.layer): f for f in FAMILIES}
+
+# How the heads of a layer are split over processes (tensor_parallel.py).
+ROWS = "rows"
+"""Head by head along its first axis; what is grouped by key heads too."""
+QKV = "q, k and v"
+"""The same within each of three parts of the first axis."""
+COLUMNS = "columns"
+WHOLE = "whole"
+"""Every process has all of it: it is of no head, or of all alike."""
+SHARES: dict[str, str] = {
+    **dict.fromkeys(("in_proj_qkv", "conv1d"), QKV),
+    **dict.fromkeys(("out_proj", "o_proj"), COLUMNS),
+    **dict.fromkeys(("norm", "o_norm", "g_a_proj", "forget_gate.f_a_proj"), WHOLE),
+    **dict.fromkeys(
+        _names("in_proj_qkvz in_proj_ba in_proj_z in_proj_a in_proj_b q_proj k_proj v_proj"), ROWS
+    ),
+    **dict.fromkeys(_names("g_proj a_proj b_proj g_b_proj A_log dt_bias forget_gate.A_log"), ROWS),
+    **dict.fromkeys(_names("forget_gate.dt_bias forget_gate.f_b_proj forget_gate.f_proj"), ROWS),
+}
+"""By the names in `Family.holds`."""

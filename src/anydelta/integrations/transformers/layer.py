@@ -396,6 +396,11 @@ def _keep(layer: LinearAttention, name: str, taken: Counter[str], step: _Step) -
     _steps[key] = step
 
 
+def forget(layer: LinearAttention) -> None:
+    """The layer has other heads from now on."""
+    _steps.pop(id(layer), None)
+
+
 def mixed(
     layer: LinearAttention,
     parts: Family,
@@ -607,6 +612,11 @@ def _why_not_cache(
             return "a cache with only a conv state" if held.has_previous_state[0] else None
         if conv.dtype != _dtype(x) or state.dtype not in (torch.float32, torch.bfloat16):
             return f"cached states of {conv.dtype} and {state.dtype}"
+        if conv.shape[1] != self.conv_dim:
+            raise ValueError(
+                f"{parts.name}.mixer: requires a cache with windows of {self.conv_dim} channels; got {conv.shape[1]}, "
+                "those of other heads. Make a new cache"
+            )
         if conv.shape[0] != x.shape[0] or conv.shape[2] < self.conv_kernel_size - 1:
             return f"a conv state of {list(conv.shape)}"
         if conv.device != x.device or state.device != x.device:

@@ -68,6 +68,12 @@ def _stamp(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
+def _weight(layer: nn.Linear) -> torch.Tensor:
+    """What the layer multiplies with: of a weight that is spread over processes this one's share."""
+    weight: torch.Tensor = getattr(layer.weight, "_local_tensor", layer.weight)
+    return weight
+
+
 def _packed(weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     with torch.no_grad():
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), _stamp(weight)
@@ -79,7 +85,7 @@ class Packed:
     def __init__(self, layers: list[nn.Linear], most_rows: list[int | None]):
         self.layers, self._most_rows = layers, most_rows
         self._kept: dict[nn.Linear, tuple[torch.Tensor, tuple[int, int]]] = {
-            layer: _packed(layer.weight) for layer in layers
+            layer: _packed(_weight(layer)) for layer in layers
         }
         self.on()
 
@@ -137,7 +143,7 @@ def pack(model: nn.Module) -> Packed:
     chosen: list[nn.Linear] = []
     most: list[int | None] = []
     for layer in layers:
-        key = (layer.weight.shape, layer.weight.dtype)
+        key = (_weight(layer).shape, layer.weight.dtype)
         if key not in found:
             found[key] = (faster(layer, ROWS[0]), faster(layer, ROWS[1]))
         few, many = found[key]
@@ -149,7 +155,7 @@ def pack(model: nn.Module) -> Packed:
 
 def faster(layer: nn.Linear, rows: int) -> bool:
     """Whether `rows` rows times the weight are GAIN times as fast on a packed copy. Both are measured interleaved."""
-    weight = layer.weight.detach()
+    weight = _weight(layer).detach()
     x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
     packed = _packed(weight)[0]
     ways: tuple[Callable[[], torch.Tensor], ...] = (

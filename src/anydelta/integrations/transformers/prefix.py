@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from ...state.files import File, safetensors
 from .cache import CACHE, POSITIONS, ROLLBACK, RollbackCache
+from .tensor_parallel import ranks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -170,7 +171,10 @@ class Checkpoint:
         """
         text = config.get_text_config(decoder=True)
         if self.model is not None and self.model != fingerprint(config):
-            self._refuse(text, "another config")
+            ranks = ranks_of(config)
+            self._refuse(
+                text, "another config" if ranks is None else f"another config, or one that is not of {ranks}"
+            )
         if max(self.tokens, default=0) >= text.vocab_size:
             self._refuse(text, f"token {max(self.tokens)} of a vocabulary of {text.vocab_size}")
         want = _shapes(text, len(self.tokens))
@@ -253,6 +257,8 @@ def fingerprint(config: PreTrainedConfig) -> str:
     facts |= {name: found for name in _MORE if (found := getattr(text, name, None)) is not None}
     if "sliding_attention" in (text.layer_types or ()):
         facts["sliding_window"] = text.sliding_window
+    if (ranks := ranks_of(config)) is not None:  # a checkpoint has the heads of one process
+        facts["ranks"] = tuple(ranks)
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -267,13 +273,17 @@ def _shapes(config: PreTrainedConfig, tokens: int) -> dict[str, tuple[tuple[int,
         C = 2 * config.linear_num_key_heads * K + HV * V
     heads = config.num_key_value_heads
     D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = values = [(heads, D)]
+    keys, values = [(heads, D)], [(heads, D)]
     if (
         rank := getattr(config, "kv_lora_rank", None)
     ) is not None:  # latent attention: compressed, or expanded
         rope = config.qk_rope_head_dim
         keys = [(1, rank), (heads, config.qk_nope_head_dim + rope)]
         values = [(1, rope), (heads, config.v_head_dim)]
+    if (ranks := ranks_of(config)) is not None:
+        C, HV = C // ranks.size, HV // ranks.size
+        for places in (keys, values):  # split as well, or whole in every process
+            places += [(h // ranks.size, d) for h, d in places if h % ranks.size == 0]
     found: dict[str, tuple[tuple[int, ...], ...]] = {}
     chosen = False
     for i, layer in enumerate(RollbackCache(config=config).layers):

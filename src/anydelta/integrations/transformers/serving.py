@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching.cache_allocators.full_attention
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from ..switch import Patch, guarded
+from .tensor_parallel import ranks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,7 +53,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Sizes:
-        """The sizes of a config's linear attention.
+        """The sizes of a config's linear attention, of the heads that this process has.
 
         Raises:
             ValueError: the config names them in a way that is not known here, or its other layers do not fit into
@@ -75,7 +76,9 @@ class Sizes(NamedTuple):
                 f"continuous batching: requires linear_num_value_heads or linear_num_heads in the config; got "
                 f"{type(config).__name__} without. Use generate()"
             )
-        return cls(2 * H * K + HV * V, HV, K, V, config.linear_conv_kernel_dim)
+        ranks = ranks_of(config)
+        share = 1 if ranks is None else ranks.size
+        return cls((2 * H * K + HV * V) // share, HV // share, K, V, config.linear_conv_kernel_dim)
 
 
 class Round(NamedTuple):
