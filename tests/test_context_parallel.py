@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 import anydelta
 from anydelta import distributed
+from anydelta.core import dispatch
 from anydelta.distributed import run
 from anydelta.distributed.pieces import pieces, windows_needed
 from anydelta.mixer import reference as mixer_reference
@@ -279,6 +280,19 @@ def test_transition_on_every_instruction_set(isa: str) -> None:
     S0 = state_of(1, 4, 16, 24)
     with host.forced_isa(isa):
         S, P = anydelta.gated_delta_transition(**given, **shared, backend="cpu")
+    assert nmse(P @ S0 + S, of_oracle(tokens, shared, S0, "kv").state) < EXACT
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name in dispatch.NAMES if name not in ("cpu", "triton", "metal")]
+)
+def test_transition_on_every_backend(backend: str) -> None:
+    if no := dispatch.get_backend(backend).available():
+        pytest.skip(str(no[0]))
+    tokens, shared = rule_call(kda=True)
+    given = {n: x for n, x in tokens.items() if n != "q"}
+    S0 = state_of(1, 4, 16, 24)
+    S, P = anydelta.gated_delta_transition(**given, **shared, backend=backend)
     assert nmse(P @ S0 + S, of_oracle(tokens, shared, S0, "kv").state) < EXACT
 
 
