@@ -5,12 +5,16 @@ Four processes are started once, with gloo on the loopback, and run every case; 
 
 from __future__ import annotations
 
+import itertools
+import math
 import multiprocessing
 import pickle
+import queue
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -28,6 +32,7 @@ import anydelta
 from anydelta import distributed
 from anydelta.core import dispatch
 from anydelta.distributed import run
+from anydelta.distributed.peers import entering_state
 from anydelta.distributed.pieces import pieces, windows_needed
 from anydelta.mixer import reference as mixer_reference
 from anydelta.rule import reference, transition
@@ -423,6 +428,66 @@ def test_windows_come_from_as_many_ranks_as_it_takes() -> None:
         [3, 1, 0],
         [4, 3, 1],
     ]
+
+
+class Threads:
+    """`Peers` of one rank, whose messages go through queues to the threads of the others."""
+
+    def __init__(self, rank: int, boxes: dict[tuple[int, int], queue.Queue[torch.Tensor]]):
+        self.rank, self.boxes, self.steps, self.moved = rank, boxes, 0, 0
+
+    def exchange(self, sends: Sequence[Any], receives: Sequence[Any]) -> None:
+        self.steps += 1
+        for to, x in sends:
+            self.moved += x.numel()
+            self.boxes[self.rank, to].put(x.clone())
+        for sender, x in receives:
+            x.copy_(self.boxes[sender, self.rank].get(timeout=SECONDS))
+
+
+@pytest.mark.parametrize("layout", ["kv", "vk"])
+@pytest.mark.parametrize(
+    ("lengths", "cu"),
+    [([2] * R, [0, 2 * R]) for R in (1, 2, 3, 5, 8, 9)]
+    + [
+        ([3, 0, 1, 2, 0, 2, 5], [0, 13]),
+        ([2] * 9, [0, 3, 17, 18]),
+        ([1, 4, 1, 1, 1, 1, 1, 4], [0, 3, 12, 14]),
+    ],
+    ids=str,
+)
+def test_the_scan_over_many_ranks(lengths: list[int], cu: list[int], layout: str) -> None:
+    """Against one rank after the other, in float64, with as many steps and numbers as it says."""
+    HV, K, V = 2, 3, 5
+    rng = np.random.default_rng(0)
+    held = pieces(lengths, cu)
+    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
+    shape = (1, HV, K, V) if layout == "kv" else (1, HV, V, K)
+    own = [(draw(*shape), draw(1, HV, K, K) if p.inside else None) if p.after else None for p in held]
+    boxes: dict[tuple[int, int], queue.Queue[torch.Tensor]] = {
+        pair: queue.Queue() for pair in itertools.product(range(len(held)), repeat=2)
+    }
+    ranks = [Threads(rank, boxes) for rank in range(len(held))]
+    with ThreadPoolExecutor(len(held)) as pool:
+        jobs = [
+            pool.submit(entering_state, rank, piece, mine, torch.empty(shape, dtype=torch.float64), layout)  # type: ignore[arg-type]
+            for rank, piece, mine in zip(ranks, held, own, strict=True)
+        ]
+        found = [job.result(timeout=SECONDS) for job in jobs]
+    assert all(box.empty() for box in boxes.values())
+    for piece, got in zip(held, found, strict=True):
+        if not piece.before:
+            assert got is None
+            continue
+        state = torch.zeros(shape, dtype=torch.float64)
+        for rank in piece.before:
+            S, P = own[rank]  # type: ignore[misc]
+            state = S if P is None else after(P, state, S, layout)
+        assert nmse(got, state) < 1e-25
+    for rank, piece in zip(ranks, held, strict=True):
+        steps = math.ceil(math.log2(max(1, len(piece.before) + len(piece.after) + 1)))
+        assert rank.steps <= steps
+        assert rank.moved <= steps * HV * K * (K + V)
 
 
 # ---- several processes
