@@ -213,3 +213,20 @@ def test_a_recording_is_what_a_command_prints(tmp_path: Path) -> None:
     assert "last" in text
     assert "after" not in text
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://www.textualize.io", "")
+
+
+def test_the_sources_name_documents_and_sections_that_exist() -> None:
+    named = 0
+    for path in sorted((ROOT / "src").rglob("*")):
+        if path.suffix not in (".py", ".h", ".cpp", ".hpp", ".cl", ".metal", ".glsl", ".comp", ".wgsl"):
+            continue
+        text = re.sub(r"\s*\n\s*(//|#)?\s*", " ", path.read_text(encoding="utf-8"))
+        for found in re.finditer(r'((?:docs/[\w/.-]+|HACKING)\.(?:md|json))(?:, "([^"]+)")?', text):
+            document = ROOT / found[1]
+            assert document.exists(), f"{path}: {found[1]}"
+            named += 1
+            if found[2]:
+                assert re.search(
+                    rf"^#+ {re.escape(found[2])}$", document.read_text(encoding="utf-8"), re.MULTILINE
+                ), f"{path}: {found[0]}"
+    assert named > 10

@@ -373,6 +373,53 @@ def test_80_columns_without_colours(args: str) -> None:
     assert [line for line in lines if Text(line).cell_len > 80] == []
 
 
+def every_help() -> list[tuple[str, ...]]:
+    def of(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        yield words
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from of(inner, (*words, name))
+
+    return list(of(typer.main.get_command(cli.build_app()), ()))
+
+
+@pytest.mark.parametrize("columns", [50, 60, 71, 80])
+def test_no_help_is_cut_off(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich cuts words that do not fit their column; in a narrow terminal those were names of options."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", columns)
+    for words in every_help():
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, "--help"])
+        shown = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert "…" not in shown, words
+        assert "Examples:\n" in re.sub(r" +\n", "\n", shown), words
+        if columns < 72:  # plain: each example is a line
+            first = shown[shown.index("Examples:") :].splitlines()[1]
+            assert first.split()[0] == "anydelta"
+            assert first.startswith("    ")
+
+
+def test_a_shell_can_be_named() -> None:
+    for shell, some in (
+        ("bash", "complete -o"),
+        ("zsh", "#compdef anydelta"),
+        ("fish", "complete --command"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "anydelta.cli", "--show-completion", shell], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert some in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "anydelta.cli", "--show-completion", "csh"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "csh" in done.stderr
+
+
 def test_a_paragraph_of_help_fits_any_width() -> None:
     command = typer.main.get_command(cli.build_app())
     terminal.reflow(command)
@@ -508,7 +555,9 @@ def spawn(*args: str, **options: Any) -> subprocess.Popen[bytes]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes and signals of POSIX")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("args", ["bench ops --list --no-peers --cases all", "conform --support"])
+@pytest.mark.parametrize(
+    "args", ["bench ops --list --no-peers --cases all", "conform --support", "generate --help", "--help"]
+)
 def test_a_reader_that_leaves_is_no_error(unbuffered: str, args: str) -> None:
     run = spawn(*args.split(), env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert run.stdout is not None

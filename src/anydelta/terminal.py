@@ -263,11 +263,16 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
     _open_streams()
     args = list(sys.argv[1:] if args is None else args)
     name = "anydelta"
+    if {"--show-completion", "--install-completion"} & set(args[:-1]):  # with the name of a shell
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     try:
         import typer.main
 
         command = typer.main.get_command(build())
         reflow(command)
+        where = console()
+        if where.width < HELP_COLUMNS or where.is_dumb_terminal:
+            without_boxes(command)
         if "_ANYDELTA_COMPLETE" in os.environ:  # a shell asks for completions
             command.main(args, prog_name=name)
         name = _called(command, args)
@@ -279,6 +284,11 @@ def run(build: Callable[[], typer.Typer], args: list[str] | None) -> NoReturn:
     except BrokenPipeError:
         _leave_stdout()
         raise SystemExit(CLOSED) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich ends the program while it prints help
+            _leave_stdout()
+            raise SystemExit(CLOSED) from None
+        raise
     except OSError as error:
         _end(name, f"requires a file that can be read or written; got {error}", 1)
     except MemoryError as error:
@@ -306,6 +316,19 @@ def reflow(command: Any) -> None:
         command.help = "\n\n".join(joined)
     for inner in getattr(command, "commands", {}).values():
         reflow(inner)
+
+
+HELP_COLUMNS = 72
+"""In a narrower terminal rich would cut off words of the help."""
+
+
+def without_boxes(command: Any) -> None:
+    """Print the help of a command and its subcommands as plain lines, which fold and are never cut off."""
+    command.rich_markup_mode = None
+    if command.help:
+        command.help = command.help.replace("\nExamples:\n", "\n\b\nExamples:\n")  # keeps their lines
+    for inner in getattr(command, "commands", {}).values():
+        without_boxes(inner)
 
 
 def _invoke(command: Any, args: list[str]) -> int:

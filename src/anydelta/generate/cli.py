@@ -97,9 +97,7 @@ def generate_command(
     compile_: Annotated[
         bool, _option("--compile", "Compile the decode step (torch.compile: minutes), on a static cache.")
     ] = False,
-    fla: Annotated[
-        bool, _option("--fla", "Let the model's code import fla: anydelta.compat.fla.install().")
-    ] = False,
+    fla: Annotated[bool, _option("--fla", "Let the model's code import fla from anydelta.")] = False,
     trust_remote_code: Annotated[
         bool, _option("--trust-remote-code", "Run the Python code that comes with the model.")
     ] = False,
