@@ -1,4 +1,4 @@
-"""The table of families in docs/transformers.md, from the table of the plug.
+"""The table of families in docs/transformers.md, from the table of the integration.
 
 python scripts/families_table.py                               print it
 python scripts/families_table.py --write docs/transformers.md  put it between the marks in that file

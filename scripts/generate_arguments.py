@@ -1,4 +1,4 @@
-"""Write what C++ takes from the tables of arguments: `python scripts/generate_arguments.py FOLDER`, as CMake does.
+"""Write the C++ headers of the tables of arguments: `python scripts/generate_arguments.py FOLDER`, as CMake does.
 
 arguments.h has the order in which Python hands over the arrays of a call, the arrays and the options by name,
 torch_schemas.h the schemas of torch.ops.anydelta, the others what the SYCL host and the Vulkan shaders have of

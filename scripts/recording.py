@@ -1,4 +1,4 @@
-"""A picture of the program in a terminal: its commands run here, and what they print becomes an SVG.
+"""A picture of the program in a terminal: runs its commands here and turns their output into an SVG.
 
     python scripts/recording.py docs/images/terminal.svg 'anydelta doctor' 'anydelta generate -n 24 "Psalm 1"'
 

@@ -1,4 +1,4 @@
-"""`make release-check`: is what would be uploaded complete, and does it work where nothing else is installed?
+"""`make release-check`: checks that a release is complete, and that it works without other packages.
 
     python scripts/release_check.py                 every Python from 3.10 on that PATH has
     python scripts/release_check.py python3.12      these only

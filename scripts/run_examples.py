@@ -1,4 +1,4 @@
-"""Run the Python examples of Markdown files, so that no document promises what does not work.
+"""Run the Python examples of Markdown files, so that every documented example works.
 
     python scripts/run_examples.py README.md docs/conventions.md
     python scripts/run_examples.py --allow-missing README.md        skip blocks whose packages are not installed

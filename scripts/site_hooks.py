@@ -1,4 +1,4 @@
-"""What `make docs` needs beside mkdocs: a hook that mkdocs.yml names.
+"""The hook of `make docs` that mkdocs.yml names.
 
 - README.md, HACKING.md and the other pages of the repository's root are pages of the site.
 - A link to a file of the repository leads to its page, or to the repository where that is known (REPOSITORY_URL).

@@ -1,4 +1,4 @@
-"""Print the licences of what is linked into the extension, as the installed packages state them.
+"""Print the licences of libraries that are linked into the extension, from the installed packages.
 
 python scripts/third_party_notices.py FOLDER_OF_NANOBIND
 """

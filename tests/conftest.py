@@ -1,4 +1,4 @@
-"""Shared by all tests: which targets exist here."""
+"""Shared by all tests: the targets of this machine."""
 
 from __future__ import annotations
 

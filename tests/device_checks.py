@@ -1,4 +1,4 @@
-"""What tests of the Vulkan, WebGPU, OpenCL and SYCL backends share."""
+"""Shared by the tests of the Vulkan, WebGPU, OpenCL and SYCL backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of tests/test_tensor_parallel.py runs; torchrun starts it.
+"""The work of each process of tests/test_tensor_parallel.py; torchrun starts it.
 
     torchrun --nproc-per-node 2 tests/tensor_parallel_ranks.py FOLDER SCENARIO ...
 

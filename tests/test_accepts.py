@@ -1,5 +1,7 @@
-"""What backends declare, and that a row of the table that none of them knows is refused. What they accept runs:
-test_dispatch.py."""
+"""What backends declare; and that they refuse a row of the table that none of them knows.
+
+test_dispatch.py runs what they accept.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of arguments, and what is held to them."""
+"""The tables of arguments, and everything that must agree with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark: what it measures is right before it is timed, and what it prints is what it measured.
+"""The benchmark: results are checked before they are timed, and the printed figures are the measured ones.
 
 No test asserts a time. Cases are tiny; the reference backend stands in for anydelta, so no build is needed.
 """

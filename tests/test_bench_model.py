@@ -1,4 +1,4 @@
-"""`anydelta bench model`: contenders agree before they are timed, and what is printed is what was measured.
+"""`anydelta bench model`: contenders agree before they are timed, and the printed figures are the measured ones.
 
 No test asserts a time. The models are the repository's, and presets cut to almost nothing.
 """

@@ -1,4 +1,4 @@
-"""Files of checkpoints: what is not a whole file of the right model is refused in a sentence that names the file.
+"""Files of checkpoints: a file that is incomplete or of another model is refused in a sentence that names it.
 
 And the stores of checkpoints under threads.
 """

@@ -1,4 +1,4 @@
-"""The compat faces against the float64 oracle and, where it is installed, against the peer itself.
+"""The compat functions against the float64 oracle and, if it is installed, against the other project itself.
 
 Gates are moderate (log decay -1 to -0.1) so that a state carries over many tokens. o, final states and every
 snapshot are compared separately: an error in one must not hide behind the others.

@@ -1,4 +1,4 @@
-"""What only the CPU backend promises: which build ran, and how much memory a prefill takes."""
+"""Promises of the CPU backend alone: which build ran, and how much memory a prefill takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States that live on a device: what every backend's device shares, shown on one that is made of host memory."""
+"""States on a device: what every backend's device shares, tested on one that is made of host memory."""
 
 from __future__ import annotations
 

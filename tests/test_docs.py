@@ -1,4 +1,4 @@
-"""The documents: their examples run, their table is the one of today, and what they name exists."""
+"""The documents: their examples run, their tables are current, and everything that they name exists."""
 
 from __future__ import annotations
 

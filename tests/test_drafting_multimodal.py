@@ -1,4 +1,4 @@
-"""Drafting for the classes of checkpoints that see images: the text of decoding without drafts."""
+"""Drafting for classes of checkpoints that see images: the same text as without drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafting in `generate`: where the text ends, and what comes back beside it, are those of decoding without drafts."""
+"""Drafting in `generate`: the end of the text and the other results are those of decoding without drafts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX: our operator in ONNX Runtime, LinearAttention where that is asked for, states in and out."""
+"""ONNX: our operator in ONNX Runtime, LinearAttention on request, states as inputs and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/finetune: it learns, and a run that was stopped goes on to the same end."""
+"""examples/finetune: it learns, and a run that was stopped and continued has the same result."""
 
 from __future__ import annotations
 

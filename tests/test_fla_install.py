@@ -1,4 +1,4 @@
-"""`import fla` on anydelta: what is offered, that it works, and models whose code asks for it."""
+"""`import fla` on anydelta: the offered names, that they work, and models whose code imports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpus of the fuzz targets as a regression test: what was found once, and what reaches far."""
+"""The corpus of the fuzz targets as a regression test: inputs that once failed, and inputs that cover much code."""
 
 import shutil
 import subprocess

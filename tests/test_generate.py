@@ -1,4 +1,4 @@
-"""`anydelta generate`: the text and the figures, and one clear sentence for whatever cannot be opened or run."""
+"""`anydelta generate`: the text and the figures, and one clear sentence for everything that cannot be opened or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices in ggml's blocks: products and numbers, against the numbers that the blocks hold, for every type of ggml."""
+"""Matrices in ggml's blocks: products and unpacked numbers, compared for every type of ggml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files: written, opened by Transformers with their weights in blocks, refused in one sentence.
+"""GGUF files: written, opened by Transformers with packed weights, refused in one sentence.
 
 The files are the repository's model, which `anydelta gguf write` makes here. Logits are compared with those of the
 numbers that a file holds, as Transformers alone loads it.

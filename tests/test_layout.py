@@ -1,4 +1,4 @@
-"""Where modules lie and what they import: the rules of HACKING.md that `lint-imports` does not know."""
+"""Where modules are and what they import: the rules of HACKING.md that `lint-imports` does not check."""
 
 from __future__ import annotations
 

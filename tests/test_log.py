@@ -1,4 +1,4 @@
-"""The log's kernels against the same in float64, on every build. What the pool does with it: test_state.py."""
+"""The log's kernels against the float64 log, on every build. test_state.py tests the pool that uses it."""
 
 from __future__ import annotations
 

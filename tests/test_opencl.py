@@ -1,4 +1,4 @@
-"""OpenCL alone: sizes of sub-groups, arrays of pyopencl, drivers. What it shares is in test_every_device.py."""
+"""OpenCL alone: sizes of sub-groups, arrays of pyopencl, drivers. Shared tests: test_every_device.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that torchao quantised: their matrices are their own, linear attention runs on anydelta."""
+"""Models that torchao quantised: their matrices run on torchao, linear attention on anydelta."""
 
 from __future__ import annotations
 

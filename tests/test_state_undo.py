@@ -1,4 +1,4 @@
-"""A step of StatePool that fails in the middle is taken back, and copies of a pool are pools of their own."""
+"""A step of StatePool that fails in the middle is taken back, and copies of a pool are independent."""
 
 from __future__ import annotations
 

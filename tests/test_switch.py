@@ -1,4 +1,4 @@
-"""enable() and disable(): blocks that overlap, copies, and what others put around our forward."""
+"""enable() and disable(): blocks that overlap, copies, and other code around our forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SYCL alone: sizes of sub-groups, USM and DLPack of others, drivers. What it shares is in test_every_device.py."""
+"""SYCL alone: sizes of sub-groups, USM and DLPack of other libraries, drivers. Shared tests: test_every_device.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads: how many, whose, that they change no bit, and that a fork after use works.
+"""Threads: how many, whose, that results do not depend on them, and that a fork after use works.
 
 Whatever could hang runs in a child process with a time limit. No test asserts a time.
 """

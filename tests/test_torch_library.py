@@ -1,4 +1,4 @@
-"""anydelta_torch, the C++ library behind torch.ops.anydelta: what it needs, what it refuses, what it hands on."""
+"""anydelta_torch, the C++ library of torch.ops.anydelta: what it needs, what it refuses, what it passes on."""
 
 from __future__ import annotations
 

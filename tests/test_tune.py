@@ -1,4 +1,4 @@
-"""`anydelta tune` without a GPU: tables of launches, what would be tried, the search by an invented clock."""
+"""`anydelta tune` without a GPU: tables of launches, which ones are tried, the search with an invented clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plug-in does to a vLLM: registered once, or not at all. A stand-in of vLLM's modules takes its place here.
+"""How the plug-in changes a vLLM: it registers once, or not at all. A stand-in replaces vLLM's modules here.
 
 With vLLM itself: tests/vllm_engine, by `make test-vllm`.
 """

@@ -1,4 +1,4 @@
-"""Generate text with what export_RUNTIME.py wrote, and compare with the model in eager mode.
+"""Generate text with the output of export_RUNTIME.py, and compare with the model in eager mode.
 
     python examples/export/run_python.py RUNTIME examples/tiny_model out/export 64 In the beginning God created
 

@@ -1,4 +1,4 @@
-"""Fine-tune a hybrid model on texts of your own with LoRA, on a CPU.
+"""Fine-tune a hybrid model on your own texts with LoRA, on a CPU.
 
     python finetune.py notes.txt more/*.md --steps 300
 

@@ -1,4 +1,4 @@
-"""What simpler means make of the same split, in bits per byte: xz, and an n-gram model over bytes."""
+"""Simpler models of the same split, in bits per byte: xz, and an n-gram model over bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text: the King James Bible out of Debian's `bible-kjv-text`, as one document per chapter.
+"""The text: the King James Bible from Debian's `bible-kjv-text`, as one document per chapter.
 
 The package keeps the text in `usr/lib/bible.data`: an index of big-endian offsets, then LZW windows
 (Unix `compress` format) of which only the first carries the magic number. `gzip -dc` unpacks them.

@@ -1,4 +1,4 @@
-"""Fuzz targets for what reads files and lines of others: out comes the value, or a declared error of one line.
+"""Fuzz targets for readers of files and lines: each returns the value, or raises a declared error of one line.
 
     python tests/fuzz/loaders.py case tests/fuzz/corpus/case -max_total_time=60     # libFuzzer's options; needs atheris
 

@@ -1,4 +1,4 @@
-"""Run fuzz targets one after the other, and say in a line each what came of it. Used by `make fuzz`.
+"""Run fuzz targets one after the other, and print one line with the result of each. Used by `make fuzz`.
 
     python tests/fuzz/run.py --seconds 60 rule case
 

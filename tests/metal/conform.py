@@ -1,4 +1,4 @@
-"""The conformance cases on the emulated Metal kernels: the host code and the .metal files that ship, on CPU tensors.
+"""The conformance cases on the emulated Metal kernels: the shipped host code and .metal files, on CPU tensors.
 
     python tests/metal/conform.py                       the whole list, token by token
     python tests/metal/conform.py --chunks              the whole list, every prompt that fits in chunks

@@ -1,4 +1,4 @@
-"""The configuration of a small model whose code comes with it."""
+"""The configuration of a small model that brings its code."""
 
 from transformers import PretrainedConfig
 

@@ -1,4 +1,4 @@
-"""A small model whose code comes with it, and which says the imports of released checkpoints.
+"""A small model that brings its code, with the imports of released checkpoints.
 
 One layer in each of their ways: `kimi` computes its gate outside the rule and packs padded batches, `ling` hands the
 raw gate and its lower bound to the rule, `gdn` has one decay per head and more value heads than key heads, and

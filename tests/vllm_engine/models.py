@@ -1,4 +1,4 @@
-"""The models that the checks serve: the repository's own, and small ones with random weights, written on the spot."""
+"""The models that the checks serve: the repository's, and small new ones with random weights."""
 
 from __future__ import annotations
 

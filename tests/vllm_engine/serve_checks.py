@@ -1,4 +1,4 @@
-"""vLLM with the plug-in, over HTTP: the text of Transformers in float32, whatever the scheduler does. `make test-vllm`.
+"""vLLM with the plug-in, over HTTP: always the text of Transformers in float32. Run by `make test-vllm`.
 
 Run by the Python of vLLM's environment: `python -m pytest tests/vllm_engine/serve_checks.py`.
 """

@@ -1,4 +1,4 @@
-"""`vllm serve` on the loopback, for as long as a block lasts."""
+"""`vllm serve` on the loopback, until the end of a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of many lengths, what Transformers writes after them, and how servers are asked for the same."""
+"""Prompts of many lengths, Transformers' continuations, and requests to servers for the same."""
 
 from __future__ import annotations
 
