@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import anydelta.integrations.transformers as adt
-from anydelta.integrations.transformers.cache import RollbackCache
+from anydelta.integrations.transformers.cache import CACHE, RollbackCache
 from anydelta.integrations.transformers.prefix import Checkpoint, PrefixStore
 from test_transformers import CONFIGS, FAMILIES, ROWS, build, tokens
 
@@ -37,7 +37,6 @@ PROMPT = [18, 829, 481, 55, 200, 3, 77, 18, 829, 481]
 NEW = 24
 EOS = 1023
 """A token that the model never writes."""
-CACHE = "cache"
 
 
 def rank() -> int:
@@ -210,13 +209,13 @@ def generate(folder: Path) -> dict[str, Any]:
 def _prefix(folder: Path, split: Any, ids: torch.Tensor, text: Callable[..., list[int]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     store = PrefixStore(split)
-    out["text"] = text(split, **{"past_key_values": store.cache_for(ids)})
+    out["text"] = text(split, **{CACHE: store.cache_for(ids)})
     file = folder / f"prefix.{rank()}"
     store.find(ids).save(file)  # type: ignore[union-attr]
     dist.barrier()
     again = PrefixStore(split)
     again.put(Checkpoint.load(file))
-    out["from file"] = text(split, **{"past_key_values": again.cache_for(ids)})
+    out["from file"] = text(split, **{CACHE: again.cache_for(ids)})
     out["other rank"] = _error(lambda: again.put(Checkpoint.load(folder / f"prefix.{1 - rank()}")))
     out["one process"] = _error(lambda: Checkpoint.load(file, config=load(TINY).config))
     return out

@@ -18,9 +18,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.distributed.mixin", reason="Transformers distributes models in another way")
-if not torch.distributed.is_available():
-    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+mixin = pytest.importorskip(
+    "transformers.distributed.mixin", reason="Transformers distributes in another way"
+)
+if not hasattr(mixin.DistributedMixin, "_mesh_manager"):
+    pytest.skip("Transformers distributes models in another way", allow_module_level=True)
+if sys.platform != "linux" or not torch.distributed.is_gloo_available():
+    pytest.skip("gloo on the loopback of Linux", allow_module_level=True)
+if torch._C._get_accelerator().type != "cpu":
+    pytest.skip("Transformers wants an accelerator for each process", allow_module_level=True)
 
 import anydelta.integrations.transformers as adt  # noqa: E402
 from anydelta.integrations.transformers import tensor_parallel  # noqa: E402
@@ -34,15 +40,15 @@ RANKS = (0, 1)
 Found = dict[str, Any]
 
 
-def run(folder: Path, *scenarios: str) -> dict[str, tuple[Found, Found]]:
-    """What both processes found, by scenario."""
+def torchrun(program: Path, *arguments: str) -> str:
+    """Run a program in two processes; returns what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", GLOO_SOCKET_IFNAME="lo")
     command = (
         "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port",
-        str(port), str(HERE / "tensor_parallel_ranks.py"), str(folder), *scenarios,
+        str(port), str(program), *arguments,
     )  # fmt: skip
     ran = subprocess.run(
         (sys.executable, *command),
@@ -53,6 +59,12 @@ def run(folder: Path, *scenarios: str) -> dict[str, tuple[Found, Found]]:
         cwd=HERE.parent,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def run(folder: Path, *scenarios: str) -> dict[str, tuple[Found, Found]]:
+    """What both processes found, by scenario."""
+    torchrun(HERE / "tensor_parallel_ranks.py", str(folder), *scenarios)
     return {
         name: tuple(json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in RANKS)  # type: ignore[misc]
         for name in scenarios
@@ -179,6 +191,16 @@ def test_heads_that_stay_whole(scenarios: dict[str, tuple[Found, Found]], name: 
         assert [why in w for w in found["left"]] == [True]
         assert found["heads"] == {}
         assert found["logits"] < LIMIT
+
+
+def test_the_program_of_the_document(tmp_path: Path) -> None:
+    """docs/serving.md shows what it prints."""
+    page = (HERE.parent / "docs" / "serving.md").read_text()
+    [block] = [b for b in page.split("```python\n")[1:] if "DistributedConfig" in b]
+    code = block.partition("```")[0]
+    (tmp_path / "program.py").write_text(code)
+    printed = torchrun(tmp_path / "program.py")
+    assert code.partition("print(adt.status(model))  # ")[2].strip() in printed
 
 
 def test_every_part_of_a_family_has_a_share() -> None:

@@ -208,7 +208,7 @@ def _server() -> tuple[Patch, ...]:
 
 @functools.cache
 def _loader() -> tuple[Patch, ...]:
-    """What splits the heads of models over processes, where Transformers has the means (5.24)."""
+    """What splits the heads of models over processes, where Transformers has the means (5.20)."""
     try:
         return tuple(_tensor_parallel.patches(_everywhere))
     except ImportError:

@@ -413,7 +413,7 @@ def patches(place: Place) -> Iterator[Patch]:
     from transformers.distributed.mixin import DistributedMixin
     from transformers.modeling_utils import PreTrainedModel
 
-    if hasattr(DistributedMixin, _GATHER) and hasattr(PreTrainedModel, _LOADED):
+    if hasattr(DistributedMixin, "_mesh_manager") and hasattr(PreTrainedModel, _LOADED):
         yield Patch(PreTrainedModel, _LOADED, lambda theirs: _loading(theirs, place))
 
 
