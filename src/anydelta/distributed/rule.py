@@ -42,12 +42,10 @@ def gated_delta_rule(
     Args:
         q: [B, T_r, H, K], the tokens of this rank; so are k, v and, of the arguments, g, beta, erase and mask.
         group: the processes; all of them if None. Its backend must move tensors of q's device.
-        cu_seqlens: [N+1], over the tokens of all ranks together (B = 1), the same on every rank. A piece may begin and
-            end anywhere inside sequences.
-        initial_state: [N, HV, K, V], or None on every rank. A rank reads the rows of sequences that begin in its piece,
-            or have no token.
-        output_final_state: False saves sending the final states.
         arguments: as in `anydelta.gated_delta_rule`, the same on every rank, without `state_indices` and `snapshots`.
+            `cu_seqlens` [N+1] is over the tokens of all ranks together (B = 1); a piece may begin and end anywhere
+            inside sequences. `initial_state` is [N, HV, K, V], or None on every rank; a rank reads the rows of
+            sequences that begin in its piece, or have no token. `output_final_state=False` saves sending them.
         backend: of `anydelta`, as in `anydelta.gated_delta_rule`; it may differ between ranks.
 
     Returns:
