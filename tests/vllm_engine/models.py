@@ -107,6 +107,27 @@ def qwen3_next(folder: Path) -> Path:
     return _save(_louder(Qwen3NextForCausalLM(config)), folder)
 
 
+RANK, ALPHA = 8, 16
+
+
+def adapter(folder: Path, model: torch.nn.Module) -> Path:
+    """A LoRA adapter with random weights for every projection of the repository's model, merged into `model` too."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    weights, names = {}, set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            A = torch.randn(RANK, layer.in_features) / layer.in_features**0.5
+            B = torch.randn(layer.out_features, RANK) * 0.3
+            weights |= {f"base_model.model.{name}.lora_{x}.weight": w for x, w in (("A", A), ("B", B))}
+            names.add(name.rpartition(".")[2])
+            layer.weight.data += ALPHA / RANK * B @ A
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=sorted(names), bias="none")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _louder(model: torch.nn.Module) -> torch.nn.Module:
     """So that the layers have a say in the logits, and states a memory."""
     with torch.no_grad():

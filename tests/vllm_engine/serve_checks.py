@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from models import TINY, kimi, qwen3_next, with_mtp
+from models import RANK, TINY, adapter, kimi, qwen3_next, with_mtp
 from server import Server, serving
 from texts import FLOAT32, NEW, mixed_prompts, of_transformers
 from transformers import AutoModelForCausalLM
@@ -34,14 +34,14 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 
 
 def written(
-    server: Server, prompts: list[list[int]], *, at_once: int = 32, new: int = NEW
+    server: Server, prompts: list[list[int]], *, at_once: int = 32, model: str = "model"
 ) -> list[list[int]]:
     """The tokens that a server writes after each prompt, so many of them under way at a time."""
 
     async def one(client: openai.AsyncOpenAI, prompt: list[int], turns: asyncio.Semaphore) -> list[int]:
         async with turns:
             answer = await client.completions.create(
-                model="model", prompt=prompt, max_tokens=new, temperature=0,
+                model=model, prompt=prompt, max_tokens=NEW, temperature=0,
                 extra_body={"return_token_ids": True},
             )  # fmt: skip
         return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
@@ -117,6 +117,19 @@ def test_drafts_of_the_prompt(prompts: list[list[int]], expected: list[list[int]
 def test_tensor_parallel(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
     with serving(TINY, tmp_path / "log", *FLOAT32, "--tensor-parallel-size", "2") as server:
         check_texts(written(server, prompts), expected)
+
+
+def test_lora(prompts: list[list[int]], expected: list[list[int]], tmp_path: Path):
+    """An adapter of all projections, and beside it the model without."""
+    merged = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    folder = adapter(tmp_path / "adapter", merged)
+    some, without = prompts[:30], expected[:30]
+    wanted = of_transformers(some, merged)
+    assert wanted != without
+    options = (*FLOAT32, "--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"adapter={folder}")
+    with serving(TINY, tmp_path / "log", *options) as server:
+        check_texts(written(server, some, model="adapter"), wanted)
+        check_texts(written(server, some), without)
 
 
 @pytest.mark.parametrize("family", [kimi, qwen3_next])

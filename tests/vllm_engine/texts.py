@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from models import TINY
@@ -32,10 +33,10 @@ def mixed_prompts() -> list[list[int]]:
     return found
 
 
-def of_transformers(prompts: list[list[int]]) -> list[list[int]]:
-    """What Transformers writes, one prompt at a time."""
+def of_transformers(prompts: list[list[int]], model: Any = None) -> list[list[int]]:
+    """What Transformers writes with a model, or with the repository's, one prompt at a time."""
     torch.set_num_threads(1)  # threads that wait for each other cost more here than they bring
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = model or AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     found = []
     for prompt in prompts:
         ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)[0]
