@@ -129,6 +129,55 @@ def test_a_part_that_is_wrapped_between_two_steps(family: str) -> None:
         assert float((run() - want).abs().max()) < LIMIT
 
 
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("whose", ["its norm", "all modules"])
+def test_hooks_run_as_often(family: str, whose: str, kind: str) -> None:
+    """Those of the backward pass too, as captum's and zennit's (pytorch#54405), and those set while decoding."""
+    model = build(family)
+    norm = getattr(first_layer(model, family), plain.ROWS[family].norm)
+    names = {module: name for name, module in model.named_modules()}
+    seen: list[str] = []
+
+    def look(module: Any, *_: Any) -> None:
+        if module in names:  # and not an activation that Transformers makes for the call
+            seen.append(names[module])
+
+    def hook() -> Any:
+        if whose == "its norm":
+            return getattr(norm, f"register_{kind}")(look)
+        return getattr(nn.modules.module, f"register_module_{kind}")(look)
+
+    def train(ids: Any) -> list[str]:
+        seen.clear()
+        handle = hook()
+        with torch.enable_grad():
+            model(ids, use_cache=False).logits.square().mean().backward()
+        handle.remove()
+        return sorted(seen)
+
+    def generate(ids: Any) -> list[str]:
+        seen.clear()
+        cache = transformers.DynamicCache(config=model.config)
+        parts = ids[:, :4], *ids[:, 4:].split(1, 1)
+        for part in parts[:3]:
+            model(part, past_key_values=cache, use_cache=True)
+        handle = hook()
+        for part in parts[3:]:
+            model(part, past_key_values=cache, use_cache=True)
+        handle.remove()
+        return sorted(seen)
+
+    ids = tokens(1, 9)
+    for run in (train, generate):
+        want = run(ids)
+        assert (names[norm] in want) == (run is train or "backward" not in kind)
+        with adt.enable():
+            assert run(ids) == want
+
+
 def test_peft_adapters(family: str) -> None:
     peft = pytest.importorskip("peft")
     ids, parts = tokens(1, 9), plain.ROWS[family]

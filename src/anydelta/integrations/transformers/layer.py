@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as of_all_modules
 
 from ...core import dispatch, native
 from ...mixer.op import gated_delta_mixer, gated_delta_mixer_, plan_step
@@ -299,6 +300,7 @@ class _Step:
             if m is not None
             for h in (m._forward_hooks, m._forward_pre_hooks)
         )
+        self.hooks += (of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks)
         self.constants = (type(self.conv), type(self.norm), self.norm.variance_epsilon, self.norm.activation)
         self.kinds = (type(cache), type(cache.layers[self.layer_idx]))
         # The output reuses the memory of z if nobody else holds it, which saves the 20 us of a new tensor between two
@@ -530,8 +532,10 @@ def _why_not(
         return f"the activation {self.activation}"
     for module in (conv, norm) if gate is None else (conv, norm, gate):
         own = module.__dict__
-        if _wrapped(module, x) or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        if _wrapped(module, x) or any(own[hooks] for hooks in _HOOKS):
             return f"hooks on its {type(module).__name__}"
+    if of_all_modules._has_any_global_hook():  # its norm would not be called
+        return "hooks on all modules"
     if norm.activation not in ("silu", "sigmoid"):
         return f"the norm's activation {norm.activation}"
     packed = _cu_seqlens(kwargs) is not None
@@ -549,6 +553,10 @@ def _why_not(
     if packed:
         return "packed rows with a cache"
     return _why_not_cache(self, parts, x, cache, training)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Those that a call of a module runs, or sets up for the backward pass."""
 
 
 def _wrapped(module: nn.Module, x: torch.Tensor) -> bool:
