@@ -366,6 +366,24 @@ def test_rows_of_zeros(norm_eps: float, calls: list[int]) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_overflow_is_seen(value: float, calls: list[int]) -> None:
+    """By who scales losses and looks for it in every gradient (flash-linear-attention#77); rows beside it keep
+    theirs."""
+    x = inputs(40)
+    wanted = leaves(x)
+    o = run(x)[0]
+    given = torch.randn_like(o)
+    want = torch.autograd.grad(o, list(wanted.values()), given, retain_graph=True)
+    given[1, 30, 5] = value
+    got = torch.autograd.grad(o, list(wanted.values()), given)
+    assert len(calls) == 2
+    for name, a, b in zip(wanted, got, want, strict=True):
+        assert not a.isfinite().all(), name
+        if len(a) == 2:
+            assert torch.equal(a[0], b[0]), name
+
+
 @pytest.mark.parametrize("kda", [False, True])
 def test_gates_that_forget_all(kda: bool, calls: list[int]) -> None:
     """No gradient is divided by a decay (mlx-lm#1389): decays that float32 cannot hold have slopes of 0."""

@@ -8,9 +8,12 @@ checkpointing with both kinds, test_retain_grad_hidden_states_attentions, test_t
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -344,6 +347,49 @@ def test_gradients_through_a_cache(family: str, calls: list[int]) -> None:
     assert len(calls) == 2 * LINEAR
     whole = gradients(model, lambda m: m(IDS).logits[:, 9:].square().mean())
     same(got, whole)
+
+
+def _train_a_share(rank: int, folder: str, how: str) -> None:
+    """What each of two processes runs."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
+    model = build("qwen3_5").train()
+    if how == "sharded":
+        mesh = init_device_mesh("cpu", (2,))
+        model.gradient_checkpointing_enable()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model)
+    ids = tokens(4, 9)[2 * rank : 2 * rank + 2]
+    with torch.enable_grad(), adt.enable():
+        loss_of(model, ids, use_cache=False).backward()
+    assert mixed("qwen3_5") == LINEAR * (1 + (how == "sharded")), passed_on()
+    found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    if how == "sharded":
+        found = {n: grad.full_tensor() for n, grad in found.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_two_processes(how: str, tmp_path: Path) -> None:
+    """DDP, and FSDP2 with gradient checkpointing, where a layer's weights are whole only while it runs."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    torch.multiprocessing.spawn(_train_a_share, (str(tmp_path), how), nprocs=2)
+    want = gradients(build("qwen3_5").train(), lambda m: loss_of(m, tokens(4, 9), use_cache=False))
+    same(torch.load(tmp_path / "gradients.pt"), want)
 
 
 @pytest.mark.parametrize("scope", ["all models", "one model"])

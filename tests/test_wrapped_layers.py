@@ -132,6 +132,7 @@ def test_a_part_that_is_wrapped_between_two_steps(family: str) -> None:
 HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
 
 
+@pytest.mark.filterwarnings("ignore:For backward hooks", "ignore:Full backward hook")
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("whose", ["its norm", "all modules"])
 def test_hooks_run_as_often(family: str, whose: str, kind: str) -> None:
