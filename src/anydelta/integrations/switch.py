@@ -191,7 +191,9 @@ class Patch:
 
     def learn(self) -> bool:
         """Look at the current attribute. Returns whether it was unknown."""
-        here = inspect.getattr_static(self.owner, self.name, MISSING)
+        # a class's static method as it is; modules may load their attributes late
+        look = inspect.getattr_static if isinstance(self.owner, type) else getattr
+        here = look(self.owner, self.name, MISSING)
         if self.ours is not MISSING and (here is self.theirs or here is self.ours):
             return False
         self.theirs, self.ours = here, self._make(here)
