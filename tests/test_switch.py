@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 import anydelta.integrations.transformers as adt  # noqa: E402
 import test_transformers as plain_tests  # noqa: E402
-from anydelta.integrations.switch import Place, Switch  # noqa: E402
+from anydelta.integrations.switch import Patch, Place, Switch  # noqa: E402
 from anydelta.integrations.transformers.cache import RollbackCache  # noqa: E402
 from conftest import without  # noqa: E402
 from test_transformers import LIMIT, build, counts, prefill, tokens  # noqa: E402
@@ -607,3 +607,24 @@ def test_a_draft_that_is_switched_off_says_so(mode: dict[str, Any]) -> None:
             text(model, streamer=SwitchesOff(), **mode)
     finally:
         adt.disable()
+
+
+def test_a_patch_of_what_a_module_loads_late_and_of_a_static_method() -> None:
+    late = types.ModuleType("late")
+    late.__getattr__ = {"double": lambda x: 2 * x}.__getitem__  # type: ignore[method-assign]
+    patch = Patch(late, "double", lambda theirs: lambda x: theirs(x) + 1)
+    patch.put()
+    assert late.double(3) == 7
+    assert patch.take() == []
+    assert late.double(3) == 6
+
+    class Owner:
+        @staticmethod
+        def double(x: int) -> int:
+            return 2 * x
+
+    patch = Patch(Owner, "double", lambda theirs: staticmethod(lambda x: theirs(x) + 1))
+    patch.put()
+    assert Owner.double(3) == Owner().double(3) == 7
+    assert patch.take() == []
+    assert Owner().double(3) == 6
