@@ -50,10 +50,10 @@ def prompts_of(count: int, lengths: tuple[int, ...], *, shared: int = 0, seed: i
     return found
 
 
-def alone(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
+def alone(model: Any, prompts: list[list[int]], new: int = NEW, eos: int = EOS) -> list[list[int]]:
     with adt.disable():
         return [
-            model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=new, eos_token_id=EOS)[
+            model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=new, eos_token_id=eos)[
                 0, len(p) :
             ].tolist()
             for p in prompts
@@ -63,10 +63,12 @@ def alone(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[int
 CONFIG = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=EOS)
 
 
-def together(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+def together(
+    model: Any, prompts: list[list[int]], *, config: GenerationConfig = CONFIG, **options: Any
+) -> list[list[int]]:
     options = dict(num_blocks=400, max_batch_tokens=512, max_memory_percent=0.3) | options
     answers = model.generate_batch(
-        inputs=prompts, generation_config=CONFIG, continuous_batching_config=ContinuousBatchingConfig(**options),
+        inputs=prompts, generation_config=config, continuous_batching_config=ContinuousBatchingConfig(**options),
         progress_bar=False,
     )  # fmt: skip
     ordered = sorted(answers.values(), key=lambda a: int(a.request_id.split("_")[-1]))
@@ -108,6 +110,49 @@ def test_without_sharing(model: Any, monkeypatch: pytest.MonkeyPatch):
     prompts = prompts_of(6, (5, 40), shared=2 * INTERVAL)
     assert together(model, prompts, allow_block_sharing=False) == alone(model, prompts)
     assert matched.calls == 0
+
+
+@pytest.mark.parametrize(("length", "new"), [(INTERVAL, 1), (2 * INTERVAL, 1), (INTERVAL - NEW + 1, NEW)])
+def test_a_request_ends_on_a_kept_state(model: Any, length: int, new: int):
+    """Its block goes back once. The same prompt for all, and other prompts after it."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=EOS)
+    prompts = prompts_of(6, (length, 2 * INTERVAL, INTERVAL - 1)) + 2 * prompts_of(1, (length,))
+    assert together(model, prompts, config=config) == alone(model, prompts, new)
+
+
+def test_a_failed_step(model: Any, monkeypatch: pytest.MonkeyPatch):
+    """All blocks are free after it, each once."""
+    pools: list[Any] = []
+    theirs = LinearAttentionCacheAllocator.register_cache_tensor
+
+    def register(self: Any, *args: Any) -> None:
+        theirs(self, *args)
+        pools.append(self)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a failed step")
+
+    monkeypatch.setattr(LinearAttentionCacheAllocator, "register_cache_tensor", register)
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", fail)
+    answers = model.generate_batch(
+        inputs=prompts_of(4, (INTERVAL, 2 * INTERVAL, 5)), generation_config=CONFIG, progress_bar=False,
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=100, max_batch_tokens=600, max_memory_percent=0.3
+        ),
+    )  # fmt: skip
+    assert {a.error for a in answers.values()} == {"a failed step"}
+    [allocator] = pools
+    free = [leaf for tree in allocator.pool._free_blocks[allocator.index].trees.values() for leaf in tree]
+    assert free
+    assert len(free) == len(set(free)) == allocator.pool.count_free_blocks(allocator.index)
+
+
+def test_in_inference_mode(model: Any):
+    """Transformers runs its thread in the caller's mode."""
+    prompts = prompts_of(4, (5, 300))
+    with torch.inference_mode():
+        got = together(model, prompts)
+    assert got == alone(model, prompts)
 
 
 TIGHT = dict(num_blocks=20, page_size=16)
@@ -171,9 +216,10 @@ def test_cancelled(model: Any):
     assert {name: got.get(name) for name in left} == left
 
 
-def test_several_answers_to_a_prompt(model: Any):
-    """A state is copied when a request forks."""
-    prompts = prompts_of(3, (30, 70))
+@pytest.mark.parametrize("lengths", [(30, 70), (INTERVAL, 2 * INTERVAL), (INTERVAL + 1,)])
+def test_several_answers_to_a_prompt(model: Any, lengths: tuple[int, ...]):
+    """A state is copied when a request forks: one token before its prompt ends, so before or on a kept state."""
+    prompts = prompts_of(3, lengths)
     config = GenerationConfig(
         do_sample=True, top_k=1, max_new_tokens=NEW, eos_token_id=EOS, num_return_sequences=3
     )
@@ -218,6 +264,20 @@ def test_other_families(family: str):
     vocabulary = model.config.vocab_size
     prompts = [[x % (vocabulary - 2) + 1 for x in p] for p in prompts_of(5, (1, 5, 20, 40))]
     assert together(model, prompts, num_blocks=100) == alone(model, prompts)
+
+
+def test_beside_sliding_attention():
+    """Which shares no blocks, so no states are kept either. Prompts longer than the tokens between two of them."""
+    if "lara_mini" not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no lara_mini")
+    model = build("lara_mini")
+    assert {"sliding_attention", "full_attention", LINEAR} <= set(model.config.layer_types)
+    eos = model.config.vocab_size - 1
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=eos)
+    prompts = [
+        [x % (eos - 1) + 1 for x in p] for p in prompts_of(3, (INTERVAL + 44, 2 * INTERVAL + 8, INTERVAL))
+    ]
+    assert together(model, prompts, config=config) == alone(model, prompts, eos=eos)
 
 
 @pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid"])

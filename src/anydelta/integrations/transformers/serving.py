@@ -120,12 +120,14 @@ class LinearAttentionCacheAllocator(CacheAllocator):
             num_key_value_heads, paged.find_head_dim(config), cache_dtype, page_size
         )
         others = [kinds.count(kind) * page for kind in set(kinds)]
+        # Transformers looks for prefixes only where all kinds of layers share blocks: sliding attention does not.
+        all_share = all(paged.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_sharing for kind in set(kinds))
         self._before_cache_tensor_init(
             index=index,
             layer_indices=layer_indices,
             tokens_per_page=_up(INTERVAL, page_size),
             bytes_per_page=0,
-            allow_block_sharing=allow_block_sharing,
+            allow_block_sharing=allow_block_sharing and all_share,
         )
         # A block is not cut into pages: this class chooses where its layers are.
         self.pages_per_block, self.tokens_per_block = 1, self.tokens_per_page
@@ -189,7 +191,9 @@ class LinearAttentionCacheAllocator(CacheAllocator):
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         freed = list(self.new.pop(request_id, {}).values())
-        if (kept := self.kept.pop(request_id, None)) is not None and self.ledger.release(kept, no_cache):
+        kept = self.kept.pop(request_id, None)
+        # A request that ends on a new state, or whose step fails, has its state in one of those already.
+        if kept is not None and kept not in freed and self.ledger.release(kept, no_cache):
             freed.append(kept)
         if (own := self.own.pop(request_id, None)) is not None:
             freed.append(own)
@@ -269,10 +273,14 @@ class LinearAttentionCacheAllocator(CacheAllocator):
 
     def get_write_indices(self, request_id: str, past_length: int, query_length: int) -> list[int]:
         """A place for each token: the block that its piece of the sequence reads, and the one that it writes."""
+        self._rounds = None
         own = self.own[request_id]
         read = self.kept.get(request_id, own if past_length else ZEROS)
         at, end, places = past_length, past_length + query_length, []
-        for stop, block in sorted(self.new.get(request_id, {}).items()):
+        new = self.new.get(request_id, {})
+        # Before a fork the last token waits for another step, with the block for the state after it.
+        self.pool.free_blocks(self.index, [new.pop(stop) for stop in sorted(new) if stop > end])
+        for stop, block in sorted(new.items()):
             places += [SOURCE * read + block] * (stop - at)
             at, read = stop, block
         places += [SOURCE * read + own] * (end - at)
@@ -293,7 +301,8 @@ class LinearAttentionCacheAllocator(CacheAllocator):
 
     def rounds(self, write_index: torch.Tensor) -> list[Round]:
         """The pieces of a step's sequences; a later piece waits for the earlier one. Read once for all layers."""
-        key = (write_index.data_ptr(), write_index.numel(), write_index._version)
+        version = 0 if write_index.is_inference() else write_index._version  # inference tensors have none
+        key = (write_index.data_ptr(), write_index.numel(), version)
         if self._rounds is None or self._rounds[0] != key:
             self._rounds = (key, _rounds(write_index))
         return self._rounds[1]
