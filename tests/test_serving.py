@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,27 +112,44 @@ def test_without_sharing(model: Any, monkeypatch: pytest.MonkeyPatch):
     assert matched.calls == 0
 
 
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], list[int]]]:
+    """The free blocks of every cache that a test makes."""
+    found: list[Callable[[], list[int]]] = []
+    theirs = LinearAttentionCacheAllocator.register_cache_tensor
+
+    def register(self: LinearAttentionCacheAllocator, *args: Any) -> None:
+        theirs(self, *args)
+        pool = self.pool
+        found.append(lambda: [x for tree in pool._free_blocks[self.index].trees.values() for x in tree])
+
+    monkeypatch.setattr(LinearAttentionCacheAllocator, "register_cache_tensor", register)
+    return found
+
+
+def check_once(free: list[Callable[[], list[int]]]) -> None:
+    [blocks] = (each() for each in free)
+    assert blocks
+    assert len(blocks) == len(set(blocks))
+
+
 @pytest.mark.parametrize(("length", "new"), [(INTERVAL, 1), (2 * INTERVAL, 1), (INTERVAL - NEW + 1, NEW)])
-def test_a_request_ends_on_a_kept_state(model: Any, length: int, new: int):
+def test_a_request_ends_on_a_kept_state(
+    model: Any, free: list[Callable[[], list[int]]], length: int, new: int
+):
     """Its block goes back once. The same prompt for all, and other prompts after it."""
     config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=EOS)
     prompts = prompts_of(6, (length, 2 * INTERVAL, INTERVAL - 1)) + 2 * prompts_of(1, (length,))
     assert together(model, prompts, config=config) == alone(model, prompts, new)
+    check_once(free)
 
 
-def test_a_failed_step(model: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_step(model: Any, free: list[Callable[[], list[int]]], monkeypatch: pytest.MonkeyPatch):
     """All blocks are free after it, each once."""
-    pools: list[Any] = []
-    theirs = LinearAttentionCacheAllocator.register_cache_tensor
-
-    def register(self: Any, *args: Any) -> None:
-        theirs(self, *args)
-        pools.append(self)
 
     def fail(*args: Any) -> None:
         raise RuntimeError("a failed step")
 
-    monkeypatch.setattr(LinearAttentionCacheAllocator, "register_cache_tensor", register)
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", fail)
     answers = model.generate_batch(
         inputs=prompts_of(4, (INTERVAL, 2 * INTERVAL, 5)), generation_config=CONFIG, progress_bar=False,
@@ -141,10 +158,7 @@ def test_a_failed_step(model: Any, monkeypatch: pytest.MonkeyPatch):
         ),
     )  # fmt: skip
     assert {a.error for a in answers.values()} == {"a failed step"}
-    [allocator] = pools
-    free = [leaf for tree in allocator.pool._free_blocks[allocator.index].trees.values() for leaf in tree]
-    assert free
-    assert len(free) == len(set(free)) == allocator.pool.count_free_blocks(allocator.index)
+    check_once(free)
 
 
 def test_in_inference_mode(model: Any):
