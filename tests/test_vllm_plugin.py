@@ -183,6 +183,34 @@ def test_a_new_block_is_zeroed_whole(vllm: StandIn, rows: int, zeroed: list[int]
     assert runner.zeroed == zeroed
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_weights_are_loaded(vllm: StandIn, packed: bool):
+    """vLLM's reload copies weights into the same tensors, and packs a convolution in bfloat16 anew."""
+    plugin.register()
+    from anydelta.integrations.vllm import layers
+
+    class Layer(torch.nn.Module):
+        made = 0
+
+        def parameters_of_core(self) -> Any:
+            self.made += 1
+            return types.SimpleNamespace(conv_weight=layers._conv_weight(self.conv1d))
+
+    def load(weight: torch.Tensor) -> None:
+        layer.conv1d.weight.data.copy_(weight)
+        if packed:
+            layer.conv1d._cpu_unpacked_conv_weight = weight.flatten(1).clone()  # type: ignore[assignment]
+            layer.conv1d.weight.data.fill_(float("nan"))
+
+    layer = Layer()
+    layer.conv1d = torch.nn.Conv1d(8, 8, 4, groups=8, bias=False)
+    for weight in torch.randn(2, 8, 1, 4):
+        load(weight)
+        for _ in range(3):
+            torch.testing.assert_close(layers._parameters(layer).conv_weight, weight[:, 0])
+    assert layer.made == (2 if packed else 1)
+
+
 def test_loading_twice_is_loading_once(vllm: StandIn):
     plugin.register()
     before = dict(vllm.registry)

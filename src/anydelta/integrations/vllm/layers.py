@@ -73,15 +73,27 @@ def _pools(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _parameters(layer: Any) -> Parameters:
-    kept: Parameters | None = layer.__dict__.get("anydelta_parameters")
-    if kept is None:
-        kept = layer.__dict__["anydelta_parameters"] = layer.parameters_of_core()
-    return kept
+    """A layer's parameters, kept until vLLM loads other weights (`reload_weights`).
+
+    It copies them into the same tensors, but makes a new original of a packed convolution.
+    """
+    conv1d = layer._modules.get("conv1d")
+    if conv1d is None:  # Ling 3 has three, which are joined here
+        return layer.parameters_of_core()  # type: ignore[no-any-return]
+    unpacked = getattr(conv1d, UNPACKED, None)
+    kept: tuple[object, Parameters] | None = layer.__dict__.get("anydelta_parameters")
+    if kept is None or kept[0] is not unpacked:
+        kept = layer.__dict__["anydelta_parameters"] = (unpacked, layer.parameters_of_core())
+    return kept[1]
+
+
+UNPACKED = "_cpu_unpacked_conv_weight"
+"""vLLM's attribute of a convolution whose weight it has packed for its own kernels: the original."""
 
 
 def _conv_weight(conv1d: Any) -> torch.Tensor:
-    """[C, W]. vLLM packs the weight for its own kernels and keeps the original."""
-    unpacked: torch.Tensor | None = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
+    """[C, W]"""
+    unpacked: torch.Tensor | None = getattr(conv1d, UNPACKED, None)
     return conv1d.weight.flatten(1) if unpacked is None else unpacked
 
 
