@@ -43,9 +43,10 @@ def main() -> None:
     want, conv_want, last_want = anydelta.gated_delta_mixer(one.pop("qkv"), conv_state, state, **one, **layer)
     same = (out - want[:, begin:end]).abs().max(), (last - last_want).abs().max()
     assert torch.equal(conv_last, conv_want)
-    print(
+    line = (
         f"rank {rank}: tokens {begin} to {end}; outputs differ by {same[0]:.0e}, the state by {same[1]:.0e}"
     )
+    sys.stdout.write(line + "\n")  # at once, so that the lines of two processes stay apart
     assert max(same) < 1e-3
     dist.destroy_process_group()
 
