@@ -514,3 +514,15 @@ def test_the_benchmark_has_llama_benchs_columns(file, tmp_path):
     assert lines[0].startswith("| model | size | params | backend | threads | test | t/s |")
     assert [line.split("|")[4].strip() for line in lines[2:]] == ["transformers", "anydelta"] * 2
     assert "qwen35 Q8_0" in lines[2]
+
+
+def test_gradient_checkpointing_of_other_models(opened):
+    """Transformers checkpoints a layer only if its class has the forward that it wrapped."""
+    opened("Q8_0")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(REPOSITORY_MODEL)).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    with adt.enable():
+        model(torch.arange(5, 25)[None], use_cache=False).logits.sum().backward()
+    assert len(seen) == 2

@@ -18,7 +18,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -225,12 +225,25 @@ def _serve() -> None:
         setattr(module, name, either)
 
     for kind, make in _served(utils):
-        kind.forward = make(kind.forward)
+        ours = make(kind.forward)
+        checkpointed = hasattr(kind, "gradient_checkpointing")
+        kind.forward = _OnInstances(kind.forward, ours) if checkpointed else ours
     on_cpu(utils, "mul_mat_vec", _mul_mat_vec)
     on_cpu(utils, "mul_mat_id", _mul_mat_id)
     on_cpu(utils, "dequantize_blocks", _dequantize_blocks)
     on_cpu(kernels, "dequantize_blocks", _dequantize_blocks)
     on_cpu(importlib.import_module(f"{_AT}.gguf_conversion_mapping"), "dequantize_blocks", _dequantize_blocks)
+
+
+class _OnInstances:
+    """A forward that a layer has, and its class has not: Transformers checkpoints a layer only if the forward of its
+    class is the one that it wrapped."""
+
+    def __init__(self, theirs: Callable[..., Any], ours: Callable[..., Any]):
+        self.theirs, self.ours = theirs, ours
+
+    def __get__(self, layer: Any, kind: type) -> Callable[..., Any]:
+        return self.theirs if layer is None else MethodType(self.ours, layer)
 
 
 def _served(utils: ModuleType) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
