@@ -1046,7 +1046,7 @@ def test_a_family_that_does_not_fit_is_left_alone(fresh: pytest.MonkeyPatch) -> 
     with fresh.context() as patch:
         patch.setattr(finding, "_hub_name", lambda name, x: hub_name(name, theirs if x is odd else x))
         patch.setattr(module, "torch_chunk_gated_delta_rule", odd)
-        with pytest.warns(RuntimeWarning, match=r"qwen3_5 is left .*_delta_rule takes \(q, k\)") as seen:
+        with pytest.warns(RuntimeWarning, match=r"qwen3_5 keeps .*_delta_rule takes \(q, k\)") as seen:
             adt.enable()
         with adt.enable(), adt.enable(other):
             assert module.torch_chunk_gated_delta_rule is odd
@@ -1059,7 +1059,7 @@ def test_a_family_that_does_not_fit_is_left_alone(fresh: pytest.MonkeyPatch) -> 
             with pytest.raises(ValueError, match="stateful models"):
                 model.generate(tokens(1, 4), max_new_tokens=2, prompt_lookup_num_tokens=2)
         adt.disable()
-    assert len([w for w in seen if "qwen3_5 is left" in str(w.message)]) == 1
+    assert len([w for w in seen if "qwen3_5 keeps" in str(w.message)]) == 1
 
 
 def test_a_family_that_cannot_be_imported_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
@@ -1216,7 +1216,7 @@ def test_a_made_up_function_that_does_not_fit_is_left_alone() -> None:
     with made_up(parameters="query, key, value, beta, g, chunk_size=64") as module:
         theirs, layer = module.my_chunks, module.Layer()
         with pytest.warns(
-            RuntimeWarning, match=r"made_up is left .*my_chunks takes \(query, key, value, beta, g,"
+            RuntimeWarning, match=r"made_up keeps .*my_chunks takes \(query, key, value, beta, g,"
         ):
             adt.enable()
         adt.disable()
@@ -1234,7 +1234,7 @@ def test_a_made_up_layer_that_does_not_fit_runs_the_rule_alone() -> None:
         layer, x = module.Layer(), torch.randn(1, 30, 16)
         want, forward = layer(x), module.Layer.forward
         with pytest.warns(
-            RuntimeWarning, match=r"made_up\.Layer is left .*its forward takes \(hidden_states, memory,"
+            RuntimeWarning, match=r"made_up\.Layer keeps .*its forward takes \(hidden_states, memory,"
         ):
             adt.enable()
         adt.disable()
