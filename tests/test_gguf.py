@@ -522,7 +522,7 @@ def test_gradient_checkpointing_of_other_models(opened):
     model = transformers.AutoModelForCausalLM.from_pretrained(str(REPOSITORY_MODEL)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     seen = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: seen.append(1))
     with adt.enable():
         model(torch.arange(5, 25)[None], use_cache=False).logits.sum().backward()
     assert len(seen) == 2
