@@ -184,7 +184,8 @@ def test_a_new_block_is_zeroed_whole(vllm: StandIn, rows: int, zeroed: list[int]
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_other_weights_are_loaded(vllm: StandIn, packed: bool):
+@pytest.mark.parametrize("names", [("conv1d",), ("q_conv1d", "k_conv1d", "v_conv1d")])
+def test_other_weights_are_loaded(vllm: StandIn, names: tuple[str, ...], packed: bool):
     """vLLM's reload copies weights into the same tensors, and packs a convolution in bfloat16 anew."""
     plugin.register()
     from anydelta.integrations.vllm import layers
@@ -194,20 +195,27 @@ def test_other_weights_are_loaded(vllm: StandIn, packed: bool):
 
         def parameters_of_core(self) -> Any:
             self.made += 1
-            return types.SimpleNamespace(conv_weight=layers._conv_weight(self.conv1d))
+            parts = [self._modules[name] for name in names]
+            weight = layers._conv_weight(parts[0]) if len(parts) == 1 else layers._joined_weight(parts)
+            return types.SimpleNamespace(conv_weight=weight)
 
-    def load(weight: torch.Tensor) -> None:
-        layer.conv1d.weight.data.copy_(weight)
-        if packed:
-            layer.conv1d._cpu_unpacked_conv_weight = weight.flatten(1).clone()  # type: ignore[assignment]
-            layer.conv1d.weight.data.fill_(float("nan"))
+    def load(weights: torch.Tensor) -> None:
+        for name, weight in zip(names, weights, strict=True):
+            part: Any = layer._modules[name]
+            part.weight.data.copy_(weight)
+            if packed:
+                part._cpu_unpacked_conv_weight = weight.flatten(1).clone()
+                part.weight.data.fill_(float("nan"))
 
     layer = Layer()
-    layer.conv1d = torch.nn.Conv1d(8, 8, 4, groups=8, bias=False)
-    for weight in torch.randn(2, 8, 1, 4):
-        load(weight)
+    for name in names:
+        layer.add_module(name, torch.nn.Conv1d(8, 8, 4, groups=8, bias=False))
+    for weights in torch.randn(2, len(names), 8, 1, 4):
+        load(weights)
         for _ in range(3):
-            torch.testing.assert_close(layers._parameters(layer).conv_weight, weight[:, 0])
+            with torch.inference_mode():
+                found = layers._parameters(layer).conv_weight
+            torch.testing.assert_close(found, weights.flatten(0, 1)[:, 0])
     assert layer.made == (2 if packed else 1)
 
 

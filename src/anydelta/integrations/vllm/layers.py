@@ -77,16 +77,15 @@ def _parameters(layer: Any) -> Parameters:
 
     It copies them into the same tensors, but makes a new original of a packed convolution.
     """
-    conv1d = layer._modules.get("conv1d")
-    if conv1d is None:  # Ling 3 has three, which are joined here
-        return layer.parameters_of_core()  # type: ignore[no-any-return]
-    unpacked = getattr(conv1d, UNPACKED, None)
-    kept: tuple[object, Parameters] | None = layer.__dict__.get("anydelta_parameters")
-    if kept is None or kept[0] is not unpacked:
-        kept = layer.__dict__["anydelta_parameters"] = (unpacked, layer.parameters_of_core())
+    modules = layer._modules
+    originals = [getattr(modules[name], UNPACKED, None) for name in CONVOLUTIONS if name in modules]
+    kept: tuple[list[object], Parameters] | None = layer.__dict__.get("anydelta_parameters")
+    if kept is None or any(a is not b for a, b in zip(kept[0], originals, strict=True)):
+        kept = layer.__dict__["anydelta_parameters"] = (originals, layer.parameters_of_core())
     return kept[1]
 
 
+CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d", "v_conv1d")
 UNPACKED = "_cpu_unpacked_conv_weight"
 """vLLM's attribute of a convolution whose weight it has packed for its own kernels: the original."""
 
@@ -95,6 +94,16 @@ def _conv_weight(conv1d: Any) -> torch.Tensor:
     """[C, W]"""
     unpacked: torch.Tensor | None = getattr(conv1d, UNPACKED, None)
     return conv1d.weight.flatten(1) if unpacked is None else unpacked
+
+
+def _joined_weight(parts: Sequence[Any]) -> torch.Tensor:
+    """[C, W] of several convolutions, whose weights lie in it from now on: other weights are loaded into it too."""
+    with torch.inference_mode(False):  # in which a later load could not write
+        joined = torch.cat([_conv_weight(part) for part in parts])
+    for part, piece in zip(parts, joined.split([part.weight.shape[0] for part in parts]), strict=True):
+        if getattr(part, UNPACKED, None) is None:
+            part.weight.data = piece.view_as(part.weight)
+    return joined
 
 
 class QwenLayer(qwen.QwenGatedDeltaNetAttention):
@@ -203,7 +212,7 @@ class BailingLayer(bailing.BailingMoeV3KimiDeltaAttention):
     def parameters_of_core(self) -> Parameters:
         parts = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         return Parameters(
-            torch.cat([_conv_weight(part) for part in parts]), self.A_log.data.flatten(), self.dt_bias.data,
+            _joined_weight(parts), self.A_log.data.flatten(), self.dt_bias.data,
             self.o_norm.weight.data, self.o_norm.eps, "sigmoid",
             lower_bound=self.lower_bound if self.safe_gate else None,
         )  # fmt: skip
