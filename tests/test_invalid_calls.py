@@ -241,6 +241,14 @@ def wrong_arrays() -> Iterator[Wrong]:
             name, "is on the meta device", swap(name, lambda x: x.to("meta")), framework="torch", **one
         )
         yield Wrong(name, "is sparse", swap(name, lambda x: x.to_sparse()), framework="torch", **one)
+        if name not in ("A_log", "dt_bias", "conv_bias", "norm_weight", "state_indices", "cu_seqlens"):
+            yield Wrong(
+                name,
+                "is nested",
+                swap(name, lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)),
+                framework="torch",
+                **one,
+            )
         if name not in ("mask", "state_indices", "cu_seqlens"):
             yield Wrong(
                 name, "is quantized",

@@ -25,6 +25,7 @@ from ..rule.torch_ops import (
     autograd_below,
     batched,
     guard_writes,
+    refuse_nested,
     refuse_old_exporter,
     refuse_tangents,
     transformed,
@@ -231,6 +232,8 @@ def traced(arrays: Arrays, rest: Rest) -> torch.Tensor:
     """The call in place as a dispatcher operator, which tracers record."""
     call, options, backend = MixerCall(*arrays), MixerOptions(*rest[:-1]), rest[-1]
     refuse_old_exporter(options.op)
+    if not is_compiling():
+        refuse_nested(options.op, op.arrays_of(call))
     _refuse_derivatives(call)  # here too: under a tracer the kernel sees tensors without their gradients
     flags = {name: getattr(options, name) for name in INPLACE.flags}
     tensors = [getattr(call, name) for name in INPLACE.tensors if name != "qkv"]

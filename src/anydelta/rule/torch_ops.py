@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -477,6 +477,17 @@ def refuse_old_exporter(op: str) -> None:
         )
 
 
+def refuse_nested(op: str, arrays: Mapping[str, object]) -> None:
+    """A nested tensor's own dispatch would end in an error of torch that names no argument."""
+    for name, x in arrays.items():
+        if isinstance(x, torch.Tensor) and x.is_nested:
+            name = name if name != "state_in" else "state" if op.endswith("_") else "initial_state"
+            raise ValueError(
+                f"{op}: {name} must be a dense strided tensor; got nested. Put the sequences behind each other in one "
+                "row, and name their ends in cu_seqlens"
+            )
+
+
 _ask_requires_grad: Callable[[Call], bool] = eval(
     "lambda c: "
     + " or ".join(
@@ -512,6 +523,8 @@ def traced(arrays: Arrays, rest: Rest) -> Arrays:
     call, options, backend = Call(*arrays), Options(*rest[:-1]), rest[-1]
     inplace = options.op == INPLACE.public_name
     refuse_old_exporter(options.op)
+    if not is_compiling():
+        refuse_nested(options.op, {name: getattr(call, name) for name in fields(Call)})
     for x in (call.state_in, call.snapshots):
         if type(x) is DeviceArray:
             raise dispatch.UnsupportedError(

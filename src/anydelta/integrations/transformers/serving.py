@@ -11,7 +11,7 @@ A prompt's states are kept at every INTERVAL-th token while there is room. A cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from transformers.generation.continuous_batching import cache as paged
@@ -288,16 +288,13 @@ class LinearAttentionCacheAllocator(CacheAllocator):
         self._keep(request_id, read if at == end else None)
         return places
 
-    def fill_block_table(
-        self, request_id: str, past_length: int, query_length: int, block_table: torch.Tensor
-    ) -> None:
-        raise NotImplementedError("linear attention has no keys and values")
+    def _no_keys(self, *_: object, **__: object) -> NoReturn:
+        raise NotImplementedError(
+            "continuous batching: requires a layer with keys and values; got linear attention"
+        )
 
-    def update(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("linear attention has no keys and values")
-
-    def get_cache_for_block_table(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("linear attention has no keys and values")
+    # Transformers calls these for attention layers alone: `supports_block_table` is False here.
+    fill_block_table = update = get_cache_for_block_table = _no_keys
 
     def rounds(self, write_index: torch.Tensor) -> list[Round]:
         """The pieces of a step's sequences; a later piece waits for the earlier one. Read once for all layers."""
