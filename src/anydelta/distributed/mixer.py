@@ -16,10 +16,10 @@ from ..mixer.arguments import TRACKED, MixerCall
 from ..mixer.spec import MixerSpec, check_mixer, parts
 from ..mixer.transition import gated_delta_mixer_transition, without
 from ..rule.spec import refuse_gradients
-from .checks import OF_GATES, check_device, check_sequences, digest, quiet, sizes, whether_given
+from .checks import OF_GATES, check_device, digest, quiet, sizes, whether_given
 from .peers import Peers, Summary, Told
-from .pieces import Piece, pieces, windows_needed
-from .run import Layout, final_states, run
+from .pieces import Piece, windows_needed
+from .run import Layout, final_states, placed, run
 
 OP = "distributed.gated_delta_mixer"
 
@@ -54,20 +54,11 @@ def gated_delta_mixer(
         ValueError, TypeError, UnsupportedError: an invalid call, on any rank: every rank raises, before states move.
     """
     peers = Peers(OP, group)
-    checked: list[_Checked] = []
-
-    def prepare() -> Told:
-        found = _check(peers, qkv, conv_state, state, arguments, backend)
-        checked.append(found)
-        return found.told()
-
-    told = peers.agree(prepare)
-    call, spec = checked[0].call, checked[0].spec
-    cu_seqlens = check_sequences(OP, checked[0].cu_seqlens, told)
-    held = pieces([x.tokens for x in told], cu_seqlens)
-    piece, rule = held[peers.rank], spec.rule
+    checked, told = peers.agree(lambda: _check(peers, qkv, conv_state, state, arguments, backend))
+    call, spec = checked.call, checked.spec
     where = call.qkv.device if call.cu_seqlens is None else call.cu_seqlens.device
-    layout = Layout(rule.packed, cu_seqlens, rule.B, where)
+    held, layout = placed(OP, spec.rule, checked.cu_seqlens, where, told)
+    piece = held[peers.rank]
     with quiet(call.qkv):
         tokens = _Tokens(call, spec, backend, layout.rows(piece.sequences))
         tokens.windows(peers, layout, held, masked=any(x.masked for x in told))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,15 @@ class Told:
     masked: bool = False
     same: Mapping[str, object] = field(default_factory=dict)
     """What must be the same on every rank, by the name of the argument."""
+
+
+class Checked(Protocol):
+    """A call that a rank has checked."""
+
+    def told(self) -> Told: ...
+
+
+C = TypeVar("C", bound=Checked)
 
 
 class Peers:
@@ -53,20 +63,20 @@ class Peers:
         dist.all_gather_object(found, mine, group=self.group)
         return found
 
-    def agree(self, prepare: Callable[[], Told]) -> list[Told]:
-        """What all ranks say. If one of them has an invalid call, or two differ, all raise, and nobody waits.
+    def agree(self, check: Callable[[], C]) -> tuple[C, list[Told]]:
+        """This rank's checked call, and what all ranks say of theirs. If one of them is invalid, or two differ, all
+        raise, and nobody waits.
 
         Raises:
             ValueError: on every rank; the rank whose own check failed raises its own error.
         """
-        own: Exception | None = None
         try:
-            mine = prepare()
+            checked = check()
+            mine = checked.told()
         except Exception as error:
-            own, mine = error, Told(error=f"{type(error).__name__}: {error}")
+            self.all(Told(error=f"{type(error).__name__}: {error}"))
+            raise
         told = [x for x in self.all(mine) if isinstance(x, Told)]
-        if own is not None:
-            raise own
         for rank, other in enumerate(told):
             if other.error:
                 raise ValueError(f"{self.op}: rank {rank} of the group refused its piece. {other.error}")
@@ -78,7 +88,7 @@ class Peers:
                         f"{self.op}: {name} must be the same on every rank; got {value} on rank 0 and {got} on "
                         f"rank {rank}"
                     )
-        return told
+        return checked, told
 
     def exchange(
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]

@@ -15,10 +15,9 @@ from ..rule import op as one_process
 from ..rule.arguments import TRACKED, Call, Options
 from ..rule.spec import CallSpec, check_call, refuse_gradients
 from ..rule.transition import gated_delta_transition
-from .checks import OF_GATES, check_device, check_sequences, digest, quiet, sizes, whether_given
+from .checks import OF_GATES, check_device, digest, quiet, sizes, whether_given
 from .peers import Peers, Summary, Told
-from .pieces import pieces
-from .run import Layout, final_states, run
+from .run import final_states, placed, run
 
 OP = "distributed.gated_delta_rule"
 OUTSIDE = ("state_indices", "snapshots")
@@ -56,20 +55,11 @@ def gated_delta_rule(
         ValueError, TypeError, UnsupportedError: an invalid call, on any rank: every rank raises, before states move.
     """
     peers = Peers(OP, group)
-    checked: list[_Checked] = []
-
-    def prepare() -> Told:
-        found = _check(peers, q, k, v, arguments, backend)
-        checked.append(found)
-        return found.told()
-
-    told = peers.agree(prepare)
-    call, spec, options = checked[0].call, checked[0].spec, checked[0].options
-    cu_seqlens = check_sequences(OP, checked[0].cu_seqlens, told)
-    held = pieces([x.tokens for x in told], cu_seqlens)
-    piece = held[peers.rank]
+    checked, told = peers.agree(lambda: _check(peers, q, k, v, arguments, backend))
+    call, spec, options = checked.call, checked.spec, checked.options
     where = call.q.device if call.cu_seqlens is None else call.cu_seqlens.device
-    layout = Layout(spec.packed, cu_seqlens, spec.B, where)
+    held, layout = placed(OP, spec, checked.cu_seqlens, where, told)
+    piece = held[peers.rank]
     with quiet(call.q):
         tokens = _Tokens(call, spec, options, backend, layout.rows(piece.sequences))
         o = run(peers, layout, piece, tokens, options.state_layout)

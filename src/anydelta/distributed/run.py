@@ -20,9 +20,11 @@ from typing import Protocol
 
 import torch
 
+from ..rule.spec import CallSpec
 from ..rule.transition import CHUNK
-from .peers import Peers, Summary, entering_state
-from .pieces import Piece
+from .checks import check_sequences
+from .peers import Peers, Summary, Told, entering_state
+from .pieces import Piece, pieces
 
 
 class Tokens(Protocol):
@@ -69,6 +71,14 @@ class Layout:
         bounds = self.cu_seqlens[first + rows.start : first + rows.stop + 1]
         inside = [min(max(n - piece.begin, begin), end) - begin for n in bounds]
         return torch.tensor(inside, device=self.device)
+
+
+def placed(
+    op: str, spec: CallSpec, cu_seqlens: list[int] | None, device: torch.device, told: Sequence[Told]
+) -> tuple[list[Piece], Layout]:
+    """The pieces of all ranks, and the layout of the whole."""
+    whole = check_sequences(op, cu_seqlens, told)
+    return pieces([x.tokens for x in told], whole), Layout(spec.packed, whole, spec.B, device)
 
 
 def run(peers: Peers, layout: Layout, piece: Piece, tokens: Tokens, state_layout: str) -> torch.Tensor:
